@@ -1,0 +1,37 @@
+"""Prune convolutional networks by differentiable meta pruning; see README.md."""
+
+from dhp_jax import models
+from dhp_jax.checkpoint import load, save
+from dhp_jax.cost import Cost, measure_cost
+from dhp_jax.hypernet import hyper_kernel
+from dhp_jax.latent import Axis, Latent, LatentVector, concat, latents, repeat
+from dhp_jax.layers import BatchNorm, HyperConv, Linear
+from dhp_jax.prox import prox_l1, prox_l2
+from dhp_jax.prune import BudgetError, check_axes, prune, prune_to, survivors
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Axis",
+    "BatchNorm",
+    "BudgetError",
+    "Cost",
+    "HyperConv",
+    "Latent",
+    "LatentVector",
+    "Linear",
+    "check_axes",
+    "concat",
+    "hyper_kernel",
+    "latents",
+    "load",
+    "measure_cost",
+    "models",
+    "prox_l1",
+    "prox_l2",
+    "prune",
+    "prune_to",
+    "repeat",
+    "save",
+    "survivors",
+]

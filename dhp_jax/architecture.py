@@ -1,0 +1,35 @@
+"""How a network was made: enough to build its like again from a file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flax import nnx
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a network was made.
+
+    Attributes:
+      family: name in `dhp.models.build`, or `None` for a network of the user's own.
+      arguments: of `dhp.models.build`, but for the random generators.
+      survivors: indices kept of each latent; `None` before pruning.
+    """
+
+    family: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    survivors: Mapping[str, tuple[int, ...]] | None = None
+
+    def __hash__(self) -> int:  # a static attribute of modules, so `nnx.jit` hashes it
+        return hash((self.family, tuple(self.arguments), tuple(self.survivors or ())))
+
+
+def architecture_of(model: nnx.Module) -> Architecture:
+    """What `build` and `prune` have noted about how a network was made."""
+    return getattr(model, "dhp_architecture", Architecture())
+
+
+def set_architecture(model: nnx.Module, architecture: Architecture) -> None:
+    """Notes on a network how it was made."""
+    model.dhp_architecture = architecture

@@ -1,0 +1,242 @@
+"""FLOPs and params of a model, as functions of what survives.
+
+FLOPs are multiply-accumulates: convolutions and linear layers, plus 2 for every normalised element.
+Params are conv and linear kernels and biases, BatchNorm scales and biases.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+import functools
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dhp_jax.latent import Axis, Latent, latents, walk
+from dhp_jax.layers import BatchNorm, HyperConv, Linear
+
+Counts = Mapping[str, "int | Array"]
+
+
+@dataclass(frozen=True)
+class Width:
+    """A number of channels: `fixed + sum of times * survivors of a latent`."""
+
+    full: int
+    fixed: int
+    latents: tuple[tuple[str, int], ...] = ()
+
+    def given(self, counts: Counts) -> "int | Array":
+        """The number of channels when `counts[name]` entries of each latent survive."""
+        return self.fixed + sum(times * counts[name] for name, times in self.latents)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one call of one layer costs.
+
+    FLOPs are `flops_terms[0] * in * out + flops_terms[1] * out`, params likewise. A layer that is
+    called again costs FLOPs again, but no params.
+    """
+
+    path: str
+    kind: str
+    inputs: Width
+    outputs: Width
+    flops_terms: tuple[int, int]
+    params_terms: tuple[int, int]
+
+    def given(self, counts: Counts) -> "tuple[int | Array, int | Array]":
+        """FLOPs and params when `counts[name]` entries of each latent survive."""
+        return self._evaluate(self.inputs.given(counts), self.outputs.given(counts))
+
+    @property
+    def flops(self) -> int:
+        return self._evaluate(self.inputs.full, self.outputs.full)[0]
+
+    @property
+    def params(self) -> int:
+        return self._evaluate(self.inputs.full, self.outputs.full)[1]
+
+    def _evaluate(self, n_in, n_out):
+        return tuple(
+            per_pair * n_in * n_out + per_output * n_out
+            for per_pair, per_output in (self.flops_terms, self.params_terms)
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and params of a model for one input, layer by layer in the order of execution."""
+
+    layers: tuple[LayerCost, ...]
+    sizes: Mapping[str, int]  # entries of each latent
+
+    @functools.cached_property
+    def flops(self) -> int:
+        """Multiply-accumulates of one forward pass of one example; exact."""
+        return sum(layer.flops for layer in self.layers)
+
+    @functools.cached_property
+    def params(self) -> int:
+        """Trainable parameters of the network (not of its hypernetworks); exact."""
+        return sum(layer.params for layer in self.layers)
+
+    def given(self, counts: Counts) -> "tuple[int | Array, int | Array]":
+        """FLOPs and params when `counts[name]` entries of each latent survive.
+
+        Args:
+          counts: survivors of each latent by name, Python ints or (in a jitted function) integer
+            arrays.
+
+        Returns:
+          Exact integers: Python ints, or int64 arrays.
+        """
+        if all(isinstance(count, int) for count in counts.values()):
+            return self._total(counts)
+        with jax.enable_x64(True):  # FLOPs of large images do not fit 32 bits
+            return self._total({name: jnp.int64(count) for name, count in counts.items()})
+
+    def ratio(self, counts: Counts) -> "tuple[float | Array, float | Array]":
+        """`given(counts)` as shares of the whole model's FLOPs and params (float32 in jit)."""
+        flops, params = self.given(counts)
+        if isinstance(flops, int):
+            return flops / self.flops, params / self.params
+        with jax.enable_x64(True):
+            return jnp.float32(flops / self.flops), jnp.float32(params / self.params)
+
+    def _total(self, counts):
+        costs = [layer.given(counts) for layer in self.layers]
+        return sum(flops for flops, _ in costs), sum(params for _, params in costs)
+
+
+def measure_cost(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
+    """Counts a model's FLOPs and params by tracing one forward pass; nothing is computed.
+
+    Works on models with hypernetworks and on pruned or ordinary ones. Counted are `HyperConv`,
+    `nnx.Conv`, `BatchNorm`, `Linear` and what `layer_terms` is registered for.
+
+    Args:
+      model: called with one array; left as it was.
+      input_shape: shape of one example without the batch axis, `(height, width, channels)`.
+
+    Returns:
+      The cost: `.flops`, `.params`, `.layers`, and `.given(counts)` for what survives.
+
+    Raises:
+      ValueError: the model does not take such an input.
+
+    Example:
+      >>> cost = dhp.measure_cost(model, (32, 32, 3))
+      >>> cost.flops, cost.params
+      (41214592, 272474)
+    """
+    calls, names = _trace(model, input_shape)
+    layers, seen = [], set()
+    for path, layer, output_shape in calls:
+        inputs, outputs, flops_terms, params_terms = layer_terms(layer, output_shape)
+        layers.append(
+            LayerCost(
+                path=path,
+                kind=type(layer).__name__,
+                inputs=_width(inputs, names),
+                outputs=_width(outputs, names),
+                flops_terms=flops_terms,
+                params_terms=(0, 0) if path in seen else params_terms,
+            )
+        )
+        seen.add(path)
+    return Cost(tuple(layers), {name: latent.size for latent, name in names.items()})
+
+
+Terms = tuple["Axis | int", "Axis | int", tuple[int, int], tuple[int, int]]
+
+
+@functools.singledispatch
+def layer_terms(layer: nnx.Module, output_shape: tuple[int, ...]) -> Terms | None:
+    """What a call of a layer costs; register a function here to have your own layer counted.
+
+    Args:
+      layer: the layer.
+      output_shape: shape of what the call returned, batch of one.
+
+    Returns:
+      Input and output width (an axis, or a number), and the pairs `(per in * out, per out)` of
+      FLOPs and params; `None` for a module that costs nothing itself.
+    """
+    return None
+
+
+@layer_terms.register
+def _(layer: HyperConv, output_shape):
+    return _conv_terms(layer, layer.z_in, layer.z_out, output_shape)
+
+
+@layer_terms.register
+def _(layer: nnx.Conv, output_shape):
+    inputs = layer.in_features // layer.feature_group_count
+    return _conv_terms(layer, inputs, layer.out_features, output_shape)
+
+
+def _conv_terms(layer, inputs, outputs, output_shape):
+    taps = math.prod(layer.kernel_size)
+    positions = math.prod(output_shape[:-1])
+    return inputs, outputs, (taps * positions, 0), (taps, int(layer.use_bias))
+
+
+@layer_terms.register
+def _(layer: nnx.BatchNorm, output_shape):
+    channels = layer.z if isinstance(layer, BatchNorm) else layer.num_features
+    positions = math.prod(output_shape) // layer.num_features
+    return channels, channels, (0, 2 * positions), (0, layer.use_scale + layer.use_bias)
+
+
+@layer_terms.register
+def _(layer: nnx.Linear, output_shape):
+    inputs = layer.z_in if isinstance(layer, Linear) else layer.in_features
+    positions = math.prod(output_shape[:-1])
+    return inputs, layer.out_features, (positions, 0), (1, int(layer.use_bias))
+
+
+def _trace(model, input_shape):
+    """Runs the model on an abstract example; returns calls of counted layers, and the latents."""
+    calls: list[tuple[str, nnx.Module, tuple[int, ...]]] = []
+    names: dict[Latent, str] = {}
+    graphdef, state = nnx.split(model)
+
+    def forward(state, x):
+        traced = nnx.merge(graphdef, state, copy=True)
+        traced.eval()  # tracing the update of BatchNorm statistics is slow in deep networks
+        names.update({latent: name for name, latent in latents(traced).items()})
+        for path, _, module in list(walk(traced)):
+            if _costs_something(module):
+                _report_calls(module, lambda *call, path=path: calls.append((path, *call)))
+        return traced(x)
+
+    jax.eval_shape(forward, state, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+    return calls, names
+
+
+def _costs_something(module: nnx.Module) -> bool:
+    return layer_terms.dispatch(type(module)) is not layer_terms.dispatch(object)
+
+
+def _report_calls(layer, report) -> None:
+    """Makes every call of this one layer end with `report(layer, shape of the output)`."""
+    plain_class = type(layer)
+
+    def call(self, *args, **kwargs):
+        output = plain_class.__call__(self, *args, **kwargs)
+        report(self, output.shape)
+        return output
+
+    layer.__class__ = type(plain_class)(plain_class.__name__, (plain_class,), {"__call__": call})
+
+
+def _width(channels: Axis | int, names: Mapping[Latent, str]) -> Width:
+    if isinstance(channels, int):
+        return Width(channels, channels)
+    multiplicity = channels.multiplicity().items()
+    return Width(channels.size, 0, tuple((names[latent], times) for latent, times in multiplicity))

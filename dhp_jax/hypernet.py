@@ -1,0 +1,156 @@
+"""The hypernetwork: two latent vectors in, a convolution kernel out.
+
+Nothing is shared between the (input channel, output channel) pairs, so removing an entry of a
+latent vector removes exactly one slice of the kernel. That is the whole pruning mechanism.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from dhp_jax.latent import Axis
+
+EMBEDDING = 8  # m in the paper
+
+
+class HypernetArrays(NamedTuple):
+    """The trainable arrays of one hypernetwork, channels minor-most (see docs/architecture.md)."""
+
+    b0: Float[Array, "in out"]
+    w1: Float[Array, "m in out"]
+    b1: Float[Array, "m in out"]
+    w2: Float[Array, "*k m in out"]
+    b2: Float[Array, "*k in out"]
+
+
+def hyper_kernel(
+    z_in: Float[Array, " in"] | Axis,
+    z_out: Float[Array, " out"] | Axis,
+    *,
+    w1: Float[Array, "m in out"],
+    b0: Float[Array, "in out"],
+    b1: Float[Array, "m in out"],
+    w2: Float[Array, "kh kw m in out"],
+    b2: Float[Array, "kh kw in out"],
+) -> Float[Array, "kh kw in out"]:
+    """Generates a convolution kernel from the latent vectors of its two channel axes.
+
+    For every pair (i, o) of an input and an output channel, on its own:
+
+        Z[i, o]    = z_in[i] z_out[o] + b0[i, o]                (latent layer)
+        E[:, i, o] = Z[i, o] w1[:, i, o] + b1[:, i, o]          (embedding layer)
+        K[.., i, o] = sum over m of w2[.., m, i, o] E[m, i, o] + b2[.., i, o]   (explicit layer)
+
+    Args:
+      z_in: latent vector of the input channels, or its `Latent`.
+      z_out: latent vector of the output channels, or its `Latent`.
+      w1, b0, b1, w2, b2: the hypernetwork's arrays; `m` is the embedding size. Any number of
+        spatial axes may come first in `w2` and `b2`.
+
+    Returns:
+      The kernel, in the layout that `nnx.Conv` expects.
+
+    Raises:
+      ValueError: an array's shape does not fit the latent vectors.
+
+    Example:
+      >>> arrays = init_hypernet(jax.random.key(0), (3, 3), 16, 32)
+      >>> hyper_kernel(jnp.ones(16), jnp.ones(32), **arrays._asdict()).shape
+      (3, 3, 16, 32)
+
+    Reference: DHP (arXiv 2003.13683), equations 1 to 4.
+    """
+    z_in, z_out = (z.value() if isinstance(z, Axis) else jnp.asarray(z) for z in (z_in, z_out))
+    pair = (z_in.size, z_out.size)
+    spatial = w2.shape[:-3]
+    m = w2.shape[-3] if w2.ndim >= 3 else 0
+    expected = {
+        "b0": (b0, pair),
+        "w1": (w1, (m, *pair)),
+        "b1": (b1, (m, *pair)),
+        "w2": (w2, (*spatial, m, *pair)),
+        "b2": (b2, (*spatial, *pair)),
+    }
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(
+                f"hyper_kernel: {name}: expected shape {shape} for latent vectors of "
+                f"{pair[0]} and {pair[1]} entries, got {array.shape}"
+            )
+    return _generate_jitted(z_in, z_out, HypernetArrays(b0, w1, b1, w2, b2))
+
+
+def _embedding(z_in: Array, z_out: Array, arrays: HypernetArrays) -> tuple[Array, Array]:
+    pairs = z_in[:, None] * z_out[None, :] + arrays.b0
+    return pairs, pairs * arrays.w1 + arrays.b1
+
+
+@jax.custom_vjp
+def _generate(z_in: Array, z_out: Array, arrays: HypernetArrays) -> Array:
+    _, embedding = _embedding(z_in, z_out, arrays)
+    return jnp.sum(arrays.w2 * embedding, axis=-3) + arrays.b2
+
+
+def _generate_forward(z_in, z_out, arrays):
+    return _generate(z_in, z_out, arrays), (z_in, z_out, arrays)
+
+
+def _generate_backward(inputs, grad_kernel):
+    """Only the inputs are kept: the embedding is cheaper to compute again than to store."""
+    z_in, z_out, arrays = inputs
+    pairs, embedding = _embedding(z_in, z_out, arrays)
+    grad = grad_kernel[..., None, :, :]
+    spatial = tuple(range(arrays.w2.ndim - 3))
+    grad_embedding = jnp.sum(arrays.w2 * grad, axis=spatial)
+    grad_pairs = jnp.sum(grad_embedding * arrays.w1, axis=0)
+    grads = HypernetArrays(
+        b0=grad_pairs,
+        w1=grad_embedding * pairs,
+        b1=grad_embedding,
+        w2=embedding * grad,
+        b2=grad_kernel,
+    )
+    return grad_pairs @ z_out, z_in @ grad_pairs, grads
+
+
+_generate.defvjp(_generate_forward, _generate_backward)
+_generate_jitted = jax.jit(_generate, inline=True)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def init_hypernet(
+    key: Key[Array, ""],
+    kernel_size: tuple[int, ...],
+    size_in: int,
+    size_out: int,
+    m: int = EMBEDDING,
+) -> HypernetArrays:
+    """Initial arrays of a hypernetwork.
+
+    `w1 ~ U(-sqrt 3, sqrt 3)`, `w2 ~ U(-a, a)` with `a = sqrt(3 / (m c k^2))`, and biases zero. With
+    latents from N(0, 1) the generated kernel then has variance `1 / (c k^2)`.
+
+    Args:
+      key: random key.
+      kernel_size: spatial shape of the kernel.
+      size_in, size_out: channels of the two axes (`size_in` per group).
+      m: embedding size.
+
+    Returns:
+      The arrays, float32.
+    """
+    pair = (size_in, size_out)
+    taps = math.prod(kernel_size)
+    # One draw for both arrays: it compiles three times as fast as two.
+    draws = jax.random.uniform(key, (m * (1 + taps), *pair), minval=-1.0, maxval=1.0)
+    return HypernetArrays(
+        b0=jnp.zeros(pair),
+        w1=draws[:m] * math.sqrt(3),
+        b1=jnp.zeros((m, *pair)),
+        w2=draws[m:].reshape(*kernel_size, m, *pair) * math.sqrt(3 / (m * size_in * taps)),
+        b2=jnp.zeros((*kernel_size, *pair)),
+    )

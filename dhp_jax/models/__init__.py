@@ -1,0 +1,56 @@
+"""Families of networks, by name."""
+
+import inspect
+from typing import Any
+
+from flax import nnx
+import jax.numpy as jnp
+
+from dhp_jax.architecture import Architecture, set_architecture
+from dhp_jax.models.resnet import ResNet
+from dhp_jax.names import unknown
+
+FAMILIES: dict[str, type[nnx.Module]] = {"resnet": ResNet}
+
+
+def build(name: str, *, rngs: nnx.Rngs, **arguments: Any) -> nnx.Module:
+    """Builds a network of latents; every convolution has a hypernetwork.
+
+    Args:
+      name: the family: "resnet".
+      rngs: the `params` stream draws the initial values.
+      **arguments: of the family's class, for instance `depth=56, num_classes=10, width=1.0`.
+        `dtype` may be a name such as "bfloat16".
+
+    Returns:
+      The network.
+
+    Raises:
+      ValueError: an unknown family or argument, or an argument's value that the family refuses.
+
+    Example:
+      >>> model = dhp.models.build("resnet", depth=56, num_classes=10, rngs=nnx.Rngs(0))
+    """
+    check_arguments(name, arguments)
+    given = dict(arguments)
+    if isinstance(given.get("dtype"), str):
+        given["dtype"] = jnp.dtype(given["dtype"])
+    model = FAMILIES[name](**given, rngs=rngs)
+    if given.get("dtype") is not None:
+        arguments = {**arguments, "dtype": jnp.dtype(given["dtype"]).name}
+    set_architecture(model, Architecture(name, arguments))
+    return model
+
+
+def check_arguments(name: str, arguments: dict[str, Any]) -> None:
+    """Raises a `ValueError` for an unknown family, or for arguments it does not take or lacks."""
+    if name not in FAMILIES:
+        raise ValueError(unknown("model.name", name, FAMILIES))
+    parameters = dict(inspect.signature(FAMILIES[name].__init__).parameters)
+    del parameters["self"], parameters["rngs"]
+    for argument in arguments:
+        if argument not in parameters:
+            raise ValueError(unknown("model", argument, parameters))
+    for argument, parameter in parameters.items():
+        if parameter.default is parameter.empty and argument not in arguments:
+            raise ValueError(f"model.{argument}: expected a value, got none")

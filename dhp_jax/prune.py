@@ -1,0 +1,283 @@
+"""Which channels survive, how many fit a budget, and the surgery that makes the network smaller."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+import numpy as np
+
+from dhp_jax.architecture import architecture_of, set_architecture
+from dhp_jax.cost import Cost, measure_cost
+from dhp_jax.latent import Axis, children, latents
+from dhp_jax.layers import Keep, Prunable
+
+Masks = Mapping[str, np.ndarray]
+
+
+class BudgetError(ValueError):
+    """A budget that no choice of survivors can meet."""
+
+
+def survivor_mask(
+    vector: Float[Array, " size"], threshold: float, min_channels: int
+) -> Bool[Array, " size"]:
+    """The entries with `|z| >= min(threshold, the min_channels-th largest |z|)`; usable in jit."""
+    magnitude = jnp.abs(vector)
+    smallest_kept = jnp.sort(magnitude)[vector.size - min(min_channels, vector.size)]
+    return magnitude >= jnp.minimum(threshold, smallest_kept)
+
+
+def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarray]:
+    """The channels that survive a threshold.
+
+    Args:
+      model: a network of latents.
+      threshold: entries of smaller magnitude go, except that every latent keeps its
+        `min_channels` largest; latents that are not prunable keep everything.
+
+    Returns:
+      A boolean mask for each latent by name (see `dhp.latents`).
+
+    Raises:
+      ValueError: a negative threshold.
+
+    Reference: DHP (arXiv 2003.13683), section 3.3.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"threshold: expected a number >= 0, got {threshold!r}")
+    return {
+        name: np.asarray(survivor_mask(z.value(), threshold, z.min_channels))
+        if z.prunable
+        else np.ones(z.size, bool)
+        for name, z in latents(model).items()
+    }
+
+
+def survivor_counts(model: nnx.Module, threshold: float) -> dict[str, Array]:
+    """How many entries of each latent survive a threshold; usable in jit."""
+    return {
+        name: jnp.sum(survivor_mask(z.value(), threshold, z.min_channels)) if z.prunable else z.size
+        for name, z in latents(model).items()
+    }
+
+
+def smallest_ratio(model: nnx.Module, cost: Cost) -> dict[str, float]:
+    """The shares of FLOPs and params that are left when every latent keeps its `min_channels`."""
+    counts = {n: z.min_channels if z.prunable else z.size for n, z in latents(model).items()}
+    return dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
+
+
+def check_budget(model: nnx.Module, cost: Cost, **budget: float) -> None:
+    """Raises unless each budget is in (0, 1] and can be reached; see `survivors_within`."""
+    if not budget or not set(budget) <= {"flops", "params"}:
+        raise ValueError(f"budget: expected flops= or params= or both, got {sorted(budget)}")
+    smallest = smallest_ratio(model, cost)
+    for name, target in budget.items():
+        if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target <= 1:
+            raise ValueError(f"{name}: expected a share in (0, 1], got {target!r}")
+        if target < smallest[name]:
+            raise BudgetError(
+                f"{name}: {target!r} cannot be reached: the smallest possible share is "
+                f"{smallest[name]:.4f}, with min_channels entries left in every prunable latent"
+            )
+
+
+def survivors_within(model: nnx.Module, cost: Cost, **budget: float) -> dict[str, np.ndarray]:
+    """The survivors, by magnitude of the latents, that use as much of a budget as fits.
+
+    Entries of all latents go in order of magnitude, smallest first, until the budget holds; then
+    those that still fit come back, largest first. The result is within the budget, and no channel
+    that was removed fits in what is left of it.
+
+    Args:
+      model: a network of latents.
+      cost: its `measure_cost`.
+      **budget: `flops` or `params` or both, shares in (0, 1]; all of them hold.
+
+    Returns:
+      A boolean mask for each latent by name.
+
+    Raises:
+      ValueError: a share outside (0, 1]; `BudgetError`, a `ValueError`, if `min_channels` and
+        latents that are not prunable make it unreachable (it tells the smallest share).
+    """
+    check_budget(model, cost, **budget)
+    limits = {"flops": cost.flops, "params": cost.params}
+    limits = {name: limits[name] * share for name, share in budget.items()}
+    masks = {name: np.ones(z.size, bool) for name, z in latents(model).items()}
+    counts = {name: mask.size for name, mask in masks.items()}
+    order = _removable(model)
+
+    def fits(counts: Mapping[str, int]) -> bool:
+        used = dict(zip(("flops", "params"), cost.given(counts), strict=True))
+        return all(used[name] <= limit for name, limit in limits.items())
+
+    def without(n: int) -> dict[str, int]:
+        left = dict(counts)
+        for name, _ in order[:n]:
+            left[name] -= 1
+        return left
+
+    # Cost falls with every entry removed, so the number to remove is found by bisection.
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(without(middle)) else (middle + 1, high)
+    counts = without(low)
+    for name, index in order[:low]:
+        masks[name][index] = False
+    for name, index in reversed(order[:low]):
+        larger = {**counts, name: counts[name] + 1}
+        if fits(larger):
+            counts, masks[name][index] = larger, True
+    return masks
+
+
+def _removable(model: nnx.Module) -> list[tuple[str, int]]:
+    """The entries that may go, smallest magnitude first; ties by name and index."""
+    entries = []
+    for name, z in latents(model).items():
+        if z.prunable:
+            magnitude = np.abs(np.asarray(z.value(), np.float64))
+            removable = np.argsort(magnitude, kind="stable")[: z.size - z.min_channels]
+            entries += [(magnitude[i], name, int(i)) for i in removable]
+    return [(name, index) for _, name, index in sorted(entries)]
+
+
+def prune(model: nnx.Module, keep: Masks) -> nnx.Module:
+    """Makes the smaller network: every layer on latents becomes its plain counterpart.
+
+    Each hypernetwork runs once; its kernel is sliced to the survivors, as are biases, BatchNorm
+    scales, biases and statistics and the rows of linear layers. No latent, no hypernetwork and no
+    mask is left.
+
+    Args:
+      model: a network of latents; left as it was.
+      keep: a boolean mask for every latent by name, as `survivors` returns.
+
+    Returns:
+      A model of the same class, of ordinary `flax.nnx` layers.
+
+    Raises:
+      ValueError: a mask that is missing, unknown, of another length, or keeps nothing.
+
+    Example:
+      >>> small = dhp.prune(model, dhp.survivors(model, threshold=5e-3))
+    """
+    _check_masks(model, keep)
+    model = nnx.clone(model)
+    masks = {z: np.asarray(keep[name], bool) for name, z in latents(model).items()}
+    architecture = architecture_of(model)
+    if masks:
+        kept = {name: tuple(np.flatnonzero(keep[name]).tolist()) for name in keep}
+        architecture = replace(architecture, survivors=kept)
+    small = _replace(model, masks, {})
+    set_architecture(small, architecture)
+    return small
+
+
+def _replace(module: nnx.Module, masks: Keep, done: dict[int, nnx.Module]) -> Any:
+    """The plain counterpart of a module, its children replaced; latents become `None`."""
+    if id(module) not in done:
+        if isinstance(module, Axis):
+            return None
+        if isinstance(module, Prunable):
+            done[id(module)] = module.plain(masks)
+        else:
+            done[id(module)] = module
+            for name, child in children(module):
+                setattr(module, name, _replace(child, masks, done))
+    return done[id(module)]
+
+
+def _check_masks(model: nnx.Module, keep: Masks) -> None:
+    expected = latents(model)
+    for name in expected.keys() ^ keep.keys():
+        what = "has no mask for latent" if name in expected else "has a mask for unknown latent"
+        raise ValueError(f"keep: {what} {name!r}; the model's latents are {sorted(expected)}")
+    for name, z in expected.items():
+        mask = np.asarray(keep[name])
+        if mask.shape != (z.size,) or mask.dtype != bool or not mask.any():
+            raise ValueError(
+                f"keep[{name!r}]: expected a boolean mask of shape ({z.size},) that keeps at least "
+                f"one entry, got {mask.dtype} of shape {mask.shape} that keeps {int(mask.sum())}"
+            )
+
+
+def prune_to(model: nnx.Module, input_shape: tuple[int, ...], **budget: float) -> nnx.Module:
+    """Prunes to the largest network within a budget, by magnitude of the latents.
+
+    Args:
+      model: a network of latents; left as it was.
+      input_shape: shape of one example, `(height, width, channels)`.
+      **budget: `flops` or `params` or both, as shares of the model's own in (0, 1].
+
+    Returns:
+      The pruned network, as from `prune`.
+
+    Raises:
+      ValueError: a share outside (0, 1]; axes that meet in the forward pass without being one
+        latent; a share that is out of reach (`BudgetError`, with the smallest one possible).
+
+    Example:
+      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
+    """
+    cost = measure_cost(model, input_shape)
+    check_budget(model, cost, **budget)
+    check_axes(model, input_shape)
+    return prune(model, survivors_within(model, cost, **budget))
+
+
+def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
+    """Raises unless axes that meet in the forward pass are the same latent.
+
+    Prunes the model in several ways, so that any two latents lose different numbers of channels in
+    at least one of them, and traces the forward passes; nothing is computed.
+
+    Args:
+      model: a network of latents; left as it was.
+      input_shape: shape of one example, `(height, width, channels)`.
+
+    Raises:
+      ValueError: axes of different latents meet (it tells which).
+    """
+    sizes = {name: z.size for name, z in latents(model).items()}
+    prunable = [name for name, z in latents(model).items() if z.prunable and z.size > 2]
+    numbers = {name: number for number, name in enumerate(prunable)}
+    base = min([8, *(sizes[name] - 1 for name in prunable)])
+    place = 1
+    while place < len(numbers):
+        removed = {name: number // place % base for name, number in numbers.items()}
+        error = _forward_error(model, input_shape, sizes, removed)
+        if error is not None:
+            clashing = [
+                f"{name!r} ({sizes[name]} channels)"
+                for name in numbers
+                if _forward_error(model, input_shape, sizes, {name: 1}) is not None
+            ]
+            raise ValueError(
+                f"model: axes that meet are not the same latent; pruning {' or '.join(clashing)} "
+                f"alone breaks the forward pass: {str(error).splitlines()[0]}"
+            )
+        place *= base
+
+
+def _forward_error(model, input_shape, sizes, removed) -> Exception | None:
+    """What the forward pass raises once some latents have lost a number of their last entries."""
+    keep = {name: np.arange(size) < size - removed.get(name, 0) for name, size in sizes.items()}
+
+    def forward(state: nnx.State, x: Array) -> Array:
+        small = prune(nnx.merge(graphdef, state, copy=True), keep)
+        small.eval()
+        return small(x)
+
+    graphdef, state = nnx.split(model)
+    try:
+        jax.eval_shape(forward, state, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+    except (TypeError, ValueError) as error:
+        return error
+    return None
