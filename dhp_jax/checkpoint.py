@@ -11,6 +11,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dhp_jax import models
@@ -31,7 +32,7 @@ class ArtifactError(ValueError):
 def save(path: str | os.PathLike, model: nnx.Module, **notes: Any) -> None:
     """Writes a network, pruned or not, to a folder.
 
-    The folder appears whole or not at all; one that is there already is replaced.
+    The folder appears whole or not at all; a network that is there already is replaced.
 
     Args:
       path: the folder.
@@ -39,17 +40,20 @@ def save(path: str | os.PathLike, model: nnx.Module, **notes: Any) -> None:
       **notes: JSON values to keep with it, such as metrics.
 
     Raises:
-      OSError: the folder cannot be written.
+      OSError: the folder cannot be written, or holds something else than a network.
       TypeError: a note that JSON cannot hold.
 
     Example:
       >>> dhp.save("out/", small, test_error=8.46)
     """
     path = Path(path)
+    if path.exists() and not exists(path) and (path.is_file() or any(path.iterdir())):
+        raise FileExistsError(f"path: expected no or an empty folder, or a network's, got {path}")
     architecture = architecture_of(model)
+    # safetensors writes memory as it lies, and device layouts need not be row-major.
     arrays = {
-        name: np.asarray(_stored(variable.get_value()))
-        for name, variable in _variables(model).items()
+        ".".join(map(str, name)): np.asarray(_stored(_value(leaf)), order="C")
+        for name, leaf in nnx.to_flat_state(nnx.state(model))
     }
     description = {
         "format": FORMAT,
@@ -115,10 +119,15 @@ def load(
             model = models.build(family, rngs=rngs, **description["arguments"])
         return model if survivors is None else prune(model, _masks(path, model, survivors))
 
-    model = nnx.eval_shape(make)
-    _fill(path, model, load_file(path / ARRAYS))
+    graphdef, abstract = jax.eval_shape(lambda: nnx.split(make()))
+    model = nnx.merge(graphdef, _filled(path, abstract))
     model.eval()
     return model
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether a folder holds a network."""
+    return all((Path(path) / name).is_file() for name in (DESCRIPTION, ARRAYS))
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
@@ -128,24 +137,28 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
       ArtifactError: no artifact of this format and version is there.
     """
     path = Path(path)
-    if not (path / DESCRIPTION).is_file() or not (path / ARRAYS).is_file():
+    if not exists(path):
         raise ArtifactError(f"path: expected a folder with {DESCRIPTION} and {ARRAYS}, got {path}")
     try:
         description = json.loads((path / DESCRIPTION).read_text())
     except ValueError as error:
         raise ArtifactError(f"path: {path / DESCRIPTION} is not JSON: {error}") from error
+    if not isinstance(description, dict):
+        raise ArtifactError(f"path: {path / DESCRIPTION} holds no JSON object")
     found = (description.get("format"), description.get("version"))
     if found != (FORMAT, VERSION):
         raise ArtifactError(
             f"path: expected format {FORMAT!r} version {VERSION}, got {found[0]!r} version "
             f"{found[1]!r} in {path / DESCRIPTION}"
         )
+    for key in ("family", "arguments", "survivors"):
+        if key not in description:
+            raise ArtifactError(f"path: {path / DESCRIPTION} lacks {key!r}")
     return description
 
 
-def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:
-    flat = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): variable for path, variable in flat}
+def _value(leaf: nnx.Variable | jax.Array) -> jax.Array:
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _stored(array: jax.Array) -> jax.Array:
@@ -164,7 +177,8 @@ def _masks(
 ) -> dict[str, np.ndarray]:
     masks = {name: np.zeros(z.size, bool) for name, z in latents(model).items()}
     for name, indices in survivors.items():
-        if name not in masks or not all(0 <= i < masks[name].size for i in indices):
+        known = range(masks[name].size if name in masks else 0)
+        if not indices or not all(isinstance(i, int) and i in known for i in indices):
             raise ArtifactError(
                 f"path: {path} lists survivors of latent {name!r} that the network does not have"
             )
@@ -172,18 +186,24 @@ def _masks(
     return masks
 
 
-def _fill(path: Path, model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    """Puts arrays in place of a model's abstract ones; none may be missing, left over or unlike."""
-    variables = _variables(model)
-    for name in variables.keys() ^ arrays.keys():
-        what = "lacks" if name in variables else "holds an unexpected"
+def _filled(path: Path, abstract: nnx.State) -> nnx.State:
+    """A state with arrays in place of abstract ones; none may be missing, left over or unlike."""
+    try:
+        arrays = load_file(path / ARRAYS)
+    except SafetensorError as error:
+        raise ArtifactError(f"path: {path / ARRAYS} cannot be read: {error}") from error
+    leaves = {".".join(map(str, name)): (name, leaf) for name, leaf in nnx.to_flat_state(abstract)}
+    for name in leaves.keys() ^ arrays.keys():
+        what = "lacks" if name in leaves else "holds an unexpected"
         raise ArtifactError(f"path: {path / ARRAYS} {what} array {name!r}")
-    for name, variable in variables.items():
-        expected = jax.eval_shape(_stored, variable.get_value())
+    filled = []
+    for name, (location, leaf) in leaves.items():
+        expected = jax.eval_shape(_stored, _value(leaf))
         if arrays[name].shape != expected.shape or arrays[name].dtype != expected.dtype:
             raise ArtifactError(
                 f"path: array {name!r} in {path / ARRAYS}: expected {expected.dtype} of shape "
                 f"{expected.shape}, got {arrays[name].dtype} of shape {arrays[name].shape}"
             )
-    for name, variable in variables.items():
-        variable.set_value(_restored(arrays[name], variable.get_value()))
+        value = _restored(arrays[name], _value(leaf))
+        filled.append((location, leaf.replace(value) if isinstance(leaf, nnx.Variable) else value))
+    return nnx.from_flat_state(filled)

@@ -114,7 +114,8 @@ def _generate_backward(inputs, grad_kernel):
         w2=embedding * grad,
         b2=grad_kernel,
     )
-    return grad_pairs @ z_out, z_in @ grad_pairs, grads
+    grads = grad_pairs @ z_out, z_in @ grad_pairs, grads
+    return jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, inputs)
 
 
 _generate.defvjp(_generate_forward, _generate_backward)

@@ -7,6 +7,7 @@ A network says which axes are one by using one object for them. Two axes that ar
 
 from collections.abc import Iterator, Mapping
 import re
+from typing import Any
 
 from flax import nnx
 import jax
@@ -211,9 +212,19 @@ def walk(model: nnx.Module) -> Iterator[tuple[str, nnx.Module | None, nnx.Module
 
 
 def children(module: nnx.Module) -> list[tuple[str, nnx.Module]]:
-    """The attributes of a module that are modules, in natural order (`2` before `10`)."""
-    found = [(name, child) for name, child in vars(module).items() if isinstance(child, nnx.Module)]
+    """The modules right below a module, in natural order of their paths (`2` before `10`)."""
+    found = modules_in(vars(module))
     return sorted(found, key=lambda item: [_natural(part) for part in re.split(r"(\d+)", item[0])])
+
+
+def modules_in(value: Any, path: str = "") -> Iterator[tuple[str, nnx.Module]]:
+    """Yields `(path, module)` for a module, or for those in lists, tuples and dicts of modules."""
+    if isinstance(value, nnx.Module):
+        yield path, value
+    elif isinstance(value, list | tuple | dict):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from modules_in(item, f"{path}.{key}" if path else str(key))
 
 
 def check_axis(argument: str, axis: Axis) -> None:

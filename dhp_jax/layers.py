@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from dhp_jax.hypernet import EMBEDDING, HypernetArrays, hyper_kernel, init_hypernet
-from dhp_jax.latent import Axis, Latent, check_axis
+from dhp_jax.latent import Axis, Latent, check_axis, walk
 
 Keep = Mapping[Latent, np.ndarray]
 NO_RNGS: Any = SimpleNamespace(params=lambda: None)  # for layers whose initial values are given
@@ -89,7 +89,7 @@ class HyperConv(nnx.Module):
     def kernel(self) -> Float[Array, "*k in out"]:
         """The generated kernel."""
         arrays = {name: getattr(self, name)[...] for name in HypernetArrays._fields}
-        return hyper_kernel(self.z_in, self.z_out, **arrays)
+        return hyper_kernel(self.z_in, self.z_out, **arrays).astype(self.param_dtype)
 
     def plain(self, keep: Keep | None = None) -> nnx.Conv:
         """The `nnx.Conv` with the generated kernel, restricted to the channels in `keep`."""
@@ -207,6 +207,29 @@ class Linear(nnx.Linear):
     def __call__(self, x: Float[Array, "*batch in"], *args: Any, **kwargs: Any):
         _check_channels(self, x, self.z_in)
         return super().__call__(x, *args, **kwargs)
+
+
+def reinitialize(model: nnx.Module, *, rngs: nnx.Rngs) -> None:
+    """Gives an ordinary network fresh kernels, as if it had never had hypernetworks.
+
+    Kernels of `nnx.Conv` and `nnx.Linear` are drawn from He's normal distribution (variance
+    `2 / fan_in`), their biases are zero; all else stays.
+
+    Args:
+      model: a pruned or ordinary network; changed in place.
+      rngs: the `params` stream draws the kernels.
+
+    Reference: He et al., Delving deep into rectifiers, 2015, equation 10.
+    """
+    for _, _, layer in walk(model):
+        if isinstance(layer, nnx.Conv | nnx.Linear):
+            kernel = layer.kernel[...]
+            layer.kernel[...] = _he_normal(rngs.params(), kernel.shape, kernel.dtype)
+            if layer.bias is not None:
+                layer.bias[...] = jnp.zeros_like(layer.bias[...])
+
+
+_he_normal = jax.jit(nnx.initializers.he_normal(), static_argnums=(1, 2))
 
 
 def _select(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:

@@ -1,6 +1,7 @@
 """Proximal steps as optax transformations; this module imports nothing else of the library."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -159,7 +160,7 @@ def _proximal(
     learning_rate: ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     for argument, value in (("strength", strength), ("learning_rate", learning_rate)):
-        if isinstance(value, int | float) and not value >= 0:
+        if isinstance(value, Real) and not value >= 0:
             raise ValueError(f"{name}: {argument}: expected a number >= 0, got {value!r}")
     scheduled = callable(strength) or callable(learning_rate)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dhp_jax.architecture import architecture_of, set_architecture
 from dhp_jax.cost import Cost, measure_cost
-from dhp_jax.latent import Axis, children, latents
+from dhp_jax.latent import Axis, latents, modules_in
 from dhp_jax.layers import Keep, Prunable
 
 Masks = Mapping[str, np.ndarray]
@@ -106,15 +106,13 @@ def survivors_within(model: nnx.Module, cost: Cost, **budget: float) -> dict[str
         latents that are not prunable make it unreachable (it tells the smallest share).
     """
     check_budget(model, cost, **budget)
-    limits = {"flops": cost.flops, "params": cost.params}
-    limits = {name: limits[name] * share for name, share in budget.items()}
     masks = {name: np.ones(z.size, bool) for name, z in latents(model).items()}
     counts = {name: mask.size for name, mask in masks.items()}
     order = _removable(model)
 
     def fits(counts: Mapping[str, int]) -> bool:
-        used = dict(zip(("flops", "params"), cost.given(counts), strict=True))
-        return all(used[name] <= limit for name, limit in limits.items())
+        used = dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
+        return all(used[name] <= share for name, share in budget.items())
 
     def without(n: int) -> dict[str, int]:
         left = dict(counts)
@@ -148,7 +146,7 @@ def _removable(model: nnx.Module) -> list[tuple[str, int]]:
     return [(name, index) for _, name, index in sorted(entries)]
 
 
-def prune(model: nnx.Module, keep: Masks) -> nnx.Module:
+def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
     """Makes the smaller network: every layer on latents becomes its plain counterpart.
 
     Each hypernetwork runs once; its kernel is sliced to the survivors, as are biases, BatchNorm
@@ -157,7 +155,8 @@ def prune(model: nnx.Module, keep: Masks) -> nnx.Module:
 
     Args:
       model: a network of latents; left as it was.
-      keep: a boolean mask for every latent by name, as `survivors` returns.
+      keep: a boolean mask for every latent by name, as `survivors` returns; `None` keeps
+        everything and makes the ordinary, unpruned network.
 
     Returns:
       A model of the same class, of ordinary `flax.nnx` layers.
@@ -168,6 +167,8 @@ def prune(model: nnx.Module, keep: Masks) -> nnx.Module:
     Example:
       >>> small = dhp.prune(model, dhp.survivors(model, threshold=5e-3))
     """
+    if keep is None:
+        keep = {name: np.ones(z.size, bool) for name, z in latents(model).items()}
     _check_masks(model, keep)
     model = nnx.clone(model)
     masks = {z: np.asarray(keep[name], bool) for name, z in latents(model).items()}
@@ -189,9 +190,19 @@ def _replace(module: nnx.Module, masks: Keep, done: dict[int, nnx.Module]) -> An
             done[id(module)] = module.plain(masks)
         else:
             done[id(module)] = module
-            for name, child in children(module):
-                setattr(module, name, _replace(child, masks, done))
+            for name, value in list(vars(module).items()):
+                if any(modules_in(value)):
+                    setattr(module, name, _replace_in(value, masks, done))
     return done[id(module)]
+
+
+def _replace_in(value: Any, masks: Keep, done: dict[int, nnx.Module]) -> Any:
+    """A module's counterpart, or a list, tuple or dict with those of the modules in it."""
+
+    def replaced(item: Any) -> Any:
+        return _replace(item, masks, done) if isinstance(item, nnx.Module) else item
+
+    return jax.tree.map(replaced, value, is_leaf=lambda item: isinstance(item, nnx.Module))
 
 
 def _check_masks(model: nnx.Module, keep: Masks) -> None:
@@ -236,24 +247,28 @@ def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
     """Raises unless axes that meet in the forward pass are the same latent.
 
     Prunes the model in several ways, so that any two latents lose different numbers of channels in
-    at least one of them, and traces the forward passes; nothing is computed.
+    at least one of them, and each loses some, and traces the forward passes; nothing is computed.
 
     Args:
       model: a network of latents; left as it was.
       input_shape: shape of one example, `(height, width, channels)`.
 
     Raises:
-      ValueError: axes of different latents meet (it tells which).
+      ValueError: axes of different latents meet (it tells which), or the model does not take such
+        an input.
     """
     sizes = {name: z.size for name, z in latents(model).items()}
     prunable = [name for name, z in latents(model).items() if z.prunable and z.size > 2]
-    numbers = {name: number for number, name in enumerate(prunable)}
+    numbers = {name: number for number, name in enumerate(prunable, start=1)}  # 0: not pruned
     base = min([8, *(sizes[name] - 1 for name in prunable)])
     place = 1
-    while place < len(numbers):
+    while place <= len(numbers):
         removed = {name: number // place % base for name, number in numbers.items()}
         error = _forward_error(model, input_shape, sizes, removed)
         if error is not None:
+            unpruned_error = _forward_error(model, input_shape, sizes, {})
+            if unpruned_error is not None:
+                raise unpruned_error
             clashing = [
                 f"{name!r} ({sizes[name]} channels)"
                 for name in numbers

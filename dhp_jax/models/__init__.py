@@ -33,11 +33,10 @@ def build(name: str, *, rngs: nnx.Rngs, **arguments: Any) -> nnx.Module:
     """
     check_arguments(name, arguments)
     given = dict(arguments)
-    if isinstance(given.get("dtype"), str):
-        given["dtype"] = jnp.dtype(given["dtype"])
-    model = FAMILIES[name](**given, rngs=rngs)
     if given.get("dtype") is not None:
-        arguments = {**arguments, "dtype": jnp.dtype(given["dtype"]).name}
+        given["dtype"] = _dtype(given["dtype"])
+        arguments = {**arguments, "dtype": given["dtype"].name}
+    model = FAMILIES[name](**given, rngs=rngs)
     set_architecture(model, Architecture(name, arguments))
     return model
 
@@ -54,3 +53,10 @@ def check_arguments(name: str, arguments: dict[str, Any]) -> None:
     for argument, parameter in parameters.items():
         if parameter.default is parameter.empty and argument not in arguments:
             raise ValueError(f"model.{argument}: expected a value, got none")
+
+
+def _dtype(given: Any) -> jnp.dtype:
+    try:
+        return jnp.dtype(given)
+    except TypeError:
+        raise ValueError(f"dtype: expected a name such as 'bfloat16', got {given!r}") from None

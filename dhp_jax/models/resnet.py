@@ -108,7 +108,7 @@ class ResNet(nnx.Module):
             )
         if not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
-        if not width > 0:
+        if not isinstance(width, int | float) or not width > 0:
             raise ValueError(f"width: expected a positive number, got {width!r}")
         bottleneck = depth in BOTTLENECK_DEPTHS
         blocks = (depth - 2) // (9 if bottleneck else 6)

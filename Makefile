@@ -1,0 +1,35 @@
+# All that is needed is Python 3.11 or later (PYTHON=python3.12 to choose one) and a package index.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint format bench clean
+
+demo: $(VENV)/installed
+	$(RUN) experiments/main.py --config=experiments/configs/digits_resnet20.py --config.method=baseline
+	$(RUN) experiments/main.py --config=experiments/configs/digits_resnet20.py
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/installed
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/installed
+	$(RUN) benchmarks/step.py
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

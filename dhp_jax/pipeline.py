@@ -1,0 +1,253 @@
+"""A run from a configuration: search, prune, converge, or the unpruned baseline.
+
+Every phase ends with a network on disk. A run that is started again in its directory goes on after
+the last phase that had ended; all randomness follows from the seed, the phase and the step, so it
+ends with the same bits as a run that was never stopped.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from dataclasses import dataclass
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+import jax
+from ml_collections import ConfigDict
+import optax
+
+from dhp_jax import checkpoint, models, report
+from dhp_jax.config import ConfigError, check
+from dhp_jax.cost import Cost, measure_cost
+from dhp_jax.data import Source, load
+from dhp_jax.journal import Journal
+from dhp_jax.layers import reinitialize
+from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.prune import check_budget, prune, survivor_counts, survivors_within
+from dhp_jax.tasks import Classification
+from dhp_jax.train import Budget, Data, Observer, Outcome, Params, Phase, Progress, test, train
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose configuration, data and directory have been found good.
+
+    Attributes:
+      config: its configuration.
+      workdir: the directory that it writes to.
+      source: its data.
+      task: what the network is trained for.
+      build: makes the unpruned network of latents.
+      cost: of that network.
+      observers: told how training goes.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    source: Source
+    task: Classification
+    build: Callable[[], nnx.Module]
+    cost: Cost
+    observers: Sequence[Observer] = ()
+
+
+def prepare(
+    config: ConfigDict, workdir: str | os.PathLike, observers: Sequence[Observer] = ()
+) -> Run:
+    """Checks everything that can be checked before work is done.
+
+    Args:
+      config: see `dhp_jax.config.default`.
+      workdir: directory of the run; made if it is not there.
+      observers: told how training goes, beside the journal in `workdir`.
+
+    Raises:
+      ValueError: a field of `config`, the data, or a `workdir` of another configuration; the
+        message names it, its value and what is possible.
+      OSError: `workdir` cannot be written.
+    """
+    check(config)
+    arguments = dict(config.model)
+    name = arguments.pop("name", None)
+    models.check_arguments(name, {**arguments, "num_classes": 1, "channels": 1})
+    source = load(config.data.name, config.data.dir)
+    if config.batch_size > source.train_size:
+        raise ConfigError(
+            f"config.batch_size: expected at most {source.train_size}, the number of training "
+            f"examples of {source.name!r}; got {config.batch_size}"
+        )
+
+    def build() -> nnx.Module:
+        return models.build(
+            name,
+            **{"num_classes": source.num_classes, "channels": source.image_shape[-1], **arguments},
+            min_channels=config.search.min_channels,
+            dtype=config.dtype,
+            rngs=nnx.Rngs(config.seed),
+        )
+
+    abstract = nnx.eval_shape(build)
+    cost = measure_cost(abstract, source.image_shape)
+    try:
+        check_budget(abstract, cost, flops=config.target)
+    except ValueError as error:
+        raise ConfigError(f"config.target: {error}") from error
+    task = Classification(source.mean, source.std, source.crop_padding, source.flip)
+    workdir = Path(workdir)
+    _claim(workdir, config)
+    return Run(config, workdir, source, task, build, cost, (*observers, Journal(workdir)))
+
+
+def execute(run: Run, *, baseline: str | os.PathLike | None = None) -> dict[str, Any]:
+    """Carries out a run, or what is left of it, and writes its report.
+
+    Args:
+      run: from `prepare`.
+      baseline: directory of a finished run with `method="baseline"`, for comparison.
+
+    Returns:
+      The summary, as in `summary.json`.
+    """
+    read = {split: jax.device_put(run.source.read(split)) for split in ("train", "test")}
+    if run.config.method == "baseline":
+        _train_baseline(run, read)
+    else:
+        _search(run, read)
+        _prune(run, read)
+        _converge(run, read)
+    return report.write(run.workdir, baseline=baseline)
+
+
+def _train_baseline(run: Run, data: Mapping[str, Data]) -> None:
+    if not _done(run, "model"):
+        ordinary = prune(run.build())
+        reinitialize(ordinary, rngs=nnx.Rngs(run.config.seed))
+        _save_trained(run, _train(run, data, "baseline", ordinary))
+
+
+def _search(run: Run, data: Mapping[str, Data]) -> None:
+    if _done(run, "search"):
+        return
+    search, cost = run.config.search, run.cost
+    budget = Budget(
+        ratio=lambda model: cost.ratio(survivor_counts(model, search.threshold)),
+        limit=run.config.target + search.stop_limit,
+    )
+    outcome = _train(run, data, "search", run.build(), budget)
+    if not outcome.progress.met_budget:
+        logger.warning(
+            "search: did not come down to %g of the FLOPs within search.epochs=%d; "
+            "pruning to the target %g anyway",
+            budget.limit,
+            search.epochs,
+            run.config.target,
+        )
+    _save(run, "search", outcome.model, outcome.progress)
+
+
+def _prune(run: Run, data: Mapping[str, Data]) -> None:
+    if _done(run, "pruned"):
+        return
+    model = checkpoint.load(run.workdir / "search")
+    small = prune(model, survivors_within(model, run.cost, flops=run.config.target))
+    _, error = test(small, run.task, data["test"], batch_size=4 * run.config.batch_size)
+    _save(run, "pruned", small, test_error=error)
+
+
+def _converge(run: Run, data: Mapping[str, Data]) -> None:
+    if not _done(run, "model"):
+        small = checkpoint.load(run.workdir / "pruned")
+        _save_trained(run, _train(run, data, "converge", small))
+
+
+def _train(
+    run: Run, data: Mapping[str, Data], name: str, model: nnx.Module, budget: Budget | None = None
+) -> Outcome:
+    config, settings = run.config, run.config[name]
+    steps_per_epoch = run.source.train_size // config.batch_size
+    schedule = drop_schedule(settings.learning_rate, settings.drops, steps_per_epoch)
+    plain = optimizer(
+        config.optimizer.name,
+        schedule,
+        momentum=config.optimizer.momentum,
+        weight_decay=config.optimizer.weight_decay,
+    )
+
+    def with_proximal_step(params: Params) -> optax.GradientTransformation:
+        vectors, _ = params
+        shrink = shrink_latents(vectors, settings.strength, schedule, settings.threshold)
+        return optax.chain(plain, optax.masked(shrink, (True, False)))
+
+    phase = Phase(
+        name=name,
+        epochs=settings.epochs,
+        learning_rate=schedule,
+        optimizer=with_proximal_step if budget else lambda params: plain,
+        budget=budget,
+    )
+    return train(
+        model,
+        phase,
+        run.task,
+        data["train"],
+        data["test"],
+        batch_size=config.batch_size,
+        log_every=config.log_every,
+        key=jax.random.fold_in(jax.random.key(config.seed), PHASES.index(name)),
+        observers=run.observers,
+    )
+
+
+def _save_trained(run: Run, outcome: Outcome) -> None:
+    """Saves the network after its best epoch on the test data, then the last, which ends the run."""
+    _save(run, "best", outcome.best_model, outcome.progress)
+    _save(run, "model", outcome.model, outcome.progress)
+
+
+def _save(
+    run: Run, name: str, model: nnx.Module, progress: Progress | None = None, **notes: Any
+) -> None:
+    """Saves a network with what a reader of the file wants to know of it."""
+    phase = None if progress is None else dataclasses.asdict(progress)
+    checkpoint.save(
+        run.workdir / name, model, input_shape=run.source.image_shape, phase=phase, **notes
+    )
+
+
+def _done(run: Run, name: str) -> bool:
+    return checkpoint.exists(run.workdir / name)
+
+
+def _claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes the directory of a run, or finds that it belongs to a run of this configuration."""
+    wanted = json.loads(config.to_json_best_effort())
+    path = workdir / CONFIG
+    if path.exists():
+        there = _flat(json.loads(path.read_text()))
+        differing = [name for name, value in _flat(wanted).items() if there.get(name) != value]
+        if differing:
+            name = differing[0]
+            raise ConfigError(
+                f"workdir: {workdir} holds a run with another configuration: config.{name} is "
+                f"{there.get(name)!r} there and {_flat(wanted)[name]!r} here"
+                f"{f' ({len(differing)} fields differ)' if len(differing) > 1 else ''}; "
+                "give another --workdir"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=1))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat

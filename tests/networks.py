@@ -1,0 +1,114 @@
+"""Tiny networks, drawn values and a jitted forward pass that several test modules share."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dhp_jax as dhp
+
+
+class Mixed(nnx.Module):
+    """A concatenation, an addition, a flattening: 4x4 images of 3 channels to 5 scores."""
+
+    def __init__(self, rngs):
+        image = dhp.Latent(3, prunable=False, rngs=rngs)
+        a, b, c = (dhp.Latent(size, min_channels=2, rngs=rngs) for size in (7, 5, 6))
+        self.left = dhp.HyperConv(image, a, (3, 3), use_bias=False, rngs=rngs)
+        self.left_norm = dhp.BatchNorm(a, momentum=0.9, rngs=rngs)
+        self.right = dhp.HyperConv(image, b, (1, 1), rngs=rngs)
+        self.join = dhp.HyperConv(dhp.concat(a, b), c, (3, 3), 2, padding=1, rngs=rngs)
+        self.join_norm = dhp.BatchNorm(c, momentum=0.9, rngs=rngs)
+        self.refine = dhp.HyperConv(c, c, (3, 3), rngs=rngs)
+        self.classifier = dhp.Linear(dhp.concat(*[c] * 4), 5, rngs=rngs)
+
+    def __call__(self, x, mask=lambda name, h: h):
+        a = mask("a", nnx.relu(self.left_norm(self.left(x))))
+        b = mask("b", nnx.relu(self.right(x)))
+        c = mask("c", nnx.relu(self.join_norm(self.join(jnp.concatenate([a, b], -1)))))
+        c = mask("c", c + self.refine(c))
+        return self.classifier(c.reshape(len(c), -1))
+
+
+MIXED_LATENTS = {"image": "left.z_in", "a": "left.z_out", "b": "right.z_out", "c": "join.z_out"}
+MIXED_INPUT = (4, 4, 3)
+
+
+class PlainMixed(nnx.Module):
+    """`Mixed` of the given widths, written with ordinary layers."""
+
+    def __init__(self, a, b, c, rngs):
+        self.left = nnx.Conv(3, a, (3, 3), use_bias=False, rngs=rngs)
+        self.left_norm = nnx.BatchNorm(a, momentum=0.9, rngs=rngs)
+        self.right = nnx.Conv(3, b, (1, 1), rngs=rngs)
+        self.join = nnx.Conv(a + b, c, (3, 3), 2, padding=1, rngs=rngs)
+        self.join_norm = nnx.BatchNorm(c, momentum=0.9, rngs=rngs)
+        self.refine = nnx.Conv(c, c, (3, 3), rngs=rngs)
+        self.classifier = nnx.Linear(4 * c, 5, rngs=rngs)
+
+    __call__ = Mixed.__call__
+
+
+def filled(make, seed=0):
+    """The module `make(rngs)`, its arrays drawn by NumPy: nothing is compiled."""
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    rng = np.random.default_rng(seed)
+
+    def draw(variable):
+        like = variable.get_value()
+        if isinstance(variable, nnx.BatchStat):
+            drawn = rng.uniform(0.5, 1.5, like.shape)
+        else:
+            drawn = 0.4 * rng.normal(size=like.shape)
+        return variable.replace(jnp.asarray(drawn.astype(like.dtype)))
+
+    flat = [(path, draw(variable)) for path, variable in nnx.to_flat_state(nnx.state(model))]
+    nnx.update(model, nnx.from_flat_state(flat))
+    return model
+
+
+def resnet20(**arguments):
+    """A quarter of a ResNet-20 with drawn values."""
+    arguments = {"depth": 20, "width": 0.25, "min_channels": 1, **arguments}
+    return filled(lambda rngs: dhp.models.build("resnet", rngs=rngs, **arguments))
+
+
+def images(*shape, seed=0):
+    """Images from N(0, 1)."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def drawn_masks(model, seed):
+    """A mask for every latent that drops about half of its entries, but never all."""
+    rng = np.random.default_rng(seed)
+    masks = {}
+    for name, z in dhp.latents(model).items():
+        masks[name] = rng.random(z.size) < 0.5 if z.prunable else np.ones(z.size, bool)
+        masks[name][rng.integers(z.size)] = True
+    return masks
+
+
+def keep_all(model):
+    """The masks that keep everything."""
+    return {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
+
+
+def run(model, x, *, train=False, **arguments):
+    """Scores, and BatchNorm statistics after them by path, of a jitted forward pass."""
+    model.train() if train else model.eval()
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def forward(state, x):
+        merged = nnx.merge(graphdef, state, copy=True)
+        return merged(x, **arguments), nnx.state(merged, nnx.BatchStat)
+
+    scores, statistics = forward(state, x)
+    flat = nnx.to_flat_state(statistics)
+    return np.asarray(scores), {path: np.asarray(stat.get_value()) for path, stat in flat}
+
+
+def arrays(model):
+    """Every array of a model by its path."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(stored.get_value()) for path, stored in flat}
