@@ -55,7 +55,7 @@ def check(config: ConfigDict) -> None:
 
 
 def check_names(config: ConfigDict, names: Iterable[str]) -> None:
-    """Raises a `ConfigError` for the first dotted name, "config.search.epochs", that is no field."""
+    """Raises a `ConfigError` for the first name ("config.search.epochs") that is no field."""
     for name in names:
         group, path = config, "config"
         for part in name.split(".")[1:]:

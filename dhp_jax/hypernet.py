@@ -65,7 +65,7 @@ def hyper_kernel(
     Reference: DHP (arXiv 2003.13683), equations 1 to 4.
     """
     z_in, z_out = (z.value() if isinstance(z, Axis) else jnp.asarray(z) for z in (z_in, z_out))
-    pair = (z_in.size, z_out.size)
+    pair = (*z_in.shape, *z_out.shape)
     spatial = w2.shape[:-3]
     m = w2.shape[-3] if w2.ndim >= 3 else 0
     expected = {
@@ -78,8 +78,8 @@ def hyper_kernel(
     for name, (array, shape) in expected.items():
         if array.shape != shape:
             raise ValueError(
-                f"hyper_kernel: {name}: expected shape {shape} for latent vectors of "
-                f"{pair[0]} and {pair[1]} entries, got {array.shape}"
+                f"hyper_kernel: {name}: expected shape {shape} for latent vectors of shapes "
+                f"{z_in.shape} and {z_out.shape}, got {array.shape}"
             )
     return _generate_jitted(z_in, z_out, HypernetArrays(b0, w1, b1, w2, b2))
 

@@ -44,21 +44,21 @@ def optimizer(
 
 
 def shrink_latents(
-    latents: nnx.State, strength: float, schedule: optax.Schedule, threshold: float
+    vectors: nnx.State, *, strength: float, schedule: optax.Schedule, threshold: float
 ) -> optax.GradientTransformation:
-    """The proximal step of the search, on each prunable latent; last in the chain.
+    """The proximal step of the search on each prunable latent; last in the chain.
 
-    A latent is shrunk only while more than its `min_channels` entries reach the threshold.
+    It transforms updates of the pair `(latent vectors, other parameters)`. A latent is shrunk only while more than its `min_channels` entries reach the threshold.
 
     Args:
-      latents: the state that the transformation will be given, of `LatentVector` variables.
+      vectors: the state of the latent vectors, of `LatentVector` variables.
       strength: regularization factor of the l1 norm.
       schedule: the learning rate of the step before it.
       threshold: entries below it in magnitude count as gone.
 
     Reference: DHP (arXiv 2003.13683), equation 8 and section 3.3.
     """
-    variables = jax.tree.leaves(latents, is_leaf=_is_variable)
+    variables = jax.tree.leaves(vectors, is_leaf=_is_variable)
     steps = []
     for floor in sorted({v.min_channels for v in variables if v.prunable}):
 
@@ -68,8 +68,8 @@ def shrink_latents(
         def concerned(variable: nnx.Variable, floor: int = floor) -> bool:
             return variable.prunable and variable.min_channels == floor
 
-        mask = jax.tree.map(concerned, latents, is_leaf=_is_variable)
-        steps.append(optax.masked(prox_l1(strength, schedule, where=still_wide), mask))
+        mask = jax.tree.map(concerned, vectors, is_leaf=_is_variable)
+        steps.append(optax.masked(prox_l1(strength, schedule, where=still_wide), (mask, False)))
     return optax.chain(*steps)
 
 

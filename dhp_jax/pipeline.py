@@ -25,6 +25,7 @@ from dhp_jax.cost import Cost, measure_cost
 from dhp_jax.data import Source, load
 from dhp_jax.journal import Journal
 from dhp_jax.layers import reinitialize
+from dhp_jax.names import unknown
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.prune import check_budget, prune, survivor_counts, survivors_within
 from dhp_jax.tasks import Classification
@@ -77,7 +78,8 @@ def prepare(
     check(config)
     arguments = dict(config.model)
     name = arguments.pop("name", None)
-    models.check_arguments(name, {**arguments, "num_classes": 1, "channels": 1})
+    if name not in models.FAMILIES:
+        raise ConfigError(unknown("config.model.name", name, models.FAMILIES))
     source = load(config.data.name, config.data.dir)
     if config.batch_size > source.train_size:
         raise ConfigError(
@@ -94,7 +96,10 @@ def prepare(
             rngs=nnx.Rngs(config.seed),
         )
 
-    abstract = nnx.eval_shape(build)
+    try:
+        abstract = nnx.eval_shape(build)
+    except ValueError as error:
+        raise ConfigError(f"config.model: {error}") from error
     cost = measure_cost(abstract, source.image_shape)
     try:
         check_budget(abstract, cost, flops=config.target)
@@ -182,9 +187,13 @@ def _train(
     )
 
     def with_proximal_step(params: Params) -> optax.GradientTransformation:
-        vectors, _ = params
-        shrink = shrink_latents(vectors, settings.strength, schedule, settings.threshold)
-        return optax.chain(plain, optax.masked(shrink, (True, False)))
+        shrink = shrink_latents(
+            params[0],
+            strength=settings.strength,
+            schedule=schedule,
+            threshold=settings.threshold,
+        )
+        return optax.chain(plain, shrink)
 
     phase = Phase(
         name=name,
@@ -207,7 +216,7 @@ def _train(
 
 
 def _save_trained(run: Run, outcome: Outcome) -> None:
-    """Saves the network after its best epoch on the test data, then the last, which ends the run."""
+    """Saves the network after its best epoch on the test data, then the last: the run's end."""
     _save(run, "best", outcome.best_model, outcome.progress)
     _save(run, "model", outcome.model, outcome.progress)
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from dhp_jax import data
-from dhp_jax.data import sources
+from dhp_jax.data import cifar
 
 CIFAR = ("cifar10", "cifar100")
 Split = collections.namedtuple("Split", "images labels")
@@ -36,13 +36,13 @@ def digits():
 
 
 def test_digits_are_1297_training_and_500_test_images_of_8x8(digits):
-    assert digits.train_images.shape == (1297, 8, 8, 1)
-    assert digits.test_images.shape == (500, 8, 8, 1)
-    assert digits.train_labels.shape == (1297,)
-    assert digits.test_labels.shape == (500,)
-    assert digits.train_images.dtype == np.uint8
-    assert digits.train_labels.dtype == np.int32
-    assert digits.train_images.max() == 16
+    assert digits.read("train")[0].shape == (1297, 8, 8, 1)
+    assert digits.read("test")[0].shape == (500, 8, 8, 1)
+    assert digits.read("train")[1].shape == (1297,)
+    assert digits.read("test")[1].shape == (500,)
+    assert digits.read("train")[0].dtype == np.uint8
+    assert digits.read("train")[1].dtype == np.int32
+    assert digits.read("train")[0].max() == 16
     assert digits.image_shape == (8, 8, 1)
     assert digits.num_classes == 10
     assert (digits.crop_padding, digits.flip) == (1, False)
@@ -57,28 +57,28 @@ def test_digits_split_is_disjoint_and_complete(digits):
 
     original = load_digits()
     together = images_with_labels(
-        np.concatenate([digits.train_images, digits.test_images]),
-        np.concatenate([digits.train_labels, digits.test_labels]),
+        np.concatenate([digits.read("train")[0], digits.read("test")[0]]),
+        np.concatenate([digits.read("train")[1], digits.read("test")[1]]),
     )
     # As multisets: an image in both parts would be there once too often.
     assert together == images_with_labels(original.images, original.target)
 
 
 def test_digits_split_is_stratified_to_within_one_image(digits):
-    test, train = np.bincount(digits.test_labels), np.bincount(digits.train_labels)
+    test, train = np.bincount(digits.read("test")[1]), np.bincount(digits.read("train")[1])
     assert np.all(np.abs(test - 500 / 1797 * (test + train)) < 1)
 
 
 def test_digits_split_ignores_every_seed(digits):
     np.random.seed(3)
     again = data.load("digits", data_dir="/nowhere")
-    np.testing.assert_array_equal(again.test_images, digits.test_images)
-    np.testing.assert_array_equal(again.train_labels, digits.train_labels)
-    assert digits.test_labels[:12].tolist() == [0, 9, 1, 5, 7, 8, 2, 3, 4, 6, 0, 9]
+    np.testing.assert_array_equal(again.read("test")[0], digits.read("test")[0])
+    np.testing.assert_array_equal(again.read("train")[1], digits.read("train")[1])
+    assert digits.read("test")[1][:12].tolist() == [0, 9, 1, 5, 7, 8, 2, 3, 4, 6, 0, 9]
 
 
 def test_digits_statistics_are_those_of_the_training_images(digits):
-    normal = np.asarray(data.normalize(digits.train_images, digits.mean, digits.std))
+    normal = np.asarray(data.normalize(digits.read("train")[0], digits.mean, digits.std))
     np.testing.assert_allclose([normal.mean(), normal.std()], [0, 1], atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("cifar", "cifar10"), ("CIFAR-100", "cifar100"), ("digit", "digits"), (7, "")],
+    [("cifar", "cifar10"), ("CIFAR-100", "cifar100"), ("digit", "digits")],
 )
 def test_an_unknown_name_is_refused_with_the_possible_ones(name, near):
     with pytest.raises(ValueError, match=r"data\.name: expected one of") as raised:
@@ -191,7 +191,7 @@ def prepared(mirror, tmp_path_factory):
 
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_downloaded_and_prepared_here_is_read_back_exactly(name, prepared, monkeypatch):
-    monkeypatch.setattr(sources, "_reachable", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(cifar, "_reachable", lambda url: pytest.fail("asked the network"))
     source = data.load(name, prepared)
 
     def records(images, labels):
@@ -202,8 +202,8 @@ def test_cifar_downloaded_and_prepared_here_is_read_back_exactly(name, prepared,
     expected = synthetic_cifar(name)
     # TFDS stores the records shuffled. The last label is the only one or the fine one.
     for split, images, labels in (
-        ("train", source.train_images, source.train_labels),
-        ("test", source.test_images, source.test_labels),
+        ("train", source.read("train")[0], source.read("train")[1]),
+        ("test", source.read("test")[0], source.read("test")[1]),
     ):
         assert images.dtype == np.uint8
         assert labels.dtype == np.int32
@@ -222,12 +222,12 @@ def test_cifar_is_looked_for_in_the_default_directory_of_tfds(prepared, monkeypa
     from tensorflow_datasets.core import constants
 
     monkeypatch.setattr(constants, "DATA_DIR", str(prepared))
-    assert len(data.load("cifar10").train_images) == 10
+    assert len(data.load("cifar10").read("train")[0]) == 10
 
 
 def test_a_tilde_in_the_data_directory_is_the_home_directory(prepared, monkeypatch):
     monkeypatch.setenv("HOME", str(prepared.parent))
-    assert len(data.load("cifar10", f"~/{prepared.name}").test_images) == 4
+    assert len(data.load("cifar10", f"~/{prepared.name}").read("test")[0]) == 4
 
 
 def test_loading_prints_nothing_and_digits_do_not_import_tfds(prepared):
@@ -260,7 +260,7 @@ def one_line_error(name, folder):
 def test_missing_data_without_network_name_the_directory_and_two_ways_out(
     name, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sources, "_reachable", lambda url: False)
+    monkeypatch.setattr(cifar, "_reachable", lambda url: False)
     message = one_line_error(name, tmp_path / "nowhere")
     assert str(tmp_path / "nowhere" / name) in message
     assert "array_record" in message
@@ -291,16 +291,16 @@ def test_a_data_directory_that_cannot_be_written_is_refused(mirror, tmp_path, mo
 
 def test_a_host_is_reachable_only_if_it_has_the_file(mirror, monkeypatch):
     download_from(mirror, monkeypatch)
-    assert sources._reachable(f"{mirror}/cifar10.tar.gz")
-    assert not sources._reachable(f"{mirror}/nothing.tar.gz")
+    assert cifar._reachable(f"{mirror}/cifar10.tar.gz")
+    assert not cifar._reachable(f"{mirror}/nothing.tar.gz")
 
 
 def test_a_host_that_refuses_or_never_answers_is_not_reachable(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        assert not sources._reachable(address, seconds=0.2)
-    assert not sources._reachable(address)
+        assert not cifar._reachable(address, seconds=0.2)
+    assert not cifar._reachable(address)
 
 
 def test_a_name_lookup_that_hangs_does_not_hold_up_the_answer(monkeypatch):
@@ -311,7 +311,7 @@ def test_a_name_lookup_that_hangs_does_not_hold_up_the_answer(monkeypatch):
         raise OSError("too late")
 
     monkeypatch.setattr("requests.head", hang)
-    assert not sources._reachable("http://somewhere", seconds=0.05)
+    assert not cifar._reachable("http://somewhere", seconds=0.05)
     over.set()
 
 

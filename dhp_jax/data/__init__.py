@@ -1,6 +1,7 @@
 """The images a run trains on, and how they are augmented and normalised."""
 
 from dhp_jax.data.augment import augment, normalize
-from dhp_jax.data.sources import NAMES, DataNotFoundError, Source, load
+from dhp_jax.data.source import DataNotFoundError, Source
+from dhp_jax.data.sources import NAMES, load
 
 __all__ = ["NAMES", "DataNotFoundError", "Source", "augment", "load", "normalize"]

@@ -31,7 +31,7 @@ def build(name: str, *, rngs: nnx.Rngs, **arguments: Any) -> nnx.Module:
     Example:
       >>> model = dhp.models.build("resnet", depth=56, num_classes=10, rngs=nnx.Rngs(0))
     """
-    check_arguments(name, arguments)
+    _check_arguments(name, arguments)
     given = dict(arguments)
     if given.get("dtype") is not None:
         given["dtype"] = _dtype(given["dtype"])
@@ -41,18 +41,18 @@ def build(name: str, *, rngs: nnx.Rngs, **arguments: Any) -> nnx.Module:
     return model
 
 
-def check_arguments(name: str, arguments: dict[str, Any]) -> None:
+def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
     """Raises a `ValueError` for an unknown family, or for arguments it does not take or lacks."""
     if name not in FAMILIES:
-        raise ValueError(unknown("model.name", name, FAMILIES))
+        raise ValueError(unknown("name", name, FAMILIES))
     parameters = dict(inspect.signature(FAMILIES[name].__init__).parameters)
     del parameters["self"], parameters["rngs"]
     for argument in arguments:
         if argument not in parameters:
-            raise ValueError(unknown("model", argument, parameters))
+            raise ValueError(unknown(f"{argument}: unknown argument", argument, parameters))
     for argument, parameter in parameters.items():
         if parameter.default is parameter.empty and argument not in arguments:
-            raise ValueError(f"model.{argument}: expected a value, got none")
+            raise ValueError(f"{argument}: expected a value, got none")
 
 
 def _dtype(given: Any) -> jnp.dtype:

@@ -1,6 +1,6 @@
 """ResNet-20 on CIFAR-10 at half the FLOPs.
 
-Reproduces: DHP-50, test error 8.46 % at 51.80 % of the FLOPs and 56.13 % of the params; the unpruned
+Reproduces DHP-50: test error 8.46 % at 51.80 % of the FLOPs and 56.13 % of the params; the unpruned
 network has 7.46 % (table 1 of the paper). Here the FLOPs are at most 50 %, exactly counted.
 
     python experiments/main.py --config=experiments/configs/resnet20.py

@@ -1,0 +1,362 @@
+"""Layers on latents: each equals its ordinary counterpart, whole and pruned."""
+
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+from networks import arrays, filled, images
+import numpy as np
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax.layers import Prunable, reinitialize
+
+
+def plain_axes(rngs):
+    return dhp.Latent(5, rngs=rngs), dhp.Latent(7, rngs=rngs)
+
+
+def nested_axes(rngs):
+    a, b = dhp.Latent(3, rngs=rngs), dhp.Latent(2, rngs=rngs)
+    return dhp.concat(a, b), dhp.concat(dhp.repeat(b, 2), a)
+
+
+def shared_axes(rngs):
+    return (dhp.Latent(4, rngs=rngs),) * 2
+
+
+AXES = [plain_axes, nested_axes, shared_axes]
+
+
+def conv(axes=plain_axes, kernel_size=(3, 3), strides=1, **options):
+    return filled(
+        lambda rngs: dhp.HyperConv(*axes(rngs), kernel_size, strides, rngs=rngs, **options)
+    )
+
+
+def kernel_by_numpy(layer):
+    z_in, z_out = (np.asarray(z.value(), np.float64) for z in (layer.z_in, layer.z_out))
+    b0, w1, b1, w2, b2 = (
+        np.asarray(getattr(layer, name)[...], np.float64) for name in ("b0", "w1", "b1", "w2", "b2")
+    )
+    return np.sum(w2 * ((np.outer(z_in, z_out) + b0) * w1 + b1), axis=-3) + b2
+
+
+def masks_of(layer, bits):
+    """A mask for every latent of a layer, from the bits of a number; none keeps nothing."""
+    masks = {}
+    for z in dhp.latents(layer).values():
+        masks[z] = np.array([bits >> i & 1 for i in range(z.size)], bool)
+        masks[z][bits % z.size] = True
+        bits >>= z.size
+    return masks
+
+
+# HyperConv
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize(
+    ("kernel_size", "strides", "options"),
+    [
+        ((3, 3), 1, {}),
+        ((3, 3), 2, {"padding": 1}),
+        ((3, 3), (2, 1), {"padding": "VALID", "use_bias": False}),
+        ((1, 1), 2, {"padding": 0}),
+        ((3, 2), 1, {"padding": ((1, 0), (2, 1)), "kernel_dilation": 2}),
+        ((3, 3), 1, {"padding": "SAME", "kernel_dilation": (1, 2), "input_dilation": 2}),
+        ((2, 2), 1, {"padding": "CIRCULAR", "embedding": 3}),
+    ],
+)
+def test_hyper_conv_is_the_convolution_with_its_kernel(axes, kernel_size, strides, options):
+    layer = conv(axes, kernel_size, strides, **options)
+    options = {name: value for name, value in options.items() if name != "embedding"}
+    by_hand = nnx.eval_shape(
+        lambda: nnx.Conv(
+            layer.z_in.size, layer.z_out.size, kernel_size, strides, rngs=nnx.Rngs(0), **options
+        )
+    )
+    by_hand.kernel.set_value(jnp.asarray(kernel_by_numpy(layer), jnp.float32))
+    if by_hand.use_bias:
+        by_hand.bias.set_value(layer.bias[...])
+    x = images(2, 6, 7, layer.z_in.size)
+    np.testing.assert_allclose(layer(x), by_hand(x), rtol=1e-4, atol=1e-4)
+
+
+def test_hyper_conv_works_on_signals_and_volumes():
+    for kernel_size, shape in ((3, (2, 9, 5)), ((2, 3, 1), (1, 4, 5, 3, 5))):
+        layer = conv(kernel_size=kernel_size, use_bias=False, padding="VALID")
+        x, kernel = images(*shape), kernel_by_numpy(layer)
+        windows = np.lib.stride_tricks.sliding_window_view(
+            np.asarray(x, np.float64), layer.kernel_size, axis=tuple(range(1, x.ndim - 1))
+        )
+        taps = "abc"[: len(layer.kernel_size)]
+        expected = np.einsum(f"...i{taps},{taps}io->...o", windows, kernel)
+        np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hyper_conv_keeps_the_settings_of_the_convolution_it_turns_into():
+    options = {
+        "padding": 2,
+        "input_dilation": 2,
+        "kernel_dilation": 3,
+        "use_bias": False,
+        "dtype": jnp.bfloat16,
+        "precision": "highest",
+    }
+    plain = conv(strides=2, **options).plain()
+    assert type(plain) is nnx.Conv
+    for name, value in {"strides": 2, "kernel_size": (3, 3), **options}.items():
+        assert getattr(plain, name) == value
+    assert (plain.in_features, plain.out_features) == (5, 7)
+    assert plain.bias is None
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("use_bias", [True, False])
+@given(bits=st.integers(0, 2**12 - 1))
+@settings(deadline=None, derandomize=True, max_examples=8)
+def test_a_pruned_hyper_conv_is_the_whole_one_sliced_bit_for_bit(axes, use_bias, bits):
+    layer = conv(axes, (3, 1), use_bias=use_bias)
+    masks = masks_of(layer, bits)
+    whole, pruned = layer.plain(), layer.plain(masks)
+    kept_in = np.flatnonzero(layer.z_in.keep(masks))
+    kept_out = np.flatnonzero(layer.z_out.keep(masks))
+    expected = np.asarray(whole.kernel[...])[:, :, kept_in][..., kept_out]
+    np.testing.assert_array_equal(pruned.kernel[...], expected)
+    if use_bias:
+        np.testing.assert_array_equal(pruned.bias[...], np.asarray(layer.bias[...])[kept_out])
+    else:
+        assert pruned.bias is None
+    assert (pruned.in_features, pruned.out_features) == (len(kept_in), len(kept_out))
+    assert set(arrays(pruned)) == ({"kernel", "bias"} if use_bias else {"kernel"})
+
+
+def test_hyper_conv_computes_in_its_dtype_and_stores_in_float32():
+    layer = conv(dtype=jnp.bfloat16)
+    x = images(2, 5, 5, 5)
+    y = layer(x)
+    assert y.dtype == jnp.bfloat16
+    assert {array.dtype for array in arrays(layer).values()} == {np.dtype("float32")}
+    assert layer.plain().kernel.dtype == jnp.float32
+    layer.dtype = None
+    full = np.asarray(layer(x))
+    assert full.dtype == np.float32
+    np.testing.assert_allclose(y, full, atol=0.02 * np.abs(full).max())
+    assert np.any(np.asarray(y, np.float32) != full)  # it did compute in bfloat16
+
+
+def test_hyper_conv_stores_in_its_param_dtype():
+    layer = conv(param_dtype=jnp.bfloat16)
+    stored = arrays(layer)
+    assert {stored[name].dtype for name in ("b0", "w1", "b1", "w2", "b2", "bias")} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    assert stored["z_in.vector"].dtype == np.float32
+    assert layer.plain().kernel.dtype == jnp.bfloat16
+    assert layer(images(1, 4, 4, 5).astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_gradients_reach_both_latents_and_every_array():
+    layer = conv()
+    x = images(2, 5, 5, 5)
+    grads = arrays(nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer))
+    assert set(grads) == set(arrays(layer))
+    assert all(np.all(np.isfinite(grad)) and np.any(grad) for grad in grads.values())
+
+
+def test_a_new_hyper_conv_has_zero_biases_and_drawn_weights():
+    layer = dhp.HyperConv(*plain_axes(nnx.Rngs(0)), (3, 3), rngs=nnx.Rngs(1))
+    for name, array in arrays(layer).items():
+        assert np.any(array) == (name not in ("bias", "b0", "b1", "b2")), name
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 7), (1, 4, 4, 1), ()])
+def test_hyper_conv_refuses_other_channel_counts(shape):
+    with pytest.raises(ValueError, match=r"^HyperConv: x: expected 5 channels on axis -1, got "):
+        conv()(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("name", ["z_in", "z_out"])
+def test_hyper_conv_refuses_what_is_no_axis(name):
+    rngs = nnx.Rngs(0)
+    axes = dict(zip(("z_in", "z_out"), plain_axes(rngs), strict=True)) | {name: 16}
+    with pytest.raises(ValueError, match=f"^HyperConv: {name}: expected a Latent, .*, got 16$"):
+        dhp.HyperConv(**axes, kernel_size=(3, 3), rngs=rngs)
+
+
+# BatchNorm
+
+
+def norm(axes=plain_axes, **options):
+    """A BatchNorm over the first of two axes."""
+    return filled(lambda rngs: dhp.BatchNorm(axes(rngs)[0], rngs=rngs, **options))
+
+
+def same_norm(layer, kept=slice(None), **options):
+    """The `nnx.BatchNorm` with a layer's arrays at the given channels."""
+    size = len(np.zeros(layer.num_features)[kept])
+    by_hand = nnx.BatchNorm(size, rngs=nnx.Rngs(0), **options)
+    for name in ("scale", "bias", "mean", "var"):
+        if getattr(layer, name) is not None:
+            getattr(by_hand, name)[...] = np.asarray(getattr(layer, name)[...])[kept]
+    return by_hand
+
+
+OPTIONS = [
+    {},
+    {"momentum": 0.9, "epsilon": 1e-2},
+    {"use_bias": False, "use_scale": False},
+    {"use_fast_variance": False, "use_bias": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_is_the_ordinary_one(options, train):
+    layer = norm(**options)
+    by_hand = same_norm(layer, **options)
+    x = images(4, 3, 3, 5) + 2
+    for each in (layer, by_hand):
+        each.train() if train else each.eval()
+    np.testing.assert_array_equal(layer(x), by_hand(x))
+    for name in ("mean", "var"):
+        np.testing.assert_array_equal(getattr(layer, name)[...], getattr(by_hand, name)[...])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("train", [True, False])
+def test_a_pruned_batch_norm_carries_its_statistics_and_mode(options, train):
+    layer = norm(lambda rngs: nested_axes(rngs)[::-1], **options)
+    layer.train() if train else layer.eval()
+    masks = masks_of(layer, 0b10110)
+    kept = np.flatnonzero(layer.z.keep(masks))
+    assert 0 < len(kept) < layer.num_features
+    pruned, expected = layer.plain(masks), same_norm(layer, kept, **options)
+    assert type(pruned) is nnx.BatchNorm
+    assert pruned.use_running_average is not train
+    assert pruned.num_features == len(kept)
+    assert arrays(pruned).keys() == arrays(expected).keys()
+    for name, array in arrays(expected).items():
+        np.testing.assert_array_equal(arrays(pruned)[name], array)
+    expected.train() if train else expected.eval()
+    x = images(4, 2, 2, layer.num_features)
+    whole, y = layer(x), pruned(x[..., kept])
+    np.testing.assert_array_equal(y, expected(x[..., kept]))
+    np.testing.assert_allclose(y, np.asarray(whole)[..., kept], rtol=1e-5, atol=1e-5)
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(
+            getattr(pruned, name)[...], np.asarray(getattr(layer, name)[...])[kept], rtol=1e-5
+        )
+
+
+def test_pruning_a_batch_norm_leaves_it_as_it_was():
+    layer = norm()
+    before = arrays(layer)
+    layer.plain(masks_of(layer, 0b00101))(images(4, 2))
+    for name, array in arrays(layer).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_batch_norm_computes_in_its_dtype_and_stores_in_float32():
+    layer = norm(dtype=jnp.bfloat16)
+    assert layer(images(4, 5)).dtype == jnp.bfloat16
+    pruned = layer.plain(masks_of(layer, 0b00101))
+    assert pruned(images(4, 2)).dtype == jnp.bfloat16
+    assert {array.dtype for array in arrays(pruned).values()} == {np.dtype("float32")}
+
+
+def test_batch_norm_refuses_other_channel_counts_and_what_is_no_axis():
+    with pytest.raises(ValueError, match=r"^BatchNorm: x: expected 5 channels on axis -1, got sha"):
+        norm()(jnp.zeros((2, 4)))
+    with pytest.raises(ValueError, match=r"^BatchNorm: z: expected a Latent, .*, got 5$"):
+        dhp.BatchNorm(5, rngs=nnx.Rngs(0))
+
+
+def test_batch_norm_normalises_another_axis_than_the_last():
+    layer = norm(axis=1)
+    x = images(4, 5, 3)
+    layer.train()
+    y = np.asarray(layer(x), np.float64)
+    scale, bias = (np.asarray(a[...]) for a in (layer.scale, layer.bias))
+    np.testing.assert_allclose(y.mean((0, 2)), bias, atol=1e-5)
+    np.testing.assert_allclose(y.std((0, 2)), np.abs(scale), rtol=1e-3)
+    with pytest.raises(ValueError, match="expected 5 channels on axis 1"):
+        layer(jnp.zeros((4, 3, 5)))
+
+
+# Linear
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@given(bits=st.integers(0, 2**12 - 1))
+@settings(deadline=None, derandomize=True, max_examples=8)
+def test_a_linear_layer_is_its_rows_of_the_surviving_features(use_bias, bits):
+    layer = filled(lambda rngs: dhp.Linear(nested_axes(rngs)[1], 3, use_bias=use_bias, rngs=rngs))
+    masks = masks_of(layer, bits)
+    kept = np.flatnonzero(layer.z_in.keep(masks))
+    pruned = layer.plain(masks)
+    assert type(pruned) is nnx.Linear
+    kernel = np.asarray(layer.kernel[...])
+    bias = np.asarray(layer.bias[...]) if use_bias else np.zeros(3)
+    np.testing.assert_array_equal(pruned.kernel[...], kernel[kept])
+    assert (pruned.bias is not None) == use_bias
+    if use_bias:
+        np.testing.assert_array_equal(pruned.bias[...], bias)
+    assert (pruned.in_features, pruned.out_features) == (len(kept), 3)
+    x = np.asarray(images(2, 7))
+    np.testing.assert_allclose(layer(x), x @ kernel + bias, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(pruned(x[:, kept]), x[:, kept] @ kernel[kept] + bias, atol=1e-5)
+
+
+def test_linear_refuses_other_feature_counts_and_what_is_no_axis():
+    layer = filled(lambda rngs: dhp.Linear(plain_axes(rngs)[0], 3, rngs=rngs))
+    with pytest.raises(ValueError, match=r"^Linear: x: expected 5 channels on axis -1, got shape"):
+        layer(jnp.zeros((2, 7)))
+    with pytest.raises(ValueError, match=r"^Linear: z_in: expected a Latent, .*, got 64$"):
+        dhp.Linear(64, 10, rngs=nnx.Rngs(0))
+
+
+# All of them
+
+
+def test_layers_are_prunable_and_ordinary_ones_are_not():
+    for layer in (
+        conv(),
+        norm(),
+        filled(lambda rngs: dhp.Linear(plain_axes(rngs)[0], 3, rngs=rngs)),
+    ):
+        assert isinstance(layer, Prunable)
+    for layer in (conv().plain(), norm().plain(), nnx.Dropout(0.5)):
+        assert not isinstance(layer, Prunable)
+
+
+def test_reinitialize_draws_kernels_by_he_and_zeroes_biases():
+    model = nnx.Dict(
+        conv=filled(lambda rngs: nnx.Conv(20, 100, (3, 3), rngs=rngs)),
+        norm=norm().plain(),
+        linear=filled(lambda rngs: nnx.Linear(200, 100, use_bias=False, rngs=rngs)),
+    )
+    before = arrays(model)
+    reinitialize(model, rngs=nnx.Rngs(0))
+    after = arrays(model)
+    for name, fan_in in (("conv.kernel", 180), ("linear.kernel", 200)):
+        np.testing.assert_allclose(np.var(after[name]), 2 / fan_in, rtol=0.05)
+        assert abs(after[name].mean()) < 0.003
+        assert after[name].shape == before[name].shape
+    np.testing.assert_array_equal(after["conv.bias"], np.zeros(100))
+    for name in ("norm.scale", "norm.bias", "norm.mean", "norm.var"):
+        np.testing.assert_array_equal(after[name], before[name])
+    draws = np.concatenate(
+        [np.ravel(after[name])[:500] for name in ("conv.kernel", "linear.kernel")]
+    )
+    assert len(np.unique(draws)) == 1000
+
+
+def test_layers_work_inside_jit():
+    layer = conv(nested_axes, strides=2, padding=1)
+    graphdef, state = nnx.split(layer)
+    x = images(2, 6, 6, 5)
+    jitted = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, x)
+    np.testing.assert_allclose(jitted, layer(x), rtol=1e-5, atol=1e-5)
