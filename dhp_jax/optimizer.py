@@ -48,7 +48,8 @@ def shrink_latents(
 ) -> optax.GradientTransformation:
     """The proximal step of the search on each prunable latent; last in the chain.
 
-    It transforms updates of the pair `(latent vectors, other parameters)`. A latent is shrunk only while more than its `min_channels` entries reach the threshold.
+    It transforms updates of the pair `(latent vectors, other parameters)`. A latent is shrunk only
+    while more than its `min_channels` entries reach the threshold.
 
     Args:
       vectors: the state of the latent vectors, of `LatentVector` variables.
@@ -70,7 +71,7 @@ def shrink_latents(
 
         mask = jax.tree.map(concerned, vectors, is_leaf=_is_variable)
         steps.append(optax.masked(prox_l1(strength, schedule, where=still_wide), (mask, False)))
-    return optax.chain(*steps)
+    return optax.chain(*steps) if steps else optax.identity()
 
 
 def _is_variable(node: object) -> bool:

@@ -1,30 +1,9 @@
-"""A progress bar for a terminal: an observer of training."""
+"""Progress on a terminal, or line by line in a log: an observer of training."""
 
+import sys
 from typing import Any
 
 from tqdm import tqdm
-
-
-class ProgressBar:
-    """One bar a phase: loss, errors, what would survive, and images a second."""
-
-    def begin(self, phase: str, steps: int) -> None:
-        self.bar = tqdm(total=steps, desc=phase, unit="step", dynamic_ncols=True)
-        self.shown: dict[str, str] = {}
-
-    def step(self) -> None:
-        self.bar.update()
-
-    def record(self, values: dict[str, Any]) -> None:
-        for name, (label, form) in SHOWN.items():
-            if name in values:
-                self.shown[label] = form.format(values[name])
-        self.bar.set_postfix(self.shown)
-
-    def end(self) -> None:
-        self.bar.total = self.bar.n  # a search that has met its budget is complete
-        self.bar.close()
-
 
 SHOWN = {
     "loss": ("loss", "{:.3f}"),
@@ -34,3 +13,33 @@ SHOWN = {
     "params_ratio": ("params", "{:.1%}"),
     "examples_per_second": ("images/s", "{:.0f}"),
 }
+
+
+class ProgressBar:
+    """One bar a phase, with losses, errors, what would survive, and images a second.
+
+    Where standard error is no terminal, a line an epoch stands in for the bar.
+    """
+
+    def begin(self, phase: str, steps: int) -> None:
+        self.phase, self.total, self.shown = phase, steps, {}
+        self.bar = tqdm(
+            total=steps, desc=phase, unit="step", dynamic_ncols=True, disable=None, leave=True
+        )
+
+    def step(self) -> None:
+        self.bar.update()
+
+    def record(self, values: dict[str, Any]) -> None:
+        for name, (label, form) in SHOWN.items():
+            if name in values:
+                self.shown[label] = form.format(values[name])
+        self.bar.set_postfix(self.shown)
+        if self.bar.disable and "test_error" in values:
+            shown = ", ".join(f"{label} {value}" for label, value in self.shown.items())
+            position = f"epoch {values['epoch']}, step {values['step']} of {self.total}"
+            print(f"{self.phase}: {position}: {shown}", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        self.bar.total = self.bar.n  # a search that has met its budget is complete
+        self.bar.close()

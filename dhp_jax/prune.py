@@ -266,9 +266,12 @@ def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
         removed = {name: number // place % base for name, number in numbers.items()}
         error = _forward_error(model, input_shape, sizes, removed)
         if error is not None:
-            unpruned_error = _forward_error(model, input_shape, sizes, {})
-            if unpruned_error is not None:
-                raise unpruned_error
+            whole_error = _forward_error(model, input_shape, sizes, {})
+            if whole_error is not None:
+                raise ValueError(
+                    f"input_shape: the model does not take {input_shape}: "
+                    f"{str(whole_error).splitlines()[0]}"
+                )
             clashing = [
                 f"{name!r} ({sizes[name]} channels)"
                 for name in numbers

@@ -121,7 +121,7 @@ def summarize(result: Result, unpruned: Mapping[str, Any] | None = None) -> dict
         "unpruned_epochs": unpruned and unpruned["phases"]["baseline"]["epochs"],
         "seconds": sum(phase["seconds"] for phase in phases.values()),
         "hardware": hardware(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 
@@ -131,6 +131,11 @@ def hardware() -> str:
     if device.platform != "cpu":
         return f"{jax.device_count()} x {device.device_kind}"
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that results depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
@@ -199,13 +204,12 @@ def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
 
 def layer_table(before: Cost, after: Cost) -> str:
     """A Markdown table of every layer: channels, FLOPs and params, before and after pruning."""
-    rows = [("layer", "kind", "channels in", "channels out", "FLOPs", "", "params", "")]
+    rows = [("layer", "channels in", "channels out", "FLOPs", "", "params", "")]
     for b, a in zip(before.layers, after.layers, strict=True):
         rows.append(_layer_row(b, a))
     rows.append(
         (
             "total",
-            "",
             "",
             "",
             _arrow(before.flops, after.flops),
@@ -217,7 +221,7 @@ def layer_table(before: Cost, after: Cost) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(_cells(row, widths)) + " |" for row in rows]
     ruler = "|" + "|".join(
-        "-" * (width + 2) if i < 2 else "-" * (width + 1) + ":" for i, width in enumerate(widths)
+        "-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)
     )
     return "\n".join([lines[0], ruler + "|", *lines[1:]]) + "\n"
 
@@ -336,7 +340,6 @@ def _plot_error(axes: Axes, result: Result, unpruned: Mapping[str, Any] | None) 
 def _layer_row(before: LayerCost, after: LayerCost) -> tuple[str, ...]:
     return (
         before.path,
-        before.kind,
         _arrow(before.inputs.full, after.inputs.full),
         _arrow(before.outputs.full, after.outputs.full),
         _arrow(before.flops, after.flops),
@@ -348,7 +351,7 @@ def _layer_row(before: LayerCost, after: LayerCost) -> tuple[str, ...]:
 
 def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [
-        cell.ljust(width) if i < 2 else cell.rjust(width)
+        cell.ljust(width) if i == 0 else cell.rjust(width)
         for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
 

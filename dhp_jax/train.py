@@ -200,14 +200,7 @@ class _Loop:
     """The compiled step of a phase, and the state it goes through."""
 
     def __init__(self, model, phase, task, data, batch_size, log_every, key, observers):
-        model = nnx.clone(model)
-        model.train()
-        self.graphdef, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
-        params = (latents, weights)
-        optimizer = phase.optimizer(params)
-        self.state = _copy(
-            TrainState(params, rest, jax.jit(optimizer.init)(params), jnp.int32(0), Measures.zero())
-        )
+        self.graphdef, optimizer, self.state = start(model, phase.optimizer)
         self.phase, self.data, self.batch_size = phase, data, batch_size
         self.log_every, self.observers = log_every, observers
         examples = len(jax.tree.leaves(data)[0])
@@ -261,6 +254,20 @@ class _Loop:
     def record(self, **values: Any) -> None:
         for observer in self.observers:
             observer.record({"phase": self.phase.name, "step": self.steps, **values})
+
+
+def start(
+    model: nnx.Module, make_optimizer: Callable[[Params], optax.GradientTransformation]
+) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
+    """What the first step of a phase needs; the model is left as it was."""
+    model = nnx.clone(model)
+    model.train()
+    graphdef, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
+    params = (latents, weights)
+    optimizer = make_optimizer(params)
+    opt_state = jax.jit(optimizer.init)(params)
+    state = TrainState(params, rest, opt_state, jnp.int32(0), Measures.zero())
+    return graphdef, optimizer, _copy(state)
 
 
 def make_step(

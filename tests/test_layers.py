@@ -65,7 +65,7 @@ def masks_of(layer, bits):
         ((3, 3), (2, 1), {"padding": "VALID", "use_bias": False}),
         ((1, 1), 2, {"padding": 0}),
         ((3, 2), 1, {"padding": ((1, 0), (2, 1)), "kernel_dilation": 2}),
-        ((3, 3), 1, {"padding": "SAME", "kernel_dilation": (1, 2), "input_dilation": 2}),
+        ((3, 3), 1, {"padding": 2, "kernel_dilation": (1, 2), "input_dilation": 2}),
         ((2, 2), 1, {"padding": "CIRCULAR", "embedding": 3}),
     ],
 )

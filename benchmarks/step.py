@@ -1,0 +1,149 @@
+"""How much do the hypernetworks and the proximal step add to a training step?
+
+Times the search step against the step of the same network without latents: interleaved, in one
+process, on the same data. Both are the library's own `make_step`, augmentation included.
+
+    python benchmarks/step.py                # ResNet-20 and ResNet-56, batch 64
+    python benchmarks/step.py --quick        # a smoke run of a few seconds
+"""
+
+import argparse
+from collections.abc import Callable
+import datetime
+import json
+from pathlib import Path
+import statistics
+import subprocess
+import sys
+import time
+
+from flax import nnx
+import jax
+import numpy as np
+import optax
+
+import dhp_jax as dhp
+from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.report import hardware, versions
+from dhp_jax.tasks import Classification
+from dhp_jax.train import make_step, start
+
+STRENGTH, THRESHOLD, LEARNING_RATE = 2e-4, 5e-3, 0.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each kind that count")
+    parser.add_argument("--quick", action="store_true", help="a tiny network, few rounds")
+    parser.add_argument("--out", type=Path, help="folder for step.json and step.md")
+    options = parser.parse_args()
+    if options.quick:
+        options.depths, options.batch, options.rounds = [20], 4, 3
+    rows = [measure(depth, options) for depth in options.depths]
+    table = as_table(rows)
+    print(table)
+    if options.out is not None:
+        write(options.out, rows, table)
+
+
+def measure(depth: int, options: argparse.Namespace) -> dict:
+    """Seconds of both steps, run in turn, and the ratio of each pair."""
+    width = 0.25 if options.quick else 1.0
+    model = dhp.models.build("resnet", depth=depth, width=width, rngs=nnx.Rngs(0))
+    steps = {
+        "search": stepper(model, options.batch),
+        "plain": stepper(dhp.prune(model), options.batch),
+    }
+    for step in steps.values():  # compiles, then warms up
+        step()
+        step()
+    seconds = {name: [] for name in steps}
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - started)
+    ratios = [s / p for s, p in zip(seconds["search"], seconds["plain"], strict=True)]
+    return {
+        "model": f"ResNet-{depth}",
+        "width": width,
+        "batch": options.batch,
+        "rounds": options.rounds,
+        "search_ms": quartiles([1e3 * s for s in seconds["search"]]),
+        "plain_ms": quartiles([1e3 * s for s in seconds["plain"]]),
+        "ratio": quartiles(ratios),
+    }
+
+
+def stepper(model: nnx.Module, batch: int) -> Callable[[], None]:
+    """A function that takes one training step on random CIFAR-like images, and waits for it."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (batch, 32, 32, 3), np.uint8)
+    data = jax.device_put((images, random.integers(0, 10, batch, np.int32)))
+    task = Classification((125.0,) * 3, (63.0,) * 3, crop_padding=4, flip=True)
+    schedule = drop_schedule(LEARNING_RATE, (50,), 781)
+
+    def make_optimizer(params):
+        sgd = optimizer("sgd", schedule, momentum=0.9, weight_decay=1e-4)
+        shrink = shrink_latents(
+            params[0], strength=STRENGTH, schedule=schedule, threshold=THRESHOLD
+        )
+        return optax.chain(sgd, shrink)
+
+    graphdef, transformation, state = start(model, make_optimizer)
+    advance = make_step(graphdef, transformation, task, batch)
+    order, key = jax.numpy.arange(batch), jax.random.key(0)
+
+    def step() -> None:
+        nonlocal state
+        state = jax.block_until_ready(advance(state, data, order, 0, key))
+
+    return step
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": median, "low": low, "high": high}
+
+
+def as_table(rows: list[dict]) -> str:
+    lines = [
+        "| network | batch | search step, ms | plain step, ms | search / plain |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = [
+            "{median:{form}} ({low:{form}} to {high:{form}})".format(form=form, **row[name])
+            for name, form in (("search_ms", ".0f"), ("plain_ms", ".0f"), ("ratio", ".3f"))
+        ]
+        lines.append(f"| {row['model']} | {row['batch']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write(folder: Path, rows: list[dict], table: str) -> None:
+    """Writes the figures with what a reader needs to judge and repeat them."""
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "step.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    (folder / "step.md").write_text(
+        "# Search step against the plain network's step\n\n"
+        "Median of interleaved steps, quartiles in parentheses; the ratio is that of each pair.\n\n"
+        f"{table}\n\n"
+        f"{about['date']}, {about['hardware']}, {packages}, commit {about['commit']}\n\n"
+        f"    {about['command']}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""FLOPs and params: the published counts, what is there, and what is predicted inside jit."""
+
+import re
+
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+from networks import MIXED_INPUT, MIXED_LATENTS, Mixed, arrays, drawn_masks, filled, resnet20
+import numpy as np
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax.cost import layer_terms
+from dhp_jax.prune import survivor_counts
+
+RESNETS = {  # FLOPs, params, latents, as published for 32x32 images and 10 classes
+    20: (41_214_592, 272_474, 13),
+    56: (126_837_376, 855_770, 31),
+    110: (171_895_296, 1_147_738, 77),
+    164: (254_175_744, 1_704_154, 113),
+}
+
+
+def abstract_resnet(depth, **arguments):
+    return nnx.eval_shape(
+        lambda: dhp.models.build("resnet", depth=depth, rngs=nnx.Rngs(0), **arguments)
+    )
+
+
+def cifar_resnet_cost(depth, classes=10):
+    """FLOPs and params of a CIFAR ResNet, from its description alone."""
+    bottleneck = depth > 56
+    blocks, expansion = (depth - 2) // (9 if bottleneck else 6), 4 if bottleneck else 1
+    flops = params = 0
+
+    def conv_norm(kernel, size, inputs, outputs):
+        nonlocal flops, params
+        flops += kernel**2 * size**2 * inputs * outputs + 2 * size**2 * outputs
+        params += kernel**2 * inputs * outputs + 2 * outputs
+
+    conv_norm(3, 32, 3, 16)
+    inputs = 16
+    for size, width in ((32, 16), (16, 32), (8, 64)):
+        for block in range(blocks):
+            before = 2 * size if block == 0 and size < 32 else size
+            if bottleneck:
+                conv_norm(1, before, inputs, width)
+                conv_norm(3, size, width, width)
+                conv_norm(1, size, width, 4 * width)
+            else:
+                conv_norm(3, size, inputs, width)
+                conv_norm(3, size, width, width)
+            if inputs != expansion * width:
+                conv_norm(1, size, inputs, expansion * width)
+            inputs = expansion * width
+    return flops + inputs * classes, params + inputs * classes + classes
+
+
+@pytest.mark.parametrize("depth", RESNETS)
+def test_resnets_cost_exactly_what_is_published(depth):
+    model = abstract_resnet(depth)
+    cost = dhp.measure_cost(model, (32, 32, 3))
+    assert (cost.flops, cost.params, len(dhp.latents(model))) == RESNETS[depth]
+    assert cifar_resnet_cost(depth) == RESNETS[depth][:2]
+
+
+@pytest.mark.parametrize("depth", [32, 44])
+def test_resnets_without_published_counts_cost_what_their_description_says(depth):
+    cost = dhp.measure_cost(abstract_resnet(depth, num_classes=100), (32, 32, 3))
+    assert (cost.flops, cost.params) == cifar_resnet_cost(depth, 100)
+
+
+# The network `Mixed`, by hand
+
+
+def mixed_cost(a, b, c):
+    """FLOPs and params of `Mixed` on 4x4 images; `c` is computed on 2x2 positions."""
+    flops = (
+        (9 * 16 * 3 * a + 2 * 16 * a)
+        + 16 * 3 * b
+        + (9 * 4 * (a + b) * c + 2 * 4 * c)
+        + 9 * 4 * c * c
+        + 4 * c * 5
+    )
+    params = (
+        (9 * 3 * a + 2 * a)
+        + (3 * b + b)
+        + (9 * (a + b) * c + c + 2 * c)
+        + (9 * c * c + c)
+        + (4 * c * 5 + 5)
+    )
+    return flops, params
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    return dhp.measure_cost(filled(Mixed), MIXED_INPUT)
+
+
+def mixed_counts(a, b, c, image=3):
+    return {MIXED_LATENTS[n]: s for n, s in zip("abc", (a, b, c), strict=True)} | {
+        MIXED_LATENTS["image"]: image
+    }
+
+
+def test_the_cost_of_a_network_is_the_sum_over_its_layers(mixed):
+    assert (mixed.flops, mixed.params) == mixed_cost(7, 5, 6)
+    assert (type(mixed.flops), type(mixed.params)) == (int, int)
+    by_path = {layer.path: (layer.kind, layer.flops, layer.params) for layer in mixed.layers}
+    assert by_path == {
+        "left": ("HyperConv", 9 * 16 * 3 * 7, 9 * 3 * 7),
+        "left_norm": ("BatchNorm", 2 * 16 * 7, 2 * 7),
+        "right": ("HyperConv", 16 * 3 * 5, 3 * 5 + 5),
+        "join": ("HyperConv", 9 * 4 * 12 * 6, 9 * 12 * 6 + 6),
+        "join_norm": ("BatchNorm", 2 * 4 * 6, 2 * 6),
+        "refine": ("HyperConv", 9 * 4 * 6 * 6, 9 * 6 * 6 + 6),
+        "classifier": ("Linear", 24 * 5, 24 * 5 + 5),
+    }
+    assert [layer.path for layer in mixed.layers] == list(by_path)  # in order of execution
+    assert mixed.sizes == mixed_counts(7, 5, 6)
+
+
+@given(st.integers(1, 7), st.integers(1, 5), st.integers(1, 6))
+@settings(deadline=None, derandomize=True, max_examples=30)
+def test_the_cost_of_survivors_is_that_of_the_smaller_network(mixed, a, b, c):
+    assert mixed.given(mixed_counts(a, b, c)) == mixed_cost(a, b, c)
+    flops, params = mixed.ratio(mixed_counts(a, b, c))
+    whole = mixed_cost(7, 5, 6)
+    assert (flops * whole[0], params * whole[1]) == pytest.approx(mixed_cost(a, b, c))
+
+
+def test_costs_inside_jit_are_those_outside(mixed):
+    counts = mixed_counts(4, 2, 5)
+    names = list(counts)
+
+    @jax.jit
+    def inside(values):
+        given = dict(zip(names, values, strict=True))
+        return mixed.given(given), mixed.ratio(given)
+
+    (flops, params), ratio = inside(jnp.array([counts[name] for name in names]))
+    assert (int(flops), int(params)) == mixed_cost(4, 2, 5)
+    assert flops.dtype == params.dtype == np.int64
+    np.testing.assert_allclose(ratio, mixed.ratio(counts), rtol=1e-7)
+    assert {share.dtype for share in ratio} == {np.dtype("float32")}
+
+
+class Wide(nnx.Module):
+    """Two convolutions, of large images."""
+
+    def __init__(self, rngs):
+        image, a, b = (dhp.Latent(size, rngs=rngs) for size in (3, 61, 67))
+        self.first = dhp.HyperConv(image, a, (3, 3), rngs=rngs)
+        self.second = dhp.HyperConv(a, b, (3, 3), rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(nnx.relu(self.first(x)))
+
+
+def test_costs_are_exact_beyond_31_bits_inside_jit_too():
+    cost = dhp.measure_cost(filled(Wide), (1001, 1003, 3))
+    assert cost.flops == 9 * 1001 * 1003 * (3 * 61 + 61 * 67) > 2**35
+    counts = {"first.z_in": 3, "first.z_out": 59, "second.z_out": 53}
+    exact = 9 * 1001 * 1003 * (3 * 59 + 59 * 53)
+    assert cost.given(counts)[0] == exact
+    flops, params = jax.jit(cost.given)({name: jnp.asarray(n) for name, n in counts.items()})
+    assert int(flops) == exact
+    assert int(params) == 9 * (3 * 59 + 59 * 53) + 59 + 53
+    ratio = jax.jit(lambda counts: cost.ratio(counts)[0])(counts)
+    np.testing.assert_allclose(ratio, exact / cost.flops, rtol=1e-7)
+
+
+def test_numpy_counts_are_counts(mixed):
+    counts = {name: np.int64(count) for name, count in mixed_counts(4, 2, 5).items()}
+    assert tuple(map(int, mixed.given(counts))) == mixed_cost(4, 2, 5)
+
+
+# What is counted is what is there
+
+
+def counted_resnet20_flops(small, size):
+    """FLOPs by the arrays of a pruned ResNet-20 and the sizes of its feature maps."""
+    flops = 0
+
+    def conv_norm(layer, size):
+        nonlocal flops
+        flops += layer.conv.kernel.size * size**2 + 2 * layer.norm.scale.size * size**2
+
+    conv_norm(small.stem, size)
+    for number, block in enumerate(small.blocks):
+        block_size = size >> number // 3
+        for layer in [*block.layers, block.projection]:
+            if layer is not None:
+                conv_norm(layer, block_size)
+    return flops + small.classifier.kernel.size
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_pruned_resnet_costs_what_its_arrays_say_and_what_was_predicted(seed):
+    model = resnet20()
+    masks = drawn_masks(model, seed)
+    small = dhp.prune(model, masks)
+    found = dhp.measure_cost(small, (16, 16, 3))
+    params = sum(p.get_value().size for _, p in nnx.to_flat_state(nnx.state(small, nnx.Param)))
+    assert (found.flops, found.params) == (counted_resnet20_flops(small, 16), params)
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    assert dhp.measure_cost(model, (16, 16, 3)).given(counts) == (found.flops, found.params)
+
+
+def test_the_prediction_inside_jit_is_the_cost_of_the_pruned_network():
+    model = resnet20(min_channels=2)
+    cost = dhp.measure_cost(model, (32, 32, 3))
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def predicted(state, threshold):
+        return cost.given(survivor_counts(nnx.merge(graphdef, state, copy=True), threshold))
+
+    for threshold in (0.0, 0.2, 0.5, 10.0):
+        small = dhp.prune(model, dhp.survivors(model, threshold))
+        found = dhp.measure_cost(small, (32, 32, 3))
+        assert tuple(map(int, predicted(state, threshold))) == (found.flops, found.params)
+        params = sum(p.get_value().size for _, p in nnx.to_flat_state(nnx.state(small, nnx.Param)))
+        assert (found.flops, found.params) == (counted_resnet20_flops(small, 32), params)
+
+
+def test_a_pruned_network_of_ones_own_costs_what_its_arrays_say():
+    model = filled(Mixed)
+    masks = drawn_masks(model, 1)
+    widths = [int(masks[MIXED_LATENTS[name]].sum()) for name in "abc"]
+    found = dhp.measure_cost(dhp.prune(model, masks), MIXED_INPUT)
+    assert (found.flops, found.params) == mixed_cost(*widths)
+    assert found.sizes == {}
+    assert found.given({}) == mixed_cost(*widths)
+
+
+# Ordinary layers, and more than one call
+
+
+class Net(nnx.Module):
+    def __init__(self, forward, **layers):
+        self.forward = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def __call__(self, x):
+        return self.forward(self, x)
+
+
+RNGS = nnx.Rngs(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "flops", "params"),
+    [
+        (lambda: nnx.Conv(3, 8, (3, 5), padding="VALID", rngs=RNGS), 15 * 6 * 4 * 24, 15 * 24 + 8),
+        (lambda: nnx.Conv(3, 8, (1, 1), 2, use_bias=False, rngs=RNGS), 4 * 4 * 24, 24),
+        (lambda: nnx.Conv(3, 9, (3, 3), feature_group_count=3, rngs=RNGS), 9 * 64 * 9, 9 * 9 + 9),
+        (lambda: nnx.Linear(3, 7, rngs=RNGS), 64 * 21, 21 + 7),
+        (lambda: nnx.Linear(3, 7, use_bias=False, rngs=RNGS), 64 * 21, 21),
+        (lambda: nnx.BatchNorm(3, rngs=RNGS), 2 * 64 * 3, 6),
+        (lambda: nnx.BatchNorm(3, use_scale=False, rngs=RNGS), 2 * 64 * 3, 3),
+        (lambda: nnx.Dropout(0.5, rngs=RNGS), 0, 0),
+    ],
+)
+def test_ordinary_layers_are_counted(make, flops, params):
+    cost = dhp.measure_cost(Net(lambda net, x: net.layer(x), layer=make()), (8, 8, 3))
+    assert (cost.flops, cost.params) == (flops, params)
+    params_there = nnx.to_flat_state(nnx.state(make(), nnx.Param))
+    assert cost.params == sum(p.get_value().size for _, p in params_there)
+
+
+def test_a_layer_alone_is_a_model():
+    assert dhp.measure_cost(nnx.Linear(3, 7, rngs=RNGS), (3,)).flops == 21
+
+
+def test_a_layer_that_is_called_again_costs_flops_again_but_no_params():
+    def make(rngs):
+        z = dhp.Latent(6, rngs=rngs)
+        conv = dhp.HyperConv(z, z, (3, 3), rngs=rngs)
+        return Net(lambda net, x: net.conv(net.also(net.conv(x))), conv=conv, also=conv)
+
+    cost = dhp.measure_cost(filled(make), (5, 5, 6))
+    assert (cost.flops, cost.params) == (3 * 9 * 25 * 36, 9 * 36 + 6)
+    assert cost.given({"also.z_in": 2}) == (3 * 9 * 25 * 4, 9 * 4 + 2)
+
+
+def test_a_layer_that_is_not_called_costs_nothing():
+    net = Net(
+        lambda net, x: net.used(x),
+        used=nnx.Linear(3, 2, rngs=RNGS),
+        idle=nnx.Linear(3, 9, rngs=RNGS),
+    )
+    cost = dhp.measure_cost(net, (3,))
+    assert (cost.flops, cost.params) == (6, 8)
+
+
+def test_a_layer_of_ones_own_can_be_counted():
+    class Scale(nnx.Module):
+        def __init__(self, z):
+            self.z, self.scale = z, nnx.Param(jnp.ones(z.size))
+
+        def __call__(self, x):
+            return x * self.scale
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.scale = Scale(dhp.Latent(6, rngs=rngs))
+
+        def __call__(self, x):
+            return self.scale(x)
+
+    assert dhp.measure_cost(filled(Net), (4, 4, 6)).flops == 0
+
+    @layer_terms.register(Scale)  # a class of this test only
+    def _(layer, output_shape):
+        return layer.z, layer.z, (0, int(np.prod(output_shape[:-1]))), (0, 1)
+
+    cost = dhp.measure_cost(filled(Net), (4, 4, 6))
+    assert (cost.flops, cost.params) == (16 * 6, 6)
+    assert cost.given({"scale.z": 2}) == (32, 2)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_measuring_leaves_the_model_as_it_was(train):
+    model = filled(Mixed)
+    model.train() if train else model.eval()
+    before, classes = arrays(model), [type(module) for _, module in nnx.iter_modules(model)]
+    dhp.measure_cost(model, MIXED_INPUT)
+    assert model.join_norm.use_running_average is not train
+    assert [type(module) for _, module in nnx.iter_modules(model)] == classes
+    after = arrays(model)
+    assert after.keys() == before.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 4, 5), "HyperConv: x: expected 3 channels on axis -1, got shape (1, 4, 4, 5)"),
+        ((5, 5, 3), "Linear: x: expected 24 channels on axis -1, got shape (1, 54)"),
+    ],
+)
+def test_an_input_that_the_model_does_not_take_is_refused(shape, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dhp.measure_cost(filled(Mixed), shape)
