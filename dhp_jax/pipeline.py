@@ -8,6 +8,7 @@ ends with the same bits as a run that was never stopped.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from dataclasses import dataclass
+import functools
 import json
 import logging
 import os
@@ -29,11 +30,23 @@ from dhp_jax.names import unknown
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.prune import check_budget, prune, survivor_counts, survivors_within
 from dhp_jax.tasks import Classification
-from dhp_jax.train import Budget, Data, Observer, Outcome, Params, Phase, Progress, test, train
+from dhp_jax.train import (
+    Budget,
+    Data,
+    Observer,
+    Outcome,
+    Params,
+    Phase,
+    Progress,
+    Task,
+    evaluate,
+    train,
+)
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
+MAY_CHANGE = ("data.dir",)  # fields of a run that is started again in its directory
 PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
 
 
@@ -54,7 +67,7 @@ class Run:
     config: ConfigDict
     workdir: Path
     source: Source
-    task: Classification
+    task: Task
     build: Callable[[], nnx.Module]
     cost: Cost
     observers: Sequence[Observer] = ()
@@ -121,24 +134,28 @@ def execute(run: Run, *, baseline: str | os.PathLike | None = None) -> dict[str,
     Returns:
       The summary, as in `summary.json`.
     """
-    read = {split: jax.device_put(run.source.read(split)) for split in ("train", "test")}
+
+    @functools.cache
+    def data(split: str) -> Data:  # a run that is finished reads none
+        return jax.device_put(run.source.read(split))
+
     if run.config.method == "baseline":
-        _train_baseline(run, read)
+        _train_baseline(run, data)
     else:
-        _search(run, read)
-        _prune(run, read)
-        _converge(run, read)
+        _search(run, data)
+        _prune(run, data)
+        _converge(run, data)
     return report.write(run.workdir, baseline=baseline)
 
 
-def _train_baseline(run: Run, data: Mapping[str, Data]) -> None:
+def _train_baseline(run: Run, data: Callable[[str], Data]) -> None:
     if not _done(run, "model"):
         ordinary = prune(run.build())
         reinitialize(ordinary, rngs=nnx.Rngs(run.config.seed))
         _save_trained(run, _train(run, data, "baseline", ordinary))
 
 
-def _search(run: Run, data: Mapping[str, Data]) -> None:
+def _search(run: Run, data: Callable[[str], Data]) -> None:
     if _done(run, "search"):
         return
     search, cost = run.config.search, run.cost
@@ -158,23 +175,27 @@ def _search(run: Run, data: Mapping[str, Data]) -> None:
     _save(run, "search", outcome.model, outcome.progress)
 
 
-def _prune(run: Run, data: Mapping[str, Data]) -> None:
+def _prune(run: Run, data: Callable[[str], Data]) -> None:
     if _done(run, "pruned"):
         return
     model = checkpoint.load(run.workdir / "search")
     small = prune(model, survivors_within(model, run.cost, flops=run.config.target))
-    _, error = test(small, run.task, data["test"], batch_size=4 * run.config.batch_size)
+    _, error = evaluate(small, run.task, data("test"), batch_size=4 * run.config.batch_size)
     _save(run, "pruned", small, test_error=error)
 
 
-def _converge(run: Run, data: Mapping[str, Data]) -> None:
+def _converge(run: Run, data: Callable[[str], Data]) -> None:
     if not _done(run, "model"):
         small = checkpoint.load(run.workdir / "pruned")
         _save_trained(run, _train(run, data, "converge", small))
 
 
 def _train(
-    run: Run, data: Mapping[str, Data], name: str, model: nnx.Module, budget: Budget | None = None
+    run: Run,
+    data: Callable[[str], Data],
+    name: str,
+    model: nnx.Module,
+    budget: Budget | None = None,
 ) -> Outcome:
     config, settings = run.config, run.config[name]
     steps_per_epoch = run.source.train_size // config.batch_size
@@ -206,8 +227,8 @@ def _train(
         model,
         phase,
         run.task,
-        data["train"],
-        data["test"],
+        data("train"),
+        data("test"),
         batch_size=config.batch_size,
         log_every=config.log_every,
         key=jax.random.fold_in(jax.random.key(config.seed), PHASES.index(name)),
@@ -241,7 +262,11 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     path = workdir / CONFIG
     if path.exists():
         there = _flat(json.loads(path.read_text()))
-        differing = [name for name, value in _flat(wanted).items() if there.get(name) != value]
+        differing = [
+            name
+            for name, value in _flat(wanted).items()
+            if there.get(name) != value and name not in MAY_CHANGE
+        ]
         if differing:
             name = differing[0]
             raise ConfigError(

@@ -174,10 +174,10 @@ def train(
     best_error, best_epoch, best = math.inf, 0, None
     last_error, met_budget, epoch = math.nan, False, 0
     while epoch < phase.epochs and not met_budget:
-        met_budget = loop.run_epoch(epoch)
         epoch += 1
+        values, met_budget = loop.run_epoch(epoch)
         test_loss, last_error = evaluate(loop.state.params, loop.state.rest)
-        loop.record(epoch=epoch, test_loss=test_loss, test_error=last_error)
+        loop.record(values | {"test_loss": test_loss, "test_error": last_error})
         if last_error < best_error:
             best_error, best_epoch = last_error, epoch
             best = None if phase.budget else _copy((loop.state.params, loop.state.rest))
@@ -206,7 +206,6 @@ class _Loop:
         examples = len(jax.tree.leaves(data)[0])
         self.steps_per_epoch = examples // batch_size
         self.steps = 0
-        self.clock, self.clock_steps = time.perf_counter(), 0
         self.order_key, self.step_key = jax.random.split(key)
         self.permute = jax.jit(lambda k: jax.random.permutation(k, examples))
         self.advance = make_step(self.graphdef, optimizer, task, batch_size)
@@ -216,42 +215,55 @@ class _Loop:
     def model(self, params: Params, rest: nnx.State) -> nnx.Module:
         return nnx.merge(self.graphdef, *params, rest, copy=True)
 
-    def run_epoch(self, epoch: int) -> bool:
-        """Trains for an epoch, or until the budget is met; returns whether it is."""
+    def run_epoch(self, epoch: int) -> tuple[dict[str, Any], bool]:
+        """Trains for an epoch, or until the budget is met.
+
+        Returns what it last measured, and whether the budget is met.
+        """
         order = self.permute(jax.random.fold_in(self.order_key, epoch))
+        self.clock = time.perf_counter(), self.steps
         for position in range(self.steps_per_epoch):
             self.state = self.advance(self.state, self.data, order, position, self.step_key)
             self.steps += 1
             for observer in self.observers:
                 observer.step()
-            if self.steps % self.log_every == 0 and self._look(epoch):
-                return True
-        return False
+            if self.steps == 1:  # what compiling takes is not the speed of training
+                jax.block_until_ready(self.state)
+                self.clock = time.perf_counter(), self.steps
+            last = position == self.steps_per_epoch - 1
+            if last or self.steps % self.log_every == 0:
+                values = self._measure(epoch)
+                met_budget = self._meets_budget(values)
+                if last or met_budget:
+                    return values, met_budget
+                self.record(values)
+        raise AssertionError("an epoch has at least one step")
 
-    def _look(self, epoch: int) -> bool:
-        """Records the training measures since the last look; returns whether the budget is met."""
+    def _measure(self, epoch: int) -> dict[str, Any]:
+        """The training measures since they were last read, and what of the network survives."""
         loss, error = self.state.measures.means()
+        rate = float(self.phase.learning_rate(self.steps - 1))
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"{self.phase.name}: the loss is {loss} at step {self.steps} "
-                f"(learning rate {float(self.phase.learning_rate(self.steps)):g})"
+                f"{self.phase.name}: the loss is {loss} at step {self.steps}, "
+                f"at a learning rate of {rate:g}"
             )
         self.state = self.state._replace(measures=Measures.zero())
-        values = {"epoch": epoch + 1, "loss": loss, "error": error}
-        met = False
+        values = {"epoch": epoch, "loss": loss, "error": error, "learning_rate": rate}
+        (then, steps), now = self.clock, time.perf_counter()
+        if self.steps > steps:
+            values["examples_per_second"] = (self.steps - steps) * self.batch_size / (now - then)
+        self.clock = now, self.steps
         if self.phase.budget is not None:
             flops, params = map(float, self.ratio(self.state.params, self.state.rest))
             values |= {"flops_ratio": flops, "params_ratio": params}
-            met = flops <= self.phase.budget.limit
-        now = time.perf_counter()
-        values["learning_rate"] = float(self.phase.learning_rate(self.steps - 1))
-        seconds, steps = now - self.clock, self.steps - self.clock_steps
-        values["examples_per_second"] = steps * self.batch_size / seconds
-        self.clock, self.clock_steps = now, self.steps
-        self.record(**values)
-        return met
+        return values
 
-    def record(self, **values: Any) -> None:
+    def _meets_budget(self, values: dict[str, Any]) -> bool:
+        budget = self.phase.budget
+        return budget is not None and values["flops_ratio"] <= budget.limit
+
+    def record(self, values: dict[str, Any]) -> None:
         for observer in self.observers:
             observer.record({"phase": self.phase.name, "step": self.steps, **values})
 
@@ -327,16 +339,16 @@ def evaluation(
             measures.examples + jnp.sum(counted),
         )
 
-    def evaluate(params: Params, rest: nnx.State) -> tuple[float, float]:
+    def run(params: Params, rest: nnx.State) -> tuple[float, float]:
         measures = Measures.zero()
         for start in range(0, examples, batch_size):
             measures = add(measures, params, rest, data, start)
         return measures.means()
 
-    return evaluate
+    return run
 
 
-def test(model: nnx.Module, task: Task, data: Data, *, batch_size: int) -> tuple[float, float]:
+def evaluate(model: nnx.Module, task: Task, data: Data, *, batch_size: int) -> tuple[float, float]:
     """Mean loss and mean error of a model over all of the data, in evaluation mode."""
     _, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
     return evaluation(model, task, data, batch_size=batch_size)((latents, weights), rest)

@@ -1,5 +1,7 @@
 """Tiny networks, drawn values and a jitted forward pass that several test modules share."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -93,19 +95,20 @@ def keep_all(model):
     return {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
 
 
-def run(model, x, *, train=False, **arguments):
+def run(model, x, *, train=False, mask=None):
     """Scores, and BatchNorm statistics after them by path, of a jitted forward pass."""
     model.train() if train else model.eval()
     graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def forward(state, x):
-        merged = nnx.merge(graphdef, state, copy=True)
-        return merged(x, **arguments), nnx.state(merged, nnx.BatchStat)
-
-    scores, statistics = forward(state, x)
+    scores, statistics = _forward(graphdef, state, x, mask)
     flat = nnx.to_flat_state(statistics)
     return np.asarray(scores), {path: np.asarray(stat.get_value()) for path, stat in flat}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _forward(graphdef, state, x, mask):
+    model = nnx.merge(graphdef, state, copy=True)
+    scores = model(x) if mask is None else model(x, mask)
+    return scores, nnx.state(model, nnx.BatchStat)
 
 
 def arrays(model):

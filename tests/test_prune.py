@@ -252,7 +252,7 @@ def train_step_jaxpr(model, x, optimizer):
 def test_the_train_step_of_a_pruned_network_is_that_of_an_ordinary_one():
     model = filled(Mixed)
     masks = mixed_masks([1, 0, 1, 1, 0, 0, 1], [1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1])
-    small, by_hand = dhp.prune(model, masks), PlainMixed(4, 3, 5, nnx.Rngs(0))
+    small, by_hand = dhp.prune(model, masks), filled(lambda rngs: PlainMixed(4, 3, 5, rngs))
     small.train()
     by_hand.train()
     optimizer, x = optax.sgd(0.1, momentum=0.9), images(2, *MIXED_INPUT)

@@ -1,0 +1,391 @@
+"""Networks on disk: what is saved is what is loaded, or it is refused in one line."""
+
+import json
+import re
+import shutil
+
+from flax import nnx
+import jax
+from jax.experimental.layout import Format, Layout
+import jax.numpy as jnp
+from networks import MIXED_INPUT, Mixed, arrays, drawn_masks, filled, images, resnet20, run
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import dhp_jax as dhp
+from dhp_jax import checkpoint
+from dhp_jax.architecture import architecture_of
+from dhp_jax.checkpoint import ARRAYS, DESCRIPTION, ArtifactError
+
+X = images(3, 8, 8, 3)
+
+
+def check_same_network(found, expected, x=X):
+    found_arrays, expected_arrays = arrays(found), arrays(expected)
+    assert found_arrays.keys() == expected_arrays.keys()
+    for name, array in expected_arrays.items():
+        assert found_arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(found_arrays[name], array)
+    assert type(found) is type(expected)
+    np.testing.assert_array_equal(run(found, x)[0], run(expected, x)[0])
+
+
+def pruned_resnet20(**arguments):
+    model = resnet20(**arguments)
+    return dhp.prune(model, drawn_masks(model, 0))
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("make", [resnet20, pruned_resnet20])
+@pytest.mark.parametrize("arguments", [{}, {"dtype": "bfloat16", "num_classes": 7, "width": 0.3}])
+def test_a_network_of_a_family_is_loaded_bit_for_bit(tmp_path, make, arguments):
+    model = make(**arguments)
+    dhp.save(tmp_path / "out", model)
+    loaded = dhp.load(tmp_path / "out")
+    check_same_network(loaded, model)
+    assert architecture_of(loaded) == architecture_of(model)
+    assert dhp.latents(loaded).keys() == dhp.latents(model).keys()
+    for name, z in dhp.latents(model).items():
+        again = dhp.latents(loaded)[name]
+        assert (again.prunable, again.min_channels) == (z.prunable, z.min_channels)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_network_of_ones_own_is_loaded_with_the_function_that_builds_it(tmp_path, pruned):
+    model = filled(Mixed)
+    model = dhp.prune(model, drawn_masks(model, 0)) if pruned else model
+    dhp.save(tmp_path, model)
+    check_same_network(dhp.load(tmp_path, build=Mixed), model, images(2, *MIXED_INPUT))
+
+
+def test_a_loaded_network_can_be_saved_and_loaded_again(tmp_path):
+    small = pruned_resnet20()
+    dhp.save(tmp_path / "first", small)
+    dhp.save(tmp_path / "second", dhp.load(tmp_path / "first"))
+    check_same_network(dhp.load(tmp_path / "second"), small)
+    for name in (DESCRIPTION, ARRAYS):
+        first, second = (tmp_path / folder / name for folder in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+class Noisy(nnx.Module):
+    """Dropout and a constant array besides a layer on a latent."""
+
+    def __init__(self, rngs):
+        self.shift = nnx.data(np.arange(6.0, dtype=np.float32))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.linear = dhp.Linear(dhp.Latent(6, rngs=rngs), 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(self.dropout(x + self.shift))
+
+
+def test_random_generators_and_constant_arrays_are_kept(tmp_path):
+    model = Noisy(nnx.Rngs(params=0, dropout=5))
+    model.shift = model.shift + 1
+    x = images(2, 6)
+    model.train()
+    model(x)  # advances the generator
+    dhp.save(tmp_path, model)
+    loaded = dhp.load(tmp_path, build=Noisy)
+    np.testing.assert_array_equal(loaded.shift, np.arange(6) + 1)
+    loaded.train()
+    for _ in range(2):
+        found, expected = loaded(x), model(x)
+        np.testing.assert_array_equal(found, expected)
+    loaded.eval()
+    model.eval()
+    np.testing.assert_array_equal(loaded(x), model(x))
+    assert np.any(np.asarray(loaded(x)) != expected)  # dropout had an effect
+
+
+def test_a_network_in_bfloat16_is_loaded_bit_for_bit(tmp_path):
+    def build(rngs):
+        axes = (dhp.Latent(size, rngs=rngs) for size in (3, 5))
+        return dhp.HyperConv(*axes, (3, 3), param_dtype=jnp.bfloat16, rngs=rngs)
+
+    model = filled(build)
+    dhp.save(tmp_path, model)
+    check_same_network(dhp.load(tmp_path, build=build), model)
+
+
+def test_arrays_whose_memory_is_not_row_major_are_saved_as_they_are(tmp_path):
+    model = filled(lambda rngs: nnx.Linear(4, 3, rngs=rngs))
+    kernel = np.asarray(model.kernel[...])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    column_major = jax.device_put(kernel, Format(Layout((1, 0)), device))
+    assert not np.asarray(column_major).flags.c_contiguous
+    model.kernel.set_value(column_major)
+    dhp.save(tmp_path, model)
+    np.testing.assert_array_equal(load_file(tmp_path / ARRAYS)["kernel"], kernel)
+
+
+def test_a_loaded_network_is_in_evaluation_mode(tmp_path):
+    model = filled(Mixed)
+    model.train()
+    dhp.save(tmp_path, model)
+    loaded = dhp.load(tmp_path, build=Mixed)
+    assert loaded.join_norm.use_running_average
+    before = arrays(loaded)
+    loaded(images(3, *MIXED_INPUT))
+    for name, array in arrays(loaded).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def trained(model, x):
+    """Losses of two steps of gradient descent, and the arrays after them."""
+    model.train()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def step(params, rest):
+        def loss(params):
+            merged = nnx.merge(graphdef, params, rest, copy=True)
+            errors = optax.softmax_cross_entropy_with_integer_labels(merged(x), jnp.arange(len(x)))
+            return errors.mean(), nnx.state(merged, nnx.BatchStat)
+
+        (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), rest
+
+    losses = []
+    for _ in range(2):
+        value, params, rest = step(params, rest)
+        losses.append(float(value))
+    return losses, arrays(nnx.merge(graphdef, params, rest))
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+def test_a_loaded_network_trains_as_the_saved_one_would(tmp_path, pruned):
+    model, x = filled(Mixed), images(3, *MIXED_INPUT)
+    model = dhp.prune(model, drawn_masks(model, 0)) if pruned else model
+    dhp.save(tmp_path, model)
+    losses, found = trained(dhp.load(tmp_path, build=Mixed), x)
+    expected_losses, expected = trained(model, x)
+    assert losses == expected_losses
+    assert losses[1] < losses[0]
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+# What lies in the folder
+
+
+def test_the_folder_holds_json_and_safetensors_only(tmp_path):
+    model = filled(Mixed)
+    dhp.save(tmp_path / "a" / "b", dhp.prune(model, drawn_masks(model, 0)), test_error=8.46)
+    folder = tmp_path / "a" / "b"
+    assert sorted(path.name for path in folder.iterdir()) == [ARRAYS, DESCRIPTION]
+    assert [path.name for path in folder.parent.iterdir()] == ["b"]
+    description = json.loads((folder / DESCRIPTION).read_text())
+    assert (description["format"], description["version"]) == ("dhp_jax", 1)
+    assert description["notes"] == {"test_error": 8.46}
+    stored = load_file(folder / ARRAYS)
+    assert description["arrays"] == {
+        name: {"shape": list(array.shape), "dtype": str(array.dtype)}
+        for name, array in stored.items()
+    }
+    header = (folder / ARRAYS).read_bytes()[8:]
+    assert header.startswith(b"{")  # no pickle, whose first byte is 0x80
+
+
+def test_the_description_tells_what_survived(tmp_path):
+    model = filled(Mixed)
+    masks = drawn_masks(model, 0)
+    dhp.save(tmp_path, dhp.prune(model, masks))
+    description = checkpoint.read_description(tmp_path)
+    kept = {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()}
+    assert description["survivors"] == kept
+    assert description["family"] is None
+
+
+def test_a_network_that_is_there_is_replaced(tmp_path):
+    first, second = filled(Mixed, 0), filled(Mixed, 1)
+    for model in (first, second):
+        dhp.save(tmp_path / "out", model)
+    check_same_network(dhp.load(tmp_path / "out", build=Mixed), second, images(1, *MIXED_INPUT))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("fails", ["write", "note"])
+def test_a_save_that_fails_leaves_the_network_that_was_there(tmp_path, monkeypatch, fails):
+    model = filled(Mixed)
+    dhp.save(tmp_path / "out", model)
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    if fails == "write":
+        monkeypatch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            dhp.save(tmp_path / "out", filled(Mixed, 1))
+        with pytest.raises(OSError, match="No space left"):
+            dhp.save(tmp_path / "other", filled(Mixed, 1))
+        monkeypatch.undo()
+    else:
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            dhp.save(tmp_path / "out", filled(Mixed, 1), error=object())
+    assert not (tmp_path / "other").exists()
+    check_same_network(dhp.load(tmp_path / "out", build=Mixed), model, images(1, *MIXED_INPUT))
+    dhp.save(tmp_path / "out", model)  # what was left unfinished is no obstacle
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+def test_a_folder_or_file_that_is_no_network_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for path in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(
+            FileExistsError, match=f"^path: expected .*, got {re.escape(str(path))}$"
+        ):
+            dhp.save(path, filled(Mixed))
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+# What is refused
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "out"
+    dhp.save(path, pruned_resnet20())
+    return path
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def refused(path, message, **arguments):
+    with pytest.raises(ArtifactError, match=message) as raised:
+        dhp.load(path, **arguments)
+    assert "\n" not in str(raised.value)
+    assert isinstance(raised.value, ValueError)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    refused(tmp_path / "nowhere", "^path: expected a folder with model.json and arrays.safetensors")
+
+
+@pytest.mark.parametrize("name", [DESCRIPTION, ARRAYS])
+def test_a_missing_file_is_refused(copy, name):
+    (copy / name).unlink()
+    assert not checkpoint.exists(copy)
+    refused(copy, "^path: expected a folder with model.json and arrays.safetensors, got ")
+
+
+@pytest.mark.parametrize("text", ["", "{", "not json", '{"format": '])
+def test_a_description_that_is_not_json_is_refused(copy, text):
+    (copy / DESCRIPTION).write_text(text)
+    refused(copy, "^path: .*model.json is not JSON: ")
+
+
+def test_a_description_that_is_no_object_is_refused(copy):
+    (copy / DESCRIPTION).write_text("[1, 2]")
+    refused(copy, "^path: .*model.json holds no JSON object$")
+
+
+def described(path, **changes):
+    description = json.loads((path / DESCRIPTION).read_text())
+    description.update(changes)
+    kept = {name: value for name, value in description.items() if value != "absent"}
+    (path / DESCRIPTION).write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "expected format 'dhp_jax' version 1, got 'dhp_jax' version 2 in "),
+        ({"format": "other"}, "expected format 'dhp_jax' version 1, got 'other' version 1 in "),
+        ({"format": "absent"}, "got None version 1"),
+        ({"family": "absent"}, "lacks 'family'"),
+        ({"arguments": "absent"}, "lacks 'arguments'"),
+        ({"survivors": "absent"}, "lacks 'survivors'"),
+        ({"family": None}, r"expected load\(path, build=...\) with a function build\(rngs\)"),
+    ],
+)
+def test_a_description_of_something_else_is_refused(copy, changes, message):
+    described(copy, **changes)
+    refused(copy, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "resnot"}, "expected one of resnet; got 'resnot'; did you mean 'resnet'"),
+        ({"arguments": {"depth": 21}}, "depth: expected one of .* got 21"),
+        ({"arguments": {"depth": 20, "wdith": 1.0}}, "did you mean 'width'"),
+        ({"arguments": {}}, "depth: expected a value, got none"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused(copy, changes, message):
+    described(copy, **changes)
+    with pytest.raises(ValueError, match=message) as raised:
+        dhp.load(copy)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.update({"blocks.99": [0]}),
+        lambda s: s.update({"stages.1": [0, 8]}),
+        lambda s: s.update({"stages.1": [-1]}),
+        lambda s: s.update({"stages.1": [0.0]}),
+        lambda s: s.update({"stages.1": []}),
+    ],
+)
+def test_survivors_that_the_network_does_not_have_are_refused(copy, change):
+    survivors = json.loads((copy / DESCRIPTION).read_text())["survivors"]
+    assert len(survivors["stages.1"]) <= 8
+    change(survivors)
+    described(copy, survivors=survivors)
+    refused(copy, "lists survivors of latent '(blocks.99|stages.1)' that the network does not have")
+
+
+def test_survivors_that_lack_a_latent_are_refused(copy):
+    survivors = json.loads((copy / DESCRIPTION).read_text())["survivors"]
+    del survivors["stages.1"]
+    described(copy, survivors=survivors)
+    with pytest.raises(ValueError, match=r"stages\.1"):
+        dhp.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("stem.conv.kernel"), "lacks array 'stem.conv.kernel'"),
+        (lambda a: a.update(extra=np.ones(2)), "holds an unexpected array 'extra'"),
+        (
+            lambda a: a.update({"classifier.bias": np.ones(9, np.float32)}),
+            r"array 'classifier.bias' .*: expected float32 of shape \(10,\), got .* shape \(9,\)",
+        ),
+        (
+            lambda a: a.update({"classifier.bias": np.ones((10, 1), np.float32)}),
+            r"array 'classifier.bias' .* got float32 of shape \(10, 1\)",
+        ),
+        (
+            lambda a: a.update({"classifier.bias": np.ones(10, np.float16)}),
+            r"array 'classifier.bias' .*: expected float32 of shape \(10,\), got float16 of shape",
+        ),
+        (
+            lambda a: a.update({"classifier.bias": np.ones(10, np.int32)}),
+            r"array 'classifier.bias' .*: expected float32 of shape \(10,\), got int32 of shape",
+        ),
+    ],
+)
+def test_arrays_that_are_not_those_of_the_network_are_refused(copy, change, message):
+    stored = load_file(copy / ARRAYS)
+    change(stored)
+    save_file(stored, copy / ARRAYS)
+    refused(copy, message)
+
+
+def test_arrays_that_are_cut_short_are_refused(copy):
+    content = (copy / ARRAYS).read_bytes()
+    for cut in (content[: len(content) // 2], content[:5], b""):
+        (copy / ARRAYS).write_bytes(cut)
+        refused(copy, "^path: .*arrays.safetensors cannot be read: ")
