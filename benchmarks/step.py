@@ -87,9 +87,7 @@ def stepper(model: nnx.Module, batch: int) -> Callable[[], None]:
 
     def make_optimizer(params):
         sgd = optimizer("sgd", schedule, momentum=0.9, weight_decay=1e-4)
-        shrink = shrink_latents(
-            params[0], strength=STRENGTH, schedule=schedule, threshold=THRESHOLD
-        )
+        shrink = shrink_latents(params, strength=STRENGTH, schedule=schedule, threshold=THRESHOLD)
         return optax.chain(sgd, shrink)
 
     graphdef, transformation, state = start(model, make_optimizer)

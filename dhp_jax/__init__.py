@@ -6,6 +6,7 @@ from dhp_jax.cost import Cost, measure_cost
 from dhp_jax.hypernet import hyper_kernel
 from dhp_jax.latent import Axis, Latent, LatentVector, concat, latents, repeat
 from dhp_jax.layers import BatchNorm, HyperConv, Linear
+from dhp_jax.optimizer import prunable_latents
 from dhp_jax.prox import prox_l1, prox_l2
 from dhp_jax.prune import BudgetError, check_axes, prune, prune_to, survivors
 
@@ -29,6 +30,7 @@ __all__ = [
     "models",
     "prox_l1",
     "prox_l2",
+    "prunable_latents",
     "prune",
     "prune_to",
     "repeat",

@@ -1,12 +1,15 @@
 """The optimizers of the method: schedules, SGD or Adam, and the proximal step on the latents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 import optax
 
+from dhp_jax.latent import LatentVector
 from dhp_jax.prox import prox_l1
 
 NAMES = ("sgd", "adam")
@@ -43,36 +46,52 @@ def optimizer(
     return optax.chain(optax.add_decayed_weights(weight_decay), step)
 
 
+def prunable_latents(params: PyTree) -> PyTree:
+    """Which parameters are latent vectors that may be pruned: a mask for `optax.masked`.
+
+    Args:
+      params: a state of `nnx.Variable`s, or a tree of such states.
+
+    Returns:
+      A tree of booleans, one a variable.
+
+    Example:
+      >>> shrink = optax.masked(dhp.prox_l1(strength=1e-4, learning_rate=0.1), dhp.prunable_latents)
+      >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), shrink)
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    """
+    return _map_variables(lambda v: isinstance(v, LatentVector) and v.prunable, params)
+
+
 def shrink_latents(
-    vectors: nnx.State, *, strength: float, schedule: optax.Schedule, threshold: float
+    params: PyTree, *, strength: float, schedule: optax.Schedule, threshold: float
 ) -> optax.GradientTransformation:
     """The proximal step of the search on each prunable latent; last in the chain.
 
-    It transforms updates of the pair `(latent vectors, other parameters)`. A latent is shrunk only
-    while more than its `min_channels` entries reach the threshold.
+    A latent is shrunk only while more than its `min_channels` entries reach the threshold.
 
     Args:
-      vectors: the state of the latent vectors, of `LatentVector` variables.
+      params: the parameters it will be given: a tree of states of `nnx.Variable`s.
       strength: regularization factor of the l1 norm.
       schedule: the learning rate of the step before it.
       threshold: entries below it in magnitude count as gone.
 
     Reference: DHP (arXiv 2003.13683), equation 8 and section 3.3.
     """
-    variables = jax.tree.leaves(vectors, is_leaf=_is_variable)
-    steps = []
-    for floor in sorted({v.min_channels for v in variables if v.prunable}):
+    prunable = prunable_latents(params)
+    floors = _map_variables(lambda v: getattr(v, "min_channels", 0), params)
+    present = {f for f, p in zip(*map(jax.tree.leaves, (floors, prunable)), strict=True) if p}
 
-        def still_wide(vector: jax.Array, floor: int = floor) -> jax.Array:
+    def shrink(floor: int) -> optax.GradientTransformation:
+        def still_wide(vector: jax.Array) -> jax.Array:
             return jnp.sum(jnp.abs(vector) >= threshold) > floor
 
-        def concerned(variable: nnx.Variable, floor: int = floor) -> bool:
-            return variable.prunable and variable.min_channels == floor
+        mask = jax.tree.map(lambda p, f: p and f == floor, prunable, floors)
+        return optax.masked(prox_l1(strength, schedule, where=still_wide), mask)
 
-        mask = jax.tree.map(concerned, vectors, is_leaf=_is_variable)
-        steps.append(optax.masked(prox_l1(strength, schedule, where=still_wide), (mask, False)))
+    steps = [shrink(floor) for floor in sorted(present)]
     return optax.chain(*steps) if steps else optax.identity()
 
 
-def _is_variable(node: object) -> bool:
-    return isinstance(node, nnx.Variable)
+def _map_variables(function: Callable[[nnx.Variable], Any], params: PyTree) -> PyTree:
+    return jax.tree.map(function, params, is_leaf=lambda node: isinstance(node, nnx.Variable))

@@ -209,7 +209,7 @@ def _train(
 
     def with_proximal_step(params: Params) -> optax.GradientTransformation:
         shrink = shrink_latents(
-            params[0],
+            params,
             strength=settings.strength,
             schedule=schedule,
             threshold=settings.threshold,
