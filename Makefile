@@ -25,6 +25,7 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) benchmarks/step.py
+	$(RUN) benchmarks/compile.py
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

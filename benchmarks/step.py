@@ -9,25 +9,22 @@ process, on the same data. Both are the library's own `make_step`, augmentation 
 
 import argparse
 from collections.abc import Callable
-import datetime
-import json
 from pathlib import Path
-import statistics
-import subprocess
-import sys
 import time
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from record import quartiles, write
 
 import dhp_jax as dhp
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
-from dhp_jax.report import hardware, versions
 from dhp_jax.tasks import Classification
-from dhp_jax.train import make_step, start
+from dhp_jax.train import TrainState, make_step, start
 
+NOTE = "Median of interleaved steps, quartiles in parentheses; the ratio is that of each pair."
 STRENGTH, THRESHOLD, LEARNING_RATE = 2e-4, 5e-3, 0.1
 
 
@@ -45,7 +42,9 @@ def main() -> None:
     table = as_table(rows)
     print(table)
     if options.out is not None:
-        write(options.out, rows, table)
+        write(
+            options.out, "step", "Search step against the plain network's step", NOTE, rows, table
+        )
 
 
 def measure(depth: int, options: argparse.Namespace) -> dict:
@@ -78,10 +77,19 @@ def measure(depth: int, options: argparse.Namespace) -> dict:
 
 
 def stepper(model: nnx.Module, batch: int) -> Callable[[], None]:
-    """A function that takes one training step on random CIFAR-like images, and waits for it."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (batch, 32, 32, 3), np.uint8)
-    data = jax.device_put((images, random.integers(0, 10, batch, np.int32)))
+    """A function that takes one training step, and waits for it."""
+    advance, state = search_step(model, batch)
+    inputs = batch_of(batch)
+
+    def step() -> None:
+        nonlocal state
+        state = jax.block_until_ready(advance(state, *inputs))
+
+    return step
+
+
+def search_step(model: nnx.Module, batch: int) -> tuple[Callable[..., TrainState], TrainState]:
+    """The jitted step of the search and its first state; a model without latents shrinks none."""
     task = Classification((125.0,) * 3, (63.0,) * 3, crop_padding=4, flip=True)
     schedule = drop_schedule(LEARNING_RATE, (50,), 781)
 
@@ -91,19 +99,15 @@ def stepper(model: nnx.Module, batch: int) -> Callable[[], None]:
         return optax.chain(sgd, shrink)
 
     graphdef, transformation, state = start(model, make_optimizer)
-    advance = make_step(graphdef, transformation, task, batch)
-    order, key = jax.numpy.arange(batch), jax.random.key(0)
-
-    def step() -> None:
-        nonlocal state
-        state = jax.block_until_ready(advance(state, data, order, 0, key))
-
-    return step
+    return make_step(graphdef, transformation, task, batch), state
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": median, "low": low, "high": high}
+def batch_of(size: int) -> tuple:
+    """What a step takes beside its state: random CIFAR-like images, their order, a key."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (size, 32, 32, 3), np.uint8)
+    data = jax.device_put((images, random.integers(0, 10, size, np.int32)))
+    return data, jnp.arange(size), 0, jax.random.key(0)
 
 
 def as_table(rows: list[dict]) -> str:
@@ -118,29 +122,6 @@ def as_table(rows: list[dict]) -> str:
         ]
         lines.append(f"| {row['model']} | {row['batch']} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def write(folder: Path, rows: list[dict], table: str) -> None:
-    """Writes the figures with what a reader needs to judge and repeat them."""
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    (folder / "step.md").write_text(
-        "# Search step against the plain network's step\n\n"
-        "Median of interleaved steps, quartiles in parentheses; the ratio is that of each pair.\n\n"
-        f"{table}\n\n"
-        f"{about['date']}, {about['hardware']}, {packages}, commit {about['commit']}\n\n"
-        f"    {about['command']}\n"
-    )
 
 
 if __name__ == "__main__":
