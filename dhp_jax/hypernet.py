@@ -4,14 +4,15 @@ Nothing is shared between the (input channel, output channel) pairs, so removing
 latent vector removes exactly one slice of the kernel. That is the whole pruning mechanism.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
+import numpy as np
 
+from dhp_jax.draw import uniform
 from dhp_jax.latent import Axis
 
 EMBEDDING = 8  # m in the paper
@@ -122,7 +123,6 @@ _generate.defvjp(_generate_forward, _generate_backward)
 _generate_jitted = jax.jit(_generate, inline=True)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def init_hypernet(
     key: Key[Array, ""],
     kernel_size: tuple[int, ...],
@@ -146,12 +146,13 @@ def init_hypernet(
     """
     pair = (size_in, size_out)
     taps = math.prod(kernel_size)
-    # One draw for both arrays: it compiles three times as fast as two.
-    draws = jax.random.uniform(key, (m * (1 + taps), *pair), minval=-1.0, maxval=1.0)
-    return HypernetArrays(
-        b0=jnp.zeros(pair),
+    draws = uniform(key, m * (1 + taps) * size_in * size_out).reshape(-1, *pair)
+    zeros = jnp.zeros if isinstance(draws, jax.core.Tracer) else np.zeros  # np: nothing to compile
+    arrays = HypernetArrays(
+        b0=zeros(pair, jnp.float32),
         w1=draws[:m] * math.sqrt(3),
-        b1=jnp.zeros((m, *pair)),
+        b1=zeros((m, *pair), jnp.float32),
         w2=draws[m:].reshape(*kernel_size, m, *pair) * math.sqrt(3 / (m * size_in * taps)),
-        b2=jnp.zeros((*kernel_size, *pair)),
+        b2=zeros((*kernel_size, *pair), jnp.float32),
     )
+    return jax.tree.map(jnp.asarray, arrays)

@@ -10,10 +10,11 @@ import re
 from typing import Any
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
+
+from dhp_jax.draw import normal
 
 
 class LatentVector(nnx.Param):
@@ -73,7 +74,7 @@ class Latent(Axis):
         self.prunable = bool(prunable)
         self.min_channels = min(int(min_channels), self.size)
         self.vector = LatentVector(
-            jax.random.normal(rngs.params(), (self.size,)),
+            jnp.asarray(normal(rngs.params(), self.size)),
             prunable=self.prunable,
             min_channels=self.min_channels,
         )

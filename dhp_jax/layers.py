@@ -83,7 +83,7 @@ class HyperConv(nnx.Module):
         self.precision = precision
         arrays = init_hypernet(rngs.params(), self.kernel_size, z_in.size, z_out.size, embedding)
         for name, array in arrays._asdict().items():
-            setattr(self, name, nnx.Param(array.astype(param_dtype)))
+            setattr(self, name, nnx.Param(jnp.asarray(array, param_dtype)))
         self.bias = nnx.Param(jnp.zeros(z_out.size, param_dtype)) if use_bias else nnx.data(None)
 
     def kernel(self) -> Float[Array, "*k in out"]:
