@@ -126,7 +126,8 @@ def measure_cost(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
       The cost: `.flops`, `.params`, `.layers`, and `.given(counts)` for what survives.
 
     Raises:
-      ValueError: the model does not take such an input.
+      ValueError: the forward pass fails on such an input, for instance because it adds axes of
+        latents of different lengths.
 
     Example:
       >>> cost = dhp.measure_cost(model, (32, 32, 3))
@@ -215,8 +216,19 @@ def _trace(model, input_shape):
                 _report_calls(module, lambda *call, path=path: calls.append((path, *call)))
         return traced(x)
 
-    jax.eval_shape(forward, state, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+    try:
+        jax.eval_shape(forward, state, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+    except (TypeError, ValueError) as error:
+        raise ValueError(input_refused(input_shape, error)) from error
     return calls, names
+
+
+def input_refused(input_shape: tuple[int, ...], error: Exception) -> str:
+    """One line for a forward pass that fails on an input of some shape."""
+    message = f"input_shape: the model does not take {input_shape}: {str(error).splitlines()[0]}"
+    if isinstance(error, TypeError):  # what an addition of unlike shapes raises
+        message = message.rstrip(".") + "; axes that are added must be one latent"
+    return message
 
 
 def _costs_something(module: nnx.Module) -> bool:

@@ -28,7 +28,7 @@ from dhp_jax.journal import Journal
 from dhp_jax.layers import reinitialize
 from dhp_jax.names import unknown
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
-from dhp_jax.prune import check_budget, prune, survivor_counts, survivors_within
+from dhp_jax.prune import check_axes, check_budget, prune, survivor_counts, survivors_within
 from dhp_jax.tasks import Classification
 from dhp_jax.train import (
     Budget,
@@ -118,6 +118,7 @@ def prepare(
         check_budget(abstract, cost, flops=config.target)
     except ValueError as error:
         raise ConfigError(f"config.target: {error}") from error
+    check_axes(abstract, source.image_shape)
     task = Classification(source.mean, source.std, source.crop_padding, source.flip)
     workdir = Path(workdir)
     _claim(workdir, config)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 import numpy as np
 
 from dhp_jax.architecture import architecture_of, set_architecture
-from dhp_jax.cost import Cost, measure_cost
+from dhp_jax.cost import Cost, input_refused, measure_cost
 from dhp_jax.latent import Axis, latents, modules_in
 from dhp_jax.layers import Keep, Prunable
 
@@ -268,10 +268,7 @@ def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
         if error is not None:
             whole_error = _forward_error(model, input_shape, sizes, {})
             if whole_error is not None:
-                raise ValueError(
-                    f"input_shape: the model does not take {input_shape}: "
-                    f"{str(whole_error).splitlines()[0]}"
-                )
+                raise ValueError(input_refused(input_shape, whole_error))
             clashing = [
                 f"{name!r} ({sizes[name]} channels)"
                 for name in numbers

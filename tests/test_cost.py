@@ -347,3 +347,23 @@ def test_measuring_leaves_the_model_as_it_was(train):
 def test_an_input_that_the_model_does_not_take_is_refused(shape, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         dhp.measure_cost(filled(Mixed), shape)
+
+
+def test_latents_of_different_length_that_are_added_are_refused_in_one_line():
+    class Mismatch(nnx.Module):
+        def __init__(self, rngs):
+            image = dhp.Latent(3, prunable=False, rngs=rngs)
+            narrow, wide = dhp.Latent(8, rngs=rngs), dhp.Latent(12, rngs=rngs)
+            self.first = dhp.HyperConv(image, narrow, (3, 3), rngs=rngs)
+            self.second = dhp.HyperConv(narrow, wide, (3, 3), rngs=rngs)
+
+        def __call__(self, x):
+            x = self.first(x)
+            return x + self.second(x)
+
+    for use in (dhp.measure_cost, lambda model, shape: dhp.prune_to(model, shape, flops=0.5)):
+        with pytest.raises(ValueError, match="axes that are added must be one latent") as raised:
+            use(Mismatch(nnx.Rngs(0)), (4, 4, 3))
+        message = str(raised.value)
+        assert "(1, 4, 4, 8), (1, 4, 4, 12)" in message
+        assert "\n" not in message
