@@ -111,15 +111,16 @@ def load(
             "load(path, build=...) with a function build(rngs) that makes it unpruned"
         )
 
-    def make() -> nnx.Module:
-        rngs = nnx.Rngs(0)
-        if build is not None:
-            model = build(rngs)
-        else:
-            model = models.build(family, rngs=rngs, **description["arguments"])
-        return model if survivors is None else prune(model, _masks(path, model, survivors))
+    if build is not None:
+        whole = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    else:
+        whole = models.build_abstract(family, **description["arguments"])
+    masks = None if survivors is None else _masks(path, whole, survivors)
 
-    graphdef, abstract = jax.eval_shape(lambda: nnx.split(make()))
+    def make(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(model if masks is None else prune(model, masks))
+
+    graphdef, abstract = nnx.eval_shape(make, whole)
     model = nnx.merge(graphdef, _filled(path, abstract))
     model.eval()
     return model

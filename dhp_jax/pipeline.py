@@ -100,17 +100,15 @@ def prepare(
             f"examples of {source.name!r}; got {config.batch_size}"
         )
 
-    def build() -> nnx.Module:
-        return models.build(
-            name,
-            **{"num_classes": source.num_classes, "channels": source.image_shape[-1], **arguments},
-            min_channels=config.search.min_channels,
-            dtype=config.dtype,
-            rngs=nnx.Rngs(config.seed),
-        )
-
+    arguments = {
+        "num_classes": source.num_classes,
+        "channels": source.image_shape[-1],
+        **arguments,
+        "min_channels": config.search.min_channels,
+        "dtype": config.dtype,
+    }
     try:
-        abstract = nnx.eval_shape(build)
+        abstract = models.build_abstract(name, **arguments)
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from error
     cost = measure_cost(abstract, source.image_shape)
@@ -122,7 +120,12 @@ def prepare(
     task = Classification(source.mean, source.std, source.crop_padding, source.flip)
     workdir = Path(workdir)
     _claim(workdir, config)
-    return Run(config, workdir, source, task, build, cost, (*observers, Journal(workdir)))
+    observers = (*observers, Journal(workdir))
+
+    def build() -> nnx.Module:
+        return models.build(name, **arguments, rngs=nnx.Rngs(config.seed))
+
+    return Run(config, workdir, source, task, build, cost, observers)
 
 
 def execute(run: Run, *, baseline: str | os.PathLike | None = None) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Families of networks, by name."""
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 
 from dhp_jax.architecture import Architecture, set_architecture
@@ -39,6 +41,13 @@ def build(name: str, *, rngs: nnx.Rngs, **arguments: Any) -> nnx.Module:
     model = FAMILIES[name](**given, rngs=rngs)
     set_architecture(model, Architecture(name, arguments))
     return model
+
+
+def build_abstract(name: str, **arguments: Any) -> nnx.Module:
+    """The network that `build` would make, of shapes and dtypes only; nothing is computed."""
+    # Not `nnx.Rngs`: counting its draws under a trace takes seconds in a deep network.
+    constant: Any = SimpleNamespace(params=lambda: jax.random.key(0))
+    return nnx.eval_shape(lambda: build(name, rngs=constant, **arguments))
 
 
 def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
