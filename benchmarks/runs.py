@@ -1,0 +1,64 @@
+"""What finished runs came to, side by side.
+
+    python benchmarks/runs.py runs/resnet20-baseline runs/resnet20 --name=cifar10_resnet20 \
+        --title="ResNet-20 on CIFAR-10" --out=benchmarks/results
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from record import write
+
+from dhp_jax import report
+
+NOTE = "FLOPs and params as shares of the unpruned network; times include tests after every epoch."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="directories of finished runs")
+    parser.add_argument("--name", default="runs", help="of the files in --out")
+    parser.add_argument("--title", default="Runs")
+    parser.add_argument("--note", default="", help="put before the table")
+    parser.add_argument("--out", type=Path, help="folder for NAME.json and NAME.md")
+    options = parser.parse_args()
+    rows = [row_of(run) for run in options.runs]
+    table = as_table(rows)
+    print(table)
+    if options.out is not None:
+        write(
+            options.out, options.name, options.title, f"{options.note} {NOTE}".strip(), rows, table
+        )
+
+
+def row_of(run: Path) -> dict:
+    """The summary of a run, and its configuration."""
+    summary = json.loads((run / report.SUMMARY).read_text())
+    return {"run": run.name, "config": json.loads((run / "config.json").read_text()), **summary}
+
+
+def as_table(rows: list[dict]) -> str:
+    lines = [
+        "| network | method | seed | epochs | FLOPs | params | test error, last | best | seconds |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        model, error = row["model"], row["test_error"]
+        cells = [
+            f"{model['name']} {model.get('depth', '')}",
+            row["method"],
+            row["seed"],
+            " + ".join(f"{phase['epochs']}" for phase in row["phases"].values()),
+            f"{row['flops']['ratio']:.2%}",
+            f"{row['params']['ratio']:.2%}",
+            f"{error['last']:.2%}",
+            f"{error['best']:.2%}",
+            f"{row['seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
