@@ -115,7 +115,10 @@ def _generate_backward(inputs, grad_kernel):
         w2=embedding * grad,
         b2=grad_kernel,
     )
-    grads = grad_pairs @ z_out, z_in @ grad_pairs, grads
+    # Sums, not matrix products: accelerators round the inputs of those.
+    grad_in = jnp.sum(grad_pairs * z_out, axis=1)
+    grad_out = jnp.sum(grad_pairs * z_in[:, None], axis=0)
+    grads = grad_in, grad_out, grads
     return jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, inputs)
 
 

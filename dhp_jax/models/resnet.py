@@ -124,10 +124,9 @@ class ResNet(nnx.Module):
             latent(size * (EXPANSION if bottleneck else 1), prunable=prunable)
             for size, prunable in zip(widths, (True, True, False), strict=True)
         )
-        self.stem_axis = latent(widths[0]) if bottleneck else self.stages[0]
-        self.stem = ConvNorm(self.image, self.stem_axis, 3, 1, dtype=dtype, rngs=rngs)
+        z = latent(widths[0]) if bottleneck else self.stages[0]
+        self.stem = ConvNorm(self.image, z, 3, 1, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List()
-        z = self.stem_axis
         for stage, (z_stage, size) in enumerate(zip(self.stages, widths, strict=True)):
             for i in range(blocks):
                 hidden = [latent(size) for _ in kernels[1:]]
