@@ -1,6 +1,6 @@
 """The configuration of a run: its fields with their defaults, and the check of all of them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 import os
 from typing import Any
 
@@ -54,42 +54,62 @@ def check(config: ConfigDict) -> None:
     _check_group("", config, FIELDS)
 
 
-def check_names(config: ConfigDict, names: Iterable[str]) -> None:
-    """Raises a `ConfigError` for the first name ("config.search.epochs") that is no field."""
-    for name in names:
-        group, path = config, "config"
+def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> None:
+    """Raises a `ConfigError` for the first name that is no field, or number that is none.
+
+    Args:
+      config: the configuration whose fields are to be overridden.
+      overrides: what the command line gives each field, such as `{"config.search.epochs": "50"}`;
+        `None` where there is no "=".
+    """
+    for name, text in overrides.items():
+        value, rule, path = config, FIELDS, "config"
         for part in name.split(".")[1:]:
-            if not isinstance(group, ConfigDict) or part not in group:
-                known = group if isinstance(group, ConfigDict) else ()
-                raise ConfigError(unknown(f"{path}.{part}: unknown field", part, known))
-            group, path = group[part], f"{path}.{part}"
+            if not isinstance(value, ConfigDict):
+                raise ConfigError(f"{name}: {path} has no fields, its value is {value!r}")
+            if part not in value:
+                raise ConfigError(unknown(f"{path}.{part}: unknown field", part, value))
+            value, path = value[part], f"{path}.{part}"
+            rule = rule.get(part) if isinstance(rule, Mapping) else None
+        if text is None:
+            raise ConfigError(f"{name}: expected --{name}=<value>; got none")
+        if type(value) in (int, float) and not _reads_as(type(value), text):
+            expected = rule[1] if rule else {int: "an integer", float: "a number"}[type(value)]
+            raise ConfigError(f"{name}: expected {expected}; got {text!r}")
 
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is possible, and what is expected
 
 
-def _number(low: float, high: float = float("inf"), *, above: bool = False) -> Rule:
-    interval = f"{'a number > ' if above else 'a number >= '}{low:g}"
+def _number(
+    low: float, high: float = float("inf"), *, above: bool = False, below: bool = False
+) -> Rule:
+    interval = f"a number {'>' if above else '>='} {low:g}"
     if high < float("inf"):
-        interval += f" and <= {high:g}"
+        interval += f" and {'<' if below else '<='} {high:g}"
 
     def possible(value: Any) -> bool:
         return (
             isinstance(value, int | float)
             and not isinstance(value, bool)
             and (value > low if above else value >= low)
-            and value <= high
+            and (value < high if below else value <= high)
             and value < float("inf")
         )
 
     return possible, interval
 
 
-def _integer(low: int) -> Rule:
+def _integer(low: int, high: int | None = None) -> Rule:
     def possible(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+        return (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and value >= low
+            and (high is None or value <= high)
+        )
 
-    return possible, f"an integer >= {low}"
+    return possible, f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
 
 
 def _one_of(*values: str) -> Rule:
@@ -99,6 +119,14 @@ def _one_of(*values: str) -> Rule:
 def _epochs(value: Any) -> bool:
     numbers = isinstance(value, list | tuple) and all(_number(0)[0](v) for v in value)
     return numbers and list(value) == sorted(set(value))
+
+
+def _reads_as(number: type, text: str) -> bool:
+    try:
+        number(text)
+    except ValueError:
+        return False
+    return True
 
 
 _DIRECTORY: Rule = (
@@ -112,7 +140,7 @@ _SCHEDULE: Mapping[str, Any] = {
 }
 
 FIELDS: Mapping[str, Any] = {
-    "seed": _integer(0),
+    "seed": _integer(0, 2**32 - 1),  # of larger ones JAX would use the last 32 bits
     "method": _one_of(*METHODS),
     "target": _number(0, 1, above=True),
     "batch_size": _integer(1),
@@ -122,7 +150,7 @@ FIELDS: Mapping[str, Any] = {
     "data": {"name": _one_of(*sources.NAMES), "dir": _DIRECTORY},
     "optimizer": {
         "name": _one_of(*optimizer.NAMES),
-        "momentum": _number(0, 1),
+        "momentum": _number(0, 1, below=True),
         "weight_decay": _number(0),
     },
     "search": {
@@ -139,7 +167,7 @@ FIELDS: Mapping[str, Any] = {
 
 def _check_group(prefix: str, config: Any, rules: Mapping[str, Any]) -> None:
     if not isinstance(config, ConfigDict):
-        name = prefix.rstrip(".") or "config"
+        name = f"config.{prefix}".rstrip(".")
         raise ConfigError(f"{name}: expected fields {', '.join(sorted(rules))}; got {config!r}")
     for name in config:
         if name not in rules:
@@ -151,4 +179,5 @@ def _check_group(prefix: str, config: Any, rules: Mapping[str, Any]) -> None:
         if isinstance(rule, Mapping):
             _check_group(f"{prefix}{name}.", value, rule)
         elif rule is not None and not rule[0](value):
-            raise ConfigError(f"config.{prefix}{name}: expected {rule[1]}; got {value!r}")
+            shown = value.to_dict() if isinstance(value, ConfigDict) else value
+            raise ConfigError(f"config.{prefix}{name}: expected {rule[1]}; got {shown!r}")

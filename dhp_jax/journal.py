@@ -1,6 +1,5 @@
 """The records of a run on disk: JSON lines, and TensorBoard events."""
 
-from collections.abc import Iterator
 import json
 import os
 from pathlib import Path
@@ -24,7 +23,9 @@ class Journal:
 
     def begin(self, phase: str, steps: int) -> None:
         kept = [record for record in read(self.records) if record["phase"] != phase]
-        self.records.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        unfinished = self.records.with_name(f".{RECORDS}.unfinished")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        unfinished.replace(self.records)
         shutil.rmtree(self.events / phase, ignore_errors=True)
         self.file = self.records.open("a")
         self.writer = SummaryWriter(str(self.events / phase))
@@ -45,11 +46,10 @@ class Journal:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; none if there is no such file."""
-    return list(_lines(Path(path)))
+    """The records of a `metrics.jsonl`; none if there is no such file.
 
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_text().splitlines():
-            yield json.loads(line)
+    A last line that was cut off, as by a machine that went down, is left out.
+    """
+    path = Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

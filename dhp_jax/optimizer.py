@@ -19,7 +19,8 @@ def drop_schedule(
     learning_rate: float, drops: Sequence[float], steps_per_epoch: int
 ) -> optax.Schedule:
     """A learning rate that is divided by 10 at each of some epochs."""
-    boundaries = {round(epoch * steps_per_epoch): 0.1 for epoch in drops}
+    steps = [round(epoch * steps_per_epoch) for epoch in drops]
+    boundaries = {step: 0.1 ** steps.count(step) for step in steps}
     return optax.piecewise_constant_schedule(learning_rate, boundaries)
 
 

@@ -84,9 +84,8 @@ def prepare(
       observers: told how training goes, beside the journal in `workdir`.
 
     Raises:
-      ValueError: a field of `config`, the data, or a `workdir` of another configuration; the
-        message names it, its value and what is possible.
-      OSError: `workdir` cannot be written.
+      ValueError: a field of `config`, the data, or a `workdir` that cannot be written or is that
+        of another configuration; the message names it, its value and what is possible.
     """
     check(config)
     arguments = dict(config.model)
@@ -100,6 +99,9 @@ def prepare(
             f"examples of {source.name!r}; got {config.batch_size}"
         )
 
+    for argument, field in (("min_channels", "search.min_channels"), ("dtype", "dtype")):
+        if argument in arguments:
+            raise ConfigError(f"config.model.{argument}: expected in config.{field}, not here")
     arguments = {
         "num_classes": source.num_classes,
         "channels": source.image_shape[-1],
@@ -264,23 +266,33 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     """Makes the directory of a run, or finds that it belongs to a run of this configuration."""
     wanted = json.loads(config.to_json_best_effort())
     path = workdir / CONFIG
-    if path.exists():
-        there = _flat(json.loads(path.read_text()))
+    if path.is_file():
+        try:
+            there = _flat(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ConfigError(f"workdir: {path} is no configuration: {error}") from error
+        here = _flat(wanted)
         differing = [
             name
-            for name, value in _flat(wanted).items()
-            if there.get(name) != value and name not in MAY_CHANGE
+            for name in {**here, **there}
+            if there.get(name) != here.get(name) and name not in MAY_CHANGE
         ]
         if differing:
             name = differing[0]
             raise ConfigError(
                 f"workdir: {workdir} holds a run with another configuration: config.{name} is "
-                f"{there.get(name)!r} there and {_flat(wanted)[name]!r} here"
+                f"{there.get(name)!r} there and {here.get(name)!r} here"
                 f"{f' ({len(differing)} fields differ)' if len(differing) > 1 else ''}; "
                 "give another --workdir"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=1))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=1))
+    except OSError as error:
+        raise ConfigError(
+            f"workdir: expected a directory that can be written; got {str(workdir)!r} "
+            f"({error.strerror})"
+        ) from error
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import importlib.metadata
 import json
+import logging
 import os
 from pathlib import Path
 import platform
@@ -19,9 +20,10 @@ from dhp_jax import checkpoint, journal
 from dhp_jax.cost import Cost, LayerCost, measure_cost
 from dhp_jax.latent import latents
 
+logger = logging.getLogger(__name__)
+
 SUMMARY = "summary.json"
 LAYERS = "layers.md"
-PLOTS = ("channels", "ratio", "latents", "error")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 BEFORE, AFTER, REMOVED, RULE = "#c3cad4", "#1f6fb2", "#d9603b", "#7a828c"
@@ -71,15 +73,14 @@ def write(
 
     Args:
       workdir: directory of the run.
-      baseline: directory of a finished run of the unpruned network, if there is one.
+      baseline: directory of a finished run of the unpruned network; left out of the report if there
+        is none.
 
     Returns:
       The summary.
     """
     result = read(workdir)
-    unpruned = None
-    if baseline is not None and (Path(baseline) / SUMMARY).is_file():
-        unpruned = json.loads((Path(baseline) / SUMMARY).read_text())
+    unpruned = None if baseline is None else _comparable(result, baseline)
     summary = summarize(result, unpruned)
     (result.workdir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     (result.workdir / LAYERS).write_text(layer_table(result.before, result.after))
@@ -87,6 +88,22 @@ def write(
         folder = result.workdir / "plots"
         folder.mkdir(exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    return summary
+
+
+def read_baseline(directory: str | os.PathLike) -> dict[str, Any]:
+    """The summary of a finished run of the unpruned network.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = Path(directory) / SUMMARY
+    summary = json.loads(path.read_text()) if path.is_file() else {}
+    if summary.get("method") != "baseline":
+        raise ValueError(
+            "baseline: expected the directory of a finished run with config.method=baseline; "
+            f"got {str(directory)!r}"
+        )
     return summary
 
 
@@ -238,6 +255,19 @@ def plots(result: Result, unpruned: Mapping[str, Any] | None = None) -> dict[str
     return figures
 
 
+def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] | None:
+    """The summary of a finished run of the same network, unpruned, on the same data; or `None`."""
+    try:
+        summary = read_baseline(baseline)
+    except ValueError:
+        return None
+    network = result.config["model"], result.config["data"]["name"]
+    if (summary["model"], summary["data"]) != network:
+        logger.warning("baseline: %s is of another network or other data; left out", baseline)
+        return None
+    return summary
+
+
 def _figure(plot, *arguments, width: float = 7) -> Figure:
     figure = Figure(figsize=(width, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -334,7 +364,8 @@ def _plot_error(axes: Axes, result: Result, unpruned: Mapping[str, Any] | None) 
     axes.set_xlabel("epoch")
     axes.set_ylabel("test error, %")
     axes.set_title("Test error", loc="left")
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
 
 
 def _layer_row(before: LayerCost, after: LayerCost) -> tuple[str, ...]:

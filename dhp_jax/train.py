@@ -1,6 +1,7 @@
 """The one training loop: search, converge and the unpruned baseline are phases of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 from dataclasses import dataclass
 import math
 import time
@@ -168,21 +169,18 @@ def train(
         )
     loop = _Loop(model, phase, task, train_data, batch_size, log_every, key, observers)
     evaluate = evaluation(model, task, test_data, batch_size=4 * batch_size)
-    for observer in observers:
-        observer.begin(phase.name, phase.epochs * loop.steps_per_epoch)
     started = time.perf_counter()
     best_error, best_epoch, best = math.inf, 0, None
     last_error, met_budget, epoch = math.nan, False, 0
-    while epoch < phase.epochs and not met_budget:
-        epoch += 1
-        values, met_budget = loop.run_epoch(epoch)
-        test_loss, last_error = evaluate(loop.state.params, loop.state.rest)
-        loop.record(values | {"test_loss": test_loss, "test_error": last_error})
-        if last_error < best_error:
-            best_error, best_epoch = last_error, epoch
-            best = None if phase.budget else _copy((loop.state.params, loop.state.rest))
-    for observer in observers:
-        observer.end()
+    with _told(observers, phase.name, phase.epochs * loop.steps_per_epoch):
+        while epoch < phase.epochs and not met_budget:
+            epoch += 1
+            values, met_budget = loop.run_epoch(epoch)
+            test_loss, last_error = evaluate(loop.state.params, loop.state.rest)
+            loop.record(values | {"test_loss": test_loss, "test_error": last_error})
+            if last_error < best_error:
+                best_error, best_epoch = last_error, epoch
+                best = None if phase.budget else _copy((loop.state.params, loop.state.rest))
     progress = Progress(
         epochs=epoch,
         steps=loop.steps,
@@ -194,6 +192,18 @@ def train(
     )
     trained = loop.model(loop.state.params, loop.state.rest)
     return Outcome(trained, trained if best is None else loop.model(*best), progress)
+
+
+@contextlib.contextmanager
+def _told(observers: Sequence[Observer], phase: str, steps: int) -> Iterator[None]:
+    """Tells observers of the beginning of a phase and of its end, even one by an exception."""
+    for observer in observers:
+        observer.begin(phase, steps)
+    try:
+        yield
+    finally:
+        for observer in observers:
+            observer.end()
 
 
 class _Loop:

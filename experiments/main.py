@@ -13,54 +13,84 @@ from absl import flags
 from ml_collections import config_flags
 
 from dhp_jax import pipeline, report
-from dhp_jax.config import check_names
+from dhp_jax.config import check_overrides
 from dhp_jax.progress import ProgressBar
 
 EXAMPLE = "experiments/configs/digits_resnet20.py"
-CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration of the run.")
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; runs/<name of the configuration> if not given."
-)
-BASELINE = flags.DEFINE_string(
-    "baseline",
-    None,
-    "Directory of a finished run with --config.method=baseline, for comparison; "
-    "<workdir>-baseline if not given.",
-)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs, prints what came of it, and returns the exit code: 2 for wrong input."""
     logging.basicConfig(format="%(message)s")
+    if "--help" in arguments:
+        print(__doc__, define(arguments).main_module_help(), sep="\n")
+        return 0
     try:
-        name = parse(arguments)
-        method = CONFIG.value.method
-        workdir = WORKDIR.value or f"runs/{name}" + ("" if method == "dhp" else f"-{method}")
-        run = pipeline.prepare(CONFIG.value, workdir, [ProgressBar()])
-    except (flags.Error, ValueError, OSError) as error:
+        options = parse(arguments)
+        if options.baseline is not None:
+            report.read_baseline(options.baseline)
+        run = pipeline.prepare(options.config, options.workdir, [ProgressBar()])
+    except (flags.Error, ValueError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    summary = pipeline.execute(run, baseline=BASELINE.value or f"{workdir}-baseline")
-    print(report.text(workdir, summary))
+    summary = pipeline.execute(run, baseline=options.baseline or f"{options.workdir}-baseline")
+    print(report.text(run.workdir, summary))
     return 0
 
 
-def parse(arguments: Sequence[str]) -> str:
-    """Parses the command line; returns the name of the configuration."""
-    given = dict(a.lstrip("-").split("=", 1) for a in arguments if a.startswith("-") and "=" in a)
-    path = Path(given.get("config", ""))
+def define(arguments: Sequence[str]) -> flags.FlagValues:
+    """The flags, not yet parsed."""
+    options = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Configuration of the run, given first; --config.<field>=<value> overrides a field.",
+        options,
+        sys_argv=list(arguments),
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Directory of the run; runs/<name of the configuration>, with -baseline after it for "
+        "--config.method=baseline, if not given.",
+        options,
+    )
+    flags.DEFINE_string(
+        "baseline",
+        None,
+        "Directory of a finished run with --config.method=baseline, for comparison; "
+        "<workdir>-baseline if not given.",
+        options,
+    )
+    return options
+
+
+def parse(arguments: Sequence[str]) -> flags.FlagValues:
+    """The options of a command line, and the directory of the run if it is not given."""
+    named = [a.lstrip("-").partition("=") for a in arguments if a.startswith("-")]
+    given = {name: value if equals else None for name, equals, value in named}
+    path = Path(given.get("config") or "")
     if not path.is_file():
         raise ValueError(
             f"--config: expected --config=FILE, such as {EXAMPLE}; got {given.get('config')!r}"
         )
-    # The names first: the flag parser's own complaint does not tell what is possible.
-    config = runpy.run_path(str(path))["get_config"]()
-    check_names(config, [name for name in given if name.startswith("config.")])
+    module = runpy.run_path(str(path))
+    if "get_config" not in module:
+        raise ValueError(f"--config: expected a file with a function get_config(); got {path}")
+    # First, because the flag parser's own complaints do not tell what is possible.
+    overrides = {name: text for name, text in given.items() if name.startswith("config.")}
+    check_overrides(module["get_config"](), overrides)
+    options = define(arguments)
     try:
-        flags.FLAGS(arguments)
+        surplus = options(arguments)[1:]
     except TypeError as error:  # a value that cannot become one of the field's type
         raise ValueError(error) from error
-    return path.stem
+    if surplus:
+        raise ValueError(f"expected flags only, such as --config.target=0.5; got {surplus[0]!r}")
+    if options.workdir is None:
+        method = options.config.method
+        options.workdir = f"runs/{path.stem}" + ("" if method == "dhp" else f"-{method}")
+    return options
 
 
 if __name__ == "__main__":

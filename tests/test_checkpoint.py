@@ -158,10 +158,9 @@ def trained(model, x):
     return losses, arrays(nnx.merge(graphdef, params, rest))
 
 
-@pytest.mark.parametrize("pruned", [True, False])
-def test_a_loaded_network_trains_as_the_saved_one_would(tmp_path, pruned):
+def test_a_loaded_network_trains_as_the_saved_one_would(tmp_path):
     model, x = filled(Mixed), images(3, *MIXED_INPUT)
-    model = dhp.prune(model, drawn_masks(model, 0)) if pruned else model
+    model = dhp.prune(model, drawn_masks(model, 0))
     dhp.save(tmp_path, model)
     losses, found = trained(dhp.load(tmp_path, build=Mixed), x)
     expected_losses, expected = trained(model, x)

@@ -1,5 +1,7 @@
 """Families of networks: how they are built, and which axes of a ResNet are one."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.architecture import architecture_of
+from dhp_jax.models.resnet import Block
 
 BLOCKS = {20: 9, 32: 15, 44: 21, 56: 27, 110: 36, 164: 54}
 
@@ -17,7 +20,9 @@ def build(depth=20, **arguments):
     return dhp.models.build("resnet", depth=depth, rngs=nnx.Rngs(0), **arguments)
 
 
+@functools.cache
 def abstract(**arguments):
+    """A network of shapes alone; tests leave it as it is."""
     return nnx.eval_shape(lambda: build(**arguments))
 
 
@@ -88,30 +93,18 @@ def test_a_built_network_tells_how_it_was_made():
     assert architecture_of(nnx.Dict()).family is None
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    """A jitted function from a seed to a network with the values that it begins with."""
+def test_seeds_make_the_same_block_and_other_seeds_another():
+    def drawn(seed):
+        rngs = nnx.Rngs(seed)
+        z_in, hidden, z_out = (dhp.Latent(size, rngs=rngs) for size in (4, 5, 6))
+        return arrays(Block(z_in, [hidden], z_out, (3, 3), 2, dtype=None, rngs=rngs))
 
-    @nnx.jit
-    def make(key):
-        return dhp.models.build("resnet", depth=20, width=0.5, rngs=nnx.Rngs(key))
-
-    return lambda seed: make(jax.random.key(seed))
-
-
-def test_seeds_make_the_same_network_and_other_seeds_another(drawn):
-    first, again, other = arrays(drawn(0)), arrays(drawn(0)), arrays(drawn(1))
+    first, again, other = drawn(0), drawn(0), drawn(1)
     for name, array in first.items():
         np.testing.assert_array_equal(array, again[name])
         if name.split(".")[-1] in ("vector", "w1", "w2"):
-            assert np.all(np.std(array) > 0)
-            assert np.mean(array == other[name]) < 0.01
-
-
-def test_a_new_network_gives_moderate_scores_to_images(drawn):
-    scores, _ = run(drawn(0), images(16, 8, 8, 3), train=True)
-    assert np.all(np.isfinite(scores))
-    assert 0.05 < scores.std() < 20
+            assert np.std(array) > 0
+            assert not np.any(array == other[name])
 
 
 # ResNets

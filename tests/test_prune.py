@@ -62,7 +62,7 @@ def mixed_masks(a, b, c):
     MAGNITUDES,
     st.integers(1, 14),
 )
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(deadline=None, derandomize=True, max_examples=30)
 def test_survivors_are_those_of_the_definition(vector, threshold, min_channels):
     magnitude = np.abs(vector)
     nth_largest = sorted(magnitude, reverse=True)[min(min_channels, len(vector)) - 1]
@@ -439,7 +439,7 @@ BUDGETS = st.one_of(
 
 
 @given(st.integers(0, 1000), BUDGETS)
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(deadline=None, derandomize=True, max_examples=30)
 def test_budgets_are_met_and_used_up_by_magnitude(mixed, seed, budget):
     model, cost = nnx.clone(mixed[0]), mixed[1]
     rng = np.random.default_rng(seed)

@@ -1,0 +1,31 @@
+"""What test modules share that is no network; see networks.py for those."""
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache as cache
+import pytest
+from runs import carry_out
+
+
+@pytest.fixture(scope="session")
+def compiled_once(tmp_path_factory):
+    """Programs that are compiled again, as by a run that is started again, come from a file."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def finished(compiled_once, tmp_path_factory):
+    """The directory of a finished run of `runs.py`; tests copy it before they change it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    carry_out(workdir)
+    return workdir

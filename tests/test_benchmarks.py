@@ -1,0 +1,98 @@
+"""The benchmarks run, and write what a reader needs to judge and repeat them."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+from dhp_jax.report import hardware
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("construct_s", "trace_s", "compile_s")
+
+
+def begin(name, *arguments):
+    command = [sys.executable, f"benchmarks/{name}.py", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The folder of both benchmarks' results, and what each has printed."""
+    folder = tmp_path_factory.mktemp("results") / "inner"
+    running = {name: begin(name, "--quick", "--out", folder) for name in ("step", "compile")}
+    printed = {}
+    for name, process in running.items():
+        printed[name], errors = process.communicate()
+        assert process.returncode == 0, errors
+    return folder, printed
+
+
+@pytest.mark.parametrize("name", ["step", "compile"])
+def test_a_benchmark_tells_on_what_it_ran_and_how_to_repeat_it(results, name):
+    folder, printed = results
+    about = json.loads((folder / f"{name}.json").read_text())["about"]
+    assert about["hardware"] == hardware()
+    assert about["versions"]["jax"] == importlib.metadata.version("jax")
+    assert about["command"] == f"python benchmarks/{name}.py --quick --out {folder}"
+    text = (folder / f"{name}.md").read_text()
+    assert text.startswith("# ")
+    assert printed[name].strip() in text
+    for part in (about["hardware"], f"jax {about['versions']['jax']}", about["date"]):
+        assert part in text
+    assert text.endswith(f"\n    {about['command']}\n")
+
+
+@pytest.mark.parametrize("name", ["step", "compile"])
+def test_the_table_of_a_benchmark_has_a_row_for_each_network(results, name):
+    folder, printed = results
+    header, ruler, *rows = printed[name].strip().splitlines()
+    assert len(rows) == len(json.loads((folder / f"{name}.json").read_text())["rows"]) == 1
+    assert rows[0].startswith("| ResNet-20 | 4 | ")
+    assert {line.count("|") for line in (header, ruler, *rows)} == {6}
+
+
+def test_the_step_benchmark_gives_medians_and_quartiles(results):
+    (row,) = json.loads((results[0] / "step.json").read_text())["rows"]
+    assert (row["width"], row["batch"], row["rounds"]) == (0.25, 4, 3)
+    for name in ("search_ms", "plain_ms", "ratio"):
+        assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+
+
+def test_the_compile_benchmark_gives_seconds_of_each_part(results):
+    (row,) = json.loads((results[0] / "compile.json").read_text())["rows"]
+    assert (row["width"], row["batch"]) == (0.25, 4)
+    assert all(row[name] > 0 for name in PARTS)
+
+
+def test_finished_runs_are_put_side_by_side(tmp_path):
+    run = tmp_path / "resnet20"
+    run.mkdir()
+    summary = {
+        "method": "dhp",
+        "model": {"name": "resnet", "depth": 20},
+        "seed": 3,
+        "test_error": {"last": 0.0846, "best": 0.0821},
+        "flops": {"ratio": 0.4987},
+        "params": {"ratio": 0.5613},
+        "phases": {"search": {"epochs": 41}, "converge": {"epochs": 300}},
+        "seconds": 1234.5,
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "config.json").write_text(json.dumps({"batch_size": 64}))
+    out = tmp_path / "out"
+    process = begin("runs", run, "--name=cifar", "--title=Two runs", "--out", out)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    row = "| resnet 20 | dhp | 3 | 41 + 300 | 49.87% | 56.13% | 8.46% | 8.21% | 1234 |"
+    assert printed.splitlines()[-1] == row
+    (written,) = json.loads((out / "cifar.json").read_text())["rows"]
+    assert written == {"run": "resnet20", "config": {"batch_size": 64}, **summary}
+    text = (out / "cifar.md").read_text()
+    assert text.startswith("# Two runs\n")
+    assert row in text

@@ -1,0 +1,310 @@
+"""Configurations: the paper's numbers, and wrong values that are named in one line."""
+
+import copy
+from pathlib import Path
+import re
+import runpy
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+import pytest
+
+from dhp_jax import config as dhp_config
+from dhp_jax.config import ConfigError, check, check_overrides, default
+
+CONFIGS = Path(__file__).parents[1] / "experiments/configs"
+PHASES = ("search", "converge", "baseline")
+
+
+def read(name):
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+
+
+def changed(field, value):
+    """The default configuration with one field replaced, whatever the type of the value."""
+    values = default().to_dict()
+    *groups, name = field.split(".")
+    group = values
+    for part in groups:
+        group = group[part]
+    group[name] = value
+    return ConfigDict(values)
+
+
+def refusal(config):
+    """What `check` says, without the class of the error; always one line."""
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# The paper's configurations
+
+
+def test_the_default_configuration_passes():
+    check(default())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_configuration_passes_and_opens_with_what_it_is(path):
+    module = runpy.run_path(str(path))
+    check(module["get_config"]())
+    assert module["__doc__"].splitlines()[0].endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "strength", "stop_limit", "target", "search_drops"),
+    [
+        ("resnet20", 20, 2e-4, 0.02, 0.5, (50,)),
+        ("resnet56", 56, 3e-4, 0.01, 0.5, (20, 50)),
+        ("resnet56_38", 56, 3e-4, 0.02, 0.38, (25, 50)),
+        ("resnet110", 110, 1e-4, 0.02, 0.62, (50,)),
+        ("resnet164", 164, 1e-4, 0.02, 0.5, (50,)),
+    ],
+)
+def test_the_cifar_configurations_have_the_papers_hyperparameters(
+    name, depth, strength, stop_limit, target, search_drops
+):
+    config = read(name)
+    assert (config.model.name, config.model.depth, config.model.width) == ("resnet", depth, 1.0)
+    assert (config.data.name, config.batch_size, config.method) == ("cifar10", 64, "dhp")
+    assert config.optimizer.to_dict() == {"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4}
+    assert config.target == target
+    assert config.log_every == 100
+    assert config.search.strength == strength
+    assert config.search.stop_limit == stop_limit
+    assert config.search.threshold == 5e-3
+    assert config.search.min_channels == 4
+    assert config.search.drops == search_drops
+    for phase in PHASES:
+        assert config[phase].learning_rate == 0.1
+    for phase in ("converge", "baseline"):
+        assert config[phase].epochs == 300
+        assert config[phase].drops == (150, 225)
+
+
+# One wrong value
+
+
+GOOD = {
+    "seed": [0, 1, 2**32 - 1],
+    "method": ["dhp", "baseline"],
+    "target": [0.5, 1, 1e-9],
+    "batch_size": [1, 4096],
+    "dtype": ["float32", "bfloat16"],
+    "log_every": [1],
+    "data.name": ["digits", "cifar10", "cifar100"],
+    "data.dir": [None, "somewhere", Path("somewhere")],
+    "optimizer.name": ["sgd", "adam"],
+    "optimizer.momentum": [0, 0.99],
+    "optimizer.weight_decay": [0, 3.0],
+    "search.strength": [0, 100],
+    "search.threshold": [0.0, 1],
+    "search.stop_limit": [0, 1],
+    "search.min_channels": [1, 1000],
+    **{f"{phase}.epochs": [1, 10**6] for phase in PHASES},
+    **{f"{phase}.learning_rate": [1e-9, 10] for phase in PHASES},
+    **{f"{phase}.drops": [(), [], (1,), [0, 0.5, 7.25]] for phase in PHASES},
+}
+NUMBERS = [None, "1", "", True, float("nan"), float("inf"), -float("inf"), [1], {}]
+INTEGERS = [*NUMBERS, 1.0, 0.5]
+WORDS = [None, 1, "", "SGD", "dhp ", ["dhp"], {}]
+BAD = {
+    "seed": ([*INTEGERS, -1, 2**32], "an integer >= 0 and <= 4294967295"),
+    "method": (WORDS, "one of dhp, baseline"),
+    "target": ([*NUMBERS, 0, -0.5, 1.5], "a number > 0 and <= 1"),
+    "batch_size": ([*INTEGERS, 0, -64], "an integer >= 1"),
+    "dtype": ([*WORDS, "float16"], "one of float32, bfloat16"),
+    "log_every": ([*INTEGERS, 0], "an integer >= 1"),
+    "data.name": ([*WORDS, "cifar"], "one of digits, cifar10, cifar100"),
+    "data.dir": ([3, ["somewhere"]], "a path, or None for the default of tensorflow-datasets"),
+    "optimizer.name": (WORDS, "one of sgd, adam"),
+    "optimizer.momentum": ([*NUMBERS, -0.1, 1, 1.1], "a number >= 0 and < 1"),
+    "optimizer.weight_decay": ([*NUMBERS, -1e-9], "a number >= 0"),
+    "search.strength": ([*NUMBERS, -1], "a number >= 0"),
+    "search.threshold": ([*NUMBERS, -1], "a number >= 0"),
+    "search.stop_limit": ([*NUMBERS, -0.01, 1.01], "a number >= 0 and <= 1"),
+    "search.min_channels": ([*INTEGERS, 0], "an integer >= 1"),
+    **{f"{phase}.epochs": ([*INTEGERS, 0], "an integer >= 1") for phase in PHASES},
+    **{f"{phase}.learning_rate": ([*NUMBERS, 0, -1], "a number > 0") for phase in PHASES},
+    **{
+        f"{phase}.drops": (
+            [None, 50, "50", (-1,), (2, 1), (1, 1), ("1",), (True,), (float("nan"),), {}],
+            "epochs in ascending order, such as (150, 225)",
+        )
+        for phase in PHASES
+    },
+}
+
+
+def test_the_tables_of_good_and_bad_values_have_every_field():
+    fields = {
+        f"{name}.{inner}" if isinstance(value, ConfigDict) else name
+        for name, value in default().items()
+        for inner in (value if isinstance(value, ConfigDict) else [""])
+    }
+    assert GOOD.keys() == BAD.keys() == {name for name in fields if not name.startswith("model")}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in GOOD.items() for value in values]
+)
+def test_a_possible_value_passes(field, value):
+    check(changed(field, value))
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_an_impossible_value_is_refused_in_one_line_with_what_is_possible(field):
+    values, possible = BAD[field]
+    for value in values:
+        message = refusal(changed(field, value))
+        assert message == f"config.{field}: expected {possible}; got {value!r}"
+
+
+@pytest.mark.parametrize("group", ["data", "optimizer", *PHASES])
+def test_a_value_in_place_of_a_group_is_refused_with_the_groups_fields(group):
+    fields = ", ".join(sorted(default()[group]))
+    assert refusal(changed(group, 3)) == f"config.{group}: expected fields {fields}; got 3"
+
+
+def test_something_that_is_no_configuration_is_refused():
+    assert refusal({"seed": 0}).startswith("config: expected fields baseline, batch_size, ")
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("field", "near"),
+    [("tarqet", "target"), ("search.strenght", "strength"), ("data.dri", "dir")],
+)
+def test_an_unknown_field_is_refused_with_the_known_ones_and_the_nearest(field, near):
+    group = default()
+    for part in field.split(".")[:-1]:
+        group = group[part]
+    message = refusal(changed(field, 0.5))
+    name = field.split(".")[-1]
+    assert message == (
+        f"config.{field}: unknown field: expected one of {', '.join(sorted(group))}; "
+        f"got {name!r}; did you mean {near!r}?"
+    )
+
+
+@pytest.mark.parametrize("field", ["seed", "model", "data.dir", "search", "converge.drops"])
+def test_a_missing_field_is_named(field):
+    values = default().to_dict()
+    *groups, name = field.split(".")
+    group = values
+    for part in groups:
+        group = group[part]
+    del group[name]
+    assert refusal(ConfigDict(values)) == f"config.{field}: missing"
+
+
+# Values of any kind, one or more at once
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from(["sgd", "adam", "dhp", "baseline", "digits", "float32", "bfloat16"]),
+    st.lists(st.floats(), max_size=3),
+    st.tuples(st.floats(0, 10), st.floats(10, 300)),
+    st.builds(dict),
+)
+
+
+@given(st.dictionaries(st.sampled_from([*BAD, "model", "search", "extra", "search.x"]), VALUES))
+@settings(deadline=None, derandomize=True, max_examples=200)
+def test_a_configuration_passes_or_a_changed_field_is_named(changes):
+    values = default().to_dict()
+    for field, value in sorted(changes.items()):
+        *groups, name = field.split(".")
+        group = values
+        for part in groups:
+            group = group[part] if isinstance(group, dict) else {}
+        if isinstance(group, dict):
+            group[name] = value
+    try:
+        check(ConfigDict(copy.deepcopy(values)))
+    except ConfigError as error:
+        named = re.match(r"config\.([\w.]+): ", str(error)).group(1)
+        assert any(named == field or named.startswith(f"{field}.") for field in changes)
+    else:
+        possible = [check_one(field, value) for field, value in changes.items()]
+        assert all(possible)
+
+
+def check_one(field, value):
+    """Whether the default configuration with this one field replaced passes."""
+    try:
+        check(changed(field, value))
+    except ConfigError:
+        return False
+    return True
+
+
+# What a command line gives
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"config.target": "0.38", "config.search.epochs": "3"},
+        {"config.search.strength": "1e-3", "config.model.depth": "56"},
+        {"config.search.drops": "(1, 2)", "config.data.dir": "", "config.method": "baseline"},
+        {"config.search": "{'epochs': 3}"},
+    ],
+)
+def test_overrides_of_fields_pass(overrides):
+    check_overrides(default(), overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.target", "half", "config.target: expected a number > 0 and <= 1; got 'half'"),
+        ("config.batch_size", "1.5", "config.batch_size: expected an integer >= 1; got '1.5'"),
+        ("config.search.epochs", "", "config.search.epochs: expected an integer >= 1; got ''"),
+        ("config.model.depth", "x", "config.model.depth: expected an integer; got 'x'"),
+        ("config.model.width", "x", "config.model.width: expected a number; got 'x'"),
+        ("config.target", None, "config.target: expected --config.target=<value>; got none"),
+        (
+            "config.serch.epochs",
+            "3",
+            "config.serch: unknown field: expected one of baseline, batch_size, converge, data, "
+            "dtype, log_every, method, model, optimizer, search, seed, target; got 'serch'; "
+            "did you mean 'search'?",
+        ),
+        (
+            "config.data.dri",
+            "3",
+            "config.data.dri: unknown field: expected one of dir, name; got 'dri'; "
+            "did you mean 'dir'?",
+        ),
+        (
+            "config.target.x",
+            "3",
+            "config.target.x: config.target has no fields, its value is 0.5",
+        ),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_line(name, text, message):
+    with pytest.raises(ConfigError) as caught:
+        check_overrides(default(), {"config.seed": "1", name: text})
+    assert str(caught.value) == message
+
+
+def test_the_rules_have_the_fields_of_the_default_configuration():
+    def names(tree):
+        return {
+            name: names(value) if isinstance(value, dict) else None for name, value in tree.items()
+        }
+
+    assert names(dhp_config.FIELDS) == names({**default().to_dict(), "model": None})

@@ -1,0 +1,176 @@
+"""Records on disk, as JSON lines and as TensorBoard events, and progress on standard error."""
+
+import io
+import json
+import math
+import struct
+import sys
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from dhp_jax.journal import RECORDS, Journal, read
+from dhp_jax.progress import ProgressBar
+
+SEARCH = [
+    {"phase": "search", "step": 100, "epoch": 1, "loss": 2.25, "flops_ratio": 0.1 + 0.2},
+    {"phase": "search", "step": 150, "epoch": 1, "loss": 1e-30, "test_error": 0.75},
+]
+CONVERGE = [
+    {"phase": "converge", "step": step, "epoch": step, "loss": 1 / step} for step in (1, 2, 3)
+]
+
+
+def write(workdir, phase, records):
+    journal = Journal(workdir)
+    journal.begin(phase, 1000)
+    for record in records:
+        journal.step()
+        journal.record(record)
+    journal.end()
+
+
+def scalars(directory):
+    """`(name, step) -> value` of the TensorBoard event files of a directory."""
+    found = {}
+    for path in sorted(directory.glob("events.out.tfevents.*")):
+        content = path.read_bytes()
+        while content:
+            # A TFRecord: length (8 bytes), its checksum (4), the event, its checksum (4).
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in found
+                found[value.tag, event.step] = value.simple_value
+    return found
+
+
+# JSON lines
+
+
+def test_records_are_read_as_they_were_written_one_a_line(tmp_path):
+    write(tmp_path, "search", SEARCH)
+    write(tmp_path, "converge", CONVERGE)
+    assert read(tmp_path / RECORDS) == [*SEARCH, *CONVERGE]
+    lines = (tmp_path / RECORDS).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [*SEARCH, *CONVERGE]
+
+
+def test_a_record_can_be_read_while_the_phase_goes_on(tmp_path):
+    journal = Journal(tmp_path)
+    journal.begin("search", 1000)
+    assert read(tmp_path / RECORDS) == []
+    journal.record(SEARCH[0])
+    assert read(tmp_path / RECORDS) == SEARCH[:1]
+    journal.record(SEARCH[1])
+    assert read(tmp_path / RECORDS) == SEARCH
+    journal.end()
+
+
+def test_numbers_that_are_not_finite_are_read_as_they_were(tmp_path):
+    write(tmp_path, "search", [{"phase": "search", "step": 1, "loss": math.inf}])
+    write(tmp_path, "baseline", [{"phase": "baseline", "step": 1, "loss": math.nan}])
+    infinite, unknown = read(tmp_path / RECORDS)
+    assert infinite["loss"] == math.inf
+    assert math.isnan(unknown["loss"])
+
+
+@pytest.mark.parametrize(("phase", "kept"), [("search", CONVERGE), ("converge", SEARCH)])
+def test_a_phase_that_begins_anew_drops_its_own_records_only(tmp_path, phase, kept):
+    write(tmp_path, "search", SEARCH)
+    write(tmp_path, "converge", CONVERGE)
+    again = [{"phase": phase, "step": 7, "loss": 0.5}]
+    write(tmp_path, phase, again)
+    assert read(tmp_path / RECORDS) == [*kept, *again]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [RECORDS]
+
+
+def test_no_records_are_read_where_there_is_no_file(tmp_path):
+    assert read(tmp_path / RECORDS) == []
+
+
+def test_a_line_that_was_cut_off_is_left_out_and_gone_when_the_phase_begins_anew(tmp_path):
+    write(tmp_path, "search", SEARCH)
+    write(tmp_path, "converge", CONVERGE)
+    path = tmp_path / RECORDS
+    path.write_text(path.read_text()[:-5])
+    assert read(path) == [*SEARCH, *CONVERGE[:2]]
+    write(tmp_path, "baseline", CONVERGE[:1])
+    assert read(path) == [*SEARCH, *CONVERGE[:2], CONVERGE[0]]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+# TensorBoard
+
+
+def test_tensorboard_has_each_number_of_a_phase_at_its_step(tmp_path):
+    write(tmp_path, "search", SEARCH)
+    write(tmp_path, "converge", CONVERGE)
+    for phase, records in (("search", SEARCH), ("converge", CONVERGE)):
+        expected = {
+            (name, record["step"]): value
+            for record in records
+            for name, value in record.items()
+            if name not in ("phase", "step")
+        }
+        assert scalars(tmp_path / "tensorboard" / phase) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_phase_that_begins_anew_drops_its_own_events_only(tmp_path):
+    write(tmp_path, "search", SEARCH)
+    write(tmp_path, "converge", CONVERGE)
+    before = scalars(tmp_path / "tensorboard" / "search")
+    write(tmp_path, "converge", [{"phase": "converge", "step": 7, "loss": 0.5}])
+    assert scalars(tmp_path / "tensorboard" / "converge") == {("loss", 7): 0.5}
+    assert scalars(tmp_path / "tensorboard" / "search") == before
+
+
+# Progress
+
+
+RECORDED = [
+    {"phase": "search", "step": 100, "epoch": 1, "loss": 2.3456, "error": 0.9, "flops_ratio": 0.8},
+    {"phase": "search", "step": 150, "epoch": 1, "loss": 2.0, "error": 0.85, "test_error": 0.7777},
+    {"phase": "search", "step": 250, "epoch": 2, "loss": 1.5, "examples_per_second": 1234.5},
+    {"phase": "search", "step": 300, "epoch": 2, "params_ratio": 0.5, "test_error": 0.6},
+]
+
+
+def shown(stderr, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    bar = ProgressBar()
+    bar.begin("search", 450)
+    records = {record["step"]: record for record in RECORDED}
+    for step in range(1, 301):
+        bar.step()
+        if step in records:
+            bar.record(records[step])
+    bar.end()
+    return stderr.getvalue()
+
+
+def test_where_standard_error_is_no_terminal_each_epoch_is_a_line(monkeypatch):
+    assert shown(io.StringIO(), monkeypatch) == (
+        "search: epoch 1, step 150 of 450: "
+        "loss 2.000, train error 85.0%, FLOPs 80.0%, test error 77.77%\n"
+        "search: epoch 2, step 300 of 450: "
+        "loss 1.500, train error 85.0%, FLOPs 80.0%, test error 60.00%, "
+        "images/s 1234, params 50.0%\n"
+    )
+
+
+def test_on_a_terminal_there_is_one_bar_that_is_full_when_the_phase_ends(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "200")
+    text = shown(Terminal(), monkeypatch)
+    assert "epoch 1" not in text
+    assert text.count("\n") == 1
+    last = text.rstrip("\n").split("\r")[-1]
+    assert last.startswith("search: 100%")
+    assert "300/300" in last
+    for part in ("loss=1.500", "test error=60.00%", "FLOPs=80.0%", "params=50.0%"):
+        assert part in last

@@ -1,0 +1,203 @@
+"""The command line: wrong input is told in one line before any work, a run its results."""
+
+import importlib.util
+from pathlib import Path
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from runs import CONFIG, FIELDS, contents
+
+import dhp_jax as dhp
+from dhp_jax.data import cifar
+
+ROOT = Path(__file__).parents[1]
+MAIN = ROOT / "experiments/main.py"
+DIGITS = f"--config={CONFIG}"
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("experiments_main", MAIN)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(MAIN), *map(str, arguments)])
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(cifar, "_reachable", lambda url: False)
+
+
+# Each of these is an argument, then what its one line must contain: the field, the value, and what
+# is possible.
+WRONG = [
+    ("--config.model.name=resnot", "config.model.name", "'resnot'", "one of resnet;"),
+    ("--config.model.depth=21", "config.model", "depth", "got 21", "(20, 32, 44, 56)"),
+    ("--config.model.width=0", "config.model", "width", "got 0", "a positive number"),
+    ("--config.model.wdith=1", "config.model.wdith", "did you mean 'width'?"),
+    ("--config.data.name=mnist", "config.data.name", "'mnist'", "digits, cifar10, cifar100"),
+    ("--config.batchsize=1", "config.batchsize", "'batchsize'", "did you mean 'batch_size'?"),
+    ("--config.search.epoch=1", "config.search.epoch", "'epoch'", "did you mean 'epochs'?"),
+    ("--config.serch.epochs=1", "config.serch", "'serch'", "did you mean 'search'?"),
+    ("--config.target=0", "config.target", "got 0", "> 0 and <= 1"),
+    ("--config.target=1.5", "config.target", "got 1.5", "> 0 and <= 1"),
+    ("--config.target=nan", "config.target", "got nan", "> 0 and <= 1"),
+    ("--config.target=half", "config.target", "'half'", "a number > 0 and <= 1"),
+    (
+        "--config.target=0.01",
+        "config.target",
+        "0.01 cannot be",
+        "smallest possible share is 0.0495",
+    ),
+    ("--config.batch_size=1298", "config.batch_size", "got 1298", "at most 1297"),
+    ("--config.batch_size=0", "config.batch_size", "got 0", "an integer >= 1"),
+    ("--config.search.epochs=many", "config.search.epochs", "'many'", "an integer >= 1"),
+    ("--config.search.epochs=1.5", "config.search.epochs", "'1.5'", "an integer >= 1"),
+    ("--config.search.drops=soon", "config.search.drops", "'soon'", "such as (150, 225)"),
+    ("--config.converge.drops=(3,'a')", "config.converge.drops", "(3, 'a')", "such as (150, 225)"),
+    ("--config.converge.drops=(5,3)", "config.converge.drops", "(5, 3)", "in ascending order"),
+    ("--config.method=prune", "config.method", "'prune'", "one of dhp, baseline"),
+    ("--config.seed=-1", "config.seed", "got -1", "an integer >= 0"),
+    ("--config.search=3", "config.search", "'3'"),
+    ("--config.target", "config.target", "expected --config.target=<value>"),
+    ("--baseline=nowhere", "baseline", "'nowhere'", "a finished run with config.method=baseline"),
+    ("--workdri=out", "'workdri'", "Did you mean: workdir"),
+    ("surplus", "'surplus'", "flags only"),
+]
+
+
+def refused(main, capsys, *arguments):
+    """Runs the program and returns the one line that it prints; checks that it is one."""
+    assert main(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"error: [^\n]+\n", printed.err)
+    return printed.err
+
+
+@pytest.mark.parametrize(("argument", "parts"), [(case[0], case[1:]) for case in WRONG])
+def test_wrong_input_is_refused_in_one_line_before_any_work(
+    main, capsys, tmp_path, argument, parts
+):
+    message = refused(main, capsys, DIGITS, f"--workdir={tmp_path / 'run'}", argument)
+    for part in parts:
+        assert part in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "got"),
+    [
+        ([], "None"),
+        (["--config="], "''"),
+        (["--config=missing.py"], "'missing.py'"),
+        (["--config.target=0.4"], "None"),
+    ],
+)
+def test_a_configuration_that_is_not_there_is_refused(main, capsys, tmp_path, arguments, got):
+    message = refused(main, capsys, f"--workdir={tmp_path / 'run'}", *arguments)
+    assert "--config: expected --config=FILE, such as experiments/configs/" in message
+    assert message.endswith(f"got {got}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_configuration_is_refused(main, capsys, tmp_path):
+    (tmp_path / "empty.py").touch()
+    message = refused(main, capsys, f"--config={tmp_path / 'empty.py'}")
+    assert "--config: expected a file with a function get_config()" in message
+    assert str(tmp_path / "empty.py") in message
+
+
+def test_data_that_cannot_be_had_are_refused(main, capsys, tmp_path, offline):
+    message = refused(
+        main,
+        capsys,
+        DIGITS,
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.name=cifar10",
+        f"--config.data.dir={tmp_path / 'data'}",
+    )
+    for part in ("data.dir", str(tmp_path / "data"), "cifar10", "digits_resnet20.py"):
+        assert part in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_a_directory_that_cannot_be_written_is_refused(main, capsys, tmp_path, inside):
+    file = tmp_path / "file"
+    file.write_text("a thesis")
+    message = refused(main, capsys, DIGITS, f"--workdir={file / inside}")
+    assert f"workdir: expected a directory that can be written; got '{file / inside}'" in message
+    assert file.read_text() == "a thesis"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("argument", "part"),
+    [
+        ("--config.target=0.01", "config.target"),
+        ("--config.search.strength=1", "config.search.strength is 0.3 there and 1.0 here"),
+    ],
+)
+def test_a_finished_run_is_left_as_it_is(main, capsys, finished, argument, part):
+    before = contents(finished)
+    message = refused(main, capsys, DIGITS, *overrides(), f"--workdir={finished}", argument)
+    assert part in message
+    assert contents(finished) == before
+
+
+def overrides():
+    return [f"--config.{name}={value}" for name, value in FIELDS.items()]
+
+
+# The program itself
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: --config: expected --config=FILE, such as "),
+        ([DIGITS, "--config.target=1.5"], "error: config.target: expected a number > 0 and <= 1"),
+    ],
+)
+def test_the_program_exits_with_2_for_wrong_input(tmp_path, arguments, message):
+    command = [sys.executable, str(MAIN), *arguments]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith(message)
+    assert len(ended.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_tells_the_flags(tmp_path):
+    command = [sys.executable, str(MAIN), "--help"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    for part in ("Example: python experiments/main.py", "--config:", "--workdir:", "--baseline:"):
+        assert part in ended.stdout
+    assert ended.stderr == ""
+
+
+def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
+    main, capfd, finished, tmp_path, monkeypatch
+):
+    workdir = shutil.copytree(finished, tmp_path / "runs" / CONFIG.stem)
+    for name in ("model", "best"):
+        shutil.rmtree(workdir / name)
+    monkeypatch.chdir(tmp_path)
+    assert main(DIGITS, *overrides()) == 0  # the directory that is meant if none is given
+    printed = capfd.readouterr()
+    assert (workdir / "layers.md").read_text() in printed.out
+    (total,) = [line for line in printed.out.splitlines() if line.startswith("| total")]
+    flops = dhp.measure_cost(dhp.load(workdir / "model"), (8, 8, 1)).flops
+    assert f" -> {flops:,} " in total
+    assert re.search(r"^test error, unpruned +unknown$", printed.out, re.MULTILINE)
+    assert re.search(r"^test error, last epoch +\d+\.\d\d % \(epoch 1\)$", printed.out, re.M)
+    paths = re.findall(r"runs/[\w./-]+", printed.out)
+    assert len(paths) >= 10
+    assert all(Path(path).exists() for path in paths)
+    assert "converge: epoch 1, step 20 of 20: loss " in printed.err
+    assert "search" not in printed.err

@@ -1,0 +1,206 @@
+"""Schedules, SGD and Adam with weight decay, and the proximal step on prunable latents alone."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from networks import Mixed, filled
+import numpy as np
+import optax
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax.optimizer import drop_schedule, optimizer, prunable_latents, shrink_latents
+
+LR = 0.5
+
+
+class Axes(nnx.Module):
+    """Latents of several kinds, and a weight."""
+
+    def __init__(self, rngs):
+        self.wide = dhp.Latent(6, min_channels=2, rngs=rngs)
+        self.other = dhp.Latent(5, min_channels=4, rngs=rngs)
+        self.fixed = dhp.Latent(4, prunable=False, min_channels=1, rngs=rngs)
+        self.weight = nnx.Param(jnp.zeros(3))
+
+
+def parameters(**values):
+    """The state of `Axes` with the given values."""
+    model = filled(Axes)
+    for name, value in values.items():
+        variable = model.weight if name == "weight" else getattr(model, name).vector
+        variable[...] = jnp.asarray(value, jnp.float32)
+    return nnx.state(model, nnx.Param)
+
+
+def stepped(params, transformation, steps=1):
+    """Parameters after steps with a gradient of zero."""
+    state = transformation.init(params)
+    for _ in range(steps):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, state = transformation.update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def value(params, name):
+    return np.asarray(params[name].vector[...])
+
+
+# Schedules
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rate"),
+    [(0, 0.4), (1.9, 0.4), (2, 0.04), (2.1, 0.04), (4.4, 0.04), (4.5, 0.004), (100, 0.004)],
+)
+def test_the_learning_rate_is_divided_by_10_at_each_drop(epoch, rate):
+    schedule = drop_schedule(0.4, (2, 4.5), steps_per_epoch=10)
+    assert float(schedule(round(10 * epoch))) == pytest.approx(rate, rel=1e-6)
+
+
+def test_drops_between_steps_come_at_the_nearest_step():
+    schedule = drop_schedule(1.0, (1.25,), steps_per_epoch=3)  # 3.75 steps
+    assert [float(schedule(step)) for step in (3, 4)] == pytest.approx([1, 0.1])
+
+
+def test_drops_at_the_same_step_count_each():
+    schedule = drop_schedule(1.0, (1.0, 1.01), steps_per_epoch=3)
+    assert [float(schedule(step)) for step in (2, 3)] == pytest.approx([1, 0.01])
+
+
+def test_without_drops_the_learning_rate_stays():
+    schedule = drop_schedule(0.1, (), steps_per_epoch=3)
+    assert {float(schedule(step)) for step in (0, 3, 10**6)} == {0.1}
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.9, 1e-2), (0.0, 1e-2), (0.9, 0.0)])
+def test_sgd_is_that_of_the_textbook(momentum, weight_decay):
+    rng = np.random.default_rng(0)
+    schedule = drop_schedule(0.3, (1,), steps_per_epoch=2)
+    sgd = optimizer("sgd", schedule, momentum=momentum, weight_decay=weight_decay)
+    params = jnp.asarray(rng.normal(size=5), jnp.float32)
+    state = sgd.init(params)
+    expected, velocity = np.asarray(params, np.float64), np.zeros(5)
+    for step in range(5):
+        gradient = rng.normal(size=5)
+        updates, state = sgd.update(jnp.asarray(gradient, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        velocity = momentum * velocity + gradient + weight_decay * expected
+        expected = expected - (0.3 if step < 2 else 0.03) * velocity
+        np.testing.assert_allclose(params, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adam_is_that_of_the_textbook():
+    rng = np.random.default_rng(0)
+    adam = optimizer("adam", lambda step: 0.1, momentum=0.8, weight_decay=1e-2)
+    params = jnp.asarray(rng.normal(size=5), jnp.float32)
+    state = adam.init(params)
+    expected, first, second = np.asarray(params, np.float64), np.zeros(5), np.zeros(5)
+    for step in range(1, 5):
+        gradient = rng.normal(size=5)
+        updates, state = adam.update(jnp.asarray(gradient, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        gradient = gradient + 1e-2 * expected
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        rescaled = first / (1 - 0.8**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        expected = expected - 0.1 * rescaled
+        np.testing.assert_allclose(params, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_unknown_optimizer_is_refused():
+    message = "^optimizer.name: expected one of sgd, adam; got 'rmsprop'$"
+    with pytest.raises(ValueError, match=message):
+        optimizer("rmsprop", lambda step: 0.1, momentum=0.9, weight_decay=0.0)
+
+
+# What is shrunk
+
+
+def test_the_mask_marks_each_prunable_latent_and_nothing_else():
+    model = filled(Mixed)
+    state = nnx.state(model, nnx.Param)
+    mask = dict(nnx.to_flat_state(prunable_latents(state)))
+    marked = [variable[...] for path, variable in nnx.to_flat_state(state) if mask[path]]
+    expected = [z.value() for z in dhp.latents(model).values() if z.prunable]
+    assert len(mask) == len(nnx.to_flat_state(state))
+    assert sorted(map(list, marked)) == sorted(map(list, expected))
+    assert len(marked) == 3
+
+
+def test_only_prunable_latents_shrink_by_strength_times_learning_rate():
+    z = [3.0, -2.0, 0.1, -0.1, 1.0, 0.0]
+    before = parameters(
+        wide=z, other=[1, 2, 3, 4, -5], fixed=[0.3, 0.2, -1, 2], weight=[0.01, 1, -1]
+    )
+    shrink = shrink_latents(before, strength=0.4, schedule=lambda step: LR, threshold=0.005)
+    after = stepped(before, shrink)
+    np.testing.assert_allclose(value(after, "wide"), [2.8, -1.8, 0, 0, 0.8, 0], rtol=1e-6)
+    np.testing.assert_allclose(value(after, "other"), [0.8, 1.8, 2.8, 3.8, -4.8], rtol=1e-6)
+    np.testing.assert_array_equal(value(after, "fixed"), value(before, "fixed"))
+    np.testing.assert_array_equal(after["weight"][...], before["weight"][...])
+
+
+def test_shrinking_follows_the_drops_of_the_schedule():
+    before = parameters(wide=[5.0] * 6)
+    schedule = drop_schedule(1.0, (1,), steps_per_epoch=2)
+    shrink = shrink_latents(before, strength=0.1, schedule=schedule, threshold=0.0)
+    for steps, amount in ((1, 0.1), (2, 0.2), (3, 0.21), (4, 0.22)):
+        after = stepped(before, shrink, steps)
+        np.testing.assert_allclose(value(after, "wide"), [5 - amount] * 6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wide", "shrinks"),
+    [
+        ([1, 1, 1, 0, 0, 0], True),  # 3 entries reach the threshold, 2 are kept in any case
+        ([1, 0.5, -0.5, 0.4, 0, 0], True),  # to reach it is enough, whatever the sign
+        ([1, 1, 0.49, 0.49, 0.49, 0.49], False),
+        ([1, 0.49, 0.49, 0.49, 0.49, 0.49], False),
+    ],
+)
+def test_a_latent_shrinks_only_while_more_than_its_min_channels_reach_the_threshold(wide, shrinks):
+    before = parameters(wide=wide, other=[1, -1, 1, 1, 1])
+    shrink = shrink_latents(before, strength=0.2, schedule=lambda step: LR, threshold=0.5)
+    after = stepped(before, shrink)
+    expected = np.sign(wide) * np.maximum(np.abs(wide) - 0.1, 0) if shrinks else wide
+    np.testing.assert_allclose(value(after, "wide"), expected, atol=1e-6)
+    # Its neighbour has another number of channels to keep, and looks at itself alone.
+    np.testing.assert_allclose(value(after, "other"), [0.9, -0.9, 0.9, 0.9, 0.9], rtol=1e-6)
+
+
+def test_a_latent_looks_at_where_the_step_before_leads():
+    before = parameters(wide=[1, 1, 0.6, 0, 0, 0])
+    shrink = shrink_latents(before, strength=0.2, schedule=lambda step: LR, threshold=0.5)
+    chain = optax.chain(optax.add_decayed_weights(-0.5), shrink)  # halves every parameter
+    after = stepped(before, chain)
+    np.testing.assert_allclose(value(after, "wide"), [0.5, 0.5, 0.3, 0, 0, 0], rtol=1e-6)
+
+
+def test_latents_shrink_down_to_their_min_channels_and_no_further():
+    before = parameters(wide=[0.9, -0.8, 0.7, -0.6, 0.5, 0.4], other=[0.9, 0.8, 0.7, 0.6, 0.5])
+    shrink = shrink_latents(before, strength=0.02, schedule=lambda step: LR, threshold=0.05)
+    after = stepped(before, shrink, steps=200)
+    assert np.sum(np.abs(value(after, "wide")) >= 0.05) == 2
+    assert np.sum(np.abs(value(after, "other")) >= 0.05) == 4
+    assert np.all(np.abs(value(after, "wide"))[:2] > 0)
+
+
+def test_a_network_without_prunable_latents_is_left_alone():
+    params = nnx.state(dhp.prune(filled(Mixed)), nnx.Param)
+    shrink = shrink_latents(params, strength=1.0, schedule=lambda step: 1.0, threshold=0.0)
+    before, after = jax.tree.leaves(params), jax.tree.leaves(stepped(params, shrink))
+    assert len(before) == len(after) > 0
+    for b, a in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_shrinking_is_the_same_inside_jit():
+    before = parameters(wide=[3.0, -2.0, 0.1, -0.1, 1.0, 0.0])
+    shrink = shrink_latents(before, strength=0.4, schedule=lambda step: LR, threshold=0.005)
+    after = jax.jit(lambda params: stepped(params, shrink))(before)
+    np.testing.assert_allclose(value(after, "wide"), [2.8, -1.8, 0, 0, 0.8, 0], rtol=1e-6)

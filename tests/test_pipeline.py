@@ -1,0 +1,352 @@
+"""Runs from a configuration to the end: what they leave, and that they can be stopped anywhere."""
+
+import dataclasses
+import json
+import logging
+import re
+import shutil
+from types import SimpleNamespace
+
+from flax import nnx
+import jax.numpy as jnp
+from networks import arrays
+import numpy as np
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax import config as dhp_config
+from dhp_jax import data, journal, pipeline
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+SHAPE = (8, 8, 1)
+NETWORKS = ("search", "pruned", "best", "model")
+
+
+def tiny(**changes):
+    """A configuration of a quarter of a ResNet-20 that meets its budget in an epoch."""
+    config = dhp_config.default()
+    config.data.name = "digits"
+    config.model.width = 0.25
+    config.log_every = 10
+    config.search.update(epochs=2, strength=0.3, drops=(), min_channels=1)
+    config.converge.update(epochs=2, drops=(1.0,))
+    config.baseline.update(epochs=1, drops=())
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+class Stop(Exception):
+    """The power goes."""
+
+
+class Interrupter:
+    """Stops a run at a step of a phase; step 0 is its beginning."""
+
+    def __init__(self, phase, step):
+        self.phase, self.left = phase, step
+
+    def begin(self, phase, steps):
+        self.here = phase == self.phase
+        if self.here and self.left == 0:
+            raise Stop
+
+    def step(self):
+        self.left -= self.here
+        if self.here and self.left == 0:
+            raise Stop
+
+    def record(self, values):
+        pass
+
+    def end(self):
+        pass
+
+
+def contents(folder):
+    """Every file of a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def without_times(value):
+    """JSON values without the clock's."""
+    if isinstance(value, dict):
+        timed = ("seconds", "examples_per_second")
+        return {k: without_times(v) for k, v in value.items() if k not in timed}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def description(workdir, name):
+    return json.loads((workdir / name / "model.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compiled_once):
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    run = pipeline.prepare(tiny(), workdir)
+    before = contents(workdir)
+    summary = pipeline.execute(run)
+    return SimpleNamespace(workdir=workdir, run=run, before=before, summary=summary)
+
+
+# What a run leaves
+
+
+def test_preparing_a_run_writes_its_configuration_only(finished):
+    assert finished.before.keys() == {"config.json"}
+    stored = json.loads(finished.before["config.json"])
+    assert stored == json.loads(tiny().to_json_best_effort())
+    assert stored["search"]["strength"] == 0.3
+
+
+def test_a_run_leaves_all_that_it_promises(finished):
+    names = {path.name for path in finished.workdir.iterdir()}
+    assert names == {
+        *NETWORKS,
+        *("config.json", "metrics.jsonl", "tensorboard", "summary.json", "layers.md", "plots"),
+    }
+    for name in NETWORKS:
+        files = {path.name for path in (finished.workdir / name).iterdir()}
+        assert files == {"model.json", "arrays.safetensors"}
+    plots = {path.name for path in (finished.workdir / "plots").iterdir()}
+    assert plots == {"channels.png", "error.png", "latents.png", "ratio.png"}
+    assert {path.name for path in (finished.workdir / "tensorboard").iterdir()} == {
+        "search",
+        "converge",
+    }
+    assert json.loads((finished.workdir / "summary.json").read_text()) == finished.summary
+
+
+def test_the_pruned_network_uses_the_budget_and_no_removed_channel_fits_in_what_is_left(finished):
+    full = dhp.load(finished.workdir / "search")
+    cost = dhp.measure_cost(full, SHAPE)
+    left = dhp.measure_cost(dhp.load(finished.workdir / "model"), SHAPE)
+    assert finished.summary["flops"]["ratio"] == left.flops / cost.flops <= 0.5
+    survivors = description(finished.workdir, "model")["survivors"]
+    counts = {name: len(indices) for name, indices in survivors.items()}
+    assert cost.given(counts) == (left.flops, left.params)
+    pruned = 0
+    for name, latent in dhp.latents(full).items():
+        if counts[name] < latent.size:
+            assert cost.ratio({**counts, name: counts[name] + 1})[0] > 0.5
+            pruned += 1
+    assert pruned > 5
+
+
+def test_every_network_is_pruned_alike_and_the_last_two_are_ordinary(finished):
+    described = {name: description(finished.workdir, name) for name in NETWORKS}
+    assert described["search"]["survivors"] is None
+    for name in ("pruned", "best", "model"):
+        assert described[name]["survivors"] == described["pruned"]["survivors"]
+        model = dhp.load(finished.workdir / name)
+        assert not dhp.latents(model)
+        assert isinstance(model.blocks[0].layers[0].conv, nnx.Conv)
+
+
+def errors_by_hand(workdir, name):
+    """The share of wrong labels of a network on disk."""
+    source = data.load("digits")
+    images, labels = source.read("test")
+    model = dhp.load(workdir / name)
+    logits = model((jnp.asarray(images, jnp.float32) - source.mean[0]) / source.std[0])
+    return np.mean(np.argmax(np.asarray(logits), -1) != labels)
+
+
+def test_the_networks_on_disk_have_the_errors_of_the_summary(finished):
+    reported = finished.summary["test_error"]
+    for name, error in (
+        ("search", "after_search"),
+        ("pruned", "after_pruning"),
+        ("best", "best"),
+        ("model", "last"),
+    ):
+        found = errors_by_hand(finished.workdir, name)
+        assert found == pytest.approx(reported[error], abs=1e-6), name
+
+
+def test_the_records_are_of_both_phases_and_agree_with_the_summary(finished):
+    records = journal.read(finished.workdir / journal.RECORDS)
+    search = [r for r in records if r["phase"] == "search"]
+    converge = [r for r in records if r["phase"] == "converge"]
+    assert records == search + converge
+    assert [r["step"] for r in converge] == [10, 20, 30, 40]
+    assert [r["learning_rate"] for r in converge] == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    assert [r["flops_ratio"] <= 0.52 for r in search] == [False] * (len(search) - 1) + [True]
+    phases = finished.summary["phases"]
+    assert phases["search"]["met_budget"]
+    assert phases["search"]["steps"] == search[-1]["step"]
+    assert phases["search"]["last_error"] == search[-1]["test_error"]
+    tested = [r["test_error"] for r in converge if "test_error" in r]
+    assert phases["converge"]["epochs"] == len(tested) == 2
+    assert phases["converge"]["last_error"] == tested[-1]
+    assert phases["converge"]["best_error"] == min(tested)
+
+
+# Stopped and started again
+
+
+def check_same_end(workdir, finished):
+    for name in NETWORKS:
+        of_both = (folder / name / "arrays.safetensors" for folder in (workdir, finished.workdir))
+        again, once = (path.read_bytes() for path in of_both)
+        assert again == once, name
+        assert without_times(description(workdir, name)) == without_times(
+            description(finished.workdir, name)
+        )
+    records = journal.read(workdir / journal.RECORDS)
+    expected = journal.read(finished.workdir / journal.RECORDS)
+    assert without_times(records) == without_times(expected)
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert without_times(summary) == without_times(finished.summary)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [["model"], ["model", "best"], ["model", "best", "pruned"]],
+    ids=lambda lost: "-".join(lost),
+)
+def test_a_run_that_goes_on_after_a_phase_ends_with_the_same_bits(finished, tmp_path, lost):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    for name in lost:
+        shutil.rmtree(workdir / name)
+    (workdir / "summary.json").unlink()
+    pipeline.execute(pipeline.prepare(tiny(), workdir))
+    check_same_end(workdir, finished)
+
+
+def test_a_run_that_was_stopped_in_each_phase_ends_with_the_same_bits(finished, tmp_path):
+    for phase, step, left in (("search", 13, set()), ("converge", 25, {"search", "pruned"})):
+        run = pipeline.prepare(tiny(), tmp_path, [Interrupter(phase, step)])
+        with pytest.raises(Stop):
+            pipeline.execute(run)
+        records = journal.read(tmp_path / journal.RECORDS)
+        assert [r["step"] for r in records if r["phase"] == phase] == list(range(10, step, 10))
+        assert {name for name in NETWORKS if (tmp_path / name).exists()} == left
+    pipeline.execute(pipeline.prepare(tiny(), tmp_path))
+    check_same_end(tmp_path, finished)
+
+
+def test_a_finished_run_only_reports(finished, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    for lost in ("summary.json", "layers.md", "plots/error.png"):
+        (workdir / lost).unlink()
+    run = pipeline.prepare(tiny(), workdir, [Interrupter(p, 0) for p in ("search", "converge")])
+    unread = dataclasses.replace(run.source, read=lambda split: pytest.fail("data were read"))
+    summary = pipeline.execute(dataclasses.replace(run, source=unread))
+    assert summary == finished.summary
+    before, after = contents(finished.workdir), contents(workdir)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert name.endswith(".png") or before[name] == after[name], name
+
+
+def test_a_directory_of_another_configuration_is_refused_and_left_alone(finished, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    before = contents(workdir)
+    message = (
+        f"workdir: {workdir} holds a run with another configuration: config.target is 0.5 there "
+        "and 0.4 here; give another --workdir"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pipeline.prepare(tiny(target=0.4), workdir)
+    with pytest.raises(ValueError, match=r"config.search.epochs is 2 .* \(2 fields differ\)"):
+        pipeline.prepare(tiny(**{"search.epochs": 9, "search.strength": 0.1}), workdir)
+    assert contents(workdir) == before
+
+
+def test_a_field_that_is_given_no_more_makes_another_configuration(tmp_path):
+    config = tiny()
+    pipeline.prepare(config, tmp_path)
+    del config.model.width
+    with pytest.raises(ValueError, match=r"config\.model\.width is 0\.25 there and None here"):
+        pipeline.prepare(config, tmp_path)
+
+
+def test_the_directory_of_the_data_may_change(finished, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    pipeline.prepare(tiny(**{"data.dir": "elsewhere"}), workdir)
+    assert json.loads((workdir / "config.json").read_text())["data"]["dir"] == "elsewhere"
+
+
+def test_a_configuration_on_disk_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 0,')
+    with pytest.raises(ValueError, match=r"^workdir: .*config.json is no configuration: "):
+        pipeline.prepare(tiny(), tmp_path)
+    assert contents(tmp_path) == {"config.json": b'{"seed": 0,'}
+
+
+# A search that does not get there
+
+
+def test_a_search_that_runs_out_of_epochs_says_so_and_is_pruned_to_the_target(tmp_path, caplog):
+    config = tiny(**{"search.epochs": 1, "search.strength": 1e-4, "target": 0.4})
+    run = pipeline.prepare(config, tmp_path, [Interrupter("converge", 0)])
+    with caplog.at_level(logging.WARNING), pytest.raises(Stop):
+        pipeline.execute(run)
+    assert caplog.messages == [
+        "search: did not come down to 0.42 of the FLOPs within search.epochs=1; "
+        "pruning to the target 0.4 anyway"
+    ]
+    phase = description(tmp_path, "search")["notes"]["phase"]
+    assert (phase["met_budget"], phase["epochs"]) == (False, 1)
+    full, small = (dhp.measure_cost(dhp.load(tmp_path / n), SHAPE) for n in ("search", "pruned"))
+    assert 0.38 < small.flops / full.flops <= 0.4
+
+
+# The baseline
+
+
+def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finished, tmp_path):
+    workdir = tmp_path / "baseline"
+    summary = pipeline.execute(pipeline.prepare(tiny(method="baseline"), workdir))
+    assert {path.name for path in workdir.iterdir()} == {
+        *("best", "model", "config.json", "metrics.jsonl"),
+        *("tensorboard", "summary.json", "layers.md", "plots"),
+    }
+    model = dhp.load(workdir / "model")
+    assert not dhp.latents(model)
+    assert dhp.measure_cost(model, SHAPE).flops == finished.summary["flops"]["before"]
+    assert summary["flops"]["ratio"] == 1
+    error = errors_by_hand(workdir, "model")
+    assert summary["test_error"]["last"] == pytest.approx(error, abs=1e-6)
+    records = journal.read(workdir / journal.RECORDS)
+    assert {record["phase"] for record in records} == {"baseline"}
+    assert records[-1]["test_error"] == summary["test_error"]["last"]
+    reported = pipeline.execute(finished.run, baseline=workdir)
+    assert reported["test_error"]["unpruned"] == summary["test_error"]["last"]
+    assert reported["unpruned_epochs"] == 1
+    assert pipeline.execute(finished.run)["test_error"]["unpruned"] is None
+
+
+# What is decided before any work
+
+
+def test_the_network_follows_from_the_seed(tmp_path):
+    first, again, other = (
+        arrays(pipeline.prepare(tiny(seed=seed), tmp_path / str(n)).build())
+        for n, seed in enumerate((7, 7, 8))
+    )
+    for name, array in first.items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+    latent = "blocks.0.hidden.0.vector"
+    assert np.any(first[latent] != other[latent])
+
+
+def test_the_configuration_decides_min_channels_and_dtype_of_the_network(tmp_path):
+    run = pipeline.prepare(tiny(dtype="bfloat16", **{"search.min_channels": 2}), tmp_path)
+    model = run.build()
+    assert all(z.min_channels == min(2, z.size) for z in dhp.latents(model).values())
+    assert model.classifier.dtype == jnp.bfloat16
+    assert (model.channels, model.classifier.out_features) == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("argument", "field"), [("min_channels", "search.min_channels"), ("dtype", "dtype")]
+)
+def test_what_has_a_field_of_its_own_is_refused_among_the_models(tmp_path, argument, field):
+    config = tiny()
+    config.model[argument] = 3
+    message = f"^config.model.{argument}: expected in config.{field}, not here$"
+    with pytest.raises(ValueError, match=message):
+        pipeline.prepare(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,441 @@
+"""The training loop against steps written by hand, its looks at the budget, and its randomness."""
+
+import copy
+from dataclasses import dataclass, field
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from networks import arrays, filled
+import numpy as np
+import optax
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax.latent import LatentVector
+from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.prune import survivor_counts
+from dhp_jax.tasks import Classification
+from dhp_jax.train import Budget, Phase, evaluate, train
+
+EXAMPLES, TESTS, BATCH, STEPS = 23, 11, 4, 5  # in an epoch; 3 examples are left over
+SHAPE, CLASSES = (6, 6, 3), 4
+RATE, MOMENTUM, DECAY = 0.1, 0.9, 1e-2
+STRENGTH, THRESHOLD = 0.3, 0.05
+EPOCHS, LOG_EVERY = 3, 2
+LOOKS = [2, 4, 5, 6, 8, 10, 12, 14, 15]  # every two steps, and at the end of an epoch
+SCHEDULE = drop_schedule(RATE, (2,), STEPS)
+
+
+class Net(nnx.Module):
+    """Two convolutions and a classifier."""
+
+    def __init__(self, rngs):
+        image = dhp.Latent(3, prunable=False, rngs=rngs)
+        a, b = dhp.Latent(8, min_channels=2, rngs=rngs), dhp.Latent(6, min_channels=3, rngs=rngs)
+        self.first = dhp.HyperConv(image, a, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = dhp.BatchNorm(a, momentum=0.9, rngs=rngs)
+        self.second = dhp.HyperConv(a, b, (3, 3), rngs=rngs)
+        self.classifier = dhp.Linear(b, CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.first(x)))
+        return self.classifier(nnx.relu(self.second(x)).mean((1, 2)))
+
+
+@dataclass(frozen=True)
+class Recording(Classification):
+    """Classification that remembers the batches it was trained with."""
+
+    batches: list = field(default_factory=list)
+
+    def training_pair(self, key, examples):
+        pair = super().training_pair(key, examples)
+        jax.debug.callback(lambda *pair: self.batches.append(pair), *pair, ordered=True)
+        return pair
+
+
+class Witness:
+    """An observer that remembers everything; records without what a clock says."""
+
+    def __init__(self):
+        self.events, self.records = [], []
+
+    def begin(self, phase, steps):
+        self.events.append(("begin", phase, steps))
+
+    def step(self):
+        self.events.append("step")
+
+    def record(self, values):
+        self.events.append("record")
+        self.records.append({n: v for n, v in values.items() if n != "examples_per_second"})
+
+    def end(self):
+        self.events.append("end")
+
+
+def labelled(n, seed):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (n, *SHAPE), np.uint8)
+    return jnp.asarray(images), jnp.asarray(rng.integers(0, CLASSES, n))
+
+
+def searched(model, *, limit=0.0, key=0, log_every=LOG_EVERY):
+    """A search, the batches that it went through, and what its observer saw."""
+    task = Recording((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True)
+    cost, witness = dhp.measure_cost(model, SHAPE), Witness()
+
+    def with_proximal_step(params):
+        sgd = optimizer("sgd", SCHEDULE, momentum=MOMENTUM, weight_decay=DECAY)
+        shrink = shrink_latents(params, strength=STRENGTH, schedule=SCHEDULE, threshold=THRESHOLD)
+        return optax.chain(sgd, shrink)
+
+    budget = Budget(lambda m: cost.ratio(survivor_counts(m, THRESHOLD)), limit)
+    phase = Phase("search", EPOCHS, SCHEDULE, with_proximal_step, budget)
+    outcome = train(
+        model,
+        phase,
+        task,
+        labelled(EXAMPLES, 0),
+        labelled(TESTS, 1),
+        batch_size=BATCH,
+        log_every=log_every,
+        key=jax.random.key(key),
+        observers=[witness],
+    )
+    jax.effects_barrier()
+    return outcome, task.batches, witness
+
+
+@pytest.fixture(scope="module")
+def net():
+    return filled(Net)
+
+
+@pytest.fixture(scope="module")
+def search(net):
+    return searched(net)
+
+
+def scores_and_loss(model, inputs, labels):
+    scores = model(inputs)
+    chosen = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
+    return jnp.mean(jax.nn.logsumexp(scores, axis=1) - chosen), scores
+
+
+def measured(model, images, labels):
+    """Mean loss and error in evaluation mode, over everything at once."""
+    model = nnx.clone(model)
+    model.eval()
+    inputs = (np.asarray(images, np.float32) - 128) / 64
+    loss, scores = scores_and_loss(model, jnp.asarray(inputs), labels)
+    return float(loss), float(np.mean(np.argmax(scores, axis=1) != np.asarray(labels)))
+
+
+def counts_of(model):
+    """How many entries of each latent survive, by the definition."""
+    counts = {}
+    for name, z in dhp.latents(model).items():
+        magnitude = np.sort(np.abs(np.asarray(z.value())))[::-1]
+        reach = int(np.sum(magnitude >= np.float32(THRESHOLD)))
+        counts[name] = max(reach, min(z.min_channels, z.size)) if z.prunable else z.size
+    return counts
+
+
+@pytest.fixture(scope="module")
+def by_hand(net, search):
+    """The models after each of the steps of the search, taken by hand, with losses and errors."""
+    model = nnx.clone(net)
+    model.train()
+    gradient = nnx.jit(nnx.value_and_grad(scores_and_loss, has_aux=True))
+    velocity, steps = {}, []
+    for number, (inputs, labels) in enumerate(search[1]):
+        (loss, scores), grads = gradient(model, jnp.asarray(inputs), jnp.asarray(labels))
+        rate = RATE if number < 2 * STEPS else RATE / 10
+        variables = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+        for path, grad in nnx.to_flat_state(grads):
+            variable, old = variables[path], np.asarray(variables[path][...], np.float64)
+            decayed = np.asarray(grad[...]) + DECAY * old
+            velocity[path] = MOMENTUM * velocity.get(path, 0) + decayed
+            stepped = old - rate * velocity[path]
+            prunable = isinstance(variable, LatentVector) and variable.prunable
+            if prunable and np.sum(np.abs(stepped) >= THRESHOLD) > variable.min_channels:
+                shrunk = np.maximum(np.abs(stepped) - STRENGTH * rate, 0)
+                stepped = np.sign(stepped) * shrunk
+            variables[path] = variable.replace(jnp.asarray(stepped, jnp.float32))
+        nnx.update(model, nnx.from_flat_state(list(variables.items())))
+        wrong = np.mean(np.argmax(scores, axis=1) != labels)
+        steps.append((nnx.clone(model), float(loss), float(wrong)))
+    return steps
+
+
+def check_same(found, expected):
+    """Two models are the same bit for bit."""
+    found, expected = arrays(found), arrays(expected)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+# A search, step by step
+
+
+def test_a_search_ends_where_its_steps_taken_by_hand_end(search, by_hand):
+    found, expected = arrays(search[0].model), arrays(by_hand[-1][0])
+    assert len(by_hand) == EPOCHS * STEPS
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_records_are_of_the_steps_since_the_one_before(search, by_hand):
+    records = search[2].records
+    assert [record["step"] for record in records] == LOOKS
+    for before, record in zip([0, *LOOKS], records, strict=False):
+        steps = by_hand[before : record["step"]]
+        assert record["loss"] == pytest.approx(np.mean([s[1] for s in steps]), rel=1e-3)
+        assert record["error"] == pytest.approx(np.mean([s[2] for s in steps]), abs=1e-6)
+        assert record["epoch"] == math.ceil(record["step"] / STEPS)
+        rate = RATE if record["step"] <= 2 * STEPS else RATE / 10
+        assert record["learning_rate"] == pytest.approx(rate)
+        assert record["phase"] == "search"
+
+
+def test_every_epoch_ends_with_a_test_of_all_test_data(search, by_hand):
+    for record in search[2].records:
+        ends = record["step"] % STEPS == 0
+        assert ("test_loss" in record, "test_error" in record) == (ends, ends)
+        if ends:
+            loss, error = measured(by_hand[record["step"] - 1][0], *labelled(TESTS, 1))
+            assert record["test_loss"] == pytest.approx(loss, rel=1e-3)
+            assert record["test_error"] == pytest.approx(error, abs=1e-6)
+
+
+def test_the_recorded_ratios_are_those_of_the_survivors(net, search, by_hand):
+    cost = dhp.measure_cost(net, SHAPE)
+    found = [(record["flops_ratio"], record["params_ratio"]) for record in search[2].records]
+    expected = [cost.ratio(counts_of(by_hand[step - 1][0])) for step in LOOKS]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert len({flops for flops, _ in found}) > 2  # the search does go down
+
+
+def test_progress_sums_the_phase_up(search):
+    outcome, _, witness = search
+    errors = [record["test_error"] for record in witness.records if "test_error" in record]
+    progress = outcome.progress
+    assert (progress.epochs, progress.steps, progress.met_budget) == (EPOCHS, 3 * STEPS, False)
+    assert (progress.last_error, progress.best_error) == (errors[-1], min(errors))
+    assert progress.best_epoch == 1 + errors.index(min(errors))
+    assert 0 < progress.seconds < math.inf
+
+
+def test_observers_are_told_of_every_step_and_record_between_beginning_and_end(search):
+    expected = [("begin", "search", EPOCHS * STEPS)]
+    for step in range(1, EPOCHS * STEPS + 1):
+        expected += ["step", "record"] if step in LOOKS else ["step"]
+    assert search[2].events == [*expected, "end"]
+
+
+# The budget
+
+
+def test_a_search_stops_at_the_first_look_that_finds_the_limit_reached(net, search):
+    records = search[2].records
+    ratios = [record["flops_ratio"] for record in records]
+    limit = next(ratio for ratio in ratios if ratio < ratios[0])
+    stop = ratios.index(limit)
+    outcome, _, witness = searched(net, limit=limit)
+    assert outcome.progress.met_budget
+    assert outcome.progress.steps == LOOKS[stop]
+    assert outcome.progress.epochs == math.ceil(LOOKS[stop] / STEPS)
+    last = {n: v for n, v in witness.records[-1].items() if n in records[stop]}
+    assert [*witness.records[:-1], last] == records[: stop + 1]
+    ratio = dhp.measure_cost(net, SHAPE).ratio(counts_of(outcome.model))
+    assert witness.records[-1]["flops_ratio"] == pytest.approx(ratio[0], rel=1e-6)
+    loss, error = measured(outcome.model, *labelled(TESTS, 1))
+    assert witness.records[-1]["test_loss"] == pytest.approx(loss, rel=1e-4)
+    assert outcome.progress.last_error == pytest.approx(error, abs=1e-6)
+
+
+def test_a_search_within_its_limit_stops_at_its_first_look(net):
+    outcome, _, witness = searched(net, limit=1.0)
+    assert (outcome.progress.steps, outcome.progress.epochs) == (LOOKS[0], 1)
+    assert len(witness.records) == 1
+    assert outcome.best_model is outcome.model  # a search keeps no best model
+
+
+# Randomness
+
+
+def test_the_same_key_gives_the_same_bits_however_often_it_is_looked_at(net, search):
+    outcome, batches, _ = searched(net, log_every=7)
+    check_same(outcome.model, search[0].model)
+    for found, expected in zip(batches, search[1], strict=True):
+        for array, like in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(array, like)
+
+
+def test_another_key_gives_another_network(net, search):
+    found, other = arrays(searched(net, key=1)[0].model), arrays(search[0].model)
+    assert all(np.any(found[name] != other[name]) for name in other)
+
+
+class Score(nnx.Module):
+    """A number that the tasks below raise by 1 in each step; it has no latents."""
+
+    def __init__(self):
+        self.height = nnx.Param(jnp.zeros(()))
+
+    def __call__(self, x):
+        return jnp.full(len(x), self.height[...])
+
+
+class Climb:
+    """Raises a `Score`; remembers examples and keys; errors and losses are those of tables."""
+
+    def __init__(self, errors=(0.0,) * 99, losses=(0.0,) * 99):
+        self.errors, self.losses = jnp.asarray(errors), jnp.asarray(losses)
+        self.examples, self.keys = [], []
+
+    def training_pair(self, key, examples):
+        def remember(key, examples):
+            self.keys.append(tuple(key.tolist()))
+            self.examples.append([array.tolist() for array in examples])
+
+        jax.debug.callback(remember, jax.random.key_data(key), examples, ordered=True)
+        return examples
+
+    def test_pair(self, examples):
+        return examples
+
+    def loss(self, outputs, targets):
+        at = jax.lax.stop_gradient(outputs)
+        return self.losses[at.astype(int)] - (outputs - at)
+
+    def error(self, outputs, targets):
+        return self.errors[outputs.astype(int)]
+
+
+def climbed(task, *, epochs, examples=5, batch_size=5, log_every=100, budget=None, observers=()):
+    numbers = jnp.arange(examples)
+    rate = optax.constant_schedule(1.0)
+    phase = Phase("converge", epochs, rate, lambda params: optax.sgd(rate), budget)
+    outcome = train(
+        Score(),
+        phase,
+        task,
+        (numbers, 10 * numbers),
+        (numbers, numbers),
+        batch_size=batch_size,
+        log_every=log_every,
+        key=jax.random.key(3),
+        observers=observers,
+    )
+    jax.effects_barrier()
+    return outcome
+
+
+def test_every_epoch_goes_through_another_permutation_of_the_examples():
+    task, epochs = Climb(), 6
+    outcome = climbed(task, epochs=epochs, examples=22, batch_size=4)
+    assert outcome.progress.steps == len(task.examples) == epochs * 5
+    orders = []
+    for epoch in range(epochs):
+        batches = task.examples[5 * epoch : 5 * epoch + 5]
+        order = [number for numbers, _ in batches for number in numbers]
+        assert [ten for _, tens in batches for ten in tens] == [10 * number for number in order]
+        assert len(order) == len(set(order)) == 20
+        assert set(order) <= set(range(22))
+        orders.append(tuple(order))
+    assert len(set(orders)) == epochs
+    assert set().union(*orders) == set(range(22))  # not always the same two are left over
+
+
+def test_every_step_draws_from_a_key_of_its_own():
+    task = Climb()
+    climbed(task, epochs=4, examples=6, batch_size=2)
+    assert len(set(task.keys)) == len(task.keys) == 12
+
+
+# Which model is which
+
+
+def test_the_best_model_is_that_of_the_first_smallest_test_error_and_the_last_the_last():
+    task = Climb(errors=(0.9, 0.5, 0.25, 0.75, 0.25, 0.375))
+    outcome = climbed(task, epochs=5)
+    assert float(outcome.best_model.height[...]) == 2
+    assert float(outcome.model.height[...]) == 5
+    progress = outcome.progress
+    assert (progress.best_epoch, progress.best_error, progress.last_error) == (2, 0.25, 0.375)
+    assert not progress.met_budget
+
+
+def test_a_budget_is_looked_at_every_so_many_steps_and_at_the_end_of_an_epoch():
+    def steps(limit):
+        budget = Budget(lambda model: (1 - model.height[...] / 10, jnp.ones(())), limit)
+        return climbed(
+            Climb(), epochs=2, examples=5, batch_size=1, log_every=3, budget=budget
+        ).progress.steps
+
+    # Looks at 3, 5, 6, 9 and 10; the share of a step is 1 - step / 10.
+    assert [steps(limit) for limit in (0.75, 0.65, 0.45, 0.25)] == [3, 5, 6, 9]
+
+
+def test_training_leaves_the_model_as_it_was(search):
+    model = filled(Net)
+    model.eval()
+    before = copy.deepcopy(arrays(model))
+    trained = searched(model)[0].model
+    assert model.norm.use_running_average
+    assert arrays(model).keys() == before.keys()
+    for name, array in arrays(model).items():
+        np.testing.assert_array_equal(array, before[name], err_msg=name)
+    check_same(trained, search[0].model)  # and starting in evaluation mode makes no difference
+
+
+def test_a_trained_model_can_be_trained_again_and_stays(net, search):
+    model = search[0].model
+    before = copy.deepcopy(arrays(model))
+    again = searched(model)[0].model
+    for name, array in arrays(model).items():
+        np.testing.assert_array_equal(array, before[name], err_msg=name)
+    assert np.any(arrays(again)["classifier.kernel"] != before["classifier.kernel"])
+
+
+# Tests of any size
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 64])
+def test_an_evaluation_is_the_mean_over_all_examples_whatever_the_batch(net, batch_size):
+    data = labelled(TESTS, 1)
+    before = copy.deepcopy(arrays(net))
+    task = Classification((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True)
+    found = evaluate(net, task, data, batch_size=batch_size)
+    assert found == pytest.approx(measured(net, *data), rel=1e-5)
+    for name, array in arrays(net).items():
+        np.testing.assert_array_equal(array, before[name], err_msg=name)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_a_loss_that_is_not_finite_ends_training_at_the_next_look(value, shown):
+    witness = Witness()
+    task = Climb(losses=(0.0, 0.0, 0.0, value, 0.0, 0.0, 0.0))  # in the fourth step
+    message = f"^converge: the loss is {shown} at step 6, at a learning rate of 1$"
+    with pytest.raises(FloatingPointError, match=message):
+        climbed(task, epochs=9, examples=9, batch_size=1, log_every=3, observers=[witness])
+    assert [record["step"] for record in witness.records] == [3]
+    assert witness.events[-1] == "end"
+
+
+@pytest.mark.parametrize("batch_size", [-1, 0, 6])
+def test_a_batch_that_is_empty_or_larger_than_the_data_is_refused_before_training(batch_size):
+    witness = Witness()
+    message = rf"^batch_size: expected 1 to 5 \(the size of the training data\), got {batch_size}$"
+    with pytest.raises(ValueError, match=message):
+        climbed(Climb(), epochs=1, batch_size=batch_size, observers=[witness])
+    assert witness.events == []
