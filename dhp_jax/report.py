@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 LAYERS = "layers.md"
+PLOTS = "plots"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 BEFORE, AFTER, REMOVED, RULE = "#c3cad4", "#1f6fb2", "#d9603b", "#7a828c"
@@ -85,7 +86,7 @@ def write(
     (result.workdir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     (result.workdir / LAYERS).write_text(layer_table(result.before, result.after))
     for name, figure in plots(result, unpruned).items():
-        folder = result.workdir / "plots"
+        folder = result.workdir / PLOTS
         folder.mkdir(exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
     return summary
@@ -163,14 +164,14 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     if summary["method"] != "baseline":
         epochs = summary["unpruned_epochs"]
         unpruned = (
-            "unknown" if epochs is None else f"{_percent(error['unpruned'])} ({epochs} epochs)"
+            "unknown" if epochs is None else f"{_percent(error['unpruned'])} (epoch {epochs})"
         )
         search = phases["search"]
         rows += [
             ("test error, unpruned", unpruned),
             (
                 "  after the search",
-                f"{_percent(error['after_search'])} ({search['epochs']} epochs)",
+                f"{_percent(error['after_search'])} (epoch {search['epochs']})",
             ),
             ("  after pruning", _percent(error["after_pruning"])),
         ]
@@ -199,13 +200,15 @@ def summary_text(summary: Mapping[str, Any]) -> str:
 def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
     """What to tell at the end of a run: the layers, the summary, and where everything is."""
     workdir = Path(workdir)
-    plot_files = sorted(str(path) for path in (workdir / "plots").glob("*.png"))
     paths = [
-        ("trained network", f'{workdir / "model"}   (dhp.load("{workdir / "model"}"))'),
-        ("best epoch's", str(workdir / "best")),
+        (
+            "pruned network" if summary["method"] == "dhp" else "network",
+            f'{workdir / "model"}   (dhp.load("{workdir / "model"}"))',
+        ),
+        ("of best epoch", str(workdir / "best")),
         ("summary", str(workdir / SUMMARY)),
         ("layers", str(workdir / LAYERS)),
-        ("plots", ", ".join(plot_files)),
+        ("plots", str(workdir / PLOTS)),
         ("records", f"{workdir / journal.RECORDS}, {workdir / 'tensorboard'}"),
     ]
     return "\n".join(
