@@ -177,6 +177,7 @@ def train(
             epoch += 1
             values, met_budget = loop.run_epoch(epoch)
             test_loss, last_error = evaluate(loop.state.params, loop.state.rest)
+            loop.check_finite("test loss", test_loss)
             loop.record(values | {"test_loss": test_loss, "test_error": last_error})
             if last_error < best_error:
                 best_error, best_epoch = last_error, epoch
@@ -253,21 +254,25 @@ class _Loop:
         """The training measures since they were last read, and what of the network survives."""
         loss, error = self.state.measures.means()
         rate = float(self.phase.learning_rate(self.steps - 1))
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{self.phase.name}: the loss is {loss} at step {self.steps}, "
-                f"at a learning rate of {rate:g}"
-            )
+        self.check_finite("loss", loss)
         self.state = self.state._replace(measures=Measures.zero())
         values = {"epoch": epoch, "loss": loss, "error": error, "learning_rate": rate}
         (then, steps), now = self.clock, time.perf_counter()
         if self.steps > steps:
             values["examples_per_second"] = (self.steps - steps) * self.batch_size / (now - then)
-        self.clock = now, self.steps
         if self.phase.budget is not None:
             flops, params = map(float, self.ratio(self.state.params, self.state.rest))
             values |= {"flops_ratio": flops, "params_ratio": params}
+        self.clock = time.perf_counter(), self.steps
         return values
+
+    def check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            rate = float(self.phase.learning_rate(self.steps - 1))
+            raise FloatingPointError(
+                f"{self.phase.name}: the {name} is {value} at step {self.steps}, "
+                f"at a learning rate of {rate:g}"
+            )
 
     def _meets_budget(self, values: dict[str, Any]) -> bool:
         budget = self.phase.budget

@@ -121,6 +121,8 @@ def test_a_phase_that_begins_anew_drops_its_own_events_only(tmp_path):
     write(tmp_path, "search", SEARCH)
     write(tmp_path, "converge", CONVERGE)
     before = scalars(tmp_path / "tensorboard" / "search")
+    (events,) = (tmp_path / "tensorboard" / "converge").iterdir()
+    events.rename(events.with_name("events.out.tfevents.1.earlier"))  # files are named by second
     write(tmp_path, "converge", [{"phase": "converge", "step": 7, "loss": 0.5}])
     assert scalars(tmp_path / "tensorboard" / "converge") == {("loss", 7): 0.5}
     assert scalars(tmp_path / "tensorboard" / "search") == before

@@ -60,7 +60,7 @@ class Witness:
     """An observer that remembers everything; records without what a clock says."""
 
     def __init__(self):
-        self.events, self.records = [], []
+        self.events, self.records, self.rates = [], [], []
 
     def begin(self, phase, steps):
         self.events.append(("begin", phase, steps))
@@ -71,6 +71,7 @@ class Witness:
     def record(self, values):
         self.events.append("record")
         self.records.append({n: v for n, v in values.items() if n != "examples_per_second"})
+        self.rates.append(values.get("examples_per_second"))
 
     def end(self):
         self.events.append("end")
@@ -236,6 +237,14 @@ def test_observers_are_told_of_every_step_and_record_between_beginning_and_end(s
     for step in range(1, EPOCHS * STEPS + 1):
         expected += ["step", "record"] if step in LOOKS else ["step"]
     assert search[2].events == [*expected, "end"]
+
+
+def test_the_speed_is_recorded_but_for_the_first_step_which_compiles(search):
+    assert len(search[2].rates) == len(LOOKS)
+    assert all(0 < rate < math.inf for rate in search[2].rates)
+    witness = Witness()
+    climbed(Climb(), epochs=2, examples=2, batch_size=1, log_every=1, observers=[witness])
+    assert [rate is None for rate in witness.rates] == [True, False, False, False]
 
 
 # The budget
