@@ -99,16 +99,18 @@ def prepare(
             f"examples of {source.name!r}; got {config.batch_size}"
         )
 
-    for argument, field in (("min_channels", "search.min_channels"), ("dtype", "dtype")):
-        if argument in arguments:
-            raise ConfigError(f"config.model.{argument}: expected in config.{field}, not here")
-    arguments = {
-        "num_classes": source.num_classes,
-        "channels": source.image_shape[-1],
-        **arguments,
-        "min_channels": config.search.min_channels,
-        "dtype": config.dtype,
+    given_elsewhere = {
+        "num_classes": ("data.name", source.num_classes),
+        "channels": ("data.name", source.image_shape[-1]),
+        "min_channels": ("search.min_channels", config.search.min_channels),
+        "dtype": ("dtype", config.dtype),
     }
+    for argument, (field, value) in given_elsewhere.items():
+        if argument in arguments:
+            raise ConfigError(
+                f"config.model.{argument}: follows from config.{field}, not given here"
+            )
+        arguments[argument] = value
     try:
         abstract = models.build_abstract(name, **arguments)
     except ValueError as error:

@@ -20,7 +20,10 @@ EXAMPLE = "experiments/configs/digits_resnet20.py"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs, prints what came of it, and returns the exit code: 2 for wrong input."""
+    """Runs, and prints what came of it.
+
+    Returns the exit code: 2 for wrong input, 1 for a loss that is no longer finite.
+    """
     logging.basicConfig(format="%(message)s")
     if "--help" in arguments:
         print(__doc__, define(arguments).main_module_help(), sep="\n")
@@ -33,7 +36,11 @@ def main(arguments: Sequence[str]) -> int:
     except (flags.Error, ValueError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    summary = pipeline.execute(run, baseline=options.baseline or f"{options.workdir}-baseline")
+    try:
+        summary = pipeline.execute(run, baseline=options.baseline or f"{options.workdir}-baseline")
+    except FloatingPointError as error:
+        print("error:", error, file=sys.stderr)
+        return 1
     print(report.text(run.workdir, summary))
     return 0
 

@@ -197,7 +197,18 @@ def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
     assert re.search(r"^test error, unpruned +unknown$", printed.out, re.MULTILINE)
     assert re.search(r"^test error, last epoch +\d+\.\d\d % \(epoch 1\)$", printed.out, re.M)
     paths = re.findall(r"runs/[\w./-]+", printed.out)
-    assert len(paths) >= 10
+    assert {Path(path).name for path in paths} == {
+        *("model", "best", "summary.json", "layers.md", "plots", "metrics.jsonl", "tensorboard")
+    }
     assert all(Path(path).exists() for path in paths)
     assert "converge: epoch 1, step 20 of 20: loss " in printed.err
     assert "search" not in printed.err
+
+
+def test_a_training_that_diverges_ends_with_one_line_and_exit_code_1(main, tmp_path, capsys):
+    steep = ["--config.search.learning_rate=1e30", "--config.search.epochs=1"]
+    small = ["--config.model.width=0.5", f"--workdir={tmp_path / 'run'}"]
+    assert main(DIGITS, *small, *steep) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: search: the loss is ")
+    assert "at a learning rate of 1e+30" in last

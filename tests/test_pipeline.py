@@ -341,12 +341,18 @@ def test_the_configuration_decides_min_channels_and_dtype_of_the_network(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("argument", "field"), [("min_channels", "search.min_channels"), ("dtype", "dtype")]
+    ("argument", "field"),
+    [
+        ("min_channels", "search.min_channels"),
+        ("dtype", "dtype"),
+        ("num_classes", "data.name"),
+        ("channels", "data.name"),
+    ],
 )
 def test_what_has_a_field_of_its_own_is_refused_among_the_models(tmp_path, argument, field):
     config = tiny()
     config.model[argument] = 3
-    message = f"^config.model.{argument}: expected in config.{field}, not here$"
+    message = f"^config.model.{argument}: follows from config.{field}, not given here$"
     with pytest.raises(ValueError, match=message):
         pipeline.prepare(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
