@@ -3,6 +3,7 @@
 import datetime
 import json
 from pathlib import Path
+import shlex
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def write(folder: Path, name: str, title: str, note: str, rows: list[dict], tabl
     )
     about = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": commit.stdout.strip(),
         "hardware": hardware(),
         "versions": versions(),
