@@ -214,7 +214,7 @@ def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             "",
-            (workdir / LAYERS).read_text(),
+            *([(workdir / LAYERS).read_text()] if summary["method"] != "baseline" else []),
             summary_text(summary),
             "",
             *(f"{label:<16} {path}" for label, path in paths),
