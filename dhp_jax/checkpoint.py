@@ -46,9 +46,13 @@ def save(path: str | os.PathLike, model: nnx.Module, **notes: Any) -> None:
     Example:
       >>> dhp.save("out/", small, test_error=8.46)
     """
-    path = Path(path)
-    if path.exists() and not exists(path) and (path.is_file() or any(path.iterdir())):
-        raise FileExistsError(f"path: expected no or an empty folder, or a network's, got {path}")
+    path = Path(os.path.realpath(path))
+    if path.is_file() or (
+        path.exists() and not {item.name for item in path.iterdir()} <= {DESCRIPTION, ARRAYS}
+    ):
+        raise FileExistsError(
+            f"path: expected no or an empty folder, or one with a network only, got {path}"
+        )
     architecture = architecture_of(model)
     # safetensors writes memory as it lies, and device layouts need not be row-major.
     arrays = {

@@ -13,6 +13,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+import numpy as np
 
 from dhp_jax.latent import Axis, Latent, latents, walk
 from dhp_jax.layers import BatchNorm, HyperConv, Linear
@@ -94,8 +95,8 @@ class Cost:
         Returns:
           Exact integers: Python ints, or int64 arrays.
         """
-        if all(isinstance(count, int) for count in counts.values()):
-            return self._total(counts)
+        if all(isinstance(count, int | np.integer) for count in counts.values()):
+            return self._total({name: int(count) for name, count in counts.items()})
         with jax.enable_x64(True):  # FLOPs of large images do not fit 32 bits
             return self._total({name: jnp.int64(count) for name, count in counts.items()})
 
@@ -213,7 +214,10 @@ def _trace(model, input_shape):
         names.update({latent: name for name, latent in latents(traced).items()})
         for path, _, module in list(walk(traced)):
             if _costs_something(module):
-                _report_calls(module, lambda *call, path=path: calls.append((path, *call)))
+                # The module of this walk, not that of the call: under `nnx.jit` or `nnx.remat` the
+                # latter is a copy whose latents are none of ours.
+                report = functools.partial(lambda *call: calls.append(call), path, module)
+                _report_calls(module, report)
         return traced(x)
 
     try:
@@ -226,7 +230,7 @@ def _trace(model, input_shape):
 def input_refused(input_shape: tuple[int, ...], error: Exception) -> str:
     """One line for a forward pass that fails on an input of some shape."""
     message = f"input_shape: the model does not take {input_shape}: {str(error).splitlines()[0]}"
-    if isinstance(error, TypeError):  # what an addition of unlike shapes raises
+    if "incompatible shapes" in message:
         message = message.rstrip(".") + "; axes that are added must be one latent"
     return message
 
@@ -236,12 +240,12 @@ def _costs_something(module: nnx.Module) -> bool:
 
 
 def _report_calls(layer, report) -> None:
-    """Makes every call of this one layer end with `report(layer, shape of the output)`."""
+    """Makes every call of this one layer end with `report(shape of the output)`."""
     plain_class = type(layer)
 
     def call(self, *args, **kwargs):
         output = plain_class.__call__(self, *args, **kwargs)
-        report(self, output.shape)
+        report(output.shape)
         return output
 
     layer.__class__ = type(plain_class)(plain_class.__name__, (plain_class,), {"__call__": call})

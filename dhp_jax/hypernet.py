@@ -55,6 +55,8 @@ def hyper_kernel(
     Returns:
       The kernel, in the layout that `nnx.Conv` expects.
 
+    The backward pass is written by hand, so there is no forward-mode derivative (`jax.jvp`).
+
     Raises:
       ValueError: an array's shape does not fit the latent vectors.
 

@@ -50,17 +50,30 @@ def optimizer(
 def prunable_latents(params: PyTree) -> PyTree:
     """Which parameters are latent vectors that may be pruned: a mask for `optax.masked`.
 
+    Give `optax.masked` the mask and not this function: `nnx.Optimizer` shows transformations bare
+    arrays, which do not tell what they are.
+
     Args:
       params: a state of `nnx.Variable`s, or a tree of such states.
 
     Returns:
       A tree of booleans, one a variable.
 
+    Raises:
+      ValueError: a tree of arrays without variables.
+
     Example:
-      >>> shrink = optax.masked(dhp.prox_l1(strength=1e-4, learning_rate=0.1), dhp.prunable_latents)
+      >>> mask = dhp.prunable_latents(nnx.state(model, nnx.Param))
+      >>> shrink = optax.masked(dhp.prox_l1(strength=1e-4, learning_rate=0.1), mask)
       >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), shrink)
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     """
+    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    if leaves and not any(isinstance(leaf, nnx.Variable) for leaf in leaves):
+        raise ValueError(
+            "prunable_latents: expected a state of nnx.Variables, such as "
+            f"nnx.state(model, nnx.Param); got a tree of {type(leaves[0]).__name__}"
+        )
     return _map_variables(lambda v: isinstance(v, LatentVector) and v.prunable, params)
 
 

@@ -92,29 +92,23 @@ def prepare(
     name = arguments.pop("name", None)
     if name not in models.FAMILIES:
         raise ConfigError(unknown("config.model.name", name, models.FAMILIES))
+    elsewhere = {"num_classes": "data.name", "channels": "data.name"}
+    elsewhere |= {"min_channels": "search.min_channels", "dtype": "dtype"}
+    for argument, field in elsewhere.items():
+        if argument in arguments:
+            raise ConfigError(
+                f"config.model.{argument}: follows from config.{field}, not given here"
+            )
+    arguments |= {"min_channels": config.search.min_channels, "dtype": config.dtype}
+    _abstract(name, arguments)  # before the data, which may have to be downloaded
     source = load(config.data.name, config.data.dir)
     if config.batch_size > source.train_size:
         raise ConfigError(
             f"config.batch_size: expected at most {source.train_size}, the number of training "
             f"examples of {source.name!r}; got {config.batch_size}"
         )
-
-    given_elsewhere = {
-        "num_classes": ("data.name", source.num_classes),
-        "channels": ("data.name", source.image_shape[-1]),
-        "min_channels": ("search.min_channels", config.search.min_channels),
-        "dtype": ("dtype", config.dtype),
-    }
-    for argument, (field, value) in given_elsewhere.items():
-        if argument in arguments:
-            raise ConfigError(
-                f"config.model.{argument}: follows from config.{field}, not given here"
-            )
-        arguments[argument] = value
-    try:
-        abstract = models.build_abstract(name, **arguments)
-    except ValueError as error:
-        raise ConfigError(f"config.model: {error}") from error
+    arguments |= {"num_classes": source.num_classes, "channels": source.image_shape[-1]}
+    abstract = _abstract(name, arguments)
     cost = measure_cost(abstract, source.image_shape)
     try:
         check_budget(abstract, cost, flops=config.target)
@@ -130,6 +124,13 @@ def prepare(
         return models.build(name, **arguments, rngs=nnx.Rngs(config.seed))
 
     return Run(config, workdir, source, task, build, cost, observers)
+
+
+def _abstract(name: str, arguments: dict[str, Any]) -> nnx.Module:
+    try:
+        return models.build_abstract(name, **arguments)
+    except ValueError as error:
+        raise ConfigError(f"config.model: {error}") from error
 
 
 def execute(run: Run, *, baseline: str | os.PathLike | None = None) -> dict[str, Any]:
@@ -270,8 +271,8 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     path = workdir / CONFIG
     if path.is_file():
         try:
-            there = _flat(json.loads(path.read_text()))
-        except ValueError as error:
+            there = _flat(dict(json.loads(path.read_text())))
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"workdir: {path} is no configuration: {error}") from error
         here = _flat(wanted)
         differing = [
@@ -287,6 +288,8 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
                 f"{f' ({len(differing)} fields differ)' if len(differing) > 1 else ''}; "
                 "give another --workdir"
             )
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise ConfigError(f"workdir: expected a new or empty directory, or a run's; got {workdir}")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(wanted, indent=1))

@@ -1,7 +1,10 @@
 """Which channels survive, how many fit a budget, and the surgery that makes the network smaller."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
+import math
+from numbers import Real
 from typing import Any
 
 from flax import nnx
@@ -16,6 +19,8 @@ from dhp_jax.latent import Axis, latents, modules_in
 from dhp_jax.layers import Keep, Prunable
 
 Masks = Mapping[str, np.ndarray]
+TOLERANCE = 0.005  # of a budget that may be left before entries are traded
+TRADES = 32
 
 
 class BudgetError(ValueError):
@@ -77,12 +82,13 @@ def check_budget(model: nnx.Module, cost: Cost, **budget: float) -> None:
         raise ValueError(f"budget: expected flops= or params= or both, got {sorted(budget)}")
     smallest = smallest_ratio(model, cost)
     for name, target in budget.items():
-        if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target <= 1:
+        if isinstance(target, bool) or not isinstance(target, Real) or not 0 < target <= 1:
             raise ValueError(f"{name}: expected a share in (0, 1], got {target!r}")
         if target < smallest[name]:
+            reachable = math.ceil(1e4 * smallest[name]) / 1e4
             raise BudgetError(
                 f"{name}: {target!r} cannot be reached: the smallest possible share is "
-                f"{smallest[name]:.4f}, with min_channels entries left in every prunable latent"
+                f"{reachable:.4f}, with min_channels entries left in every prunable latent"
             )
 
 
@@ -91,7 +97,8 @@ def survivors_within(model: nnx.Module, cost: Cost, **budget: float) -> dict[str
 
     Entries of all latents go in order of magnitude, smallest first, until the budget holds; then
     those that still fit come back, largest first. The result is within the budget, and no channel
-    that was removed fits in what is left of it.
+    that was removed fits in what is left of it. If more than 0.5 % is left even so, costly channels
+    that do not fit are traded for the smallest of other latents.
 
     Args:
       model: a network of latents.
@@ -106,33 +113,59 @@ def survivors_within(model: nnx.Module, cost: Cost, **budget: float) -> dict[str
         latents that are not prunable make it unreachable (it tells the smallest share).
     """
     check_budget(model, cost, **budget)
-    masks = {name: np.ones(z.size, bool) for name, z in latents(model).items()}
-    counts = {name: mask.size for name, mask in masks.items()}
     order = _removable(model)
+    sizes = {name: z.size for name, z in latents(model).items()}
 
-    def fits(counts: Mapping[str, int]) -> bool:
-        used = dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
-        return all(used[name] <= share for name, share in budget.items())
-
-    def without(n: int) -> dict[str, int]:
-        left = dict(counts)
-        for name, _ in order[:n]:
-            left[name] -= 1
-        return left
+    def slack(gone: Set[int]) -> float:
+        """What is left of the tightest budget without some entries; negative if it is exceeded."""
+        left = Counter(sizes)
+        left.subtract(order[i][0] for i in gone)
+        used = dict(zip(("flops", "params"), cost.ratio(left), strict=True))
+        return min(share - used[name] for name, share in budget.items())
 
     # Cost falls with every entry removed, so the number to remove is found by bisection.
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(without(middle)) else (middle + 1, high)
-    counts = without(low)
-    for name, index in order[:low]:
+        low, high = (low, middle) if slack(range(middle)) >= 0 else (middle + 1, high)
+    gone = _refilled(set(range(low)), slack)
+    if slack(gone) > TOLERANCE:
+        gone = _traded(gone, order, slack)
+    masks = {name: np.ones(size, bool) for name, size in sizes.items()}
+    for i in gone:
+        name, index = order[i]
         masks[name][index] = False
-    for name, index in reversed(order[:low]):
-        larger = {**counts, name: counts[name] + 1}
-        if fits(larger):
-            counts, masks[name][index] = larger, True
     return masks
+
+
+def _refilled(gone: set[int], slack: Callable[[Set[int]], float]) -> set[int]:
+    """Takes entries back that fit, largest first."""
+    for i in sorted(gone, reverse=True):
+        if slack(gone - {i}) >= 0:
+            gone = gone - {i}
+    return gone
+
+
+def _traded(
+    gone: set[int], order: list[tuple[str, int]], slack: Callable[[Set[int]], float]
+) -> set[int]:
+    """Takes an entry back that does not fit, for the smallest ones of other latents, if that helps.
+
+    For channels of very different cost: once the costly ones are gone, none of them fits again.
+    """
+    for i in sorted(gone, reverse=True)[:TRADES]:
+        trial = gone - {i}
+        for j, (name, _) in enumerate(order):
+            if slack(trial) >= 0:
+                break
+            if name != order[i][0]:
+                trial = trial | {j}
+        if slack(trial) >= 0:
+            trial = _refilled(trial, slack)
+            gone = min(gone, trial, key=slack)
+        if slack(gone) <= TOLERANCE:
+            break
+    return gone
 
 
 def _removable(model: nnx.Module) -> list[tuple[str, int]]:
@@ -159,7 +192,8 @@ def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
         everything and makes the ordinary, unpruned network.
 
     Returns:
-      A model of the same class, of ordinary `flax.nnx` layers.
+      A model of the same class, of ordinary `flax.nnx` layers. What was not cut is shared with
+      `model`: copy it before donating its buffers, if you still need `model`.
 
     Raises:
       ValueError: a mask that is missing, unknown, of another length, or keeps nothing.
@@ -248,6 +282,7 @@ def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
 
     Prunes the model in several ways, so that any two latents lose different numbers of channels in
     at least one of them, and each loses some, and traces the forward passes; nothing is computed.
+    It sees numbers of channels, not their order, and no latents of 1 or 2 channels.
 
     Args:
       model: a network of latents; left as it was.

@@ -5,6 +5,7 @@ Example: python experiments/main.py --config=experiments/configs/resnet20.py --c
 
 from collections.abc import Sequence
 import logging
+import os
 from pathlib import Path
 import runpy
 import sys
@@ -81,7 +82,10 @@ def parse(arguments: Sequence[str]) -> flags.FlagValues:
         raise ValueError(
             f"--config: expected --config=FILE, such as {EXAMPLE}; got {given.get('config')!r}"
         )
-    module = runpy.run_path(str(path))
+    try:
+        module = runpy.run_path(str(path))
+    except Exception as error:  # whatever a file that is no configuration may raise
+        raise ValueError(f"--config: {path}: {type(error).__name__}: {error}") from error
     if "get_config" not in module:
         raise ValueError(f"--config: expected a file with a function get_config(); got {path}")
     # First, because the flag parser's own complaints do not tell what is possible.
@@ -94,7 +98,9 @@ def parse(arguments: Sequence[str]) -> flags.FlagValues:
         raise ValueError(error) from error
     if surplus:
         raise ValueError(f"expected flags only, such as --config.target=0.5; got {surplus[0]!r}")
-    if options.workdir is None:
+    if options.workdir is not None:
+        options.workdir = os.path.normpath(options.workdir)
+    else:
         method = options.config.method
         options.workdir = f"runs/{path.stem}" + ("" if method == "dhp" else f"-{method}")
     return options

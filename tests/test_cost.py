@@ -367,3 +367,17 @@ def test_latents_of_different_length_that_are_added_are_refused_in_one_line():
         message = str(raised.value)
         assert "(1, 4, 4, 8), (1, 4, 4, 12)" in message
         assert "\n" not in message
+
+
+def test_a_layer_that_is_called_under_remat_is_counted():
+    class Remat(nnx.Module):
+        def __init__(self, rngs):
+            image = dhp.Latent(1, prunable=False, rngs=rngs)
+            self.conv = dhp.HyperConv(image, dhp.Latent(8, rngs=rngs), (3, 3), rngs=rngs)
+
+        def __call__(self, x):
+            return nnx.remat(lambda conv, x: conv(x))(self.conv, x)
+
+    cost = dhp.measure_cost(Remat(nnx.Rngs(0)), (5, 5, 1))
+    assert (cost.flops, cost.params) == (5 * 5 * 9 * 8, 9 * 8 + 8)
+    assert cost.given({"conv.z_in": 1, "conv.z_out": 3}) == (5 * 5 * 9 * 3, 9 * 3 + 3)

@@ -204,3 +204,8 @@ def test_shrinking_is_the_same_inside_jit():
     shrink = shrink_latents(before, strength=0.4, schedule=lambda step: LR, threshold=0.005)
     after = jax.jit(lambda params: stepped(params, shrink))(before)
     np.testing.assert_allclose(value(after, "wide"), [2.8, -1.8, 0, 0, 0.8, 0], rtol=1e-6)
+
+
+def test_a_mask_of_bare_arrays_is_refused_rather_than_empty():
+    with pytest.raises(ValueError, match=r"prunable_latents: expected a state of nnx\.Variables"):
+        dhp.prunable_latents({"z": jnp.ones(4)})

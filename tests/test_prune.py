@@ -639,3 +639,36 @@ def test_a_pixel_shuffle_is_accepted_and_pruned_to_whole_channels():
     whole = dhp.prune(model, keep_all(model))
     whole.last.kernel[...] = kernel
     np.testing.assert_allclose(small(x), whole(x), rtol=1e-5, atol=1e-5)
+
+
+class CheapAndCostly(nnx.Module):
+    """Eight costly channels of small magnitude beside 64 cheap ones of large magnitude."""
+
+    def __init__(self, rngs):
+        image, out = (dhp.Latent(1, prunable=False, rngs=rngs) for _ in range(2))
+        self.costly = dhp.Latent(8, min_channels=1, rngs=rngs)
+        self.cheap = dhp.Latent(64, min_channels=1, rngs=rngs)
+        self.costly.vector[...] = jnp.linspace(0.1, 0.2, 8)
+        self.cheap.vector[...] = jnp.linspace(1.0, 2.0, 64)
+        self.convs = nnx.List(
+            dhp.HyperConv(*axes, (size, size), rngs=rngs)
+            for axes, size in [
+                ((image, self.costly), 3),
+                ((self.costly, out), 3),
+                ((image, self.cheap), 1),
+                ((self.cheap, out), 1),
+            ]
+        )
+
+    def __call__(self, x):
+        return self.convs[1](self.convs[0](x)) + self.convs[3](self.convs[2](x))
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.6, 0.7, 0.9])
+def test_costly_channels_are_traded_for_cheap_ones_where_the_budget_would_be_missed(target):
+    model = CheapAndCostly(nnx.Rngs(0))
+    cost = dhp.measure_cost(model, (8, 8, 1))
+    small = dhp.prune_to(model, (8, 8, 1), flops=target)
+    ratio = dhp.measure_cost(small, (8, 8, 1)).flops / cost.flops
+    cheapest = 2 / (2 * 9 * 8 + 2 * 64 + 2)  # one cheap channel of all
+    assert target - max(0.005, cheapest) < ratio <= target

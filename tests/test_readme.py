@@ -3,7 +3,13 @@
 from pathlib import Path
 import re
 
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import dhp_jax as dhp
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -15,12 +21,18 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 def test_the_quick_start_prunes_a_network_of_the_reader_in_30_lines(in_tmp_path, capsys):
-    import dhp_jax as dhp
-
     code = next(block for block in BLOCKS if "class Net" in block)
     assert len(code.strip().splitlines()) <= 30
     names = {}
     exec(compile(code, "README.md", "exec"), names)
+    model, optimizer = names["model"], names["optimizer"]
+    latents = {name: z.value() for name, z in dhp.latents(model).items()}
+    still = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+    optimizer.update(model, still)  # a step without a gradient: what moves is shrunk
+    for name, z in dhp.latents(model).items():
+        amount = 0.5 * 1e-2 if z.prunable else 0.0
+        expected = np.sign(latents[name]) * np.maximum(np.abs(latents[name]) - amount, 0)
+        np.testing.assert_allclose(z.value(), expected, atol=1e-7)
     before, after, small = names["before"], names["after"], names["small"]
     assert 0.45 * before.flops < after.flops <= 0.5 * before.flops
     assert f"{before.flops:,} -> {after.flops:,}" in capsys.readouterr().out

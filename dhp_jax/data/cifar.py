@@ -29,7 +29,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Source:
         builder = _builder(name, data_dir)
         prepared = builder.is_prepared()
     if not prepared:
-        _prepare(builder)
+        _prepare(builder, data_dir)
     with _quiet(), _read_errors(builder):
         sizes = {}
         for split in ("train", "test"):
@@ -92,13 +92,20 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
     return Builder(data_dir=None if data_dir is None else os.path.expanduser(data_dir))
 
 
-def _prepare(builder) -> None:
-    """Downloads and prepares the data; raises in seconds if the download host does not answer."""
-    url = builder._cifar_info.url
-    if not _reachable(url):  # TFDS itself would try for minutes
+def _prepare(builder, data_dir: str | os.PathLike | None) -> None:
+    """Downloads and prepares the data; raises in seconds if the download host does not answer.
+
+    A directory that was named and is not there is more likely mistyped than meant to be filled.
+    """
+    url, obstacle = builder._cifar_info.url, None
+    if data_dir is not None and not os.path.isdir(os.path.expanduser(data_dir)):
+        obstacle = f"{os.fspath(data_dir)!r} does not exist"
+    elif not _reachable(url):  # TFDS itself would try for minutes
+        obstacle = f"cannot fetch {url}"
+    if obstacle is not None:
         raise DataNotFoundError(
-            f"data.dir: found no prepared {builder.name} in {builder.data_dir} and cannot fetch "
-            f"{url}; prepare it there with TFDS in the array_record format on a machine with "
+            f"data.dir: found no prepared {builder.name} in {builder.data_dir} and {obstacle}; "
+            f"prepare it there with TFDS in the array_record format on a machine with "
             f"network, or run the embedded default, {DEFAULT_CONFIG}"
         )
     try:

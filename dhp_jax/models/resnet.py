@@ -1,5 +1,6 @@
 """CIFAR ResNets: 20, 32, 44, 56 with basic blocks, 110 and 164 with bottleneck blocks."""
 
+import math
 from typing import Any
 
 from flax import nnx
@@ -101,14 +102,14 @@ class ResNet(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        if depth not in BASIC_DEPTHS + BOTTLENECK_DEPTHS:
+        if not isinstance(depth, int) or depth not in BASIC_DEPTHS + BOTTLENECK_DEPTHS:
             raise ValueError(
                 f"depth: expected one of {BASIC_DEPTHS} (basic blocks) or {BOTTLENECK_DEPTHS} "
                 f"(bottleneck blocks), got {depth!r}"
             )
         if not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
-        if not isinstance(width, int | float) or not width > 0:
+        if not isinstance(width, int | float) or not 0 < width < math.inf:
             raise ValueError(f"width: expected a positive number, got {width!r}")
         bottleneck = depth in BOTTLENECK_DEPTHS
         blocks = (depth - 2) // (9 if bottleneck else 6)
