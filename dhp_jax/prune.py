@@ -154,6 +154,8 @@ def _traded(
     For channels of very different cost: once the costly ones are gone, none of them fits again.
     """
     for i in sorted(gone, reverse=True)[:TRADES]:
+        if any(j > i and order[j][0] == order[i][0] for j in gone):
+            continue  # a larger one of its latent is gone
         trial = gone - {i}
         for j, (name, _) in enumerate(order):
             if slack(trial) >= 0:

@@ -283,10 +283,11 @@ def test_prepared_data_with_a_file_missing_are_refused(prepared, tmp_path):
     assert f"cannot read cifar10 in {folder}" in one_line_error("cifar10", folder)
 
 
-def test_a_data_directory_that_cannot_be_written_is_refused(mirror, tmp_path, monkeypatch):
+def test_a_data_directory_that_is_a_file_is_refused(mirror, tmp_path, monkeypatch):
     download_from(mirror, monkeypatch)
     (tmp_path / "file").write_text("")
-    assert f"cannot prepare cifar10 in {tmp_path}" in one_line_error("cifar10", tmp_path / "file")
+    file = tmp_path / "file"
+    assert f"{str(file)!r} is no directory" in one_line_error("cifar10", file)
 
 
 def test_a_host_is_reachable_only_if_it_has_the_file(mirror, monkeypatch):

@@ -1,6 +1,7 @@
 """What survives, exact budgets, and surgery that changes nothing but the size."""
 
 import itertools
+import math
 import re
 
 from flax import nnx
@@ -460,7 +461,17 @@ def test_budgets_are_met_and_used_up_by_magnitude(mixed, seed, budget):
         magnitude = np.abs(z.value())
         if not masks[name].all():
             assert magnitude[masks[name]].min() >= magnitude[~masks[name]].max()
-    check_same(masks, mixed_by_greed(model, cost, **budget))
+
+    def slack(masks):
+        shares = cost.ratio({name: int(mask.sum()) for name, mask in masks.items()})
+        used = dict(zip(("flops", "params"), shares, strict=True))
+        return min(share - used[name] for name, share in budget.items())
+
+    greedy = mixed_by_greed(model, cost, **budget)
+    if slack(greedy) <= 0.005:
+        check_same(masks, greedy)
+    else:  # channels may have been traded
+        assert slack(masks) <= slack(greedy)
 
 
 def test_no_larger_network_of_the_same_kind_fits_a_budget(mixed):
@@ -510,7 +521,8 @@ def test_the_smallest_share_can_be_reached_and_is_told_when_less_is_asked_for(mi
     for name, share in smallest.items():
         masks = survivors_within(model, cost, **{name: share})
         assert {latent: int(mask.sum()) for latent, mask in masks.items()} == counts
-        with pytest.raises(dhp.BudgetError, match=re.escape(f"possible share is {share:.4f}")):
+        told = f"possible share is {math.ceil(1e4 * share) / 1e4:.4f}"  # one that can be asked for
+        with pytest.raises(dhp.BudgetError, match=re.escape(told)):
             survivors_within(model, cost, **{name: share - 1e-3})
         with pytest.raises(dhp.BudgetError, match=f"^{name}: 0.01 cannot be reached"):
             dhp.prune_to(model, MIXED_INPUT, **{name: 0.01})

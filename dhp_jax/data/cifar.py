@@ -99,7 +99,7 @@ def _prepare(builder, data_dir: str | os.PathLike | None) -> None:
     """
     url, obstacle = builder._cifar_info.url, None
     if data_dir is not None and not os.path.isdir(os.path.expanduser(data_dir)):
-        obstacle = f"{os.fspath(data_dir)!r} does not exist"
+        obstacle = f"{os.fspath(data_dir)!r} is no directory"
     elif not _reachable(url):  # TFDS itself would try for minutes
         obstacle = f"cannot fetch {url}"
     if obstacle is not None:
