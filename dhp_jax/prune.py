@@ -256,7 +256,7 @@ def _check_masks(model: nnx.Module, keep: Masks) -> None:
 
 
 def prune_to(model: nnx.Module, input_shape: tuple[int, ...], **budget: float) -> nnx.Module:
-    """Prunes to the largest network within a budget, by magnitude of the latents.
+    """Prunes to a network that uses as much of a budget as fits, by magnitude of the latents.
 
     Args:
       model: a network of latents; left as it was.
