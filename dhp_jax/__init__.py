@@ -5,7 +5,7 @@ from dhp_jax.checkpoint import load, save
 from dhp_jax.cost import Cost, measure_cost
 from dhp_jax.hypernet import hyper_kernel
 from dhp_jax.latent import Axis, Latent, LatentVector, concat, latents, repeat
-from dhp_jax.layers import BatchNorm, HyperConv, Linear
+from dhp_jax.layers import BatchNorm, Bias, HyperConv, HyperConvTranspose, Linear
 from dhp_jax.optimizer import prunable_latents
 from dhp_jax.prox import prox_l1, prox_l2
 from dhp_jax.prune import BudgetError, check_axes, prune, prune_to, survivors
@@ -15,9 +15,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Axis",
     "BatchNorm",
+    "Bias",
     "BudgetError",
     "Cost",
     "HyperConv",
+    "HyperConvTranspose",
     "Latent",
     "LatentVector",
     "Linear",

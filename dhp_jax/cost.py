@@ -1,12 +1,14 @@
 """FLOPs and params of a model, as functions of what survives.
 
-FLOPs are multiply-accumulates: convolutions and linear layers, plus 2 for every normalised element.
-Params are conv and linear kernels and biases, BatchNorm scales and biases.
+FLOPs are multiply-accumulates: convolutions (transposed ones as if every tap met every output) and
+linear layers, plus 2 for every normalised element and 1 for every element of a `Bias` layer; biases
+of convolutions are not counted. Params are kernels, biases, BatchNorm scales and biases.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 import functools
+import logging
 import math
 
 from flax import nnx
@@ -16,7 +18,16 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.latent import Axis, Latent, latents, walk
-from dhp_jax.layers import BatchNorm, HyperConv, Linear
+from dhp_jax.layers import (
+    BatchNorm,
+    Bias,
+    ChannelBias,
+    HyperConv,
+    HyperConvTranspose,
+    Linear,
+)
+
+logger = logging.getLogger(__name__)
 
 Counts = Mapping[str, "int | Array"]
 
@@ -116,8 +127,9 @@ class Cost:
 def measure_cost(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
     """Counts a model's FLOPs and params by tracing one forward pass; nothing is computed.
 
-    Works on models with hypernetworks and on pruned or ordinary ones. Counted are `HyperConv`,
-    `nnx.Conv`, `BatchNorm`, `Linear` and what `layer_terms` is registered for.
+    Works on models with hypernetworks and on pruned or ordinary ones. Counted are convolutions,
+    transposed convolutions, `BatchNorm`, `Bias`, `Linear`, `nnx.PReLU` and what `layer_terms` is
+    registered for; a warning names layers with parameters that are not counted.
 
     Args:
       model: called with one array; left as it was.
@@ -172,13 +184,13 @@ def layer_terms(layer: nnx.Module, output_shape: tuple[int, ...]) -> Terms | Non
 
 
 @layer_terms.register
-def _(layer: HyperConv, output_shape):
-    return _conv_terms(layer, layer.z_in, layer.z_out, output_shape)
+def _(layer: HyperConv | HyperConvTranspose, output_shape):
+    return _conv_terms(layer, layer.kernel_axis(), layer.z_out, output_shape)
 
 
 @layer_terms.register
-def _(layer: nnx.Conv, output_shape):
-    inputs = layer.in_features // layer.feature_group_count
+def _(layer: nnx.Conv | nnx.ConvTranspose, output_shape):
+    inputs = layer.in_features // getattr(layer, "feature_group_count", 1)
     return _conv_terms(layer, inputs, layer.out_features, output_shape)
 
 
@@ -196,6 +208,17 @@ def _(layer: nnx.BatchNorm, output_shape):
 
 
 @layer_terms.register
+def _(layer: ChannelBias, output_shape):
+    channels = layer.z if isinstance(layer, Bias) else layer.num_features
+    return channels, channels, (0, math.prod(output_shape) // layer.num_features), (0, 1)
+
+
+@layer_terms.register
+def _(layer: nnx.PReLU, output_shape):
+    return 1, 1, (0, 0), (0, 1)
+
+
+@layer_terms.register
 def _(layer: nnx.Linear, output_shape):
     inputs = layer.z_in if isinstance(layer, Linear) else layer.in_features
     positions = math.prod(output_shape[:-1])
@@ -206,6 +229,7 @@ def _trace(model, input_shape):
     """Runs the model on an abstract example; returns calls of counted layers, and the latents."""
     calls: list[tuple[str, nnx.Module, tuple[int, ...]]] = []
     names: dict[Latent, str] = {}
+    uncounted: dict[str, str] = {}
     graphdef, state = nnx.split(model)
 
     def forward(state, x):
@@ -218,12 +242,21 @@ def _trace(model, input_shape):
                 # latter is a copy whose latents are none of ours.
                 report = functools.partial(lambda *call: calls.append(call), path, module)
                 _report_calls(module, report)
+            elif _has_parameters(module):
+                uncounted[type(module).__name__] = path
         return traced(x)
 
     try:
         jax.eval_shape(forward, state, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
     except (TypeError, ValueError) as error:
         raise ValueError(input_refused(input_shape, error)) from error
+    if uncounted:
+        kinds = ", ".join(f"{kind} ({path})" for kind, path in uncounted.items())
+        logger.warning(
+            "measure_cost: no FLOPs or params are counted for %s; register a function with "
+            "dhp_jax.cost.layer_terms to count them",
+            kinds,
+        )
     return calls, names
 
 
@@ -239,16 +272,25 @@ def _costs_something(module: nnx.Module) -> bool:
     return layer_terms.dispatch(type(module)) is not layer_terms.dispatch(object)
 
 
+def _has_parameters(module: nnx.Module) -> bool:
+    values = vars(module).values()
+    return not isinstance(module, Axis) and any(isinstance(v, nnx.Param) for v in values)
+
+
 def _report_calls(layer, report) -> None:
     """Makes every call of this one layer end with `report(shape of the output)`."""
-    plain_class = type(layer)
+    layer.report_call = nnx.static(report)
+    layer.__class__ = _reporting(type(layer))
 
+
+@functools.cache  # NNX remembers every class of modules for good
+def _reporting(plain_class):
     def call(self, *args, **kwargs):
         output = plain_class.__call__(self, *args, **kwargs)
-        report(output.shape)
+        self.report_call(output.shape)
         return output
 
-    layer.__class__ = type(plain_class)(plain_class.__name__, (plain_class,), {"__call__": call})
+    return type(plain_class)(plain_class.__name__, (plain_class,), {"__call__": call})
 
 
 def _width(channels: Axis | int, names: Mapping[Latent, str]) -> Width:

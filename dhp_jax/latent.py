@@ -37,6 +37,10 @@ class Axis(nnx.Module):
         """How many channels of this axis each entry of each latent stands for."""
         raise NotImplementedError
 
+    def entries(self) -> list[tuple["Latent", int]]:
+        """The latent and the index in it that each channel stands for."""
+        raise NotImplementedError
+
     def keep(self, masks: Mapping["Latent", np.ndarray] | None) -> np.ndarray:
         """Boolean mask `(size,)` of the channels that survive; `None` keeps all of them."""
         raise NotImplementedError
@@ -85,6 +89,9 @@ class Latent(Axis):
     def multiplicity(self) -> dict["Latent", int]:
         return {self: 1}
 
+    def entries(self) -> list[tuple["Latent", int]]:
+        return [(self, index) for index in range(self.size)]
+
     def keep(self, masks: Mapping["Latent", np.ndarray] | None) -> np.ndarray:
         return np.ones(self.size, bool) if masks is None else np.asarray(masks[self], bool)
 
@@ -106,6 +113,9 @@ class Concat(Axis):
                 total[latent] = total.get(latent, 0) + times
         return total
 
+    def entries(self) -> list[tuple[Latent, int]]:
+        return [entry for part in self.parts for entry in part.entries()]
+
     def keep(self, masks: Mapping[Latent, np.ndarray] | None) -> np.ndarray:
         return np.concatenate([part.keep(masks) for part in self.parts])
 
@@ -123,6 +133,9 @@ class Repeat(Axis):
 
     def multiplicity(self) -> dict[Latent, int]:
         return {latent: self.times * n for latent, n in self.base.multiplicity().items()}
+
+    def entries(self) -> list[tuple[Latent, int]]:
+        return [entry for entry in self.base.entries() for _ in range(self.times)]
 
     def keep(self, masks: Mapping[Latent, np.ndarray] | None) -> np.ndarray:
         return np.repeat(self.base.keep(masks), self.times)
