@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from dhp_jax import optimizer
-from dhp_jax.data import sources
+from dhp_jax.data import photographs, sources
 from dhp_jax.names import unknown
 
 METHODS = ("dhp", "baseline")
@@ -18,9 +18,19 @@ class ConfigError(ValueError):
     """A field of a configuration that is unknown, missing, or has an impossible value."""
 
 
-def default() -> ConfigDict:
-    """The paper's recipe for ResNet-20 on CIFAR-10; configurations start from it."""
-    return ConfigDict(
+def default(task: str = "classification") -> ConfigDict:
+    """The paper's recipe for a task; configurations start from it.
+
+    Args:
+      task: "classification" (ResNet-20 on CIFAR-10), "super_resolution" (SRResNet x4) or
+        "denoising" (DnCNN).
+
+    Raises:
+      ConfigError: another task.
+    """
+    if task not in TASKS:
+        raise ConfigError(unknown("task", task, TASKS))
+    config = ConfigDict(
         {
             "seed": 0,
             "method": "dhp",  # "baseline" trains the unpruned network instead
@@ -28,6 +38,7 @@ def default() -> ConfigDict:
             "batch_size": 64,
             "dtype": "float32",  # of activations and kernels; parameters stay float32
             "log_every": 100,  # steps between records, and between looks at the budget
+            "task": {"name": task},
             "model": {"name": "resnet", "depth": 20, "width": 1.0},
             "data": {"name": "cifar10", "dir": config_dict.placeholder(str)},
             "optimizer": {"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4},
@@ -44,6 +55,57 @@ def default() -> ConfigDict:
             "baseline": {"epochs": 300, "learning_rate": 0.1, "drops": (150.0, 225.0)},
         }
     )
+    TASKS[task](config)
+    return config
+
+
+def _classification(config: ConfigDict) -> None:
+    config.data.image_size = config_dict.placeholder(int)  # sides of image folders and ImageNet
+    config.data.archive = config_dict.placeholder(str)  # of Tiny-ImageNet
+
+
+def _super_resolution(config: ConfigDict) -> None:
+    _restoration(config)
+    config.batch_size = 16
+    config.task.update(scale=4, patch=96, channels=3, steps_per_epoch=1000)
+    config.task.psnr = "y"  # or "rgb"
+    config.model = ConfigDict({"name": "srresnet", "blocks": 16, "width": 1.0})
+    config.search.update(epochs=80, drops=(40.0,))
+    for phase in (config.converge, config.baseline):
+        phase.update(epochs=300, drops=(200.0,))
+
+
+def _denoising(config: ConfigDict) -> None:
+    _restoration(config)
+    config.task.update(sigma=70.0, patch=64, channels=1, steps_per_epoch=10_000)
+    config.model = ConfigDict({"name": "dncnn", "depth": 17, "width": 1.0})
+    config.search.update(epochs=20, drops=(10.0,))
+    for phase in (config.converge, config.baseline):
+        phase.update(epochs=60, drops=(40.0,))
+
+
+def _restoration(config: ConfigDict) -> None:
+    config.target = 0.6
+    config.task.tile = config_dict.placeholder(int)  # larger test images are cut into tiles
+    config.task.overlap = 48  # of the tiles
+    config.data = ConfigDict(
+        {
+            "name": "photographs",  # those of scikit-image, or "photo_folder"
+            "dir": config_dict.placeholder(str),
+            "test_dir": config_dict.placeholder(str),
+        }
+    )
+    config.optimizer.update(name="adam", weight_decay=0.0)
+    config.search.strength = 0.1
+    for phase in (config.search, config.converge, config.baseline):
+        phase.learning_rate = 1e-4
+
+
+TASKS: Mapping[str, Callable[[ConfigDict], None]] = {
+    "classification": _classification,
+    "super_resolution": _super_resolution,
+    "denoising": _denoising,
+}
 
 
 def check(config: ConfigDict) -> None:
@@ -51,7 +113,7 @@ def check(config: ConfigDict) -> None:
 
     Looks at each field by itself; the fields of `model` are for `dhp.models.build` to judge.
     """
-    _check_group("", config, FIELDS)
+    _check_group("", config, _fields(config))
 
 
 def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> None:
@@ -63,7 +125,7 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
         `None` where there is no "=".
     """
     for name, text in overrides.items():
-        value, rule, path = config, FIELDS, "config"
+        value, rule, path = config, _fields(config), "config"
         for part in name.split(".")[1:]:
             if not isinstance(value, ConfigDict):
                 raise ConfigError(f"{name}: {path} has no fields, its value is {value!r}")
@@ -112,8 +174,11 @@ def _integer(low: int, high: int | None = None) -> Rule:
     return possible, f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
 
 
-def _one_of(*values: str) -> Rule:
-    return (lambda value: value in values), f"one of {', '.join(values)}"
+def _one_of(*values: str | int) -> Rule:
+    def possible(value: Any) -> bool:
+        return any(type(value) is type(known) and value == known for known in values)
+
+    return possible, f"one of {', '.join(map(str, values))}"
 
 
 def _epochs(value: Any) -> bool:
@@ -129,10 +194,12 @@ def _reads_as(number: type, text: str) -> bool:
     return True
 
 
-_DIRECTORY: Rule = (
-    lambda value: value is None or isinstance(value, str | os.PathLike),
-    "a path, or None for the default of tensorflow-datasets",
-)
+def _or_none(rule: Rule, meaning: str) -> Rule:
+    possible, expected = rule
+    return (lambda value: value is None or possible(value)), f"{expected}, or None {meaning}"
+
+
+_PATH: Rule = (lambda value: isinstance(value, str | os.PathLike), "a path")
 _SCHEDULE: Mapping[str, Any] = {
     "epochs": _integer(1),
     "learning_rate": _number(0, above=True),
@@ -146,8 +213,8 @@ FIELDS: Mapping[str, Any] = {
     "batch_size": _integer(1),
     "dtype": _one_of(*DTYPES),
     "log_every": _integer(1),
+    "task": {"name": _one_of(*TASKS)},
     "model": None,
-    "data": {"name": _one_of(*sources.NAMES), "dir": _DIRECTORY},
     "optimizer": {
         "name": _one_of(*optimizer.NAMES),
         "momentum": _number(0, 1, below=True),
@@ -163,6 +230,44 @@ FIELDS: Mapping[str, Any] = {
     "converge": _SCHEDULE,
     "baseline": _SCHEDULE,
 }
+
+
+_RESTORATION: Mapping[str, Any] = {
+    "patch": _integer(1),
+    "channels": _one_of(1, 3),
+    "steps_per_epoch": _integer(1),
+    "tile": _or_none(_integer(1), "to run test images whole"),
+    "overlap": _integer(0),
+}
+_LABELLED: Mapping[str, Any] = {
+    "name": _one_of(*sources.NAMES),
+    "dir": _or_none(_PATH, "for the default of tensorflow-datasets"),
+    "image_size": _or_none(_integer(1), "for the size of the data"),
+    "archive": _or_none(_PATH, "if there is none"),
+}
+_PHOTOGRAPHS: Mapping[str, Any] = {
+    "name": _one_of(*photographs.NAMES),
+    "dir": _or_none(_PATH, "for embedded photographs"),
+    "test_dir": _or_none(_PATH, "for embedded photographs"),
+}
+TASK_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "classification": {"task": {}, "data": _LABELLED},
+    "super_resolution": {
+        "task": {**_RESTORATION, "scale": _one_of(2, 3, 4), "psnr": _one_of("y", "rgb")},
+        "data": _PHOTOGRAPHS,
+    },
+    "denoising": {"task": {**_RESTORATION, "sigma": _number(0)}, "data": _PHOTOGRAPHS},
+}
+
+
+def _fields(config: ConfigDict) -> Mapping[str, Any]:
+    """The rules of all fields; those of `task` and `data` depend on the task."""
+    task = config.get("task")
+    name = task.get("name") if isinstance(task, ConfigDict) else None
+    if not isinstance(name, str) or name not in TASK_FIELDS:  # the rule of `task.name` will tell
+        return {**FIELDS, "data": None, "task": FIELDS["task"]}
+    rules = TASK_FIELDS[name]
+    return {**FIELDS, "task": {**FIELDS["task"], **rules["task"]}, "data": rules["data"]}
 
 
 def _check_group(prefix: str, config: Any, rules: Mapping[str, Any]) -> None:

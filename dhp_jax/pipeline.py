@@ -19,34 +19,26 @@ from flax import nnx
 import jax
 from ml_collections import ConfigDict
 import optax
+from PIL import Image
 
 from dhp_jax import checkpoint, models, report
 from dhp_jax.config import ConfigError, check
 from dhp_jax.cost import Cost, measure_cost
-from dhp_jax.data import Source, load
 from dhp_jax.journal import Journal
 from dhp_jax.layers import reinitialize
 from dhp_jax.names import unknown
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.problems import Problem, known_arguments, origins, problem
 from dhp_jax.prune import check_axes, check_budget, prune, survivor_counts, survivors_within
-from dhp_jax.tasks import Classification
-from dhp_jax.train import (
-    Budget,
-    Data,
-    Observer,
-    Outcome,
-    Params,
-    Phase,
-    Progress,
-    Task,
-    evaluate,
-    train,
-)
+from dhp_jax.tasks import evaluate
+from dhp_jax.tasks.task import Data, Params
+from dhp_jax.train import Budget, Observer, Outcome, Phase, Progress, train
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 MAY_CHANGE = ("data.dir",)  # fields of a run that is started again in its directory
+PICTURES = 4  # test examples shown in the report, where a task has something to show
 PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
 
 
@@ -57,8 +49,7 @@ class Run:
     Attributes:
       config: its configuration.
       workdir: the directory that it writes to.
-      source: its data.
-      task: what the network is trained for.
+      problem: its task and data.
       build: makes the unpruned network of latents.
       cost: of that network.
       observers: told how training goes.
@@ -66,8 +57,7 @@ class Run:
 
     config: ConfigDict
     workdir: Path
-    source: Source
-    task: Task
+    problem: Problem
     build: Callable[[], nnx.Module]
     cost: Cost
     observers: Sequence[Observer] = ()
@@ -92,30 +82,22 @@ def prepare(
     name = arguments.pop("name", None)
     if name not in models.FAMILIES:
         raise ConfigError(unknown("config.model.name", name, models.FAMILIES))
-    elsewhere = {"num_classes": "data.name", "channels": "data.name"}
-    elsewhere |= {"min_channels": "search.min_channels", "dtype": "dtype"}
-    for argument, field in elsewhere.items():
+    for argument, field in origins(config).items():
         if argument in arguments:
             raise ConfigError(
                 f"config.model.{argument}: follows from config.{field}, not given here"
             )
-    arguments |= {"min_channels": config.search.min_channels, "dtype": config.dtype}
+    arguments |= known_arguments(config)
     _abstract(name, arguments)  # before the data, which may have to be downloaded
-    source = load(config.data.name, config.data.dir)
-    if config.batch_size > source.train_size:
-        raise ConfigError(
-            f"config.batch_size: expected at most {source.train_size}, the number of training "
-            f"examples of {source.name!r}; got {config.batch_size}"
-        )
-    arguments |= {"num_classes": source.num_classes, "channels": source.image_shape[-1]}
+    asked = problem(config)
+    arguments |= asked.arguments
     abstract = _abstract(name, arguments)
-    cost = measure_cost(abstract, source.image_shape)
+    cost = measure_cost(abstract, asked.input_shape)
     try:
         check_budget(abstract, cost, flops=config.target)
     except ValueError as error:
         raise ConfigError(f"config.target: {error}") from error
-    check_axes(abstract, source.image_shape)
-    task = Classification(source.mean, source.std, source.crop_padding, source.flip)
+    check_axes(abstract, asked.input_shape)
     workdir = Path(workdir)
     _claim(workdir, config)
     observers = (*observers, Journal(workdir))
@@ -123,7 +105,7 @@ def prepare(
     def build() -> nnx.Module:
         return models.build(name, **arguments, rngs=nnx.Rngs(config.seed))
 
-    return Run(config, workdir, source, task, build, cost, observers)
+    return Run(config, workdir, asked, build, cost, observers)
 
 
 def _abstract(name: str, arguments: dict[str, Any]) -> nnx.Module:
@@ -146,7 +128,7 @@ def execute(run: Run, *, baseline: str | os.PathLike | None = None) -> dict[str,
 
     @functools.cache
     def data(split: str) -> Data:  # a run that is finished reads none
-        return jax.device_put(run.source.read(split))
+        return run.problem.read(split)
 
     if run.config.method == "baseline":
         _train_baseline(run, data)
@@ -161,7 +143,7 @@ def _train_baseline(run: Run, data: Callable[[str], Data]) -> None:
     if not _done(run, "model"):
         ordinary = prune(run.build())
         reinitialize(ordinary, rngs=nnx.Rngs(run.config.seed))
-        _save_trained(run, _train(run, data, "baseline", ordinary))
+        _save_trained(run, data, _train(run, data, "baseline", ordinary))
 
 
 def _search(run: Run, data: Callable[[str], Data]) -> None:
@@ -189,14 +171,14 @@ def _prune(run: Run, data: Callable[[str], Data]) -> None:
         return
     model = checkpoint.load(run.workdir / "search")
     small = prune(model, survivors_within(model, run.cost, flops=run.config.target))
-    _, error = evaluate(small, run.task, data("test"), batch_size=4 * run.config.batch_size)
-    _save(run, "pruned", small, test_error=error)
+    test = evaluate(small, run.problem.task, data("test"), batch_size=4 * run.config.batch_size)
+    _save(run, "pruned", small, test=test)
 
 
 def _converge(run: Run, data: Callable[[str], Data]) -> None:
     if not _done(run, "model"):
         small = checkpoint.load(run.workdir / "pruned")
-        _save_trained(run, _train(run, data, "converge", small))
+        _save_trained(run, data, _train(run, data, "converge", small))
 
 
 def _train(
@@ -207,7 +189,7 @@ def _train(
     budget: Budget | None = None,
 ) -> Outcome:
     config, settings = run.config, run.config[name]
-    steps_per_epoch = run.source.train_size // config.batch_size
+    steps_per_epoch = run.problem.epoch // config.batch_size
     schedule = drop_schedule(settings.learning_rate, settings.drops, steps_per_epoch)
     plain = optimizer(
         config.optimizer.name,
@@ -235,9 +217,10 @@ def _train(
     return train(
         model,
         phase,
-        run.task,
+        run.problem.task,
         data("train"),
         data("test"),
+        examples=run.problem.epoch,
         batch_size=config.batch_size,
         log_every=config.log_every,
         key=jax.random.fold_in(jax.random.key(config.seed), PHASES.index(name)),
@@ -245,10 +228,17 @@ def _train(
     )
 
 
-def _save_trained(run: Run, outcome: Outcome) -> None:
+def _save_trained(run: Run, data: Callable[[str], Data], outcome: Outcome) -> None:
     """Saves the network after its best epoch on the test data, then the last: the run's end."""
+    task, test = run.problem.task, data("test")
+    for name, images in task.pictures(outcome.model, test, PICTURES):
+        folder = run.workdir / report.PICTURES / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for what, image in images.items():
+            Image.fromarray(image.squeeze()).save(folder / f"{what}.png")
     _save(run, "best", outcome.best_model, outcome.progress)
-    _save(run, "model", outcome.model, outcome.progress)
+    untouched = task.without_network(test)
+    _save(run, "model", outcome.model, outcome.progress, without_network=untouched)
 
 
 def _save(
@@ -257,7 +247,7 @@ def _save(
     """Saves a network with what a reader of the file wants to know of it."""
     phase = None if progress is None else dataclasses.asdict(progress)
     checkpoint.save(
-        run.workdir / name, model, input_shape=run.source.image_shape, phase=phase, **notes
+        run.workdir / name, model, input_shape=run.problem.input_shape, phase=phase, **notes
     )
 
 

@@ -8,7 +8,9 @@ from tqdm import tqdm
 SHOWN = {
     "loss": ("loss", "{:.3f}"),
     "error": ("train error", "{:.1%}"),
+    "psnr": ("train PSNR", "{:.2f} dB"),
     "test_error": ("test error", "{:.2%}"),
+    "test_psnr": ("test PSNR", "{:.2f} dB"),
     "flops_ratio": ("FLOPs", "{:.1%}"),
     "params_ratio": ("params", "{:.1%}"),
     "examples_per_second": ("images/s", "{:.0f}"),
@@ -35,7 +37,7 @@ class ProgressBar:
             if name in values:
                 self.shown[label] = form.format(values[name])
         self.bar.set_postfix(self.shown)
-        if self.bar.disable and "test_error" in values:
+        if self.bar.disable and any(name.startswith("test_") for name in values):
             shown = ", ".join(f"{label} {value}" for label, value in self.shown.items())
             position = f"epoch {values['epoch']}, step {values['step']} of {self.total}"
             print(f"{self.phase}: {position}: {shown}", file=sys.stderr, flush=True)

@@ -15,16 +15,19 @@ import jax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
+from PIL import Image
 
 from dhp_jax import checkpoint, journal
 from dhp_jax.cost import Cost, LayerCost, measure_cost
 from dhp_jax.latent import latents
+from dhp_jax.tasks.task import METRICS, Metric
 
 logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 LAYERS = "layers.md"
 PLOTS = "plots"
+PICTURES = "pictures"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 BEFORE, AFTER, REMOVED, RULE = "#c3cad4", "#1f6fb2", "#d9603b", "#7a828c"
@@ -85,7 +88,8 @@ def write(
     summary = summarize(result, unpruned)
     (result.workdir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     (result.workdir / LAYERS).write_text(layer_table(result.before, result.after))
-    for name, figure in plots(result, unpruned).items():
+    pictured = None if unpruned is None else Path(baseline)
+    for name, figure in plots(result, unpruned, pictured).items():
         folder = result.workdir / PLOTS
         folder.mkdir(exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
@@ -109,30 +113,33 @@ def read_baseline(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def summarize(result: Result, unpruned: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The outcome of a run in numbers; errors are shares of the test examples.
+    """The outcome of a run in numbers: metrics on the test data, cost, times.
 
     Args:
       result: the run.
       unpruned: the summary of a run with `method="baseline"`.
     """
     notes, trained = result.notes, result.notes["model"]["phase"]
-    error = {"last": trained["last_error"], "best": trained["best_error"]}
+    test = {"last": trained["last"], "best": trained["best"]}
+    if notes["model"]["without_network"]:
+        test["without_network"] = notes["model"]["without_network"]
     phases = {}
     if "search" in notes:
-        error |= {
-            "after_search": notes["search"]["phase"]["last_error"],
-            "after_pruning": notes["pruned"]["test_error"],
-            "unpruned": unpruned and unpruned["test_error"]["last"],
+        test |= {
+            "after_search": notes["search"]["phase"]["last"],
+            "after_pruning": notes["pruned"]["test"],
+            "unpruned": unpruned and unpruned["test"]["last"],
         }
         phases["search"] = notes["search"]["phase"]
     phases["converge" if "search" in notes else "baseline"] = trained
     return {
         "method": result.config["method"],
+        "task": result.config["task"],
         "model": result.config["model"],
         "data": result.config["data"]["name"],
         "seed": result.config["seed"],
         "target": result.config["target"] if "search" in notes else None,
-        "test_error": error,
+        "test": test,
         "flops": _change(result.before.flops, result.after.flops),
         "params": _change(result.before.params, result.after.params),
         "phases": phases,
@@ -158,28 +165,35 @@ def versions() -> dict[str, str]:
 
 def summary_text(summary: Mapping[str, Any]) -> str:
     """The summary as a few lines for a terminal."""
-    error, phases = summary["test_error"], summary["phases"]
+    test, phases = summary["test"], summary["phases"]
     trained = phases.get("converge") or phases["baseline"]
+    metric = METRICS[main_metric(test["last"])]
     rows = []
+    if "without_network" in test:
+        rows.append((f"test {metric.label}, input", metrics_text(test["without_network"])))
     if summary["method"] != "baseline":
         epochs = summary["unpruned_epochs"]
         unpruned = (
-            "unknown" if epochs is None else f"{_percent(error['unpruned'])} (epoch {epochs})"
+            "unknown" if epochs is None else f"{metrics_text(test['unpruned'])} (epoch {epochs})"
         )
         search = phases["search"]
         rows += [
-            ("test error, unpruned", unpruned),
+            ("  unpruned" if rows else f"test {metric.label}, unpruned", unpruned),
             (
                 "  after the search",
-                f"{_percent(error['after_search'])} (epoch {search['epochs']})",
+                f"{metrics_text(test['after_search'])} (epoch {search['epochs']})",
             ),
-            ("  after pruning", _percent(error["after_pruning"])),
+            ("  after pruning", metrics_text(test["after_pruning"])),
         ]
     rows += [
-        ("test error, last epoch", f"{_percent(error['last'])} (epoch {trained['epochs']})"),
+        (
+            f"test {metric.label}, last epoch",
+            f"{metrics_text(test['last'])} (epoch {trained['epochs']})",
+        ),
         (
             "  best epoch",
-            f"{_percent(error['best'])} (epoch {trained['best_epoch']}, by test error)",
+            f"{metrics_text(test['best'])} "
+            f"(epoch {trained['best_epoch']}, by test {metric.label})",
         ),
     ]
     for name, label in (("flops", "FLOPs"), ("params", "params")):
@@ -195,6 +209,21 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         )
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+
+def main_metric(values: Mapping[str, float]) -> str:
+    """The metric of some that a task is judged by."""
+    return "psnr" if "psnr" in values else "error"
+
+
+def metrics_text(values: Mapping[str, float]) -> str:
+    """Metrics for people: "2.00 %", or "24.93 dB, SSIM 0.6512"."""
+    first = main_metric(values)
+    shown = [METRICS[first].text(values[first])]
+    others = [name for name in values if name not in (first, "loss")]
+    return ", ".join(
+        shown + [f"{METRICS[name].label} {METRICS[name].text(values[name])}" for name in others]
+    )
 
 
 def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
@@ -246,15 +275,22 @@ def layer_table(before: Cost, after: Cost) -> str:
     return "\n".join([lines[0], ruler + "|", *lines[1:]]) + "\n"
 
 
-def plots(result: Result, unpruned: Mapping[str, Any] | None = None) -> dict[str, Figure]:
-    """The figures of a run by name."""
-    figures = {"error": _figure(_plot_error, result, unpruned)}
+def plots(
+    result: Result,
+    unpruned: Mapping[str, Any] | None = None,
+    baseline: Path | None = None,
+) -> dict[str, Figure]:
+    """The figures of a run by name; `unpruned` is the summary of the run in `baseline`."""
+    metric = main_metric(result.notes["model"]["phase"]["last"])
+    figures = {metric: _figure(_plot_metric, result, METRICS[metric], unpruned)}
     if "search" in result.notes:
         search = checkpoint.load(result.workdir / "search")
         survivors = checkpoint.read_description(result.workdir / "model")["survivors"]
         figures["channels"] = _figure(_plot_channels, result, width=9)
         figures["ratio"] = _figure(_plot_ratio, result)
         figures["latents"] = _figure(_plot_latents, result, search, survivors)
+    if (result.workdir / PICTURES).is_dir():
+        figures["crops"] = _crops(result, baseline)
     return figures
 
 
@@ -264,8 +300,9 @@ def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] |
         summary = read_baseline(baseline)
     except ValueError:
         return None
-    network = result.config["model"], result.config["data"]["name"]
-    if (summary["model"], summary["data"]) != network:
+    config = result.config
+    network = config["task"], config["model"], config["data"]["name"]
+    if (summary["task"], summary["model"], summary["data"]) != network:
         logger.warning("baseline: %s is of another network or other data; left out", baseline)
         return None
     return summary
@@ -346,29 +383,72 @@ def _plot_latents(
     axes.legend(frameon=False, loc="lower left")
 
 
-def _plot_error(axes: Axes, result: Result, unpruned: Mapping[str, Any] | None) -> None:
+def _plot_metric(
+    axes: Axes, result: Result, metric: Metric, unpruned: Mapping[str, Any] | None
+) -> None:
     start = 0
     for name in dict.fromkeys(record["phase"] for record in result.records):
-        records = [r for r in result.records if r["phase"] == name and "test_error" in r]
+        records = [r for r in result.records if r["phase"] == name and f"test_{metric.name}" in r]
         if start:
             axes.axvline(start, color=RULE, linewidth=1)
             axes.annotate(" pruned", (start, 1), xycoords=("data", "axes fraction"), va="top")
         epochs = [start + r["epoch"] for r in records]
         color = BEFORE if name == "search" else AFTER
-        axes.plot(epochs, [100 * r["test_error"] for r in records], color=color, label=name)
+        values = [metric.factor * r[f"test_{metric.name}"] for r in records]
+        axes.plot(epochs, values, color=color, label=name)
         start += records[-1]["epoch"]
     if unpruned is not None and "search" in result.notes:
-        error = 100 * unpruned["test_error"]["last"]
-        label = f"unpruned, last epoch ({error:.2f} %)"
-        axes.axhline(error, color=RULE, linewidth=1, linestyle="--", label=label)
-    axes.set_yscale("log")
+        value = unpruned["test"]["last"][metric.name]
+        label = f"unpruned, last epoch ({metric.text(value)})"
+        axes.axhline(metric.factor * value, color=RULE, linewidth=1, linestyle="--", label=label)
+    if not metric.higher_is_better:
+        axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlim(0)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("test error, %")
-    axes.set_title("Test error", loc="left")
+    axes.set_ylabel(f"test {metric.label}, {metric.unit}")
+    axes.set_title(f"Test {metric.label}", loc="left")
     if axes.lines:
         axes.legend(frameon=False)
+
+
+def _crops(result: Result, baseline: Path | None) -> Figure:
+    """Details of test pictures: the input, what networks make of it, and the original."""
+    pruned = "search" in result.notes
+    columns = [("input", result.workdir, "input")]
+    if pruned and baseline is not None:
+        columns.append(("unpruned", baseline, "output"))
+    share = result.after.flops / result.before.flops
+    columns.append(
+        (f"pruned, {_percent(share)} FLOPs" if pruned else "unpruned", result.workdir, "output")
+    )
+    columns.append(("original", result.workdir, "target"))
+    names = sorted(folder.name for folder in (result.workdir / PICTURES).iterdir())
+    figure = Figure(figsize=(2.2 * len(columns), 2.2 * len(names) + 0.3), layout="constrained")
+    grid = figure.subplots(len(names), len(columns), squeeze=False)
+    for name, row in zip(names, grid, strict=True):
+        images = [
+            np.asarray(Image.open(workdir / PICTURES / name / f"{what}.png"))
+            for _, workdir, what in columns
+        ]
+        rows, across = _detail(images[-1])
+        for axes, image, (title, _, _) in zip(row, images, columns, strict=True):
+            axes.imshow(image[rows, across], cmap="gray", vmin=0, vmax=255, interpolation="none")
+            axes.set_axis_off()
+            if name == names[0]:
+                axes.set_title(title, fontsize=9)
+    return figure
+
+
+def _detail(image: np.ndarray, side: int = 96) -> tuple[slice, slice]:
+    """The square of a picture in which neighbouring pixels differ most."""
+    gray = image.reshape(*image.shape[:2], -1).mean(-1)
+    contrast = np.abs(np.diff(gray, axis=0))[:, 1:] + np.abs(np.diff(gray, axis=1))[1:]
+    side = min(side, *contrast.shape)
+    total = np.pad(contrast, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+    top, left = np.unravel_index(np.argmax(sums), sums.shape)
+    return slice(top, top + side), slice(left, left + side)
 
 
 def _layer_row(before: LayerCost, after: LayerCost) -> tuple[str, ...]:

@@ -10,33 +10,11 @@ from typing import Any, NamedTuple, Protocol
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key
 import optax
 
 from dhp_jax.latent import LatentVector
-
-Data = PyTree[Array]  # arrays of one example an entry along their first axis
-Params = tuple[nnx.State, nnx.State]  # latent vectors, all other parameters
-
-
-class Task(Protocol):
-    """What a network is trained for."""
-
-    def training_pair(self, key: Key[Array, ""], examples: Data) -> tuple[Array, Any]:
-        """Inputs and targets of raw examples, augmented afresh."""
-        ...
-
-    def test_pair(self, examples: Data) -> tuple[Array, Any]:
-        """Inputs and targets of raw examples as they are."""
-        ...
-
-    def loss(self, outputs: Array, targets: Any) -> Float[Array, " n"]:
-        """What training lowers, of each example."""
-        ...
-
-    def error(self, outputs: Array, targets: Any) -> Float[Array, " n"]:
-        """What is reported, of each example; lower is better."""
-        ...
+from dhp_jax.tasks.task import Data, Params, Task
 
 
 class Observer(Protocol):
@@ -77,14 +55,23 @@ class Phase:
 
 @dataclass(frozen=True)
 class Progress:
-    """How a phase went, in numbers. Errors are those on the test data."""
+    """How a phase went, in numbers.
+
+    Attributes:
+      epochs, steps: how many there were.
+      seconds: how long they took, tests included.
+      met_budget: whether the stop rule ended the phase.
+      last: metrics of the last epoch on the test data, by name.
+      best: those of the epoch that was best by the task's metric.
+      best_epoch: its number, from 1.
+    """
 
     epochs: int
     steps: int
     seconds: float
     met_budget: bool
-    last_error: float
-    best_error: float
+    last: dict[str, float]
+    best: dict[str, float]
     best_epoch: int
 
 
@@ -104,7 +91,7 @@ class Measures(NamedTuple):
     """Sums over examples, kept on the device."""
 
     loss: Float[Array, ""]
-    error: Float[Array, ""]
+    score: Float[Array, ""]  # the task's metric
     examples: Int[Array, ""]
 
     @classmethod
@@ -112,9 +99,9 @@ class Measures(NamedTuple):
         return cls(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
 
     def means(self) -> tuple[float, float]:
-        """Mean loss and error; waits for the device."""
-        loss, error, examples = jax.device_get(self)
-        return float(loss / examples), float(error / examples)
+        """Mean loss and score; waits for the device."""
+        loss, score, examples = jax.device_get(self)
+        return float(loss / examples), float(score / examples)
 
 
 class TrainState(NamedTuple):
@@ -134,6 +121,7 @@ def train(
     train_data: Data,
     test_data: Data,
     *,
+    examples: int,
     batch_size: int,
     log_every: int,
     key: Key[Array, ""],
@@ -148,51 +136,53 @@ def train(
       model: a network, with or without latents; left as it was.
       phase: what to do.
       task: losses, errors, and how examples become inputs.
-      train_data, test_data: arrays of examples.
+      train_data, test_data: what the task reads its examples from.
+      examples: how many training examples make an epoch.
       batch_size: examples in a step.
       log_every: steps between records, and between looks at the budget.
       key: random key of this phase.
       observers: told of every step, every `log_every` steps and every epoch.
 
     Returns:
-      The trained model after the last epoch and after the one with the smallest test error.
+      The trained model after the last epoch and after the best one, by the task's metric.
 
     Raises:
-      ValueError: `batch_size` larger than the training data.
+      ValueError: `batch_size` larger than `examples`.
       FloatingPointError: a loss that is not finite.
     """
-    examples = len(jax.tree.leaves(train_data)[0])
     if not 0 < batch_size <= examples:
         raise ValueError(
-            f"batch_size: expected 1 to {examples} (the size of the training data), "
+            f"batch_size: expected 1 to {examples} (the examples of an epoch), "
             f"got {batch_size}"
         )
-    loop = _Loop(model, phase, task, train_data, batch_size, log_every, key, observers)
-    evaluate = evaluation(model, task, test_data, batch_size=4 * batch_size)
+    loop = _Loop(model, phase, task, train_data, examples, batch_size, log_every, key, observers)
+    evaluate = task.evaluation(model, test_data, batch_size=4 * batch_size)
+    name = task.metric.name
     started = time.perf_counter()
-    best_error, best_epoch, best = math.inf, 0, None
-    last_error, met_budget, epoch = math.nan, False, 0
+    last, best, best_epoch, best_state = {}, {}, 0, None
+    met_budget, epoch = False, 0
     with _told(observers, phase.name, phase.epochs * loop.steps_per_epoch):
         while epoch < phase.epochs and not met_budget:
             epoch += 1
             values, met_budget = loop.run_epoch(epoch)
-            test_loss, last_error = evaluate(loop.state.params, loop.state.rest)
-            loop.check_finite("test loss", test_loss)
-            loop.record(values | {"test_loss": test_loss, "test_error": last_error})
-            if last_error < best_error:
-                best_error, best_epoch = last_error, epoch
-                best = None if phase.budget else _copy((loop.state.params, loop.state.rest))
+            last = evaluate(loop.state.params, loop.state.rest)
+            for what, value in last.items():
+                loop.check_finite(f"test {what}", value)
+            loop.record(values | {f"test_{what}": value for what, value in last.items()})
+            if task.metric.better(last[name], best.get(name)):
+                best, best_epoch = last, epoch
+                best_state = None if phase.budget else _copy((loop.state.params, loop.state.rest))
     progress = Progress(
         epochs=epoch,
         steps=loop.steps,
         seconds=time.perf_counter() - started,
         met_budget=met_budget,
-        last_error=last_error,
-        best_error=best_error,
+        last=last,
+        best=best,
         best_epoch=best_epoch,
     )
     trained = loop.model(loop.state.params, loop.state.rest)
-    return Outcome(trained, trained if best is None else loop.model(*best), progress)
+    return Outcome(trained, trained if best_state is None else loop.model(*best_state), progress)
 
 
 @contextlib.contextmanager
@@ -210,11 +200,10 @@ def _told(observers: Sequence[Observer], phase: str, steps: int) -> Iterator[Non
 class _Loop:
     """The compiled step of a phase, and the state it goes through."""
 
-    def __init__(self, model, phase, task, data, batch_size, log_every, key, observers):
+    def __init__(self, model, phase, task, data, examples, batch_size, log_every, key, observers):
         self.graphdef, optimizer, self.state = start(model, phase.optimizer)
         self.phase, self.data, self.batch_size = phase, data, batch_size
-        self.log_every, self.observers = log_every, observers
-        examples = len(jax.tree.leaves(data)[0])
+        self.log_every, self.observers, self.metric = log_every, observers, task.metric.name
         self.steps_per_epoch = examples // batch_size
         self.steps = 0
         self.order_key, self.step_key = jax.random.split(key)
@@ -252,11 +241,11 @@ class _Loop:
 
     def _measure(self, epoch: int) -> dict[str, Any]:
         """The training measures since they were last read, and what of the network survives."""
-        loss, error = self.state.measures.means()
+        loss, score = self.state.measures.means()
         rate = float(self.phase.learning_rate(self.steps - 1))
         self.check_finite("loss", loss)
         self.state = self.state._replace(measures=Measures.zero())
-        values = {"epoch": epoch, "loss": loss, "error": error, "learning_rate": rate}
+        values = {"epoch": epoch, "loss": loss, self.metric: score, "learning_rate": rate}
         (then, steps), now = self.clock, time.perf_counter()
         if self.steps > steps:
             values["examples_per_second"] = (self.steps - steps) * self.batch_size / (now - then)
@@ -312,61 +301,23 @@ def make_step(
         model = nnx.merge(graphdef, *params, rest, copy=True)
         outputs = model(inputs)
         rest = nnx.state(model, nnx.Not(nnx.Param))
-        return jnp.mean(task.loss(outputs, targets)), (task.error(outputs, targets), rest)
+        return jnp.mean(task.loss(outputs, targets)), (task.score(outputs, targets), rest)
 
     def step(state: TrainState, data: Data, order, position, key) -> TrainState:
         chosen = jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
-        examples = jax.tree.map(lambda array: array[chosen], data)
-        inputs, targets = task.training_pair(jax.random.fold_in(key, state.step), examples)
+        step_key = jax.random.fold_in(key, state.step)
+        inputs, targets = task.training_batch(step_key, data, chosen)
         gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, (errors, rest)), grads = gradient(state.params, state.rest, inputs, targets)
+        (value, (scores, rest)), grads = gradient(state.params, state.rest, inputs, targets)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        loss_sum, error_sum, count = state.measures
+        loss_sum, score_sum, count = state.measures
         measures = Measures(
-            loss_sum + value * batch_size, error_sum + jnp.sum(errors), count + batch_size
+            loss_sum + value * batch_size, score_sum + jnp.sum(scores), count + batch_size
         )
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, rest, opt_state, state.step + 1, measures)
 
     return jax.jit(step, donate_argnums=0)
-
-
-def evaluation(
-    model: nnx.Module, task: Task, data: Data, *, batch_size: int
-) -> Callable[[Params, nnx.State], tuple[float, float]]:
-    """Compiles a test: `(parameters, rest) -> (mean loss, mean error)` over all of the data."""
-    model = nnx.clone(model)
-    model.eval()
-    graphdef = nnx.graphdef(model)
-    examples = len(jax.tree.leaves(data)[0])
-    batch_size = min(batch_size, examples)
-
-    @jax.jit
-    def add(measures: Measures, params: Params, rest: nnx.State, data: Data, start) -> Measures:
-        chosen = start + jnp.arange(batch_size)
-        counted = chosen < examples
-        batch = jax.tree.map(lambda array: array[jnp.minimum(chosen, examples - 1)], data)
-        inputs, targets = task.test_pair(batch)
-        outputs = nnx.merge(graphdef, *params, rest)(inputs)
-        return Measures(
-            measures.loss + jnp.sum(task.loss(outputs, targets), where=counted),
-            measures.error + jnp.sum(task.error(outputs, targets), where=counted),
-            measures.examples + jnp.sum(counted),
-        )
-
-    def run(params: Params, rest: nnx.State) -> tuple[float, float]:
-        measures = Measures.zero()
-        for start in range(0, examples, batch_size):
-            measures = add(measures, params, rest, data, start)
-        return measures.means()
-
-    return run
-
-
-def evaluate(model: nnx.Module, task: Task, data: Data, *, batch_size: int) -> tuple[float, float]:
-    """Mean loss and mean error of a model over all of the data, in evaluation mode."""
-    _, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
-    return evaluation(model, task, data, batch_size=batch_size)((latents, weights), rest)
 
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

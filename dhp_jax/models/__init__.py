@@ -9,17 +9,34 @@ import jax
 import jax.numpy as jnp
 
 from dhp_jax.architecture import Architecture, set_architecture
+from dhp_jax.models.densenet import DenseNet
+from dhp_jax.models.dncnn import DnCNN
+from dhp_jax.models.edsr import EDSR
+from dhp_jax.models.mobilenet import MobileNetV1, MobileNetV2
 from dhp_jax.models.resnet import ResNet
+from dhp_jax.models.srresnet import SRResNet
+from dhp_jax.models.unet import UNet
+from dhp_jax.models.vgg import VGG
 from dhp_jax.names import unknown
 
-FAMILIES: dict[str, type[nnx.Module]] = {"resnet": ResNet}
+FAMILIES: dict[str, type[nnx.Module]] = {
+    "resnet": ResNet,
+    "densenet": DenseNet,
+    "vgg": VGG,
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v2": MobileNetV2,
+    "srresnet": SRResNet,
+    "edsr": EDSR,
+    "dncnn": DnCNN,
+    "unet": UNet,
+}
 
 
 def build(name: str, *, rngs: nnx.Rngs, **arguments: Any) -> nnx.Module:
     """Builds a network of latents; every convolution has a hypernetwork.
 
     Args:
-      name: the family: "resnet".
+      name: the family, one of `FAMILIES`.
       rngs: the `params` stream draws the initial values.
       **arguments: of the family's class, for instance `depth=56, num_classes=10, width=1.0`.
         `dtype` may be a name such as "bfloat16".

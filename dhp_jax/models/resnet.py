@@ -1,33 +1,34 @@
-"""CIFAR ResNets: 20, 32, 44, 56 with basic blocks, 110 and 164 with bottleneck blocks."""
+"""ResNets of CIFAR and of ImageNet shape, with basic or bottleneck blocks, and ResNeXts."""
 
-import math
 from typing import Any
 
 from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dhp_jax.latent import Axis, Latent
-from dhp_jax.layers import BatchNorm, HyperConv, Linear
+from dhp_jax.latent import Axis, Latent, repeat
+from dhp_jax.layers import Linear
+from dhp_jax.models.blocks import (
+    ConvNorm,
+    check_images,
+    check_positive,
+    check_positive_integer,
+    scaled,
+)
 
-BASIC_DEPTHS = (20, 32, 44, 56)
-BOTTLENECK_DEPTHS = (110, 164)
-STAGE_WIDTHS = (16, 32, 64)
+# Blocks of each stage, by depth.
+CIFAR_BASIC = {depth: ((depth - 2) // 6,) * 3 for depth in (20, 32, 44, 56)}
+CIFAR_BOTTLENECK = {depth: ((depth - 2) // 9,) * 3 for depth in (110, 164)}
+IMAGENET_BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+IMAGENET_BOTTLENECK = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+BOTTLENECK = CIFAR_BOTTLENECK | IMAGENET_BOTTLENECK
+IMAGENET = IMAGENET_BASIC | IMAGENET_BOTTLENECK
+BLOCKS = CIFAR_BASIC | BOTTLENECK | IMAGENET
+
+CIFAR_WIDTHS = (16, 32, 64)
+IMAGENET_WIDTHS = (64, 128, 256, 512)
 EXPANSION = 4  # of bottleneck blocks
-
-
-class ConvNorm(nnx.Module):
-    """A convolution without bias, then BatchNorm."""
-
-    def __init__(self, z_in: Axis, z_out: Axis, kernel: int, strides: int, *, dtype, rngs):
-        size, padding = (kernel, kernel), kernel // 2
-        self.conv = HyperConv(
-            z_in, z_out, size, strides, padding=padding, use_bias=False, dtype=dtype, rngs=rngs
-        )
-        self.norm = BatchNorm(z_out, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h2 w2 out"]:
-        return self.norm(self.conv(x))
 
 
 class Block(nnx.Module):
@@ -38,16 +39,18 @@ class Block(nnx.Module):
       hidden: axes between the convolutions.
       z_out: axis of the output; the input is added as it is where this is `z_in` and `stride` 1.
       kernels: kernel size of each convolution; the stride goes to the first of size 3.
+      groups: of the convolutions of size 3.
     """
 
     def __init__(
         self,
         z_in: Axis,
-        hidden: list[Latent],
+        hidden: list[Axis],
         z_out: Axis,
         kernels: tuple[int, ...],
         stride: int,
         *,
+        groups: int = 1,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
@@ -55,7 +58,15 @@ class Block(nnx.Module):
         strided = kernels.index(3)
         self.hidden = nnx.List(hidden)
         self.layers = nnx.List(
-            ConvNorm(a, b, kernel, stride if i == strided else 1, dtype=dtype, rngs=rngs)
+            ConvNorm(
+                a,
+                b,
+                kernel,
+                stride if i == strided else 1,
+                groups=groups if kernel == 3 else 1,
+                dtype=dtype,
+                rngs=rngs,
+            )
             for i, (a, b, kernel) in enumerate(zip(axes[:-1], axes[1:], kernels, strict=True))
         )
         identity = stride == 1 and z_in is z_out
@@ -71,24 +82,33 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A CIFAR ResNet: one latent for each residual stage, one for every convolution inside a block.
+    """A ResNet: one latent for each residual stage, one for every convolution inside a block.
 
-    The last stage, which the classifier reads, is trained but not pruned.
+    The depth tells the shape: CIFAR networks have three stages and a 3 by 3 stem, ImageNet networks
+    four, a 7 by 7 stem of stride 2 and a max pool. The last stage, which the classifier reads, is
+    trained but not pruned. With groups a network is a ResNeXt, whose 3 by 3 convolutions lose whole
+    groups: `depth=50, groups=32, group_width=4` is ResNeXt-50 32x4d.
 
     Args:
-      depth: 20, 32, 44 or 56 (basic blocks), 110 or 164 (bottleneck blocks).
+      depth: of a CIFAR network 20, 32, 44 or 56 (basic blocks), 110 or 164 (bottleneck blocks); of
+        an ImageNet network 18 or 34 (basic blocks), 50 or 101 (bottleneck blocks).
       num_classes: number of outputs.
       channels: channels of the input images.
-      width: multiplies the widths 16, 32, 64 of the stages.
+      width: multiplies the widths of the stages (16, 32, 64, or 64, 128, 256, 512), and that of
+        groups.
+      groups: of the 3 by 3 convolutions of bottleneck blocks.
+      group_width: channels of a group in the first stage; they double with every stage. Given if,
+        and only if, there are several groups.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels; parameters stay float32.
       rngs: the `params` stream draws the initial values.
 
     Raises:
-      ValueError: a depth that is not of the family, an argument that is not positive; when called,
-        images of another rank or channel count.
+      ValueError: a depth that is not of the family, an argument that is not positive, groups in
+        basic blocks or without their width; when called, images of another rank or channel count.
 
-    References: He et al., Deep residual learning, 2016, section 4.2; DHP, sections 3.4 and 4.2.
+    References: He et al., Deep residual learning, 2016, sections 4.1 and 4.2; Xie et al.,
+    Aggregated residual transformations, 2017; DHP, sections 3.4 and 4.2.
     """
 
     def __init__(
@@ -98,53 +118,77 @@ class ResNet(nnx.Module):
         num_classes: int = 10,
         channels: int = 3,
         width: float = 1.0,
+        groups: int = 1,
+        group_width: int | None = None,
         min_channels: int = 4,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        if not isinstance(depth, int) or depth not in BASIC_DEPTHS + BOTTLENECK_DEPTHS:
-            raise ValueError(
-                f"depth: expected one of {BASIC_DEPTHS} (basic blocks) or {BOTTLENECK_DEPTHS} "
-                f"(bottleneck blocks), got {depth!r}"
-            )
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
-        if not isinstance(width, int | float) or not 0 < width < math.inf:
-            raise ValueError(f"width: expected a positive number, got {width!r}")
-        bottleneck = depth in BOTTLENECK_DEPTHS
-        blocks = (depth - 2) // (9 if bottleneck else 6)
-        kernels = (1, 3, 1) if bottleneck else (3, 3)
-        widths = [max(1, round(size * width)) for size in STAGE_WIDTHS]
+        _check_depth(depth)
+        check_positive_integer("num_classes", num_classes)
+        check_positive_integer("channels", channels)
+        check_positive("width", width)
+        _check_groups(depth, groups, group_width)
+        kernels = (1, 3, 1) if depth in BOTTLENECK else (3, 3)
+        expansion = EXPANSION if depth in BOTTLENECK else 1
+        widths = IMAGENET_WIDTHS if depth in IMAGENET else CIFAR_WIDTHS
 
         def latent(size: int, prunable: bool = True) -> Latent:
             return Latent(size, prunable=prunable, min_channels=min_channels, rngs=rngs)
 
+        def hidden_axes(stage: int) -> list[Axis]:
+            if group_width is not None:  # an entry stands for a group
+                return [repeat(latent(groups), scaled(group_width * 2**stage, width))] * 2
+            return [latent(scaled(widths[stage], width)) for _ in kernels[1:]]
+
         self.channels = channels
+        self.max_pool = depth in IMAGENET
         self.image = latent(channels, prunable=False)
         self.stages = nnx.List(
-            latent(size * (EXPANSION if bottleneck else 1), prunable=prunable)
-            for size, prunable in zip(widths, (True, True, False), strict=True)
+            latent(scaled(size, width) * expansion, prunable=size != widths[-1]) for size in widths
         )
-        z = latent(widths[0]) if bottleneck else self.stages[0]
-        self.stem = ConvNorm(self.image, z, 3, 1, dtype=dtype, rngs=rngs)
+        z = latent(scaled(widths[0], width)) if depth in BOTTLENECK else self.stages[0]
+        kernel, stride = (7, 2) if depth in IMAGENET else (3, 1)
+        self.stem = ConvNorm(self.image, z, kernel, stride, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List()
-        for stage, (z_stage, size) in enumerate(zip(self.stages, widths, strict=True)):
+        for stage, (z_stage, blocks) in enumerate(zip(self.stages, BLOCKS[depth], strict=True)):
             for i in range(blocks):
-                hidden = [latent(size) for _ in kernels[1:]]
+                hidden = hidden_axes(stage)
                 stride = 2 if stage > 0 and i == 0 else 1
                 self.blocks.append(
-                    Block(z, hidden, z_stage, kernels, stride, dtype=dtype, rngs=rngs)
+                    Block(
+                        z, hidden, z_stage, kernels, stride, groups=groups, dtype=dtype, rngs=rngs
+                    )
                 )
                 z = z_stage
         self.classifier = Linear(z, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Float[Array, "n h w channels"]) -> Float[Array, "n classes"]:
-        if images.ndim != 4 or images.shape[-1] != self.channels:
-            raise ValueError(
-                f"images: expected shape (batch, height, width, {self.channels}), "
-                f"got {images.shape}"
-            )
+        check_images(images, self.channels)
         x = nnx.relu(self.stem(images))
+        if self.max_pool:
+            x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for block in self.blocks:
             x = block(x)
         return self.classifier(jnp.mean(x, axis=(1, 2)))
+
+
+def _check_depth(depth: int) -> None:
+    if not isinstance(depth, int) or depth not in BLOCKS:
+        raise ValueError(
+            f"depth: expected one of {tuple(CIFAR_BASIC)} or {tuple(IMAGENET_BASIC)} (basic "
+            f"blocks), {tuple(CIFAR_BOTTLENECK)} or {tuple(IMAGENET_BOTTLENECK)} (bottleneck "
+            f"blocks), got {depth!r}"
+        )
+
+
+def _check_groups(depth: int, groups: int, group_width: int | None) -> None:
+    """Raises unless there is one group of no given width, or the blocks can have several."""
+    check_positive_integer("groups", groups)
+    if groups == 1:
+        if group_width is not None:
+            raise ValueError(f"group_width: expected None with groups=1, got {group_width!r}")
+        return
+    if depth not in BOTTLENECK:
+        raise ValueError(f"groups: expected 1 at depth {depth} (basic blocks), got {groups!r}")
+    check_positive_integer("group_width", group_width)

@@ -1,0 +1,84 @@
+"""DnCNN: a chain of convolutions that predicts the noise of an image."""
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dhp_jax.latent import Latent
+from dhp_jax.layers import BatchNorm, Bias, HyperConv
+from dhp_jax.models.blocks import check_images, check_positive, check_positive_integer, scaled
+
+
+class Middle(nnx.Module):
+    """A convolution with its bias as a layer (see docs/architecture.md), BatchNorm, ReLU."""
+
+    def __init__(self, z_in: Latent, z_out: Latent, *, dtype: Any, rngs: nnx.Rngs):
+        self.conv = HyperConv(
+            z_in, z_out, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.bias = Bias(z_out, rngs=rngs)
+        self.norm = BatchNorm(z_out, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h w out"]:
+        return nnx.relu(self.norm(self.bias(self.conv(x))))
+
+
+class DnCNN(nnx.Module):
+    """A DnCNN, which adds what it predicts to its input: one latent for every convolution.
+
+    The image channels on both sides are trained but not pruned.
+
+    Args:
+      depth: number of convolutions, all but the first and the last with BatchNorm.
+      features: channels between convolutions.
+      channels: channels of the images.
+      width: multiplies `features`.
+      min_channels: entries that every latent keeps at least.
+      dtype: of activations and kernels; parameters stay float32.
+      rngs: the `params` stream draws the initial values.
+
+    Raises:
+      ValueError: an argument that is not positive, a depth below 3; when called, images of another
+        rank or channel count.
+
+    References: Zhang et al., Beyond a Gaussian denoiser, 2017; DHP, section 4.4.
+    """
+
+    def __init__(
+        self,
+        depth: int = 17,
+        *,
+        features: int = 64,
+        channels: int = 1,
+        width: float = 1.0,
+        min_channels: int = 4,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        check_positive_integer("depth", depth)
+        if depth < 3:
+            raise ValueError(f"depth: expected at least 3, got {depth!r}")
+        check_positive_integer("features", features)
+        check_positive("width", width)
+        self.channels = channels
+        self.image = Latent(channels, prunable=False, rngs=rngs)
+        self.output = Latent(channels, prunable=False, rngs=rngs)
+        self.features = nnx.List(
+            Latent(scaled(features, width), min_channels=min_channels, rngs=rngs)
+            for _ in range(depth - 1)
+        )
+        first, last = self.features[0], self.features[-1]
+        self.head = HyperConv(self.image, first, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+        self.middle = nnx.List(
+            Middle(z_in, z_out, dtype=dtype, rngs=rngs)
+            for z_in, z_out in zip(self.features[:-1], self.features[1:], strict=True)
+        )
+        self.tail = HyperConv(last, self.output, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "n h w channels"]) -> Float[Array, "n h w channels"]:
+        check_images(images, self.channels)
+        x = nnx.relu(self.head(images))
+        for layer in self.middle:
+            x = layer(x)
+        return images + self.tail(x)

@@ -1,0 +1,127 @@
+"""EDSR: residual blocks without BatchNorm at low resolution, then sub-pixel up-sampling."""
+
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from dhp_jax.latent import Latent
+from dhp_jax.layers import Bias, HyperConv
+from dhp_jax.models.blocks import check_images, check_positive, check_positive_integer, scaled
+from dhp_jax.models.upsampler import Upsampler
+
+MEAN = (114.4, 111.5, 103.0)  # of red, green and blue in DIV2K's training images
+
+
+class Constant(nnx.Variable):
+    """A number of a network that is not trained."""
+
+
+class Block(nnx.Module):
+    """Two convolutions, ReLU between them, added to their input."""
+
+    def __init__(self, z: Latent, z_hidden: Latent, *, dtype: Any, rngs: nnx.Rngs):
+        self.hidden = z_hidden
+        self.first = HyperConv(z, z_hidden, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+        self.second = HyperConv(z_hidden, z, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        return x + self.second(nnx.relu(self.first(x)))
+
+
+class EDSR(nnx.Module):
+    """An EDSR: one latent for all that is added and up-sampled, one inside every block.
+
+    The mean colour is subtracted from its input and added to its output, by convolutions that are
+    not trained.
+
+    Args:
+      scale: 2, 3, or 4.
+      blocks: number of residual blocks.
+      features: channels of the body.
+      channels: channels of the images; they are trained but not pruned.
+      width: multiplies `features`.
+      prune_upsampler: whether the up-sampler is pruned with the body; it keeps a latent of its own
+        that is not pruned otherwise.
+      min_channels: entries that every latent keeps at least.
+      dtype: of activations and kernels; parameters stay float32.
+      rngs: the `params` stream draws the initial values.
+
+    Raises:
+      ValueError: another scale, an argument that is not positive; when called, images of another
+        rank or channel count.
+
+    References: Lim et al., Enhanced deep residual networks, 2017; DHP, section 4.3.
+    """
+
+    def __init__(
+        self,
+        scale: int,
+        *,
+        blocks: int = 8,
+        features: int = 128,
+        channels: int = 3,
+        width: float = 1.0,
+        prune_upsampler: bool = True,
+        min_channels: int = 4,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        check_positive_integer("blocks", blocks)
+        check_positive_integer("features", features)
+        check_positive("width", width)
+        size = scaled(features, width)
+
+        def latent(prunable: bool = True) -> Latent:
+            return Latent(size, prunable=prunable, min_channels=min_channels, rngs=rngs)
+
+        def conv(z_in: Latent, z_out: Latent, use_bias: bool = True) -> HyperConv:
+            return HyperConv(
+                z_in, z_out, (3, 3), padding=1, use_bias=use_bias, dtype=dtype, rngs=rngs
+            )
+
+        self.channels = channels
+        self.image = Latent(channels, prunable=False, rngs=rngs)
+        self.output = Latent(channels, prunable=False, rngs=rngs)
+        self.body = latent()
+        self.upsampled = self.body if prune_upsampler else latent(prunable=False)
+        self.center = _shift(channels, -1, rngs=rngs)
+        self.head = conv(self.image, self.body)
+        self.blocks = nnx.List(
+            Block(self.body, latent(), dtype=dtype, rngs=rngs) for _ in range(blocks)
+        )
+        self.last = conv(self.body, self.body, use_bias=False)
+        self.bias = Bias(self.body, rngs=rngs)  # a layer of its own: see docs/architecture.md
+        self.upsampler = Upsampler(self.body, self.upsampled, scale, dtype=dtype, rngs=rngs)
+        self.tail = conv(self.upsampled, self.output)
+        self.restore = _shift(channels, 1, rngs=rngs)
+
+    def __call__(
+        self, images: Float[Array, "n h w channels"]
+    ) -> Float[Array, "n scale*h scale*w channels"]:
+        check_images(images, self.channels)
+        shallow = x = self.head(self.center(images))
+        for block in self.blocks:
+            x = block(x)
+        x = self.bias(self.last(x)) + shallow
+        return self.restore(self.tail(self.upsampler(x)))
+
+
+def _shift(channels: int, sign: int, *, rngs: nnx.Rngs) -> nnx.Conv:
+    """A 1x1 convolution that adds or subtracts the mean colour, in full precision, untrained."""
+    mean = np.asarray(MEAN if channels == len(MEAN) else (np.mean(MEAN),) * channels)
+    shift = nnx.Conv(
+        channels,
+        channels,
+        (1, 1),
+        dtype=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST,
+        kernel_init=lambda *_: jnp.eye(channels)[None, None],
+        bias_init=lambda *_: jnp.asarray(sign * mean, jnp.float32),
+        rngs=rngs,
+    )
+    shift.kernel, shift.bias = Constant(shift.kernel[...]), Constant(shift.bias[...])
+    return shift

@@ -1,0 +1,114 @@
+"""SRResNet: residual blocks with BatchNorm at low resolution, then sub-pixel up-sampling."""
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dhp_jax.latent import Latent
+from dhp_jax.layers import BatchNorm, Bias, HyperConv
+from dhp_jax.models.blocks import check_images, check_positive, check_positive_integer, scaled
+from dhp_jax.models.upsampler import Upsampler
+
+
+class ConvBiasNorm(nnx.Module):
+    """A 3x3 convolution with its bias as a layer (see docs/architecture.md), then BatchNorm."""
+
+    def __init__(self, z_in: Latent, z_out: Latent, *, dtype: Any, rngs: nnx.Rngs):
+        self.conv = HyperConv(
+            z_in, z_out, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.bias = Bias(z_out, rngs=rngs)
+        self.norm = BatchNorm(z_out, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h w out"]:
+        return self.norm(self.bias(self.conv(x)))
+
+
+class Block(nnx.Module):
+    """Two convolutions with BatchNorm, PReLU between them, added to their input."""
+
+    def __init__(self, z: Latent, z_hidden: Latent, *, dtype: Any, rngs: nnx.Rngs):
+        self.hidden = z_hidden
+        self.first = ConvBiasNorm(z, z_hidden, dtype=dtype, rngs=rngs)
+        self.activation = nnx.PReLU(0.25, dtype=dtype)
+        self.second = ConvBiasNorm(z_hidden, z, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        return x + self.second(self.activation(self.first(x)))
+
+
+class SRResNet(nnx.Module):
+    """An SRResNet: one latent for all that is added and up-sampled, one inside every block.
+
+    Args:
+      scale: 2, 3, or 4.
+      blocks: number of residual blocks.
+      features: channels of the body.
+      channels: channels of the images; they are trained but not pruned.
+      width: multiplies `features`.
+      prune_upsampler: whether the up-sampler is pruned with the body; it keeps a latent of its own
+        that is not pruned otherwise.
+      min_channels: entries that every latent keeps at least.
+      dtype: of activations and kernels; parameters stay float32.
+      rngs: the `params` stream draws the initial values.
+
+    Raises:
+      ValueError: another scale, an argument that is not positive; when called, images of another
+        rank or channel count.
+
+    References: Ledig et al., Photo-realistic single image super-resolution, 2017; DHP, section 4.3.
+    """
+
+    def __init__(
+        self,
+        scale: int,
+        *,
+        blocks: int = 16,
+        features: int = 64,
+        channels: int = 3,
+        width: float = 1.0,
+        prune_upsampler: bool = True,
+        min_channels: int = 4,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        check_positive_integer("blocks", blocks)
+        check_positive_integer("features", features)
+        check_positive("width", width)
+        size = scaled(features, width)
+
+        def latent(prunable: bool = True) -> Latent:
+            return Latent(size, prunable=prunable, min_channels=min_channels, rngs=rngs)
+
+        self.channels = channels
+        self.image = Latent(channels, prunable=False, rngs=rngs)
+        self.output = Latent(channels, prunable=False, rngs=rngs)
+        self.body = latent()
+        self.upsampled = self.body if prune_upsampler else latent(prunable=False)
+        self.head = HyperConv(self.image, self.body, (9, 9), padding=4, dtype=dtype, rngs=rngs)
+        self.activation = nnx.PReLU(0.25, dtype=dtype)
+        self.blocks = nnx.List(
+            Block(self.body, latent(), dtype=dtype, rngs=rngs) for _ in range(blocks)
+        )
+        self.last = ConvBiasNorm(self.body, self.body, dtype=dtype, rngs=rngs)
+        self.upsampler = Upsampler(
+            self.body,
+            self.upsampled,
+            scale,
+            activation=nnx.PReLU(0.25, dtype=dtype),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.tail = HyperConv(
+            self.upsampled, self.output, (3, 3), padding=1, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self, images: Float[Array, "n h w channels"]
+    ) -> Float[Array, "n scale*h scale*w channels"]:
+        check_images(images, self.channels)
+        shallow = x = self.activation(self.head(images))
+        for block in self.blocks:
+            x = block(x)
+        return self.tail(self.upsampler(self.last(x) + shallow))

@@ -1,0 +1,118 @@
+"""U-Net: down to coarse features and back, with skip connections at every scale."""
+
+from typing import Any
+
+from flax import nnx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dhp_jax.latent import Axis, Latent, concat
+from dhp_jax.layers import HyperConv, HyperConvTranspose
+from dhp_jax.models.blocks import (
+    ConvNorm,
+    check_images,
+    check_positive,
+    check_positive_integer,
+    scaled,
+)
+
+
+class Double(nnx.Module):
+    """Two 3x3 convolutions with ReLU, the first of them with BatchNorm."""
+
+    def __init__(self, z_in: Axis, z_hidden: Latent, z_out: Latent, *, dtype, rngs):
+        self.hidden, self.output = z_hidden, z_out
+        self.first = ConvNorm(z_in, z_hidden, 3, dtype=dtype, rngs=rngs)
+        self.second = HyperConv(
+            z_hidden, z_out, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h w out"]:
+        return nnx.relu(self.second(nnx.relu(self.first(x))))
+
+
+class Up(nnx.Module):
+    """Doubles the resolution, then two convolutions of that and of the skip, in this order."""
+
+    def __init__(self, z_in: Latent, z_skip: Latent, axes: list[Latent], *, dtype, rngs):
+        z_up, z_hidden, z_out = axes
+        self.upsampled = z_up
+        self.up = HyperConvTranspose(
+            z_in, z_up, (2, 2), strides=(2, 2), padding="VALID", dtype=dtype, rngs=rngs
+        )
+        self.convs = Double(concat(z_up, z_skip), z_hidden, z_out, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "n h w in"], skip: Float[Array, "n 2*h 2*w skip"]
+    ) -> Float[Array, "n 2*h 2*w out"]:
+        return self.convs(jnp.concatenate([self.up(x), skip], axis=-1))
+
+
+class UNet(nnx.Module):
+    """A U-Net that gives an image of the size of its input: one latent for every convolution.
+
+    Images whose sides are no multiples of `multiple` are extended by their last row and column, and
+    the result is cut back. The image channels on both sides are trained but not pruned.
+
+    Args:
+      depth: number of resolutions.
+      features: channels at the finest; every coarser one has twice as many.
+      channels: channels of the images.
+      width: multiplies `features`.
+      min_channels: entries that every latent keeps at least.
+      dtype: of activations and kernels; parameters stay float32.
+      rngs: the `params` stream draws the initial values.
+
+    Raises:
+      ValueError: an argument that is not positive; when called, images of another rank or channel
+        count.
+
+    References: Ronneberger et al., U-Net, 2015; DHP, section 4.4.
+    """
+
+    def __init__(
+        self,
+        depth: int = 5,
+        *,
+        features: int = 32,
+        channels: int = 1,
+        width: float = 1.0,
+        min_channels: int = 4,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        check_positive_integer("depth", depth)
+        check_positive_integer("features", features)
+        check_positive("width", width)
+        widths = [scaled(features * 2**level, width) for level in range(depth)]
+
+        def latents(size: int, count: int) -> list[Latent]:
+            return [Latent(size, min_channels=min_channels, rngs=rngs) for _ in range(count)]
+
+        self.channels = channels
+        self.multiple = 2 ** (depth - 1)
+        self.image = Latent(channels, prunable=False, rngs=rngs)
+        self.output = Latent(channels, prunable=False, rngs=rngs)
+        z, self.down, self.up = self.image, nnx.List(), nnx.List()
+        for size in widths:
+            self.down.append(Double(z, *latents(size, 2), dtype=dtype, rngs=rngs))
+            z = self.down[-1].output
+        for size, level in list(zip(widths, self.down, strict=True))[-2::-1]:
+            self.up.append(Up(z, level.output, latents(size, 3), dtype=dtype, rngs=rngs))
+            z = self.up[-1].convs.output
+        self.tail = HyperConv(z, self.output, (1, 1), dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "n h w channels"]) -> Float[Array, "n h w channels"]:
+        check_images(images, self.channels)
+        _, height, width, _ = images.shape
+        below, right = (-side % self.multiple for side in (height, width))
+        x = jnp.pad(images, ((0, 0), (0, below), (0, right), (0, 0)), mode="edge")
+        skips = []
+        for level in self.down[:-1]:
+            x = level(x)
+            skips.append(x)
+            x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+        x = self.down[-1](x)
+        for level, skip in zip(self.up, reversed(skips), strict=True):
+            x = level(x, skip)
+        return self.tail(x)[:, :height, :width]

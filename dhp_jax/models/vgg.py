@@ -1,0 +1,87 @@
+"""VGG networks with BatchNorm and a single linear layer, as used on CIFAR."""
+
+from typing import Any
+
+from flax import nnx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dhp_jax.latent import Latent
+from dhp_jax.layers import Linear
+from dhp_jax.models.blocks import (
+    ConvNorm,
+    check_choice,
+    check_images,
+    check_positive,
+    check_positive_integer,
+    scaled,
+)
+
+# Convolutions of each stage, by depth; a max pool ends the stage.
+CONVOLUTIONS = {
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
+STAGE_WIDTHS = (64, 128, 256, 512, 512)
+
+
+class VGG(nnx.Module):
+    """A VGG network: one latent for every convolution, all of them prunable.
+
+    The mean over what the last max pool leaves, one pixel of a CIFAR image, goes to the classifier,
+    whose rows go with the channels of the last convolution.
+
+    Args:
+      depth: 11, 13, 16 or 19.
+      num_classes: number of outputs.
+      channels: channels of the input images.
+      width: multiplies the widths 64, 128, 256, 512, 512 of the stages.
+      min_channels: entries that every latent keeps at least.
+      dtype: of activations and kernels; parameters stay float32.
+      rngs: the `params` stream draws the initial values.
+
+    Raises:
+      ValueError: a depth that is not of the family, an argument that is not positive; when called,
+        images of another rank or channel count.
+
+    References: Simonyan and Zisserman, Very deep convolutional networks, 2015; DHP, section 4.2.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        num_classes: int = 10,
+        channels: int = 3,
+        width: float = 1.0,
+        min_channels: int = 4,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        check_choice("depth", depth, CONVOLUTIONS)
+        check_positive_integer("num_classes", num_classes)
+        check_positive_integer("channels", channels)
+        check_positive("width", width)
+        self.channels = channels
+        self.image = Latent(channels, prunable=False, min_channels=min_channels, rngs=rngs)
+        self.stages = nnx.List()
+        z = self.image
+        for size, convolutions in zip(STAGE_WIDTHS, CONVOLUTIONS[depth], strict=True):
+            layers = nnx.List()
+            for _ in range(convolutions):
+                z_out = Latent(scaled(size, width), min_channels=min_channels, rngs=rngs)
+                layers.append(ConvNorm(z, z_out, 3, dtype=dtype, rngs=rngs))
+                z = z_out
+            self.stages.append(layers)
+        self.classifier = Linear(z, num_classes, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "n h w channels"]) -> Float[Array, "n classes"]:
+        check_images(images, self.channels)
+        x = images
+        for stage in self.stages:
+            for layer in stage:
+                x = nnx.relu(layer(x))
+            x = nnx.max_pool(x, (2, 2), (2, 2), padding="SAME")  # of any size, down to one pixel
+        return self.classifier(jnp.mean(x, axis=(1, 2)))

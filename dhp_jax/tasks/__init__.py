@@ -1,0 +1,17 @@
+"""Tasks: how examples become inputs and targets, what is lowered, and what is reported."""
+
+from dhp_jax.tasks.classification import Classification
+from dhp_jax.tasks.restoration import Denoising, Patches, SuperResolution, patches
+from dhp_jax.tasks.task import METRICS, Metric, Task, evaluate
+
+__all__ = [
+    "METRICS",
+    "Classification",
+    "Denoising",
+    "Metric",
+    "Patches",
+    "SuperResolution",
+    "Task",
+    "evaluate",
+    "patches",
+]

@@ -1,0 +1,296 @@
+"""Restoration: super-resolution and denoising of photographs, on pixels from 0 to 255."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+import functools
+from typing import ClassVar, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+import numpy as np
+
+from dhp_jax.data.photographs import Photograph
+from dhp_jax.data.resize import bicubic
+from dhp_jax.latent import LatentVector
+from dhp_jax.tasks.metrics import compare, pixels
+from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
+from dhp_jax.tasks.whole import OVERLAP, restore, tile_for
+
+PEAK = 255.0
+
+
+class Patches(NamedTuple):
+    """Photographs laid out so that square patches of them are one gather on the device.
+
+    A cell is a pixel of the low-resolution image together with the `scale` by `scale` pixels of the
+    target that it stands for; the cells of all photographs lie one after another, row by row.
+    """
+
+    targets: UInt8[Array, "cells scale*scale*c"]
+    degraded: UInt8[Array, "cells c"] | None  # low-resolution pixels, where there are any
+    starts: Int[Array, " images"]  # first cell of each photograph
+    heights: Int[Array, " images"]  # in cells
+    widths: Int[Array, " images"]
+
+
+def patches(photographs: Sequence[Photograph], scale: int = 1) -> Patches:
+    """Lays photographs out for training.
+
+    Args:
+      photographs: their targets' sides are multiples of `scale`.
+      scale: of the degraded images.
+
+    Returns:
+      NumPy arrays; `jax.device_put` takes them to the device.
+
+    Raises:
+      ValueError: more cells than 32-bit indices reach.
+    """
+    heights = np.array([photo.target.shape[0] // scale for photo in photographs], np.int64)
+    widths = np.array([photo.target.shape[1] // scale for photo in photographs], np.int64)
+    ends = np.cumsum(heights * widths)
+    if ends[-1] >= 2**31:
+        raise ValueError(
+            f"data: expected training photographs of fewer than 2^31 pixels together (at the low "
+            f"resolution), got {ends[-1]:,}; use fewer or smaller ones"
+        )
+    degraded = None
+    if scale > 1:
+        degraded = np.concatenate([photo.degraded.reshape(-1, photo.degraded.shape[-1])
+                                   for photo in photographs])
+    return Patches(
+        targets=np.concatenate([_cells(photo.target, scale) for photo in photographs]),
+        degraded=degraded,
+        starts=np.int32(ends - heights * widths),
+        heights=np.int32(heights),
+        widths=np.int32(widths),
+    )
+
+
+def _cells(image: UInt8[np.ndarray, "h w c"], scale: int) -> UInt8[np.ndarray, "cells s*s*c"]:
+    h, w, c = image.shape
+    blocks = image.reshape(h // scale, scale, w // scale, scale, c).transpose(0, 2, 1, 3, 4)
+    return blocks.reshape(-1, scale * scale * c)
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What super-resolution and denoising have in common: patches, whole images, PSNR.
+
+    Attributes:
+      patch: side of a training patch of the target, in pixels.
+      scale: how many times larger the target is than the input.
+      seed: of the noise of test images.
+      tile: side of the tiles that larger test images are cut into, in pixels of the input; `None`
+        cuts only where the images have many different shapes.
+      overlap: of the tiles.
+    """
+
+    patch: int
+    scale: int = 1
+    seed: int = 0
+    tile: int | None = None
+    overlap: int = OVERLAP
+    metric: ClassVar[Metric] = METRICS["psnr"]
+
+    def training_batch(
+        self, key: Key[Array, ""], data: Patches, chosen: Int[Array, " n"]
+    ) -> tuple[Float[Array, "n p p c"], Float[Array, "n scale*p scale*p c"]]:
+        place_key, turn_key, noise_key = jax.random.split(key, 3)
+        degraded, target = self._cut(place_key, data, chosen % len(data.starts))
+        turns = jax.random.bernoulli(turn_key, 0.5, (3, len(chosen), 1, 1, 1))
+        target = turned(target, turns).astype(jnp.float32)
+        if degraded is not None:
+            degraded = turned(degraded, turns).astype(jnp.float32)
+        return self.degrade(noise_key, degraded, target), target
+
+    def _cut(self, key: Key[Array, ""], data: Patches, images: Int[Array, " n"]):
+        """A patch at a random place of each of some photographs, and its degraded counterpart."""
+        side, n = self.patch // self.scale, len(images)
+        rows, columns = (
+            jnp.floor(u * (size[images] - side + 1)).astype(jnp.int32)
+            for u, size in zip(
+                jax.random.uniform(key, (2, n)), (data.heights, data.widths), strict=True
+            )
+        )
+        rows = rows[:, None] + jnp.arange(side)
+        columns = columns[:, None] + jnp.arange(side)
+        start, width = data.starts[images], data.widths[images]
+        cells = (start[:, None] + rows * width[:, None])[:, :, None] + columns[:, None, :]
+        target = data.targets[cells].reshape(n, side, side, self.scale, self.scale, -1)
+        target = target.transpose(0, 1, 3, 2, 4, 5).reshape(n, self.patch, self.patch, -1)
+        return None if data.degraded is None else data.degraded[cells], target
+
+    def degrade(
+        self,
+        key: Key[Array, ""],
+        degraded: Float[Array, "n h w c"] | None,
+        target: Float[Array, "n h2 w2 c"],
+    ) -> Float[Array, "n h w c"]:
+        """The network's inputs for some targets."""
+        raise NotImplementedError
+
+    def test_input(self, photograph: Photograph, index: int) -> Float[np.ndarray, "h w c"]:
+        """The network's input for the `index`-th test photograph; always the same."""
+        raise NotImplementedError
+
+    def enlarged(self, image: Float[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h2 w2 c"]:
+        """What an input looks like without a network, at the size of the target."""
+        raise NotImplementedError
+
+    def compared(
+        self, output: UInt8[np.ndarray, "h w c"], target: UInt8[np.ndarray, "h w c"]
+    ) -> dict[str, float]:
+        """PSNR and SSIM as papers on the task measure them."""
+        raise NotImplementedError
+
+    def score(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
+        error = _mean(jnp.square(outputs.astype(jnp.float32) - targets))
+        return 10 * jnp.log10(PEAK**2 / jnp.maximum(error, 1e-10))
+
+    def evaluation(
+        self, model: nnx.Module, data: Sequence[Photograph], *, batch_size: int
+    ) -> Evaluation:
+        del batch_size  # one image at a time: their sizes differ
+        restored = self._restorer(model, data)
+
+        def run(params: Params, rest: nnx.State) -> dict[str, float]:
+            # Comparing takes the processor, not the device: the next image need not wait for it.
+            with ThreadPoolExecutor() as pool:
+                jobs = [
+                    pool.submit(self.compared, pixels(restored(params, rest, i)), photo.target)
+                    for i, photo in enumerate(data)
+                ]
+            return _means([job.result() for job in jobs])
+
+        return run
+
+    def _restorer(self, model: nnx.Module, data: Sequence[Photograph]):
+        """Prepares `(parameters, rest, index) -> output` for whole test photographs."""
+        model = nnx.clone(model)
+        model.eval()
+        graphdef = nnx.graphdef(model)
+        multiple = getattr(model, "multiple", 1)
+        inputs = [self.test_input(photo, i) for i, photo in enumerate(data)]
+        if self.tile is None:
+            tile = tile_for((image.shape[:2] for image in inputs), self.overlap)
+        else:
+            tile = (self.tile, self.tile)
+
+        @jax.jit
+        def forward(params: Params, rest: nnx.State, x: Array) -> Array:
+            return nnx.merge(graphdef, *params, rest)(x).astype(jnp.float32)
+
+        def restored(params: Params, rest: nnx.State, index: int) -> np.ndarray:
+            bound = functools.partial(forward, params, rest)
+            return restore(
+                bound, inputs[index], tile=tile, overlap=self.overlap, multiple=multiple
+            )
+
+        return restored
+
+    def without_network(self, data: Sequence[Photograph]) -> dict[str, float]:
+        return _means(
+            [
+                self.compared(self.enlarged(self.test_input(photo, i)), photo.target)
+                for i, photo in enumerate(data)
+            ]
+        )
+
+    def pictures(
+        self, model: nnx.Module, data: Sequence[Photograph], count: int
+    ) -> Sequence[tuple[str, Mapping[str, np.ndarray]]]:
+        data = data[:count]
+        restored = self._restorer(model, data)
+
+        _, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
+        return [
+            (
+                photo.name,
+                {
+                    "input": self.enlarged(self.test_input(photo, i)),
+                    "output": pixels(restored((latents, weights), rest, i)),
+                    "target": photo.target,
+                },
+            )
+            for i, photo in enumerate(data)
+        ]
+
+
+@dataclass(frozen=True)
+class SuperResolution(Restoration):
+    """Enlarges photographs; the mean absolute error is lowered.
+
+    Attributes:
+      on_luminance: whether PSNR and SSIM are those of the Y channel, with `scale` pixels shaved off
+        each border, or those of RGB, with `scale + 6` (as on DIV2K).
+    """
+
+    on_luminance: bool = True
+
+    def degrade(self, key, degraded, target):
+        return degraded
+
+    def test_input(self, photograph, index):
+        return photograph.degraded.astype(np.float32)
+
+    def enlarged(self, image):
+        return bicubic(pixels(image), self.scale)
+
+    def compared(self, output, target):
+        shave = self.scale + (0 if self.on_luminance else 6)
+        return compare(output, target, shave=shave, on_luminance=self.on_luminance)
+
+    def loss(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
+        return _mean(jnp.abs(outputs.astype(jnp.float32) - targets))
+
+
+@dataclass(frozen=True)
+class Denoising(Restoration):
+    """Removes white Gaussian noise from photographs; the mean squared error is lowered.
+
+    Attributes:
+      sigma: standard deviation of the noise, which is not clipped.
+    """
+
+    sigma: float = 70.0
+
+    def degrade(self, key, degraded, target):
+        return target + self.sigma * jax.random.normal(key, target.shape)
+
+    def test_input(self, photograph, index):
+        noise = np.random.default_rng((self.seed, index)).normal(size=photograph.target.shape)
+        return (photograph.target + self.sigma * noise).astype(np.float32)
+
+    def enlarged(self, image):
+        return pixels(image)
+
+    def compared(self, output, target):
+        return compare(output, target)
+
+    def loss(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
+        return _mean(jnp.square(outputs.astype(jnp.float32) - targets))
+
+
+def turned(
+    images: UInt8[Array, "n p p c"], turns: Bool[Array, "3 n 1 1 1"]
+) -> UInt8[Array, "n p p c"]:
+    """Mirrors square images left to right, top to bottom, and along the diagonal, as told.
+
+    The three together give the eight ways to turn and mirror a square.
+    """
+    images = jnp.where(turns[0], images[:, :, ::-1], images)
+    images = jnp.where(turns[1], images[:, ::-1], images)
+    return jnp.where(turns[2], images.swapaxes(1, 2), images)
+
+
+def _mean(values: Float[Array, "n h w c"]) -> Float[Array, " n"]:
+    return jnp.mean(values, axis=(1, 2, 3))
+
+
+def _means(measured: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the images."""
+    return {name: float(np.mean([m[name] for m in measured])) for name in measured[0]}

@@ -1,0 +1,106 @@
+"""Whole images of any size through a network, in few compilations or in tiles without a seam."""
+
+from collections.abc import Callable, Iterable, Iterator
+import logging
+
+from jaxtyping import Array, Float
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+MAX_SHAPES = 16  # so many image shapes are compiled for before images are cut into tiles
+OVERLAP = 48  # pixels of a tile's border that are not used; more than DnCNN's or SRResNet's reach
+Forward = Callable[[Float[Array, "1 h w c"]], Float[Array, "1 h2 w2 c"]]
+
+
+def restore(
+    forward: Forward,
+    image: Float[np.ndarray, "h w c"],
+    *,
+    tile: tuple[int, int] | None = None,
+    overlap: int = OVERLAP,
+    multiple: int = 1,
+) -> Float[np.ndarray, "h2 w2 c"]:
+    """Runs a network over an image, whole or tile by tile.
+
+    Every pixel is taken from a tile in which it lies at least `overlap` pixels from any side that
+    is not a side of the image. Where a network sees no farther than that, the result is that of the
+    whole image.
+
+    Args:
+      forward: the network, for a batch of one; its output may be larger by a whole factor.
+      image: the image.
+      tile: height and width of a tile; smaller images are run whole. `None` runs all whole.
+      overlap: how far a network sees.
+      multiple: tiles begin at multiples of it, and the image is extended to one by its last row and
+        column, as networks that halve the resolution want it.
+
+    Returns:
+      The output, as large as the image times the network's factor.
+
+    Raises:
+      ValueError: a tile that is not larger than twice the overlap.
+    """
+    if tile is None or (image.shape[0] <= tile[0] and image.shape[1] <= tile[1]):
+        return np.asarray(forward(image[None])[0])
+    height, width, _ = image.shape
+    tile = tuple(-(-side // multiple) * multiple for side in tile)
+    overlap = -(-overlap // multiple) * multiple
+    if min(tile) <= 2 * overlap:
+        raise ValueError(f"tile: expected sides of more than {2 * overlap}, got {tile}")
+    padding = (-height % multiple, -width % multiple)
+    extended = np.pad(image, (*((0, beyond) for beyond in padding), (0, 0)), mode="edge")
+    result = None
+    for top, rows in _pieces(extended.shape[0], tile[0], overlap, multiple):
+        for left, columns in _pieces(extended.shape[1], tile[1], overlap, multiple):
+            piece = extended[top : top + tile[0], left : left + tile[1]]
+            output = np.asarray(forward(piece[None])[0])
+            scale = output.shape[0] // piece.shape[0]
+            if result is None:
+                shape = (scale * extended.shape[0], scale * extended.shape[1], output.shape[-1])
+                result = np.empty(shape, output.dtype)
+            inside = output[
+                scale * (rows.start - top) : scale * (rows.stop - top),
+                scale * (columns.start - left) : scale * (columns.stop - left),
+            ]
+            result[
+                scale * rows.start : scale * rows.stop,
+                scale * columns.start : scale * columns.stop,
+            ] = inside
+    return result[: scale * height, : scale * width]
+
+
+def _pieces(size: int, tile: int, overlap: int, multiple: int) -> Iterator[tuple[int, range]]:
+    """Where tiles begin along a side, and the pixels that are taken from each."""
+    if size <= tile:
+        yield 0, range(size)
+        return
+    last = size - tile  # a multiple, as both are
+    taken = 0
+    for start in [*range(0, last, tile - 2 * overlap), last]:
+        end = size if start == last else start + tile - overlap
+        yield start, range(taken, end)
+        taken = end
+
+
+def tile_for(
+    shapes: Iterable[tuple[int, int]], overlap: int = OVERLAP
+) -> tuple[int, int] | None:
+    """The tile to cut images of these heights and widths into; `None` to run them whole.
+
+    A few shapes are run whole, each compiled for once; more of them are cut into tiles of the
+    smallest height and width.
+    """
+    shapes = set(shapes)
+    if len(shapes) <= MAX_SHAPES:
+        return None
+    tile = min(height for height, _ in shapes), min(width for _, width in shapes)
+    if min(tile) <= 3 * overlap:
+        logger.warning(
+            "the test images have %d shapes, each of which is compiled for, and are too small for "
+            "tiles with an overlap of %d pixels",
+            len(shapes),
+            overlap,
+        )
+        return None
+    return tile
