@@ -265,7 +265,8 @@ def _fields(config: ConfigDict) -> Mapping[str, Any]:
     task = config.get("task")
     name = task.get("name") if isinstance(task, ConfigDict) else None
     if not isinstance(name, str) or name not in TASK_FIELDS:  # the rule of `task.name` will tell
-        return {**FIELDS, "data": None, "task": FIELDS["task"]}
+        others = dict.fromkeys(task) if isinstance(task, ConfigDict) else {}
+        return {**FIELDS, "data": None, "task": others | FIELDS["task"]}
     rules = TASK_FIELDS[name]
     return {**FIELDS, "task": {**FIELDS["task"], **rules["task"]}, "data": rules["data"]}
 

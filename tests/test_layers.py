@@ -186,6 +186,81 @@ def test_hyper_conv_refuses_what_is_no_axis(name):
         dhp.HyperConv(**axes, kernel_size=(3, 3), rngs=rngs)
 
 
+# Groups
+
+
+def whole_groups(rngs):
+    return (dhp.repeat(dhp.Latent(5, rngs=rngs), 3),) * 2
+
+
+def depthwise(rngs):
+    return (dhp.Latent(7, rngs=rngs),) * 2
+
+
+def more_outputs(rngs):
+    z = dhp.Latent(4, rngs=rngs)
+    return dhp.repeat(z, 2), dhp.repeat(z, 3)
+
+
+@pytest.mark.parametrize(("axes", "groups"), [(whole_groups, 5), (depthwise, 7), (more_outputs, 4)])
+@given(bits=st.integers(0, 2**7 - 1))
+@settings(deadline=None, derandomize=True, max_examples=4)
+def test_a_pruned_grouped_hyper_conv_is_the_whole_one_without_some_groups(axes, groups, bits):
+    layer = conv(axes, feature_group_count=groups)
+    masks = masks_of(layer, bits) | {layer.z_group: np.ones(layer.z_group.size, bool)}
+    kept_in, kept_out = (np.flatnonzero(z.keep(masks)) for z in (layer.z_in, layer.z_out))
+    whole, pruned = layer.plain(), layer.plain(masks)
+    assert pruned.feature_group_count == len(kept_in) // layer.z_group.size
+    np.testing.assert_array_equal(pruned.kernel[...], np.asarray(whole.kernel[...])[..., kept_out])
+    x = images(1, 4, 4, layer.z_in.size)
+    expected = np.asarray(whole(x))[..., kept_out]
+    np.testing.assert_allclose(pruned(x[..., kept_in]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_latent_of_the_channels_of_a_group_is_not_prunable():
+    layer = conv(whole_groups, feature_group_count=5)
+    assert (layer.z_group.size, layer.z_group.prunable) == (3, False)
+    assert layer.kernel().shape == (3, 3, 3, 15)
+
+
+@pytest.mark.parametrize(
+    ("axes", "groups"),
+    [
+        (lambda rngs: (dhp.Latent(6, rngs=rngs),) * 2, 3),  # channels of a group go one by one
+        (lambda rngs: [dhp.Latent(6, rngs=rngs) for _ in range(2)], 6),  # not one latent
+        (lambda rngs: [dhp.repeat(dhp.Latent(3, rngs=rngs), 2) for _ in range(2)], 3),
+        (lambda rngs: (dhp.repeat(dhp.Latent(3, rngs=rngs), 4),) * 2, 2),  # across a boundary
+    ],
+)
+def test_groups_that_pruning_would_tear_apart_are_refused(axes, groups):
+    message = (
+        f"^HyperConv: feature_group_count: pruning would tear group 0 of {groups} apart: "
+        r"its channels are \d entries of latents, expected one; "
+    )
+    with pytest.raises(ValueError, match=message):
+        conv(axes, feature_group_count=groups)
+
+
+def test_channels_that_are_not_prunable_may_be_grouped_in_any_way():
+    def fixed(rngs):
+        return [dhp.Latent(6, prunable=False, rngs=rngs) for _ in range(2)]
+
+    assert conv(fixed, feature_group_count=3).kernel().shape == (3, 3, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "name"),
+    [(2, 5, "z_in"), (5, 7, "z_out"), (0, 5, "z_in"), (-1, 5, "z_in"), (2.5, 5, "z_in")],
+)
+def test_groups_that_do_not_divide_the_channels_are_refused(groups, size, name):
+    message = (
+        f"^HyperConv: feature_group_count: expected a divisor of the {size} channels of {name}, "
+        f"got {groups}"
+    )
+    with pytest.raises(ValueError, match=message):
+        conv(feature_group_count=groups)
+
+
 # BatchNorm
 
 

@@ -1,18 +1,16 @@
 """CIFAR-10 and CIFAR-100 as tensorflow-datasets prepares them, without TensorFlow."""
 
-from collections.abc import Iterator
 import contextlib
 import functools
-import logging
 import os
 from pathlib import PurePosixPath
-import sys
 import tarfile
 import threading
 
-from absl.logging import get_absl_logger
 import numpy as np
 
+from dhp_jax.data import prepared
+from dhp_jax.data.decode import decode
 from dhp_jax.data.source import DataNotFoundError, Source
 
 # Mean and standard deviation of red, green and blue in the training images, pixels 0 .. 255.
@@ -20,34 +18,23 @@ STATISTICS = {
     "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     "cifar100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
 }
-DEFAULT_CONFIG = "--config=experiments/configs/digits_resnet20.py"
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None) -> Source:
     """Finds prepared data, or downloads and prepares them; see `dhp_jax.data.load`."""
-    with _quiet():
+    with prepared.quiet():
         builder = _builder(name, data_dir)
-        prepared = builder.is_prepared()
-    if not prepared:
+    if not prepared.is_prepared(builder):
         _prepare(builder, data_dir)
-    with _quiet(), _read_errors(builder):
-        sizes = {}
-        for split in ("train", "test"):
-            records = builder.as_data_source(split)
-            sizes[split] = len(records)
-            records.__getitems__([0, len(records) - 1])  # fails now if a file is missing or cut
     mean, std = STATISTICS[name]
-    return Source(
-        name=name,
-        image_shape=builder.info.features["image"].shape,
-        class_names=tuple(builder.info.features["label"].names),
-        train_size=sizes["train"],
-        test_size=sizes["test"],
+    return prepared.source(
+        builder,
+        functools.partial(decode, mode="RGB"),
+        image_shape=(32, 32, 3),
         mean=mean,
         std=std,
         crop_padding=4,
         flip=True,
-        read=functools.partial(_read, builder),
     )
 
 
@@ -89,7 +76,7 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
                 example["image"] = Image.fromarray(np.ascontiguousarray(pixels))
                 yield index, example
 
-    return Builder(data_dir=None if data_dir is None else os.path.expanduser(data_dir))
+    return Builder(data_dir=prepared.directory(data_dir))
 
 
 def _prepare(builder, data_dir: str | os.PathLike | None) -> None:
@@ -106,15 +93,9 @@ def _prepare(builder, data_dir: str | os.PathLike | None) -> None:
         raise DataNotFoundError(
             f"data.dir: found no prepared {builder.name} in {builder.data_dir} and {obstacle}; "
             f"prepare it there with TFDS in the array_record format on a machine with "
-            f"network, or run the embedded default, {DEFAULT_CONFIG}"
+            f"network, or run the embedded default, {prepared.DEFAULT_CONFIG}"
         )
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            builder.download_and_prepare(file_format="array_record")
-    except OSError as error:
-        raise DataNotFoundError(
-            f"data.dir: cannot prepare {builder.name} in {builder.data_dir}: {error}"
-        ) from error
+    prepared.prepare(builder)
 
 
 def _reachable(url: str, seconds: float = 5.0) -> bool:
@@ -132,46 +113,3 @@ def _reachable(url: str, seconds: float = 5.0) -> bool:
     thread.start()
     thread.join(seconds)
     return answers == [True]
-
-
-def _read(builder, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """All images and labels of a split, in the order in which they are stored."""
-    with _quiet(), _read_errors(builder):
-        records = builder.as_data_source(split)
-        images = np.empty((len(records), *builder.info.features["image"].shape), np.uint8)
-        labels = np.empty(len(records), np.int32)
-        # Batches are a fifth faster than single records; threads make it slower.
-        for start in range(0, len(records), 1000):
-            batch = range(start, min(start + 1000, len(records)))
-            for i, record in zip(batch, records.__getitems__(list(batch)), strict=True):
-                images[i], labels[i] = record["image"], record["label"]
-    return images, labels
-
-
-@contextlib.contextmanager
-def _read_errors(builder) -> Iterator[None]:
-    """Turns the ways in which reading prepared data fails into one line that says what to do."""
-    again = 'give another directory, or prepare it again with file_format="array_record"'
-    try:
-        yield
-    except NotImplementedError as error:
-        raise DataNotFoundError(
-            f"data.dir: {builder.name} in {builder.data_dir} has the file format "
-            f"{builder.info.file_format.value}, expected array_record; {again}"
-        ) from error
-    except RuntimeError as error:  # what array_record raises for a file that is missing or cut off
-        raise DataNotFoundError(
-            f"data.dir: cannot read {builder.name} in {builder.data_dir}: {error}; {again}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what TFDS logs about itself out of the log of a run."""
-    logger = get_absl_logger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

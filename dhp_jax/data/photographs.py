@@ -316,13 +316,14 @@ def _pixels(size: tuple[int, int]) -> str:
 
 
 def _read(files: dict[str, list[_File]], channels: int, scale: int, split: str) -> list[Photograph]:
-    """Decodes a split; Pillow lets go of the interpreter while it does, so threads help."""
+    """Reads a split in threads: Pillow and NumPy let go of the interpreter."""
+    read = functools.partial(_photograph, channels=channels, scale=scale)
     with ThreadPoolExecutor() as pool:
-        read = functools.partial(_photograph, channels=channels, scale=scale)
         return list(pool.map(read, files[split]))
 
 
 def _photograph(file: _File, channels: int, scale: int) -> Photograph:
+    """Decodes a photograph and its low-resolution image, or makes that."""
     height, width = _target_size(file, scale)
     target = _decode(file.argument, file.path, channels)[:height, :width]
     if scale == 1:

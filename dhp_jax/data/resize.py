@@ -4,7 +4,7 @@ from fractions import Fraction
 import functools
 import math
 
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 import numpy as np
 
 KERNEL_WIDTH = 4
@@ -26,8 +26,7 @@ def bicubic(image: UInt8[np.ndarray, "h w c"], scale: float | Fraction) -> UInt8
       The image of `ceil(scale * h)` by `ceil(scale * w)` pixels.
 
     Raises:
-      ValueError: `image` is no uint8 `(h, w, c)` array with pixels, or `scale` is out of
-        range.
+      ValueError: `image` is no uint8 `(h, w, c)` array with pixels, or `scale` is out of range.
 
     Example:
       >>> bicubic(np.full((8, 6, 3), 200, np.uint8), 1 / 4).shape
@@ -46,26 +45,26 @@ def bicubic(image: UInt8[np.ndarray, "h w c"], scale: float | Fraction) -> UInt8
 
 def _resize_rows(image: UInt8[np.ndarray, "h w c"], scale: Fraction) -> UInt8[np.ndarray, "h2 w c"]:
     """Resizes the first axis; rounds halves up, also those that float64 misses by its error."""
-    resized = _weights(len(image), scale) @ image.reshape(len(image), -1)
-    return (resized.clip(0, 255) + (0.5 + 1e-9)).astype(np.uint8).reshape(-1, *image.shape[1:])
+    weights, pixels = _taps(len(image), scale)
+    lines = image.reshape(len(image), -1)[pixels]
+    # By einsum, not by a product with a full matrix: most of that would be zeros.
+    resized = np.einsum("ot,otx->ox", weights, lines).clip(0, 255)
+    return (resized + (0.5 + 1e-9)).astype(np.uint8).reshape(-1, *image.shape[1:])
 
 
-@functools.lru_cache(maxsize=16)  # few: one for pictures of 2040 pixels takes 8 MB
-def _weights(size: int, scale: Fraction) -> Float[np.ndarray, "out in"]:
-    """What each of `size` pixels in a line contributes to each pixel of the resized line."""
+@functools.lru_cache(maxsize=256)
+def _taps(
+    size: int, scale: Fraction
+) -> tuple[Float[np.ndarray, "out taps"], Int[np.ndarray, "out taps"]]:
+    """For each pixel of a resized line, which of `size` pixels count in it and how much."""
     stretch = float(max(1, 1 / scale))  # of the kernel: the antialiasing
     centres = (np.arange(math.ceil(scale * size)) + 0.5) / float(scale) - 0.5
-    taps = np.arange(math.ceil(KERNEL_WIDTH * stretch) + 2)
-    pixels = np.floor(centres - KERNEL_WIDTH / 2 * stretch).astype(int)[:, np.newaxis] + taps
-    kernel = _cubic((centres[:, np.newaxis] - pixels) / stretch)
-    kernel /= kernel.sum(axis=1, keepdims=True)
-
+    pixels = np.floor(centres - KERNEL_WIDTH / 2 * stretch).astype(int)[:, np.newaxis]
+    pixels = pixels + np.arange(math.ceil(KERNEL_WIDTH * stretch) + 2)
+    weights = _cubic((centres[:, np.newaxis] - pixels) / stretch)
+    weights /= weights.sum(axis=1, keepdims=True)
     pixels %= 2 * size  # the line and its mirror image, over and over
-    pixels = np.minimum(pixels, 2 * size - 1 - pixels)
-    weights = np.zeros((len(centres), size))
-    np.add.at(weights, (np.arange(len(centres))[:, np.newaxis], pixels), kernel)
-    weights.flags.writeable = False
-    return weights
+    return weights, np.minimum(pixels, 2 * size - 1 - pixels)
 
 
 def _cubic(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:

@@ -51,7 +51,7 @@ class VGG(nnx.Module):
 
     def __init__(
         self,
-        depth: int,
+        depth: int = 16,
         *,
         num_classes: int = 10,
         channels: int = 3,

@@ -1,0 +1,114 @@
+"""Image files decoded by Pillow into one array of pixels that fits into memory."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import math
+import os
+from typing import IO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from dhp_jax.data.source import DataNotFoundError
+
+CHUNK = 100  # images that one thread decodes in a row
+
+
+def decode(
+    file: str | os.PathLike | IO[bytes],
+    mode: str,
+    *,
+    argument: str = "data.dir",
+    name: object = None,
+    resize: int | None = None,
+    crop: int | None = None,
+) -> np.ndarray:
+    """The pixels of an image file.
+
+    Args:
+      file: its path, or the opened file.
+      mode: "L" for gray or "RGB".
+      argument: what an error says is to be changed.
+      name: what an error calls the file; its path if `None`.
+      resize: the shorter side after a resize (bicubic, antialiased) that keeps the proportions;
+        `None` keeps the size.
+      crop: side of the square that is cut out of the centre; `None` keeps everything.
+
+    Returns:
+      uint8 `(h, w, c)`.
+
+    Raises:
+      DataNotFoundError: the file cannot be decoded.
+    """
+    with opened(file, argument=argument, name=name) as encoded:
+        image = encoded.convert(mode)
+    if resize is not None and min(image.size) != resize:
+        scale = resize / min(image.size)
+        size = tuple(round(scale * side) for side in image.size)
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    if crop is not None:
+        left, top = ((side - crop) // 2 for side in image.size)
+        image = image.crop((left, top, left + crop, top + crop))
+    return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+@contextlib.contextmanager
+def opened(
+    file: str | os.PathLike | IO[bytes], *, argument: str = "data.dir", name: object = None
+) -> Iterator[Image.Image]:
+    """An image whose header has been read, and one line of error if it is broken; see `decode`."""
+    name = name or file
+    try:
+        with Image.open(file) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise DataNotFoundError(f"{argument}: {name} is no image that can be read") from error
+    except Exception as error:  # a broken file makes Pillow raise errors of many kinds
+        raise DataNotFoundError(f"{argument}: cannot read {name}: {error}") from error
+
+
+def empty_images(shape: tuple[int, int, int, int], name: str) -> np.ndarray:
+    """An array for the images of a split, if there is memory for it.
+
+    Args:
+      shape: `(n, h, w, c)`.
+      name: what an error calls the images.
+
+    Returns:
+      uint8 of that shape, not filled.
+
+    Raises:
+      ValueError: it would not fit; the message tells the bytes needed and those available.
+    """
+    needed, available = math.prod(shape), memory_available()
+    if needed > available:
+        raise ValueError(
+            f"data.image_size: {name} of {'x'.join(map(str, shape[1:]))} need {needed:,} bytes, "
+            f"expected at most the {available:,} bytes of memory that are available"
+        )
+    return np.empty(shape, np.uint8)
+
+
+def memory_available() -> int:
+    """Bytes that can be used without swapping; on a system that does not tell, all there are."""
+    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
+        for line in lines:  # free pages alone would leave out what caches give back
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def in_chunks(work: Callable[[range], None], count: int, threads: int | None = None) -> None:
+    """Calls `work` with consecutive ranges that together cover `range(count)`.
+
+    Args:
+      work: a function of the range; what it raises is raised here.
+      count: length of the whole.
+      threads: how many calls run at a time; one a core if `None`. Pillow decodes and resizes
+        outside of Python's lock, so large images gain; small ones, such as CIFAR's, lose.
+    """
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        for _ in pool.map(work, chunks):
+            pass

@@ -1,0 +1,84 @@
+"""Every configuration in experiments/configs: two steps of each phase at a tiny width."""
+
+import ast
+from pathlib import Path
+import runpy
+
+import numpy as np
+from PIL import Image
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax import config as dhp_config
+from dhp_jax import pipeline
+
+CONFIGS = sorted((Path(__file__).parents[1] / "experiments/configs").glob("*.py"))
+SIZES = {"digits": 8, "cifar10": 32, "tiny_imagenet": 64}
+TINY = {
+    "densenet": {"depth": 10, "growth": 4},
+    "srresnet": {"blocks": 2},
+    "edsr": {"blocks": 2, "width": 0.05},
+    "dncnn": {"depth": 5},
+    "unet": {"depth": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Random images: folders of 4 training and 2 test images of two labels, or of photographs."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+
+    def draw(path, *shape):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(path)
+
+    for size in (32, 64):
+        for split, count in (("train", 2), ("test", 1)):
+            for label in ("cat", "dog"):
+                for i in range(count):
+                    draw(root / f"{size}/{split}/{label}/{i}.png", size, size, 3)
+    for i in range(2):
+        draw(root / f"photographs/{i}.png", 40, 32, 3)
+    return root
+
+
+def tiny(path, folders):
+    """A configuration as it is in its file, but for width, data and lengths."""
+    config = runpy.run_path(str(path))["get_config"]()
+    dhp_config.check(config)
+    if config.task.name == "classification":
+        size = SIZES[config.data.name]
+        if size == 8:
+            config.batch_size = 640  # of 1,297 digits
+        else:
+            config.data.update(name="image_folder", dir=str(folders / str(size)))
+            config.batch_size = 2
+    else:
+        config.data.update(dir=str(folders / "photographs"), test_dir=str(folders / "photographs"))
+        config.task.update(patch=16, steps_per_epoch=2)
+        config.batch_size = 2
+    config.model.update({"width": 0.1, **TINY.get(config.model.name, {})})
+    if config.model.name == "densenet":
+        del config.model["width"]
+    config.search.update(epochs=1, min_channels=1)
+    config.converge.epochs = 1
+    config.target = 0.9
+    return config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_searches_prunes_and_converges(path, folders, tmp_path):
+    config = tiny(path, folders)
+    summary = pipeline.execute(pipeline.prepare(config, tmp_path / "run"))
+    steps = {name: phase["steps"] for name, phase in summary["phases"].items()}
+    assert steps == {"search": 2, "converge": 2}
+    assert 0.5 < summary["flops"]["ratio"] <= 0.9
+    assert dhp.latents(dhp.load(tmp_path / "run" / "model")) == {}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_says_what_it_is_after_and_how_to_run_it(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert "FLOPs" in text
+    if path.stem != "digits_resnet20":
+        assert f"--config=experiments/configs/{path.name}" in text

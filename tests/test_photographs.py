@@ -1,0 +1,297 @@
+"""Photographs from scikit-image and from folders: pairs, gray and color, every wrong input."""
+
+from fractions import Fraction
+import importlib.util
+import re
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from dhp_jax.data import photographs
+from dhp_jax.data.photographs import load
+from dhp_jax.data.resize import bicubic
+from dhp_jax.data.source import DataNotFoundError
+
+
+def pixels(height=24, width=32, channels=3, seed=0):
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def save(path, *args, **kwargs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels(*args, **kwargs)
+    Image.fromarray(image).save(path)
+    return image
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A training and a test folder of one color image each, and how to load them."""
+    save(tmp_path / "train" / "a.png")
+    save(tmp_path / "test" / "b.png")
+
+    def load_folders(**kwargs):
+        kwargs = {"patch": 8, **kwargs}
+        return load("photo_folder", tmp_path / "train", tmp_path / "test", **kwargs)
+
+    return tmp_path, load_folders
+
+
+def refused(error, *parts):
+    """Expects one line that holds every part."""
+    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{re.escape(p)})" for p in parts))
+
+
+# The photographs of scikit-image
+
+
+@pytest.fixture(scope="module")
+def skimage_is_there():
+    if importlib.util.find_spec("skimage") is None:
+        pytest.skip("scikit-image is not installed")
+
+
+@pytest.mark.usefixtures("skimage_is_there")
+@pytest.mark.parametrize(("channels", "sizes"), [(1, (9, 3)), (3, (5, 2))])
+def test_shipped_photographs_are_gray_only_if_that_is_asked_for(channels, sizes):
+    data = load("photographs", channels=channels, patch=64)
+    train, test = data.read("train"), data.read("test")
+    assert (data.train_size, data.test_size) == (len(train), len(test)) == sizes
+    assert (data.name, data.channels, data.scale) == ("photographs", channels, 1)
+    for photograph in train + test:
+        assert photograph.target.dtype == np.uint8
+        assert photograph.target.shape[2] == channels
+        assert photograph.degraded is None
+        assert photograph.target.std() > 10
+    if channels == 3:  # none is a gray image in disguise
+        assert all((p.target[..., 0] != p.target[..., 2]).mean() > 0.3 for p in train + test)
+
+
+@pytest.mark.usefixtures("skimage_is_there")
+def test_no_scene_is_in_both_splits_of_the_shipped_photographs():
+    data = load("photographs", channels=1, patch=64)
+    scenes = [
+        {re.sub("_(left|right)$", "", photograph.name) for photograph in data.read(split)}
+        for split in ("train", "test")
+    ]
+    assert not scenes[0] & scenes[1]
+
+
+@pytest.mark.usefixtures("skimage_is_there")
+def test_smallest_is_the_smallest_height_and_width_of_the_training_targets():
+    data = load("photographs", scale=4, patch=64)
+    shapes = np.array([photograph.target.shape[:2] for photograph in data.read("train")])
+    assert data.smallest == tuple(shapes.min(axis=0))
+
+
+@pytest.mark.usefixtures("skimage_is_there")
+def test_shipped_photographs_are_degraded_by_bicubic_downscaling():
+    chelsea = load("photographs", scale=4, patch=64).read("test")[0]
+    assert chelsea.target.shape == (300, 448, 3)
+    np.testing.assert_array_equal(chelsea.degraded, bicubic(chelsea.target, Fraction(1, 4)))
+
+
+def test_missing_scikit_image_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with refused(DataNotFoundError, "data.name: 'photographs'", "pip install"):
+        load("photographs", patch=64)
+
+
+# Folders
+
+
+def test_images_of_a_folder_are_read_in_sorted_order_whatever_their_format(tmp_path):
+    names = ["f.PNG", "b.bmp", "e.jpeg", "a.JPG", "c.tif", "d.tiff", "g.webp"]
+    for name in names:
+        save(tmp_path / "train" / name)
+    for other in ("notes.txt", ".hidden.png", "mask.npy"):
+        (tmp_path / "train" / other).write_bytes(b"no image")
+    image = save(tmp_path / "test" / "x.png", seed=1)
+    data = load("photo_folder", str(tmp_path / "train"), tmp_path / "test", patch=8)
+    assert [p.name for p in data.read("train")] == list("abcdefg")
+    (photograph,) = data.read("test")
+    np.testing.assert_array_equal(photograph.target, image)
+    assert data.smallest == (24, 32)
+
+
+def test_gray_is_the_luma_of_color(folders):
+    (photograph,) = folders[1](channels=1).read("train")
+    luma = pixels() @ np.array([0.299, 0.587, 0.114])
+    assert photograph.target.shape == (24, 32, 1)
+    assert np.abs(photograph.target[..., 0] - luma).max() <= 1
+
+
+def test_gray_test_photographs_get_three_equal_channels(folders):
+    root, load_folders = folders
+    gray = save(root / "test" / "a.png", channels=1)
+    target = load_folders().read("test")[0].target
+    np.testing.assert_array_equal(target, np.repeat(gray[..., np.newaxis], 3, axis=2))
+
+
+def test_targets_are_cropped_at_the_bottom_and_on_the_right(folders):
+    root, load_folders = folders
+    image = save(root / "train" / "a.png", 27, 33)
+    data = load_folders(scale=4)
+    (photograph,) = data.read("train")
+    np.testing.assert_array_equal(photograph.target, image[:24, :32])
+    np.testing.assert_array_equal(photograph.degraded, bicubic(image[:24, :32], 0.25))
+    assert data.smallest == (24, 32)
+
+
+PAIRS = {
+    "beside": ("img_1_SRF_4_HR.png", "img_1_SRF_4_LR.png", "img_1_SRF_4"),
+    "folders": ("HR/0801.png", "LR/0801.png", "0801"),
+    "div2k": ("HR/0801.png", "LR/0801x4.png", "0801"),
+    "other format": ("HR/0801.png", "LR/0801x4.bmp", "0801"),
+}
+
+
+@pytest.mark.parametrize(("high", "low", "name"), PAIRS.values(), ids=PAIRS)
+def test_pairs_are_found(tmp_path, high, low, name):
+    target = save(tmp_path / high, 26, 32)
+    degraded = save(tmp_path / low, 6, 8, seed=1)
+    data = load("photo_folder", tmp_path, tmp_path, scale=4, patch=8)
+    (photograph,) = data.read("train")
+    assert photograph.name == name
+    np.testing.assert_array_equal(photograph.target, target[:24])
+    np.testing.assert_array_equal(photograph.degraded, degraded)
+
+
+@pytest.mark.parametrize(("high", "low", "name"), PAIRS.values(), ids=PAIRS)
+def test_low_resolution_images_are_ignored_at_scale_1(tmp_path, high, low, name):
+    save(tmp_path / high)
+    (tmp_path / low).parent.mkdir(exist_ok=True)
+    (tmp_path / low).write_bytes(b"not even an image")
+    data = load("photo_folder", tmp_path, tmp_path, patch=8)
+    assert [(p.name, p.degraded) for p in data.read("train")] == [(name, None)]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"name": "photos"}, ["data.name: ", "got 'photos'; did you mean 'photographs'?"]),
+        ({"channels": 2}, ["channels: expected 1 (gray) or 3 (color); got 2"]),
+        ({"scale": 0}, ["scale: expected a whole number of at least 1; got 0"]),
+        ({"scale": 1.5}, ["scale: ", "got 1.5"]),
+        ({"patch": 0}, ["patch: expected a positive multiple of the scale, 1; got 0"]),
+        ({"patch": 10, "scale": 4}, ["patch: ", "the scale, 4; got 10"]),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, parts):
+    with refused(ValueError, *parts):
+        load(**{"name": "photo_folder", "patch": 8, **arguments})
+
+
+def deep(path):
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(path)
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+# What is done to the folders, how they are loaded, the error and what its message holds. The
+# training folder starts with a color a.png of 24 x 32 pixels, the test folder with such a b.png.
+WRONG = {
+    "no training images": (
+        lambda root: empty(root / "train"), {}, DataNotFoundError,
+        ["data.dir: ", "found none in", "train'"],
+    ),
+    "no test folder": (
+        lambda root: (root / "test").rename(root / "gone"), {}, DataNotFoundError,
+        ["data.test_dir: expected a folder of images; got", "test'"],
+    ),
+    "no image": (
+        lambda root: (root / "train" / "c.png").write_bytes(b"text"), {}, DataNotFoundError,
+        ["data.dir: cannot read", "c.png'"],
+    ),
+    "no test image": (
+        lambda root: (root / "test" / "c.jpg").write_bytes(b""), {}, DataNotFoundError,
+        ["data.test_dir: cannot read", "c.jpg'"],
+    ),
+    "a folder that looks like an image": (
+        lambda root: (root / "train" / "c.png").mkdir(), {}, DataNotFoundError,
+        ["data.dir: cannot read", "c.png'"],
+    ),
+    "sixteen bits": (
+        lambda root: deep(root / "train" / "c.png"), {}, DataNotFoundError,
+        ["data.dir: expected images of 8 bits a channel", "c.png'", "I;16"],
+    ),
+    "smaller than a patch": (
+        lambda root: save(root / "train" / "c.png", 40, 7), {}, ValueError,
+        ["data.dir: ", "a patch, 8x8", "c.png' of 40x7 (height x width)"],
+    ),
+    "smaller than the scale": (
+        lambda root: save(root / "test" / "c.png", 3, 40), {"scale": 4}, ValueError,
+        ["data.test_dir: ", "the scale, 4x4", "c.png' of 3x40"],
+    ),
+    "gray among color": (
+        lambda root: save(root / "train" / "c.png", channels=1), {}, ValueError,
+        ["data.dir: expected color", "c.png' is gray, and", "a.png' is in color"],
+    ),
+    "gray for color": (
+        lambda root: save(root / "train" / "a.png", channels=1), {}, ValueError,
+        ["data.dir: expected color photographs for 3 channels", "a.png' is gray"],
+    ),
+    "HR without LR": (
+        lambda root: (root / "test" / "b.png").rename(root / "test" / "c_HR.png"), {"scale": 4},
+        DataNotFoundError, ["data.test_dir: expected a low-resolution image to", "c_HR.png'"],
+    ),
+    "LR without HR": (
+        lambda root: [save(root / "train" / f) for f in ("LR/a.png", "LR/d.png")], {"scale": 4},
+        DataNotFoundError, ["data.dir: expected a photograph to the low-resolution", "d.png'"],
+    ),
+    "only LR": (
+        lambda root: (root / "train" / "a.png").rename(root / "train" / "a_LR.png"), {"scale": 4},
+        DataNotFoundError, ["data.dir: expected a photograph to the low-resolution", "a_LR.png'"],
+    ),
+    "LR of another scale": (
+        lambda root: save(root / "train" / "LR" / "a.png", 12, 16), {"scale": 4}, ValueError,
+        ["data.dir: ", "LR/a.png' of 6x8", "train/a.png' of 24x32", "got 12x16"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "arguments", "error", "parts"), WRONG.values(), ids=WRONG)
+def test_wrong_folders_are_refused_before_anything_is_decoded(
+    folders, monkeypatch, change, arguments, error, parts
+):
+    root, load_folders = folders
+    change(root)
+    monkeypatch.setattr(photographs, "_decode", None)
+    with refused(error, *parts) as caught:
+        load_folders(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["data.dir", "data.test_dir"])
+def test_folders_have_to_be_given(folders, missing):
+    root = folders[0]
+    train, test = (None, root / "test") if missing == "data.dir" else (root / "train", None)
+    with refused(ValueError, f"{missing}: ", "got None"):
+        load("photo_folder", train, test, patch=8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "tif"])
+def test_a_file_that_is_cut_off_is_named_when_it_is_read(folders, suffix):
+    root, load_folders = folders
+    path = root / "test" / f"c.{suffix}"
+    save(path, 64, 64)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with refused(DataNotFoundError, "data.test_dir: cannot read", path.name):
+        load_folders().read("test")
+
+
+def test_a_file_that_is_gone_when_it_is_read_is_named(folders):
+    root, load_folders = folders
+    data = load_folders()
+    (root / "train" / "a.png").unlink()
+    with refused(DataNotFoundError, "data.dir: cannot read", "a.png"):
+        data.read("train")
