@@ -3,11 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo demo-denoise demo-sr test test-slow lint format bench clean
 
 demo: $(VENV)/installed
 	$(RUN) experiments/main.py --config=experiments/configs/digits_resnet20.py --config.method=baseline
 	$(RUN) experiments/main.py --config=experiments/configs/digits_resnet20.py
+
+demo-denoise: $(VENV)/installed
+	$(RUN) experiments/main.py --config=experiments/configs/photographs_dncnn.py --config.method=baseline
+	$(RUN) experiments/main.py --config=experiments/configs/photographs_dncnn.py
+
+demo-sr: $(VENV)/installed
+	$(RUN) experiments/main.py --config=experiments/configs/photographs_edsr.py --config.method=baseline
+	$(RUN) experiments/main.py --config=experiments/configs/photographs_edsr.py
 
 test: $(VENV)/installed
 	$(RUN) -m pytest

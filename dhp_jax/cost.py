@@ -2,7 +2,8 @@
 
 FLOPs are multiply-accumulates: convolutions (transposed ones as if every tap met every output) and
 linear layers, plus 2 for every normalised element and 1 for every element of a `Bias` layer; biases
-of convolutions are not counted. Params are kernels, biases, BatchNorm scales and biases.
+of convolutions are not counted. Params are kernels, biases, BatchNorm scales and biases, slopes of
+PReLU.
 """
 
 from collections.abc import Mapping
@@ -251,7 +252,7 @@ def _trace(model, input_shape):
     except (TypeError, ValueError) as error:
         raise ValueError(input_refused(input_shape, error)) from error
     if uncounted:
-        kinds = ", ".join(f"{kind} ({path})" for kind, path in uncounted.items())
+        kinds = ", ".join(f"{kind} ({path})" if path else kind for kind, path in uncounted.items())
         logger.warning(
             "measure_cost: no FLOPs or params are counted for %s; register a function with "
             "dhp_jax.cost.layer_terms to count them",

@@ -6,6 +6,7 @@ restricted to surviving channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,6 +48,7 @@ class Hyper(nnx.Module):
         promote_dtype: Callable[..., Any],
         preferred_element_type: Any,
         embedding: int,
+        initial_scale: float,
         rngs: nnx.Rngs,
     ):
         kind = type(self).__name__
@@ -62,6 +64,8 @@ class Hyper(nnx.Module):
         self.preferred_element_type = preferred_element_type
         rows = self.kernel_axis().size
         arrays = init_hypernet(rngs.params(), self.kernel_size, rows, z_out.size, embedding)
+        if initial_scale != 1:
+            arrays = arrays._replace(w2=initial_scale * arrays.w2)
         for name, array in arrays._asdict().items():
             setattr(self, name, nnx.Param(jnp.asarray(array, param_dtype)))
         self.bias = nnx.Param(jnp.zeros(z_out.size, param_dtype)) if use_bias else nnx.data(None)
@@ -119,6 +123,7 @@ class HyperConv(Hyper):
         param_dtype, precision, promote_dtype, preferred_element_type: as in `nnx.Conv`. `dtype` is
         that of the computation; the hypernetwork stays in `param_dtype`.
       embedding: size `m` of the embedding of each pair of channels.
+      initial_scale: multiplies the kernel before training, whose variance is `1 / fan_in`.
       rngs: the `params` stream draws the initial values.
 
     Raises:
@@ -151,6 +156,7 @@ class HyperConv(Hyper):
         promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
         preferred_element_type: Any = None,
         embedding: int = EMBEDDING,
+        initial_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
         self.strides = strides
@@ -172,6 +178,7 @@ class HyperConv(Hyper):
             promote_dtype=promote_dtype,
             preferred_element_type=preferred_element_type,
             embedding=embedding,
+            initial_scale=initial_scale,
             rngs=rngs,
         )
 
@@ -203,6 +210,7 @@ class HyperConvTranspose(Hyper):
       strides, padding, kernel_dilation, use_bias, dtype, param_dtype, precision, promote_dtype,
         preferred_element_type: as in `nnx.ConvTranspose`.
       embedding: size `m` of the embedding of each pair of channels.
+      initial_scale: multiplies the kernel before training, whose variance is `1 / fan_in`.
       rngs: the `params` stream draws the initial values.
 
     Raises:
@@ -231,6 +239,7 @@ class HyperConvTranspose(Hyper):
         promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
         preferred_element_type: Any = None,
         embedding: int = EMBEDDING,
+        initial_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
         self.strides = strides
@@ -247,6 +256,7 @@ class HyperConvTranspose(Hyper):
             promote_dtype=promote_dtype,
             preferred_element_type=preferred_element_type,
             embedding=embedding,
+            initial_scale=initial_scale,
             rngs=rngs,
         )
 
@@ -410,15 +420,16 @@ class Linear(nnx.Linear):
         return super().__call__(x, *args, **kwargs)
 
 
-def reinitialize(model: nnx.Module, *, rngs: nnx.Rngs) -> None:
+def reinitialize(model: nnx.Module, *, gain: float = 2.0, rngs: nnx.Rngs) -> None:
     """Gives an ordinary network fresh kernels, as if it had never had hypernetworks.
 
-    Kernels of convolutions and `nnx.Linear` are drawn from He's normal distribution (variance
-    `2 / fan_in`), their biases are zero; all else stays, and so do kernels that are not trained
+    Kernels of convolutions and `nnx.Linear` are drawn from a normal distribution of variance
+    `gain / fan_in`, their biases are zero; all else stays, and so do kernels that are not trained
     (that are no `nnx.Param`).
 
     Args:
       model: a pruned or ordinary network; changed in place.
+      gain: 2 is He's, for networks of ReLUs; 1/3 is PyTorch's default.
       rngs: the `params` stream draws the kernels.
 
     Reference: He et al., Delving deep into rectifiers, 2015, equation 10.
@@ -427,12 +438,15 @@ def reinitialize(model: nnx.Module, *, rngs: nnx.Rngs) -> None:
         ordinary = isinstance(layer, nnx.Conv | nnx.ConvTranspose | nnx.Linear)
         if ordinary and isinstance(layer.kernel, nnx.Param):
             kernel = layer.kernel[...]
-            layer.kernel[...] = _he_normal(rngs.params(), kernel.shape, kernel.dtype)
+            layer.kernel[...] = _normal(rngs.params(), kernel.shape, kernel.dtype, gain)
             if layer.bias is not None:
                 layer.bias[...] = jnp.zeros_like(layer.bias[...])
 
 
-_he_normal = jax.jit(nnx.initializers.he_normal(), static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, gain: float) -> jax.Array:
+    draw = nnx.initializers.variance_scaling(gain, "fan_in", "truncated_normal")
+    return draw(key, shape, dtype)
 
 
 def _select(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:

@@ -37,7 +37,11 @@ from dhp_jax.train import Budget, Observer, Outcome, Phase, Progress, train
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-MAY_CHANGE = ("data.dir",)  # fields of a run that is started again in its directory
+MAY_CHANGE = (
+    "data.dir",
+    "data.test_dir",
+    "data.archive",
+)  # fields of a run that is started again in its directory
 PICTURES = 4  # test examples shown in the report, where a task has something to show
 PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
 
@@ -142,7 +146,8 @@ def execute(run: Run, *, baseline: str | os.PathLike | None = None) -> dict[str,
 def _train_baseline(run: Run, data: Callable[[str], Data]) -> None:
     if not _done(run, "model"):
         ordinary = prune(run.build())
-        reinitialize(ordinary, rngs=nnx.Rngs(run.config.seed))
+        gain = run.problem.task.initial_gain
+        reinitialize(ordinary, gain=gain, rngs=nnx.Rngs(run.config.seed))
         _save_trained(run, data, _train(run, data, "baseline", ordinary))
 
 

@@ -35,7 +35,7 @@ class Problem:
 
 
 def origins(config: ConfigDict) -> dict[str, str]:
-    """The field that each of the network's arguments follows from; they are not given themselves."""
+    """The field that each argument of the network follows from that is not given itself."""
     shared = {"min_channels": "search.min_channels", "dtype": "dtype"}
     return shared | ORIGINS[config.task.name]
 

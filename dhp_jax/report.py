@@ -192,8 +192,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         ),
         (
             "  best epoch",
-            f"{metrics_text(test['best'])} "
-            f"(epoch {trained['best_epoch']}, by test {metric.label})",
+            f"{metrics_text(test['best'])} (epoch {trained['best_epoch']}, by test {metric.label})",
         ),
     ]
     for name, label in (("flops", "FLOPs"), ("params", "params")):
@@ -415,15 +414,15 @@ def _plot_metric(
 def _crops(result: Result, baseline: Path | None) -> Figure:
     """Details of test pictures: the input, what networks make of it, and the original."""
     pruned = "search" in result.notes
+    names = sorted(folder.name for folder in (result.workdir / PICTURES).iterdir())
     columns = [("input", result.workdir, "input")]
-    if pruned and baseline is not None:
+    if pruned and baseline is not None and _has_pictures(baseline, names):
         columns.append(("unpruned", baseline, "output"))
     share = result.after.flops / result.before.flops
     columns.append(
         (f"pruned, {_percent(share)} FLOPs" if pruned else "unpruned", result.workdir, "output")
     )
     columns.append(("original", result.workdir, "target"))
-    names = sorted(folder.name for folder in (result.workdir / PICTURES).iterdir())
     figure = Figure(figsize=(2.2 * len(columns), 2.2 * len(names) + 0.3), layout="constrained")
     grid = figure.subplots(len(names), len(columns), squeeze=False)
     for name, row in zip(names, grid, strict=True):
@@ -438,6 +437,11 @@ def _crops(result: Result, baseline: Path | None) -> Figure:
             if name == names[0]:
                 axes.set_title(title, fontsize=9)
     return figure
+
+
+def _has_pictures(workdir: Path, names: Sequence[str]) -> bool:
+    """Whether a run has left pictures of these test examples; it may have been tested on others."""
+    return all((workdir / PICTURES / name / "output.png").is_file() for name in names)
 
 
 def _detail(image: np.ndarray, side: int = 96) -> tuple[slice, slice]:

@@ -152,8 +152,7 @@ def train(
     """
     if not 0 < batch_size <= examples:
         raise ValueError(
-            f"batch_size: expected 1 to {examples} (the examples of an epoch), "
-            f"got {batch_size}"
+            f"batch_size: expected 1 to {examples} (the examples of an epoch), got {batch_size}"
         )
     loop = _Loop(model, phase, task, train_data, examples, batch_size, log_every, key, observers)
     evaluate = task.evaluation(model, test_data, batch_size=4 * batch_size)

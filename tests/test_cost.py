@@ -13,6 +13,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.cost import layer_terms
+from dhp_jax.layers import ChannelBias
 from dhp_jax.prune import survivor_counts
 
 RESNETS = {  # FLOPs, params, latents, as published for 32x32 images and 10 classes
@@ -24,9 +25,7 @@ RESNETS = {  # FLOPs, params, latents, as published for 32x32 images and 10 clas
 
 
 def abstract_resnet(depth, **arguments):
-    return nnx.eval_shape(
-        lambda: dhp.models.build("resnet", depth=depth, rngs=nnx.Rngs(0), **arguments)
-    )
+    return dhp.models.build_abstract("resnet", depth=depth, **arguments)
 
 
 def cifar_resnet_cost(depth, classes=10):
@@ -255,21 +254,152 @@ RNGS = nnx.Rngs(0)
 @pytest.mark.parametrize(
     ("make", "flops", "params"),
     [
-        (lambda: nnx.Conv(3, 8, (3, 5), padding="VALID", rngs=RNGS), 15 * 6 * 4 * 24, 15 * 24 + 8),
-        (lambda: nnx.Conv(3, 8, (1, 1), 2, use_bias=False, rngs=RNGS), 4 * 4 * 24, 24),
-        (lambda: nnx.Conv(3, 9, (3, 3), feature_group_count=3, rngs=RNGS), 9 * 64 * 9, 9 * 9 + 9),
-        (lambda: nnx.Linear(3, 7, rngs=RNGS), 64 * 21, 21 + 7),
-        (lambda: nnx.Linear(3, 7, use_bias=False, rngs=RNGS), 64 * 21, 21),
-        (lambda: nnx.BatchNorm(3, rngs=RNGS), 2 * 64 * 3, 6),
-        (lambda: nnx.BatchNorm(3, use_scale=False, rngs=RNGS), 2 * 64 * 3, 3),
-        (lambda: nnx.Dropout(0.5, rngs=RNGS), 0, 0),
+        (
+            lambda rngs: nnx.Conv(3, 8, (3, 5), padding="VALID", rngs=rngs),
+            15 * 6 * 4 * 24,
+            15 * 24 + 8,
+        ),
+        (lambda rngs: nnx.Conv(3, 8, (1, 1), 2, use_bias=False, rngs=rngs), 4 * 4 * 24, 24),
+        (
+            lambda rngs: nnx.Conv(3, 9, (3, 3), feature_group_count=3, rngs=rngs),
+            9 * 64 * 9,
+            9 * 9 + 9,
+        ),
+        (
+            lambda rngs: nnx.ConvTranspose(3, 8, (2, 2), (2, 2), rngs=rngs),
+            4 * 16 * 16 * 24,
+            4 * 24 + 8,
+        ),
+        (
+            lambda rngs: nnx.ConvTranspose(3, 8, (3, 2), use_bias=False, rngs=rngs),
+            6 * 64 * 24,
+            6 * 24,
+        ),
+        (lambda rngs: ChannelBias(3, rngs=rngs), 64 * 3, 3),
+        (lambda rngs: nnx.PReLU(), 0, 1),
+        (lambda rngs: nnx.Linear(3, 7, rngs=rngs), 64 * 21, 21 + 7),
+        (lambda rngs: nnx.Linear(3, 7, use_bias=False, rngs=rngs), 64 * 21, 21),
+        (lambda rngs: nnx.BatchNorm(3, rngs=rngs), 2 * 64 * 3, 6),
+        (lambda rngs: nnx.BatchNorm(3, use_scale=False, rngs=rngs), 2 * 64 * 3, 3),
+        (lambda rngs: nnx.Dropout(0.5), 0, 0),
     ],
 )
 def test_ordinary_layers_are_counted(make, flops, params):
-    cost = dhp.measure_cost(Net(lambda net, x: net.layer(x), layer=make()), (8, 8, 3))
+    net = Net(lambda net, x: net.layer(x), layer=filled(make))
+    cost = dhp.measure_cost(net, (8, 8, 3))
     assert (cost.flops, cost.params) == (flops, params)
-    params_there = nnx.to_flat_state(nnx.state(make(), nnx.Param))
+    params_there = nnx.to_flat_state(nnx.state(net, nnx.Param))
     assert cost.params == sum(p.get_value().size for _, p in params_there)
+
+
+def one_axis(make):
+    """A model that is one layer on a latent of 6 channels."""
+    return filled(lambda rngs: make(dhp.Latent(6, rngs=rngs), rngs))
+
+
+def shrinking(z, rngs):
+    """A transposed convolution from 6 channels to 4."""
+    return dhp.HyperConvTranspose(z, dhp.Latent(4, rngs=rngs), (2, 2), 2, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    ("make", "channels", "whole", "left", "counts"),
+    [
+        (
+            shrinking,
+            6,
+            (4 * 64 * 6 * 4, 4 * 6 * 4 + 4),
+            (4 * 64 * 5 * 3, 4 * 5 * 3 + 3),
+            {"z_in": 5, "z_out": 3},
+        ),
+        (
+            lambda z, rngs: dhp.HyperConv(z, z, (3, 3), feature_group_count=6, rngs=rngs),
+            6,
+            (9 * 16 * 6, 9 * 6 + 6),
+            (9 * 16 * 2, 9 * 2 + 2),
+            {"z_in": 2, "z_group": 1},
+        ),
+        (
+            lambda z, rngs: dhp.HyperConv(
+                *[dhp.repeat(z, 3)] * 2, (3, 3), feature_group_count=6, use_bias=False, rngs=rngs
+            ),
+            18,
+            (9 * 16 * 3 * 18, 9 * 3 * 18),
+            (9 * 16 * 3 * 12, 9 * 3 * 12),
+            {"z_in.base": 4, "z_group": 3},
+        ),
+        (lambda z, rngs: dhp.Bias(z, rngs=rngs), 6, (16 * 6, 6), (16 * 5, 5), {"z": 5}),
+        (
+            lambda z, rngs: dhp.Bias(dhp.concat(z, z), rngs=rngs),
+            12,
+            (16 * 12, 12),
+            (16 * 2, 2),
+            {"z.parts.0": 1},
+        ),
+    ],
+)
+def test_transposed_and_grouped_convolutions_and_biases_on_latents(
+    make, channels, whole, left, counts
+):
+    model = one_axis(make)
+    cost = dhp.measure_cost(model, (4, 4, channels))
+    assert (cost.flops, cost.params) == whole
+    assert cost.given(counts) == left
+    masks = {name: np.arange(size) < counts[name] for name, size in cost.sizes.items()}
+    small = dhp.prune(model, masks)
+    inputs = getattr(small, "in_features", None) or small.num_features
+    found = dhp.measure_cost(small, (4, 4, inputs))
+    assert (found.flops, found.params) == left
+
+
+def test_layers_that_are_not_counted_are_named_in_one_warning_a_call(caplog):
+    net = Net(
+        lambda net, x: net.head(net.norm(x)),
+        norm=nnx.LayerNorm(3, rngs=RNGS),
+        groups=nnx.GroupNorm(3, num_groups=3, rngs=RNGS),
+        head=nnx.Linear(3, 2, rngs=RNGS),
+    )
+    for call in (1, 2):
+        cost = dhp.measure_cost(net, (4, 4, 3))
+        assert (cost.flops, cost.params) == (16 * 6, 8)
+        assert len(caplog.records) == call
+    message = caplog.messages[0]
+    assert "are counted for GroupNorm (groups), LayerNorm (norm); register" in message
+    caplog.clear()
+    dhp.measure_cost(nnx.LayerNorm(3, rngs=RNGS), (3,))
+    assert "are counted for LayerNorm; register" in caplog.text
+
+
+def test_nothing_is_warned_of_in_networks_of_the_library(caplog):
+    needed = {
+        "resnet": {"depth": 20},
+        "densenet": {"depth": 7},
+        "srresnet": {"scale": 2, "blocks": 1},
+        "edsr": {"scale": 2, "blocks": 1},
+        "dncnn": {"depth": 3},
+        "unet": {"depth": 2},
+    }
+    for family in dhp.models.FAMILIES:
+        model = dhp.models.build_abstract(family, **needed.get(family, {}))
+        dhp.measure_cost(model, (32, 32, model.image.size))
+    for model in (filled(Mixed), dhp.prune(filled(Mixed)), nnx.Dropout(0.5)):
+        dhp.measure_cost(model, MIXED_INPUT)
+    assert caplog.records == []
+
+
+def subclasses(kind):
+    """All classes below a class."""
+    return {below for each in kind.__subclasses__() for below in {each} | subclasses(each)}
+
+
+def test_measuring_again_makes_no_classes():
+    models = [filled(Mixed), dhp.prune(filled(Mixed))]
+    for model in models:
+        dhp.measure_cost(model, MIXED_INPUT)
+    before = subclasses(nnx.Module)
+    for model in models * 2:
+        dhp.measure_cost(model, MIXED_INPUT)
+    assert subclasses(nnx.Module) == before
 
 
 def test_a_layer_alone_is_a_model():

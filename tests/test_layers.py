@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.layers import Prunable, reinitialize
+from dhp_jax.layers import ChannelBias, Prunable, reinitialize
 
 
 def plain_axes(rngs):
@@ -32,6 +32,12 @@ AXES = [plain_axes, nested_axes, shared_axes]
 def conv(axes=plain_axes, kernel_size=(3, 3), strides=1, **options):
     return filled(
         lambda rngs: dhp.HyperConv(*axes(rngs), kernel_size, strides, rngs=rngs, **options)
+    )
+
+
+def transposed(axes=plain_axes, kernel_size=(2, 2), strides=2, **options):
+    return filled(
+        lambda rngs: dhp.HyperConvTranspose(*axes(rngs), kernel_size, strides, rngs=rngs, **options)
     )
 
 
@@ -113,12 +119,13 @@ def test_hyper_conv_keeps_the_settings_of_the_convolution_it_turns_into():
     assert plain.bias is None
 
 
+@pytest.mark.parametrize("make", [conv, transposed])
 @pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize("use_bias", [True, False])
 @given(bits=st.integers(0, 2**12 - 1))
 @settings(deadline=None, derandomize=True, max_examples=8)
-def test_a_pruned_hyper_conv_is_the_whole_one_sliced_bit_for_bit(axes, use_bias, bits):
-    layer = conv(axes, (3, 1), use_bias=use_bias)
+def test_a_pruned_hyper_conv_is_the_whole_one_sliced_bit_for_bit(make, axes, use_bias, bits):
+    layer = make(axes, (3, 1), use_bias=use_bias)
     masks = masks_of(layer, bits)
     whole, pruned = layer.plain(), layer.plain(masks)
     kept_in = np.flatnonzero(layer.z_in.keep(masks))
@@ -172,18 +179,87 @@ def test_a_new_hyper_conv_has_zero_biases_and_drawn_weights():
         assert np.any(array) == (name not in ("bias", "b0", "b1", "b2")), name
 
 
+@pytest.mark.parametrize("make", [conv, transposed])
 @pytest.mark.parametrize("shape", [(1, 4, 4, 7), (1, 4, 4, 1), ()])
-def test_hyper_conv_refuses_other_channel_counts(shape):
-    with pytest.raises(ValueError, match=r"^HyperConv: x: expected 5 channels on axis -1, got "):
-        conv()(jnp.zeros(shape))
+def test_hyper_conv_refuses_other_channel_counts(make, shape):
+    layer = make()
+    message = f"^{type(layer).__name__}: x: expected 5 channels on axis -1, got "
+    with pytest.raises(ValueError, match=message):
+        layer(jnp.zeros(shape))
 
 
+@pytest.mark.parametrize("kind", [dhp.HyperConv, dhp.HyperConvTranspose])
 @pytest.mark.parametrize("name", ["z_in", "z_out"])
-def test_hyper_conv_refuses_what_is_no_axis(name):
+def test_hyper_conv_refuses_what_is_no_axis(kind, name):
     rngs = nnx.Rngs(0)
     axes = dict(zip(("z_in", "z_out"), plain_axes(rngs), strict=True)) | {name: 16}
-    with pytest.raises(ValueError, match=f"^HyperConv: {name}: expected a Latent, .*, got 16$"):
-        dhp.HyperConv(**axes, kernel_size=(3, 3), rngs=rngs)
+    message = f"^{kind.__name__}: {name}: expected a Latent, .*, got 16$"
+    with pytest.raises(ValueError, match=message):
+        kind(**axes, kernel_size=(3, 3), rngs=rngs)
+
+
+# Transposed
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize(
+    ("kernel_size", "strides", "options"),
+    [
+        ((2, 2), 2, {}),
+        ((2, 2), (2, 2), {"padding": "VALID"}),
+        ((3, 3), None, {"use_bias": False}),
+        ((3, 2), (2, 1), {"padding": ((1, 2), (0, 1)), "embedding": 3}),
+        ((3, 3), 2, {"kernel_dilation": (2, 1), "padding": "VALID"}),
+        ((2, 2), (2, 2), {"padding": "CIRCULAR"}),
+    ],
+)
+def test_hyper_conv_transpose_is_the_one_with_its_kernel(axes, kernel_size, strides, options):
+    layer = transposed(axes, kernel_size, strides, **options)
+    options = {name: value for name, value in options.items() if name != "embedding"}
+    sizes = layer.z_in.size, layer.z_out.size
+    by_hand = nnx.eval_shape(
+        lambda: nnx.ConvTranspose(*sizes, kernel_size, strides, rngs=nnx.Rngs(0), **options)
+    )
+    by_hand.kernel.set_value(jnp.asarray(kernel_by_numpy(layer), jnp.float32))
+    if by_hand.use_bias:
+        by_hand.bias.set_value(layer.bias[...])
+    x = images(2, 4, 5, layer.z_in.size)
+    np.testing.assert_allclose(layer(x), by_hand(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_transposed_convolution_of_stride_2_makes_four_pixels_of_each():
+    layer = transposed(padding="VALID")
+    x, kernel = np.asarray(images(2, 3, 4, 5), np.float64), kernel_by_numpy(layer)
+    y = np.asarray(layer(jnp.asarray(x, jnp.float32)))
+    assert y.shape == (2, 6, 8, 7)
+    for i, j in np.ndindex(2, 2):
+        expected = x @ kernel[1 - i, 1 - j] + np.asarray(layer.bias[...])
+        np.testing.assert_allclose(y[:, i::2, j::2], expected, rtol=1e-4, atol=1e-4)
+
+
+@given(bits=st.integers(0, 2**12 - 1))
+@settings(deadline=None, derandomize=True, max_examples=4)
+def test_a_pruned_hyper_conv_transpose_computes_what_the_whole_one_does(bits):
+    layer = transposed(nested_axes)
+    masks = masks_of(layer, bits)
+    kept_in, kept_out = (z.keep(masks) for z in (layer.z_in, layer.z_out))
+    x = images(2, 3, 4, 5)
+    expected = np.asarray(layer(x * kept_in))[..., kept_out]
+    y = layer.plain(masks)(x[..., np.flatnonzero(kept_in)])
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hyper_conv_transpose_keeps_the_settings_of_the_convolution_it_turns_into():
+    options = {"padding": "VALID", "kernel_dilation": 2, "use_bias": False, "dtype": jnp.bfloat16}
+    layer = transposed(**options, precision="highest")
+    plain = layer.plain()
+    assert type(plain) is nnx.ConvTranspose
+    for name, value in {"strides": 2, "kernel_size": (2, 2), **options}.items():
+        assert getattr(plain, name) == value
+    assert plain.precision == "highest"
+    assert (plain.in_features, plain.out_features, plain.bias) == (5, 7, None)
+    assert layer(images(1, 3, 3, 5)).dtype == jnp.bfloat16
+    assert {array.dtype for array in arrays(layer).values()} == {np.dtype("float32")}
 
 
 # Groups
@@ -259,6 +335,52 @@ def test_groups_that_do_not_divide_the_channels_are_refused(groups, size, name):
     )
     with pytest.raises(ValueError, match=message):
         conv(feature_group_count=groups)
+
+
+# Bias
+
+
+def bias(axes=plain_axes, **options):
+    """A bias over the first of two axes."""
+    return filled(lambda rngs: dhp.Bias(axes(rngs)[0], rngs=rngs, **options))
+
+
+def test_a_bias_is_added_to_every_pixel():
+    layer, x = bias(), images(2, 3, 4, 5)
+    np.testing.assert_array_equal(layer(x), np.asarray(x) + np.asarray(layer.bias[...]))
+    assert not np.any(dhp.Bias(plain_axes(nnx.Rngs(0))[0], rngs=nnx.Rngs(0)).bias[...])
+
+
+@given(bits=st.integers(0, 2**5 - 1))
+@settings(deadline=None, derandomize=True, max_examples=8)
+def test_a_pruned_bias_is_that_of_the_surviving_channels(bits):
+    layer = bias(lambda rngs: nested_axes(rngs)[::-1])
+    masks = masks_of(layer, bits)
+    kept = np.flatnonzero(layer.z.keep(masks))
+    pruned = layer.plain(masks)
+    assert type(pruned) is ChannelBias
+    assert pruned.num_features == len(kept)
+    assert set(arrays(pruned)) == {"bias"}
+    np.testing.assert_array_equal(pruned.bias[...], np.asarray(layer.bias[...])[kept])
+    x = images(2, 3, layer.num_features)
+    np.testing.assert_array_equal(pruned(x[..., kept]), np.asarray(layer(x))[..., kept])
+
+
+def test_a_bias_is_added_in_the_dtype_of_what_it_is_added_to():
+    layer = bias()
+    x = images(2, 5).astype(jnp.bfloat16)
+    for each in (layer, layer.plain()):
+        assert each(x).dtype == jnp.bfloat16
+        assert each.bias.dtype == jnp.float32
+    narrow = bias(param_dtype=jnp.bfloat16)
+    assert narrow.bias.dtype == narrow.plain().bias.dtype == jnp.bfloat16
+
+
+def test_bias_refuses_other_channel_counts_and_what_is_no_axis():
+    with pytest.raises(ValueError, match=r"^Bias: x: expected 5 channels on axis -1, got shape"):
+        bias()(jnp.zeros((2, 1)))  # which would broadcast
+    with pytest.raises(ValueError, match=r"^Bias: z: expected a Latent, .*, got 5$"):
+        dhp.Bias(5, rngs=nnx.Rngs(0))
 
 
 # BatchNorm
@@ -399,34 +521,53 @@ def test_linear_refuses_other_feature_counts_and_what_is_no_axis():
 def test_layers_are_prunable_and_ordinary_ones_are_not():
     for layer in (
         conv(),
+        transposed(),
+        bias(),
         norm(),
         filled(lambda rngs: dhp.Linear(plain_axes(rngs)[0], 3, rngs=rngs)),
     ):
         assert isinstance(layer, Prunable)
-    for layer in (conv().plain(), norm().plain(), nnx.Dropout(0.5)):
+    for layer in (
+        conv().plain(),
+        transposed().plain(),
+        bias().plain(),
+        norm().plain(),
+        nnx.Dropout(0.5),
+    ):
         assert not isinstance(layer, Prunable)
 
 
 def test_reinitialize_draws_kernels_by_he_and_zeroes_biases():
     model = nnx.Dict(
         conv=filled(lambda rngs: nnx.Conv(20, 100, (3, 3), rngs=rngs)),
+        up=filled(lambda rngs: nnx.ConvTranspose(45, 100, (2, 2), rngs=rngs)),
         norm=norm().plain(),
         linear=filled(lambda rngs: nnx.Linear(200, 100, use_bias=False, rngs=rngs)),
     )
     before = arrays(model)
     reinitialize(model, rngs=nnx.Rngs(0))
     after = arrays(model)
-    for name, fan_in in (("conv.kernel", 180), ("linear.kernel", 200)):
+    for name, fan_in in (("conv.kernel", 180), ("up.kernel", 180), ("linear.kernel", 200)):
         np.testing.assert_allclose(np.var(after[name]), 2 / fan_in, rtol=0.05)
         assert abs(after[name].mean()) < 0.003
         assert after[name].shape == before[name].shape
-    np.testing.assert_array_equal(after["conv.bias"], np.zeros(100))
+    for name in ("conv.bias", "up.bias"):
+        np.testing.assert_array_equal(after[name], np.zeros(100))
     for name in ("norm.scale", "norm.bias", "norm.mean", "norm.var"):
         np.testing.assert_array_equal(after[name], before[name])
     draws = np.concatenate(
         [np.ravel(after[name])[:500] for name in ("conv.kernel", "linear.kernel")]
     )
     assert len(np.unique(draws)) == 1000
+
+
+def test_reinitialize_leaves_kernels_that_are_not_trained():
+    layer = filled(lambda rngs: nnx.Conv(3, 3, (1, 1), rngs=rngs))
+    layer.kernel = nnx.Variable(layer.kernel[...])
+    before = arrays(layer)
+    reinitialize(nnx.Dict(shift=layer), rngs=nnx.Rngs(0))
+    for name, array in arrays(layer).items():
+        np.testing.assert_array_equal(array, before[name])
 
 
 def test_layers_work_inside_jit():

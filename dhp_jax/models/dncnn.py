@@ -3,6 +3,7 @@
 from typing import Any
 
 from flax import nnx
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhp_jax.latent import Latent
@@ -35,7 +36,8 @@ class DnCNN(nnx.Module):
       channels: channels of the images.
       width: multiplies `features`.
       min_channels: entries that every latent keeps at least.
-      dtype: of activations and kernels; parameters stay float32.
+      dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
+        parameters stay float32.
       rngs: the `params` stream draws the initial values.
 
     Raises:
@@ -60,6 +62,7 @@ class DnCNN(nnx.Module):
         if depth < 3:
             raise ValueError(f"depth: expected at least 3, got {depth!r}")
         check_positive_integer("features", features)
+        check_positive_integer("channels", channels)
         check_positive("width", width)
         self.channels = channels
         self.image = Latent(channels, prunable=False, rngs=rngs)
@@ -74,7 +77,7 @@ class DnCNN(nnx.Module):
             Middle(z_in, z_out, dtype=dtype, rngs=rngs)
             for z_in, z_out in zip(self.features[:-1], self.features[1:], strict=True)
         )
-        self.tail = HyperConv(last, self.output, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+        self.tail = HyperConv(last, self.output, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, images: Float[Array, "n h w channels"]) -> Float[Array, "n h w channels"]:
         check_images(images, self.channels)

@@ -3,12 +3,13 @@
 from typing import Any
 
 from flax import nnx
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhp_jax.latent import Latent
 from dhp_jax.layers import BatchNorm, Bias, HyperConv
-from dhp_jax.models.blocks import check_images, check_positive, check_positive_integer, scaled
-from dhp_jax.models.upsampler import Upsampler
+from dhp_jax.models.blocks import check_images, scaled
+from dhp_jax.models.upsampler import Upsampler, check_arguments
 
 
 class ConvBiasNorm(nnx.Module):
@@ -50,7 +51,8 @@ class SRResNet(nnx.Module):
       prune_upsampler: whether the up-sampler is pruned with the body; it keeps a latent of its own
         that is not pruned otherwise.
       min_channels: entries that every latent keeps at least.
-      dtype: of activations and kernels; parameters stay float32.
+      dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
+        parameters stay float32.
       rngs: the `params` stream draws the initial values.
 
     Raises:
@@ -73,9 +75,7 @@ class SRResNet(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        check_positive_integer("blocks", blocks)
-        check_positive_integer("features", features)
-        check_positive("width", width)
+        check_arguments(scale, blocks, features, channels, width, prune_upsampler)
         size = scaled(features, width)
 
         def latent(prunable: bool = True) -> Latent:
@@ -101,7 +101,7 @@ class SRResNet(nnx.Module):
             rngs=rngs,
         )
         self.tail = HyperConv(
-            self.upsampled, self.output, (3, 3), padding=1, dtype=dtype, rngs=rngs
+            self.upsampled, self.output, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs
         )
 
     def __call__(

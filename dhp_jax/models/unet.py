@@ -60,7 +60,8 @@ class UNet(nnx.Module):
       channels: channels of the images.
       width: multiplies `features`.
       min_channels: entries that every latent keeps at least.
-      dtype: of activations and kernels; parameters stay float32.
+      dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
+        parameters stay float32.
       rngs: the `params` stream draws the initial values.
 
     Raises:
@@ -83,6 +84,7 @@ class UNet(nnx.Module):
     ):
         check_positive_integer("depth", depth)
         check_positive_integer("features", features)
+        check_positive_integer("channels", channels)
         check_positive("width", width)
         widths = [scaled(features * 2**level, width) for level in range(depth)]
 
@@ -100,7 +102,7 @@ class UNet(nnx.Module):
         for size, level in list(zip(widths, self.down, strict=True))[-2::-1]:
             self.up.append(Up(z, level.output, latents(size, 3), dtype=dtype, rngs=rngs))
             z = self.up[-1].convs.output
-        self.tail = HyperConv(z, self.output, (1, 1), dtype=dtype, rngs=rngs)
+        self.tail = HyperConv(z, self.output, (1, 1), dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, images: Float[Array, "n h w channels"]) -> Float[Array, "n h w channels"]:
         check_images(images, self.channels)

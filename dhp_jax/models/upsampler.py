@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from dhp_jax.latent import Latent, repeat
 from dhp_jax.layers import HyperConv
-from dhp_jax.models.blocks import check_choice
+from dhp_jax.models.blocks import check_choice, check_positive, check_positive_integer
 
 STAGES = {2: (2,), 3: (3,), 4: (2, 2)}  # the pixel shuffles that make up each scale
 
@@ -21,8 +21,7 @@ class Upsampler(nnx.Module):
       z_out: axis of the output; `z_in` itself to prune the up-sampler with the body.
       scale: 2, 3, or 4.
       activation: applied after each stage, if any.
-      dtype: of the computation.
-      rngs: the `params` stream draws the initial values.
+      **options: of the convolutions.
 
     Raises:
       ValueError: another scale.
@@ -35,17 +34,16 @@ class Upsampler(nnx.Module):
         scale: int,
         *,
         activation: Callable[[Array], Array] | None = None,
-        dtype: Any,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        check_choice("scale", scale, STAGES)
+        check_choice("scale", scale, tuple(STAGES))
         self.factors = STAGES[scale]
         self.activation = activation if activation is not None else nnx.data(None)
         self.convs = nnx.List()
         z = z_in
         for factor in self.factors:
             shuffled = repeat(z_out, factor**2)
-            self.convs.append(HyperConv(z, shuffled, (3, 3), padding=1, dtype=dtype, rngs=rngs))
+            self.convs.append(HyperConv(z, shuffled, (3, 3), padding=1, **options))
             z = z_out
 
     def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n scale*h scale*w out"]:
@@ -61,3 +59,16 @@ def pixel_shuffle(x: Float[Array, "n h w c*r*r"], r: int) -> Float[Array, "n h*r
     n, h, w, c = x.shape
     x = x.reshape(n, h, w, c // r**2, r, r)
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(n, h * r, w * r, c // r**2)
+
+
+def check_arguments(
+    scale: int, blocks: int, features: int, channels: int, width: float, prune_upsampler: bool
+) -> None:
+    """Raises a `ValueError` that names the first argument of a family that makes no network."""
+    check_choice("scale", scale, tuple(STAGES))
+    check_positive_integer("blocks", blocks)
+    check_positive_integer("features", features)
+    check_positive_integer("channels", channels)
+    check_positive("width", width)
+    if not isinstance(prune_upsampler, bool):
+        raise ValueError(f"prune_upsampler: expected True or False, got {prune_upsampler!r}")

@@ -32,6 +32,7 @@ class Classification:
     crop_padding: int = 0
     flip: bool = False
     metric: ClassVar[Metric] = METRICS["error"]
+    initial_gain: ClassVar[float] = 2.0
 
     def training_batch(
         self, key: Key[Array, ""], data: Examples, chosen: Int[Array, " n"]

@@ -4,6 +4,8 @@ from jaxtyping import Float, Shaped, UInt8
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+WINDOW = 11  # pixels on each side of SSIM's Gaussian windows
+
 
 def luminance(image: Shaped[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w 1"]:
     """The Y channel of YCbCr, 16 .. 235, of an RGB image of 0 .. 255; a gray image as it is.
@@ -39,12 +41,17 @@ def compare(
       `psnr` and `ssim`; SSIM has Gaussian windows of 11 pixels, and is averaged over channels.
 
     Raises:
-      ValueError: images of unlike shapes.
+      ValueError: images of unlike shapes, or smaller than a window.
 
     Reference: Wang et al., Image quality assessment, 2004.
     """
     if output.shape != target.shape:
         raise ValueError(f"output: expected shape {target.shape}, got {output.shape}")
+    if min(output.shape[:2]) < WINDOW + 2 * shave:
+        raise ValueError(
+            f"output: expected at least {WINDOW + 2 * shave} pixels a side for SSIM, "
+            f"got shape {output.shape}"
+        )
     images = [luminance(image) if on_luminance else image for image in (output, target)]
     if shave:
         images = [image[shave:-shave, shave:-shave] for image in images]

@@ -57,9 +57,11 @@ class Task(Protocol):
 
     Attributes:
       metric: the one that tells which of two networks is better.
+      initial_gain: of the kernels of an unpruned network before training; see `reinitialize`.
     """
 
     metric: Metric
+    initial_gain: float
 
     def training_batch(
         self, key: Key[Array, ""], data: Data, chosen: Int[Array, " n"]

@@ -83,9 +83,7 @@ def _pieces(size: int, tile: int, overlap: int, multiple: int) -> Iterator[tuple
         taken = end
 
 
-def tile_for(
-    shapes: Iterable[tuple[int, int]], overlap: int = OVERLAP
-) -> tuple[int, int] | None:
+def tile_for(shapes: Iterable[tuple[int, int]], overlap: int = OVERLAP) -> tuple[int, int] | None:
     """The tile to cut images of these heights and widths into; `None` to run them whole.
 
     A few shapes are run whole, each compiled for once; more of them are cut into tiles of the
