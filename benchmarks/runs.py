@@ -11,6 +11,7 @@ from pathlib import Path
 from record import write
 
 from dhp_jax import report
+from dhp_jax.tasks import METRICS
 
 NOTE = "FLOPs and params as shares of the unpruned network; times include tests after every epoch."
 
@@ -39,21 +40,23 @@ def row_of(run: Path) -> dict:
 
 
 def as_table(rows: list[dict]) -> str:
+    metrics = {METRICS[report.main_metric(row["test"]["last"])].label: None for row in rows}
+    test = f"test {' or '.join(metrics)}"
     lines = [
-        "| network | method | seed | epochs | FLOPs | params | test error, last | best | seconds |",
+        f"| network | method | seed | epochs | FLOPs | params | {test}, last | best | seconds |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        model, error = row["model"], row["test_error"]
+        model, test = row["model"], row["test"]
         cells = [
-            f"{model['name']} {model.get('depth', '')}",
+            f"{model['name']} {model.get('depth', '')}".rstrip(),
             row["method"],
             row["seed"],
             " + ".join(f"{phase['epochs']}" for phase in row["phases"].values()),
-            f"{row['flops']['ratio']:.2%}",
-            f"{row['params']['ratio']:.2%}",
-            f"{error['last']:.2%}",
-            f"{error['best']:.2%}",
+            f"{100 * row['flops']['ratio']:.2f} %",
+            f"{100 * row['params']['ratio']:.2f} %",
+            report.metrics_text(test["last"]),
+            report.metrics_text(test["best"]),
             f"{row['seconds']:.0f}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

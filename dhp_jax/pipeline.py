@@ -37,11 +37,8 @@ from dhp_jax.train import Budget, Observer, Outcome, Phase, Progress, train
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-MAY_CHANGE = (
-    "data.dir",
-    "data.test_dir",
-    "data.archive",
-)  # fields of a run that is started again in its directory
+# Fields that may differ when a run is started again in its directory.
+MAY_CHANGE = ("data.dir", "data.test_dir", "data.archive")
 PICTURES = 4  # test examples shown in the report, where a task has something to show
 PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
 

@@ -70,14 +70,40 @@ def test_the_compile_benchmark_gives_seconds_of_each_part(results):
     assert all(row[name] > 0 for name in PARTS)
 
 
-def test_finished_runs_are_put_side_by_side(tmp_path):
+@pytest.mark.parametrize(
+    ("task", "model", "network", "last", "best", "metric", "shown"),
+    [
+        (
+            "classification",
+            {"name": "resnet", "depth": 20},
+            "resnet 20",
+            {"loss": 0.31, "error": 0.0846},
+            {"loss": 0.33, "error": 0.0821},
+            "error",
+            "8.46 % | 8.21 %",
+        ),
+        (
+            "super_resolution",
+            {"name": "srresnet", "blocks": 16},
+            "srresnet",
+            {"psnr": 27.516, "ssim": 0.75412},
+            {"psnr": 27.544, "ssim": 0.7551},
+            "PSNR",
+            "27.52 dB, SSIM 0.7541 | 27.54 dB, SSIM 0.7551",
+        ),
+    ],
+)
+def test_finished_runs_are_put_side_by_side(
+    tmp_path, task, model, network, last, best, metric, shown
+):
     run = tmp_path / "resnet20"
     run.mkdir()
     summary = {
         "method": "dhp",
-        "model": {"name": "resnet", "depth": 20},
+        "task": {"name": task},
+        "model": model,
         "seed": 3,
-        "test_error": {"last": 0.0846, "best": 0.0821},
+        "test": {"last": last, "best": best},
         "flops": {"ratio": 0.4987},
         "params": {"ratio": 0.5613},
         "phases": {"search": {"epochs": 41}, "converge": {"epochs": 300}},
@@ -89,8 +115,10 @@ def test_finished_runs_are_put_side_by_side(tmp_path):
     process = begin("runs", run, "--name=cifar", "--title=Two runs", "--out", out)
     printed, errors = process.communicate()
     assert process.returncode == 0, errors
-    row = "| resnet 20 | dhp | 3 | 41 + 300 | 49.87% | 56.13% | 8.46% | 8.21% | 1234 |"
-    assert printed.splitlines()[-1] == row
+    row = f"| {network} | dhp | 3 | 41 + 300 | 49.87 % | 56.13 % | {shown} | 1234 |"
+    header, _, found = printed.splitlines()
+    assert f"| test {metric}, last | best |" in header
+    assert found == row
     (written,) = json.loads((out / "cifar.json").read_text())["rows"]
     assert written == {"run": "resnet20", "config": {"batch_size": 64}, **summary}
     text = (out / "cifar.md").read_text()

@@ -15,15 +15,17 @@ from dhp_jax.config import ConfigError, check, check_overrides, default
 
 CONFIGS = Path(__file__).parents[1] / "experiments/configs"
 PHASES = ("search", "converge", "baseline")
+RESTORATION = ("super_resolution", "denoising")
+TASKS = ("classification", *RESTORATION)
 
 
 def read(name):
     return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
 
 
-def changed(field, value):
-    """The default configuration with one field replaced, whatever the type of the value."""
-    values = default().to_dict()
+def changed(field, value, task="classification"):
+    """A task's default configuration with one field replaced, whatever the type of the value."""
+    values = default(task).to_dict()
     *groups, name = field.split(".")
     group = values
     for part in groups:
@@ -43,8 +45,14 @@ def refusal(config):
 # The paper's configurations
 
 
-def test_the_default_configuration_passes():
-    check(default())
+@pytest.mark.parametrize("task", TASKS)
+def test_the_default_configuration_of_a_task_passes(task):
+    assert default(task).task.name == task
+    check(default(task))
+
+
+def test_the_default_task_is_classification():
+    assert default().to_dict() == default("classification").to_dict()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
@@ -85,6 +93,21 @@ def test_the_cifar_configurations_have_the_papers_hyperparameters(
         assert config[phase].drops == (150, 225)
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "task"),
+    [
+        ("srresnet_x4", ("srresnet", {"blocks": 16}), {"scale": 4, "patch": 96, "channels": 3}),
+        ("dncnn_s70", ("dncnn", {"depth": 17}), {"sigma": 70.0, "patch": 64, "channels": 1}),
+    ],
+)
+def test_the_restoration_configurations_are_of_the_papers_networks(name, model, task):
+    config = read(name)
+    assert (config.model.name, config.model.width) == (model[0], 1.0)
+    assert model[1].items() <= config.model.to_dict().items()
+    assert task.items() <= config.task.to_dict().items()
+    assert (config.optimizer.name, config.target, config.data.name) == ("adam", 0.6, "photo_folder")
+
+
 # One wrong value
 
 
@@ -95,8 +118,14 @@ GOOD = {
     "batch_size": [1, 4096],
     "dtype": ["float32", "bfloat16"],
     "log_every": [1],
-    "data.name": ["digits", "cifar10", "cifar100"],
+    "task.name": ["classification"],
+    "data.name": [
+        *("digits", "cifar10", "cifar100"),
+        *("tiny_imagenet", "imagenet2012", "image_folder"),
+    ],
     "data.dir": [None, "somewhere", Path("somewhere")],
+    "data.image_size": [None, 1, 224],
+    "data.archive": [None, "some.zip", Path("some.zip")],
     "optimizer.name": ["sgd", "adam"],
     "optimizer.momentum": [0, 0.99],
     "optimizer.weight_decay": [0, 3.0],
@@ -118,8 +147,17 @@ BAD = {
     "batch_size": ([*INTEGERS, 0, -64], "an integer >= 1"),
     "dtype": ([*WORDS, "float16"], "one of float32, bfloat16"),
     "log_every": ([*INTEGERS, 0], "an integer >= 1"),
-    "data.name": ([*WORDS, "cifar"], "one of digits, cifar10, cifar100"),
+    "task.name": ([*WORDS, "denoise"], "one of classification, super_resolution, denoising"),
+    "data.name": (
+        [*WORDS, "cifar", "photographs"],
+        "one of digits, cifar10, cifar100, tiny_imagenet, imagenet2012, image_folder",
+    ),
     "data.dir": ([3, ["somewhere"]], "a path, or None for the default of tensorflow-datasets"),
+    "data.image_size": (
+        [*INTEGERS[1:], 0, -1],
+        "an integer >= 1, or None for the size of the data",
+    ),
+    "data.archive": ([3, ["some.zip"]], "a path, or None if there is none"),
     "optimizer.name": (WORDS, "one of sgd, adam"),
     "optimizer.momentum": ([*NUMBERS, -0.1, 1, 1.1], "a number >= 0 and < 1"),
     "optimizer.weight_decay": ([*NUMBERS, -1e-9], "a number >= 0"),
@@ -138,14 +176,66 @@ BAD = {
     },
 }
 
+# Of restoration, the fields that classification does not have.
+PHOTOGRAPHS = {
+    "task.name": (RESTORATION, [*WORDS, "classify"], BAD["task.name"][1]),
+    "task.patch": ([1, 96], [*INTEGERS, 0, -8], "an integer >= 1"),
+    "task.channels": ([1, 3], [None, 2, 0, "3", 3.0, True], "one of 1, 3"),
+    "task.steps_per_epoch": ([1, 10**6], [*INTEGERS, 0], "an integer >= 1"),
+    "task.tile": (
+        [None, 1, 256],
+        [*INTEGERS[1:], 0, -1],
+        "an integer >= 1, or None to run test images whole",
+    ),
+    "task.overlap": ([0, 48], [*INTEGERS, -1], "an integer >= 0"),
+    "data.name": (
+        ["photographs", "photo_folder"],
+        [*WORDS, "digits"],
+        "one of photographs, photo_folder",
+    ),
+    **{
+        f"data.{name}": (
+            [None, "somewhere", Path("somewhere")],
+            [3, ["somewhere"]],
+            "a path, or None for embedded photographs",
+        )
+        for name in ("dir", "test_dir")
+    },
+}
+OF_TASK = {
+    "super_resolution": {
+        **PHOTOGRAPHS,
+        "task.name": (RESTORATION[:1], *PHOTOGRAPHS["task.name"][1:]),
+        "task.scale": ([2, 3, 4], [None, 5, 1, 0, "2", 2.0, [2], True], "one of 2, 3, 4"),
+        "task.psnr": (["y", "rgb"], [None, "rgbx", "Y", "", 1, ["y"]], "one of y, rgb"),
+    },
+    "denoising": {
+        **PHOTOGRAPHS,
+        "task.name": (RESTORATION[1:], *PHOTOGRAPHS["task.name"][1:]),
+        "task.sigma": ([0, 25.0, 70], [*NUMBERS, -1], "a number >= 0"),
+    },
+}
 
-def test_the_tables_of_good_and_bad_values_have_every_field():
-    fields = {
+
+def fields_of(task):
+    """The names of all fields of a task's default configuration."""
+    return {
         f"{name}.{inner}" if isinstance(value, ConfigDict) else name
-        for name, value in default().items()
+        for name, value in default(task).items()
         for inner in (value if isinstance(value, ConfigDict) else [""])
     }
-    assert GOOD.keys() == BAD.keys() == {name for name in fields if not name.startswith("model")}
+
+
+def test_the_tables_of_good_and_bad_values_have_every_field():
+    def described(task, groups):
+        return {name for name in fields_of(task) if name.startswith(groups) or not groups}
+
+    models = described("classification", ("model",))
+    assert GOOD.keys() == BAD.keys() == described("classification", ()) - models
+    for task, table in OF_TASK.items():
+        assert table.keys() == described(task, ("task.", "data."))
+        others = fields_of(task) - described(task, ("task.", "data.", "model."))
+        assert others == GOOD.keys() - described("classification", ("task.", "data."))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +253,30 @@ def test_an_impossible_value_is_refused_in_one_line_with_what_is_possible(field)
         assert message == f"config.{field}: expected {possible}; got {value!r}"
 
 
-@pytest.mark.parametrize("group", ["data", "optimizer", *PHASES])
+@pytest.mark.parametrize(
+    ("task", "field", "value"),
+    [
+        (task, field, value)
+        for task, table in OF_TASK.items()
+        for field, (values, _, _) in table.items()
+        for value in values
+    ],
+)
+def test_a_possible_value_of_a_restoration_passes(task, field, value):
+    check(changed(field, value, task))
+
+
+@pytest.mark.parametrize(
+    ("task", "field"), [(task, field) for task, table in OF_TASK.items() for field in table]
+)
+def test_an_impossible_value_of_a_restoration_is_refused_with_what_is_possible(task, field):
+    _, values, possible = OF_TASK[task][field]
+    for value in values:
+        message = refusal(changed(field, value, task))
+        assert message == f"config.{field}: expected {possible}; got {value!r}"
+
+
+@pytest.mark.parametrize("group", ["task", "data", "optimizer", *PHASES])
 def test_a_value_in_place_of_a_group_is_refused_with_the_groups_fields(group):
     fields = ", ".join(sorted(default()[group]))
     assert refusal(changed(group, 3)) == f"config.{group}: expected fields {fields}; got 3"
@@ -192,9 +305,58 @@ def test_an_unknown_field_is_refused_with_the_known_ones_and_the_nearest(field, 
     )
 
 
-@pytest.mark.parametrize("field", ["seed", "model", "data.dir", "search", "converge.drops"])
-def test_a_missing_field_is_named(field):
-    values = default().to_dict()
+@pytest.mark.parametrize(
+    ("task", "field", "near"),
+    [
+        ("denoising", "task.sigm", "sigma"),
+        ("super_resolution", "task.scales", "scale"),
+        ("super_resolution", "data.test_dirs", "test_dir"),
+        ("denoising", "data.testdir", "test_dir"),
+    ],
+)
+def test_an_unknown_field_of_a_restoration_is_refused_with_the_nearest(task, field, near):
+    message = refusal(changed(field, 0.5, task))
+    assert message.startswith(f"config.{field}: unknown field: expected one of ")
+    assert message.endswith(f"; did you mean {near!r}?")
+
+
+@pytest.mark.parametrize(
+    ("task", "field"), [("denoising", "task.scale"), ("super_resolution", "task.sigma")]
+)
+def test_a_field_of_another_task_is_refused(task, field):
+    assert refusal(changed(field, 2, task)).startswith(f"config.{field}: unknown field: ")
+
+
+@pytest.mark.parametrize(
+    ("task", "near"),
+    [
+        ("denoise", "denoising"),
+        ("superresolution", "super_resolution"),
+        ("classify", "classification"),
+        ("x", None),
+    ],
+)
+def test_the_default_of_an_unknown_task_is_refused_with_the_known_and_the_nearest(task, near):
+    with pytest.raises(ConfigError) as caught:
+        default(task)
+    message = f"task: expected one of classification, denoising, super_resolution; got {task!r}"
+    assert str(caught.value) == message + (f"; did you mean {near!r}?" if near else "")
+
+
+@pytest.mark.parametrize(
+    ("task", "field"),
+    [
+        *(
+            ("classification", field)
+            for field in ("seed", "model", "data.dir", "search", "converge.drops", "task")
+        ),
+        ("classification", "task.name"),
+        ("denoising", "task.sigma"),
+        ("super_resolution", "data.test_dir"),
+    ],
+)
+def test_a_missing_field_is_named(task, field):
+    values = default(task).to_dict()
     *groups, name = field.split(".")
     group = values
     for part in groups:
@@ -266,6 +428,54 @@ def test_overrides_of_fields_pass(overrides):
     check_overrides(default(), overrides)
 
 
+def test_overrides_of_the_fields_of_a_task_pass():
+    given = {"config.task.sigma": "25", "config.task.tile": "256", "config.data.test_dir": "here"}
+    check_overrides(default("denoising"), given)
+    check_overrides(default("super_resolution"), {"config.task.psnr": "rgb"})
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text", "message"),
+    [
+        (
+            "denoising",
+            "config.task.sigma",
+            "abc",
+            "config.task.sigma: expected a number >= 0; got 'abc'",
+        ),
+        (
+            "denoising",
+            "config.task.steps_per_epoch",
+            "1e3",
+            "config.task.steps_per_epoch: expected an integer >= 1; got '1e3'",
+        ),
+        (
+            "super_resolution",
+            "config.task.scale",
+            "x4",
+            "config.task.scale: expected one of 2, 3, 4; got 'x4'",
+        ),
+        (
+            "denoising",
+            "config.task.sgima",
+            "1",
+            "config.task.sgima: unknown field: expected one of channels, name, overlap, patch, "
+            "sigma, steps_per_epoch, tile; got 'sgima'; did you mean 'sigma'?",
+        ),
+        (
+            "classification",
+            "config.task.sigma",
+            "1",
+            "config.task.sigma: unknown field: expected one of name; got 'sigma'",
+        ),
+    ],
+)
+def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, message):
+    with pytest.raises(ConfigError) as caught:
+        check_overrides(default(task), {name: text})
+    assert str(caught.value) == message
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -279,14 +489,14 @@ def test_overrides_of_fields_pass(overrides):
             "config.serch.epochs",
             "3",
             "config.serch: unknown field: expected one of baseline, batch_size, converge, data, "
-            "dtype, log_every, method, model, optimizer, search, seed, target; got 'serch'; "
+            "dtype, log_every, method, model, optimizer, search, seed, target, task; got 'serch'; "
             "did you mean 'search'?",
         ),
         (
             "config.data.dri",
             "3",
-            "config.data.dri: unknown field: expected one of dir, name; got 'dri'; "
-            "did you mean 'dir'?",
+            "config.data.dri: unknown field: expected one of archive, dir, image_size, name; "
+            "got 'dri'; did you mean 'dir'?",
         ),
         (
             "config.target.x",
@@ -301,10 +511,17 @@ def test_a_wrong_override_is_refused_in_one_line(name, text, message):
     assert str(caught.value) == message
 
 
-def test_the_rules_have_the_fields_of_the_default_configuration():
+@pytest.mark.parametrize("task", TASKS)
+def test_the_rules_have_the_fields_of_the_default_configuration(task):
     def names(tree):
         return {
             name: names(value) if isinstance(value, dict) else None for name, value in tree.items()
         }
 
-    assert names(dhp_config.FIELDS) == names({**default().to_dict(), "model": None})
+    of_task = dhp_config.TASK_FIELDS[task]
+    rules = {
+        **dhp_config.FIELDS,
+        "task": {**dhp_config.FIELDS["task"], **of_task["task"]},
+        "data": of_task["data"],
+    }
+    assert names(rules) == names({**default(task).to_dict(), "model": None})

@@ -34,7 +34,7 @@ def offline(monkeypatch):
 # Each of these is an argument, then what its one line must contain: the field, the value, and what
 # is possible.
 WRONG = [
-    ("--config.model.name=resnot", "config.model.name", "'resnot'", "one of resnet;"),
+    ("--config.model.name=resnot", "config.model.name", "'resnot'", "resnet,", "mean 'resnet'?"),
     ("--config.model.depth=21", "config.model", "depth", "got 21", "(20, 32, 44, 56)"),
     ("--config.model.width=0", "config.model", "width", "got 0", "a positive number"),
     ("--config.model.wdith=1", "config.model.wdith", "did you mean 'width'?"),

@@ -153,7 +153,7 @@ def errors_by_hand(workdir, name):
 
 
 def test_the_networks_on_disk_have_the_errors_of_the_summary(finished):
-    reported = finished.summary["test_error"]
+    reported = finished.summary["test"]
     for name, error in (
         ("search", "after_search"),
         ("pruned", "after_pruning"),
@@ -161,7 +161,7 @@ def test_the_networks_on_disk_have_the_errors_of_the_summary(finished):
         ("model", "last"),
     ):
         found = errors_by_hand(finished.workdir, name)
-        assert found == pytest.approx(reported[error], abs=1e-6), name
+        assert found == pytest.approx(reported[error]["error"], abs=1e-6), name
 
 
 def test_the_records_are_of_both_phases_and_agree_with_the_summary(finished):
@@ -175,11 +175,11 @@ def test_the_records_are_of_both_phases_and_agree_with_the_summary(finished):
     phases = finished.summary["phases"]
     assert phases["search"]["met_budget"]
     assert phases["search"]["steps"] == search[-1]["step"]
-    assert phases["search"]["last_error"] == search[-1]["test_error"]
+    assert phases["search"]["last"]["error"] == search[-1]["test_error"]
     tested = [r["test_error"] for r in converge if "test_error" in r]
     assert phases["converge"]["epochs"] == len(tested) == 2
-    assert phases["converge"]["last_error"] == tested[-1]
-    assert phases["converge"]["best_error"] == min(tested)
+    assert phases["converge"]["last"]["error"] == tested[-1]
+    assert phases["converge"]["best"]["error"] == min(tested)
 
 
 # Stopped and started again
@@ -231,8 +231,8 @@ def test_a_finished_run_only_reports(finished, tmp_path):
     for lost in ("summary.json", "layers.md", "plots/error.png"):
         (workdir / lost).unlink()
     run = pipeline.prepare(tiny(), workdir, [Interrupter(p, 0) for p in ("search", "converge")])
-    unread = dataclasses.replace(run.source, read=lambda split: pytest.fail("data were read"))
-    summary = pipeline.execute(dataclasses.replace(run, source=unread))
+    unread = dataclasses.replace(run.problem, read=lambda split: pytest.fail("data were read"))
+    summary = pipeline.execute(dataclasses.replace(run, problem=unread))
     assert summary == finished.summary
     before, after = contents(finished.workdir), contents(workdir)
     assert before.keys() == after.keys()
@@ -308,14 +308,14 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
     assert dhp.measure_cost(model, SHAPE).flops == finished.summary["flops"]["before"]
     assert summary["flops"]["ratio"] == 1
     error = errors_by_hand(workdir, "model")
-    assert summary["test_error"]["last"] == pytest.approx(error, abs=1e-6)
+    assert summary["test"]["last"]["error"] == pytest.approx(error, abs=1e-6)
     records = journal.read(workdir / journal.RECORDS)
     assert {record["phase"] for record in records} == {"baseline"}
-    assert records[-1]["test_error"] == summary["test_error"]["last"]
+    assert records[-1]["test_error"] == summary["test"]["last"]["error"]
     reported = pipeline.execute(finished.run, baseline=workdir)
-    assert reported["test_error"]["unpruned"] == summary["test_error"]["last"]
+    assert reported["test"]["unpruned"] == summary["test"]["last"]
     assert reported["unpruned_epochs"] == 1
-    assert pipeline.execute(finished.run)["test_error"]["unpruned"] is None
+    assert pipeline.execute(finished.run)["test"]["unpruned"] is None
 
 
 # What is decided before any work

@@ -19,7 +19,7 @@ from dhp_jax.checkpoint import ArtifactError
 
 PLOTS = ("channels", "ratio", "latents", "error")
 UNPRUNED = {
-    "test_error": {"last": 0.0846, "best": 0.08},
+    "test": {"last": {"loss": 0.3, "error": 0.0846}, "best": {"loss": 0.2, "error": 0.08}},
     "phases": {"baseline": {"epochs": 300}},
 }
 
@@ -98,6 +98,7 @@ def test_the_table_of_layers_is_aligned(result):
 def test_the_summary_tells_what_the_run_came_to(finished, result):
     summary = report.summarize(result)
     assert summary["method"] == "dhp"
+    assert summary["task"] == {"name": "classification"}
     assert summary["model"] == {"name": "resnet", "depth": 20, "width": 0.25}
     assert (summary["data"], summary["seed"], summary["target"]) == ("digits", 0, 0.5)
     for name in ("flops", "params"):
@@ -106,14 +107,16 @@ def test_the_summary_tells_what_the_run_came_to(finished, result):
     tests = {}
     for record in journal.read(finished / "metrics.jsonl"):
         if "test_error" in record:
-            tests.setdefault(record["phase"], []).append(record["test_error"])
-    assert summary["test_error"] == {
+            test = {name: record[f"test_{name}"] for name in ("loss", "error")}
+            tests.setdefault(record["phase"], []).append(test)
+    assert summary["test"] == {
         "last": tests["converge"][-1],
-        "best": min(tests["converge"]),
+        "best": min(tests["converge"], key=lambda test: test["error"]),
         "after_search": tests["search"][-1],
-        "after_pruning": description(finished / "pruned")["notes"]["test_error"],
+        "after_pruning": description(finished / "pruned")["notes"]["test"],
         "unpruned": None,
     }
+    assert summary["test"]["after_pruning"].keys() == {"loss", "error"}
     assert {name: phase["epochs"] for name, phase in summary["phases"].items()} == {
         name: len(errors) for name, errors in tests.items()
     }
@@ -126,7 +129,7 @@ def test_the_summary_tells_what_the_run_came_to(finished, result):
 
 def test_the_summary_compares_with_an_unpruned_run_that_is_known(result):
     known, unknown = report.summarize(result, UNPRUNED), report.summarize(result)
-    assert known["test_error"]["unpruned"] == 0.0846
+    assert known["test"]["unpruned"] == {"loss": 0.3, "error": 0.0846}
     assert known["unpruned_epochs"] == 300
     assert unknown["unpruned_epochs"] is None
     pattern = r"^test error, unpruned +(.*)$"
@@ -142,10 +145,11 @@ def test_the_text_of_a_summary_tells_its_numbers(result):
     lines = {
         line[:22].strip(): line[22:].strip() for line in report.summary_text(summary).splitlines()
     }
-    assert (
-        lines["test error, last epoch"] == f"{100 * summary['test_error']['last']:.2f} % (epoch 1)"
-    )
-    assert lines["after pruning"] == f"{100 * summary['test_error']['after_pruning']:.2f} %"
+    test = {name: values and values["error"] for name, values in summary["test"].items()}
+    assert lines["test error, last epoch"] == f"{100 * test['last']:.2f} % (epoch 1)"
+    assert lines["best epoch"] == f"{100 * test['best']:.2f} % (epoch 1, by test error)"
+    assert lines["after pruning"] == f"{100 * test['after_pruning']:.2f} %"
+    assert lines["after the search"].startswith(f"{100 * test['after_search']:.2f} % (epoch ")
     for name, label in (("flops", "FLOPs"), ("params", "params")):
         change = summary[name]
         assert lines[label] == (
@@ -182,6 +186,7 @@ def test_the_text_of_a_run_names_paths_that_exist(finished):
         ({}, True),
         ({"model": {"name": "resnet", "depth": 56, "width": 0.25}}, False),
         ({"data": "cifar10"}, False),
+        ({"task": {"name": "denoising"}}, False),
         ({"method": "dhp"}, False),
     ],
 )
@@ -192,8 +197,9 @@ def test_a_report_compares_with_an_unpruned_run_of_the_same_network_and_data(
     of_run = json.loads((run / "summary.json").read_text())
     of_baseline = {**of_run, "method": "baseline", **UNPRUNED, **changes}
     (tmp_path / "summary.json").write_text(json.dumps(of_baseline))
-    error = report.write(run, baseline=tmp_path)["test_error"]
-    assert error == of_run["test_error"] | {"unpruned": 0.0846 if compared else None}
+    test = report.write(run, baseline=tmp_path)["test"]
+    unpruned = UNPRUNED["test"]["last"] if compared else None
+    assert test == of_run["test"] | {"unpruned": unpruned}
     told = [r.getMessage() for r in caplog.records if r.name == "dhp_jax.report"]
     another = not compared and "method" not in changes
     expected = f"baseline: {tmp_path} is of another network or other data; left out"

@@ -1,14 +1,16 @@
-"""Classification: its losses, its errors, and what is augmented."""
+"""Classification: its losses, its errors, and what is augmented; metrics for people."""
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dhp_jax.tasks import Classification
+from dhp_jax.tasks import METRICS, Classification, evaluate
 
 MEAN, STD = (100.0, 50.0, 20.0), (10.0, 5.0, 2.0)
 TASK = Classification(MEAN, STD, crop_padding=2, flip=True)
+ALL = jnp.arange(16)
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +41,27 @@ def test_the_loss_of_bfloat16_outputs_is_computed_in_float32():
 
 def test_the_error_is_one_where_the_largest_output_is_of_another_label():
     outputs = jnp.asarray([[0.1, 0.9, 0.0], [3.0, -1.0, 2.0], [-3.0, -2.0, -1.0]])
-    np.testing.assert_array_equal(TASK.error(outputs, jnp.asarray([1, 2, 2])), [0, 1, 0])
+    np.testing.assert_array_equal(TASK.score(outputs, jnp.asarray([1, 2, 2])), [0, 1, 0])
 
 
-def test_a_test_pair_is_the_normalised_images_and_their_labels(examples):
-    inputs, targets = TASK.test_pair(examples)
-    np.testing.assert_allclose(inputs, normalised(examples[0]), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(targets, examples[1])
+class Seen(nnx.Module):
+    """Gives back the first five pixels of what it is given, however it is called."""
+
+    def __call__(self, x):
+        return x.reshape(len(x), -1)[:, :5]
 
 
-def test_a_training_pair_is_of_shifted_and_mirrored_images(examples):
-    inputs, targets = TASK.training_pair(jax.random.key(1), examples)
+@pytest.mark.parametrize("batch_size", [3, 16])
+def test_a_test_is_of_the_normalised_images_and_their_labels(examples, batch_size):
+    found = evaluate(Seen(), TASK, examples, batch_size=batch_size)
+    logits, labels = normalised(examples[0]).reshape(16, -1)[:, :5], np.asarray(examples[1])
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(16), labels]
+    wrong = np.argmax(logits, -1) != labels
+    assert found == pytest.approx({"loss": losses.mean(), "error": wrong.mean()}, rel=1e-5)
+
+
+def test_a_training_batch_is_of_shifted_and_mirrored_images(examples):
+    inputs, targets = TASK.training_batch(jax.random.key(1), examples, ALL)
     np.testing.assert_array_equal(targets, examples[1])
     pixels = np.asarray(inputs, np.float64) * STD + MEAN
     padded = np.pad(np.asarray(examples[0]), ((0, 0), (2, 2), (2, 2), (0, 0)))
@@ -68,14 +80,50 @@ def test_a_training_pair_is_of_shifted_and_mirrored_images(examples):
     assert {flip for *_, flip in views} == {False, True}
 
 
-def test_without_padding_and_flip_a_training_pair_is_a_test_pair(examples):
+def test_without_padding_and_flip_a_training_batch_is_the_normalised_images(examples):
+    inputs, targets = Classification(MEAN, STD).training_batch(jax.random.key(1), examples, ALL)
+    np.testing.assert_allclose(inputs, normalised(examples[0]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(targets, examples[1])
+
+
+def test_a_training_batch_is_of_the_chosen_examples_in_their_order(examples):
+    chosen = np.asarray([7, 2, 7, 0])
     task = Classification(MEAN, STD)
-    found = task.training_pair(jax.random.key(1), examples)
-    for array, expected in zip(found, task.test_pair(examples), strict=True):
-        np.testing.assert_array_equal(array, expected)
+    inputs, targets = task.training_batch(jax.random.key(1), examples, jnp.asarray(chosen))
+    expected = normalised(np.asarray(examples[0])[chosen])
+    np.testing.assert_allclose(inputs, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(targets, np.asarray(examples[1])[chosen])
 
 
 def test_augmentation_follows_from_the_key_alone(examples):
-    first, again, other = (TASK.training_pair(jax.random.key(k), examples)[0] for k in (1, 1, 2))
+    first, again, other = (
+        TASK.training_batch(jax.random.key(k), examples, ALL)[0] for k in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, again)
     assert np.mean(np.asarray(first) != np.asarray(other)) > 0.5
+
+
+# Metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("error", 0.08464, "8.46 %"),
+        ("psnr", 24.927, "24.93 dB"),
+        ("ssim", 0.65124, "0.6512"),
+        ("loss", 1.5, "1.5000"),
+    ],
+)
+def test_a_metric_is_shown_in_the_unit_that_people_read(name, value, shown):
+    assert METRICS[name].name == name
+    assert METRICS[name].text(value) == shown
+
+
+@pytest.mark.parametrize(("name", "higher"), [("error", 0), ("loss", 0), ("psnr", 1), ("ssim", 1)])
+def test_a_better_value_is_higher_or_lower_and_better_than_none(name, higher):
+    better = METRICS[name].better
+    assert better(0.2, 0.1) == bool(higher)
+    assert better(0.1, 0.2) != bool(higher)
+    assert not better(0.1, 0.1)
+    assert better(0.1, None)

@@ -16,8 +16,8 @@ import dhp_jax as dhp
 from dhp_jax.latent import LatentVector
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.prune import survivor_counts
-from dhp_jax.tasks import Classification
-from dhp_jax.train import Budget, Phase, evaluate, train
+from dhp_jax.tasks import METRICS, Classification, evaluate
+from dhp_jax.train import Budget, Phase, train
 
 EXAMPLES, TESTS, BATCH, STEPS = 23, 11, 4, 5  # in an epoch; 3 examples are left over
 SHAPE, CLASSES = (6, 6, 3), 4
@@ -50,10 +50,10 @@ class Recording(Classification):
 
     batches: list = field(default_factory=list)
 
-    def training_pair(self, key, examples):
-        pair = super().training_pair(key, examples)
-        jax.debug.callback(lambda *pair: self.batches.append(pair), *pair, ordered=True)
-        return pair
+    def training_batch(self, key, data, chosen):
+        batch = super().training_batch(key, data, chosen)
+        jax.debug.callback(lambda *batch: self.batches.append(batch), *batch, ordered=True)
+        return batch
 
 
 class Witness:
@@ -101,6 +101,7 @@ def searched(model, *, limit=0.0, key=0, log_every=LOG_EVERY):
         task,
         labelled(EXAMPLES, 0),
         labelled(TESTS, 1),
+        examples=EXAMPLES,
         batch_size=BATCH,
         log_every=log_every,
         key=jax.random.key(key),
@@ -227,7 +228,10 @@ def test_progress_sums_the_phase_up(search):
     errors = [record["test_error"] for record in witness.records if "test_error" in record]
     progress = outcome.progress
     assert (progress.epochs, progress.steps, progress.met_budget) == (EPOCHS, 3 * STEPS, False)
-    assert (progress.last_error, progress.best_error) == (errors[-1], min(errors))
+    assert (progress.last["error"], progress.best["error"]) == (errors[-1], min(errors))
+    losses = [record["test_loss"] for record in witness.records if "test_loss" in record]
+    assert progress.last["loss"] == losses[-1]
+    assert progress.best["loss"] == losses[errors.index(min(errors))]
     assert progress.best_epoch == 1 + errors.index(min(errors))
     assert 0 < progress.seconds < math.inf
 
@@ -265,7 +269,7 @@ def test_a_search_stops_at_the_first_look_that_finds_the_limit_reached(net, sear
     assert witness.records[-1]["flops_ratio"] == pytest.approx(ratio[0], rel=1e-6)
     loss, error = measured(outcome.model, *labelled(TESTS, 1))
     assert witness.records[-1]["test_loss"] == pytest.approx(loss, rel=1e-4)
-    assert outcome.progress.last_error == pytest.approx(error, abs=1e-6)
+    assert outcome.progress.last["error"] == pytest.approx(error, abs=1e-6)
 
 
 def test_a_search_within_its_limit_stops_at_its_first_look(net):
@@ -302,29 +306,38 @@ class Score(nnx.Module):
 
 
 class Climb:
-    """Raises a `Score`; remembers examples and keys; errors and losses are those of tables."""
+    """Raises a `Score`; remembers examples and keys; scores and losses are those of tables."""
 
-    def __init__(self, errors=(0.0,) * 99, losses=(0.0,) * 99):
-        self.errors, self.losses = jnp.asarray(errors), jnp.asarray(losses)
+    def __init__(self, scores=(0.0,) * 99, losses=(0.0,) * 99, metric="error"):
+        self.scores, self.losses = jnp.asarray(scores), jnp.asarray(losses)
+        self.metric = METRICS[metric]
         self.examples, self.keys = [], []
 
-    def training_pair(self, key, examples):
+    def training_batch(self, key, data, chosen):
         def remember(key, examples):
             self.keys.append(tuple(key.tolist()))
             self.examples.append([array.tolist() for array in examples])
 
+        examples = tuple(array[chosen] for array in data)
         jax.debug.callback(remember, jax.random.key_data(key), examples, ordered=True)
-        return examples
-
-    def test_pair(self, examples):
         return examples
 
     def loss(self, outputs, targets):
         at = jax.lax.stop_gradient(outputs)
         return self.losses[at.astype(int)] - (outputs - at)
 
-    def error(self, outputs, targets):
-        return self.errors[outputs.astype(int)]
+    def score(self, outputs, targets):
+        return self.scores[outputs.astype(int)]
+
+    def evaluation(self, model, data, *, batch_size):
+        graphdef, (inputs, targets) = nnx.graphdef(model), data
+
+        def run(params, rest):
+            outputs = nnx.merge(graphdef, *params, rest)(inputs)
+            measured = {"loss": self.loss, self.metric.name: self.score}
+            return {name: float(f(outputs, targets).mean()) for name, f in measured.items()}
+
+        return run
 
 
 def climbed(task, *, epochs, examples=5, batch_size=5, log_every=100, budget=None, observers=()):
@@ -337,6 +350,7 @@ def climbed(task, *, epochs, examples=5, batch_size=5, log_every=100, budget=Non
         task,
         (numbers, 10 * numbers),
         (numbers, numbers),
+        examples=examples,
         batch_size=batch_size,
         log_every=log_every,
         key=jax.random.key(3),
@@ -371,14 +385,26 @@ def test_every_step_draws_from_a_key_of_its_own():
 # Which model is which
 
 
-def test_the_best_model_is_that_of_the_first_smallest_test_error_and_the_last_the_last():
-    task = Climb(errors=(0.9, 0.5, 0.25, 0.75, 0.25, 0.375))
-    outcome = climbed(task, epochs=5)
+@pytest.mark.parametrize(
+    ("metric", "scores"),
+    [
+        ("error", (0.875, 0.5, 0.25, 0.75, 0.25, 0.375)),  # the lower the better
+        ("psnr", (9.0, 20.5, 30.25, 20.75, 30.25, 30.0)),  # the higher the better
+    ],
+)
+def test_the_best_model_is_that_of_the_first_best_test_and_the_last_the_last(metric, scores):
+    witness = Witness()
+    task = Climb(scores, losses=(7.0, 1.0, 5.0, 2.0, 3.0, 4.0), metric=metric)
+    outcome = climbed(task, epochs=5, observers=[witness])
     assert float(outcome.best_model.height[...]) == 2
     assert float(outcome.model.height[...]) == 5
     progress = outcome.progress
-    assert (progress.best_epoch, progress.best_error, progress.last_error) == (2, 0.25, 0.375)
+    assert progress.best_epoch == 2
+    assert progress.best == {"loss": 5.0, metric: scores[2]}
+    assert progress.last == {"loss": 4.0, metric: scores[5]}
     assert not progress.met_budget
+    assert [record[metric] for record in witness.records] == [*scores[:5]]  # before each step
+    assert [record[f"test_{metric}"] for record in witness.records] == [*scores[1:]]
 
 
 def test_a_budget_is_looked_at_every_so_many_steps_and_at_the_end_of_an_epoch():
@@ -422,7 +448,8 @@ def test_an_evaluation_is_the_mean_over_all_examples_whatever_the_batch(net, bat
     before = copy.deepcopy(arrays(net))
     task = Classification((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True)
     found = evaluate(net, task, data, batch_size=batch_size)
-    assert found == pytest.approx(measured(net, *data), rel=1e-5)
+    assert found.keys() == {"loss", "error"}
+    assert (found["loss"], found["error"]) == pytest.approx(measured(net, *data), rel=1e-5)
     for name, array in arrays(net).items():
         np.testing.assert_array_equal(array, before[name], err_msg=name)
 
@@ -441,10 +468,21 @@ def test_a_loss_that_is_not_finite_ends_training_at_the_next_look(value, shown):
     assert witness.events[-1] == "end"
 
 
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (-math.inf, "-inf")])
+def test_a_test_that_is_not_finite_ends_training(value, shown):
+    witness = Witness()
+    task = Climb(scores=(0.0, 0.0, value, 0.0), metric="psnr")  # after the second step
+    message = f"^converge: the test psnr is {shown} at step 2, at a learning rate of 1$"
+    with pytest.raises(FloatingPointError, match=message):
+        climbed(task, epochs=3, observers=[witness])
+    assert [record["step"] for record in witness.records] == [1]
+    assert witness.events[-1] == "end"
+
+
 @pytest.mark.parametrize("batch_size", [-1, 0, 6])
 def test_a_batch_that_is_empty_or_larger_than_the_data_is_refused_before_training(batch_size):
     witness = Witness()
-    message = rf"^batch_size: expected 1 to 5 \(the size of the training data\), got {batch_size}$"
+    message = rf"^batch_size: expected 1 to 5 \(the examples of an epoch\), got {batch_size}$"
     with pytest.raises(ValueError, match=message):
         climbed(Climb(), epochs=1, batch_size=batch_size, observers=[witness])
     assert witness.events == []
