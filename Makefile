@@ -18,7 +18,7 @@ demo-sr: $(VENV)/installed
 	$(RUN) experiments/main.py --config=experiments/configs/photographs_edsr.py
 
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest -m slow
@@ -34,6 +34,7 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(RUN) benchmarks/step.py
 	$(RUN) benchmarks/compile.py
+	$(RUN) benchmarks/latency.py
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

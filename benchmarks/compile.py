@@ -1,7 +1,10 @@
-"""How long until the first step: construction, tracing and compilation of the search step.
+"""How long until the first step of the search, and how large is its state?
 
-    python benchmarks/compile.py             # ResNet-20, 56 and 110, batch 64
-    python benchmarks/compile.py --quick     # a smoke run of a few seconds
+Construction, tracing, compilation and the first step of every network at full width.
+
+    python benchmarks/compile.py                        # every network
+    python benchmarks/compile.py --networks resnet110   # some of them
+    python benchmarks/compile.py --quick                # a smoke run of a few seconds
 
 Every network is measured in a process of its own, so that none profits from another's compilations.
 """
@@ -12,63 +15,71 @@ import multiprocessing
 from pathlib import Path
 import time
 
-from flax import nnx
+import jax
 from record import write
-from step import batch_of, search_step
+from zoo import NETWORKS, search_step
 
-import dhp_jax as dhp
-
-NOTE = "Seconds, each network in a fresh process; one run."
+NOTE = (
+    "Seconds, each network in a fresh process, one run. State: parameters of network and "
+    "hypernetworks with those of the optimizer, BatchNorm statistics."
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depths", type=int, nargs="+", default=[20, 56, 110])
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--quick", action="store_true", help="a tiny network")
     parser.add_argument("--out", type=Path, help="folder for compile.json and compile.md")
     options = parser.parse_args()
     if options.quick:
-        options.depths, options.batch = [20], 4
-    width = 0.25 if options.quick else 1.0
+        options.networks = ["resnet20"]
     rows = []
-    for depth in options.depths:
+    for name in options.networks:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            rows.append(fresh.submit(measure, depth, width, options.batch).result())
+            rows.append(fresh.submit(measure, name, options.quick).result())
     table = as_table(rows)
     print(table)
     if options.out is not None:
         write(options.out, "compile", "Time to the first search step", NOTE, rows, table)
 
 
-def measure(depth: int, width: float, batch: int) -> dict:
-    """Seconds to construct a network, and to trace and compile its search step."""
+def measure(name: str, quick: bool) -> dict:
+    """Seconds to construct a network, to trace, compile and run its search step; its state."""
+    network, batch = NETWORKS[name], 4 if quick else None
     started = time.perf_counter()
-    model = dhp.models.build("resnet", depth=depth, width=width, rngs=nnx.Rngs(0))
+    model = network.build(width=0.25) if quick else network.build()
     constructed = time.perf_counter()
-    advance, state = search_step(model, batch)
+    advance, state, inputs = search_step(network, model, batch)
+    size = sum(array.nbytes for array in jax.tree.leaves(state))
     begun = time.perf_counter()
-    traced = advance.lower(state, *batch_of(batch))
+    traced = advance.lower(state, *inputs)
     lowered = time.perf_counter()
-    traced.compile()
+    compiled = traced.compile()
+    ready = time.perf_counter()
+    jax.block_until_ready(compiled(state, *inputs))
+    ended = time.perf_counter()
     return {
-        "model": f"ResNet-{depth}",
-        "width": width,
-        "batch": batch,
+        "network": network.label,
+        "batch": batch or network.batch,
         "construct_s": constructed - started,
         "trace_s": lowered - begun,
-        "compile_s": time.perf_counter() - lowered,
+        "compile_s": ready - lowered,
+        "first_step_s": ended - ready,
+        "total_s": ended - started,
+        "state_bytes": size,
     }
 
 
 def as_table(rows: list[dict]) -> str:
     lines = [
-        "| network | batch | construct, s | trace, s | compile, s |",
-        "|---|---:|---:|---:|---:|",
+        "| network | batch | construct, s | trace, s | compile, s | first step, s | all, s "
+        "| state, MB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    seconds = ("construct_s", "trace_s", "compile_s", "first_step_s", "total_s")
     for row in rows:
-        cells = [f"{row[name]:.1f}" for name in ("construct_s", "trace_s", "compile_s")]
-        lines.append(f"| {row['model']} | {row['batch']} | {' | '.join(cells)} |")
+        cells = [f"{row[name]:.1f}" for name in seconds] + [f"{row['state_bytes'] / 1e6:,.0f}"]
+        lines.append(f"| {row['network']} | {row['batch']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -14,18 +14,12 @@ import time
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from record import quartiles, write
+from zoo import NETWORKS, Network, search_step
 
 import dhp_jax as dhp
-from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
-from dhp_jax.tasks import Classification
-from dhp_jax.train import TrainState, make_step, start
 
 NOTE = "Median of interleaved steps, quartiles in parentheses; the ratio is that of each pair."
-STRENGTH, THRESHOLD, LEARNING_RATE = 2e-4, 5e-3, 0.1
 
 
 def main() -> None:
@@ -50,10 +44,11 @@ def main() -> None:
 def measure(depth: int, options: argparse.Namespace) -> dict:
     """Seconds of both steps, run in turn, and the ratio of each pair."""
     width = 0.25 if options.quick else 1.0
-    model = dhp.models.build("resnet", depth=depth, width=width, rngs=nnx.Rngs(0))
+    network = NETWORKS[f"resnet{depth}"]
+    model = network.build(width=width)
     steps = {
-        "search": stepper(model, options.batch),
-        "plain": stepper(dhp.prune(model), options.batch),
+        "search": stepper(network, model, options.batch),
+        "plain": stepper(network, dhp.prune(model), options.batch),
     }
     for step in steps.values():  # compiles, then warms up
         step()
@@ -76,38 +71,15 @@ def measure(depth: int, options: argparse.Namespace) -> dict:
     }
 
 
-def stepper(model: nnx.Module, batch: int) -> Callable[[], None]:
+def stepper(network: Network, model: nnx.Module, batch: int) -> Callable[[], None]:
     """A function that takes one training step, and waits for it."""
-    advance, state = search_step(model, batch)
-    inputs = batch_of(batch)
+    advance, state, inputs = search_step(network, model, batch)
 
     def step() -> None:
         nonlocal state
         state = jax.block_until_ready(advance(state, *inputs))
 
     return step
-
-
-def search_step(model: nnx.Module, batch: int) -> tuple[Callable[..., TrainState], TrainState]:
-    """The jitted step of the search and its first state; a model without latents shrinks none."""
-    task = Classification((125.0,) * 3, (63.0,) * 3, crop_padding=4, flip=True)
-    schedule = drop_schedule(LEARNING_RATE, (50,), 781)
-
-    def make_optimizer(params):
-        sgd = optimizer("sgd", schedule, momentum=0.9, weight_decay=1e-4)
-        shrink = shrink_latents(params, strength=STRENGTH, schedule=schedule, threshold=THRESHOLD)
-        return optax.chain(sgd, shrink)
-
-    graphdef, transformation, state = start(model, make_optimizer)
-    return make_step(graphdef, transformation, task, batch), state
-
-
-def batch_of(size: int) -> tuple:
-    """What a step takes beside its state: random CIFAR-like images, their order, a key."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (size, 32, 32, 3), np.uint8)
-    data = jax.device_put((images, random.integers(0, 10, size, np.int32)))
-    return data, jnp.arange(size), 0, jax.random.key(0)
 
 
 def as_table(rows: list[dict]) -> str:

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from dhp_jax.config import ConfigError
 from dhp_jax.data import photographs, sources
-from dhp_jax.tasks import Classification, Denoising, SuperResolution, Task, patches
+from dhp_jax.tasks import Classification, Denoising, Restoration, SuperResolution, Task, patches
+from dhp_jax.tasks.metrics import WINDOW
 from dhp_jax.tasks.task import Data
 
 COST_SIZE = 128  # side of the photographs for which costs of restoration networks are published
@@ -111,7 +112,7 @@ def _denoising(config: ConfigDict) -> Problem:
     return _restoration(config, task, {"channels": settings.channels})
 
 
-def _restoration(config: ConfigDict, task: Task, arguments: Mapping[str, Any]) -> Problem:
+def _restoration(config: ConfigDict, task: Restoration, arguments: Mapping[str, Any]) -> Problem:
     settings = config.task
     source = photographs.load(
         config.data.name,
@@ -120,6 +121,7 @@ def _restoration(config: ConfigDict, task: Task, arguments: Mapping[str, Any]) -
         channels=settings.channels,
         scale=task.scale,
         patch=task.patch,
+        smallest_test=WINDOW + 2 * task.shave,
     )
 
     def read(split: str) -> Data:

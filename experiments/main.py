@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from dhp_jax import pipeline, report
 from dhp_jax.config import check_overrides
+from dhp_jax.data import DataNotFoundError
 from dhp_jax.progress import ProgressBar
 
 EXAMPLE = "experiments/configs/digits_resnet20.py"
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         summary = pipeline.execute(run, baseline=options.baseline or f"{options.workdir}-baseline")
+    except DataNotFoundError as error:  # a file that is found damaged when it is read
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
     except FloatingPointError as error:
         print("error:", error, file=sys.stderr)
         return 1

@@ -6,12 +6,18 @@ from pathlib import Path
 import subprocess
 import sys
 
+from flax import nnx
+import jax
 import pytest
 
 from dhp_jax.report import hardware
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("construct_s", "trace_s", "compile_s")
+sys.path.append(str(ROOT / "benchmarks"))
+from zoo import NETWORKS  # noqa: E402
+
+PARTS = ("construct_s", "trace_s", "compile_s", "first_step_s")
+NAMES = ("step", "compile", "latency")
 
 
 def begin(name, *arguments):
@@ -23,9 +29,9 @@ def begin(name, *arguments):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The folder of both benchmarks' results, and what each has printed."""
+    """The folder of the benchmarks' results, and what each has printed."""
     folder = tmp_path_factory.mktemp("results") / "inner"
-    running = {name: begin(name, "--quick", "--out", folder) for name in ("step", "compile")}
+    running = {name: begin(name, "--quick", "--out", folder) for name in NAMES}
     printed = {}
     for name, process in running.items():
         printed[name], errors = process.communicate()
@@ -33,7 +39,7 @@ def results(tmp_path_factory):
     return folder, printed
 
 
-@pytest.mark.parametrize("name", ["step", "compile"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_tells_on_what_it_ran_and_how_to_repeat_it(results, name):
     folder, printed = results
     about = json.loads((folder / f"{name}.json").read_text())["about"]
@@ -48,13 +54,14 @@ def test_a_benchmark_tells_on_what_it_ran_and_how_to_repeat_it(results, name):
     assert text.endswith(f"\n    {about['command']}\n")
 
 
-@pytest.mark.parametrize("name", ["step", "compile"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_table_of_a_benchmark_has_a_row_for_each_network(results, name):
     folder, printed = results
     header, ruler, *rows = printed[name].strip().splitlines()
-    assert len(rows) == len(json.loads((folder / f"{name}.json").read_text())["rows"]) == 1
-    assert rows[0].startswith("| ResNet-20 | 4 | ")
-    assert {line.count("|") for line in (header, ruler, *rows)} == {6}
+    assert len(rows) == len(json.loads((folder / f"{name}.json").read_text())["rows"])
+    assert len(rows) == (2 if name == "latency" else 1)
+    assert all(row.startswith("| ResNet-20 | ") for row in rows)
+    assert len({line.count("|") for line in (header, ruler, *rows)}) == 1
 
 
 def test_the_step_benchmark_gives_medians_and_quartiles(results):
@@ -66,8 +73,21 @@ def test_the_step_benchmark_gives_medians_and_quartiles(results):
 
 def test_the_compile_benchmark_gives_seconds_of_each_part(results):
     (row,) = json.loads((results[0] / "compile.json").read_text())["rows"]
-    assert (row["width"], row["batch"]) == (0.25, 4)
+    assert (row["network"], row["batch"]) == ("ResNet-20", 4)
     assert all(row[name] > 0 for name in PARTS)
+    assert row["total_s"] >= sum(row[name] for name in PARTS)
+    network = NETWORKS["resnet20"].build(width=0.25)
+    floats = sum(array.size for array in jax.tree.leaves(nnx.state(network, nnx.Param)))
+    assert row["state_bytes"] > 2 * 4 * floats  # the momentum is as large
+
+
+def test_the_latency_benchmark_gives_the_speed_up_of_each_batch(results):
+    rows = json.loads((results[0] / "latency.json").read_text())["rows"]
+    assert [row["batch"] for row in rows] == [1, 4]
+    for row in rows:
+        assert 0.48 < row["flops_ratio"] <= 0.5
+        for name in ("whole_ms", "small_ms", "speedup"):
+            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
 
 
 @pytest.mark.parametrize(

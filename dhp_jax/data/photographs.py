@@ -87,6 +87,7 @@ def load(
     channels: int = 3,
     scale: int = 1,
     patch: int,
+    smallest_test: int = 1,
 ) -> Photographs:
     """Finds photographs and checks the header of every file, without decoding them.
 
@@ -106,6 +107,7 @@ def load(
         three equal channels. 1 for gray: the luma (ITU-R 601) of what is in color.
       scale: of super-resolution; 1 for denoising.
       patch: height and width of what training crops from a target, a multiple of `scale`.
+      smallest_test: height and width that test targets must have for metrics to be defined.
 
     Returns:
       The photographs, which are decoded when asked for.
@@ -132,7 +134,7 @@ def load(
     if channels == 3:
         _check_color(files["train"])
     _check_sizes(files["train"], patch, "a patch")
-    _check_sizes(files["test"], scale, "the scale")
+    _check_sizes(files["test"], max(scale, smallest_test), "metrics need")
     for file in files["train"] + files["test"]:
         _check_pair(file, scale)
     heights, widths = zip(*(_target_size(file, scale) for file in files["train"]), strict=True)

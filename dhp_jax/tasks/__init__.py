@@ -1,7 +1,7 @@
 """Tasks: how examples become inputs and targets, what is lowered, and what is reported."""
 
 from dhp_jax.tasks.classification import Classification
-from dhp_jax.tasks.restoration import Denoising, Patches, SuperResolution, patches
+from dhp_jax.tasks.restoration import Denoising, Patches, Restoration, SuperResolution, patches
 from dhp_jax.tasks.task import METRICS, Metric, Task, evaluate
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Denoising",
     "Metric",
     "Patches",
+    "Restoration",
     "SuperResolution",
     "Task",
     "evaluate",

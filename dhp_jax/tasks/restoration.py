@@ -149,6 +149,11 @@ class Restoration:
         """PSNR and SSIM as papers on the task measure them."""
         raise NotImplementedError
 
+    @property
+    def shave(self) -> int:
+        """Pixels along each border of a test image that are not compared."""
+        return 0
+
     def score(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
         error = _mean(jnp.square(outputs.astype(jnp.float32) - targets))
         return 10 * jnp.log10(PEAK**2 / jnp.maximum(error, 1e-10))
@@ -243,8 +248,11 @@ class SuperResolution(Restoration):
         return bicubic(pixels(image), self.scale)
 
     def compared(self, output, target):
-        shave = self.scale + (0 if self.on_luminance else 6)
-        return compare(output, target, shave=shave, on_luminance=self.on_luminance)
+        return compare(output, target, shave=self.shave, on_luminance=self.on_luminance)
+
+    @property
+    def shave(self) -> int:
+        return self.scale + (0 if self.on_luminance else 6)
 
     def loss(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
         return _mean(jnp.abs(outputs.astype(jnp.float32) - targets))

@@ -9,7 +9,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 MAX_SHAPES = 16  # so many image shapes are compiled for before images are cut into tiles
-OVERLAP = 48  # pixels of a tile's border that are not used; more than DnCNN's or SRResNet's reach
+OVERLAP = 48  # pixels of a tile's border that are not used; DnCNN and SRResNet see less far
 Forward = Callable[[Float[Array, "1 h w c"]], Float[Array, "1 h2 w2 c"]]
 
 

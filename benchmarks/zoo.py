@@ -1,0 +1,113 @@
+"""The networks that benchmarks measure, each at its full width with the batch of its experiment."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dhp_jax as dhp
+from dhp_jax.data.photographs import Photograph
+from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.tasks import Classification, Denoising, SuperResolution, patches
+from dhp_jax.train import TrainState, make_step, start
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network.
+
+    Attributes:
+      label: for tables.
+      family, arguments: of `dhp.models.build`.
+      input_shape: of one example.
+      batch: of a training step.
+      patch: side of training patches of the target; 0 for classification.
+    """
+
+    label: str
+    family: str
+    arguments: dict[str, Any]
+    input_shape: tuple[int, int, int]
+    batch: int = 64
+    patch: int = 0
+
+    def build(self, **changes: Any) -> nnx.Module:
+        return dhp.models.build(self.family, rngs=nnx.Rngs(0), **self.arguments, **changes)
+
+
+CIFAR, TINY, IMAGENET = (32, 32, 3), (64, 64, 3), (224, 224, 3)
+RGB, GRAY = (128, 128, 3), (128, 128, 1)
+NETWORKS = {
+    "resnet20": Network("ResNet-20", "resnet", {"depth": 20}, CIFAR),
+    "resnet56": Network("ResNet-56", "resnet", {"depth": 56}, CIFAR),
+    "resnet110": Network("ResNet-110", "resnet", {"depth": 110}, CIFAR),
+    "resnet164": Network("ResNet-164", "resnet", {"depth": 164}, CIFAR),
+    "densenet40": Network("DenseNet-12-40", "densenet", {"depth": 40, "growth": 12}, CIFAR),
+    "vgg16": Network("VGG-16", "vgg", {"depth": 16}, CIFAR),
+    "mobilenet_v1": Network("MobileNetV1", "mobilenet_v1", {}, TINY),
+    "mobilenet_v1_x2": Network("MobileNetV1 x2", "mobilenet_v1", {"width": 2.0}, TINY),
+    "mobilenet_v2": Network("MobileNetV2", "mobilenet_v2", {}, TINY),
+    "mobilenet_v2_x2": Network("MobileNetV2 x2", "mobilenet_v2", {"width": 2.0}, TINY),
+    "resnet50": Network(
+        "ResNet-50", "resnet", {"depth": 50, "num_classes": 1000}, IMAGENET, batch=16
+    ),
+    "resnext50": Network(
+        "ResNeXt-50 32x4d",
+        "resnet",
+        {"depth": 50, "num_classes": 1000, "groups": 32, "group_width": 4},
+        IMAGENET,
+        batch=16,
+    ),
+    "srresnet_x4": Network("SRResNet x4", "srresnet", {"scale": 4}, RGB, batch=16, patch=96),
+    "edsr_x4": Network("EDSR x4", "edsr", {"scale": 4}, RGB, batch=16, patch=192),
+    "dncnn": Network("DnCNN", "dncnn", {}, GRAY, patch=64),
+    "unet": Network("U-Net", "unet", {}, GRAY, batch=16, patch=128),
+}
+
+
+def search_step(
+    network: Network, model: nnx.Module, batch: int | None = None
+) -> tuple[Callable[..., TrainState], TrainState, tuple]:
+    """The jitted step of the search, its first state, and what else it takes; data are random.
+
+    A model without latents shrinks none.
+    """
+    batch = batch or network.batch
+    if network.patch:
+        schedule = optax.constant_schedule(1e-4)
+        plain = optimizer("adam", schedule, momentum=0.9, weight_decay=0.0)
+        strength = 0.1
+    else:
+        schedule = drop_schedule(0.1, (50,), 781)
+        plain = optimizer("sgd", schedule, momentum=0.9, weight_decay=1e-4)
+        strength = 2e-4
+
+    def make_optimizer(params):
+        shrink = shrink_latents(params, strength=strength, schedule=schedule, threshold=5e-3)
+        return optax.chain(plain, shrink)
+
+    task, data = _task(network, batch)
+    graphdef, transformation, state = start(model, make_optimizer)
+    advance = make_step(graphdef, transformation, task, batch)
+    return advance, state, (data, jnp.arange(batch), 0, jax.random.key(0))
+
+
+def _task(network: Network, batch: int):
+    """The network's task, and random training data."""
+    random = np.random.default_rng(0)
+    *_, channels = network.input_shape
+    if not network.patch:
+        images = random.integers(0, 256, (batch, *network.input_shape), np.uint8)
+        task = Classification((125.0,) * channels, (63.0,) * channels, crop_padding=4, flip=True)
+        return task, jax.device_put((images, random.integers(0, 10, batch, np.int32)))
+    scale = network.arguments.get("scale", 1)
+    kind = Denoising if scale == 1 else SuperResolution
+    task = kind(patch=network.patch, scale=scale)
+    target = random.integers(0, 256, (2 * network.patch, 2 * network.patch, channels), np.uint8)
+    degraded = target[::scale, ::scale] if scale > 1 else None
+    return task, jax.device_put(patches([Photograph("random", target, degraded)], scale))
