@@ -1,0 +1,85 @@
+"""PSNR and SSIM of the networks of finished runs on several folders of test images.
+
+    python benchmarks/restoration.py runs/dncnn-baseline runs/dncnn_60 \
+        --test BSD68=data/bsd68 --name=dncnn --title="DnCNN on BSD68" --out=benchmarks/results
+
+Each run is tested as its own configuration says (task, scale, noise), on each folder.
+"""
+
+import argparse
+import json
+from pathlib import Path
+import shutil
+
+from ml_collections import ConfigDict
+from record import write
+
+import dhp_jax as dhp
+from dhp_jax import problems, report
+from dhp_jax.tasks import evaluate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="directories of finished runs")
+    parser.add_argument("--test", nargs="+", required=True, help="NAME=FOLDER of test images")
+    parser.add_argument("--name", default="restoration", help="of the files in --out")
+    parser.add_argument("--title", default="Restoration")
+    parser.add_argument("--note", default="", help="put before the table")
+    parser.add_argument("--out", type=Path, help="folder for NAME.json, NAME.md and NAME.png")
+    options = parser.parse_args()
+    folders = dict(test.split("=", 1) for test in options.test)
+    rows = [row_of(run, folders) for run in options.runs]
+    table = as_table(rows, list(folders))
+    print(table)
+    if options.out is None:
+        return
+    note = options.note
+    crops = options.runs[-1] / report.PLOTS / "crops.png"
+    options.out.mkdir(parents=True, exist_ok=True)
+    if crops.is_file():
+        shutil.copyfile(crops, options.out / f"{options.name}.png")
+        note += f"\n\n![Details of test images]({options.name}.png)"
+    write(options.out, options.name, options.title, note.strip(), rows, table)
+
+
+def row_of(run: Path, folders: dict[str, str]) -> dict:
+    """The summary of a run, and the metrics of its network on each folder."""
+    config = ConfigDict(json.loads((run / "config.json").read_text()))
+    summary = json.loads((run / report.SUMMARY).read_text())
+    model = dhp.load(run / "model")
+    tests = {}
+    for name, folder in folders.items():
+        config.data.update(name="photo_folder", test_dir=folder)
+        problem = problems.problem(config)
+        data = problem.read("test")
+        started = problem.task.without_network(data)
+        tests[name] = {"input": started, "output": evaluate(model, problem.task, data)}
+    for folder in ("dir", "test_dir"):  # where data lie on this machine helps no reader
+        config.data[folder] = Path(config.data[folder]).name
+    return {"run": run.name, "config": config.to_dict(), **summary, "tests": tests}
+
+
+def as_table(rows: list[dict], folders: list[str]) -> str:
+    header = ["network", "FLOPs", "", "params", "", "updates", *folders]
+    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    inputs = [report.metrics_text(rows[0]["tests"][name]["input"]) for name in folders]
+    lines.append(f"| input, no network |  |  |  |  |  | {' | '.join(inputs)} |")
+    for row in rows:
+        model, flops, params = row["model"], row["flops"], row["params"]
+        name = "unpruned" if row["method"] == "baseline" else f"DHP, target {row['target']:.0%}"
+        cells = [
+            f"{model['name']}, width {model['width']:g}, {name}",
+            f"{flops['after'] / 1e9:.2f} G",
+            f"{flops['ratio']:.1%}",
+            f"{params['after'] / 1e3:.1f} k",
+            f"{params['ratio']:.1%}",
+            " + ".join(f"{phase['steps']:,}" for phase in row["phases"].values()),
+            *(report.metrics_text(row["tests"][name]["output"]) for name in folders),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
