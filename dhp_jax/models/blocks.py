@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dhp_jax.latent import Axis
-from dhp_jax.layers import BatchNorm, HyperConv
+from dhp_jax.layers import BatchNorm, Bias, HyperConv
 
 
 class ConvNorm(nnx.Module):
@@ -49,6 +49,20 @@ class ConvNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h2 w2 out"]:
         return self.norm(self.conv(x))
+
+
+class ConvBiasNorm(nnx.Module):
+    """A 3x3 convolution with its bias as a layer (see docs/architecture.md), then BatchNorm."""
+
+    def __init__(self, z_in: Axis, z_out: Axis, *, dtype: Any, rngs: nnx.Rngs):
+        self.conv = HyperConv(
+            z_in, z_out, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.bias = Bias(z_out, rngs=rngs)
+        self.norm = BatchNorm(z_out, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h w out"]:
+        return self.norm(self.bias(self.conv(x)))
 
 
 def scaled(size: int, width: float) -> int:

@@ -7,22 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhp_jax.latent import Latent
-from dhp_jax.layers import BatchNorm, Bias, HyperConv
-from dhp_jax.models.blocks import check_images, check_positive, check_positive_integer, scaled
-
-
-class Middle(nnx.Module):
-    """A convolution with its bias as a layer (see docs/architecture.md), BatchNorm, ReLU."""
-
-    def __init__(self, z_in: Latent, z_out: Latent, *, dtype: Any, rngs: nnx.Rngs):
-        self.conv = HyperConv(
-            z_in, z_out, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
-        )
-        self.bias = Bias(z_out, rngs=rngs)
-        self.norm = BatchNorm(z_out, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h w out"]:
-        return nnx.relu(self.norm(self.bias(self.conv(x))))
+from dhp_jax.layers import HyperConv
+from dhp_jax.models.blocks import (
+    ConvBiasNorm,
+    check_images,
+    check_positive,
+    check_positive_integer,
+    scaled,
+)
 
 
 class DnCNN(nnx.Module):
@@ -74,7 +66,7 @@ class DnCNN(nnx.Module):
         first, last = self.features[0], self.features[-1]
         self.head = HyperConv(self.image, first, (3, 3), padding=1, dtype=dtype, rngs=rngs)
         self.middle = nnx.List(
-            Middle(z_in, z_out, dtype=dtype, rngs=rngs)
+            ConvBiasNorm(z_in, z_out, dtype=dtype, rngs=rngs)
             for z_in, z_out in zip(self.features[:-1], self.features[1:], strict=True)
         )
         self.tail = HyperConv(last, self.output, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
@@ -83,5 +75,5 @@ class DnCNN(nnx.Module):
         check_images(images, self.channels)
         x = nnx.relu(self.head(images))
         for layer in self.middle:
-            x = layer(x)
+            x = nnx.relu(layer(x))
         return images + self.tail(x)

@@ -7,23 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhp_jax.latent import Latent
-from dhp_jax.layers import BatchNorm, Bias, HyperConv
-from dhp_jax.models.blocks import check_images, scaled
+from dhp_jax.layers import HyperConv
+from dhp_jax.models.blocks import ConvBiasNorm, check_images, scaled
 from dhp_jax.models.upsampler import Upsampler, check_arguments
-
-
-class ConvBiasNorm(nnx.Module):
-    """A 3x3 convolution with its bias as a layer (see docs/architecture.md), then BatchNorm."""
-
-    def __init__(self, z_in: Latent, z_out: Latent, *, dtype: Any, rngs: nnx.Rngs):
-        self.conv = HyperConv(
-            z_in, z_out, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
-        )
-        self.bias = Bias(z_out, rngs=rngs)
-        self.norm = BatchNorm(z_out, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h w out"]:
-        return self.norm(self.bias(self.conv(x)))
 
 
 class Block(nnx.Module):
