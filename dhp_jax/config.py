@@ -62,6 +62,8 @@ def default(task: str = "classification") -> ConfigDict:
 def _classification(config: ConfigDict) -> None:
     config.data.image_size = config_dict.placeholder(int)  # sides of image folders and ImageNet
     config.data.archive = config_dict.placeholder(str)  # of Tiny-ImageNet
+    config.data.crop_padding = config_dict.placeholder(int)  # what suits the data if not given
+    config.data.flip = config_dict.placeholder(bool)
 
 
 def _super_resolution(config: ConfigDict) -> None:
@@ -69,7 +71,9 @@ def _super_resolution(config: ConfigDict) -> None:
     config.batch_size = 16
     config.task.update(scale=4, patch=96, channels=3, steps_per_epoch=1000)
     config.task.psnr = "y"  # or "rgb"
-    config.model = ConfigDict({"name": "srresnet", "blocks": 16, "width": 1.0})
+    config.model = ConfigDict(
+        {"name": "srresnet", "blocks": 16, "width": 1.0, "prune_upsampler": True}
+    )
     config.search.update(epochs=80, drops=(40.0,))
     for phase in (config.converge, config.baseline):
         phase.update(epochs=300, drops=(200.0,))
@@ -87,7 +91,7 @@ def _denoising(config: ConfigDict) -> None:
 def _restoration(config: ConfigDict) -> None:
     config.target = 0.6
     config.task.tile = config_dict.placeholder(int)  # larger test images are cut into tiles
-    config.task.overlap = 48  # of the tiles
+    config.task.overlap = config_dict.placeholder(int)  # of tiles; as far as the network sees
     config.data = ConfigDict(
         {
             "name": "photographs",  # those of scikit-image, or "photo_folder"
@@ -130,7 +134,13 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
             if not isinstance(value, ConfigDict):
                 raise ConfigError(f"{name}: {path} has no fields, its value is {value!r}")
             if part not in value:
-                raise ConfigError(unknown(f"{path}.{part}: unknown field", part, value))
+                raise ConfigError(
+                    unknown(f"{path}.{part}: unknown field", part, value)
+                    + (
+                        "; add other arguments of the network in the file"
+                        * (path == "config.model")
+                    )
+                )
             value, path = value[part], f"{path}.{part}"
             rule = rule.get(part) if isinstance(rule, Mapping) else None
         if text is None:
@@ -237,13 +247,15 @@ _RESTORATION: Mapping[str, Any] = {
     "channels": _one_of(1, 3),
     "steps_per_epoch": _integer(1),
     "tile": _or_none(_integer(1), "to run test images whole"),
-    "overlap": _integer(0),
+    "overlap": _or_none(_integer(0), "for as far as the network sees"),
 }
 _LABELLED: Mapping[str, Any] = {
     "name": _one_of(*sources.NAMES),
     "dir": _or_none(_PATH, "for the default of tensorflow-datasets"),
     "image_size": _or_none(_integer(1), "for the size of the data"),
     "archive": _or_none(_PATH, "if there is none"),
+    "crop_padding": _or_none(_integer(0), "for what suits the data"),
+    "flip": _or_none((lambda value: isinstance(value, bool), "True or False"), "likewise"),
 }
 _PHOTOGRAPHS: Mapping[str, Any] = {
     "name": _one_of(*photographs.NAMES),

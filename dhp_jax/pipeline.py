@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 # Fields that may differ when a run is started again in its directory.
-MAY_CHANGE = ("data.dir", "data.test_dir", "data.archive")
+MAY_CHANGE = ("data.dir", "data.archive")
+MAY_MOVE = ("data.test_dir",)  # may lie elsewhere, by the same name
 PICTURES = 4  # test examples shown in the report, where a task has something to show
 PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
 
@@ -99,6 +100,10 @@ def prepare(
     except ValueError as error:
         raise ConfigError(f"config.target: {error}") from error
     check_axes(abstract, asked.input_shape)
+    try:
+        asked.task.check(abstract)
+    except ValueError as error:
+        raise ConfigError(f"config.task.{error}") from error
     workdir = Path(workdir)
     _claim(workdir, config)
     observers = (*observers, Journal(workdir))
@@ -270,7 +275,9 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
         differing = [
             name
             for name in {**here, **there}
-            if there.get(name) != here.get(name) and name not in MAY_CHANGE
+            if there.get(name) != here.get(name)
+            and name not in MAY_CHANGE
+            and not (name in MAY_MOVE and _same_name(there.get(name), here.get(name)))
         ]
         if differing:
             name = differing[0]
@@ -290,6 +297,10 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
             f"workdir: expected a directory that can be written; got {str(workdir)!r} "
             f"({error.strerror})"
         ) from error
+
+
+def _same_name(*paths: str | None) -> bool:
+    return len({path and Path(path).name for path in paths}) == 1
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -75,12 +75,21 @@ def _classification(config: ConfigDict) -> Problem:
             f"examples of {source.name!r}; got {config.batch_size}"
         )
     return Problem(
-        task=Classification(source.mean, source.std, source.crop_padding, source.flip),
+        task=Classification(
+            source.mean,
+            source.std,
+            _given(config.data.crop_padding, source.crop_padding),
+            _given(config.data.flip, source.flip),
+        ),
         input_shape=source.image_shape,
         epoch=source.train_size,
         arguments={"num_classes": source.num_classes, "channels": source.image_shape[-1]},
         read=lambda split: jax.device_put(source.read(split)),
     )
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _super_resolution(config: ConfigDict) -> Problem:
@@ -105,7 +114,6 @@ def _denoising(config: ConfigDict) -> Problem:
     task = Denoising(
         patch=settings.patch,
         sigma=settings.sigma,
-        seed=config.seed,
         tile=settings.tile,
         overlap=settings.overlap,
     )

@@ -301,7 +301,9 @@ def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] |
         return None
     config = result.config
     network = config["task"], config["model"], config["data"]["name"]
-    if (summary["task"], summary["model"], summary["data"]) != network:
+    inputs = result.notes["model"]["without_network"] or None  # tells test images apart
+    same = (summary["task"], summary["model"], summary["data"]) == network
+    if not same or summary["test"].get("without_network") != inputs:
         logger.warning("baseline: %s is of another network or other data; left out", baseline)
         return None
     return summary

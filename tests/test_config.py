@@ -126,6 +126,8 @@ GOOD = {
     "data.dir": [None, "somewhere", Path("somewhere")],
     "data.image_size": [None, 1, 224],
     "data.archive": [None, "some.zip", Path("some.zip")],
+    "data.crop_padding": [None, 0, 4],
+    "data.flip": [None, True, False],
     "optimizer.name": ["sgd", "adam"],
     "optimizer.momentum": [0, 0.99],
     "optimizer.weight_decay": [0, 3.0],
@@ -158,6 +160,8 @@ BAD = {
         "an integer >= 1, or None for the size of the data",
     ),
     "data.archive": ([3, ["some.zip"]], "a path, or None if there is none"),
+    "data.crop_padding": ([-1, 0.5, "4"], "an integer >= 0, or None for what suits the data"),
+    "data.flip": ([0, 1, "no"], "True or False, or None likewise"),
     "optimizer.name": (WORDS, "one of sgd, adam"),
     "optimizer.momentum": ([*NUMBERS, -0.1, 1, 1.1], "a number >= 0 and < 1"),
     "optimizer.weight_decay": ([*NUMBERS, -1e-9], "a number >= 0"),
@@ -187,7 +191,11 @@ PHOTOGRAPHS = {
         [*INTEGERS[1:], 0, -1],
         "an integer >= 1, or None to run test images whole",
     ),
-    "task.overlap": ([0, 48], [*INTEGERS, -1], "an integer >= 0"),
+    "task.overlap": (
+        [None, 0, 48],
+        [*(v for v in INTEGERS if v is not None), -1],
+        "an integer >= 0, or None for as far as the network sees",
+    ),
     "data.name": (
         ["photographs", "photo_folder"],
         [*WORDS, "digits"],
@@ -495,7 +503,8 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
         (
             "config.data.dri",
             "3",
-            "config.data.dri: unknown field: expected one of archive, dir, image_size, name; "
+            "config.data.dri: unknown field: expected one of archive, crop_padding, dir, flip, "
+            "image_size, name; "
             "got 'dri'; did you mean 'dir'?",
         ),
         (

@@ -230,7 +230,7 @@ WRONG = {
     ),
     "smaller than the scale": (
         lambda root: save(root / "test" / "c.png", 3, 40), {"scale": 4}, ValueError,
-        ["data.test_dir: ", "the scale, 4x4", "c.png' of 3x40"],
+        ["data.test_dir: ", "metrics need, 4x4", "c.png' of 3x40"],
     ),
     "gray among color": (
         lambda root: save(root / "train" / "c.png", channels=1), {}, ValueError,

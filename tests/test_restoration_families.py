@@ -139,6 +139,7 @@ def test_an_argument_that_makes_no_network_is_refused(family):
     ("family", "arguments", "message"),
     [
         ("dncnn", {"depth": 2}, "depth: expected at least 3, got 2$"),
+        ("unet", {"depth": 9}, "depth: expected at most 8, got 9$"),
         ("dncnn", {"depth": 1}, "depth: expected at least 3, got 1$"),
         ("srresnet", {}, "scale: expected a value, got none$"),
         ("edsr", {}, "scale: expected a value, got none$"),
@@ -654,3 +655,38 @@ def test_the_mean_colour_is_gray_where_channels_are_not_three():
     for shift, sign in ((model.center, -1), (model.restore, 1)):
         np.testing.assert_allclose(shift.bias[...], [sign * np.mean(MEAN)] * 2, rtol=1e-6)
         np.testing.assert_array_equal(shift.kernel[...], np.eye(2)[None, None])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "side"),
+    [
+        ("dncnn", {"depth": 4}, 24),
+        ("srresnet", {"scale": 2, "blocks": 1}, 40),
+        ("edsr", {"scale": 2, "blocks": 2}, 40),
+        ("unet", {"depth": 3}, 96),
+    ],
+)
+def test_a_network_sees_no_farther_than_its_reach(name, arguments, side):
+    channels = 3 if "scale" in arguments else 1
+    model = filled(
+        lambda rngs: dhp.models.build(
+            name, features=4, channels=channels, min_channels=1, rngs=rngs, **arguments
+        )
+    )
+    model = dhp.prune(model)
+    model.eval()
+    graphdef, state = nnx.split(model)
+    middle = side // 2
+
+    @jax.jit
+    def seen(state, x):
+        def pixel(x):
+            output = nnx.merge(graphdef, state)(x)
+            at = output.shape[1] // side * middle
+            return output[0, at, at].sum()
+
+        return jnp.abs(jax.grad(pixel)(x)).sum((0, 3))
+
+    rows, columns = np.nonzero(seen(state, images(1, side, side, channels)))
+    distance = max(np.abs(rows - middle).max(), np.abs(columns - middle).max())
+    assert 0 < distance <= model.reach < side // 2

@@ -79,11 +79,11 @@ def empty_images(shape: tuple[int, int, int, int], name: str) -> np.ndarray:
       uint8 of that shape, not filled.
 
     Raises:
-      ValueError: it would not fit; the message tells the bytes needed and those available.
+      DataNotFoundError: it would not fit; the message tells the bytes needed and those available.
     """
     needed, available = math.prod(shape), memory_available()
     if needed > available:
-        raise ValueError(
+        raise DataNotFoundError(
             f"data.image_size: {name} of {'x'.join(map(str, shape[1:]))} need {needed:,} bytes, "
             f"expected at most the {available:,} bytes of memory that are available"
         )

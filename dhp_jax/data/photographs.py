@@ -100,8 +100,8 @@ def load(
     Args:
       name: one of `NAMES`. "photographs" is a handful that ships with scikit-image; "photo_folder"
         is the user's own.
-      data_dir: folder of the training photographs (bmp, jpeg, png, tiff, webp); "photographs"
-        does not look at it, nor at `test_dir`.
+      data_dir: folder of the training photographs (bmp, jpeg, png, tiff, webp); not for
+        "photographs".
       test_dir: folder of the test photographs.
       channels: 3 for color: all training photographs have to be, and gray test photographs get
         three equal channels. 1 for gray: the luma (ITU-R 601) of what is in color.
@@ -125,6 +125,12 @@ def load(
     """
     _check_arguments(name, channels, scale, patch)
     if name == "photographs":
+        for argument, folder in (("data.dir", data_dir), ("data.test_dir", test_dir)):
+            if folder is not None:
+                raise ValueError(
+                    f"{argument}: expected none for data.name='photographs', which ships with "
+                    f"scikit-image; got {os.fspath(folder)!r}; folders are data.name='photo_folder'"
+                )
         files = _shipped(channels)
     else:
         files = {
@@ -133,10 +139,11 @@ def load(
         }
     if channels == 3:
         _check_color(files["train"])
-    _check_sizes(files["train"], patch, "a patch")
-    _check_sizes(files["test"], max(scale, smallest_test), "metrics need")
+    _check_sizes(files["train"], scale, patch, "a patch")
+    _check_sizes(files["test"], scale, max(scale, smallest_test), "metrics need")
     for file in files["train"] + files["test"]:
         _check_pair(file, scale)
+    _check_names(files["test"])
     heights, widths = zip(*(_target_size(file, scale) for file in files["train"]), strict=True)
     return Photographs(
         name=name,
@@ -282,13 +289,25 @@ def _check_color(files: list[_File]) -> None:
         )
 
 
-def _check_sizes(files: list[_File], least: int, what: str) -> None:
+def _check_sizes(files: list[_File], scale: int, least: int, what: str) -> None:
     for file in files:
-        if min(file.size) < least:
+        if min(_target_size(file, scale)) < least:
             raise ValueError(
                 f"{file.argument}: expected photographs no smaller than {what}, {least}x{least}; "
                 f"got {str(file.path)!r} of {_pixels(file.size)}"
             )
+
+
+def _check_names(files: list[_File]) -> None:
+    """Raises if two files have one name: what is made of them would be stored in one place."""
+    seen: dict[str, _File] = {}
+    for file in files:
+        if file.name in seen:
+            raise ValueError(
+                f"{file.argument}: expected names that differ in more than the suffix, got "
+                f"{str(seen[file.name].path)!r} and {str(file.path)!r}"
+            )
+        seen[file.name] = file
 
 
 def _check_pair(file: _File, scale: int) -> None:

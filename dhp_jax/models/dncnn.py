@@ -57,6 +57,7 @@ class DnCNN(nnx.Module):
         check_positive_integer("channels", channels)
         check_positive("width", width)
         self.channels = channels
+        self.reach = depth  # how many pixels away an output depends on the input
         self.image = Latent(channels, prunable=False, rngs=rngs)
         self.output = Latent(channels, prunable=False, rngs=rngs)
         self.features = nnx.List(

@@ -86,6 +86,7 @@ class EDSR(nnx.Module):
             return HyperConv(z_in, z_out, (3, 3), padding=1, use_bias=use_bias, **options)
 
         self.channels = channels
+        self.reach = 2 * blocks + 4  # how many pixels away an output depends on the input
         self.image = Latent(channels, prunable=False, rngs=rngs)
         self.output = Latent(channels, prunable=False, rngs=rngs)
         self.body = latent()

@@ -68,6 +68,7 @@ class SRResNet(nnx.Module):
             return Latent(size, prunable=prunable, min_channels=min_channels, rngs=rngs)
 
         self.channels = channels
+        self.reach = 2 * blocks + 7  # how many pixels away an output depends on the input
         self.image = Latent(channels, prunable=False, rngs=rngs)
         self.output = Latent(channels, prunable=False, rngs=rngs)
         self.body = latent()

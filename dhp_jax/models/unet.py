@@ -16,6 +16,8 @@ from dhp_jax.models.blocks import (
     scaled,
 )
 
+MAX_DEPTH = 8  # resolutions; every one has four times the parameters of the one before
+
 
 class Double(nnx.Module):
     """Two 3x3 convolutions with ReLU, the first of them with BatchNorm."""
@@ -65,8 +67,8 @@ class UNet(nnx.Module):
       rngs: the `params` stream draws the initial values.
 
     Raises:
-      ValueError: an argument that is not positive; when called, images of another rank or channel
-        count.
+      ValueError: an argument that is not positive, a depth above 8; when called, images of another
+        rank or channel count.
 
     References: Ronneberger et al., U-Net, 2015; DHP, section 4.4.
     """
@@ -83,6 +85,8 @@ class UNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_positive_integer("depth", depth)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"depth: expected at most {MAX_DEPTH}, got {depth!r}")
         check_positive_integer("features", features)
         check_positive_integer("channels", channels)
         check_positive("width", width)
@@ -93,6 +97,7 @@ class UNet(nnx.Module):
 
         self.channels = channels
         self.multiple = 2 ** (depth - 1)
+        self.reach = 8 * self.multiple  # at least how far away an output depends on the input
         self.image = Latent(channels, prunable=False, rngs=rngs)
         self.output = Latent(channels, prunable=False, rngs=rngs)
         z, self.down, self.up = self.image, nnx.List(), nnx.List()

@@ -52,6 +52,9 @@ class Classification:
     ) -> Float[Array, " n"]:
         return (jnp.argmax(outputs, axis=-1) != targets).astype(jnp.float32)
 
+    def check(self, model: nnx.Module) -> None:
+        pass
+
     def evaluation(self, model: nnx.Module, data: Examples, *, batch_size: int) -> Evaluation:
         model = nnx.clone(model)
         model.eval()

@@ -24,8 +24,8 @@ def pixels(image: Float[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
 
 
 def compare(
-    output: UInt8[np.ndarray, "h w c"],
-    target: UInt8[np.ndarray, "h w c"],
+    output: Shaped[np.ndarray, "h w c"],
+    target: Shaped[np.ndarray, "h w c"],
     *,
     shave: int = 0,
     on_luminance: bool = False,

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import functools
+import os
 from typing import ClassVar, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8, UInt32
 import numpy as np
 
 from dhp_jax.data.photographs import Photograph
@@ -20,18 +21,20 @@ from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
 from dhp_jax.tasks.whole import OVERLAP, restore, tile_for
 
 PEAK = 255.0
+BLOCK = 1024  # cells, so that no index needs more than 32 bits
 
 
 class Patches(NamedTuple):
     """Photographs laid out so that square patches of them are one gather on the device.
 
     A cell is a pixel of the low-resolution image together with the `scale` by `scale` pixels of the
-    target that it stands for; the cells of all photographs lie one after another, row by row.
+    target that it stands for; the cells of all photographs lie one after another, row by row,
+    cut into blocks of 1,024.
     """
 
-    targets: UInt8[Array, "cells scale*scale*c"]
-    degraded: UInt8[Array, "cells c"] | None  # low-resolution pixels, where there are any
-    starts: Int[Array, " images"]  # first cell of each photograph
+    targets: UInt8[Array, "blocks 1024 scale*scale*c"]
+    degraded: UInt8[Array, "blocks 1024 c"] | None  # low-resolution pixels, where there are any
+    starts: UInt32[Array, " images"]  # first cell of each photograph
     heights: Int[Array, " images"]  # in cells
     widths: Int[Array, " images"]
 
@@ -47,25 +50,23 @@ def patches(photographs: Sequence[Photograph], scale: int = 1) -> Patches:
       NumPy arrays; `jax.device_put` takes them to the device.
 
     Raises:
-      ValueError: more cells than 32-bit indices reach.
+      ValueError: 2^32 cells or more.
     """
     heights = np.array([photo.target.shape[0] // scale for photo in photographs], np.int64)
     widths = np.array([photo.target.shape[1] // scale for photo in photographs], np.int64)
     ends = np.cumsum(heights * widths)
-    if ends[-1] >= 2**31:
+    if ends[-1] >= 2**32:
         raise ValueError(
-            f"data: expected training photographs of fewer than 2^31 pixels together (at the low "
-            f"resolution), got {ends[-1]:,}; use fewer or smaller ones"
+            f"photographs: expected fewer than 2^32 pixels together (at the low resolution), got "
+            f"{ends[-1]:,}; use fewer or smaller ones"
         )
     degraded = None
     if scale > 1:
-        degraded = np.concatenate(
-            [photo.degraded.reshape(-1, photo.degraded.shape[-1]) for photo in photographs]
-        )
+        degraded = _blocks([_cells(photo.degraded, 1) for photo in photographs])
     return Patches(
-        targets=np.concatenate([_cells(photo.target, scale) for photo in photographs]),
+        targets=_blocks([_cells(photo.target, scale) for photo in photographs]),
         degraded=degraded,
-        starts=np.int32(ends - heights * widths),
+        starts=np.uint32(ends - heights * widths),
         heights=np.int32(heights),
         widths=np.int32(widths),
     )
@@ -77,6 +78,13 @@ def _cells(image: UInt8[np.ndarray, "h w c"], scale: int) -> UInt8[np.ndarray, "
     return blocks.reshape(-1, scale * scale * c)
 
 
+def _blocks(cells: Sequence[UInt8[np.ndarray, "cells k"]]) -> UInt8[np.ndarray, "blocks 1024 k"]:
+    count, size = sum(map(len, cells)), cells[0].shape[-1]
+    blocks = np.zeros((-(-count // BLOCK), BLOCK, size), np.uint8)
+    np.concatenate(cells, out=blocks.reshape(-1, size)[:count])
+    return blocks
+
+
 @dataclass(frozen=True)
 class Restoration:
     """What super-resolution and denoising have in common: patches, whole images, PSNR.
@@ -84,25 +92,27 @@ class Restoration:
     Attributes:
       patch: side of a training patch of the target, in pixels.
       scale: how many times larger the target is than the input.
-      seed: of the noise of test images.
+      seed: of the noise of test images, which is the same in every test.
       tile: side of the tiles that larger test images are cut into, in pixels of the input; `None`
         cuts only where the images have many different shapes.
-      overlap: of the tiles.
+      overlap: of the tiles; `None` is as far as the network sees.
     """
 
     patch: int
     scale: int = 1
     seed: int = 0
     tile: int | None = None
-    overlap: int = OVERLAP
+    overlap: int | None = None
     metric: ClassVar[Metric] = METRICS["psnr"]
     initial_gain: ClassVar[float] = 1 / 3  # He's takes far longer where there is no BatchNorm
 
     def training_batch(
         self, key: Key[Array, ""], data: Patches, chosen: Int[Array, " n"]
     ) -> tuple[Float[Array, "n p p c"], Float[Array, "n scale*p scale*p c"]]:
-        place_key, turn_key, noise_key = jax.random.split(key, 3)
-        degraded, target = self._cut(place_key, data, chosen % len(data.starts))
+        image_key, place_key, turn_key, noise_key = jax.random.split(key, 4)
+        # Not `chosen`: an epoch is a number of patches, whatever the number of photographs.
+        images = jax.random.randint(image_key, chosen.shape, 0, len(data.starts))
+        degraded, target = self._cut(place_key, data, images)
         turns = jax.random.bernoulli(turn_key, 0.5, (3, len(chosen), 1, 1, 1))
         target = turned(target, turns).astype(jnp.float32)
         if degraded is not None:
@@ -121,10 +131,12 @@ class Restoration:
         rows = rows[:, None] + jnp.arange(side)
         columns = columns[:, None] + jnp.arange(side)
         start, width = data.starts[images], data.widths[images]
-        cells = (start[:, None] + rows * width[:, None])[:, :, None] + columns[:, None, :]
-        target = data.targets[cells].reshape(n, side, side, self.scale, self.scale, -1)
+        inside = (rows * width[:, None])[:, :, None] + columns[:, None, :]
+        cells = start[:, None, None] + inside.astype(jnp.uint32)
+        at = (cells // BLOCK).astype(jnp.int32), (cells % BLOCK).astype(jnp.int32)
+        target = data.targets[at].reshape(n, side, side, self.scale, self.scale, -1)
         target = target.transpose(0, 1, 3, 2, 4, 5).reshape(n, self.patch, self.patch, -1)
-        return None if data.degraded is None else data.degraded[cells], target
+        return None if data.degraded is None else data.degraded[at], target
 
     def degrade(
         self,
@@ -139,12 +151,12 @@ class Restoration:
         """The network's input for the `index`-th test photograph; always the same."""
         raise NotImplementedError
 
-    def enlarged(self, image: Float[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h2 w2 c"]:
-        """What an input looks like without a network, at the size of the target."""
+    def enlarged(self, image: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h2 w2 c"]:
+        """An input at the size of the target, made without a network."""
         raise NotImplementedError
 
     def compared(
-        self, output: UInt8[np.ndarray, "h w c"], target: UInt8[np.ndarray, "h w c"]
+        self, output: Shaped[np.ndarray, "h w c"], target: UInt8[np.ndarray, "h w c"]
     ) -> dict[str, float]:
         """PSNR and SSIM as papers on the task measure them."""
         raise NotImplementedError
@@ -168,7 +180,7 @@ class Restoration:
 
         def run(params: Params, rest: nnx.State) -> dict[str, float]:
             # Comparing takes the processor, not the device: the next image need not wait for it.
-            with ThreadPoolExecutor() as pool:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
                 jobs = [
                     pool.submit(self.compared, pixels(restored(params, rest, i)), photo.target)
                     for i, photo in enumerate(data)
@@ -182,10 +194,10 @@ class Restoration:
         model = nnx.clone(model)
         model.eval()
         graphdef = nnx.graphdef(model)
-        multiple = getattr(model, "multiple", 1)
-        inputs = [self.test_input(photo, i) for i, photo in enumerate(data)]
+        multiple, overlap = getattr(model, "multiple", 1), self._overlap(model)
         if self.tile is None:
-            tile = tile_for((image.shape[:2] for image in inputs), self.overlap)
+            sizes = (photo.target.shape[:2] for photo in data)
+            tile = tile_for(((h // self.scale, w // self.scale) for h, w in sizes), overlap)
         else:
             tile = (self.tile, self.tile)
 
@@ -194,10 +206,24 @@ class Restoration:
             return nnx.merge(graphdef, *params, rest)(x).astype(jnp.float32)
 
         def restored(params: Params, rest: nnx.State, index: int) -> np.ndarray:
+            image = self.test_input(data[index], index)
             bound = functools.partial(forward, params, rest)
-            return restore(bound, inputs[index], tile=tile, overlap=self.overlap, multiple=multiple)
+            return restore(bound, image, tile=tile, overlap=overlap, multiple=multiple)
 
         return restored
+
+    def check(self, model: nnx.Module) -> None:
+        overlap = self._overlap(model)
+        if self.tile is not None and self.tile <= 2 * overlap:
+            raise ValueError(
+                f"tile: expected more than {2 * overlap}, twice the overlap; got {self.tile}"
+            )
+
+    def _overlap(self, model: nnx.Module) -> int:
+        """The overlap of tiles, a multiple of what tiles of this network begin at."""
+        multiple = getattr(model, "multiple", 1)
+        overlap = getattr(model, "reach", OVERLAP) if self.overlap is None else self.overlap
+        return -(-overlap // multiple) * multiple
 
     def without_network(self, data: Sequence[Photograph]) -> dict[str, float]:
         return _means(
@@ -218,7 +244,7 @@ class Restoration:
             (
                 photo.name,
                 {
-                    "input": self.enlarged(self.test_input(photo, i)),
+                    "input": pixels(self.enlarged(self.test_input(photo, i))),
                     "output": pixels(restored((latents, weights), rest, i)),
                     "target": photo.target,
                 },
@@ -276,7 +302,7 @@ class Denoising(Restoration):
         return (photograph.target + self.sigma * noise).astype(np.float32)
 
     def enlarged(self, image):
-        return pixels(image)
+        return image
 
     def compared(self, output, target):
         return compare(output, target)

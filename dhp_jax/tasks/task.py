@@ -77,6 +77,10 @@ class Task(Protocol):
         """The task's metric, of each example of a training batch."""
         ...
 
+    def check(self, model: nnx.Module) -> None:
+        """Raises a `ValueError` unless a network suits the task's settings."""
+        ...
+
     def evaluation(self, model: nnx.Module, data: Data, *, batch_size: int) -> Evaluation:
         """Prepares a test on all of the test data: `(parameters, rest) -> metrics by name`."""
         ...

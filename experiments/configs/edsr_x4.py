@@ -17,7 +17,7 @@ from dhp_jax import config as dhp_config
 def get_config():
     config = dhp_config.default("super_resolution")
     config.data.name = "photo_folder"
-    config.model = {"name": "edsr", "blocks": 8, "width": 1.0}
+    config.model = {"name": "edsr", "blocks": 8, "width": 1.0, "prune_upsampler": True}
     config.task.patch = 192
     config.target = 0.6
     return config

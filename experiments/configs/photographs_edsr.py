@@ -8,7 +8,13 @@ def get_config():
     config.log_every = 25
     config.batch_size = 8
     config.task.update(scale=2, patch=64, steps_per_epoch=150)
-    config.model = {"name": "edsr", "blocks": 4, "width": 0.25, "initial_scale": 0.58}
+    config.model = {
+        "name": "edsr",
+        "blocks": 4,
+        "width": 0.25,
+        "initial_scale": 0.58,
+        "prune_upsampler": True,
+    }
     config.target = 0.6
     config.search.update(epochs=3, learning_rate=1e-3, drops=(), strength=1.0)
     config.converge.update(epochs=6, learning_rate=1e-3, drops=(4.5,))
