@@ -265,7 +265,7 @@ def test_wrong_folders_are_refused_before_anything_is_decoded(
 ):
     root, load_folders = folders
     change(root)
-    monkeypatch.setattr(photographs, "_decode", None)
+    monkeypatch.setattr(photographs, "decode", None)
     with refused(error, *parts) as caught:
         load_folders(**arguments)
     assert "\n" not in str(caught.value)

@@ -12,6 +12,9 @@ from PIL import Image, UnidentifiedImageError
 
 from dhp_jax.data.source import DataNotFoundError
 
+# What Pillow calls images of 8 bits or less a channel.
+GRAY = ("1", "L", "LA")
+COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 CHUNK = 100  # images that one thread decodes in a row
 
 
@@ -63,9 +66,9 @@ def opened(
         with Image.open(file) as image:
             yield image
     except UnidentifiedImageError as error:
-        raise DataNotFoundError(f"{argument}: {name} is no image that can be read") from error
+        raise DataNotFoundError(f"{argument}: cannot read {str(name)!r}: it is no image") from error
     except Exception as error:  # a broken file makes Pillow raise errors of many kinds
-        raise DataNotFoundError(f"{argument}: cannot read {name}: {error}") from error
+        raise DataNotFoundError(f"{argument}: cannot read {str(name)!r}: {error}") from error
 
 
 def empty_images(shape: tuple[int, int, int, int], name: str) -> np.ndarray:

@@ -7,13 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dhp_jax.data.decode import decode, empty_images, in_chunks, opened
+from dhp_jax.data.decode import COLOUR, GRAY, decode, empty_images, in_chunks, opened
 from dhp_jax.data.source import DataNotFoundError, Source
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
-# Pillow's modes of images with at most 8 bits a channel.
-GRAY = ("1", "L", "LA")
-COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 # Images from which the mean and standard deviation are taken, if there are more.
 SAMPLE = 2000
 

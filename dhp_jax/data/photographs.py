@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-import contextlib
 from dataclasses import dataclass
 from fractions import Fraction
 import functools
@@ -14,17 +13,14 @@ from typing import NamedTuple
 
 from jaxtyping import UInt8
 import numpy as np
-from PIL import Image
 
+from dhp_jax.data.decode import COLOUR, GRAY, decode, opened
 from dhp_jax.data.resize import bicubic
 from dhp_jax.data.source import DataNotFoundError
 from dhp_jax.names import unknown
 
 NAMES = ("photographs", "photo_folder")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# What Pillow calls images of 8 bits or less a channel.
-GRAY_MODES = ("1", "L", "LA")
-COLOR_MODES = ("P", "RGB", "RGBA", "CMYK", "YCbCr")
 # Files in skimage/data. The stereo pair motorcycle_left, motorcycle_right is not divided.
 SHIPPED = {
     "train": (
@@ -195,8 +191,10 @@ def _folder(argument: str, folder: str | os.PathLike | None, scale: int) -> list
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise DataNotFoundError(f"{argument}: expected a folder of images; got {str(folder)!r}")
-    with _readable(argument, folder):
+    try:
         images = list(_images(folder))
+    except OSError as error:
+        raise DataNotFoundError(f"{argument}: cannot read {str(folder)!r}: {error}") from error
     targets = [(name, path) for name, mark, path in images if mark != "LR"]
     lows = {name: path for name, mark, path in images if mark == "LR"}
     if scale > 1 and any(mark for _, mark, _ in images):
@@ -244,23 +242,14 @@ def _match(
 
 def _file(argument: str, name: str, path: Path, low: Path | None = None) -> _File:
     """Reads the header of an image."""
-    with _readable(argument, path), Image.open(path) as image:
+    with opened(path, argument=argument) as image:
         mode, (width, height) = image.mode, image.size
-    if mode not in GRAY_MODES + COLOR_MODES:
+    if mode not in GRAY + COLOUR:
         raise DataNotFoundError(
             f"{argument}: expected images of 8 bits a channel; "
             f"got {str(path)!r} in Pillow's mode {mode!r}"
         )
-    return _File(argument, name, path, (height, width), mode in GRAY_MODES, low)
-
-
-@contextlib.contextmanager
-def _readable(argument: str, path: Path) -> Iterator[None]:
-    """Turns the ways in which reading an image fails into one line that names it."""
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataNotFoundError(f"{argument}: cannot read {str(path)!r}: {error}") from error
+    return _File(argument, name, path, (height, width), mode in GRAY, low)
 
 
 # Checking them
@@ -345,19 +334,13 @@ def _read(files: dict[str, list[_File]], channels: int, scale: int, split: str) 
 
 def _photograph(file: _File, channels: int, scale: int) -> Photograph:
     """Decodes a photograph and its low-resolution image, or makes that."""
+    mode = "L" if channels == 1 else "RGB"
     height, width = _target_size(file, scale)
-    target = _decode(file.argument, file.path, channels)[:height, :width]
+    target = decode(file.path, mode, argument=file.argument)[:height, :width]
     if scale == 1:
         degraded = None
     elif file.low is None:
         degraded = bicubic(target, Fraction(1, scale))
     else:
-        degraded = _decode(file.argument, file.low, channels)
+        degraded = decode(file.low, mode, argument=file.argument)
     return Photograph(file.name, target, degraded)
-
-
-def _decode(argument: str, path: Path, channels: int) -> UInt8[np.ndarray, "h w c"]:
-    """The pixels of an image, gray or red, green and blue."""
-    with _readable(argument, path), Image.open(path) as image:
-        pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels)
