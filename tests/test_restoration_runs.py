@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 from PIL import Image
 import pytest
+from runs import contents
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
 from dhp_jax import journal, pipeline, report
 from dhp_jax.data.photographs import Photograph
 from dhp_jax.tasks import metrics
-from runs import contents
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
