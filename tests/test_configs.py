@@ -56,7 +56,8 @@ def tiny(path, folders):
             config.data.update(name="image_folder", dir=str(folders / str(size)))
             config.batch_size = 2
     else:
-        config.data.update(dir=str(folders / "photographs"), test_dir=str(folders / "photographs"))
+        path = str(folders / "photographs")
+        config.data.update(name="photo_folder", dir=path, test_dir=path)
         config.task.update(patch=16, steps_per_epoch=2)
         config.batch_size = 2
     config.model.update({"width": 0.1, **TINY.get(config.model.name, {})})
