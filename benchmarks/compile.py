@@ -13,6 +13,7 @@ import argparse
 from concurrent.futures import ProcessPoolExecutor
 import multiprocessing
 from pathlib import Path
+import sys
 import time
 
 import jax
@@ -37,6 +38,7 @@ def main() -> None:
     for name in options.networks:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             rows.append(fresh.submit(measure, name, options.quick).result())
+        print(as_table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     table = as_table(rows)
     print(table)
     if options.out is not None:

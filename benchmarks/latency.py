@@ -11,6 +11,7 @@ process. Which channels go does not matter for the time; those of untrained late
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+import sys
 import time
 
 from flax import nnx
@@ -40,6 +41,7 @@ def main() -> None:
     rows = []
     for name in options.networks:
         rows += measure(NETWORKS[name], options)
+        print(*as_table(rows[-2:]).splitlines()[-2:], sep="\n", file=sys.stderr, flush=True)
     table = as_table(rows)
     print(table)
     if options.out is not None:
