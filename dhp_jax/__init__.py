@@ -1,6 +1,7 @@
 """Prune convolutional networks by differentiable meta pruning; see README.md."""
 
 from dhp_jax import models
+from dhp_jax.backend import compiler_options, inference
 from dhp_jax.checkpoint import load, save
 from dhp_jax.cost import Cost, measure_cost
 from dhp_jax.hypernet import hyper_kernel
@@ -24,8 +25,10 @@ __all__ = [
     "LatentVector",
     "Linear",
     "check_axes",
+    "compiler_options",
     "concat",
     "hyper_kernel",
+    "inference",
     "latents",
     "load",
     "measure_cost",

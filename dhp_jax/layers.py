@@ -120,8 +120,8 @@ class HyperConv(Hyper):
       z_out: axis of the output channels.
       kernel_size: spatial size, `(3, 3)` for a 3 by 3 kernel.
       strides, padding, input_dilation, kernel_dilation, feature_group_count, use_bias, dtype,
-        param_dtype, precision, promote_dtype, preferred_element_type: as in `nnx.Conv`. `dtype` is
-        that of the computation; the hypernetwork stays in `param_dtype`.
+        param_dtype, precision, conv_general_dilated, promote_dtype, preferred_element_type: as in
+        `nnx.Conv`. `dtype` is that of the computation; the hypernetwork stays in `param_dtype`.
       embedding: size `m` of the embedding of each pair of channels.
       initial_scale: multiplies the kernel before training, whose variance is `1 / fan_in`.
       rngs: the `params` stream draws the initial values.
@@ -153,6 +153,7 @@ class HyperConv(Hyper):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: Any = None,
+        conv_general_dilated: Callable[..., Any] = jax.lax.conv_general_dilated,
         promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
         preferred_element_type: Any = None,
         embedding: int = EMBEDDING,
@@ -164,6 +165,7 @@ class HyperConv(Hyper):
         self.input_dilation = input_dilation
         self.kernel_dilation = kernel_dilation
         self.feature_group_count = feature_group_count
+        self.conv_general_dilated = conv_general_dilated
         if feature_group_count != 1:
             _check_groups(feature_group_count, z_in, z_out)
             self.z_group = Latent(z_in.size // feature_group_count, prunable=False, rngs=rngs)
@@ -197,6 +199,7 @@ class HyperConv(Hyper):
             input_dilation=self.input_dilation,
             kernel_dilation=self.kernel_dilation,
             feature_group_count=groups,
+            conv_general_dilated=self.conv_general_dilated,
         )
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 import optax
 
+from dhp_jax.backend import compiler_options, tune
 from dhp_jax.latent import LatentVector
 from dhp_jax.tasks.task import Data, Params, Task
 
@@ -297,7 +298,7 @@ def make_step(
     """
 
     def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any):
-        model = nnx.merge(graphdef, *params, rest, copy=True)
+        model = tune(nnx.merge(graphdef, *params, rest, copy=True))
         outputs = model(inputs)
         rest = nnx.state(model, nnx.Not(nnx.Param))
         return jnp.mean(task.loss(outputs, targets)), (task.score(outputs, targets), rest)
@@ -316,7 +317,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, rest, opt_state, state.step + 1, measures)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+import functools
 from typing import ClassVar
 
 from flax import nnx
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 import numpy as np
 import optax
 
+from dhp_jax.backend import compiler_options, tune
 from dhp_jax.data.augment import augment, normalize
 from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
 
@@ -62,12 +64,13 @@ class Classification:
         examples = len(data[0])
         batch_size = min(batch_size, examples)
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=compiler_options())
         def add(sums: Array, params: Params, rest: nnx.State, data: Examples, start) -> Array:
             chosen = start + jnp.arange(batch_size)
             counted = chosen < examples
             images, labels = (array[jnp.minimum(chosen, examples - 1)] for array in data)
-            outputs = nnx.merge(graphdef, *params, rest)(normalize(images, self.mean, self.std))
+            model = tune(nnx.merge(graphdef, *params, rest))
+            outputs = model(normalize(images, self.mean, self.std))
             measured = self.loss(outputs, labels), self.score(outputs, labels)
             return sums + jnp.stack([jnp.sum(values, where=counted) for values in measured])
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8, UInt32
 import numpy as np
 
+from dhp_jax.backend import compiler_options, tune
 from dhp_jax.data.photographs import Photograph
 from dhp_jax.data.resize import bicubic
 from dhp_jax.latent import LatentVector
@@ -201,9 +202,9 @@ class Restoration:
         else:
             tile = (self.tile, self.tile)
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=compiler_options())
         def forward(params: Params, rest: nnx.State, x: Array) -> Array:
-            return nnx.merge(graphdef, *params, rest)(x).astype(jnp.float32)
+            return tune(nnx.merge(graphdef, *params, rest))(x).astype(jnp.float32)
 
         def restored(params: Params, rest: nnx.State, index: int) -> np.ndarray:
             image = self.test_input(data[index], index)

@@ -1,0 +1,281 @@
+"""What makes XLA run convolutional networks fast on the platform at hand.
+
+On GPU and TPU that is what it does by itself. XLA:CPU needs three things (docs/architecture.md has
+the measurements): convolutions that use all cores, kernel gradients whose operands it does not
+compute again, and another form for depthwise convolutions and the gradients of grouped ones.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dhp_jax.latent import walk
+from dhp_jax.layers import BatchNorm
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+MOST_TAPS = 49  # of a depthwise kernel that is written out
+Pads = tuple[tuple[int, int], ...]
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """Options for `jax.jit` with which networks of convolutions run fast; empty for most platforms.
+
+    On CPU they leave convolutions to Eigen: XLA's default (jaxlib 0.10) runs most of them on one
+    core, and those of odd widths, as pruning makes them, at half the speed.
+
+    Returns:
+      What to pass as `jax.jit(..., compiler_options=)`. Like all such options they are for
+      functions that are not called in other jitted functions.
+
+    Example:
+      >>> step = jax.jit(step, compiler_options=dhp.compiler_options())
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:  # a version of XLA that has no such option
+        return {}
+    return options
+
+
+def inference(model: nnx.Module) -> Callable[[Float[Array, "*batch"]], Float[Array, "*batch"]]:
+    """The compiled forward pass of a network in evaluation mode, fast on the platform at hand.
+
+    Args:
+      model: a network, with or without latents; left as it was. Later changes are not seen.
+
+    Returns:
+      A function of a batch of inputs. It is compiled for every new shape, and may not be called in
+      another jitted function.
+
+    Example:
+      >>> run = dhp.inference(small)
+      >>> y = run(x)                           # (n, h, w, c) -> what the network returns
+    """
+    model = nnx.clone(model)
+    model.eval()
+    graphdef, state = nnx.split(model)
+
+    def forward(state: nnx.State, x: Array) -> Array:
+        return tune(nnx.merge(graphdef, state))(x)
+
+    compiled = jax.jit(forward, compiler_options=compiler_options())
+    return functools.partial(compiled, state)
+
+
+def tune(model: nnx.Module) -> nnx.Module:
+    """Makes a network's layers compute in the way that is fastest here; in place, same numbers.
+
+    For models that were merged within a jitted function. Convolutions that were given a function of
+    their own keep it. What is tuned for CPU has no forward-mode derivative.
+    """
+    for _, _, layer in walk(model):
+        if type(layer) in (nnx.BatchNorm, BatchNorm) and layer.axis_name is None:
+            layer.__class__ = _BatchNorm
+        is_convolution = getattr(layer, "conv_general_dilated", None) is lax.conv_general_dilated
+        if is_convolution and jax.default_backend() == "cpu":
+            layer.conv_general_dilated = convolution
+    return model
+
+
+def convolution(
+    lhs: Float[Array, "n *spatial in"],
+    rhs: Float[Array, "*k in_per_group out"],
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = LAYOUT,
+    feature_group_count: int = 1,
+    precision: Any = None,
+    **options: Any,
+) -> Float[Array, "n *spatial out"]:
+    """`jax.lax.conv_general_dilated`, fast on XLA:CPU; same arguments, same numbers.
+
+    Arguments for which it knows nothing better go to the original: other than two spatial axes,
+    other layouts, dilated inputs.
+    """
+    plain = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        precision=precision,
+        **options,
+    )
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    channels_last = lhs.ndim == 4 and numbers == lax.conv_dimension_numbers(
+        lhs.shape, rhs.shape, LAYOUT
+    )
+    if not channels_last or any(d != 1 for d in lhs_dilation or ()):
+        return plain(lhs, rhs)
+    strides, dilation = tuple(window_strides), tuple(rhs_dilation or (1, 1))
+    size = tuple((k - 1) * d + 1 for k, d in zip(rhs.shape[:2], dilation, strict=True))
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:3], size, strides, padding)
+    pads = tuple(tuple(map(int, pad)) for pad in padding)
+    depthwise = feature_group_count > 1 and lhs.shape[-1] == rhs.shape[-1] == feature_group_count
+    if depthwise and math.prod(rhs.shape[:2]) <= MOST_TAPS:
+        return _depthwise(lhs, rhs, strides, pads, dilation)
+    differentiable = jax.custom_vjp(plain)
+    differentiable.defvjp(
+        lambda x, kernel: (plain(x, kernel), (x, kernel)),
+        functools.partial(_backward, plain, strides, pads, dilation, feature_group_count),
+    )
+    return differentiable(lhs, rhs)
+
+
+def _backward(plain, strides, pads, dilation, groups, inputs, grad):
+    x, kernel = inputs
+    (grad_x,) = jax.vjp(lambda x: plain(x, kernel), x)[1](grad)
+    taps = kernel.shape[:2]
+    # A computation of its own: within the whole, XLA would compute x again from what it was made
+    # of, for every residual block before this one.
+    with set_xla_metadata(inlineable="false"):
+        if groups == 1:
+            grad_kernel = _kernel_gradient(x, grad, taps, strides, pads, dilation)
+        else:
+            grad_kernel = _grouped_kernel_gradient(x, grad, groups, taps, strides, pads, dilation)
+    return grad_x, grad_kernel.astype(kernel.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _kernel_gradient(
+    x: Array, grad: Array, taps: tuple[int, int], strides, pads: Pads, dilation
+) -> Array:
+    """The kernel's gradient as a convolution over the batch.
+
+    In the one layout that XLA:CPU has a fast routine for; it would not change the layout here.
+    """
+    ends = []
+    for n, m, k, s, d, (low, _) in zip(
+        x.shape[1:3], grad.shape[1:3], taps, strides, dilation, pads, strict=True
+    ):
+        ends.append((low, (k - 1) * d + (m - 1) * s + 1 - n - low))
+    result = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        grad.transpose(1, 2, 0, 3),
+        window_strides=dilation,
+        padding=ends,
+        rhs_dilation=strides,
+        dimension_numbers=LAYOUT,
+    )
+    return result.transpose(1, 2, 0, 3)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _grouped_kernel_gradient(
+    x: Array, grad: Array, groups: int, taps: tuple[int, int], strides, pads: Pads, dilation
+) -> Array:
+    """The kernel's gradient, one matrix product a tap and group."""
+    rows, columns = x.shape[-1] // groups, grad.shape[-1] // groups
+    grad_groups = grad.reshape(-1, groups, columns)
+    by_tap = [
+        jnp.einsum("pgi,pgo->igo", part.reshape(-1, groups, rows), grad_groups)
+        for part in _shifted(x, taps, strides, pads, dilation, grad.shape[1:3])
+    ]
+    return jnp.stack(by_tap).reshape(*taps, rows, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _depthwise(x: Array, kernel: Array, strides, pads: Pads, dilation) -> Array:
+    """A depthwise convolution as a sum over the taps of its kernel: one pass over the output."""
+    taps = kernel.shape[:2]
+    size = tuple(
+        (n + sum(pad) - (k - 1) * d - 1) // s + 1
+        for n, pad, k, d, s in zip(x.shape[1:3], pads, taps, dilation, strides, strict=True)
+    )
+    parts = _shifted(x, taps, strides, pads, dilation, size)
+    weights = kernel.reshape(-1, kernel.shape[-1])
+    return sum(part * weight for part, weight in zip(parts, weights, strict=True))
+
+
+def _depthwise_forward(x, kernel, strides, pads, dilation):
+    return _depthwise(x, kernel, strides, pads, dilation), (x, kernel)
+
+
+def _depthwise_backward(strides, pads, dilation, inputs, grad):
+    x, kernel = inputs
+    taps = kernel.shape[:2]
+    # The input's gradient is a depthwise convolution too: of the gradient, spread out by the
+    # strides, with the kernel turned around.
+    spread = _padded(grad, [(0, 0, stride - 1) for stride in strides])
+    turned = []
+    for n, m, k, d, (low, _) in zip(
+        x.shape[1:3], spread.shape[1:3], taps, dilation, pads, strict=True
+    ):
+        before = (k - 1) * d - low
+        turned.append((before, n + (k - 1) * d - m - before))
+    grad_x = _depthwise(spread, kernel[::-1, ::-1], (1, 1), tuple(turned), dilation)
+    parts = _shifted(x, taps, strides, pads, dilation, grad.shape[1:3])
+    sums = [jnp.sum(part * grad, (0, 1, 2)) for part in parts]
+    return grad_x, jnp.stack(sums).reshape(kernel.shape)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _shifted(
+    x: Array, taps: tuple[int, int], strides, pads: Pads, dilation, size: tuple[int, int]
+) -> list[Array]:
+    """What each tap of a kernel sees of the padded input, `(n, *size, c)` each."""
+    padded = _padded(x, [(low, high, 0) for low, high in pads])
+    (rows, columns), (down, right) = size, strides
+    return [
+        padded[
+            :,
+            i * dilation[0] : i * dilation[0] + (rows - 1) * down + 1 : down,
+            j * dilation[1] : j * dilation[1] + (columns - 1) * right + 1 : right,
+        ]
+        for i in range(taps[0])
+        for j in range(taps[1])
+    ]
+
+
+def _padded(x: Array, pads: Sequence[tuple[int, int, int]]) -> Array:
+    """The image with zeros before, after and between its rows and columns."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+
+
+class _BatchNorm(nnx.BatchNorm):
+    """`nnx.BatchNorm` that is quick to trace.
+
+    Assigning statistics by `[...] =` asks for their sharding, which takes time in proportion to the
+    computation traced so far, `set_value` does not.
+    """
+
+    def __call__(self, x: Array, use_running_average: bool | None = None, **options: Any) -> Array:
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        ordinary = self.axis in (-1, x.ndim - 1) and self.use_fast_variance and not options
+        if use_running_average or not ordinary:
+            return super().__call__(x, use_running_average, **options)
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        given = (x, self.mean[...], self.var[...], scale, bias)
+        x, _, _, scale, bias = self.promote_dtype(given, dtype=self.dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        axes = tuple(range(x.ndim - 1))
+        mean = jnp.mean(wide, axes)
+        var = jnp.maximum(0, jnp.mean(lax.square(wide), axes) - lax.square(mean))
+        for statistic, value in ((self.mean, mean), (self.var, var)):
+            old = statistic[...]
+            new = self.momentum * old + (1 - self.momentum) * value
+            statistic.set_value(new.astype(old.dtype))
+        slope = lax.rsqrt(var + self.epsilon)
+        y = (x - mean) * (slope if scale is None else slope * scale)
+        return (y if bias is None else y + bias).astype(x.dtype)

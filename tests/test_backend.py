@@ -1,0 +1,248 @@
+"""What makes networks fast on a platform computes the same numbers as what it replaces."""
+
+import functools
+import re
+
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+from jax import lax
+import jax.numpy as jnp
+from networks import filled
+import numpy as np
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax import backend
+from dhp_jax.backend import LAYOUT, convolution, tune
+
+SIDES = st.integers(5, 9)
+PADS = st.integers(-1, 3)
+
+
+@st.composite
+def convolutions(draw):
+    """Shapes of an input and a kernel, and the arguments of a convolution of them."""
+    groups = draw(st.sampled_from([1, 1, 2, 4]))
+    per_group = draw(st.integers(1, 3))
+    out_per_group = draw(st.integers(1, 3))
+    pad = st.tuples(PADS, PADS)
+    arguments = {
+        "window_strides": draw(st.tuples(*[st.integers(1, 3)] * 2)),
+        "padding": draw(st.one_of(st.sampled_from(["SAME", "VALID"]), st.tuples(pad, pad))),
+        "rhs_dilation": draw(st.one_of(st.none(), st.tuples(*[st.integers(1, 2)] * 2))),
+        "dimension_numbers": LAYOUT,
+        "feature_group_count": groups,
+    }
+    x = (draw(st.integers(1, 3)), draw(SIDES), draw(SIDES), groups * per_group)
+    kernel = (*draw(st.tuples(*[st.integers(1, 3)] * 2)), per_group, groups * out_per_group)
+    return x, kernel, arguments
+
+
+def with_gradients(convolve, x, kernel, seed):
+    """The output, and the gradients for a drawn gradient of the output."""
+    y, pull = jax.vjp(convolve, x, kernel)
+    return y, *pull(drawn(y.shape, seed))
+
+
+def drawn(shape, seed):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions(), st.integers(0, 99))
+def test_a_convolution_and_its_gradients_equal_those_of_lax(case, seed):
+    x, kernel, arguments = case
+    x, kernel = drawn(x, seed), drawn(kernel, seed + 1)
+    expected = functools.partial(lax.conv_general_dilated, **arguments)
+    if 0 in jax.eval_shape(expected, x, kernel).shape:
+        return
+    ours = with_gradients(functools.partial(convolution, **arguments), x, kernel, seed)
+    for a, b in zip(ours, with_gradients(expected, x, kernel, seed), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "arguments"),
+    [
+        (
+            (2, 7, 3),
+            (3, 3, 4),
+            {"window_strides": (1,), "dimension_numbers": ("NHC", "HIO", "NHC")},
+        ),
+        ((2, 6, 7, 3), (3, 3, 3, 4), {"window_strides": (1, 1), "lhs_dilation": (2, 1)}),
+        (
+            (2, 3, 6, 7),
+            (4, 3, 3, 3),
+            {"window_strides": (1, 1), "dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+        ),
+    ],
+)
+def test_what_it_knows_nothing_better_for_goes_to_lax(x, kernel, arguments):
+    arguments = {"padding": "SAME", "dimension_numbers": LAYOUT} | arguments
+    if "lhs_dilation" in arguments:
+        arguments["padding"] = ((1, 1), (1, 1))
+    x, kernel = drawn(x, 0), drawn(kernel, 1)
+    ours = with_gradients(functools.partial(convolution, **arguments), x, kernel, 2)
+    theirs = with_gradients(functools.partial(lax.conv_general_dilated, **arguments), x, kernel, 2)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_convolution_has_gradients_of_single_examples_and_second_derivatives(groups):
+    arguments = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": groups}
+    x, kernel = drawn((3, 5, 5, 4), 0), drawn((3, 3, 4 // groups, 4), 1)
+
+    def both(of):
+        ours = functools.partial(convolution, **arguments)
+        theirs = functools.partial(lax.conv_general_dilated, dimension_numbers=LAYOUT, **arguments)
+        np.testing.assert_allclose(of(ours), of(theirs), rtol=1e-3, atol=1e-3)
+
+    def loss(convolve, kernel, x):
+        return jnp.sum(jnp.sin(convolve(x[None], kernel)))
+
+    def of_each(convolve):
+        return jax.vmap(jax.grad(functools.partial(loss, convolve)), (None, 0))(kernel, x)
+
+    def of_gradient(convolve):
+        gradient = jax.grad(functools.partial(loss, convolve))
+        return jax.grad(lambda kernel: jnp.sum(gradient(kernel, x[0]) ** 2))(kernel)
+
+    both(of_each)
+    both(of_gradient)
+
+
+class Network(nnx.Module):
+    """Every kind of layer that is tuned: ordinary, grouped and depthwise convolutions, norms."""
+
+    def __init__(self, rngs):
+        image = dhp.Latent(3, prunable=False, rngs=rngs)
+        groups, channels = dhp.Latent(3, rngs=rngs), dhp.Latent(6, rngs=rngs)
+        wide = dhp.repeat(groups, 2)
+        self.layers = nnx.List(
+            [
+                dhp.HyperConv(image, wide, (3, 3), 2, rngs=rngs),
+                dhp.BatchNorm(wide, momentum=0.9, rngs=rngs),
+                dhp.HyperConv(wide, wide, (3, 3), feature_group_count=3, rngs=rngs),
+                dhp.BatchNorm(wide, use_bias=False, use_scale=False, rngs=rngs),
+                dhp.HyperConv(wide, channels, (1, 1), use_bias=False, rngs=rngs),
+                dhp.HyperConv(channels, channels, (3, 3), feature_group_count=6, rngs=rngs),
+                dhp.BatchNorm(channels, rngs=rngs),
+            ]
+        )
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return x
+
+
+def losses_and_gradients(model, x, tuned):
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, rest):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        y = (tune(model) if tuned else model)(x)
+        return jnp.sum(jnp.sin(y)), (y, nnx.state(model, nnx.Not(nnx.Param)))
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, rest)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_tuned_network_trains_like_the_original(pruned):
+    model = filled(Network)
+    if pruned:
+        model = dhp.prune(model, dhp.survivors(model, threshold=0.5))
+    model.train()
+    x = drawn((4, 8, 8, 3), 0)
+    ours, theirs = (losses_and_gradients(model, x, tuned) for tuned in (True, False))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_a_batch_norm_in_low_precision_keeps_its_statistics_in_float32():
+    model = nnx.BatchNorm(5, dtype=jnp.bfloat16, momentum=0.9, rngs=nnx.Rngs(0))
+    x = drawn((16, 3, 3, 5), 0)
+    expected = model(x)
+    statistics = model.mean[...], model.var[...]
+    again = nnx.BatchNorm(5, dtype=jnp.bfloat16, momentum=0.9, rngs=nnx.Rngs(0))
+    y = tune(again)(x)
+    assert y.dtype == expected.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(y), np.float32(expected), atol=0.02)
+    for a, b in zip((again.mean[...], again.var[...]), statistics, strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_tuning_leaves_other_functions_and_norms_over_devices_alone():
+    def other(*args, **kwargs):
+        return lax.conv_general_dilated(*args, **kwargs)
+
+    conv = nnx.Conv(3, 4, (3, 3), conv_general_dilated=other, rngs=nnx.Rngs(0))
+    assert tune(conv).conv_general_dilated is other
+    norm = nnx.BatchNorm(3, axis_name="devices", rngs=nnx.Rngs(0))
+    assert type(tune(norm)) is nnx.BatchNorm
+
+
+def test_a_masked_or_oddly_laid_out_norm_is_computed_by_flax():
+    x = drawn((2, 3, 4, 4), 0)
+    for options, arguments in (({"axis": 1}, {}), ({}, {"mask": x[..., :1] > 0})):
+        a, b = (
+            nnx.BatchNorm(x.shape[options.get("axis", -1)], rngs=nnx.Rngs(0), **options)
+            for _ in "ab"
+        )
+        np.testing.assert_array_equal(tune(a)(x, **arguments), b(x, **arguments))
+
+
+def test_inference_is_the_forward_pass_in_evaluation_mode_of_the_network_as_it_was():
+    model = filled(Network)
+    model.train()
+    x = drawn((2, 8, 8, 3), 0)
+    run = dhp.inference(model)
+    assert not model.layers[1].use_running_average
+    model.layers[1].mean[...] += 1
+    changed = dhp.inference(model)(x)
+    model.layers[1].mean[...] -= 1
+    model.eval()
+    np.testing.assert_allclose(run(x), model(x), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(changed, model(x), rtol=1e-4, atol=1e-4)
+    small = dhp.prune(model, dhp.survivors(model, threshold=0.5))
+    np.testing.assert_allclose(dhp.inference(small)(x), small(x), rtol=1e-4, atol=1e-4)
+
+
+def test_options_are_those_of_the_platform(monkeypatch):
+    options = backend.compiler_options()
+    assert bool(options) == (jax.default_backend() == "cpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert backend.compiler_options.__wrapped__() == {}
+    conv = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+    assert tune(conv).conv_general_dilated is lax.conv_general_dilated
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA:CPU")
+def test_options_that_this_xla_does_not_know_are_left_out(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("no such option")
+
+    monkeypatch.setattr(jax, "jit", refuse)
+    assert backend.compiler_options.__wrapped__() == {}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA:CPU")
+def test_a_kernel_gradient_is_a_computation_of_its_own():
+    """Within the whole, its operands would be computed again: time quadratic in the depth."""
+    x, kernel = drawn((2, 6, 6, 3), 0), drawn((3, 3, 3, 3), 1)
+
+    def loss(kernel):
+        h = x
+        for _ in range(3):
+            h = h + nnx.relu(convolution(h, kernel, (1, 1), "SAME"))
+        return jnp.sum(h)
+
+    compiled = jax.jit(jax.grad(loss)).lower(kernel).compile().as_text()
+    assert len(re.findall(r" call\(.*kernel_gradient", compiled)) == 3
