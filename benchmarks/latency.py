@@ -84,11 +84,9 @@ def measure(network: Network, options: argparse.Namespace) -> list[dict]:
 
 def forward(model: nnx.Module, network: Network, batch: int) -> Callable[[], None]:
     """A function that runs a network over a batch, and waits for it."""
-    model.eval()
-    graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    run = dhp.inference(model)
     x = jnp.full((batch, *network.input_shape), 0.5)
-    return lambda: jax.block_until_ready(run(state, x))
+    return lambda: jax.block_until_ready(run(x))
 
 
 def as_table(rows: list[dict]) -> str:

@@ -4,6 +4,7 @@ Nothing is shared between the (input channel, output channel) pairs, so removing
 latent vector removes exactly one slice of the kernel. That is the whole pruning mechanism.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -95,7 +96,9 @@ def _embedding(z_in: Array, z_out: Array, arrays: HypernetArrays) -> tuple[Array
 @jax.custom_vjp
 def _generate(z_in: Array, z_out: Array, arrays: HypernetArrays) -> Array:
     _, embedding = _embedding(z_in, z_out, arrays)
-    return jnp.sum(arrays.w2 * embedding, axis=-3) + arrays.b2
+    # Sums are written out: not every compiler fuses a reduction with what it sums.
+    parts = (arrays.w2[..., i, :, :] * embedding[i] for i in range(embedding.shape[0]))
+    return sum(parts, start=arrays.b2)
 
 
 def _generate_forward(z_in, z_out, arrays):
@@ -107,9 +110,9 @@ def _generate_backward(inputs, grad_kernel):
     z_in, z_out, arrays = inputs
     pairs, embedding = _embedding(z_in, z_out, arrays)
     grad = grad_kernel[..., None, :, :]
-    spatial = tuple(range(arrays.w2.ndim - 3))
-    grad_embedding = jnp.sum(arrays.w2 * grad, axis=spatial)
-    grad_pairs = jnp.sum(grad_embedding * arrays.w1, axis=0)
+    taps = itertools.product(*(range(n) for n in arrays.w2.shape[:-3]))
+    grad_embedding = sum(arrays.w2[tap] * grad[tap] for tap in taps)
+    grad_pairs = sum(g * w for g, w in zip(grad_embedding, arrays.w1, strict=True))
     grads = HypernetArrays(
         b0=grad_pairs,
         w1=grad_embedding * pairs,
