@@ -1,9 +1,11 @@
 """How much do the hypernetworks and the proximal step add to a training step?
 
 Times the search step against the step of the same network without latents: interleaved, in one
-process, on the same data. Both are the library's own `make_step`, augmentation included.
+process, on the same data. Both are the library's own `make_step`, augmentation included. With
+`--torch` also against the search step in PyTorch (see torch_search.py), which has to be installed.
 
     python benchmarks/step.py                # ResNet-20 and ResNet-56, batch 64
+    python benchmarks/step.py --torch eager --networks resnet110 dncnn --batch 256
     python benchmarks/step.py --quick        # a smoke run of a few seconds
 """
 
@@ -24,15 +26,16 @@ NOTE = "Median of interleaved steps, quartiles in parentheses; the ratio is that
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["resnet20", "resnet56"])
+    parser.add_argument("--torch", choices=("eager", "compiled"), help="PyTorch's step beside ours")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=20, help="steps of each kind that count")
     parser.add_argument("--quick", action="store_true", help="a tiny network, few rounds")
     parser.add_argument("--out", type=Path, help="folder for step.json and step.md")
     options = parser.parse_args()
     if options.quick:
-        options.depths, options.batch, options.rounds = [20], 4, 3
-    rows = [measure(depth, options) for depth in options.depths]
+        options.networks, options.batch, options.rounds = ["resnet20"], 4, 3
+    rows = [measure(name, options) for name in options.networks]
     table = as_table(rows)
     print(table)
     if options.out is not None:
@@ -41,15 +44,20 @@ def main() -> None:
         )
 
 
-def measure(depth: int, options: argparse.Namespace) -> dict:
-    """Seconds of both steps, run in turn, and the ratio of each pair."""
-    width = 0.25 if options.quick else 1.0
-    network = NETWORKS[f"resnet{depth}"]
-    model = network.build(width=width)
+def measure(name: str, options: argparse.Namespace) -> dict:
+    """Milliseconds of the steps, run in turn, and the ratios of those of each round."""
+    network = NETWORKS[name]
+    model = network.build(width=0.25) if options.quick else network.build()
     steps = {
         "search": stepper(network, model, options.batch),
         "plain": stepper(network, dhp.prune(model), options.batch),
     }
+    if options.torch is not None:
+        import torch_search  # its packages are not among ours
+
+        steps["torch"] = torch_search.stepper(
+            network, options.batch, compiled=options.torch == "compiled"
+        )
     for step in steps.values():  # compiles, then warms up
         step()
         step()
@@ -59,16 +67,13 @@ def measure(depth: int, options: argparse.Namespace) -> dict:
             started = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - started)
-    ratios = [s / p for s, p in zip(seconds["search"], seconds["plain"], strict=True)]
-    return {
-        "model": f"ResNet-{depth}",
-        "width": width,
-        "batch": options.batch,
-        "rounds": options.rounds,
-        "search_ms": quartiles([1e3 * s for s in seconds["search"]]),
-        "plain_ms": quartiles([1e3 * s for s in seconds["plain"]]),
-        "ratio": quartiles(ratios),
-    }
+    row = {"model": network.label, "batch": options.batch, "rounds": options.rounds}
+    for kind, values in seconds.items():
+        row[f"{kind}_ms"] = quartiles([1e3 * s for s in values])
+        row[f"search_to_{kind}"] = quartiles(
+            [s / other for s, other in zip(seconds["search"], values, strict=True)]
+        )
+    return row
 
 
 def stepper(network: Network, model: nnx.Module, batch: int) -> Callable[[], None]:
@@ -83,14 +88,18 @@ def stepper(network: Network, model: nnx.Module, batch: int) -> Callable[[], Non
 
 
 def as_table(rows: list[dict]) -> str:
+    others = [kind for kind in ("plain", "torch") if f"{kind}_ms" in rows[0]]
+    columns = {"search step, ms": ("search_ms", ".0f")}
+    columns |= {f"{kind} step, ms": (f"{kind}_ms", ".0f") for kind in others}
+    columns |= {f"search / {kind}": (f"search_to_{kind}", ".3f") for kind in others}
     lines = [
-        "| network | batch | search step, ms | plain step, ms | search / plain |",
-        "|---|---:|---:|---:|---:|",
+        f"| network | batch | {' | '.join(columns)} |",
+        "|---|---:|" + "---:|" * len(columns),
     ]
     for row in rows:
         cells = [
             "{median:{form}} ({low:{form}} to {high:{form}})".format(form=form, **row[name])
-            for name, form in (("search_ms", ".0f"), ("plain_ms", ".0f"), ("ratio", ".3f"))
+            for name, form in columns.values()
         ]
         lines.append(f"| {row['model']} | {row['batch']} | {' | '.join(cells)} |")
     return "\n".join(lines)
