@@ -4,7 +4,6 @@ Nothing is shared between the (input channel, output channel) pairs, so removing
 latent vector removes exactly one slice of the kernel. That is the whole pruning mechanism.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from dhp_jax.draw import uniform
 from dhp_jax.latent import Axis
 
 EMBEDDING = 8  # m in the paper
+SMALL = 2**20  # numbers of an array whose sums are left to the compiler
 
 
 class HypernetArrays(NamedTuple):
@@ -96,9 +96,7 @@ def _embedding(z_in: Array, z_out: Array, arrays: HypernetArrays) -> tuple[Array
 @jax.custom_vjp
 def _generate(z_in: Array, z_out: Array, arrays: HypernetArrays) -> Array:
     _, embedding = _embedding(z_in, z_out, arrays)
-    # Sums are written out: not every compiler fuses a reduction with what it sums.
-    parts = (arrays.w2[..., i, :, :] * embedding[i] for i in range(embedding.shape[0]))
-    return sum(parts, start=arrays.b2)
+    return _sum_of_products(arrays.w2, embedding, (-3,)) + arrays.b2
 
 
 def _generate_forward(z_in, z_out, arrays):
@@ -110,9 +108,8 @@ def _generate_backward(inputs, grad_kernel):
     z_in, z_out, arrays = inputs
     pairs, embedding = _embedding(z_in, z_out, arrays)
     grad = grad_kernel[..., None, :, :]
-    taps = itertools.product(*(range(n) for n in arrays.w2.shape[:-3]))
-    grad_embedding = sum(arrays.w2[tap] * grad[tap] for tap in taps)
-    grad_pairs = sum(g * w for g, w in zip(grad_embedding, arrays.w1, strict=True))
+    grad_embedding = _sum_of_products(arrays.w2, grad, tuple(range(arrays.w2.ndim - 3)))
+    grad_pairs = _sum_of_products(grad_embedding, arrays.w1, (0,))
     grads = HypernetArrays(
         b0=grad_pairs,
         w1=grad_embedding * pairs,
@@ -125,6 +122,24 @@ def _generate_backward(inputs, grad_kernel):
     grad_out = jnp.sum(grad_pairs * z_in[:, None], axis=0)
     grads = grad_in, grad_out, grads
     return jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, inputs)
+
+
+def _sum_of_products(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
+    """`sum(a * b, axes)`, of large arrays term by term: one pass, nothing else in memory.
+
+    XLA:CPU does not always fuse a reduction with what it sums. Written out, that takes longer to
+    compile, which small arrays are not worth.
+    """
+    a, b = jnp.broadcast_arrays(a, b)
+    if a.size <= SMALL:
+        return jnp.sum(a * b, axes)
+    axes = tuple(axis % a.ndim for axis in axes)
+    one = tuple(size if axis in axes else 1 for axis, size in enumerate(a.shape))
+    places = [
+        tuple(i if axis in axes else slice(None) for axis, i in enumerate(place))
+        for place in np.ndindex(one)
+    ]
+    return sum(a[place] * b[place] for place in places)
 
 
 _generate.defvjp(_generate_forward, _generate_backward)

@@ -12,8 +12,10 @@ import sys
 
 from absl import flags
 from ml_collections import config_flags
+from tqdm import tqdm
 
 from dhp_jax import pipeline, report
+from dhp_jax.compilation import default_cache, keep_compiled, long_compilations
 from dhp_jax.config import check_overrides
 from dhp_jax.data import DataNotFoundError
 from dhp_jax.progress import ProgressBar
@@ -34,12 +36,15 @@ def main(arguments: Sequence[str]) -> int:
         options = parse(arguments)
         if options.baseline is not None:
             report.read_baseline(options.baseline)
+        keep_compiled(options.compilation_cache)
         run = pipeline.prepare(options.config, options.workdir, [ProgressBar()])
     except (flags.Error, ValueError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     try:
-        summary = pipeline.execute(run, baseline=options.baseline or f"{options.workdir}-baseline")
+        with long_compilations(tell_compiled):
+            baseline = options.baseline or f"{options.workdir}-baseline"
+            summary = pipeline.execute(run, baseline=baseline)
     except DataNotFoundError as error:  # a file that is found damaged when it is read
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -48,6 +53,11 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     print(report.text(run.workdir, summary))
     return 0
+
+
+def tell_compiled(function: str, seconds: float) -> None:
+    """A line on the terminal, above the bar."""
+    tqdm.write(f"compiled {function} in {seconds:.1f} s", file=sys.stderr)
 
 
 def define(arguments: Sequence[str]) -> flags.FlagValues:
@@ -72,6 +82,13 @@ def define(arguments: Sequence[str]) -> flags.FlagValues:
         None,
         "Directory of a finished run with --config.method=baseline, for comparison; "
         "<workdir>-baseline if not given.",
+        options,
+    )
+    flags.DEFINE_string(
+        "compilation_cache",
+        None,
+        "Folder in which compiled programs are kept for the next run; "
+        f"{default_cache()} if not given, off to keep none.",
         options,
     )
     return options

@@ -1,9 +1,17 @@
 """What test modules share that is no network; see networks.py for those."""
 
+import os
+
 import jax
 from jax.experimental.compilation_cache import compilation_cache as cache
 import pytest
 from runs import carry_out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_apart(tmp_path_factory):
+    """Runs in processes of their own keep what they compile here, not in the user's cache."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled_apart"))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax import hypernet
 from dhp_jax.hypernet import HypernetArrays, hyper_kernel, init_hypernet
 
 SHAPES = [
@@ -210,3 +211,17 @@ def test_a_latent_vector_of_rank_two_is_refused():
     z_in, z_out, arrays = drawn((3, 3), 4, 5, 8)
     with pytest.raises(ValueError, match="hyper_kernel: b0: expected shape"):
         generated(z_in.reshape(2, 2), z_out, arrays)
+
+
+@pytest.mark.parametrize(("kernel_size", "size_in", "size_out", "m"), SHAPES)
+def test_sums_written_out_equal_reductions(monkeypatch, kernel_size, size_in, size_out, m):
+    """As they are for large arrays."""
+    inputs = drawn(kernel_size, size_in, size_out, m)
+    grad = drawn(kernel_size, size_in, size_out, m, seed=1)[-1].b2
+    results = []
+    for small in (0, 10**9):
+        monkeypatch.setattr(hypernet, "SMALL", small)
+        kernel, pull = jax.vjp(hypernet._generate, *inputs)
+        results.append(jax.tree.leaves((kernel, pull(grad))))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

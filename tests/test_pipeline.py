@@ -356,3 +356,16 @@ def test_what_has_a_field_of_its_own_is_refused_among_the_models(tmp_path, argum
     with pytest.raises(ValueError, match=message):
         pipeline.prepare(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_both_precisions_follow_the_same_loss_curve(compiled_once, tmp_path):
+    """Means of the loss over ten steps each; they fall to a third in the course of the run."""
+    curves = {}
+    for dtype in ("float32", "bfloat16"):
+        changes = {"dtype": dtype, "model.width": 0.5, "log_every": 10, "baseline.epochs": 4}
+        run = pipeline.prepare(tiny(method="baseline", **changes), tmp_path / dtype)
+        pipeline.execute(run)
+        records = journal.read(run.workdir / journal.RECORDS)
+        curves[dtype] = np.array([record["loss"] for record in records])
+    assert curves["float32"][-1] < curves["float32"][0] / 3
+    np.testing.assert_allclose(curves["bfloat16"], curves["float32"], rtol=0.15, atol=0.1)

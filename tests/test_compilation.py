@@ -1,0 +1,80 @@
+"""Compiled programs are kept where they should be, and long compilations are told."""
+
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache as cache
+import jax.numpy as jnp
+import pytest
+
+from dhp_jax import compilation
+from dhp_jax.compilation import default_cache, keep_compiled, long_compilations
+
+SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+)
+
+
+@pytest.fixture
+def settings():
+    """JAX's settings, put back after the test."""
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    cache.reset_cache()
+
+
+def compile_something(number):
+    jax.jit(lambda x: jnp.sin(x) + number).lower(jnp.ones(3)).compile()
+
+
+def test_compiled_programs_are_kept_in_a_folder_that_is_made(settings, tmp_path):
+    folder = tmp_path / "new" / "cache"
+    assert keep_compiled(folder) == folder
+    compile_something(1.5)
+    assert any(folder.iterdir())
+
+
+def test_off_keeps_nothing(settings, tmp_path):
+    keep_compiled(tmp_path)
+    assert keep_compiled("off") is None
+    compile_something(2.5)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_jax_was_told_stays(settings, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "told"))
+    assert keep_compiled() == tmp_path / "told"
+    assert keep_compiled(tmp_path / "asked") == tmp_path / "asked"
+
+
+def test_the_default_is_in_the_users_cache_folder(settings, monkeypatch, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert keep_compiled() == default_cache() == tmp_path / "dhp_jax" / "xla"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache() == Path.home() / ".cache" / "dhp_jax" / "xla"
+
+
+def test_long_compilations_are_told_while_someone_listens(monkeypatch):
+    monkeypatch.setattr(compilation, "LONG", -1.0)
+    told = []
+    with long_compilations(lambda *what: told.append(what)):
+        compile_something(3.5)
+    compile_something(4.5)
+    ((name, seconds),) = told
+    assert "lambda" in name
+    assert seconds > 0
+
+
+def test_short_compilations_are_not_told(monkeypatch):
+    monkeypatch.setattr(compilation, "LONG", 1e6)
+    told = []
+    with long_compilations(lambda *what: told.append(what)):
+        compile_something(5.5)
+    assert told == []
