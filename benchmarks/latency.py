@@ -5,6 +5,7 @@ process. Which channels go does not matter for the time; those of untrained late
 
     python benchmarks/latency.py                        # every network
     python benchmarks/latency.py --networks vgg16 unet  # some of them
+    python benchmarks/latency.py --multiple-of=8        # with rounded widths
     python benchmarks/latency.py --quick                # a smoke run of a few seconds
 """
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--flops", type=float, default=0.5, help="share that pruned networks keep")
+    parser.add_argument("--multiple-of", type=int, default=1, help="of pruned widths")
     parser.add_argument("--rounds", type=int, default=15, help="passes of each kind that count")
     parser.add_argument("--quick", action="store_true", help="a tiny network, few rounds")
     parser.add_argument("--out", type=Path, help="folder for latency.json and latency.md")
@@ -45,13 +47,16 @@ def main() -> None:
     table = as_table(rows)
     print(table)
     if options.out is not None:
-        write(options.out, "latency", "Latency of pruned networks", NOTE, rows, table)
+        name = (
+            "latency" if options.multiple_of == 1 else f"latency_multiple_of_{options.multiple_of}"
+        )
+        write(options.out, name, "Latency of pruned networks", NOTE, rows, table)
 
 
 def measure(network: Network, options: argparse.Namespace) -> list[dict]:
     """Milliseconds of both networks, run in turn, and the speed-up of each pair; per batch."""
     model = network.build(width=0.25, min_channels=1) if options.quick else network.build()
-    small = dhp.prune_to(model, network.input_shape, flops=options.flops)
+    small = dhp.prune_to(model, network.input_shape, options.multiple_of, flops=options.flops)
     whole = dhp.prune(model)
     costs = [dhp.measure_cost(m, network.input_shape).flops for m in (whole, small)]
     large = 4 if options.quick or network.patch or network.input_shape[0] > 64 else 64

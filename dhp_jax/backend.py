@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from flax import nnx
+from flax.nnx.nn import dtypes
 import jax
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -53,11 +54,12 @@ def inference(model: nnx.Module) -> Callable[[Float[Array, "*batch"]], Float[Arr
     """The compiled forward pass of a network in evaluation mode, fast on the platform at hand.
 
     Args:
-      model: a network, with or without latents; left as it was. Later changes are not seen.
+      model: a network, with or without latents; left as it was. Later changes are not seen, but its
+        arrays are shared: copy it before donating them.
 
     Returns:
-      A function of a batch of inputs. It is compiled for every new shape, and may not be called in
-      another jitted function.
+      A function of a batch of inputs, compiled for every new shape. Within other transformations,
+      such as `jax.grad` or an outer `jax.jit`, it is the ordinary forward pass.
 
     Example:
       >>> run = dhp.inference(small)
@@ -67,22 +69,34 @@ def inference(model: nnx.Module) -> Callable[[Float[Array, "*batch"]], Float[Arr
     model.eval()
     graphdef, state = nnx.split(model)
 
-    def forward(state: nnx.State, x: Array) -> Array:
+    @functools.partial(jax.jit, compiler_options=compiler_options())
+    def compiled(state: nnx.State, x: Array) -> Array:
         return tune(nnx.merge(graphdef, state))(x)
 
-    compiled = jax.jit(forward, compiler_options=compiler_options())
-    return functools.partial(compiled, state)
+    def run(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        if isinstance(x, jax.core.Tracer):  # options are for functions that are not in others
+            return nnx.merge(graphdef, state)(x)
+        return compiled(state, x)
+
+    return run
 
 
 def tune(model: nnx.Module) -> nnx.Module:
     """Makes a network's layers compute in the way that is fastest here; in place, same numbers.
 
     For models that were merged within a jitted function. Convolutions that were given a function of
-    their own keep it. What is tuned for CPU has no forward-mode derivative.
+    their own keep it. What is tuned for CPU has no forward-mode derivative. The platform is that of
+    `jax.default_backend()`.
+
+    Args:
+      model: any network.
+
+    Returns:
+      The same object.
     """
     for _, _, layer in walk(model):
-        if type(layer) in (nnx.BatchNorm, BatchNorm) and layer.axis_name is None:
-            layer.__class__ = _BatchNorm
+        if type(layer) in QUICK and layer.axis_name is None:
+            layer.__class__ = QUICK[type(layer)]
         is_convolution = getattr(layer, "conv_general_dilated", None) is lax.conv_general_dilated
         if is_convolution and jax.default_backend() == "cpu":
             layer.conv_general_dilated = convolution
@@ -101,10 +115,10 @@ def convolution(
     precision: Any = None,
     **options: Any,
 ) -> Float[Array, "n *spatial out"]:
-    """`jax.lax.conv_general_dilated`, fast on XLA:CPU; same arguments, same numbers.
+    """`jax.lax.conv_general_dilated`, fast on XLA:CPU; same arguments, numbers up to rounding.
 
     Arguments for which it knows nothing better go to the original: other than two spatial axes,
-    other layouts, dilated inputs.
+    other layouts, dilated inputs, two dtypes, any further option, explicit sharding, `shard_map`.
     """
     plain = functools.partial(
         lax.conv_general_dilated,
@@ -121,7 +135,13 @@ def convolution(
     channels_last = lhs.ndim == 4 and numbers == lax.conv_dimension_numbers(
         lhs.shape, rhs.shape, LAYOUT
     )
-    if not channels_last or any(d != 1 for d in lhs_dilation or ()):
+    if (
+        not channels_last
+        or lhs.dtype != rhs.dtype
+        or any(d != 1 for d in lhs_dilation or ())
+        or any(value is not None for value in options.values())
+        or any(_is_sharded_by_hand(x) for x in (lhs, rhs))
+    ):
         return plain(lhs, rhs)
     strides, dilation = tuple(window_strides), tuple(rhs_dilation or (1, 1))
     size = tuple((k - 1) * d + 1 for k, d in zip(rhs.shape[:2], dilation, strict=True))
@@ -137,6 +157,13 @@ def convolution(
         functools.partial(_backward, plain, strides, pads, dilation, feature_group_count),
     )
     return differentiable(lhs, rhs)
+
+
+def _is_sharded_by_hand(x: Array) -> bool:
+    """Whether the type of an array says how it is sharded: explicit meshes, `shard_map`."""
+    kind = jax.typeof(x)
+    varying = getattr(kind, "vma", None) or getattr(kind, "manual_axis_type", None)
+    return bool(getattr(varying, "varying", varying)) or any(kind.sharding.spec)
 
 
 def _backward(plain, strides, pads, dilation, groups, inputs, grad):
@@ -200,8 +227,9 @@ def _depthwise(x: Array, kernel: Array, strides, pads: Pads, dilation) -> Array:
         for n, pad, k, d, s in zip(x.shape[1:3], pads, taps, dilation, strides, strict=True)
     )
     parts = _shifted(x, taps, strides, pads, dilation, size)
-    weights = kernel.reshape(-1, kernel.shape[-1])
-    return sum(part * weight for part, weight in zip(parts, weights, strict=True))
+    weights = _wide(kernel).reshape(-1, kernel.shape[-1])
+    result = sum(_wide(part) * weight for part, weight in zip(parts, weights, strict=True))
+    return result.astype(x.dtype)
 
 
 def _depthwise_forward(x, kernel, strides, pads, dilation):
@@ -222,8 +250,8 @@ def _depthwise_backward(strides, pads, dilation, inputs, grad):
         turned.append((before, n + (k - 1) * d - m - before))
     grad_x = _depthwise(spread, kernel[::-1, ::-1], (1, 1), tuple(turned), dilation)
     parts = _shifted(x, taps, strides, pads, dilation, grad.shape[1:3])
-    sums = [jnp.sum(part * grad, (0, 1, 2)) for part in parts]
-    return grad_x, jnp.stack(sums).reshape(kernel.shape)
+    sums = [jnp.sum(_wide(part) * _wide(grad), (0, 1, 2)) for part in parts]
+    return grad_x, jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
@@ -251,7 +279,12 @@ def _padded(x: Array, pads: Sequence[tuple[int, int, int]]) -> Array:
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
 
 
-class _BatchNorm(nnx.BatchNorm):
+def _wide(x: Array) -> Array:
+    """In the dtype that sums are computed in: float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class _QuickBatchNorm(nnx.BatchNorm):
     """`nnx.BatchNorm` that is quick to trace.
 
     Assigning statistics by `[...] =` asks for their sharding, which takes time in proportion to the
@@ -261,14 +294,19 @@ class _BatchNorm(nnx.BatchNorm):
     def __call__(self, x: Array, use_running_average: bool | None = None, **options: Any) -> Array:
         if use_running_average is None:
             use_running_average = self.use_running_average
-        ordinary = self.axis in (-1, x.ndim - 1) and self.use_fast_variance and not options
-        if use_running_average or not ordinary:
+        ordinary = (
+            self.axis in (-1, x.ndim - 1)
+            and self.use_fast_variance
+            and self.promote_dtype is dtypes.promote_dtype
+            and not options
+        )
+        if use_running_average is not False or not ordinary:
             return super().__call__(x, use_running_average, **options)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         given = (x, self.mean[...], self.var[...], scale, bias)
         x, _, _, scale, bias = self.promote_dtype(given, dtype=self.dtype)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = _wide(x)
         axes = tuple(range(x.ndim - 1))
         mean = jnp.mean(wide, axes)
         var = jnp.maximum(0, jnp.mean(lax.square(wide), axes) - lax.square(mean))
@@ -279,3 +317,10 @@ class _BatchNorm(nnx.BatchNorm):
         slope = lax.rsqrt(var + self.epsilon)
         y = (x - mean) * (slope if scale is None else slope * scale)
         return (y if bias is None else y + bias).astype(x.dtype)
+
+
+class _QuickHyperBatchNorm(BatchNorm, _QuickBatchNorm):
+    """The same over the channels of an axis, which it checks."""
+
+
+QUICK = {nnx.BatchNorm: _QuickBatchNorm, BatchNorm: _QuickHyperBatchNorm}

@@ -9,6 +9,7 @@ import jax
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 LONG = 1.0  # seconds of a compilation that is worth telling
+MOST_BYTES = 2**31  # of the cache
 
 
 def default_cache() -> Path:
@@ -20,22 +21,28 @@ def default_cache() -> Path:
 def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
     """Lets JAX read compiled programs from a folder, and write there what takes it long to compile.
 
-    Where JAX has been told a folder already, as by `JAX_COMPILATION_CACHE_DIR`, that stays.
+    These are settings of the process. What JAX was told by its own, as by
+    `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE`, stays unless a folder is given.
 
     Args:
-      folder: made if it is not there; `None` is `default_cache()`, "off" keeps nothing.
+      folder: made if it is not there; the least used programs go once there are 2 GiB. `None` is
+        `default_cache()`, "off" keeps nothing.
 
     Returns:
       The folder; `None` if nothing is kept.
     """
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
+    elif folder is not None:
+        jax.config.update("jax_enable_compilation_cache", True)
+    if not jax.config.jax_enable_compilation_cache:
         return None
-    jax.config.update("jax_enable_compilation_cache", True)
     if folder is None and jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
-    folder = Path(folder or default_cache())
+    folder = default_cache() if folder is None else Path(folder).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    if jax.config.jax_compilation_cache_max_size < 0:
+        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     return folder
 
 

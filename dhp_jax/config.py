@@ -35,6 +35,7 @@ def default(task: str = "classification") -> ConfigDict:
             "seed": 0,
             "method": "dhp",  # "baseline" trains the unpruned network instead
             "target": 0.5,  # share of the FLOPs that the pruned network may use
+            "multiple_of": 1,  # widths of pruned layers are multiples of it; 8 suits most hardware
             "batch_size": 64,
             "dtype": "float32",  # of activations and kernels; parameters stay float32
             "log_every": 100,  # steps between records, and between looks at the budget
@@ -220,6 +221,7 @@ FIELDS: Mapping[str, Any] = {
     "seed": _integer(0, 2**32 - 1),  # of larger ones JAX would use the last 32 bits
     "method": _one_of(*METHODS),
     "target": _number(0, 1, above=True),
+    "multiple_of": _integer(1),
     "batch_size": _integer(1),
     "dtype": _one_of(*DTYPES),
     "log_every": _integer(1),

@@ -17,6 +17,7 @@ from dhp_jax.latent import Axis
 
 EMBEDDING = 8  # m in the paper
 SMALL = 2**20  # numbers of an array whose sums are left to the compiler
+MOST_TERMS = 128  # of a sum that is written out
 
 
 class HypernetArrays(NamedTuple):
@@ -125,21 +126,22 @@ def _generate_backward(inputs, grad_kernel):
 
 
 def _sum_of_products(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
-    """`sum(a * b, axes)`, of large arrays term by term: one pass, nothing else in memory.
+    """`sum(a * b, axes)`, on CPU of large arrays term by term: one pass, nothing else in memory.
 
     XLA:CPU does not always fuse a reduction with what it sums. Written out, that takes longer to
     compile, which small arrays are not worth.
     """
     a, b = jnp.broadcast_arrays(a, b)
-    if a.size <= SMALL:
-        return jnp.sum(a * b, axes)
     axes = tuple(axis % a.ndim for axis in axes)
     one = tuple(size if axis in axes else 1 for axis, size in enumerate(a.shape))
+    if jax.default_backend() != "cpu" or a.size <= SMALL or math.prod(one) > MOST_TERMS:
+        return jnp.sum(a * b, axes)
     places = [
         tuple(i if axis in axes else slice(None) for axis, i in enumerate(place))
         for place in np.ndindex(one)
     ]
-    return sum(a[place] * b[place] for place in places)
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return sum((a[place] * b[place]).astype(wide) for place in places).astype(a.dtype)
 
 
 _generate.defvjp(_generate_forward, _generate_backward)

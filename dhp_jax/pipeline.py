@@ -96,9 +96,10 @@ def prepare(
     abstract = _abstract(name, arguments)
     cost = measure_cost(abstract, asked.input_shape)
     try:
-        check_budget(abstract, cost, flops=config.target)
+        check_budget(abstract, cost, config.multiple_of, flops=config.target)
     except ValueError as error:
-        raise ConfigError(f"config.target: {error}") from error
+        field = "config." if str(error).startswith("multiple_of:") else "config.target: "
+        raise ConfigError(f"{field}{error}") from error
     check_axes(abstract, asked.input_shape)
     try:
         asked.task.check(abstract)
@@ -177,7 +178,8 @@ def _prune(run: Run, data: Callable[[str], Data]) -> None:
     if _done(run, "pruned"):
         return
     model = checkpoint.load(run.workdir / "search")
-    small = prune(model, survivors_within(model, run.cost, flops=run.config.target))
+    keep = survivors_within(model, run.cost, run.config.multiple_of, flops=run.config.target)
+    small = prune(model, keep)
     test = evaluate(small, run.problem.task, data("test"), batch_size=4 * run.config.batch_size)
     _save(run, "pruned", small, test=test)
 

@@ -15,12 +15,13 @@ import numpy as np
 
 from dhp_jax.architecture import architecture_of, set_architecture
 from dhp_jax.cost import Cost, input_refused, measure_cost
-from dhp_jax.latent import Axis, latents, modules_in
+from dhp_jax.latent import Axis, Latent, latents, modules_in
 from dhp_jax.layers import Keep, Prunable
 
 Masks = Mapping[str, np.ndarray]
 TOLERANCE = 0.005  # of a budget that may be left before entries are traded
 TRADES = 32
+Group = tuple[str, tuple[int, ...]]  # a latent, and entries of it that go together
 
 
 class BudgetError(ValueError):
@@ -70,17 +71,28 @@ def survivor_counts(model: nnx.Module, threshold: float) -> dict[str, Array]:
     }
 
 
-def smallest_ratio(model: nnx.Module, cost: Cost) -> dict[str, float]:
-    """The shares of FLOPs and params that are left when every latent keeps its `min_channels`."""
-    counts = {n: z.min_channels if z.prunable else z.size for n, z in latents(model).items()}
+def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: int = 1) -> dict[str, float]:
+    """The shares of FLOPs and params that are left when every latent keeps as few as it can."""
+    counts = {
+        name: z.size - max(_removals(z, multiple_of), default=0)
+        for name, z in latents(model).items()
+    }
     return dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
 
 
-def check_budget(model: nnx.Module, cost: Cost, **budget: float) -> None:
+def check_budget(model: nnx.Module, cost: Cost, multiple_of: int = 1, **budget: float) -> None:
     """Raises unless each budget is in (0, 1] and can be reached; see `survivors_within`."""
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ValueError(f"multiple_of: expected an integer of at least 1, got {multiple_of!r}")
+    widest = max((z.size for z in latents(model).values() if z.prunable), default=1)
+    if multiple_of > widest:
+        raise ValueError(
+            f"multiple_of: expected at most {widest}, the size of the largest prunable latent, "
+            f"got {multiple_of}"
+        )
     if not budget or not set(budget) <= {"flops", "params"}:
         raise ValueError(f"budget: expected flops= or params= or both, got {sorted(budget)}")
-    smallest = smallest_ratio(model, cost)
+    smallest = smallest_ratio(model, cost, multiple_of)
     for name, target in budget.items():
         if isinstance(target, bool) or not isinstance(target, Real) or not 0 < target <= 1:
             raise ValueError(f"{name}: expected a share in (0, 1], got {target!r}")
@@ -89,10 +101,13 @@ def check_budget(model: nnx.Module, cost: Cost, **budget: float) -> None:
             raise BudgetError(
                 f"{name}: {target!r} cannot be reached: the smallest possible share is "
                 f"{reachable:.4f}, with min_channels entries left in every prunable latent"
+                + (f", up to a multiple of {multiple_of}" if multiple_of > 1 else "")
             )
 
 
-def survivors_within(model: nnx.Module, cost: Cost, **budget: float) -> dict[str, np.ndarray]:
+def survivors_within(
+    model: nnx.Module, cost: Cost, multiple_of: int = 1, **budget: float
+) -> dict[str, np.ndarray]:
     """The survivors, by magnitude of the latents, that use as much of a budget as fits.
 
     Entries of all latents go in order of magnitude, smallest first, until the budget holds; then
@@ -103,52 +118,58 @@ def survivors_within(model: nnx.Module, cost: Cost, **budget: float) -> dict[str
     Args:
       model: a network of latents.
       cost: its `measure_cost`.
+      multiple_of: latents that lose entries keep a multiple of so many. Entries then go and come
+        back in groups, each by its largest, and more of the budget may be left.
       **budget: `flops` or `params` or both, shares in (0, 1]; all of them hold.
 
     Returns:
       A boolean mask for each latent by name.
 
     Raises:
-      ValueError: a share outside (0, 1]; `BudgetError`, a `ValueError`, if `min_channels` and
-        latents that are not prunable make it unreachable (it tells the smallest share).
+      ValueError: a share outside (0, 1]; `multiple_of` below 1, or above the size of every latent;
+        `BudgetError`, a `ValueError`, if `min_channels`, `multiple_of` and latents that are not
+        prunable make a share unreachable (it tells the smallest one).
     """
-    check_budget(model, cost, **budget)
-    order = _removable(model)
+    check_budget(model, cost, multiple_of, **budget)
+    order = _removable(model, multiple_of)
     sizes = {name: z.size for name, z in latents(model).items()}
 
     def slack(gone: Set[int]) -> float:
         """What is left of the tightest budget without some entries; negative if it is exceeded."""
         left = Counter(sizes)
-        left.subtract(order[i][0] for i in gone)
+        for i in gone:
+            left[order[i][0]] -= len(order[i][1])
         used = dict(zip(("flops", "params"), cost.ratio(left), strict=True))
         return min(share - used[name] for name, share in budget.items())
 
-    # Cost falls with every entry removed, so the number to remove is found by bisection.
+    # Cost falls with every group removed, so the number to remove is found by bisection.
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if slack(range(middle)) >= 0 else (middle + 1, high)
-    gone = _refilled(set(range(low)), slack)
+    gone = _refilled(set(range(low)), order, slack)
     if slack(gone) > TOLERANCE:
         gone = _traded(gone, order, slack)
     masks = {name: np.ones(size, bool) for name, size in sizes.items()}
     for i in gone:
-        name, index = order[i]
-        masks[name][index] = False
+        name, entries = order[i]
+        masks[name][list(entries)] = False
     return masks
 
 
-def _refilled(gone: set[int], slack: Callable[[Set[int]], float]) -> set[int]:
-    """Takes entries back that fit, largest first."""
+def _refilled(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
+    """Takes groups back that fit, largest first; of each latent none before its larger ones."""
+    full = set()
     for i in sorted(gone, reverse=True):
-        if slack(gone - {i}) >= 0:
+        name = order[i][0]
+        if name not in full and slack(gone - {i}) >= 0:
             gone = gone - {i}
+        else:
+            full.add(name)
     return gone
 
 
-def _traded(
-    gone: set[int], order: list[tuple[str, int]], slack: Callable[[Set[int]], float]
-) -> set[int]:
+def _traded(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
     """Takes an entry back that does not fit, for the smallest ones of other latents, if that helps.
 
     For channels of very different cost: once the costly ones are gone, none of them fits again.
@@ -163,22 +184,30 @@ def _traded(
             if name != order[i][0]:
                 trial = trial | {j}
         if slack(trial) >= 0:
-            trial = _refilled(trial, slack)
+            trial = _refilled(trial, order, slack)
             gone = min(gone, trial, key=slack)
         if slack(gone) <= TOLERANCE:
             break
     return gone
 
 
-def _removable(model: nnx.Module) -> list[tuple[str, int]]:
-    """The entries that may go, smallest magnitude first; ties by name and index."""
-    entries = []
+def _removals(z: Latent, multiple_of: int) -> range:
+    """How many entries of a latent may go: numbers that leave a multiple, and `min_channels`."""
+    first = z.size % multiple_of or multiple_of
+    last = z.size - max(z.min_channels, multiple_of) if z.prunable else 0
+    return range(first, last + 1, multiple_of)
+
+
+def _removable(model: nnx.Module, multiple_of: int) -> list[Group]:
+    """The groups of entries that may go, smallest magnitude first; ties by name and index."""
+    groups = []
     for name, z in latents(model).items():
-        if z.prunable:
-            magnitude = np.abs(np.asarray(z.value(), np.float64))
-            removable = np.argsort(magnitude, kind="stable")[: z.size - z.min_channels]
-            entries += [(magnitude[i], name, int(i)) for i in removable]
-    return [(name, index) for _, name, index in sorted(entries)]
+        magnitude = np.abs(np.asarray(z.value(), np.float64))
+        order = np.argsort(magnitude, kind="stable")
+        for end in _removals(z, multiple_of):
+            entries = order[max(0, end - multiple_of) : end]
+            groups.append((magnitude[entries[-1]], name, tuple(map(int, entries))))
+    return [(name, entries) for _, name, entries in sorted(groups)]
 
 
 def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
@@ -255,28 +284,32 @@ def _check_masks(model: nnx.Module, keep: Masks) -> None:
             )
 
 
-def prune_to(model: nnx.Module, input_shape: tuple[int, ...], **budget: float) -> nnx.Module:
+def prune_to(
+    model: nnx.Module, input_shape: tuple[int, ...], multiple_of: int = 1, **budget: float
+) -> nnx.Module:
     """Prunes to a network that uses as much of a budget as fits, by magnitude of the latents.
 
     Args:
       model: a network of latents; left as it was.
       input_shape: shape of one example, `(height, width, channels)`.
+      multiple_of: latents that lose entries keep a multiple of so many; 8 suits most hardware.
       **budget: `flops` or `params` or both, as shares of the model's own in (0, 1].
 
     Returns:
       The pruned network, as from `prune`.
 
     Raises:
-      ValueError: a share outside (0, 1]; axes that meet in the forward pass without being one
-        latent; a share that is out of reach (`BudgetError`, with the smallest one possible).
+      ValueError: a share outside (0, 1]; a `multiple_of` below 1 or above the size of every latent;
+        axes that meet in the forward pass without being one latent; a share that is out of reach
+        (`BudgetError`, with the smallest one possible).
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
     """
     cost = measure_cost(model, input_shape)
-    check_budget(model, cost, **budget)
+    check_budget(model, cost, multiple_of, **budget)
     check_axes(model, input_shape)
-    return prune(model, survivors_within(model, cost, **budget))
+    return prune(model, survivors_within(model, cost, multiple_of, **budget))
 
 
 def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:

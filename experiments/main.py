@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from dhp_jax import pipeline, report
-from dhp_jax.compilation import default_cache, keep_compiled, long_compilations
+from dhp_jax.compilation import keep_compiled, long_compilations
 from dhp_jax.config import check_overrides
 from dhp_jax.data import DataNotFoundError
 from dhp_jax.progress import ProgressBar
@@ -88,7 +88,7 @@ def define(arguments: Sequence[str]) -> flags.FlagValues:
         "compilation_cache",
         None,
         "Folder in which compiled programs are kept for the next run; "
-        f"{default_cache()} if not given, off to keep none.",
+        "~/.cache/dhp_jax/xla if not given, off to keep none.",
         options,
     )
     return options

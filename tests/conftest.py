@@ -10,8 +10,10 @@ from runs import carry_out
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_apart(tmp_path_factory):
-    """Runs in processes of their own keep what they compile here, not in the user's cache."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled_apart"))
+    """Runs keep what they compile here, in processes of their own too, not in the user's cache."""
+    folder = str(tmp_path_factory.mktemp("compiled_apart"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 @pytest.fixture(scope="session")

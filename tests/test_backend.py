@@ -11,11 +11,15 @@ from jax import lax
 import jax.numpy as jnp
 from networks import filled
 import numpy as np
+import optax
 import pytest
 
 import dhp_jax as dhp
 from dhp_jax import backend
 from dhp_jax.backend import LAYOUT, convolution, tune
+from dhp_jax.latent import walk
+from dhp_jax.tasks import Classification, classification, evaluate
+from dhp_jax.train import make_step, start
 
 SIDES = st.integers(5, 9)
 PADS = st.integers(-1, 3)
@@ -73,6 +77,7 @@ def test_a_convolution_and_its_gradients_equal_those_of_lax(case, seed):
             {"window_strides": (1,), "dimension_numbers": ("NHC", "HIO", "NHC")},
         ),
         ((2, 6, 7, 3), (3, 3, 3, 4), {"window_strides": (1, 1), "lhs_dilation": (2, 1)}),
+        ((4, 6, 7, 3), (3, 3, 3, 4), {"window_strides": (1, 1), "batch_group_count": 2}),
         (
             (2, 3, 6, 7),
             (4, 3, 3, 3),
@@ -89,6 +94,58 @@ def test_what_it_knows_nothing_better_for_goes_to_lax(x, kernel, arguments):
     theirs = with_gradients(functools.partial(lax.conv_general_dilated, **arguments), x, kernel, 2)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_result_in_another_dtype_is_computed_by_lax(groups):
+    x, kernel = drawn((2, 5, 5, 4), 0), drawn((3, 3, 4 // groups, 4), 1)
+    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    y = convolution(
+        x,
+        kernel,
+        (1, 1),
+        "SAME",
+        feature_group_count=groups,
+        preferred_element_type=jnp.float32,
+    )
+    assert y.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_is_rounded_once(groups, dtype):
+    """Against the same numbers in float32: the error is that of the result's dtype."""
+    arguments = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": groups}
+    x, kernel = drawn((3, 7, 7, 4), 0), drawn((3, 3, 4 // groups, 4), 1)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+
+    def rounded(dtype):
+        convolve = functools.partial(convolution, **arguments)
+        y, pull = jax.vjp(convolve, x.astype(dtype), kernel.astype(dtype))
+        return y, *pull(drawn(y.shape, 2).astype(jnp.bfloat16).astype(dtype))
+
+    for low, exact in zip(rounded(dtype), rounded(jnp.float32), strict=True):
+        assert low.dtype == dtype
+        allowed = 1.01 * float(jnp.finfo(dtype).eps) * np.abs(exact) / 2 + 1e-3
+        assert np.all(np.abs(np.float32(low) - exact) <= allowed)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_convolution_can_be_sharded_by_hand(groups):
+    arguments = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": groups}
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    each = jax.sharding.PartitionSpec("batch")
+    x, kernel = drawn((2, 5, 5, 4), 0), drawn((3, 3, 4 // groups, 4), 1)
+
+    def loss(kernel, x, mapped):
+        convolve = functools.partial(convolution, **arguments)
+        if mapped:
+            specs = (each, jax.sharding.PartitionSpec())
+            convolve = jax.shard_map(convolve, mesh=mesh, in_specs=specs, out_specs=each)
+        return jnp.sum(jnp.sin(convolve(x, kernel)))
+
+    ours, theirs = (jax.grad(loss)(kernel, x, mapped) for mapped in (True, False))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -213,6 +270,39 @@ def test_inference_is_the_forward_pass_in_evaluation_mode_of_the_network_as_it_w
     assert not np.allclose(changed, model(x), rtol=1e-4, atol=1e-4)
     small = dhp.prune(model, dhp.survivors(model, threshold=0.5))
     np.testing.assert_allclose(dhp.inference(small)(x), small(x), rtol=1e-4, atol=1e-4)
+
+
+def test_inference_can_be_transformed():
+    model = filled(Network)
+    run = dhp.inference(model)
+    x = drawn((2, 8, 8, 3), 0)
+    model.eval()
+    np.testing.assert_allclose(jax.jit(run)(x), model(x), rtol=1e-4, atol=1e-4)
+    ours, theirs = (jax.grad(lambda x, f=f: jnp.sum(f(x)))(x) for f in (run, model))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert jax.jvp(run, (x,), (x,))[1].shape == run(x).shape
+
+
+def test_a_norm_over_an_axis_still_checks_its_input():
+    norm = dhp.BatchNorm(dhp.Latent(3, prunable=False, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="expected 3 channels"):
+        tune(norm)(jnp.ones((2, 4, 4, 1)))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA:CPU")
+def test_training_steps_and_evaluation_are_tuned(monkeypatch):
+    model = filled(lambda rngs: dhp.models.build("resnet", depth=20, width=0.25, rngs=rngs))
+    task = Classification((0.0,) * 3, (1.0,) * 3, crop_padding=0, flip=False)
+    data = np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32)
+    graphdef, optimizer, state = start(model, lambda params: optax.sgd(0.1))
+    step = make_step(graphdef, optimizer, task, batch_size=4)
+    lowered = step.lower(state, data, jnp.arange(4), 0, jax.random.key(0)).as_text()
+    convolutions = sum(isinstance(m, dhp.HyperConv) for _, _, m in walk(model))
+    assert lowered.count("call @_kernel_gradient") == convolutions
+    tuned = []
+    monkeypatch.setattr(classification, "tune", lambda model: tuned.append(model) or model)
+    evaluate(model, task, data)
+    assert len(tuned) == 1
 
 
 def test_options_are_those_of_the_platform(monkeypatch):

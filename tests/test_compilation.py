@@ -12,6 +12,7 @@ from dhp_jax.compilation import default_cache, keep_compiled, long_compilations
 
 SETTINGS = (
     "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
     "jax_enable_compilation_cache",
     "jax_persistent_cache_min_compile_time_secs",
 )
@@ -53,10 +54,18 @@ def test_a_folder_that_jax_was_told_stays(settings, tmp_path):
     assert keep_compiled(tmp_path / "asked") == tmp_path / "asked"
 
 
+def test_a_cache_that_jax_was_told_to_do_without_stays_off(settings, tmp_path):
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert keep_compiled() is None
+    assert keep_compiled(tmp_path) == tmp_path
+
+
 def test_the_default_is_in_the_users_cache_folder(settings, monkeypatch, tmp_path):
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert keep_compiled() == default_cache() == tmp_path / "dhp_jax" / "xla"
+    assert jax.config.jax_compilation_cache_max_size == 2**31
+    assert keep_compiled("~/here") == Path.home() / "here"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache() == Path.home() / ".cache" / "dhp_jax" / "xla"
 

@@ -115,6 +115,7 @@ GOOD = {
     "seed": [0, 1, 2**32 - 1],
     "method": ["dhp", "baseline"],
     "target": [0.5, 1, 1e-9],
+    "multiple_of": [1, 8],
     "batch_size": [1, 4096],
     "dtype": ["float32", "bfloat16"],
     "log_every": [1],
@@ -146,6 +147,7 @@ BAD = {
     "seed": ([*INTEGERS, -1, 2**32], "an integer >= 0 and <= 4294967295"),
     "method": (WORDS, "one of dhp, baseline"),
     "target": ([*NUMBERS, 0, -0.5, 1.5], "a number > 0 and <= 1"),
+    "multiple_of": ([*INTEGERS, 0, -8], "an integer >= 1"),
     "batch_size": ([*INTEGERS, 0, -64], "an integer >= 1"),
     "dtype": ([*WORDS, "float16"], "one of float32, bfloat16"),
     "log_every": ([*INTEGERS, 0], "an integer >= 1"),
@@ -497,8 +499,8 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
             "config.serch.epochs",
             "3",
             "config.serch: unknown field: expected one of baseline, batch_size, converge, data, "
-            "dtype, log_every, method, model, optimizer, search, seed, target, task; got 'serch'; "
-            "did you mean 'search'?",
+            "dtype, log_every, method, model, multiple_of, optimizer, search, seed, target, task; "
+            "got 'serch'; did you mean 'search'?",
         ),
         (
             "config.data.dri",

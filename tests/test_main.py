@@ -62,6 +62,7 @@ WRONG = [
     ("--config.method=prune", "config.method", "'prune'", "one of dhp, baseline"),
     ("--config.seed=-1", "config.seed", "got -1", "an integer >= 0"),
     ("--config.search=3", "config.search", "'3'"),
+    ("--config.multiple_of=99", "config.multiple_of: expected at most", "got 99"),
     ("--config.target", "config.target", "expected --config.target=<value>"),
     ("--baseline=nowhere", "baseline", "'nowhere'", "a finished run with config.method=baseline"),
     ("--workdri=out", "'workdri'", "Did you mean: workdir"),

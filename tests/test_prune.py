@@ -494,6 +494,63 @@ def test_no_larger_network_of_the_same_kind_fits_a_budget(mixed):
         assert larger == []
 
 
+@given(st.integers(0, 1000), BUDGETS, st.integers(1, 7))
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_rounded_widths_keep_the_budget_and_go_by_magnitude(mixed, seed, budget, multiple_of):
+    model, cost = nnx.clone(mixed[0]), mixed[1]
+    rng = np.random.default_rng(seed)
+    for z in dhp.latents(model).values():
+        z.vector[...] = jnp.asarray(rng.standard_normal(z.size), jnp.float32)
+    smallest = smallest_ratio(model, cost, multiple_of)
+    budget = {name: max(share, smallest[name]) for name, share in budget.items()}
+    masks = survivors_within(model, cost, multiple_of, **budget)
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+
+    def fits(counts):
+        shares = dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
+        return all(shares[name] <= share for name, share in budget.items())
+
+    assert fits(counts)
+    for name, z in dhp.latents(model).items():
+        count, magnitude = counts[name], np.abs(z.value())
+        if count < z.size:
+            assert z.prunable
+            assert count % multiple_of == 0
+            assert count >= z.min_channels
+            assert magnitude[masks[name]].min() >= magnitude[~masks[name]].max()
+            assert not fits({**counts, name: min(z.size, count + multiple_of)})
+
+
+def test_the_smallest_rounded_widths_are_multiples_above_min_channels(mixed):
+    """Of 7, 5 and 6 channels that keep 2 at least."""
+    model, cost = mixed
+    for multiple_of, widths in ((1, (2, 2, 2)), (2, (2, 2, 2)), (3, (3, 3, 3)), (4, (4, 4, 4))):
+        counts = dict(zip((MIXED_LATENTS[name] for name in "abc"), widths, strict=True))
+        counts[MIXED_LATENTS["image"]] = 3
+        shares = dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
+        assert smallest_ratio(model, cost, multiple_of) == shares
+        masks = survivors_within(model, cost, multiple_of, **shares)
+        assert {name: int(mask.sum()) for name, mask in masks.items()} == counts
+    whole = smallest_ratio(model, cost, 7)
+    assert whole == {"flops": 1, "params": 1}
+    with pytest.raises(dhp.BudgetError, match=r", up to a multiple of 6$"):
+        survivors_within(model, cost, 6, flops=0.2)
+
+
+@pytest.mark.parametrize(
+    ("multiple_of", "told"),
+    [
+        (0, "an integer of at least 1, got 0"),
+        (2.0, "an integer of at least 1, got 2.0"),
+        (True, "an integer of at least 1, got True"),
+        (8, "at most 7, the size of the largest prunable latent, got 8"),
+    ],
+)
+def test_what_widths_cannot_be_rounded_to_is_refused(mixed, multiple_of, told):
+    with pytest.raises(ValueError, match=f"^multiple_of: expected {told}$"):
+        dhp.prune_to(mixed[0], MIXED_INPUT, multiple_of, flops=0.5)
+
+
 @pytest.mark.parametrize("budget", [{"flops": 0.5}, {"params": 0.4}, {"flops": 0.6, "params": 0.5}])
 def test_prune_to_makes_the_network_of_the_survivors_within_the_budget(budget):
     model = resnet20(min_channels=2, width=0.5)

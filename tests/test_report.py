@@ -243,10 +243,13 @@ def test_the_plots_show_what_was_recorded(result):
     assert set(curves["search ends (52 %)"].get_ydata()) == {52}
 
     curves = {line.get_label(): line for line in axes["error"].lines}
-    tests = [r["test_error"] for r in result.records if "test_error" in r]
-    np.testing.assert_allclose(curves["search"].get_ydata(), [100 * tests[0]])
-    np.testing.assert_allclose(curves["converge"].get_ydata(), [100 * tests[1]])
-    assert curves["converge"].get_xdata() == [2]
+    searched, converged = (
+        [100 * r["test_error"] for r in result.records if r["phase"] == phase and "test_error" in r]
+        for phase in ("search", "converge")
+    )
+    np.testing.assert_allclose(curves["search"].get_ydata(), searched)
+    np.testing.assert_allclose(curves["converge"].get_ydata(), converged)
+    assert curves["converge"].get_xdata() == [len(searched) + 1]
     np.testing.assert_allclose(curves["unpruned, last epoch (8.46 %)"].get_ydata(), 8.46)
 
     labels = [text.get_text() for text in axes["latents"].get_legend().get_texts()]
