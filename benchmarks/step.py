@@ -33,6 +33,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny network, few rounds")
     parser.add_argument("--out", type=Path, help="folder for step.json and step.md")
     options = parser.parse_args()
+    if options.torch is not None:
+        if options.quick:
+            parser.error("--torch: expected without --quick, whose network is smaller")
+        import torch_search  # its packages are not among ours
+
+        for name in options.networks:
+            if not torch_search.can_build(NETWORKS[name]):
+                parser.error(f"--torch: expected CIFAR ResNets or dncnn, got {name}")
     if options.quick:
         options.networks, options.batch, options.rounds = ["resnet20"], 4, 3
     rows = [measure(name, options) for name in options.networks]
@@ -53,7 +61,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
         "plain": stepper(network, dhp.prune(model), options.batch),
     }
     if options.torch is not None:
-        import torch_search  # its packages are not among ours
+        import torch_search
 
         steps["torch"] = torch_search.stepper(
             network, options.batch, compiled=options.torch == "compiled"

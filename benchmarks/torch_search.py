@@ -114,7 +114,7 @@ class DnCNN(nn.Module):
         self.body = nn.ModuleList(
             ConvNorm(a, b, 3, bias=True) for a, b in itertools.pairwise(axes[1:])
         )
-        self.tail = HyperConv2d(axes[-1], axes[0], 3, bias=True)
+        self.tail = HyperConv2d(axes[-1], latent(1), 3, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         h = functional.relu(self.head(x))
@@ -123,13 +123,21 @@ class DnCNN(nn.Module):
         return x + self.tail(h)
 
 
+def can_build(network: Network) -> bool:
+    """Whether there is a PyTorch version of a network."""
+    cifar = network.family == "resnet" and network.arguments.keys() == {"depth"}
+    return cifar or network.family == "dncnn"
+
+
+def build(network: Network) -> nn.Module:
+    """The network, which `can_build` has found here."""
+    return ResNet(**network.arguments) if network.family == "resnet" else DnCNN()
+
+
 def stepper(network: Network, batch: int, *, compiled: bool = False) -> Callable[[], None]:
     """A function that takes one search step on random data, and waits for it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if network.family not in ("resnet", "dncnn"):
-        raise ValueError(f"network: expected a CIFAR ResNet or DnCNN, got {network.label}")
-    model = ResNet(**network.arguments) if network.family == "resnet" else DnCNN()
-    model = model.to(device, memory_format=torch.channels_last)
+    model = build(network).to(device)
     latents = {
         id(z): z
         for layer in model.modules()

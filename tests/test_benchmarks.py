@@ -1,5 +1,6 @@
 """The benchmarks run, and write what a reader needs to judge and repeat them."""
 
+import importlib
 import importlib.metadata
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from flax import nnx
 import jax
 import pytest
 
+import dhp_jax as dhp
 from dhp_jax.report import hardware
 
 ROOT = Path(__file__).parents[1]
@@ -144,3 +146,15 @@ def test_finished_runs_are_put_side_by_side(
     text = (out / "cifar.md").read_text()
     assert text.startswith("# Two runs\n")
     assert row in text
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet110", "dncnn"])
+def test_the_networks_of_the_pytorch_comparison_have_as_many_numbers_as_ours(name):
+    pytest.importorskip("torch")
+    torch_search = importlib.import_module("torch_search")
+    network = NETWORKS[name]
+    assert torch_search.can_build(network)
+    theirs = sum(p.numel() for p in torch_search.build(network).parameters())
+    model = dhp.models.build_abstract(network.family, **network.arguments)
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert sum(p.size for p in params) == theirs
