@@ -47,10 +47,8 @@ def main() -> None:
     table = as_table(rows)
     print(table)
     if options.out is not None:
-        name = (
-            "latency" if options.multiple_of == 1 else f"latency_multiple_of_{options.multiple_of}"
-        )
-        write(options.out, name, "Latency of pruned networks", NOTE, rows, table)
+        rounded = f"_multiple_of_{options.multiple_of}" if options.multiple_of > 1 else ""
+        write(options.out, f"latency{rounded}", "Latency of pruned networks", NOTE, rows, table)
 
 
 def measure(network: Network, options: argparse.Namespace) -> list[dict]:

@@ -199,15 +199,15 @@ def _removals(z: Latent, multiple_of: int) -> range:
 
 
 def _removable(model: nnx.Module, multiple_of: int) -> list[Group]:
-    """The groups of entries that may go, smallest magnitude first; ties by name and index."""
+    """The groups of entries that may go, smallest magnitude first; ties by name and order."""
     groups = []
     for name, z in latents(model).items():
         magnitude = np.abs(np.asarray(z.value(), np.float64))
         order = np.argsort(magnitude, kind="stable")
         for end in _removals(z, multiple_of):
             entries = order[max(0, end - multiple_of) : end]
-            groups.append((magnitude[entries[-1]], name, tuple(map(int, entries))))
-    return [(name, entries) for _, name, entries in sorted(groups)]
+            groups.append((magnitude[entries[-1]], name, end, tuple(map(int, entries))))
+    return [(name, entries) for _, name, _, entries in sorted(groups)]
 
 
 def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:

@@ -367,7 +367,7 @@ def test_widths_are_rounded_as_the_configuration_says(tmp_path):
     assert sum(kept) < sum(z.size for z in dhp.latents(run.build()).values())
 
 
-def test_both_precisions_follow_the_same_loss_curve(compiled_once, tmp_path):
+def test_both_precisions_follow_the_same_loss_curve(tmp_path):
     """Means of the loss over ten steps each; they fall to a third in the course of the run."""
     curves = {}
     for dtype in ("float32", "bfloat16"):

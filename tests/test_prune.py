@@ -1,5 +1,6 @@
 """What survives, exact budgets, and surgery that changes nothing but the size."""
 
+import functools
 import itertools
 import math
 import re
@@ -439,20 +440,29 @@ BUDGETS = st.one_of(
 )
 
 
+def within(cost, budget, counts):
+    """Whether numbers of survivors keep a budget."""
+    shares = dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
+    return all(shares[name] <= share for name, share in budget.items())
+
+
+def with_ties(model, seed):
+    """The same network, latents drawn from few values."""
+    model = nnx.clone(model)
+    rng = np.random.default_rng(seed)
+    for z in dhp.latents(model).values():
+        z.vector[...] = jnp.asarray(rng.integers(-9, 9, z.size) / 4, jnp.float32)
+    return model
+
+
 @given(st.integers(0, 1000), BUDGETS)
 @settings(deadline=None, derandomize=True, max_examples=30)
 def test_budgets_are_met_and_used_up_by_magnitude(mixed, seed, budget):
-    model, cost = nnx.clone(mixed[0]), mixed[1]
-    rng = np.random.default_rng(seed)
-    for z in dhp.latents(model).values():
-        z.vector[...] = jnp.asarray(rng.integers(-9, 9, z.size) / 4, jnp.float32)  # with ties
+    model, cost = with_ties(mixed[0], seed), mixed[1]
     masks = survivors_within(model, cost, **budget)
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
 
-    def fits(counts):
-        shares = dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
-        return all(shares[name] <= share for name, share in budget.items())
-
+    fits = functools.partial(within, cost, budget)
     assert fits(counts)
     for name, z in dhp.latents(model).items():
         assert counts[name] >= (z.min_channels if z.prunable else z.size)
@@ -497,19 +507,13 @@ def test_no_larger_network_of_the_same_kind_fits_a_budget(mixed):
 @given(st.integers(0, 1000), BUDGETS, st.integers(1, 7))
 @settings(deadline=None, derandomize=True, max_examples=60)
 def test_rounded_widths_keep_the_budget_and_go_by_magnitude(mixed, seed, budget, multiple_of):
-    model, cost = nnx.clone(mixed[0]), mixed[1]
-    rng = np.random.default_rng(seed)
-    for z in dhp.latents(model).values():
-        z.vector[...] = jnp.asarray(rng.standard_normal(z.size), jnp.float32)
+    model, cost = with_ties(mixed[0], seed), mixed[1]
     smallest = smallest_ratio(model, cost, multiple_of)
     budget = {name: max(share, smallest[name]) for name, share in budget.items()}
     masks = survivors_within(model, cost, multiple_of, **budget)
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
 
-    def fits(counts):
-        shares = dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
-        return all(shares[name] <= share for name, share in budget.items())
-
+    fits = functools.partial(within, cost, budget)
     assert fits(counts)
     for name, z in dhp.latents(model).items():
         count, magnitude = counts[name], np.abs(z.value())
