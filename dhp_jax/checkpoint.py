@@ -1,38 +1,53 @@
 """Networks on disk: a JSON file that says what it is, and its arrays in safetensors. No pickle."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
 import shutil
-from typing import Any
+import stat
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save as serialized
 
 from dhp_jax import models
 from dhp_jax.architecture import architecture_of
+from dhp_jax.durable import sync, write
 from dhp_jax.latent import latents
+from dhp_jax.names import shown, unknown
 from dhp_jax.prune import prune
+from dhp_jax.schema import (
+    DTYPES,
+    FORMAT,
+    LONGEST_DESCRIPTION,
+    LONGEST_TEXT,
+    VERSION,
+    ArtifactError,
+    check_description,
+    check_header,
+    check_like,
+    check_names,
+    parsed,
+)
 
-FORMAT = "dhp_jax"
-VERSION = 1
+__all__ = ["ArtifactError", "exists", "load", "read_description", "save", "verify"]
+
 DESCRIPTION = "model.json"
 ARRAYS = "arrays.safetensors"
-
-
-class ArtifactError(ValueError):
-    """A folder that does not hold a network that can be loaded."""
 
 
 def save(path: str | os.PathLike, model: nnx.Module, **notes: Any) -> None:
     """Writes a network, pruned or not, to a folder.
 
-    The folder appears whole or not at all; a network that is there already is replaced.
+    The folder appears whole or not at all, and is on the disk when this returns; a network that is
+    there already is replaced.
 
     Args:
       path: the folder.
@@ -42,6 +57,8 @@ def save(path: str | os.PathLike, model: nnx.Module, **notes: Any) -> None:
     Raises:
       OSError: the folder cannot be written, or holds something else than a network.
       TypeError: a note that JSON cannot hold.
+      ValueError: an array holds NaN or infinity, or `load` would refuse what the network says of
+        itself (see `dhp_jax.schema`). What was there before is left as it was.
 
     Example:
       >>> dhp.save("out/", small, test_error=8.46)
@@ -53,46 +70,34 @@ def save(path: str | os.PathLike, model: nnx.Module, **notes: Any) -> None:
         raise FileExistsError(
             f"path: expected no or an empty folder, or one with a network only, got {path}"
         )
-    architecture = architecture_of(model)
-    # safetensors writes memory as it lies, and device layouts need not be row-major.
-    arrays = {
-        ".".join(map(str, name)): np.asarray(_stored(_value(leaf)), order="C")
-        for name, leaf in nnx.to_flat_state(nnx.state(model))
-    }
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "family": architecture.family,
-        "arguments": dict(architecture.arguments),
-        "survivors": architecture.survivors and dict(architecture.survivors),
-        "arrays": {
-            name: {"shape": array.shape, "dtype": str(array.dtype)}
-            for name, array in arrays.items()
-        },
-        "notes": notes,
-    }
-    text = json.dumps(description, indent=1)
+    arrays = _arrays(model)
+    for name, array in arrays.items():
+        if not _is_finite(array):
+            raise ValueError(f"model: array {name!r}: expected finite numbers, got NaN or infinity")
+    content = serialized(arrays)
+    text = json.dumps(_description(model, arrays, content, notes), indent=1)
+    _check_text(text.encode(), path / DESCRIPTION)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    (unfinished / DESCRIPTION).write_text(text)
-    save_file(arrays, unfinished / ARRAYS)
-    replaced = path.with_name(f".{path.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if path.exists():
-        path.rename(replaced)
-    unfinished.rename(path)
-    shutil.rmtree(replaced, ignore_errors=True)
+    write(unfinished / ARRAYS, content)
+    write(unfinished / DESCRIPTION, text)
+    _put(unfinished, path)
 
 
 def load(
     path: str | os.PathLike, *, build: Callable[[nnx.Rngs], nnx.Module] | None = None
 ) -> nnx.Module:
-    """Reads a network that `save` has written.
+    """Reads a network that `save` has written; safe with files from strangers.
+
+    A file can do no more than be refused or become arrays. What `model.json` says is checked
+    (see `dhp_jax.schema`), then that the files agree with each other, down to the digest. Then the
+    network is built, abstractly, of no more layers than there are arrays for. Only if it needs just
+    these arrays are they read; they must be finite.
 
     Args:
-      path: the folder.
+      path: the folder; the two files in it may not be links.
       build: for a network of your own class: makes the unpruned network, as `build(rngs)`.
 
     Returns:
@@ -107,27 +112,49 @@ def load(
       >>> logits = small(images)
     """
     path = Path(path)
-    description = read_description(path)
-    family, survivors = description["family"], description["survivors"]
-    if build is None and family is None:
-        raise ArtifactError(
-            f"path: {path} holds a network of a class of its own; expected "
-            "load(path, build=...) with a function build(rngs) that makes it unpruned"
-        )
-
-    if build is not None:
-        whole = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    else:
-        whole = models.build_abstract(family, **description["arguments"])
-    masks = None if survivors is None else _masks(path, whole, survivors)
+    description = verify(path)
+    whole = _of_family(description, path / DESCRIPTION) if build is None else _of_function(build)
+    masks = _masks(whole, description["survivors"], path / DESCRIPTION)
 
     def make(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(model if masks is None else prune(model, masks))
 
     graphdef, abstract = nnx.eval_shape(make, whole)
-    model = nnx.merge(graphdef, _filled(path, abstract))
+    model = nnx.merge(graphdef, _filled(abstract, description["arrays"], path))
     model.eval()
     return model
+
+
+def verify(path: str | os.PathLike) -> dict[str, Any]:
+    """Checks the files of a network: what each says, and that they are those that were saved.
+
+    `load` does this too. The network is not built, and no array is read.
+
+    Args:
+      path: the folder.
+
+    Returns:
+      What `model.json` says, as from `read_description`.
+
+    Raises:
+      ArtifactError: no artifact of this format and version is there, or the arrays are not those
+        that were saved with it.
+
+    Example:
+      >>> dhp.checkpoint.verify("out/")["notes"]
+    """
+    path = Path(path)
+    description = read_description(path)
+    with _opened(path / ARRAYS) as file:
+        _read_header(file, description["arrays"], path / ARRAYS)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != description["sha256"]:
+        raise ArtifactError(
+            f"path: {path / ARRAYS} is not what was saved: expected SHA-256 "
+            f"{description['sha256']}, got {digest}"
+        )
+    return description
 
 
 def exists(path: str | os.PathLike) -> bool:
@@ -142,73 +169,226 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
       ArtifactError: no artifact of this format and version is there.
     """
     path = Path(path)
-    if not exists(path):
-        raise ArtifactError(f"path: expected a folder with {DESCRIPTION} and {ARRAYS}, got {path}")
+    for name in (DESCRIPTION, ARRAYS):
+        try:
+            mode = os.lstat(path / name).st_mode
+        except (OSError, ValueError):
+            raise ArtifactError(
+                f"path: expected a folder with {DESCRIPTION} and {ARRAYS}, got {path}"
+            ) from None
+        if not stat.S_ISREG(mode):
+            what = "a link" if stat.S_ISLNK(mode) else "something else"
+            raise ArtifactError(f"path: {path / name}: expected a file, got {what}")
+    with _opened(path / DESCRIPTION) as file:
+        return _check_text(file.read(LONGEST_DESCRIPTION + 1), path / DESCRIPTION)
+
+
+# Writing
+
+
+def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Every array of a network by its path."""
+    # safetensors writes memory as it lies, and device layouts need not be row-major.
+    return {
+        ".".join(map(str, name)): np.asarray(_stored(_value(leaf)), order="C")
+        for name, leaf in nnx.to_flat_state(nnx.state(model))
+    }
+
+
+def _description(
+    model: nnx.Module, arrays: Mapping[str, np.ndarray], content: bytes, notes: Mapping[str, Any]
+) -> dict[str, Any]:
+    architecture = architecture_of(model)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "family": architecture.family,
+        "arguments": dict(architecture.arguments),
+        "survivors": architecture.survivors and dict(architecture.survivors),
+        "arrays": {name: _entry(array) for name, array in arrays.items()},
+        "notes": notes,
+    }
+
+
+def _entry(array: np.ndarray | jax.ShapeDtypeStruct) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def _put(unfinished: Path, path: Path) -> None:
+    """Gives a finished folder its name; what had it goes."""
+    replaced = path.with_name(f".{path.name}.replaced")
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
     try:
-        description = json.loads((path / DESCRIPTION).read_text())
-    except ValueError as error:
-        raise ArtifactError(f"path: {path / DESCRIPTION} is not JSON: {error}") from error
-    if not isinstance(description, dict):
-        raise ArtifactError(f"path: {path / DESCRIPTION} holds no JSON object")
-    found = (description.get("format"), description.get("version"))
-    if found != (FORMAT, VERSION):
+        unfinished.rename(path)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
+    sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+# Reading
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise ArtifactError(f"path: {path} cannot be read: {error.strerror}") from error
+
+
+def _check_text(content: bytes, where: Path) -> dict[str, Any]:
+    """What model.json says, if an artifact's may say that."""
+    if len(content) > LONGEST_DESCRIPTION:
         raise ArtifactError(
-            f"path: expected format {FORMAT!r} version {VERSION}, got {found[0]!r} version "
-            f"{found[1]!r} in {path / DESCRIPTION}"
+            f"path: {where}: expected at most {LONGEST_DESCRIPTION} bytes, got more"
         )
-    for key in ("family", "arguments", "survivors"):
-        if key not in description:
-            raise ArtifactError(f"path: {path / DESCRIPTION} lacks {key!r}")
+    description = parsed(content, str(where))
+    check_description(description, str(where))
     return description
+
+
+def _read_header(file: BinaryIO, arrays: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The header of arrays.safetensors, if it tells of just these arrays; they come next."""
+    length = os.fstat(file.fileno()).st_size - 8
+    size = int.from_bytes(file.read(8), "little")
+    if size > min(length, LONGEST_DESCRIPTION):
+        raise ArtifactError(
+            f"path: {where} cannot be read: expected a header of at most "
+            f"{max(0, min(length, LONGEST_DESCRIPTION))} bytes, got {size}"
+        )
+    header = parsed(file.read(size), f"{where}: its header")
+    check_header(header, arrays, length - size, str(where))
+    return header
+
+
+def _of_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
+    """The unpruned network of a family, abstractly.
+
+    Building takes bounded time and memory, whatever the arguments are: every layer and latent draws
+    initial values, and the first that is too many for the arrays of the file ends it. How wide they
+    are is limited by the families.
+    """
+    family = description["family"]
+    if family is None:
+        raise ArtifactError(
+            f"path: {where.parent} holds a network of a class of its own; expected "
+            "load(path, build=...) with a function build(rngs) that makes it unpruned"
+        )
+    if family not in models.FAMILIES:
+        raise ArtifactError(f"path: {where}: {unknown('family', family, models.FAMILIES)}")
+    left = 2 * len(description["arrays"])  # with latents, of which no network has more than arrays
+
+    def draw() -> jax.Array:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("expected a network of the arrays in the file, got one of more layers")
+        return jax.random.key(0)
+
+    def build() -> nnx.Module:
+        return models.build(family, rngs=SimpleNamespace(params=draw), **description["arguments"])
+
+    try:
+        return nnx.eval_shape(build)
+    except Exception as error:  # whatever hostile arguments lead to
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"path: {where}: arguments: {what[:LONGEST_TEXT]}") from None
+
+
+def _of_function(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    """The unpruned network that the reader's own function makes, abstractly."""
+    whole = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    if not isinstance(whole, nnx.Module):
+        raise ArtifactError(f"build: expected a function that makes an nnx.Module, got {whole!r}")
+    return whole
+
+
+def _masks(
+    model: nnx.Module, survivors: Mapping[str, list[int]] | None, where: Path
+) -> dict[str, np.ndarray] | None:
+    """What was kept of every latent, if the network has just these; latents that are not prunable
+    keep everything."""
+    if survivors is None:
+        return None
+    axes = latents(model)
+    for name in sorted(axes.keys() ^ survivors.keys()):
+        what = "lacks" if name in axes else "holds an unexpected"
+        raise ArtifactError(f"path: {where}: survivors: {what} latent {name!r}")
+    masks = {}
+    for name, indices in survivors.items():
+        size = axes[name].size
+        if indices[-1] >= size or not (axes[name].prunable or len(indices) == size):
+            expected = "indices below" if axes[name].prunable else "all indices below"
+            raise ArtifactError(
+                f"path: {where}: survivors[{name!r}]: expected {expected} {size}, got "
+                f"{shown(indices)}"
+            )
+        masks[name] = np.zeros(size, bool)
+        masks[name][indices] = True
+    return masks
+
+
+def _filled(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> nnx.State:
+    """A state with arrays in place of abstract ones; none may be missing, left over or unlike."""
+    leaves = {".".join(map(str, name)): (name, leaf) for name, leaf in nnx.to_flat_state(abstract)}
+    check_names(arrays, leaves, str(path / ARRAYS))
+    for name, (_, leaf) in leaves.items():
+        check_like(name, _entry(_as_stored(_value(leaf))), arrays[name], str(path / ARRAYS))
+    with _opened(path / ARRAYS) as file:
+        stored = _read(file, arrays, path / ARRAYS)
+    filled = []
+    for name, (location, leaf) in leaves.items():
+        value = _restored(stored[name], _value(leaf))
+        filled.append((location, leaf.replace(value) if isinstance(leaf, nnx.Variable) else value))
+    return nnx.from_flat_state(filled)
+
+
+def _read(file: BinaryIO, arrays: Mapping[str, Any], where: Path) -> dict[str, np.ndarray]:
+    """The arrays, which are those of the table and finite."""
+    header = _read_header(file, arrays, where)
+    found = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        dtype = jnp.dtype(DTYPES[entry["dtype"]])
+        found[name] = np.frombuffer(file.read(end - begin), dtype).reshape(entry["shape"])
+        if not _is_finite(found[name]):
+            raise ArtifactError(
+                f"path: array {name!r} in {where}: expected finite numbers, got NaN or infinity"
+            )
+    return found
+
+
+# Arrays
 
 
 def _value(leaf: nnx.Variable | jax.Array) -> jax.Array:
     return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
+def _is_key(array: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
 def _stored(array: jax.Array) -> jax.Array:
     """What is on disk of an array: of random keys their numbers, all else as it is."""
-    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(array) if is_key else array
+    return jax.random.key_data(array) if _is_key(array) else array
+
+
+def _as_stored(like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(_stored, like) if _is_key(like) else like
 
 
 def _restored(stored: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     array = jnp.asarray(stored)
-    return jax.random.wrap_key_data(array) if array.dtype != like.dtype else array
+    return jax.random.wrap_key_data(array) if _is_key(like) else array
 
 
-def _masks(
-    path: Path, model: nnx.Module, survivors: Mapping[str, list[int]]
-) -> dict[str, np.ndarray]:
-    masks = {name: np.zeros(z.size, bool) for name, z in latents(model).items()}
-    for name, indices in survivors.items():
-        known = range(masks[name].size if name in masks else 0)
-        if not indices or not all(isinstance(i, int) and i in known for i in indices):
-            raise ArtifactError(
-                f"path: {path} lists survivors of latent {name!r} that the network does not have"
-            )
-        masks[name][indices] = True
-    return masks
-
-
-def _filled(path: Path, abstract: nnx.State) -> nnx.State:
-    """A state with arrays in place of abstract ones; none may be missing, left over or unlike."""
-    try:
-        arrays = load_file(path / ARRAYS)
-    except SafetensorError as error:
-        raise ArtifactError(f"path: {path / ARRAYS} cannot be read: {error}") from error
-    leaves = {".".join(map(str, name)): (name, leaf) for name, leaf in nnx.to_flat_state(abstract)}
-    for name in leaves.keys() ^ arrays.keys():
-        what = "lacks" if name in leaves else "holds an unexpected"
-        raise ArtifactError(f"path: {path / ARRAYS} {what} array {name!r}")
-    filled = []
-    for name, (location, leaf) in leaves.items():
-        expected = jax.eval_shape(_stored, _value(leaf))
-        if arrays[name].shape != expected.shape or arrays[name].dtype != expected.dtype:
-            raise ArtifactError(
-                f"path: array {name!r} in {path / ARRAYS}: expected {expected.dtype} of shape "
-                f"{expected.shape}, got {arrays[name].dtype} of shape {arrays[name].shape}"
-            )
-        value = _restored(arrays[name], _value(leaf))
-        filled.append((location, leaf.replace(value) if isinstance(leaf, nnx.Variable) else value))
-    return nnx.from_flat_state(filled)
+def _is_finite(array: np.ndarray) -> bool:
+    return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array).all())

@@ -2,16 +2,23 @@
 
 from collections.abc import Callable, Mapping
 import os
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from dhp_jax import optimizer
+from dhp_jax import models, optimizer
 from dhp_jax.data import photographs, sources
-from dhp_jax.names import unknown
+from dhp_jax.models.blocks import MAX_CHANNELS
+from dhp_jax.names import shown, unknown
 
 METHODS = ("dhp", "baseline")
 DTYPES = ("float32", "bfloat16")
+MOST = 1_000_000  # of what is counted, if nothing else is said
+LARGEST = 1e30  # of other numbers; float32 ends at 3e38
+LONGEST_SIDE = 10_000  # of images, in pixels
+MOST_DROPS = 100  # each makes the compiled step larger
+MOST_EXAMPLES = 2**28  # of an epoch; their order takes 4 bytes each
 
 
 class ConfigError(ValueError):
@@ -39,6 +46,12 @@ def default(task: str = "classification") -> ConfigDict:
             "batch_size": 64,
             "dtype": "float32",  # of activations and kernels; parameters stay float32
             "log_every": 100,  # steps between records, and between looks at the budget
+            "nonfinite": "stop",  # at a loss or latent that is not finite; or "skip" the batch
+            "checkpoint": {
+                "seconds": 60.0,  # between two of them; more where they would cost more than 1 %
+                "keep": 3,  # of each phase
+                "grace": 30.0,  # seconds that a run has to save its state when it is told to end
+            },
             "task": {"name": task},
             "model": {"name": "resnet", "depth": 20, "width": 1.0},
             "data": {"name": "cifar10", "dir": config_dict.placeholder(str)},
@@ -116,9 +129,52 @@ TASKS: Mapping[str, Callable[[ConfigDict], None]] = {
 def check(config: ConfigDict) -> None:
     """Raises a `ConfigError` for the first field that is unknown, missing or impossible.
 
-    Looks at each field by itself; the fields of `model` are for `dhp.models.build` to judge.
+    Looks at each field by itself, but for a network that is for another task, and for too many
+    examples in an epoch. The arguments of the network are for `dhp.models.build` to judge.
     """
+    if isinstance(config, ConfigDict):
+        _check_filled_in("config", config)
     _check_group("", config, _fields(config))
+    _check_family(config)
+    _check_examples(config)
+
+
+def _check_filled_in(group: str, config: ConfigDict) -> None:
+    """Raises for names that are no strings, and for placeholders that require a value."""
+    try:
+        names = list(config)
+    except TypeError:  # it sorts them
+        names = [None]
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"{group}: expected strings as names of fields; got others")
+        try:
+            value = config[name]
+        except config_dict.RequiredValueError:
+            raise ConfigError(f"{group}.{name}: expected a value; got none") from None
+        if isinstance(value, ConfigDict):
+            _check_filled_in(f"{group}.{name}", value)
+
+
+def _check_family(config: ConfigDict) -> None:
+    name, task = config.model.get("name"), config.task.name
+    families = sorted(family for family in models.FAMILIES if models.task_of(family) == task)
+    if not isinstance(name, str) or name not in models.FAMILIES:
+        raise ConfigError(unknown("config.model.name", name, families))
+    if name not in families:
+        raise ConfigError(
+            f"config.model.name: expected one of {', '.join(families)}, which are for {task}; "
+            f"got {name!r}, which is for {models.task_of(name)}"
+        )
+
+
+def _check_examples(config: ConfigDict) -> None:
+    steps = config.task.get("steps_per_epoch", 1)
+    if steps * config.batch_size > MOST_EXAMPLES:
+        raise ConfigError(
+            f"config.task.steps_per_epoch: expected at most {MOST_EXAMPLES // config.batch_size}, "
+            f"for {MOST_EXAMPLES} examples of {config.batch_size} a step; got {steps}"
+        )
 
 
 def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> None:
@@ -133,7 +189,7 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
         value, rule, path = config, _fields(config), "config"
         for part in name.split(".")[1:]:
             if not isinstance(value, ConfigDict):
-                raise ConfigError(f"{name}: {path} has no fields, its value is {value!r}")
+                raise ConfigError(f"{name}: {path} has no fields, its value is {shown(value)}")
             if part not in value:
                 raise ConfigError(
                     unknown(f"{path}.{part}: unknown field", part, value)
@@ -142,24 +198,24 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
                         * (path == "config.model")
                     )
                 )
-            value, path = value[part], f"{path}.{part}"
+            try:
+                value = value[part]
+            except config_dict.RequiredValueError:
+                value = None
+            path = f"{path}.{part}"
             rule = rule.get(part) if isinstance(rule, Mapping) else None
         if text is None:
             raise ConfigError(f"{name}: expected --{name}=<value>; got none")
         if type(value) in (int, float) and not _reads_as(type(value), text):
             expected = rule[1] if rule else {int: "an integer", float: "a number"}[type(value)]
-            raise ConfigError(f"{name}: expected {expected}; got {text!r}")
+            raise ConfigError(f"{name}: expected {expected}; got {shown(text)}")
 
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is possible, and what is expected
 
 
-def _number(
-    low: float, high: float = float("inf"), *, above: bool = False, below: bool = False
-) -> Rule:
-    interval = f"a number {'>' if above else '>='} {low:g}"
-    if high < float("inf"):
-        interval += f" and {'<' if below else '<='} {high:g}"
+def _number(low: float, high: float = LARGEST, *, above: bool = False, below: bool = False) -> Rule:
+    interval = f"a number {'>' if above else '>='} {low:g} and {'<' if below else '<='} {high:g}"
 
     def possible(value: Any) -> bool:
         return (
@@ -167,22 +223,17 @@ def _number(
             and not isinstance(value, bool)
             and (value > low if above else value >= low)
             and (value < high if below else value <= high)
-            and value < float("inf")
         )
 
     return possible, interval
 
 
-def _integer(low: int, high: int | None = None) -> Rule:
+def _integer(low: int, high: int = MOST) -> Rule:
     def possible(value: Any) -> bool:
-        return (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and value >= low
-            and (high is None or value <= high)
-        )
+        integer = isinstance(value, int) and not isinstance(value, bool)
+        return integer and low <= value <= high
 
-    return possible, f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
+    return possible, f"an integer >= {low} and <= {high}"
 
 
 def _one_of(*values: str | int) -> Rule:
@@ -193,8 +244,19 @@ def _one_of(*values: str | int) -> Rule:
 
 
 def _epochs(value: Any) -> bool:
-    numbers = isinstance(value, list | tuple) and all(_number(0)[0](v) for v in value)
-    return numbers and list(value) == sorted(set(value))
+    few = isinstance(value, list | tuple) and len(value) <= MOST_DROPS
+    return few and all(_number(0, MOST)[0](v) for v in value) and list(value) == sorted(set(value))
+
+
+def _path(value: Any) -> bool:
+    """Whether a value is a path that a file system can be asked for."""
+    try:
+        os.stat(Path(value).expanduser())
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except Exception:  # of a type or form that is none, too long, the home of nobody, forbidden
+        return False
+    return True
 
 
 def _reads_as(number: type, text: str) -> bool:
@@ -210,23 +272,32 @@ def _or_none(rule: Rule, meaning: str) -> Rule:
     return (lambda value: value is None or possible(value)), f"{expected}, or None {meaning}"
 
 
-_PATH: Rule = (lambda value: isinstance(value, str | os.PathLike), "a path")
+_PATH: Rule = (_path, "a path")
 _SCHEDULE: Mapping[str, Any] = {
     "epochs": _integer(1),
     "learning_rate": _number(0, above=True),
-    "drops": (_epochs, "epochs in ascending order, such as (150, 225)"),
+    "drops": (_epochs, f"up to {MOST_DROPS} epochs in ascending order, such as (150, 225)"),
 }
 
 FIELDS: Mapping[str, Any] = {
     "seed": _integer(0, 2**32 - 1),  # of larger ones JAX would use the last 32 bits
     "method": _one_of(*METHODS),
     "target": _number(0, 1, above=True),
-    "multiple_of": _integer(1),
+    "multiple_of": _integer(1, MAX_CHANNELS),
     "batch_size": _integer(1),
     "dtype": _one_of(*DTYPES),
     "log_every": _integer(1),
+    "nonfinite": _one_of("stop", "skip"),
+    "checkpoint": {
+        "seconds": _number(0),
+        "keep": _integer(1),
+        "grace": _number(0, 86_400, above=True),  # which threads can wait
+    },
     "task": {"name": _one_of(*TASKS)},
-    "model": None,
+    "model": (
+        lambda value: isinstance(value, ConfigDict),
+        "the name of a network and its arguments",
+    ),
     "optimizer": {
         "name": _one_of(*optimizer.NAMES),
         "momentum": _number(0, 1, below=True),
@@ -237,7 +308,7 @@ FIELDS: Mapping[str, Any] = {
         "strength": _number(0),
         "threshold": _number(0),
         "stop_limit": _number(0, 1),
-        "min_channels": _integer(1),
+        "min_channels": _integer(1, MAX_CHANNELS),
     },
     "converge": _SCHEDULE,
     "baseline": _SCHEDULE,
@@ -245,18 +316,18 @@ FIELDS: Mapping[str, Any] = {
 
 
 _RESTORATION: Mapping[str, Any] = {
-    "patch": _integer(1),
+    "patch": _integer(1, LONGEST_SIDE),
     "channels": _one_of(1, 3),
     "steps_per_epoch": _integer(1),
-    "tile": _or_none(_integer(1), "to run test images whole"),
-    "overlap": _or_none(_integer(0), "for as far as the network sees"),
+    "tile": _or_none(_integer(1, LONGEST_SIDE), "to run test images whole"),
+    "overlap": _or_none(_integer(0, LONGEST_SIDE), "for as far as the network sees"),
 }
 _LABELLED: Mapping[str, Any] = {
     "name": _one_of(*sources.NAMES),
     "dir": _or_none(_PATH, "for the default of tensorflow-datasets"),
-    "image_size": _or_none(_integer(1), "for the size of the data"),
+    "image_size": _or_none(_integer(1, LONGEST_SIDE), "for the size of the data"),
     "archive": _or_none(_PATH, "if there is none"),
-    "crop_padding": _or_none(_integer(0), "for what suits the data"),
+    "crop_padding": _or_none(_integer(0, LONGEST_SIDE), "for what suits the data"),
     "flip": _or_none((lambda value: isinstance(value, bool), "True or False"), "likewise"),
 }
 _PHOTOGRAPHS: Mapping[str, Any] = {
@@ -276,7 +347,7 @@ TASK_FIELDS: Mapping[str, Mapping[str, Any]] = {
 
 def _fields(config: ConfigDict) -> Mapping[str, Any]:
     """The rules of all fields; those of `task` and `data` depend on the task."""
-    task = config.get("task")
+    task = config.get("task") if isinstance(config, ConfigDict) else None
     name = task.get("name") if isinstance(task, ConfigDict) else None
     if not isinstance(name, str) or name not in TASK_FIELDS:  # the rule of `task.name` will tell
         others = dict.fromkeys(task) if isinstance(task, ConfigDict) else {}
@@ -288,7 +359,8 @@ def _fields(config: ConfigDict) -> Mapping[str, Any]:
 def _check_group(prefix: str, config: Any, rules: Mapping[str, Any]) -> None:
     if not isinstance(config, ConfigDict):
         name = f"config.{prefix}".rstrip(".")
-        raise ConfigError(f"{name}: expected fields {', '.join(sorted(rules))}; got {config!r}")
+        expected = ", ".join(sorted(rules))
+        raise ConfigError(f"{name}: expected fields {expected}; got {shown(config)}")
     for name in config:
         if name not in rules:
             raise ConfigError(unknown(f"config.{prefix}{name}: unknown field", name, rules))
@@ -299,5 +371,4 @@ def _check_group(prefix: str, config: Any, rules: Mapping[str, Any]) -> None:
         if isinstance(rule, Mapping):
             _check_group(f"{prefix}{name}.", value, rule)
         elif rule is not None and not rule[0](value):
-            shown = value.to_dict() if isinstance(value, ConfigDict) else value
-            raise ConfigError(f"config.{prefix}{name}: expected {rule[1]}; got {shown!r}")
+            raise ConfigError(f"config.{prefix}{name}: expected {rule[1]}; got {shown(value)}")

@@ -1,12 +1,18 @@
 """The records of a run on disk: JSON lines, and TensorBoard events."""
 
+from collections.abc import Sequence
 import json
 import os
 from pathlib import Path
 import shutil
+import time
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
+
+from dhp_jax import durable
 
 RECORDS = "metrics.jsonl"
 
@@ -14,35 +20,49 @@ RECORDS = "metrics.jsonl"
 class Journal:
     """Writes every record of a phase to `metrics.jsonl` and to TensorBoard; an `Observer`.
 
-    A phase that begins anew first drops what it had written before.
+    A phase that begins, anew or again, first drops what it had written before, but for the records
+    of the steps that it goes on from.
     """
 
     def __init__(self, workdir: str | os.PathLike):
         self.records = Path(workdir) / RECORDS
         self.events = Path(workdir) / "tensorboard"
 
-    def begin(self, phase: str, steps: int) -> None:
-        kept = [record for record in read(self.records) if record["phase"] != phase]
-        unfinished = self.records.with_name(f".{RECORDS}.unfinished")
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        unfinished.replace(self.records)
-        shutil.rmtree(self.events / phase, ignore_errors=True)
+    def begin(self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]) -> None:
+        there = read(self.records)
+        place = next((n for n, r in enumerate(there) if r["phase"] == phase), len(there))
+        after = [record for record in there[place:] if record["phase"] != phase]
+        lines = map(_line, [*there[:place], *records, *after])
+        durable.write(self.records, "".join(lines))
+        folder = self.events / phase
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         self.file = self.records.open("a")
-        self.writer = SummaryWriter(str(self.events / phase))
+        # Not SummaryWriter: its thread dies of a full disk, and whoever writes then waits for ever.
+        self.writer = EventsWriter(str(folder / "events"))
+        for record in records:
+            self._show(record)
 
     def step(self) -> None:
         pass
 
     def record(self, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps(values) + "\n")
+        self.file.write(_line(values))
         self.file.flush()
-        for name, value in values.items():
-            if name not in ("phase", "step"):
-                self.writer.add_scalar(name, value, values["step"])
+        self._show(values)
 
     def end(self) -> None:
         self.file.close()
+        durable.sync(self.records)
         self.writer.close()
+
+    def _show(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if name not in ("phase", "step"):
+                event = Event(summary=scalar(name, value), step=values["step"])
+                event.wall_time = time.time()
+                self.writer.write_event(event)
+        self.writer.flush()
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -53,3 +73,7 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(path)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"

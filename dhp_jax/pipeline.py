@@ -1,15 +1,16 @@
 """A run from a configuration: search, prune, converge, or the unpruned baseline.
 
-Every phase ends with a network on disk. A run that is started again in its directory goes on after
-the last phase that had ended; all randomness follows from the seed, the phase and the step, so it
-ends with the same bits as a run that was never stopped.
+Every phase ends with a network on disk, and keeps checkpoints on its way there. A run that is
+started again in its directory goes on from what it finds whole of these; all randomness follows
+from the seed, the phase and the step, so it ends with the same bits as a run that was never
+stopped.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 import functools
-import json
 import logging
 import os
 from pathlib import Path
@@ -30,16 +31,15 @@ from dhp_jax.names import unknown
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.problems import Problem, known_arguments, origins, problem
 from dhp_jax.prune import check_axes, check_budget, prune, survivor_counts, survivors_within
+from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Data, Params
 from dhp_jax.train import Budget, Observer, Outcome, Phase, Progress, train
+from dhp_jax.workdir import held
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.json"
-# Fields that may differ when a run is started again in its directory.
-MAY_CHANGE = ("data.dir", "data.archive")
-MAY_MOVE = ("data.test_dir",)  # may lie elsewhere, by the same name
+CHECKPOINTS = "checkpoints"
 PICTURES = 4  # test examples shown in the report, where a task has something to show
 PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
 
@@ -106,7 +106,8 @@ def prepare(
     except ValueError as error:
         raise ConfigError(f"config.task.{error}") from error
     workdir = Path(workdir)
-    _claim(workdir, config)
+    with held(workdir, config):  # so that an error comes now
+        pass
     observers = (*observers, Journal(workdir))
 
     def build() -> nnx.Module:
@@ -122,192 +123,200 @@ def _abstract(name: str, arguments: dict[str, Any]) -> nnx.Module:
         raise ConfigError(f"config.model: {error}") from error
 
 
-def execute(run: Run, *, baseline: str | os.PathLike | None = None) -> dict[str, Any]:
+def execute(
+    run: Run,
+    *,
+    baseline: str | os.PathLike | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Carries out a run, or what is left of it, and writes its report.
 
     Args:
       run: from `prepare`.
       baseline: directory of a finished run with `method="baseline"`, for comparison.
+      stopping: asked after every step of training whether to stop.
 
     Returns:
       The summary, as in `summary.json`.
+
+    Raises:
+      Stopped: `stopping` said so; the run goes on from there when it is started again.
+      FloatingPointError: a loss or a latent is not finite.
+      OSError: `workdir` can no longer be written.
+      ConfigError: another process is at work there.
+    """
+    with held(run.workdir, run.config):
+        work = _Work(run, stopping)
+        if run.config.method == "baseline":
+            work.train_baseline()
+        else:
+            work.converge(work.prune(work.search()))
+        return report.write(run.workdir, baseline=baseline)
+
+
+class _Work:
+    """The phases of a run.
+
+    Each is done if what it leaves is on disk, whole, and made from what the phase before it has
+    left; the digest of that is noted as `made_from`.
     """
 
-    @functools.cache
-    def data(split: str) -> Data:  # a run that is finished reads none
-        return run.problem.read(split)
+    def __init__(self, run: Run, stopping: Callable[[], bool]):
+        self.run, self.config, self.stopping = run, run.config, stopping
+        self.data = functools.cache(run.problem.read)  # a run that is finished reads none
 
-    if run.config.method == "baseline":
-        _train_baseline(run, data)
-    else:
-        _search(run, data)
-        _prune(run, data)
-        _converge(run, data)
-    return report.write(run.workdir, baseline=baseline)
+    def train_baseline(self) -> None:
+        if self._trained("baseline", source=""):
+            return
+        ordinary = prune(self.run.build())
+        gain = self.run.problem.task.initial_gain
+        reinitialize(ordinary, gain=gain, rngs=nnx.Rngs(self.config.seed))
+        self._save_trained(self._train("baseline", ordinary), source="")
 
-
-def _train_baseline(run: Run, data: Callable[[str], Data]) -> None:
-    if not _done(run, "model"):
-        ordinary = prune(run.build())
-        gain = run.problem.task.initial_gain
-        reinitialize(ordinary, gain=gain, rngs=nnx.Rngs(run.config.seed))
-        _save_trained(run, data, _train(run, data, "baseline", ordinary))
-
-
-def _search(run: Run, data: Callable[[str], Data]) -> None:
-    if _done(run, "search"):
-        return
-    search, cost = run.config.search, run.cost
-    budget = Budget(
-        ratio=lambda model: cost.ratio(survivor_counts(model, search.threshold)),
-        limit=run.config.target + search.stop_limit,
-    )
-    outcome = _train(run, data, "search", run.build(), budget)
-    if not outcome.progress.met_budget:
-        logger.warning(
-            "search: did not come down to %g of the FLOPs within search.epochs=%d; "
-            "pruning to the target %g anyway",
-            budget.limit,
-            search.epochs,
-            run.config.target,
+    def search(self) -> str:
+        """Returns the digest of the network at the end of the search."""
+        found = self._found("search")
+        if found and self._complete("search", found):
+            return found["sha256"]
+        settings, cost = self.config.search, self.run.cost
+        budget = Budget(
+            ratio=lambda model: cost.ratio(survivor_counts(model, settings.threshold)),
+            limit=self.config.target + settings.stop_limit,
         )
-    _save(run, "search", outcome.model, outcome.progress)
-
-
-def _prune(run: Run, data: Callable[[str], Data]) -> None:
-    if _done(run, "pruned"):
-        return
-    model = checkpoint.load(run.workdir / "search")
-    keep = survivors_within(model, run.cost, run.config.multiple_of, flops=run.config.target)
-    small = prune(model, keep)
-    test = evaluate(small, run.problem.task, data("test"), batch_size=4 * run.config.batch_size)
-    _save(run, "pruned", small, test=test)
-
-
-def _converge(run: Run, data: Callable[[str], Data]) -> None:
-    if not _done(run, "model"):
-        small = checkpoint.load(run.workdir / "pruned")
-        _save_trained(run, data, _train(run, data, "converge", small))
-
-
-def _train(
-    run: Run,
-    data: Callable[[str], Data],
-    name: str,
-    model: nnx.Module,
-    budget: Budget | None = None,
-) -> Outcome:
-    config, settings = run.config, run.config[name]
-    steps_per_epoch = run.problem.epoch // config.batch_size
-    schedule = drop_schedule(settings.learning_rate, settings.drops, steps_per_epoch)
-    plain = optimizer(
-        config.optimizer.name,
-        schedule,
-        momentum=config.optimizer.momentum,
-        weight_decay=config.optimizer.weight_decay,
-    )
-
-    def with_proximal_step(params: Params) -> optax.GradientTransformation:
-        shrink = shrink_latents(
-            params,
-            strength=settings.strength,
-            schedule=schedule,
-            threshold=settings.threshold,
-        )
-        return optax.chain(plain, shrink)
-
-    phase = Phase(
-        name=name,
-        epochs=settings.epochs,
-        learning_rate=schedule,
-        optimizer=with_proximal_step if budget else lambda params: plain,
-        budget=budget,
-    )
-    return train(
-        model,
-        phase,
-        run.problem.task,
-        data("train"),
-        data("test"),
-        examples=run.problem.epoch,
-        batch_size=config.batch_size,
-        log_every=config.log_every,
-        key=jax.random.fold_in(jax.random.key(config.seed), PHASES.index(name)),
-        observers=run.observers,
-    )
-
-
-def _save_trained(run: Run, data: Callable[[str], Data], outcome: Outcome) -> None:
-    """Saves the network after its best epoch on the test data, then the last: the run's end."""
-    task, test = run.problem.task, data("test")
-    for name, images in task.pictures(outcome.model, test, PICTURES):
-        folder = run.workdir / report.PICTURES / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for what, image in images.items():
-            Image.fromarray(image.squeeze()).save(folder / f"{what}.png")
-    _save(run, "best", outcome.best_model, outcome.progress)
-    untouched = task.without_network(test)
-    _save(run, "model", outcome.model, outcome.progress, without_network=untouched)
-
-
-def _save(
-    run: Run, name: str, model: nnx.Module, progress: Progress | None = None, **notes: Any
-) -> None:
-    """Saves a network with what a reader of the file wants to know of it."""
-    phase = None if progress is None else dataclasses.asdict(progress)
-    checkpoint.save(
-        run.workdir / name, model, input_shape=run.problem.input_shape, phase=phase, **notes
-    )
-
-
-def _done(run: Run, name: str) -> bool:
-    return checkpoint.exists(run.workdir / name)
-
-
-def _claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes the directory of a run, or finds that it belongs to a run of this configuration."""
-    wanted = json.loads(config.to_json_best_effort())
-    path = workdir / CONFIG
-    if path.is_file():
-        try:
-            there = _flat(dict(json.loads(path.read_text())))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"workdir: {path} is no configuration: {error}") from error
-        here = _flat(wanted)
-        differing = [
-            name
-            for name in {**here, **there}
-            if there.get(name) != here.get(name)
-            and name not in MAY_CHANGE
-            and not (name in MAY_MOVE and _same_name(there.get(name), here.get(name)))
-        ]
-        if differing:
-            name = differing[0]
-            raise ConfigError(
-                f"workdir: {workdir} holds a run with another configuration: config.{name} is "
-                f"{there.get(name)!r} there and {here.get(name)!r} here"
-                f"{f' ({len(differing)} fields differ)' if len(differing) > 1 else ''}; "
-                "give another --workdir"
+        outcome = self._train("search", self.run.build(), budget)
+        if not outcome.progress.met_budget:
+            logger.warning(
+                "search: did not come down to %g of the FLOPs within search.epochs=%d; "
+                "pruning to the target %g anyway",
+                budget.limit,
+                settings.epochs,
+                self.config.target,
             )
-    elif workdir.is_dir() and any(workdir.iterdir()):
-        raise ConfigError(f"workdir: expected a new or empty directory, or a run's; got {workdir}")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=1))
-    except OSError as error:
-        raise ConfigError(
-            f"workdir: expected a directory that can be written; got {str(workdir)!r} "
-            f"({error.strerror})"
-        ) from error
+        return self._save("search", outcome.model, outcome.progress)
 
+    def prune(self, source: str) -> str:
+        """Returns the digest of the network just after pruning."""
+        found = self._found("pruned")
+        if found and found["notes"]["made_from"] == source:
+            return found["sha256"]
+        model = checkpoint.load(self.run.workdir / "search")
+        rounding = self.config.multiple_of
+        keep = survivors_within(model, self.run.cost, rounding, flops=self.config.target)
+        small, batch = prune(model, keep), 4 * self.config.batch_size
+        test = evaluate(small, self.run.problem.task, self.data("test"), batch_size=batch)
+        return self._save("pruned", small, test=test, made_from=source)
 
-def _same_name(*paths: str | None) -> bool:
-    return len({path and Path(path).name for path in paths}) == 1
+    def converge(self, source: str) -> None:
+        if not self._trained("converge", source):
+            small = checkpoint.load(self.run.workdir / "pruned")
+            self._save_trained(self._train("converge", small, source=source), source)
 
+    def _train(
+        self, name: str, model: nnx.Module, budget: Budget | None = None, source: str = ""
+    ) -> Outcome:
+        config, settings, problem = self.config, self.config[name], self.run.problem
+        schedule = drop_schedule(
+            settings.learning_rate, settings.drops, problem.epoch // config.batch_size
+        )
+        phase = Phase(
+            name=name,
+            epochs=settings.epochs,
+            learning_rate=schedule,
+            optimizer=self._optimizer(name, schedule, proximal=budget is not None),
+            budget=budget,
+            skip_faulty=config.nonfinite == "skip",
+        )
+        checkpoints = Checkpoints(
+            self.run.workdir / CHECKPOINTS / name,
+            source=source,
+            keep=config.checkpoint.keep,
+            seconds=config.checkpoint.seconds,
+        )
+        with contextlib.closing(checkpoints):
+            return train(
+                model,
+                phase,
+                problem.task,
+                self.data("train"),
+                self.data("test"),
+                examples=problem.epoch,
+                batch_size=config.batch_size,
+                log_every=config.log_every,
+                key=jax.random.fold_in(jax.random.key(config.seed), PHASES.index(name)),
+                observers=self.run.observers,
+                checkpoints=checkpoints,
+                stopping=self.stopping,
+            )
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        inner = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
+    def _optimizer(
+        self, name: str, schedule: optax.Schedule, *, proximal: bool
+    ) -> Callable[[Params], optax.GradientTransformation]:
+        settings = self.config.optimizer
+        plain = optimizer(
+            settings.name,
+            schedule,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+
+        def with_proximal_step(params: Params) -> optax.GradientTransformation:
+            shrink = shrink_latents(
+                params,
+                strength=self.config[name].strength,
+                schedule=schedule,
+                threshold=self.config[name].threshold,
+            )
+            return optax.chain(plain, shrink)
+
+        return with_proximal_step if proximal else lambda params: plain
+
+    def _save_trained(self, outcome: Outcome, source: str) -> None:
+        """Saves the network after its best epoch on the test data, then the last: the run's end."""
+        task, test, workdir = self.run.problem.task, self.data("test"), self.run.workdir
+        for name, images in task.pictures(outcome.model, test, PICTURES):
+            folder = workdir / report.PICTURES / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for what, image in images.items():
+                Image.fromarray(image.squeeze()).save(folder / f"{what}.png")
+        self._save("best", outcome.best_model, outcome.progress, made_from=source)
+        self._save(
+            "model",
+            outcome.model,
+            outcome.progress,
+            made_from=source,
+            without_network=task.without_network(test),
+        )
+
+    def _save(
+        self, name: str, model: nnx.Module, progress: Progress | None = None, **notes: Any
+    ) -> str:
+        """Saves a network with what a reader of the file wants to know; returns its digest."""
+        path = self.run.workdir / name
+        phase = None if progress is None else dataclasses.asdict(progress)
+        shape = self.run.problem.input_shape
+        checkpoint.save(path, model, input_shape=shape, phase=phase, **notes)
+        return checkpoint.read_description(path)["sha256"]
+
+    def _trained(self, phase: str, source: str) -> bool:
+        """Whether both networks of the last phase are there."""
+        found = [self._found(name) for name in ("best", "model")]
+        return all(
+            each and each["notes"]["made_from"] == source and self._complete(phase, each)
+            for each in found
+        )
+
+    def _complete(self, phase: str, found: dict[str, Any]) -> bool:
+        """Whether a network was trained for as long as the configuration says."""
+        progress = found["notes"]["phase"]
+        return progress["met_budget"] or progress["epochs"] >= self.config[phase].epochs
+
+    def _found(self, name: str) -> dict[str, Any] | None:
+        """What a network on disk says of itself, if it is there and whole."""
+        path = self.run.workdir / name
+        if not checkpoint.exists(path):
+            return None
+        try:
+            return checkpoint.verify(path)
+        except checkpoint.ArtifactError as error:
+            logger.warning("%s; it is made again", error)
+            return None

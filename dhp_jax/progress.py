@@ -1,5 +1,6 @@
 """Progress on a terminal, or line by line in a log: an observer of training."""
 
+from collections.abc import Sequence
 import sys
 from typing import Any
 
@@ -23,10 +24,18 @@ class ProgressBar:
     Where standard error is no terminal, a line an epoch stands in for the bar.
     """
 
-    def begin(self, phase: str, steps: int) -> None:
+    def begin(self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]) -> None:
         self.phase, self.total, self.shown = phase, steps, {}
+        if done:
+            print(f"{phase}: going on from step {done}", file=sys.stderr, flush=True)
         self.bar = tqdm(
-            total=steps, desc=phase, unit="step", dynamic_ncols=True, disable=None, leave=True
+            total=steps,
+            initial=done,
+            desc=phase,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,
+            leave=True,
         )
 
     def step(self) -> None:

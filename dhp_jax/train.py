@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 import math
 import time
 from typing import Any, NamedTuple, Protocol
@@ -15,13 +16,24 @@ import optax
 
 from dhp_jax.backend import compiler_options, tune
 from dhp_jax.latent import LatentVector
+from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks.task import Data, Params, Task
 
 
-class Observer(Protocol):
-    """Someone to tell how training goes."""
+class Stopped(Exception):
+    """Training was asked to stop, and did; its state is on disk."""
 
-    def begin(self, phase: str, steps: int) -> None: ...
+
+class Observer(Protocol):
+    """Someone to tell how training goes.
+
+    A phase begins with the number of its steps at most, how many of them were taken before it was
+    stopped, and the records of those.
+    """
+
+    def begin(
+        self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]
+    ) -> None: ...
     def step(self) -> None: ...
     def record(self, values: dict[str, Any]) -> None: ...
     def end(self) -> None: ...
@@ -45,6 +57,8 @@ class Phase:
       learning_rate: of each step, for the records.
       optimizer: makes the transformation of `(latent vectors, other parameters)`.
       budget: a rule that ends the phase early.
+      skip_faulty: whether a batch whose loss or gradient is not finite is left out, and counted;
+        otherwise a loss or latent that is not finite ends training.
     """
 
     name: str
@@ -52,6 +66,7 @@ class Phase:
     learning_rate: optax.Schedule
     optimizer: Callable[[Params], optax.GradientTransformation]
     budget: Budget | None = None
+    skip_faulty: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,21 +74,23 @@ class Progress:
     """How a phase went, in numbers.
 
     Attributes:
-      epochs, steps: how many there were.
+      epochs, steps: how many there were; an epoch counts when it was tested.
       seconds: how long they took, tests included.
       met_budget: whether the stop rule ended the phase.
       last: metrics of the last epoch on the test data, by name.
       best: those of the epoch that was best by the task's metric.
       best_epoch: its number, from 1.
+      skipped: how many batches were left out because of `Phase.skip_faulty`.
     """
 
-    epochs: int
-    steps: int
-    seconds: float
-    met_budget: bool
-    last: dict[str, float]
-    best: dict[str, float]
-    best_epoch: int
+    epochs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    met_budget: bool = False
+    last: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_epoch: int = 0
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,15 +111,22 @@ class Measures(NamedTuple):
     loss: Float[Array, ""]
     score: Float[Array, ""]  # the task's metric
     examples: Int[Array, ""]
+    skipped: Int[Array, ""]  # batches
 
     @classmethod
     def zero(cls) -> "Measures":
-        return cls(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
+        return cls(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
-    def means(self) -> tuple[float, float]:
-        """Mean loss and score; waits for the device."""
-        loss, score, examples = jax.device_get(self)
-        return float(loss / examples), float(score / examples)
+
+class Fault(NamedTuple):
+    """The first step after which the loss or a latent was not finite."""
+
+    step: Int[Array, ""]  # its number, from 1; 0 if there is none
+    loss: Float[Array, ""]
+
+    @classmethod
+    def none(cls) -> "Fault":
+        return cls(jnp.zeros((), jnp.int32), jnp.zeros(()))
 
 
 class TrainState(NamedTuple):
@@ -113,6 +137,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     step: Int[Array, ""]
     measures: Measures  # since they were last read
+    fault: Fault
 
 
 def train(
@@ -127,6 +152,8 @@ def train(
     log_every: int,
     key: Key[Array, ""],
     observers: Sequence[Observer] = (),
+    checkpoints: Checkpoints | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Trains a model for a phase and tests it after every epoch.
 
@@ -143,53 +170,42 @@ def train(
       log_every: steps between records, and between looks at the budget.
       key: random key of this phase.
       observers: told of every step, every `log_every` steps and every epoch.
+      checkpoints: where the state is saved, and from the newest of which training goes on.
+      stopping: asked after every step whether to stop.
 
     Returns:
       The trained model after the last epoch and after the best one, by the task's metric.
 
     Raises:
       ValueError: `batch_size` larger than `examples`.
-      FloatingPointError: a loss that is not finite.
+      FloatingPointError: a loss or a latent that is not finite.
+      Stopped: `stopping` said so.
+      CheckpointError: the state cannot be saved.
     """
     if not 0 < batch_size <= examples:
         raise ValueError(
             f"batch_size: expected 1 to {examples} (the examples of an epoch), got {batch_size}"
         )
     loop = _Loop(model, phase, task, train_data, examples, batch_size, log_every, key, observers)
+    loop.keep(checkpoints, stopping)
     evaluate = task.evaluation(model, test_data, batch_size=4 * batch_size)
-    name = task.metric.name
-    started = time.perf_counter()
-    last, best, best_epoch, best_state = {}, {}, 0, None
-    met_budget, epoch = False, 0
-    with _told(observers, phase.name, phase.epochs * loop.steps_per_epoch):
-        while epoch < phase.epochs and not met_budget:
-            epoch += 1
-            values, met_budget = loop.run_epoch(epoch)
+    most = phase.epochs * loop.steps_per_epoch
+    with _told(observers, phase.name, most, loop.progress.steps, loop.records):
+        while not loop.done():
+            values, met_budget = loop.run_epoch()
             last = evaluate(loop.state.params, loop.state.rest)
-            for what, value in last.items():
-                loop.check_finite(f"test {what}", value)
-            loop.record(values | {f"test_{what}": value for what, value in last.items()})
-            if task.metric.better(last[name], best.get(name)):
-                best, best_epoch = last, epoch
-                best_state = None if phase.budget else _copy((loop.state.params, loop.state.rest))
-    progress = Progress(
-        epochs=epoch,
-        steps=loop.steps,
-        seconds=time.perf_counter() - started,
-        met_budget=met_budget,
-        last=last,
-        best=best,
-        best_epoch=best_epoch,
-    )
-    trained = loop.model(loop.state.params, loop.state.rest)
-    return Outcome(trained, trained if best_state is None else loop.model(*best_state), progress)
+            loop.end_epoch(values, last, met_budget)
+    loop.save()
+    return loop.outcome()
 
 
 @contextlib.contextmanager
-def _told(observers: Sequence[Observer], phase: str, steps: int) -> Iterator[None]:
+def _told(
+    observers: Sequence[Observer], phase: str, steps: int, done: int, records: list
+) -> Iterator[None]:
     """Tells observers of the beginning of a phase and of its end, even one by an exception."""
     for observer in observers:
-        observer.begin(phase, steps)
+        observer.begin(phase, steps, done, records)
     try:
         yield
     finally:
@@ -198,78 +214,167 @@ def _told(observers: Sequence[Observer], phase: str, steps: int) -> Iterator[Non
 
 
 class _Loop:
-    """The compiled step of a phase, and the state it goes through."""
+    """The compiled step of a phase, the state it goes through, and how far it has come."""
 
     def __init__(self, model, phase, task, data, examples, batch_size, log_every, key, observers):
         self.graphdef, optimizer, self.state = start(model, phase.optimizer)
         self.phase, self.data, self.batch_size = phase, data, batch_size
-        self.log_every, self.observers, self.metric = log_every, observers, task.metric.name
+        self.log_every, self.observers, self.metric = log_every, observers, task.metric
         self.steps_per_epoch = examples // batch_size
-        self.steps = 0
+        self.progress, self.records = Progress(), []
+        self.best_state: tuple[Params, nnx.State] | None = None
+        self.compiling = True
         self.order_key, self.step_key = jax.random.split(key)
         self.permute = jax.jit(lambda k: jax.random.permutation(k, examples))
-        self.advance = make_step(self.graphdef, optimizer, task, batch_size)
+        self.advance = make_step(self.graphdef, optimizer, task, batch_size, phase.skip_faulty)
         if phase.budget is not None:
             self.ratio = jax.jit(lambda p, r: phase.budget.ratio(nnx.merge(self.graphdef, *p, r)))
 
-    def model(self, params: Params, rest: nnx.State) -> nnx.Module:
-        return nnx.merge(self.graphdef, *params, rest, copy=True)
+    def keep(self, checkpoints: Checkpoints | None, stopping: Callable[[], bool]) -> None:
+        """Goes on from the newest checkpoint, if there is one."""
+        self.checkpoints, self.stopping = checkpoints, stopping
+        found = checkpoints and checkpoints.newest(self._like)
+        self.began = time.perf_counter()
+        if found:
+            saved, notes = found
+            self.state, self.best_state = _copy(saved)
+            self.progress, self.records = Progress(**notes["progress"]), notes["records"]
+            self.began -= self.progress.seconds
 
-    def run_epoch(self, epoch: int) -> tuple[dict[str, Any], bool]:
-        """Trains for an epoch, or until the budget is met.
+    def _like(self, notes: dict[str, Any]) -> tuple[TrainState, tuple | None]:
+        best = (self.state.params, self.state.rest) if notes["has_best"] else None
+        return self.state, best
+
+    def done(self) -> bool:
+        return self.progress.met_budget or self.progress.epochs >= self.phase.epochs
+
+    def run_epoch(self) -> tuple[dict[str, Any], bool]:
+        """Trains to the end of an epoch, or until the budget is met.
 
         Returns what it last measured, and whether the budget is met.
         """
+        steps, epoch = self.progress.steps, self.progress.epochs + 1
         order = self.permute(jax.random.fold_in(self.order_key, epoch))
-        self.clock = time.perf_counter(), self.steps
-        for position in range(self.steps_per_epoch):
+        self.clock = time.perf_counter(), steps
+        while True:
+            position = steps - (epoch - 1) * self.steps_per_epoch
             self.state = self.advance(self.state, self.data, order, position, self.step_key)
-            self.steps += 1
+            steps += 1
+            self.progress = dataclasses.replace(self.progress, steps=steps)
             for observer in self.observers:
                 observer.step()
-            if self.steps == 1:  # what compiling takes is not the speed of training
+            if self.compiling:  # what that takes is not the speed of training
                 jax.block_until_ready(self.state)
-                self.clock = time.perf_counter(), self.steps
+                self.clock, self.compiling = (time.perf_counter(), steps), False
             last = position == self.steps_per_epoch - 1
-            if last or self.steps % self.log_every == 0:
+            if last or steps % self.log_every == 0:
                 values = self._measure(epoch)
                 met_budget = self._meets_budget(values)
                 if last or met_budget:
                     return values, met_budget
-                self.record(values)
-        raise AssertionError("an epoch has at least one step")
+                self._record(values)
+            self._save_if_due()
+
+    def end_epoch(self, values: dict[str, Any], last: dict[str, float], met_budget: bool) -> None:
+        """Records an epoch with its test, and keeps the state of the best."""
+        for what, value in last.items():
+            if not math.isfinite(value):
+                raise self._fault(f"test {what} is {value}", self.progress.steps)
+        self._record(values | {f"test_{what}": value for what, value in last.items()})
+        epoch = self.progress.epochs + 1
+        change: dict[str, Any] = {"epochs": epoch, "last": last, "met_budget": met_budget}
+        name = self.metric.name
+        if self.metric.better(last[name], self.progress.best.get(name)):
+            change |= {"best": last, "best_epoch": epoch}
+            if self.phase.budget is None:
+                self.best_state = _copy((self.state.params, self.state.rest))
+        self.progress = dataclasses.replace(self.progress, **change)
+        self._save_if_due()
+
+    def outcome(self) -> Outcome:
+        trained = self._model(self.state.params, self.state.rest)
+        best = trained if self.best_state is None else self._model(*self.best_state)
+        return Outcome(trained, best, self._timed())
+
+    def _model(self, params: Params, rest: nnx.State) -> nnx.Module:
+        return nnx.merge(self.graphdef, *params, rest, copy=True)
+
+    def _timed(self) -> Progress:
+        return dataclasses.replace(self.progress, seconds=time.perf_counter() - self.began)
 
     def _measure(self, epoch: int) -> dict[str, Any]:
         """The training measures since they were last read, and what of the network survives."""
-        loss, score = self.state.measures.means()
-        rate = float(self.phase.learning_rate(self.steps - 1))
-        self.check_finite("loss", loss)
+        self._check_fault()
+        measures = jax.device_get(self.state.measures)
         self.state = self.state._replace(measures=Measures.zero())
-        values = {"epoch": epoch, "loss": loss, self.metric: score, "learning_rate": rate}
-        (then, steps), now = self.clock, time.perf_counter()
-        if self.steps > steps:
-            values["examples_per_second"] = (self.steps - steps) * self.batch_size / (now - then)
+        steps, rate = self.progress.steps, self._rate(self.progress.steps)
+        if not measures.examples:
+            raise self._fault("loss or gradient was not finite in every batch", steps)
+        loss, score = (float(s / measures.examples) for s in (measures.loss, measures.score))
+        values = {"epoch": epoch, "loss": loss, self.metric.name: score, "learning_rate": rate}
+        if self.phase.skip_faulty:
+            values["skipped"] = int(measures.skipped)
+            skipped = self.progress.skipped + values["skipped"]
+            self.progress = dataclasses.replace(self.progress, skipped=skipped)
+        (then, before), now = self.clock, time.perf_counter()
+        if steps > before:
+            values["examples_per_second"] = (steps - before) * self.batch_size / (now - then)
         if self.phase.budget is not None:
             flops, params = map(float, self.ratio(self.state.params, self.state.rest))
             values |= {"flops_ratio": flops, "params_ratio": params}
-        self.clock = time.perf_counter(), self.steps
+        self.clock = time.perf_counter(), steps
         return values
-
-    def check_finite(self, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            rate = float(self.phase.learning_rate(self.steps - 1))
-            raise FloatingPointError(
-                f"{self.phase.name}: the {name} is {value} at step {self.steps}, "
-                f"at a learning rate of {rate:g}"
-            )
 
     def _meets_budget(self, values: dict[str, Any]) -> bool:
         budget = self.phase.budget
         return budget is not None and values["flops_ratio"] <= budget.limit
 
-    def record(self, values: dict[str, Any]) -> None:
+    def _record(self, values: dict[str, Any]) -> None:
+        record = {"phase": self.phase.name, "step": self.progress.steps, **values}
+        self.records.append(record)
         for observer in self.observers:
-            observer.record({"phase": self.phase.name, "step": self.steps, **values})
+            observer.record(record)
+
+    def _rate(self, step: int) -> float:
+        return float(self.phase.learning_rate(step - 1))
+
+    def _check_fault(self) -> None:
+        fault = jax.device_get(self.state.fault)
+        if fault.step:
+            loss = float(fault.loss)
+            what = "latents are not finite" if math.isfinite(loss) else f"loss is {loss}"
+            raise self._fault(what, int(fault.step))
+
+    def _fault(self, what: str, step: int) -> FloatingPointError:
+        saved = self.checkpoints.steps() if self.checkpoints else []
+        last = f"; the last good checkpoint is of step {saved[0]}" if saved else ""
+        return FloatingPointError(
+            f"{self.phase.name}: the {what} at step {step}, "
+            f"at a learning rate of {self._rate(step):g}{last}"
+        )
+
+    def _save_if_due(self) -> None:
+        if self.stopping():
+            self.save(wait=True)
+            raise Stopped(f"{self.phase.name}: stopped after step {self.progress.steps}")
+        if self.checkpoints and self.checkpoints.due():
+            self.save()
+
+    def save(self, *, wait: bool = False) -> None:
+        """Saves the state, unless it is faulty."""
+        if not self.checkpoints:
+            return
+        self._check_fault()
+        notes = {
+            "progress": dataclasses.asdict(self._timed()),
+            "records": self.records,
+            "has_best": self.best_state is not None,
+        }
+        arrays, steps = (self.state, self.best_state), self.progress.steps
+        try:
+            self.checkpoints.save(steps, arrays, notes, wait=wait)
+        except FloatingPointError as error:
+            raise self._fault(f"state is not finite ({error})", steps) from error
 
 
 def start(
@@ -282,7 +387,7 @@ def start(
     params = (latents, weights)
     optimizer = make_optimizer(params)
     opt_state = jax.jit(optimizer.init)(params)
-    state = TrainState(params, rest, opt_state, jnp.int32(0), Measures.zero())
+    state = TrainState(params, rest, opt_state, jnp.int32(0), Measures.zero(), Fault.none())
     return graphdef, optimizer, _copy(state)
 
 
@@ -291,10 +396,12 @@ def make_step(
     optimizer: optax.GradientTransformation,
     task: Task,
     batch_size: int,
+    skip_faulty: bool = False,
 ) -> Callable[..., TrainState]:
     """The jitted step `(state, data, order, position, key) -> state`; its state is donated.
 
     It takes the `position`-th batch of the `data` in the given `order`, augments it, and steps.
+    With `skip_faulty` a batch whose loss or gradient is not finite only counts as a step.
     """
 
     def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any):
@@ -310,14 +417,56 @@ def make_step(
         gradient = jax.value_and_grad(loss, has_aux=True)
         (value, (scores, rest)), grads = gradient(state.params, state.rest, inputs, targets)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        loss_sum, score_sum, count = state.measures
-        measures = Measures(
-            loss_sum + value * batch_size, score_sum + jnp.sum(scores), count + batch_size
+        loss_sum, score_sum, count, skipped = state.measures
+        stepped = TrainState(
+            params=optax.apply_updates(state.params, updates),
+            rest=rest,
+            opt_state=opt_state,
+            step=state.step + 1,
+            measures=Measures(
+                loss_sum + value * batch_size,
+                score_sum + jnp.sum(scores),
+                count + batch_size,
+                skipped,
+            ),
+            fault=state.fault,
         )
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, rest, opt_state, state.step + 1, measures)
+        if skip_faulty:
+            usable = jnp.isfinite(value) & _all_finite((grads, rest))
+            return _or_skipped(stepped, state, usable)
+        faulty = ~(jnp.isfinite(value) & _all_finite(stepped.params[0]))
+        first = faulty & (state.fault.step == 0)
+        fault = Fault(stepped.step, value.astype(jnp.float32))
+        return stepped._replace(fault=_where(first, fault, state.fault))
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+
+
+def _or_skipped(stepped: TrainState, state: TrainState, usable: Array) -> TrainState:
+    """The state after a step, or where its batch is not usable that before it, with its count.
+
+    Integers in the optimizer's state go on: they are what learning rates follow.
+    """
+    before = state._replace(
+        step=stepped.step,
+        measures=state.measures._replace(skipped=state.measures.skipped + 1),
+        opt_state=jax.tree.map(
+            lambda new, old: new if jnp.issubdtype(new.dtype, jnp.integer) else old,
+            stepped.opt_state,
+            state.opt_state,
+        ),
+    )
+    return _where(usable, stepped, before)
+
+
+def _where(condition: Array, tree: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)
+
+
+def _all_finite(tree: Any) -> Array:
+    """Whether all floating-point numbers of a tree are finite; one pass over all of them."""
+    leaves = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in leaves])) if leaves else True
 
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

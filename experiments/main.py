@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from dhp_jax import pipeline, report
 from dhp_jax.compilation import keep_compiled, long_compilations
-from dhp_jax.config import check_overrides
+from dhp_jax.config import ConfigError, check_overrides
 from dhp_jax.data import DataNotFoundError
+from dhp_jax.preemption import EXIT_CODE, asked_to_stop
 from dhp_jax.progress import ProgressBar
+from dhp_jax.train import Stopped
 
 EXAMPLE = "experiments/configs/digits_resnet20.py"
 
@@ -26,7 +28,8 @@ EXAMPLE = "experiments/configs/digits_resnet20.py"
 def main(arguments: Sequence[str]) -> int:
     """Runs, and prints what came of it.
 
-    Returns the exit code: 2 for wrong input, 1 for a loss that is no longer finite.
+    Returns the exit code: 2 for wrong input, 1 for a loss that is no longer finite or a disk that
+    is full, 75 for a run that was told to end and that the same command takes up again.
     """
     logging.basicConfig(format="%(message)s")
     if "--help" in arguments:
@@ -42,15 +45,27 @@ def main(arguments: Sequence[str]) -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     try:
-        with long_compilations(tell_compiled):
+        with (
+            long_compilations(tell_compiled),
+            asked_to_stop(run.config.checkpoint.grace) as stopping,
+        ):
             baseline = options.baseline or f"{options.workdir}-baseline"
-            summary = pipeline.execute(run, baseline=baseline)
-    except DataNotFoundError as error:  # a file that is found damaged when it is read
+            summary = pipeline.execute(run, baseline=baseline, stopping=stopping)
+    except (DataNotFoundError, ConfigError) as error:  # as a file that is damaged when it is read
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print("error:", error, file=sys.stderr)
+        print(f"error: {error}; --config.nonfinite=skip leaves such batches out", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error}; the same command goes on once that is mended", file=sys.stderr)
+        return 1
+    except Stopped as error:
+        print(f"{error}; the same command goes on from there", file=sys.stderr)
+        return EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     print(report.text(run.workdir, summary))
     return 0
 

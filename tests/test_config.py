@@ -12,6 +12,7 @@ import pytest
 
 from dhp_jax import config as dhp_config
 from dhp_jax.config import ConfigError, check, check_overrides, default
+from dhp_jax.names import shown
 
 CONFIGS = Path(__file__).parents[1] / "experiments/configs"
 PHASES = ("search", "converge", "baseline")
@@ -119,6 +120,10 @@ GOOD = {
     "batch_size": [1, 4096],
     "dtype": ["float32", "bfloat16"],
     "log_every": [1],
+    "nonfinite": ["stop", "skip"],
+    "checkpoint.seconds": [0, 0.5, 3600],
+    "checkpoint.keep": [1, 10],
+    "checkpoint.grace": [1e-3, 25],
     "task.name": ["classification"],
     "data.name": [
         *("digits", "cifar10", "cifar100"),
@@ -140,43 +145,61 @@ GOOD = {
     **{f"{phase}.learning_rate": [1e-9, 10] for phase in PHASES},
     **{f"{phase}.drops": [(), [], (1,), [0, 0.5, 7.25]] for phase in PHASES},
 }
-NUMBERS = [None, "1", "", True, float("nan"), float("inf"), -float("inf"), [1], {}]
-INTEGERS = [*NUMBERS, 1.0, 0.5]
+NUMBERS = [None, "1", "", True, float("nan"), float("inf"), -float("inf"), 1e31, [1], {}]
+INTEGERS = [*NUMBERS, 1.0, 0.5, 10**18]
+COUNT = "an integer >= 1 and <= 1000000"
+CHANNELS = "an integer >= 1 and <= 32768"
 WORDS = [None, 1, "", "SGD", "dhp ", ["dhp"], {}]
 BAD = {
     "seed": ([*INTEGERS, -1, 2**32], "an integer >= 0 and <= 4294967295"),
     "method": (WORDS, "one of dhp, baseline"),
     "target": ([*NUMBERS, 0, -0.5, 1.5], "a number > 0 and <= 1"),
-    "multiple_of": ([*INTEGERS, 0, -8], "an integer >= 1"),
-    "batch_size": ([*INTEGERS, 0, -64], "an integer >= 1"),
+    "multiple_of": ([*INTEGERS, 0, -8], CHANNELS),
+    "batch_size": ([*INTEGERS, 0, -64], COUNT),
     "dtype": ([*WORDS, "float16"], "one of float32, bfloat16"),
-    "log_every": ([*INTEGERS, 0], "an integer >= 1"),
+    "log_every": ([*INTEGERS, 0], COUNT),
+    "nonfinite": ([*WORDS, "ignore"], "one of stop, skip"),
+    "checkpoint.seconds": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
+    "checkpoint.keep": ([*INTEGERS, 0], COUNT),
+    "checkpoint.grace": ([*NUMBERS, 0, -1], "a number > 0 and <= 86400"),
     "task.name": ([*WORDS, "denoise"], "one of classification, super_resolution, denoising"),
     "data.name": (
         [*WORDS, "cifar", "photographs"],
         "one of digits, cifar10, cifar100, tiny_imagenet, imagenet2012, image_folder",
     ),
-    "data.dir": ([3, ["somewhere"]], "a path, or None for the default of tensorflow-datasets"),
+    "data.dir": (
+        [3, ["somewhere"], b"somewhere", "\0", "long" * 100, "~no_such_person/data"],
+        "a path, or None for the default of tensorflow-datasets",
+    ),
     "data.image_size": (
         [*INTEGERS[1:], 0, -1],
-        "an integer >= 1, or None for the size of the data",
+        "an integer >= 1 and <= 10000, or None for the size of the data",
     ),
     "data.archive": ([3, ["some.zip"]], "a path, or None if there is none"),
-    "data.crop_padding": ([-1, 0.5, "4"], "an integer >= 0, or None for what suits the data"),
+    "data.crop_padding": (
+        [-1, 0.5, "4", 10_001],
+        "an integer >= 0 and <= 10000, or None for what suits the data",
+    ),
     "data.flip": ([0, 1, "no"], "True or False, or None likewise"),
     "optimizer.name": (WORDS, "one of sgd, adam"),
     "optimizer.momentum": ([*NUMBERS, -0.1, 1, 1.1], "a number >= 0 and < 1"),
-    "optimizer.weight_decay": ([*NUMBERS, -1e-9], "a number >= 0"),
-    "search.strength": ([*NUMBERS, -1], "a number >= 0"),
-    "search.threshold": ([*NUMBERS, -1], "a number >= 0"),
+    "optimizer.weight_decay": ([*NUMBERS, -1e-9], "a number >= 0 and <= 1e+30"),
+    "search.strength": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
+    "search.threshold": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
     "search.stop_limit": ([*NUMBERS, -0.01, 1.01], "a number >= 0 and <= 1"),
-    "search.min_channels": ([*INTEGERS, 0], "an integer >= 1"),
-    **{f"{phase}.epochs": ([*INTEGERS, 0], "an integer >= 1") for phase in PHASES},
-    **{f"{phase}.learning_rate": ([*NUMBERS, 0, -1], "a number > 0") for phase in PHASES},
+    "search.min_channels": ([*INTEGERS, 0], CHANNELS),
+    **{f"{phase}.epochs": ([*INTEGERS, 0], COUNT) for phase in PHASES},
+    **{
+        f"{phase}.learning_rate": ([*NUMBERS, 0, -1], "a number > 0 and <= 1e+30")
+        for phase in PHASES
+    },
     **{
         f"{phase}.drops": (
-            [None, 50, "50", (-1,), (2, 1), (1, 1), ("1",), (True,), (float("nan"),), {}],
-            "epochs in ascending order, such as (150, 225)",
+            [
+                *(None, 50, "50", (-1,), (2, 1), (1, 1), ("1",), (True,), (float("nan"),), {}),
+                *((1e7,), tuple(range(101))),
+            ],
+            "up to 100 epochs in ascending order, such as (150, 225)",
         )
         for phase in PHASES
     },
@@ -185,18 +208,18 @@ BAD = {
 # Of restoration, the fields that classification does not have.
 PHOTOGRAPHS = {
     "task.name": (RESTORATION, [*WORDS, "classify"], BAD["task.name"][1]),
-    "task.patch": ([1, 96], [*INTEGERS, 0, -8], "an integer >= 1"),
+    "task.patch": ([1, 96], [*INTEGERS, 0, -8], "an integer >= 1 and <= 10000"),
     "task.channels": ([1, 3], [None, 2, 0, "3", 3.0, True], "one of 1, 3"),
-    "task.steps_per_epoch": ([1, 10**6], [*INTEGERS, 0], "an integer >= 1"),
+    "task.steps_per_epoch": ([1, 10**6], [*INTEGERS, 0], COUNT),
     "task.tile": (
         [None, 1, 256],
         [*INTEGERS[1:], 0, -1],
-        "an integer >= 1, or None to run test images whole",
+        "an integer >= 1 and <= 10000, or None to run test images whole",
     ),
     "task.overlap": (
         [None, 0, 48],
         [*(v for v in INTEGERS if v is not None), -1],
-        "an integer >= 0, or None for as far as the network sees",
+        "an integer >= 0 and <= 10000, or None for as far as the network sees",
     ),
     "data.name": (
         ["photographs", "photo_folder"],
@@ -222,7 +245,7 @@ OF_TASK = {
     "denoising": {
         **PHOTOGRAPHS,
         "task.name": (RESTORATION[1:], *PHOTOGRAPHS["task.name"][1:]),
-        "task.sigma": ([0, 25.0, 70], [*NUMBERS, -1], "a number >= 0"),
+        "task.sigma": ([0, 25.0, 70], [*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
     },
 }
 
@@ -260,7 +283,7 @@ def test_an_impossible_value_is_refused_in_one_line_with_what_is_possible(field)
     values, possible = BAD[field]
     for value in values:
         message = refusal(changed(field, value))
-        assert message == f"config.{field}: expected {possible}; got {value!r}"
+        assert message == f"config.{field}: expected {possible}; got {shown(value)}"
 
 
 @pytest.mark.parametrize(
@@ -286,7 +309,7 @@ def test_an_impossible_value_of_a_restoration_is_refused_with_what_is_possible(t
         assert message == f"config.{field}: expected {possible}; got {value!r}"
 
 
-@pytest.mark.parametrize("group", ["task", "data", "optimizer", *PHASES])
+@pytest.mark.parametrize("group", ["task", "data", "checkpoint", "optimizer", *PHASES])
 def test_a_value_in_place_of_a_group_is_refused_with_the_groups_fields(group):
     fields = ", ".join(sorted(default()[group]))
     assert refusal(changed(group, 3)) == f"config.{group}: expected fields {fields}; got 3"
@@ -294,6 +317,41 @@ def test_a_value_in_place_of_a_group_is_refused_with_the_groups_fields(group):
 
 def test_something_that_is_no_configuration_is_refused():
     assert refusal({"seed": 0}).startswith("config: expected fields baseline, batch_size, ")
+
+
+# Values that do not go together
+
+
+@pytest.mark.parametrize(
+    ("task", "families", "name", "other"),
+    [
+        ("denoising", "dncnn, unet", "srresnet", "super_resolution"),
+        ("denoising", "dncnn, unet", "resnet", "classification"),
+        ("super_resolution", "edsr, srresnet", "unet", "denoising"),
+        (
+            "classification",
+            "densenet, mobilenet_v1, mobilenet_v2, resnet, vgg",
+            "edsr",
+            "super_resolution",
+        ),
+    ],
+)
+def test_a_network_for_another_task_is_refused_with_those_for_this_one(task, families, name, other):
+    assert refusal(changed("model.name", name, task)) == (
+        f"config.model.name: expected one of {families}, which are for {task}; "
+        f"got {name!r}, which is for {other}"
+    )
+
+
+def test_more_examples_in_an_epoch_than_can_be_ordered_are_refused():
+    config = changed("task.steps_per_epoch", 1_000_000, "denoising")
+    config.batch_size = 268
+    check(config)
+    config.batch_size = 269
+    assert refusal(config) == (
+        "config.task.steps_per_epoch: expected at most 997901, for 268435456 examples of 269 a "
+        "step; got 1000000"
+    )
 
 
 # Names
@@ -451,13 +509,13 @@ def test_overrides_of_the_fields_of_a_task_pass():
             "denoising",
             "config.task.sigma",
             "abc",
-            "config.task.sigma: expected a number >= 0; got 'abc'",
+            "config.task.sigma: expected a number >= 0 and <= 1e+30; got 'abc'",
         ),
         (
             "denoising",
             "config.task.steps_per_epoch",
             "1e3",
-            "config.task.steps_per_epoch: expected an integer >= 1; got '1e3'",
+            "config.task.steps_per_epoch: expected an integer >= 1 and <= 1000000; got '1e3'",
         ),
         (
             "super_resolution",
@@ -490,17 +548,17 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
     ("name", "text", "message"),
     [
         ("config.target", "half", "config.target: expected a number > 0 and <= 1; got 'half'"),
-        ("config.batch_size", "1.5", "config.batch_size: expected an integer >= 1; got '1.5'"),
-        ("config.search.epochs", "", "config.search.epochs: expected an integer >= 1; got ''"),
+        ("config.batch_size", "1.5", f"config.batch_size: expected {COUNT}; got '1.5'"),
+        ("config.search.epochs", "", f"config.search.epochs: expected {COUNT}; got ''"),
         ("config.model.depth", "x", "config.model.depth: expected an integer; got 'x'"),
         ("config.model.width", "x", "config.model.width: expected a number; got 'x'"),
         ("config.target", None, "config.target: expected --config.target=<value>; got none"),
         (
             "config.serch.epochs",
             "3",
-            "config.serch: unknown field: expected one of baseline, batch_size, converge, data, "
-            "dtype, log_every, method, model, multiple_of, optimizer, search, seed, target, task; "
-            "got 'serch'; did you mean 'search'?",
+            "config.serch: unknown field: expected one of baseline, batch_size, checkpoint, "
+            "converge, data, dtype, log_every, method, model, multiple_of, nonfinite, optimizer, "
+            "search, seed, target, task; got 'serch'; did you mean 'search'?",
         ),
         (
             "config.data.dri",

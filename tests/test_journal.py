@@ -21,9 +21,9 @@ CONVERGE = [
 ]
 
 
-def write(workdir, phase, records):
+def write(workdir, phase, records, before=()):
     journal = Journal(workdir)
-    journal.begin(phase, 1000)
+    journal.begin(phase, 1000, len(before), before)
     for record in records:
         journal.step()
         journal.record(record)
@@ -59,7 +59,7 @@ def test_records_are_read_as_they_were_written_one_a_line(tmp_path):
 
 def test_a_record_can_be_read_while_the_phase_goes_on(tmp_path):
     journal = Journal(tmp_path)
-    journal.begin("search", 1000)
+    journal.begin("search", 1000, 0, [])
     assert read(tmp_path / RECORDS) == []
     journal.record(SEARCH[0])
     assert read(tmp_path / RECORDS) == SEARCH[:1]
@@ -84,6 +84,20 @@ def test_a_phase_that_begins_anew_drops_its_own_records_only(tmp_path, phase, ke
     write(tmp_path, phase, again)
     assert read(tmp_path / RECORDS) == [*kept, *again]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [RECORDS]
+
+
+def test_a_phase_that_goes_on_keeps_the_records_it_goes_on_from(tmp_path):
+    write(tmp_path, "search", SEARCH)
+    write(tmp_path, "converge", CONVERGE)
+    again = {"phase": "converge", "step": 3, "loss": 0.5}
+    write(tmp_path, "converge", [again], before=CONVERGE[:2])
+    assert read(tmp_path / RECORDS) == [*SEARCH, *CONVERGE[:2], again]
+    assert scalars(tmp_path / "tensorboard" / "converge") == pytest.approx(
+        {
+            **{("epoch", r["step"]): r["epoch"] for r in CONVERGE[:2]},
+            **{("loss", r["step"]): r["loss"] for r in [*CONVERGE[:2], again]},
+        }
+    )
 
 
 def test_no_records_are_read_where_there_is_no_file(tmp_path):
@@ -142,7 +156,7 @@ RECORDED = [
 def shown(stderr, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stderr)
     bar = ProgressBar()
-    bar.begin("search", 450)
+    bar.begin("search", 450, 0, [])
     records = {record["step"]: record for record in RECORDED}
     for step in range(1, 301):
         bar.step()
@@ -160,6 +174,13 @@ def test_where_standard_error_is_no_terminal_each_epoch_is_a_line(monkeypatch):
         "loss 1.500, train error 85.0%, FLOPs 80.0%, test error 60.00%, "
         "images/s 1234, params 50.0%\n"
     )
+
+
+def test_a_phase_that_goes_on_says_from_where(capsys):
+    bar = ProgressBar()
+    bar.begin("search", 450, 300, RECORDED)
+    bar.end()
+    assert capsys.readouterr().err.startswith("search: going on from step 300\n")
 
 
 def test_on_a_terminal_there_is_one_bar_that_is_full_when_the_phase_ends(monkeypatch):

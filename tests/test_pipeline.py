@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from networks import arrays
 import numpy as np
 import pytest
+from runs import NETWORKS, check_same_end
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
-from dhp_jax import data, journal, pipeline
+from dhp_jax import data, journal, pipeline, workdir
+from dhp_jax.train import Stopped
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SHAPE = (8, 8, 1)
-NETWORKS = ("search", "pruned", "best", "model")
 
 
 def tiny(**changes):
@@ -46,7 +47,7 @@ class Interrupter:
     def __init__(self, phase, step):
         self.phase, self.left = phase, step
 
-    def begin(self, phase, steps):
+    def begin(self, phase, steps, done, records):
         self.here = phase == self.phase
         if self.here and self.left == 0:
             raise Stop
@@ -68,14 +69,6 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def without_times(value):
-    """JSON values without the clock's."""
-    if isinstance(value, dict):
-        timed = ("seconds", "examples_per_second")
-        return {k: without_times(v) for k, v in value.items() if k not in timed}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
-
-
 def description(workdir, name):
     return json.loads((workdir / name / "model.json").read_text())
 
@@ -93,7 +86,7 @@ def finished(tmp_path_factory, compiled_once):
 
 
 def test_preparing_a_run_writes_its_configuration_only(finished):
-    assert finished.before.keys() == {"config.json"}
+    assert finished.before.keys() == {"config.json", ".lock"}
     stored = json.loads(finished.before["config.json"])
     assert stored == json.loads(tiny().to_json_best_effort())
     assert stored["search"]["strength"] == 0.3
@@ -104,6 +97,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
     assert names == {
         *NETWORKS,
         *("config.json", "metrics.jsonl", "tensorboard", "summary.json", "layers.md", "plots"),
+        *("checkpoints", ".lock"),
     }
     for name in NETWORKS:
         files = {path.name for path in (finished.workdir / name).iterdir()}
@@ -185,21 +179,6 @@ def test_the_records_are_of_both_phases_and_agree_with_the_summary(finished):
 # Stopped and started again
 
 
-def check_same_end(workdir, finished):
-    for name in NETWORKS:
-        of_both = (folder / name / "arrays.safetensors" for folder in (workdir, finished.workdir))
-        again, once = (path.read_bytes() for path in of_both)
-        assert again == once, name
-        assert without_times(description(workdir, name)) == without_times(
-            description(finished.workdir, name)
-        )
-    records = journal.read(workdir / journal.RECORDS)
-    expected = journal.read(finished.workdir / journal.RECORDS)
-    assert without_times(records) == without_times(expected)
-    summary = json.loads((workdir / "summary.json").read_text())
-    assert without_times(summary) == without_times(finished.summary)
-
-
 @pytest.mark.parametrize(
     "lost",
     [["model"], ["model", "best"], ["model", "best", "pruned"]],
@@ -211,19 +190,96 @@ def test_a_run_that_goes_on_after_a_phase_ends_with_the_same_bits(finished, tmp_
         shutil.rmtree(workdir / name)
     (workdir / "summary.json").unlink()
     pipeline.execute(pipeline.prepare(tiny(), workdir))
-    check_same_end(workdir, finished)
+    check_same_end(workdir, finished.workdir)
 
 
-def test_a_run_that_was_stopped_in_each_phase_ends_with_the_same_bits(finished, tmp_path):
+def test_a_run_that_died_in_each_phase_ends_with_the_same_bits(finished, tmp_path):
+    often = {"checkpoint.seconds": 0}
     for phase, step, left in (("search", 13, set()), ("converge", 25, {"search", "pruned"})):
-        run = pipeline.prepare(tiny(), tmp_path, [Interrupter(phase, step)])
+        run = pipeline.prepare(tiny(**often), tmp_path, [Interrupter(phase, step)])
         with pytest.raises(Stop):
             pipeline.execute(run)
         records = journal.read(tmp_path / journal.RECORDS)
         assert [r["step"] for r in records if r["phase"] == phase] == list(range(10, step, 10))
         assert {name for name in NETWORKS if (tmp_path / name).exists()} == left
+        assert len(list((tmp_path / "checkpoints" / phase).iterdir())) > 0
     pipeline.execute(pipeline.prepare(tiny(), tmp_path))
-    check_same_end(tmp_path, finished)
+    check_same_end(tmp_path, finished.workdir)
+
+
+@pytest.mark.parametrize("phase", ["search", "converge"])
+def test_a_run_that_is_told_to_stop_goes_on_where_it_was(finished, tmp_path, phase):
+    witness = Steps()
+    run = pipeline.prepare(tiny(), tmp_path, [witness])
+    with pytest.raises(Stopped, match=f"^{phase}: stopped after step 7$"):
+        pipeline.execute(run, stopping=lambda: witness.taken[-1:] == [(phase, 7)])
+    again = Steps()
+    pipeline.execute(pipeline.prepare(tiny(), tmp_path, [again]))
+    assert again.taken[0] == (phase, 8)
+    check_same_end(tmp_path, finished.workdir)
+
+
+class Steps:
+    """Which steps were taken."""
+
+    def __init__(self):
+        self.taken = []
+
+    def begin(self, phase, steps, done, records):
+        self.phase, self.done = phase, done
+
+    def step(self):
+        self.done += 1
+        self.taken.append((self.phase, self.done))
+
+    def record(self, values):
+        pass
+
+    def end(self):
+        pass
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_that_is_damaged_is_made_again_and_only_that(finished, tmp_path, caplog, name):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    path = workdir / name / "arrays.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    steps = Steps()
+    with caplog.at_level(logging.WARNING):
+        pipeline.execute(pipeline.prepare(tiny(), workdir, [steps]))
+    check_same_end(workdir, finished.workdir)
+    assert steps.taken == []
+    warnings = [r.getMessage() for r in caplog.records if r.name == "dhp_jax.pipeline"]
+    assert len(warnings) == 1
+    assert str(path.parent) in warnings[0]
+    assert warnings[0].endswith("; it is made again")
+
+
+# More epochs
+
+
+def test_a_finished_run_with_more_epochs_goes_on_as_if_it_had_had_them_before(finished, tmp_path):
+    longer = tiny(**{"converge.epochs": 3})
+    pipeline.execute(pipeline.prepare(longer, tmp_path / "once"))
+    workdir, steps = shutil.copytree(finished.workdir, tmp_path / "run"), Steps()
+    pipeline.execute(pipeline.prepare(longer, workdir, [steps]))
+    assert steps.taken == [("converge", n) for n in range(41, 61)]
+    check_same_end(workdir, tmp_path / "once")
+
+
+def test_a_search_with_more_epochs_is_pruned_and_converged_again(tmp_path):
+    fields = {"search.strength": 0.02, "converge.epochs": 1}
+    short, longer = (tiny(**{**fields, "search.epochs": n}) for n in (1, 2))
+    pipeline.execute(pipeline.prepare(longer, tmp_path / "once"))
+    pipeline.execute(pipeline.prepare(short, tmp_path / "run"))
+    steps = Steps()
+    pipeline.execute(pipeline.prepare(longer, tmp_path / "run", [steps]))
+    taken = [("search", n) for n in range(21, 41)] + [("converge", n) for n in range(1, 21)]
+    assert steps.taken == taken
+    check_same_end(tmp_path / "run", tmp_path / "once")
 
 
 def test_a_finished_run_only_reports(finished, tmp_path):
@@ -245,12 +301,10 @@ def test_a_directory_of_another_configuration_is_refused_and_left_alone(finished
     before = contents(workdir)
     message = (
         f"workdir: {workdir} holds a run with another configuration: config.target is 0.5 there "
-        "and 0.4 here; give another --workdir"
+        "and 0.4 here, config.search.epochs is 2 there and 1 here; give another --workdir"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        pipeline.prepare(tiny(target=0.4), workdir)
-    with pytest.raises(ValueError, match=r"config.search.epochs is 2 .* \(2 fields differ\)"):
-        pipeline.prepare(tiny(**{"search.epochs": 9, "search.strength": 0.1}), workdir)
+        pipeline.prepare(tiny(target=0.4, log_every=7, **{"search.epochs": 1}), workdir)
     assert contents(workdir) == before
 
 
@@ -262,10 +316,35 @@ def test_a_field_that_is_given_no_more_makes_another_configuration(tmp_path):
         pipeline.prepare(config, tmp_path)
 
 
-def test_the_directory_of_the_data_may_change(finished, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data.dir", "elsewhere"),
+        ("log_every", 7),
+        ("nonfinite", "skip"),
+        ("checkpoint.seconds", 1.0),
+        ("checkpoint.grace", 5.0),
+        ("search.epochs", 3),
+        ("converge.epochs", 3),
+    ],
+)
+def test_what_may_change_is_taken(finished, tmp_path, field, value):
     workdir = shutil.copytree(finished.workdir, tmp_path / "run")
-    pipeline.prepare(tiny(**{"data.dir": "elsewhere"}), workdir)
-    assert json.loads((workdir / "config.json").read_text())["data"]["dir"] == "elsewhere"
+    pipeline.prepare(tiny(**{field: value}), workdir)
+    stored = json.loads((workdir / "config.json").read_text())
+    for part in field.split("."):
+        stored = stored[part]
+    assert stored == value
+
+
+def test_a_directory_in_which_another_is_at_work_is_refused(tmp_path):
+    message = f"workdir: another process is at work in {tmp_path}; wait until it ends, or give "
+    with workdir.held(tmp_path, tiny()):
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}another --workdir$"):
+            pipeline.prepare(tiny(log_every=7), tmp_path)
+        assert contents(tmp_path) == before
+    pipeline.prepare(tiny(log_every=7), tmp_path)
 
 
 def test_a_configuration_on_disk_that_cannot_be_read_is_named(tmp_path):
@@ -301,7 +380,7 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
     summary = pipeline.execute(pipeline.prepare(tiny(method="baseline"), workdir))
     assert {path.name for path in workdir.iterdir()} == {
         *("best", "model", "config.json", "metrics.jsonl"),
-        *("tensorboard", "summary.json", "layers.md", "plots"),
+        *("tensorboard", "summary.json", "layers.md", "plots", "checkpoints", ".lock"),
     }
     model = dhp.load(workdir / "model")
     assert not dhp.latents(model)

@@ -275,7 +275,7 @@ REFUSED = [  # task, changed fields, a change of the folders, parts of the messa
     ("super_resolution", {"task.patch": 34}, None, ["data.dir", "34x34", "24x40"]),
     ("denoising", {"task.patch": 33}, None, ["data.dir", "33x33", "24x40"]),
     ("denoising", {"model.depth": 2}, None, ["config.model", "depth", "at least 3"]),
-    ("denoising", {"model.name": "srresnet"}, None, ["config.model", "depth"]),
+    ("denoising", {"model.name": "srresnet"}, None, ["config.model.name", "dncnn, unet"]),
     ("super_resolution", {"model.name": "edrs"}, None, ["config.model.name", "mean 'edsr'?"]),
     ("denoising", {"task.tile": 6}, None, ["config.task.tile", "more than 6", "got 6"]),
     ("denoising", {"task.tile": 8, "task.overlap": 4}, None, ["config.task.tile", "than 8"]),

@@ -62,8 +62,8 @@ class Witness:
     def __init__(self):
         self.events, self.records, self.rates = [], [], []
 
-    def begin(self, phase, steps):
-        self.events.append(("begin", phase, steps))
+    def begin(self, phase, steps, done, records):
+        self.events.append(("begin", phase, steps, done, len(records)))
 
     def step(self):
         self.events.append("step")
@@ -237,7 +237,7 @@ def test_progress_sums_the_phase_up(search):
 
 
 def test_observers_are_told_of_every_step_and_record_between_beginning_and_end(search):
-    expected = [("begin", "search", EPOCHS * STEPS)]
+    expected = [("begin", "search", EPOCHS * STEPS, 0, 0)]
     for step in range(1, EPOCHS * STEPS + 1):
         expected += ["step", "record"] if step in LOOKS else ["step"]
     assert search[2].events == [*expected, "end"]
@@ -340,10 +340,13 @@ class Climb:
         return run
 
 
-def climbed(task, *, epochs, examples=5, batch_size=5, log_every=100, budget=None, observers=()):
+def climbed(
+    task, *, epochs, examples=5, batch_size=5, log_every=100, budget=None, skip_faulty=False, **told
+):
     numbers = jnp.arange(examples)
     rate = optax.constant_schedule(1.0)
-    phase = Phase("converge", epochs, rate, lambda params: optax.sgd(rate), budget)
+    sgd = optax.sgd(rate)
+    phase = Phase("converge", epochs, rate, lambda params: sgd, budget, skip_faulty)
     outcome = train(
         Score(),
         phase,
@@ -354,7 +357,7 @@ def climbed(task, *, epochs, examples=5, batch_size=5, log_every=100, budget=Non
         batch_size=batch_size,
         log_every=log_every,
         key=jax.random.key(3),
-        observers=observers,
+        **told,
     )
     jax.effects_barrier()
     return outcome
@@ -458,14 +461,88 @@ def test_an_evaluation_is_the_mean_over_all_examples_whatever_the_batch(net, bat
 
 
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
-def test_a_loss_that_is_not_finite_ends_training_at_the_next_look(value, shown):
+def test_a_loss_that_is_not_finite_ends_training_at_the_next_look_and_its_step_is_told(value, shown):
     witness = Witness()
     task = Climb(losses=(0.0, 0.0, 0.0, value, 0.0, 0.0, 0.0))  # in the fourth step
-    message = f"^converge: the loss is {shown} at step 6, at a learning rate of 1$"
+    message = f"^converge: the loss is {shown} at step 4, at a learning rate of 1$"
     with pytest.raises(FloatingPointError, match=message):
         climbed(task, epochs=9, examples=9, batch_size=1, log_every=3, observers=[witness])
     assert [record["step"] for record in witness.records] == [3]
     assert witness.events[-1] == "end"
+
+
+class Sink(nnx.Module):
+    """A latent of one entry, whose value is the loss."""
+
+    def __init__(self):
+        self.depth = LatentVector(jnp.zeros(1), prunable=True, min_channels=1)
+
+    def __call__(self, x):
+        return jnp.full(len(x), self.depth[...].sum())
+
+
+def test_a_latent_that_is_not_finite_ends_training_and_its_step_is_told():
+    class Steep(Climb):
+        def loss(self, outputs, targets):  # its gradient overflows in the third step
+            return jnp.where(outputs < -1.5, -outputs * 3e38, outputs) * 1.0
+
+    rate = optax.constant_schedule(1.0)
+    phase = Phase("converge", 9, rate, lambda params: optax.sgd(lambda n: 1.0 + 9 * (n >= 2)))
+    numbers = jnp.arange(1)
+    message = "^converge: the latents are not finite at step 3, at a learning rate of 1$"
+    with pytest.raises(FloatingPointError, match=message):
+        train(
+            Sink(),
+            phase,
+            Steep(),
+            (numbers, numbers),
+            (numbers, numbers),
+            examples=1,
+            batch_size=1,
+            log_every=100,
+            key=jax.random.key(0),
+        )
+
+
+def test_with_the_switch_a_batch_whose_loss_is_not_finite_is_left_out_and_counted():
+    # The example that a step takes decides; Climb's own tables go by height.
+    class Poisoned(Climb):
+        def loss(self, outputs, targets):
+            return jnp.where(targets == 40, math.nan, super().loss(outputs, targets))
+
+    witness = Witness()
+    outcome = climbed(
+        Poisoned(),
+        epochs=2,
+        examples=5,
+        batch_size=1,
+        log_every=5,
+        skip_faulty=True,
+        observers=[witness],
+    )
+    assert float(outcome.model.height[...]) == 8  # of ten steps two were not taken
+    assert outcome.progress.skipped == 2
+    assert outcome.progress.steps == 10
+    assert [record["skipped"] for record in witness.records] == [1, 1]
+    assert all(math.isfinite(record["loss"]) for record in witness.records)
+
+
+def test_with_the_switch_a_batch_whose_gradient_is_not_finite_is_left_out():
+    class Poisoned(Climb):
+        def loss(self, outputs, targets):  # the root of zero is 0, its derivative is not
+            at = jax.lax.stop_gradient(outputs)
+            return super().loss(outputs, targets) + jnp.sqrt((outputs - at) * (targets == 40))
+
+    outcome = climbed(Poisoned(), epochs=3, examples=5, batch_size=1, skip_faulty=True)
+    assert float(outcome.model.height[...]) == 12
+    assert outcome.progress.skipped == 3
+
+
+def test_where_every_batch_would_be_left_out_training_ends():
+    task = Climb(losses=[0.0, 0.0] + [math.nan] * 97)
+    message = "^converge: the loss or gradient was not finite in every batch at step 6"
+    with pytest.raises(FloatingPointError, match=message):
+        climbed(task, epochs=9, examples=3, batch_size=1, log_every=3, skip_faulty=True)
 
 
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (-math.inf, "-inf")])

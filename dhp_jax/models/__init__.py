@@ -17,7 +17,7 @@ from dhp_jax.models.resnet import ResNet
 from dhp_jax.models.srresnet import SRResNet
 from dhp_jax.models.unet import UNet
 from dhp_jax.models.vgg import VGG
-from dhp_jax.names import unknown
+from dhp_jax.names import shown, unknown
 
 FAMILIES: dict[str, type[nnx.Module]] = {
     "resnet": ResNet,
@@ -60,8 +60,17 @@ def build(name: str, *, rngs: nnx.Rngs, **arguments: Any) -> nnx.Module:
     return model
 
 
+def task_of(name: str) -> str:
+    """The task of a family: one that takes `num_classes` classifies, one of `scale` enlarges."""
+    taken = _parameters(name)
+    if "num_classes" in taken:
+        return "classification"
+    return "super_resolution" if "scale" in taken else "denoising"
+
+
 def build_abstract(name: str, **arguments: Any) -> nnx.Module:
     """The network that `build` would make, of shapes and dtypes only; nothing is computed."""
+    _check_arguments(name, arguments)
     # Not `nnx.Rngs`: counting its draws under a trace takes seconds in a deep network.
     constant: Any = SimpleNamespace(params=lambda: jax.random.key(0))
     return nnx.eval_shape(lambda: build(name, rngs=constant, **arguments))
@@ -69,10 +78,9 @@ def build_abstract(name: str, **arguments: Any) -> nnx.Module:
 
 def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
     """Raises a `ValueError` for an unknown family, or for arguments it does not take or lacks."""
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(unknown("name", name, FAMILIES))
-    parameters = dict(inspect.signature(FAMILIES[name].__init__).parameters)
-    del parameters["self"], parameters["rngs"]
+    parameters = _parameters(name)
     for argument in arguments:
         if argument not in parameters:
             raise ValueError(unknown(f"{argument}: unknown argument", argument, parameters))
@@ -81,8 +89,17 @@ def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
             raise ValueError(f"{argument}: expected a value, got none")
 
 
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(FAMILIES[name].__init__).parameters)
+    del parameters["self"], parameters["rngs"]
+    return parameters
+
+
 def _dtype(given: Any) -> jnp.dtype:
     try:
-        return jnp.dtype(given)
-    except TypeError:
-        raise ValueError(f"dtype: expected a name such as 'bfloat16', got {given!r}") from None
+        dtype = jnp.dtype(given)
+    except Exception:  # whatever NumPy raises for what is none
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype: expected a name such as 'bfloat16', got {shown(given)}")
+    return dtype

@@ -1,6 +1,6 @@
 """What several families are built of, and the checks of their arguments."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
 import math
 from typing import Any
 
@@ -9,6 +9,9 @@ from jaxtyping import Array, Float
 
 from dhp_jax.latent import Axis
 from dhp_jax.layers import BatchNorm, Bias, HyperConv
+from dhp_jax.names import shown
+
+MAX_CHANNELS = 32_768  # of a layer; one with as many on both sides has billions of parameters
 
 
 class ConvNorm(nnx.Module):
@@ -70,23 +73,43 @@ def scaled(size: int, width: float) -> int:
     return max(1, round(size * width))
 
 
-def check_positive_integer(argument: str, value: Any) -> None:
-    """Raises a `ValueError` that names the argument unless its value is a positive integer."""
+def check_positive_integer(argument: str, value: Any, most: int = MAX_CHANNELS) -> None:
+    """Raises a `ValueError` that names the argument unless its value is an integer, 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{argument}: expected a positive integer, got {value!r}")
+        raise ValueError(f"{argument}: expected a positive integer, got {shown(value)}")
+    if value > most:
+        raise ValueError(f"{argument}: expected at most {most}, got {shown(value)}")
 
 
-def check_positive(argument: str, value: Any) -> None:
+def check_positive(argument: str, value: Any, most: float = math.inf) -> None:
     """Raises a `ValueError` that names the argument unless its value is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{argument}: expected a positive number, got {value!r}")
+        raise ValueError(f"{argument}: expected a positive number, got {shown(value)}")
+    if value > most:
+        raise ValueError(f"{argument}: expected at most {most:g}, got {shown(value)}")
 
 
-def check_choice(argument: str, value: Any, choices: Collection[Any]) -> None:
+def check_width(width: Any, widest: int) -> None:
+    """Raises a `ValueError` unless `width` is a number above 0 that `widest` channels can bear."""
+    check_positive("width", width)
+    if width > MAX_CHANNELS / widest:
+        raise ValueError(
+            f"width: expected at most {MAX_CHANNELS / widest:g}, for layers of no more than "
+            f"{MAX_CHANNELS} channels, got {shown(width)}"
+        )
+
+
+def check_choice(argument: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises a `ValueError` that names the argument unless its value is one of some."""
-    if isinstance(value, bool | float) or value not in choices:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         expected = ", ".join(map(repr, choices))
-        raise ValueError(f"{argument}: expected one of {expected}, got {value!r}")
+        raise ValueError(f"{argument}: expected one of {expected}, got {shown(value)}")
+
+
+def check_boolean(argument: str, value: Any) -> None:
+    """Raises a `ValueError` that names the argument unless its value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{argument}: expected True or False, got {shown(value)}")
 
 
 def check_images(images: Array, channels: int) -> None:

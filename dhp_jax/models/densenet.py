@@ -8,9 +8,16 @@ from jaxtyping import Array, Float
 
 from dhp_jax.latent import Axis, Latent, concat
 from dhp_jax.layers import BatchNorm, HyperConv, Linear
-from dhp_jax.models.blocks import check_images, check_positive, check_positive_integer, scaled
+from dhp_jax.models.blocks import (
+    MAX_CHANNELS,
+    check_images,
+    check_positive_integer,
+    check_width,
+    scaled,
+)
 
 BLOCKS = 3
+MAX_DEPTH = 304  # layers read all before them, so that their number counts twice
 STEM_GROWTHS = 2  # width of the stem, in units of the growth
 
 
@@ -57,8 +64,8 @@ class DenseNet(nnx.Module):
       rngs: the `params` stream draws the initial values.
 
     Raises:
-      ValueError: a depth that is not of the family, an argument that is not positive; when called,
-        images of another rank or channel count.
+      ValueError: a depth that is not of the family or above 304, an argument that is not positive
+        or makes too many channels; when called, images of another rank or channel count.
 
     References: Huang et al., Densely connected convolutional networks, 2017; DHP, section 4.2.
     """
@@ -76,10 +83,12 @@ class DenseNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check_depth(depth)
-        check_positive_integer("growth", growth)
+        growths = STEM_GROWTHS + depth - 4  # at most, that a layer reads
+        check_positive_integer("growth", growth, MAX_CHANNELS // growths)
         check_positive_integer("num_classes", num_classes)
         check_positive_integer("channels", channels)
-        check_positive("width", width)
+        check_positive_integer("min_channels", min_channels)
+        check_width(width, growths * growth)
 
         def latent(size: int) -> Latent:
             return Latent(size, min_channels=min_channels, rngs=rngs)
@@ -122,6 +131,6 @@ def _halved(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
 
 
 def _check_depth(depth: int) -> None:
-    check_positive_integer("depth", depth)
+    check_positive_integer("depth", depth, MAX_DEPTH)
     if depth <= 4 or (depth - 4) % BLOCKS:
         raise ValueError(f"depth: expected 3 n + 4, such as 40 or 100, got {depth!r}")

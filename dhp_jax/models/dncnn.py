@@ -11,10 +11,12 @@ from dhp_jax.layers import HyperConv
 from dhp_jax.models.blocks import (
     ConvBiasNorm,
     check_images,
-    check_positive,
     check_positive_integer,
+    check_width,
     scaled,
 )
+
+MAX_DEPTH = 256
 
 
 class DnCNN(nnx.Module):
@@ -33,8 +35,8 @@ class DnCNN(nnx.Module):
       rngs: the `params` stream draws the initial values.
 
     Raises:
-      ValueError: an argument that is not positive, a depth below 3; when called, images of another
-        rank or channel count.
+      ValueError: an argument that is not positive or makes too many channels, a depth below 3 or
+        above 256; when called, images of another rank or channel count.
 
     References: Zhang et al., Beyond a Gaussian denoiser, 2017; DHP, section 4.4.
     """
@@ -50,12 +52,13 @@ class DnCNN(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        check_positive_integer("depth", depth)
+        check_positive_integer("depth", depth, MAX_DEPTH)
         if depth < 3:
             raise ValueError(f"depth: expected at least 3, got {depth!r}")
         check_positive_integer("features", features)
         check_positive_integer("channels", channels)
-        check_positive("width", width)
+        check_positive_integer("min_channels", min_channels)
+        check_width(width, features)
         self.channels = channels
         self.reach = depth  # how many pixels away an output depends on the input
         self.image = Latent(channels, prunable=False, rngs=rngs)

@@ -14,6 +14,7 @@ from dhp_jax.models.blocks import check_images, check_positive, scaled
 from dhp_jax.models.upsampler import Upsampler, check_arguments
 
 MEAN = (114.4, 111.5, 103.0)  # of red, green and blue in DIV2K's training images
+MAX_SCALE = 1000
 
 
 class Constant(nnx.Variable):
@@ -54,8 +55,8 @@ class EDSR(nnx.Module):
       rngs: the `params` stream draws the initial values.
 
     Raises:
-      ValueError: another scale, an argument that is not positive; when called, images of another
-        rank or channel count.
+      ValueError: another scale, an argument that is not positive or makes too large a network; when
+        called, images of another rank or channel count.
 
     References: Lim et al., Enhanced deep residual networks, 2017; DHP, section 4.3.
     """
@@ -74,8 +75,8 @@ class EDSR(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        check_arguments(scale, blocks, features, channels, width, prune_upsampler)
-        check_positive("initial_scale", initial_scale)
+        check_arguments(scale, blocks, features, channels, width, prune_upsampler, min_channels)
+        check_positive("initial_scale", initial_scale, MAX_SCALE)
         size = scaled(features, width)
         options = {"dtype": dtype, "initial_scale": initial_scale, "rngs": rngs}
 

@@ -12,12 +12,14 @@ from dhp_jax.latent import Axis, Latent
 from dhp_jax.layers import Linear
 from dhp_jax.models.blocks import (
     ConvNorm,
+    check_boolean,
     check_choice,
     check_images,
-    check_positive,
     check_positive_integer,
+    check_width,
     scaled,
 )
+from dhp_jax.names import shown
 
 STEM = 32
 V1_BLOCKS = (  # channels and stride, of all but the last
@@ -92,8 +94,8 @@ class MobileNet(nnx.Module):
       rngs: the `params` stream draws the initial values.
 
     Raises:
-      ValueError: an argument that is not positive, a share outside [0, 1], another stride; when
-        called, images of another rank or channel count.
+      ValueError: an argument that is not positive or makes too many channels, a share outside
+        [0, 1], another stride; when called, images of another rank or channel count.
     """
 
     features_size: int  # channels of the last convolution
@@ -113,8 +115,9 @@ class MobileNet(nnx.Module):
     ):
         check_positive_integer("num_classes", num_classes)
         check_positive_integer("channels", channels)
-        check_positive("width", width)
-        _check_classifier(prune_classifier, classifier_keep)
+        check_width(width, self.features_size)
+        check_boolean("prune_classifier", prune_classifier)
+        _check_share("classifier_keep", classifier_keep)
         check_choice("stem_stride", stem_stride, (1, 2))
         check_positive_integer("min_channels", min_channels)
 
@@ -190,9 +193,7 @@ class MobileNetV2(MobileNet):
         yield ConvNormReLU(z, self.features, 1, **options)
 
 
-def _check_classifier(prune_classifier: bool, classifier_keep: float) -> None:
-    if not isinstance(prune_classifier, bool):
-        raise ValueError(f"prune_classifier: expected True or False, got {prune_classifier!r}")
-    number = isinstance(classifier_keep, int | float) and not isinstance(classifier_keep, bool)
-    if not number or not 0 <= classifier_keep <= 1:
-        raise ValueError(f"classifier_keep: expected a share in [0, 1], got {classifier_keep!r}")
+def _check_share(argument: str, value: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        raise ValueError(f"{argument}: expected a share in [0, 1], got {shown(value)}")

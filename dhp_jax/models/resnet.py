@@ -9,12 +9,14 @@ from jaxtyping import Array, Float
 from dhp_jax.latent import Axis, Latent, repeat
 from dhp_jax.layers import Linear
 from dhp_jax.models.blocks import (
+    MAX_CHANNELS,
     ConvNorm,
     check_images,
-    check_positive,
     check_positive_integer,
+    check_width,
     scaled,
 )
+from dhp_jax.names import shown
 
 # Blocks of each stage, by depth.
 CIFAR_BASIC = {depth: ((depth - 2) // 6,) * 3 for depth in (20, 32, 44, 56)}
@@ -104,8 +106,9 @@ class ResNet(nnx.Module):
       rngs: the `params` stream draws the initial values.
 
     Raises:
-      ValueError: a depth that is not of the family, an argument that is not positive, groups in
-        basic blocks or without their width; when called, images of another rank or channel count.
+      ValueError: a depth that is not of the family, an argument that is not positive or makes too
+        many channels, groups in basic blocks or without their width; when called, images of another
+        rank or channel count.
 
     References: He et al., Deep residual learning, 2016, sections 4.1 and 4.2; Xie et al.,
     Aggregated residual transformations, 2017; DHP, sections 3.4 and 4.2.
@@ -127,11 +130,13 @@ class ResNet(nnx.Module):
         _check_depth(depth)
         check_positive_integer("num_classes", num_classes)
         check_positive_integer("channels", channels)
-        check_positive("width", width)
-        _check_groups(depth, groups, group_width)
+        check_positive_integer("min_channels", min_channels)
         kernels = (1, 3, 1) if depth in BOTTLENECK else (3, 3)
         expansion = EXPANSION if depth in BOTTLENECK else 1
         widths = IMAGENET_WIDTHS if depth in IMAGENET else CIFAR_WIDTHS
+        doublings = 2 ** (len(widths) - 1)
+        _check_groups(depth, groups, group_width, MAX_CHANNELS // doublings)
+        check_width(width, max(widths[-1] * expansion, groups * (group_width or 1) * doublings))
 
         def latent(size: int, prunable: bool = True) -> Latent:
             return Latent(size, prunable=prunable, min_channels=min_channels, rngs=rngs)
@@ -178,17 +183,20 @@ def _check_depth(depth: int) -> None:
         raise ValueError(
             f"depth: expected one of {tuple(CIFAR_BASIC)} or {tuple(IMAGENET_BASIC)} (basic "
             f"blocks), {tuple(CIFAR_BOTTLENECK)} or {tuple(IMAGENET_BOTTLENECK)} (bottleneck "
-            f"blocks), got {depth!r}"
+            f"blocks), got {shown(depth)}"
         )
 
 
-def _check_groups(depth: int, groups: int, group_width: int | None) -> None:
-    """Raises unless there is one group of no given width, or the blocks can have several."""
-    check_positive_integer("groups", groups)
+def _check_groups(depth: int, groups: int, group_width: int | None, most: int) -> None:
+    """Raises unless there is one group of no given width, or the blocks can have several.
+
+    Groups have `most` channels together in the first stage.
+    """
+    check_positive_integer("groups", groups, most)
     if groups == 1:
         if group_width is not None:
-            raise ValueError(f"group_width: expected None with groups=1, got {group_width!r}")
+            raise ValueError(f"group_width: expected None with groups=1, got {shown(group_width)}")
         return
     if depth not in BOTTLENECK:
         raise ValueError(f"groups: expected 1 at depth {depth} (basic blocks), got {groups!r}")
-    check_positive_integer("group_width", group_width)
+    check_positive_integer("group_width", group_width, most // groups)

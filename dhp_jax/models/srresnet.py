@@ -42,8 +42,8 @@ class SRResNet(nnx.Module):
       rngs: the `params` stream draws the initial values.
 
     Raises:
-      ValueError: another scale, an argument that is not positive; when called, images of another
-        rank or channel count.
+      ValueError: another scale, an argument that is not positive or makes too large a network; when
+        called, images of another rank or channel count.
 
     References: Ledig et al., Photo-realistic single image super-resolution, 2017; DHP, section 4.3.
     """
@@ -61,7 +61,7 @@ class SRResNet(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        check_arguments(scale, blocks, features, channels, width, prune_upsampler)
+        check_arguments(scale, blocks, features, channels, width, prune_upsampler, min_channels)
         size = scaled(features, width)
 
         def latent(prunable: bool = True) -> Latent:

@@ -9,10 +9,11 @@ from jaxtyping import Array, Float
 from dhp_jax.latent import Axis, Latent, concat
 from dhp_jax.layers import HyperConv, HyperConvTranspose
 from dhp_jax.models.blocks import (
+    MAX_CHANNELS,
     ConvNorm,
     check_images,
-    check_positive,
     check_positive_integer,
+    check_width,
     scaled,
 )
 
@@ -67,8 +68,8 @@ class UNet(nnx.Module):
       rngs: the `params` stream draws the initial values.
 
     Raises:
-      ValueError: an argument that is not positive, a depth above 8; when called, images of another
-        rank or channel count.
+      ValueError: an argument that is not positive or makes too many channels, a depth above 8; when
+        called, images of another rank or channel count.
 
     References: Ronneberger et al., U-Net, 2015; DHP, section 4.4.
     """
@@ -84,12 +85,12 @@ class UNet(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        check_positive_integer("depth", depth)
-        if depth > MAX_DEPTH:
-            raise ValueError(f"depth: expected at most {MAX_DEPTH}, got {depth!r}")
-        check_positive_integer("features", features)
+        check_positive_integer("depth", depth, MAX_DEPTH)
+        coarsest = 2 ** (depth - 1)  # features of the coarsest resolution, in units of the finest's
+        check_positive_integer("features", features, MAX_CHANNELS // coarsest)
         check_positive_integer("channels", channels)
-        check_positive("width", width)
+        check_positive_integer("min_channels", min_channels)
+        check_width(width, coarsest * features)
         widths = [scaled(features * 2**level, width) for level in range(depth)]
 
         def latents(size: int, count: int) -> list[Latent]:

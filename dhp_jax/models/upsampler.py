@@ -8,9 +8,15 @@ from jaxtyping import Array, Float
 
 from dhp_jax.latent import Latent, repeat
 from dhp_jax.layers import HyperConv
-from dhp_jax.models.blocks import check_choice, check_positive, check_positive_integer
+from dhp_jax.models.blocks import (
+    check_boolean,
+    check_choice,
+    check_positive_integer,
+    check_width,
+)
 
 STAGES = {2: (2,), 3: (3,), 4: (2, 2)}  # the pixel shuffles that make up each scale
+MAX_BLOCKS = 256
 
 
 class Upsampler(nnx.Module):
@@ -62,13 +68,19 @@ def pixel_shuffle(x: Float[Array, "n h w c*r*r"], r: int) -> Float[Array, "n h*r
 
 
 def check_arguments(
-    scale: int, blocks: int, features: int, channels: int, width: float, prune_upsampler: bool
+    scale: int,
+    blocks: int,
+    features: int,
+    channels: int,
+    width: float,
+    prune_upsampler: bool,
+    min_channels: int,
 ) -> None:
     """Raises a `ValueError` that names the first argument of a family that makes no network."""
     check_choice("scale", scale, tuple(STAGES))
-    check_positive_integer("blocks", blocks)
+    check_positive_integer("blocks", blocks, MAX_BLOCKS)
     check_positive_integer("features", features)
     check_positive_integer("channels", channels)
-    check_positive("width", width)
-    if not isinstance(prune_upsampler, bool):
-        raise ValueError(f"prune_upsampler: expected True or False, got {prune_upsampler!r}")
+    check_positive_integer("min_channels", min_channels)
+    check_width(width, features)
+    check_boolean("prune_upsampler", prune_upsampler)

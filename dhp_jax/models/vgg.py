@@ -12,8 +12,8 @@ from dhp_jax.models.blocks import (
     ConvNorm,
     check_choice,
     check_images,
-    check_positive,
     check_positive_integer,
+    check_width,
     scaled,
 )
 
@@ -43,8 +43,8 @@ class VGG(nnx.Module):
       rngs: the `params` stream draws the initial values.
 
     Raises:
-      ValueError: a depth that is not of the family, an argument that is not positive; when called,
-        images of another rank or channel count.
+      ValueError: a depth that is not of the family, an argument that is not positive or makes too
+        many channels; when called, images of another rank or channel count.
 
     References: Simonyan and Zisserman, Very deep convolutional networks, 2015; DHP, section 4.2.
     """
@@ -63,7 +63,8 @@ class VGG(nnx.Module):
         check_choice("depth", depth, CONVOLUTIONS)
         check_positive_integer("num_classes", num_classes)
         check_positive_integer("channels", channels)
-        check_positive("width", width)
+        check_positive_integer("min_channels", min_channels)
+        check_width(width, max(STAGE_WIDTHS))
         self.channels = channels
         self.image = Latent(channels, prunable=False, min_channels=min_channels, rngs=rngs)
         self.stages = nnx.List()

@@ -1,0 +1,106 @@
+"""The directory of a run: of one configuration, and of one process at a time."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import filelock
+from ml_collections import ConfigDict
+
+from dhp_jax import durable
+from dhp_jax.config import ConfigError
+
+CONFIG, LOCK = "config.json", ".lock"
+# What may differ when a run is started again in its directory.
+MAY_CHANGE = ("log_every", "nonfinite", "data.dir", "data.archive")
+MAY_CHANGE_GROUPS = ("checkpoint.",)
+MAY_MOVE = ("data.test_dir",)  # may lie elsewhere, by the same name
+MAY_GROW = ("search.epochs", "converge.epochs", "baseline.epochs")
+
+
+@contextlib.contextmanager
+def held(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[None]:
+    """Holds the directory of a run against other processes; made if it is not there.
+
+    The operating system lets go of it when the process ends, whichever way.
+
+    Raises:
+      ConfigError: another process holds it, it is that of another configuration, or it cannot be
+        written.
+    """
+    workdir = Path(workdir)
+    _check(workdir, config)
+    with contextlib.ExitStack() as stack:
+        with _written(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(filelock.FileLock(workdir / LOCK, timeout=0))
+            except filelock.Timeout:
+                raise ConfigError(
+                    f"workdir: another process is at work in {workdir}; wait until it ends, or "
+                    "give another --workdir"
+                ) from None
+            _check(workdir, config)
+            durable.write(workdir / CONFIG, json.dumps(_plain(config), indent=1))
+        yield
+
+
+@contextlib.contextmanager
+def _written(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"workdir: expected a directory that can be written; got {str(workdir)!r} "
+            f"({error.strerror})"
+        ) from error
+
+
+def _check(workdir: Path, config: ConfigDict) -> None:
+    """Raises a `ConfigError` unless a directory is new, empty, or that of this configuration."""
+    path = workdir / CONFIG
+    if not path.is_file():
+        if workdir.is_dir() and any(item.name != LOCK for item in workdir.iterdir()):
+            raise ConfigError(
+                f"workdir: expected a new or empty directory, or a run's; got {workdir}"
+            )
+        return
+    try:
+        there = _flat(dict(json.loads(path.read_text())))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"workdir: {path} is no configuration: {error}") from error
+    here = _flat(_plain(config))
+    differing = [
+        f"config.{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in {**here, **there}
+        if there.get(name) != here.get(name) and not _may(name, there.get(name), here.get(name))
+    ]
+    if differing:
+        raise ConfigError(
+            f"workdir: {workdir} holds a run with another configuration: {', '.join(differing)}; "
+            "give another --workdir"
+        )
+
+
+def _may(name: str, there: Any, here: Any) -> bool:
+    """Whether a field may have another value than before."""
+    if name in MAY_GROW:
+        return isinstance(there, int) and isinstance(here, int) and here > there
+    if name in MAY_MOVE:
+        return len({path and Path(path).name for path in (there, here)}) == 1
+    return name in MAY_CHANGE or name.startswith(MAY_CHANGE_GROUPS)
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort())
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,87 @@
+"""Runs as processes that are killed, told to end, or find the disk full: nothing is lost."""
+
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+from runs import FIELDS, begin, check_same_end
+
+from dhp_jax import pipeline
+from dhp_jax.preemption import EXIT_CODE
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+def wait_for(process, ready):
+    """Waits until something is there that a running process makes."""
+    while not ready():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def end(process):
+    """The exit code of a process that ends by itself, and its lines on standard error."""
+    _, told = process.communicate(timeout=300)
+    return process.returncode, told.splitlines()
+
+
+def checkpoints(workdir, phase):
+    return {path.name for path in (workdir / "checkpoints" / phase).glob("*")}
+
+
+def test_a_run_that_met_every_misfortune_ends_with_the_bits_of_one_that_met_none(
+    finished, tmp_path
+):
+    workdir = tmp_path / "run"
+    # Killed while it searches, with a checkpoint half written or whole.
+    process = begin(workdir)
+    wait_for(process, lambda: checkpoints(workdir, "search"))
+    code, told = end(begin(workdir))  # a second one is refused while the first lives
+    assert code == 2
+    assert told == [
+        f"error: workdir: another process is at work in {workdir}; wait until it ends, or give "
+        "another --workdir"
+    ]
+    process.send_signal(signal.SIGKILL)
+    assert end(process)[0] == -signal.SIGKILL
+    # Told to end while it searches.
+    process = begin(workdir)
+    seen = checkpoints(workdir, "search")
+    wait_for(process, lambda: checkpoints(workdir, "search") - seen)
+    process.send_signal(signal.SIGTERM)
+    code, told = end(process)
+    assert code == EXIT_CODE
+    assert told[-1].startswith("search: stopped after step ")
+    assert told[-1].endswith("; the same command goes on from there")
+    # Killed while it converges.
+    process = begin(workdir)
+    wait_for(process, lambda: checkpoints(workdir, "converge"))
+    process.send_signal(signal.SIGKILL)
+    assert end(process)[0] == -signal.SIGKILL
+    code, _ = end(begin(workdir))
+    assert code == 0
+    check_same_end(workdir, finished)
+
+
+def limited_files():
+    """No file of this process may become larger than 100 kB, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_a_disk_that_is_full_is_told_and_the_run_goes_on_when_there_is_room(
+    finished, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        popen = subprocess.Popen
+        patch.setattr(subprocess, "Popen", lambda *a, **k: popen(*a, preexec_fn=limited_files, **k))
+        process = begin(workdir)
+    code, told = end(process)
+    assert code == 1
+    assert told[-1].startswith("error: checkpoints: cannot write ")
+    assert "; the same command goes on once that is mended" in told[-1]
+    code, _ = end(begin(workdir))
+    assert code == 0
+    check_same_end(workdir, finished)

@@ -1,0 +1,436 @@
+"""Checkpoints: what is read is what was saved, or is told to be damaged; training goes on from them
+with the same bits."""
+
+import dataclasses
+import logging
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+from networks import arrays, filled
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from test_train import BATCH, EXAMPLES, SHAPE, STEPS, THRESHOLD, Net, Witness, climbed, labelled
+from test_train import Climb as Tables
+
+import dhp_jax as dhp
+from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.prune import survivor_counts
+from dhp_jax.resume import CheckpointError, Checkpoints
+from dhp_jax.tasks import Classification
+from dhp_jax.train import Budget, Phase, Stopped, train
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+def state(number):
+    """A state with arrays of several types, shapes and places in a tree."""
+    return (
+        {"a": jnp.full((3, 2), number, jnp.float32), "b": [jnp.int32(number), jnp.zeros((0, 4))]},
+        {"c": jnp.full((2,), number, jnp.bfloat16), "d": jnp.bool_(True)},
+        jax.random.key(number),
+        None,
+    )
+
+
+def check_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+def like(notes):
+    return state(0)
+
+
+def saved(folder, steps, **options):
+    """A folder with checkpoints of some steps, of the state and the notes of that number."""
+    checkpoints = Checkpoints(folder, **options)
+    for step in steps:
+        checkpoints.save(step, state(step), {"number": step}, wait=False)
+    checkpoints.close()
+    return folder
+
+
+def newest(folder, **options):
+    checkpoints = Checkpoints(folder, **options)
+    try:
+        return checkpoints.newest(like)
+    finally:
+        checkpoints.close()
+
+
+# What is on disk
+
+
+def test_the_newest_state_comes_back_as_it_was_with_its_notes(tmp_path):
+    found, notes = newest(saved(tmp_path / "of/search", [3, 12, 7]))
+    assert notes["number"] == 12
+    check_same(found, state(12))
+
+
+def test_where_nothing_was_saved_nothing_is_found_and_nothing_made(tmp_path):
+    assert newest(tmp_path / "search") is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_few_are_kept(tmp_path):
+    checkpoints = Checkpoints(saved(tmp_path, range(1, 7), keep=2), keep=2)
+    assert checkpoints.steps() == [6, 5]
+    checkpoints.close()
+
+
+def test_a_state_may_change_as_soon_as_it_is_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    array = np.ones(1000, np.float32)
+    checkpoints.save(1, (array, {}, array, None), {}, wait=False)
+    array[:] = 2
+    checkpoints.close()
+    again = Checkpoints(tmp_path)
+    found, _ = again.newest(lambda notes: (array, {}, array, None))
+    again.close()
+    np.testing.assert_array_equal(found[0], np.ones(1000))
+
+
+def test_checkpoints_of_another_source_are_of_no_concern(tmp_path):
+    saved(tmp_path, [1, 2], source="one")
+    assert newest(tmp_path, source="another") is None
+    assert newest(tmp_path, source="one")[1]["number"] == 2
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    checkpoints = Checkpoints(saved(tmp_path, [1]))
+    for wrong in (np.nan, -np.inf):
+        with pytest.raises(FloatingPointError, match="array 'a.b'"):
+            checkpoints.save(2, {"a": {"b": jnp.array([0, wrong])}}, {}, wait=True)
+    assert checkpoints.steps() == [1]
+    checkpoints.close()
+
+
+def test_a_step_that_is_there_already_stays(tmp_path):
+    checkpoints = Checkpoints(saved(tmp_path, [1]))
+    checkpoints.save(1, state(5), {"number": 5}, wait=True)
+    assert checkpoints.newest(like)[1]["number"] == 1
+    checkpoints.close()
+
+
+# Damage
+
+
+def told(caplog):
+    """What our own code has to say of it; Orbax complains too."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("dhp_jax")]
+
+
+def files_of(folder, step):
+    return sorted(path for path in (folder / str(step)).rglob("*") if path.is_file())
+
+
+def test_whichever_file_is_cut_short_a_whole_checkpoint_is_found(tmp_path, caplog):
+    whole = saved(tmp_path / "whole", [1, 2])
+    fallen_back = 0
+    names = [path.relative_to(whole) for path in files_of(whole, 2)]
+    assert len(names) > 5
+    for number, name in enumerate(names):
+        for part in (0, 0.5):
+            folder = tmp_path / f"{number}-{part}"
+            shutil.copytree(whole, folder)
+            content = (folder / name).read_bytes()
+            (folder / name).write_bytes(content[: int(part * len(content))])
+            with caplog.at_level(logging.WARNING):
+                caplog.clear()
+                found, notes = newest(folder)
+            check_same(found, state(notes["number"]))
+            assert notes["number"] in (1, 2)
+            if notes["number"] == 1:
+                fallen_back += 1
+                damaged, going_on = told(caplog)
+                assert f"{folder}: the checkpoint of step 2 is damaged: " in damaged
+                assert going_on == f"{folder}: going on from step 1"
+                assert (folder / "2.damaged").is_dir()
+    assert fallen_back > len(names) / 2
+
+
+def test_a_changed_byte_in_an_array_is_noticed(tmp_path):
+    numbers = np.random.default_rng(0).integers(0, 2**32, 5000, np.uint32)
+    noise = np.random.default_rng(1)
+    checkpoints = Checkpoints(tmp_path / "whole")
+    checkpoints.save(1, {"a": numbers}, {}, wait=True)
+    checkpoints.close()
+    data = max(files_of(tmp_path / "whole", 1), key=lambda path: path.stat().st_size)
+    content = data.read_bytes()
+    for _ in range(5):
+        at = int(noise.integers(len(content)))
+        data.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        again = Checkpoints(shutil.copytree(tmp_path / "whole", tmp_path / f"{at}"))
+        found = again.newest(lambda notes: {"a": numbers})
+        again.close()
+        assert found is None or np.array_equal(found[0]["a"], numbers)
+
+
+def test_where_all_are_damaged_it_is_said_that_the_phase_starts_anew(tmp_path, caplog):
+    folder = saved(tmp_path / "search", [1, 2])
+    for step in (1, 2):
+        for path in files_of(folder, step):
+            path.write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        assert newest(folder) is None
+    assert len(told(caplog)) == 3
+    assert told(caplog)[-1] == f"{folder}: no checkpoint is whole; the phase starts anew"
+    found, notes = newest(saved(folder, [2]))  # what was set aside is in nobody's way
+    assert notes["number"] == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (lambda s: (*s[:3], {"e": jnp.ones(1)}), "array '3.e' is missing or unexpected"),
+        (lambda s: ({"a": s[0]["a"]}, *s[1:]), "array '0.b.0' is missing or unexpected"),
+        (
+            lambda s: ({**s[0], "a": jnp.zeros((2, 3))}, *s[1:]),
+            r"array '0.a': expected float32 of shape \(2, 3\), got float32 of shape \(3, 2\)",
+        ),
+        (
+            lambda s: (s[0], {**s[1], "c": jnp.zeros(2)}, *s[2:]),
+            r"array '1.c': expected float32 of shape \(2,\), got bfloat16 of shape \(2,\)",
+        ),
+    ],
+)
+def test_a_state_of_other_arrays_is_not_taken(tmp_path, caplog, other, reason):
+    checkpoints = Checkpoints(saved(tmp_path, [1]))
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.newest(lambda notes: other(state(0))) is None
+    checkpoints.close()
+    assert re.search(f"damaged: ValueError: {reason}$", told(caplog)[0])
+
+
+def test_what_was_being_written_when_the_power_went_is_not_there(tmp_path):
+    folder = saved(tmp_path, [1])
+    shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
+    assert newest(folder)[1]["number"] == 1
+
+
+# A disk that is full
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_the_last(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(saved(tmp_path, [1]))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.save(2, state(2), {}, wait=True)
+    checkpoints.close()
+    assert str(caught.value) == (
+        f"checkpoints: cannot write step 2 to {tmp_path}: OSError: [Errno 28] No space left on "
+        "device; the last whole one is of step 1"
+    )
+    monkeypatch.undo()
+    assert newest(tmp_path)[1]["number"] == 1
+
+
+# When one is due
+
+
+def test_one_is_due_after_so_many_seconds_and_never_while_one_is_written(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("dhp_jax.resume.time.monotonic", lambda: clock[0])
+    checkpoints = Checkpoints(tmp_path, seconds=10)
+    busy = [False]
+    monkeypatch.setattr(
+        ocp.CheckpointManager, "is_saving_in_progress", lambda self: busy[0]
+    )
+
+    def due(at):
+        clock[0] = at
+        return checkpoints.due()
+
+    assert (due(9.9), due(10)) == (False, True)
+    checkpoints.save(1, state(1), {}, wait=False)
+    busy[0] = True
+    assert not due(30)
+    busy[0] = False
+    assert not due(10.5)  # writing it took half a second
+    assert (due(60.4), due(60.5)) == (False, True)  # the next one after a hundred times as much
+    checkpoints.close()
+
+
+def test_with_no_seconds_between_them_one_is_always_due(tmp_path):
+    checkpoints = Checkpoints(tmp_path, seconds=0)
+    for step in range(3):
+        assert checkpoints.due()
+        checkpoints.save(step, state(step), {}, wait=True)
+    checkpoints.close()
+
+
+# Training that goes on
+
+
+def phase_of(model, budget):
+    schedule = drop_schedule(0.1, (2,), STEPS)
+    cost = dhp.measure_cost(model, SHAPE)
+
+    def make(params):
+        sgd = optimizer("sgd", schedule, momentum=0.9, weight_decay=1e-2)
+        shrink = shrink_latents(params, strength=0.3, schedule=schedule, threshold=THRESHOLD)
+        return optax.chain(sgd, shrink) if budget else sgd
+
+    limit = Budget(lambda m: cost.ratio(survivor_counts(m, THRESHOLD)), 0.0)
+    return Phase("search", 3, schedule, make, limit if budget else None)
+
+
+def trained(model, phase, folder=None, stop_after=None, log_every=2):
+    """The outcome, or None where training was stopped, and what an observer saw."""
+    witness = Witness()
+    checkpoints = folder and Checkpoints(folder, seconds=0)
+    taken = []
+
+    def stopping():
+        taken.append(1)
+        return len(taken) == stop_after
+
+    try:
+        outcome = train(
+            model,
+            phase,
+            Classification((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True),
+            labelled(EXAMPLES, 0),
+            labelled(11, 1),
+            examples=EXAMPLES,
+            batch_size=BATCH,
+            log_every=log_every,
+            key=jax.random.key(0),
+            observers=[witness],
+            checkpoints=checkpoints,
+            stopping=stopping,
+        )
+    except Stopped:
+        outcome = None
+    finally:
+        if checkpoints:
+            checkpoints.close()
+    return outcome, witness
+
+
+@pytest.fixture(scope="module")
+def net():
+    return filled(Net)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["search", "converge"])
+def undisturbed(request, net):
+    phase = phase_of(net, budget=request.param)
+    return phase, *trained(net, phase)
+
+
+def check_same_outcome(found, expected):
+    for name in ("model", "best_model"):
+        of_both = (arrays(getattr(outcome, name)) for outcome in (found, expected))
+        again, once = of_both
+        assert again.keys() == once.keys()
+        for path, array in once.items():
+            np.testing.assert_array_equal(again[path], array, err_msg=path)
+    progress = (dataclasses.replace(outcome.progress, seconds=0) for outcome in (found, expected))
+    assert next(progress) == next(progress)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 5, 8, 10, 14])
+def test_training_stopped_after_any_step_goes_on_with_the_same_bits(
+    net, undisturbed, tmp_path, step
+):
+    phase, expected, seen = undisturbed
+    outcome, before = trained(net, phase, tmp_path, stop_after=step)
+    assert outcome is None
+    outcome, after = trained(net, phase, tmp_path)
+    check_same_outcome(outcome, expected)
+    taken = before.events.count("step")
+    assert taken >= step
+    assert after.events[0] == ("begin", "search", 15, taken, len(before.records))
+    assert after.events.count("step") == 15 - taken
+    assert before.records + after.records == seen.records
+
+
+def test_training_that_was_stopped_again_and_again_ends_with_the_same_bits(
+    net, undisturbed, tmp_path
+):
+    phase, expected, seen = undisturbed
+    outcome, starts, records = None, 0, []
+    while outcome is None:
+        outcome, witness = trained(net, phase, tmp_path, stop_after=3)
+        starts, records = starts + 1, records + witness.records
+    assert starts > 4
+    assert records == seen.records
+    check_same_outcome(outcome, expected)
+
+
+def test_a_phase_that_had_ended_takes_no_step_again(net, undisturbed, tmp_path):
+    phase, expected, _ = undisturbed
+    trained(net, phase, tmp_path)
+    outcome, witness = trained(net, phase, tmp_path)
+    check_same_outcome(outcome, expected)
+    assert "step" not in witness.events
+
+
+def test_a_phase_of_more_epochs_goes_on_as_if_it_had_had_them_from_the_start(
+    net, undisturbed, tmp_path
+):
+    phase, _, _ = undisturbed
+    longer = dataclasses.replace(phase, epochs=4)
+    expected, seen = trained(net, longer)
+    _, before = trained(net, phase, tmp_path)
+    outcome, after = trained(net, longer, tmp_path)
+    check_same_outcome(outcome, expected)
+    assert before.records + after.records == seen.records
+
+
+def test_the_time_before_a_stop_counts(net, undisturbed, tmp_path):
+    phase, expected, _ = undisturbed
+    trained(net, phase, tmp_path, stop_after=12)
+    checkpoints = Checkpoints(tmp_path)
+    notes = checkpoints._read_notes(checkpoints.steps()[0])[0]
+    checkpoints.close()
+    outcome, _ = trained(net, phase, tmp_path)
+    assert outcome.progress.seconds > notes["progress"]["seconds"] > 0
+
+
+# Numbers that go wrong
+
+
+def test_a_run_stops_at_the_last_good_checkpoint(tmp_path):
+    losses = [0.0] * 4 + [np.nan] * 95
+    checkpoints = Checkpoints(tmp_path, seconds=0)
+    message = (
+        "^converge: the loss is nan at step 5, at a learning rate of 1; "
+        "the last good checkpoint is of step 4$"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        climbed(
+            Tables(losses=losses),
+            epochs=9,
+            examples=9,
+            batch_size=1,
+            checkpoints=Waiting(checkpoints),
+        )
+    assert checkpoints.steps()[0] == 4
+    checkpoints.close()
+
+
+class Waiting:
+    """Checkpoints of which each is on disk before training goes on."""
+
+    def __init__(self, checkpoints):
+        self.checkpoints = checkpoints
+
+    def __getattr__(self, name):
+        return getattr(self.checkpoints, name)
+
+    def save(self, step, state, notes, *, wait):
+        self.checkpoints.save(step, state, notes, wait=True)
