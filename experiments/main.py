@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     is full, 75 for a run that was told to end and that the same command takes up again.
     """
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of Orbax's, where a line is ours
     if "--help" in arguments:
         print(__doc__, define(arguments).main_module_help(), sep="\n")
         return 0

@@ -17,17 +17,25 @@ def compiled_apart(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compiled_once(tmp_path_factory):
-    """Programs that are compiled again, as by a run that is started again, come from a file."""
+def compiled_once(tmp_path_factory, worker_id):
+    """Programs that are compiled again, as by a run that is started again, come from a file.
+
+    All processes that test share them.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "compiled_once"
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_max_size": 2**31,  # with a limit, files are locked
         "jax_persistent_cache_min_compile_time_secs": 0.1,
     }
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
     cache.reset_cache()
     yield
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = before["jax_compilation_cache_dir"]
     for name, value in before.items():
         jax.config.update(name, value)
     cache.reset_cache()
