@@ -22,18 +22,20 @@ class Journal:
 
     A phase that begins, anew or again, first drops what it had written before, but for the records
     of the steps that it goes on from.
+
+    Args:
+      workdir: where they are written.
+      phases: in this order their records are, once a phase has ended.
     """
 
-    def __init__(self, workdir: str | os.PathLike):
+    def __init__(self, workdir: str | os.PathLike, phases: Sequence[str] = ()):
+        self.phases = phases
         self.records = Path(workdir) / RECORDS
         self.events = Path(workdir) / "tensorboard"
 
     def begin(self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]) -> None:
-        there = read(self.records)
-        place = next((n for n, r in enumerate(there) if r["phase"] == phase), len(there))
-        after = [record for record in there[place:] if record["phase"] != phase]
-        lines = map(_line, [*there[:place], *records, *after])
-        durable.write(self.records, "".join(lines))
+        kept = [record for record in read(self.records) if record["phase"] != phase]
+        self._write([*kept, *records])
         folder = self.events / phase
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -53,8 +55,13 @@ class Journal:
 
     def end(self) -> None:
         self.file.close()
-        durable.sync(self.records)
         self.writer.close()
+        self._write(read(self.records))
+
+    def _write(self, records: Sequence[dict[str, Any]]) -> None:
+        order = {phase: place for place, phase in enumerate(self.phases)}
+        records = sorted(records, key=lambda record: order.get(record["phase"], len(order)))
+        durable.write(self.records, "".join(map(_line, records)))
 
     def _show(self, values: dict[str, Any]) -> None:
         for name, value in values.items():

@@ -33,7 +33,7 @@ from dhp_jax.problems import Problem, known_arguments, origins, problem
 from dhp_jax.prune import check_axes, check_budget, prune, survivor_counts, survivors_within
 from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks import evaluate
-from dhp_jax.tasks.task import Data, Params
+from dhp_jax.tasks.task import Params
 from dhp_jax.train import Budget, Observer, Outcome, Phase, Progress, train
 from dhp_jax.workdir import held
 
@@ -108,7 +108,7 @@ def prepare(
     workdir = Path(workdir)
     with held(workdir, config):  # so that an error comes now
         pass
-    observers = (*observers, Journal(workdir))
+    observers = (*observers, Journal(workdir, PHASES))
 
     def build() -> nnx.Module:
         return models.build(name, **arguments, rngs=nnx.Rngs(config.seed))

@@ -6,9 +6,8 @@ import subprocess
 import time
 
 import pytest
-from runs import FIELDS, begin, check_same_end
+from runs import begin, check_same_end
 
-from dhp_jax import pipeline
 from dhp_jax.preemption import EXIT_CODE
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

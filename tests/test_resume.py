@@ -245,9 +245,7 @@ def test_one_is_due_after_so_many_seconds_and_never_while_one_is_written(tmp_pat
     monkeypatch.setattr("dhp_jax.resume.time.monotonic", lambda: clock[0])
     checkpoints = Checkpoints(tmp_path, seconds=10)
     busy = [False]
-    monkeypatch.setattr(
-        ocp.CheckpointManager, "is_saving_in_progress", lambda self: busy[0]
-    )
+    monkeypatch.setattr(ocp.CheckpointManager, "is_saving_in_progress", lambda self: busy[0])
 
     def due(at):
         clock[0] = at

@@ -461,7 +461,7 @@ def test_an_evaluation_is_the_mean_over_all_examples_whatever_the_batch(net, bat
 
 
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
-def test_a_loss_that_is_not_finite_ends_training_at_the_next_look_and_its_step_is_told(value, shown):
+def test_a_loss_that_is_not_finite_ends_training_and_its_step_is_told(value, shown):
     witness = Witness()
     task = Climb(losses=(0.0, 0.0, 0.0, value, 0.0, 0.0, 0.0))  # in the fourth step
     message = f"^converge: the loss is {shown} at step 4, at a learning rate of 1$"
