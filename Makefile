@@ -35,6 +35,7 @@ bench: $(VENV)/installed
 	$(RUN) benchmarks/step.py
 	$(RUN) benchmarks/compile.py
 	$(RUN) benchmarks/latency.py
+	$(RUN) benchmarks/checkpoint.py
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

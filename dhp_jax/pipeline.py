@@ -27,7 +27,6 @@ from dhp_jax.config import ConfigError, check
 from dhp_jax.cost import Cost, measure_cost
 from dhp_jax.journal import Journal
 from dhp_jax.layers import reinitialize
-from dhp_jax.names import unknown
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.problems import Problem, known_arguments, origins, problem
 from dhp_jax.prune import check_axes, check_budget, prune, survivor_counts, survivors_within
@@ -42,6 +41,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 PICTURES = 4  # test examples shown in the report, where a task has something to show
 PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
+MOST_STEPS = 2**31 - 1  # they are counted in int32
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,17 @@ def prepare(
     """
     check(config)
     arguments = dict(config.model)
-    name = arguments.pop("name", None)
-    if name not in models.FAMILIES:
-        raise ConfigError(unknown("config.model.name", name, models.FAMILIES))
+    name = arguments.pop("name")
     for argument, field in origins(config).items():
         if argument in arguments:
             raise ConfigError(
                 f"config.model.{argument}: follows from config.{field}, not given here"
             )
     arguments |= known_arguments(config)
-    _abstract(name, arguments)  # before the data, which may have to be downloaded
-    asked = problem(config)
+    _abstract(config, arguments)  # before the data, which may have to be downloaded
+    asked = _problem(config)
     arguments |= asked.arguments
-    abstract = _abstract(name, arguments)
+    abstract = _abstract(config, arguments)
     cost = measure_cost(abstract, asked.input_shape)
     try:
         check_budget(abstract, cost, config.multiple_of, flops=config.target)
@@ -116,11 +114,32 @@ def prepare(
     return Run(config, workdir, asked, build, cost, observers)
 
 
-def _abstract(name: str, arguments: dict[str, Any]) -> nnx.Module:
+def _abstract(config: ConfigDict, arguments: dict[str, Any]) -> nnx.Module:
+    """The network in shapes and dtypes; an error names the field that an argument comes from."""
     try:
-        return models.build_abstract(name, **arguments)
+        return models.build_abstract(config.model.name, **arguments)
     except ValueError as error:
-        raise ConfigError(f"config.model: {error}") from error
+        argument, _, what = str(error).partition(": ")
+        field = origins(config).get(argument, f"model.{argument}")
+        raise ConfigError(f"config.{field}: {what}") from error
+
+
+def _problem(config: ConfigDict) -> Problem:
+    """The task on its data; an error about a field of `data` names it as one of `config`."""
+    try:
+        found = problem(config)
+    except ValueError as error:
+        if not str(error).startswith("data."):
+            raise
+        raise type(error)(f"config.{error}") from error
+    steps = found.epoch // config.batch_size
+    for phase in PHASES:
+        if config[phase].epochs * steps > MOST_STEPS:
+            raise ConfigError(
+                f"config.{phase}.epochs: expected at most {MOST_STEPS // steps}, of {steps} steps "
+                f"each; got {config[phase].epochs}"
+            )
+    return found
 
 
 def execute(

@@ -282,6 +282,11 @@ def _check_masks(model: nnx.Module, keep: Masks) -> None:
                 f"keep[{name!r}]: expected a boolean mask of shape ({z.size},) that keeps at least "
                 f"one entry, got {mask.dtype} of shape {mask.shape} that keeps {int(mask.sum())}"
             )
+        if not z.prunable and not mask.all():
+            raise ValueError(
+                f"keep[{name!r}]: expected a mask that keeps all {z.size} entries, for it is not "
+                f"prunable; got one that drops {int((~mask).sum())}"
+            )
 
 
 def prune_to(

@@ -81,7 +81,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: this one, or the one before it, cannot be written.
-          FloatingPointError: an array of the state has numbers that are not finite; nothing is saved.
+          FloatingPointError: an array has numbers that are not finite; nothing is saved.
         """
         packed, layout = _packed(state)
         try:
@@ -226,7 +226,7 @@ def _packed(state: PyTree) -> tuple[np.ndarray, dict[str, list]]:
 
 
 def _unpacked(packed: np.ndarray, layout: Mapping[str, list], like: PyTree) -> PyTree:
-    """The tree of arrays that was packed, if it is of the structure, shapes and dtypes of `like`."""
+    """The tree that was packed, if its structure, shapes and dtypes are those of `like`."""
     expected = _named(like)
     if other := expected.keys() ^ layout.keys():
         raise ValueError(f"array {min(other)!r} is missing or unexpected")

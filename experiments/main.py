@@ -3,7 +3,7 @@
 Example: python experiments/main.py --config=experiments/configs/resnet20.py --config.target=0.38
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import logging
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ import runpy
 import sys
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from dhp_jax import pipeline, report
@@ -127,7 +127,7 @@ def parse(arguments: Sequence[str]) -> flags.FlagValues:
         raise ValueError(f"--config: expected a file with a function get_config(); got {path}")
     # First, because the flag parser's own complaints do not tell what is possible.
     overrides = {name: text for name, text in given.items() if name.startswith("config.")}
-    check_overrides(module["get_config"](), overrides)
+    check_overrides(read_config(path, module["get_config"]), overrides)
     options = define(arguments)
     try:
         surplus = options(arguments)[1:]
@@ -141,6 +141,23 @@ def parse(arguments: Sequence[str]) -> flags.FlagValues:
         method = options.config.method
         options.workdir = f"runs/{path.stem}" + ("" if method == "dhp" else f"-{method}")
     return options
+
+
+def read_config(path: Path, get_config: Callable[[], ConfigDict]) -> ConfigDict:
+    """What the function of a configuration file returns.
+
+    Raises:
+      ValueError: it raises something, or returns something else.
+    """
+    try:
+        config = get_config()
+    except Exception as error:  # whatever someone's function may raise
+        raise ValueError(f"--config: {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"--config: {path}: expected get_config() to return a ConfigDict; got {config!r:.100}"
+        )
+    return config
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from zoo import NETWORKS  # noqa: E402
 
 PARTS = ("construct_s", "trace_s", "compile_s", "first_step_s")
-NAMES = ("step", "compile", "latency")
+NAMES = ("step", "compile", "latency", "checkpoint")
 
 
 def begin(name, *arguments):
@@ -71,6 +71,13 @@ def test_the_step_benchmark_gives_medians_and_quartiles(results):
     assert (row["batch"], row["rounds"]) == (4, 3)
     for name in ("search_ms", "plain_ms", "search_to_plain"):
         assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+
+
+def test_the_checkpoint_benchmark_relates_what_is_lost_to_the_time_between_two(results):
+    (row,) = json.loads((results[0] / "checkpoint.json").read_text())["rows"]
+    assert row["share"] == row["lost_s"] / row["apart_s"]
+    assert row["apart_s"] >= 60
+    assert 0 < row["waited_s"] < row["written_s"]
 
 
 def test_the_compile_benchmark_gives_seconds_of_each_part(results):

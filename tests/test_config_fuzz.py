@@ -215,11 +215,10 @@ def peak_memory():
 
 
 def named(message):
-    """The field that a message is about, `model.depth` of `config.model: depth: ...`."""
-    found = re.match(r"(?:config\.|(?=data\.))([\w.]*\w)(?:: (\w+): )?", message)
+    """The field that a message is about."""
+    found = re.match(r"config\.([\w.]*\w)", message)
     assert found, message
-    group, argument = found.groups()
-    return f"{group}.{argument}" if group == "model" and argument else group
+    return found[1]
 
 
 def within(field, group):

@@ -112,6 +112,19 @@ def test_a_file_that_is_no_configuration_is_refused(main, capsys, tmp_path):
     assert str(tmp_path / "empty.py") in message
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('depth')", r"KeyError: 'depth'"),
+        ("return {'seed': 0}", r"expected get_config\(\) to return a ConfigDict; got {'seed': 0}"),
+    ],
+)
+def test_a_function_that_gives_no_configuration_is_refused(main, capsys, tmp_path, body, message):
+    path = tmp_path / "wrong.py"
+    path.write_text(f"def get_config():\n    {body}\n")
+    assert re.search(message, refused(main, capsys, f"--config={path}"))
+
+
 def test_data_that_cannot_be_had_are_refused(main, capsys, tmp_path, offline):
     message = refused(
         main,
@@ -186,7 +199,7 @@ def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
     main, capfd, finished, tmp_path, monkeypatch
 ):
     workdir = shutil.copytree(finished, tmp_path / "runs" / CONFIG.stem)
-    for name in ("model", "best"):
+    for name in ("model", "best", "checkpoints/converge"):
         shutil.rmtree(workdir / name)
     monkeypatch.chdir(tmp_path)
     assert main(DIGITS, *overrides()) == 0  # the directory that is meant if none is given
@@ -211,5 +224,6 @@ def test_a_training_that_diverges_ends_with_one_line_and_exit_code_1(main, tmp_p
     small = ["--config.model.width=0.5", f"--workdir={tmp_path / 'run'}"]
     assert main(DIGITS, *small, *steep) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: search: the loss is ")
-    assert "at a learning rate of 1e+30" in last
+    assert re.match(r"error: search: the (loss is|latents are not finite)", last)
+    assert ", at a learning rate of 1e+30; " in last
+    assert last.endswith("; --config.nonfinite=skip leaves such batches out")

@@ -400,6 +400,28 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
 # What is decided before any work
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.depth": 21}, r"^config\.model\.depth: expected one of .* got 21$"),
+        ({"search.min_channels": 10**5}, r"^config\.search\.min_channels: expected "),
+        (
+            {"converge.epochs": 10**6, "batch_size": 1},
+            r"^config\.converge\.epochs: expected at most \d+, of 1297 steps each; got 1000000$",
+        ),
+        (
+            {"data.name": "image_folder", "data.dir": "nowhere", "data.image_size": 8},
+            r"^config\.data\.dir: ",
+        ),
+    ],
+)
+def test_an_error_names_the_field(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(pipeline, "MOST_STEPS", 10**9)
+    with pytest.raises(ValueError, match=message):
+        pipeline.prepare(tiny(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_network_follows_from_the_seed(tmp_path):
     first, again, other = (
         arrays(pipeline.prepare(tiny(seed=seed), tmp_path / str(n)).build())

@@ -107,7 +107,7 @@ def test_checkpoints_of_another_source_are_of_no_concern(tmp_path):
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     checkpoints = Checkpoints(saved(tmp_path, [1]))
     for wrong in (np.nan, -np.inf):
-        with pytest.raises(FloatingPointError, match="array 'a.b'"):
+        with pytest.raises(FloatingPointError, match=r"array 'a\.b'"):
             checkpoints.save(2, {"a": {"b": jnp.array([0, wrong])}}, {}, wait=True)
     assert checkpoints.steps() == [1]
     checkpoints.close()
@@ -183,7 +183,7 @@ def test_where_all_are_damaged_it_is_said_that_the_phase_starts_anew(tmp_path, c
         assert newest(folder) is None
     assert len(told(caplog)) == 3
     assert told(caplog)[-1] == f"{folder}: no checkpoint is whole; the phase starts anew"
-    found, notes = newest(saved(folder, [2]))  # what was set aside is in nobody's way
+    _, notes = newest(saved(folder, [2]))  # what was set aside is in nobody's way
     assert notes["number"] == 2
 
 
@@ -390,7 +390,7 @@ def test_a_phase_of_more_epochs_goes_on_as_if_it_had_had_them_from_the_start(
 
 
 def test_the_time_before_a_stop_counts(net, undisturbed, tmp_path):
-    phase, expected, _ = undisturbed
+    phase, _, _ = undisturbed
     trained(net, phase, tmp_path, stop_after=12)
     checkpoints = Checkpoints(tmp_path)
     notes = checkpoints._read_notes(checkpoints.steps()[0])[0]

@@ -18,7 +18,12 @@ from dhp_jax.resume import Checkpoints
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 
 KILLS, CUTS = 50, 100
-LONG = {"search.epochs": 2, "converge.epochs": 60, "converge.drops": (30.0,)}
+LONG = {
+    "search.epochs": 20,
+    "search.strength": 0.02,
+    "converge.epochs": 150,
+    "converge.drops": (100.0,),
+}
 
 
 def finish(process):
@@ -52,7 +57,7 @@ def test_a_run_killed_many_times_ends_with_the_bits_of_one_that_was_not(undistur
     while True:
         process = begin(workdir, **LONG)
         try:
-            process.communicate(timeout=instants.uniform(1, 20))
+            process.communicate(timeout=instants.uniform(1, 12))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()

@@ -1,0 +1,115 @@
+"""What share of a run's time do its checkpoints take?
+
+Stretches of search steps, some of which begin with a checkpoint that is written while they go on,
+against stretches without: interleaved, in one process.
+
+    python benchmarks/checkpoint.py                       # from small states to large ones
+    python benchmarks/checkpoint.py --networks resnet110
+    python benchmarks/checkpoint.py --quick               # a smoke run of a few seconds
+"""
+
+import argparse
+from pathlib import Path
+import statistics
+import tempfile
+import time
+
+import jax
+from record import write
+from zoo import NETWORKS, search_step
+
+from dhp_jax.config import default
+from dhp_jax.resume import SHARE, Checkpoints
+
+NOTE = (
+    "Medians. A checkpoint holds parameters, the optimizer's state and BatchNorm statistics; "
+    "training waits while it is copied, and goes on while it is written. Lost: how much longer a "
+    "stretch of steps takes that begins with a checkpoint. Share: what is lost, of the time from "
+    "one checkpoint to the next by default."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=NETWORKS,
+        default=["resnet20", "resnet56", "resnet110", "mobilenet_v2", "dncnn", "unet"],
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="stretches of each kind")
+    parser.add_argument("--quick", action="store_true", help="a tiny network, few rounds")
+    parser.add_argument("--out", type=Path, help="folder for checkpoint.json and checkpoint.md")
+    options = parser.parse_args()
+    if options.quick:
+        options.networks, options.rounds = ["resnet20"], 2
+    rows = [measure(name, options.rounds, options.quick) for name in options.networks]
+    table = as_table(rows)
+    print(table)
+    if options.out is not None:
+        write(options.out, "checkpoint", "What checkpoints cost", NOTE, rows, table)
+
+
+def measure(name: str, rounds: int, quick: bool) -> dict:
+    """Seconds that training waits for a checkpoint, that writing it takes, and that it loses."""
+    network = NETWORKS[name]
+    model = network.build(width=0.25) if quick else network.build()
+    advance, state, inputs = search_step(network, model, 4 if quick else None)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints, number = Checkpoints(folder), 0
+
+        def stretch(steps: int, *, saving: bool) -> tuple[float, float]:
+            """Seconds that so many steps take, and for which they wait at first."""
+            nonlocal state, number
+            started = time.perf_counter()
+            if saving:
+                number += 1
+                checkpoints.save(number, state, {}, wait=False)
+            waited = time.perf_counter() - started
+            for _ in range(steps):
+                state = jax.block_until_ready(advance(state, *inputs))
+            return time.perf_counter() - started, waited
+
+        stretch(2, saving=False)  # compiles
+        step, _ = stretch(1, saving=False)
+        written = []
+        for _ in range(2):  # the first one makes the folder
+            started = time.perf_counter()
+            number += 1
+            checkpoints.save(number, state, {}, wait=True)
+            written.append(time.perf_counter() - started)
+        steps = 1 + round(2 * written[-1] / step)
+        times = [
+            (*stretch(steps, saving=True), stretch(steps, saving=False)[0]) for _ in range(rounds)
+        ]
+        checkpoints.close()
+    waited = statistics.median(waited for _, waited, _ in times)
+    lost = statistics.median(with_one - without for with_one, _, without in times)
+    apart = max(default().checkpoint.seconds, written[-1] / SHARE)
+    return {
+        "network": network.label,
+        "state_bytes": sum(array.nbytes for array in jax.tree.leaves(state)),
+        "step_s": step,
+        "waited_s": waited,
+        "written_s": written[-1],
+        "lost_s": lost,
+        "apart_s": apart,
+        "share": lost / apart,
+    }
+
+
+def as_table(rows: list[dict]) -> str:
+    lines = [
+        "| network | state, MB | step, s | waits, s | written in, s | lost, s | every, s | share |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = [f"{row['state_bytes'] / 1e6:,.1f}"]
+        cells += [f"{row[f'{n}_s']:.2f}" for n in ("step", "waited", "written", "lost")]
+        cells += [f"{row['apart_s']:.0f}", f"{100 * row['share']:.2f} %"]
+        lines.append(f"| {row['network']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
