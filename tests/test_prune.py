@@ -390,6 +390,11 @@ def test_layers_in_every_kind_of_container_are_pruned(container):
         ),
         (lambda m: m.update({"left.z_out": np.ones(7)}), "got float64 of shape (7,) that keeps 7"),
         (lambda m: m.update({"left.z_out": [0, 2, 3]}), "got int64 of shape (3,) that keeps 5"),
+        (
+            lambda m: m.update({"left.z_in": np.array([True, True, False])}),
+            "keep['left.z_in']: expected a mask that keeps all 3 entries, for it is not prunable; "
+            "got one that drops 1",
+        ),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(change, message):

@@ -1,0 +1,110 @@
+"""Signals that ask a process to end become a question; the process ends in time all the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from dhp_jax.preemption import EXIT_CODE, SIGNALS, asked_to_stop
+
+
+def until(condition):
+    """Waits for something that happens soon."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_and_does_not_end_the_process(number):
+    with asked_to_stop(grace=60) as asked:
+        assert not asked()
+        os.kill(os.getpid(), number)
+        until(asked)
+
+
+def test_another_signal_asks_nothing():
+    taken = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: taken.append(1))
+    try:
+        with asked_to_stop(grace=60) as asked:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            until(lambda: taken)
+            time.sleep(0.05)
+            assert not asked()
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(asked)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_afterwards_signals_do_what_they_did_before():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    threads = threading.active_count()
+    with asked_to_stop(grace=60):
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert threading.active_count() == threads
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)  # handlers run between two lines
+
+
+def interrupt_twice():
+    with asked_to_stop(grace=60) as asked:
+        interrupt()
+        until(asked)
+        interrupt()
+
+
+def test_control_c_given_twice_interrupts():
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice()
+
+
+def test_sigterm_given_twice_still_asks_only():
+    with asked_to_stop(grace=60) as asked:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        until(asked)
+
+
+def test_in_a_thread_nothing_is_asked():
+    found = []
+
+    def work():
+        with asked_to_stop(grace=60) as asked:
+            found.append(asked())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+STUCK = """
+import ctypes, os, signal
+from dhp_jax.preemption import asked_to_stop
+with asked_to_stop(grace=0.2):
+    os.kill(os.getpid(), signal.SIGTERM)
+    ctypes.CDLL(None).sleep(60)  # like a compiler: no Python runs, and no handler
+"""
+
+
+def test_a_process_that_is_stuck_ends_when_its_time_is_up():
+    started = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert ended.returncode == EXIT_CODE
+    assert ended.stderr == "error: not done 0.2 s after being told to end\n"
+    assert time.monotonic() - started < 50
