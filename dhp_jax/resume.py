@@ -87,7 +87,7 @@ class Checkpoints:
         try:
             manager = self._open()
             manager.wait_until_finished()
-            if step not in manager.all_steps():
+            if step not in self.steps():
                 self._started = time.monotonic()
                 if shutil.disk_usage(self.folder).free < packed.size:
                     raise OSError(f"No space left on device for {packed.size:,} bytes")
@@ -136,9 +136,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Numbers of those on disk, the newest first."""
-        manager = self._open()
-        manager.reload()
-        return sorted(manager.all_steps(), reverse=True)
+        names = [path.name for path in self.folder.glob("*")]  # unfinished ones have a suffix
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
     def close(self) -> None:
         """Waits until all is on disk.
@@ -171,11 +170,8 @@ class Checkpoints:
         self._started, self._rested = None, now
 
     def _last(self) -> str:
-        try:
-            steps = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
-        except OSError:
-            steps = []
-        return f"the last whole one is of step {steps[-1]}" if steps else "there is none yet"
+        steps = self.steps()
+        return f"the last whole one is of step {steps[0]}" if steps else "there is none yet"
 
     def _read_notes(self, step: int) -> tuple[dict[str, Any], dict[str, list]]:
         args = ocp.args.Composite(**{NOTES: ocp.args.JsonRestore()})
@@ -199,6 +195,7 @@ class Checkpoints:
             aside = self.folder / f"{step}.{number}.damaged"
         path.rename(aside)
         durable.sync(self.folder)
+        self._open().reload()
 
 
 def _sealed(notes: Mapping[str, Any], layout: Mapping[str, list]) -> dict[str, Any]:
@@ -212,7 +209,7 @@ def _packed(state: PyTree) -> tuple[np.ndarray, dict[str, list]]:
     Raises:
       FloatingPointError: an array has numbers that are not finite.
     """
-    arrays = {name: np.asarray(_bits(leaf)) for name, leaf in _named(state).items()}
+    arrays = jax.device_get({name: _bits(leaf) for name, leaf in _named(state).items()})
     packed = np.empty(1 + sum(array.nbytes for array in arrays.values()), np.uint8)
     packed[-1], at, layout = 0, 0, {}  # the last because Orbax takes no empty array
     for name, array in arrays.items():

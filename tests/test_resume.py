@@ -216,6 +216,16 @@ def test_what_was_being_written_when_the_power_went_is_not_there(tmp_path):
     assert newest(folder)[1]["number"] == 1
 
 
+def test_a_step_that_was_damaged_is_saved_again_when_training_comes_there(tmp_path):
+    for path in files_of(saved(tmp_path, [1, 2]), 2):
+        path.write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.newest(like)[1]["number"] == 1
+    checkpoints.save(2, state(2), {"number": 2}, wait=True)
+    assert checkpoints.newest(like)[1]["number"] == 2
+    checkpoints.close()
+
+
 # A disk that is full
 
 
