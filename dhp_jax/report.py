@@ -206,6 +206,10 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         rows.append(
             ("note", "the search ran out of epochs; the network was pruned to the target anyway")
         )
+    skipped = {name: phase["skipped"] for name, phase in phases.items() if phase["skipped"]}
+    if skipped:
+        counts = ", ".join(f"{count} in the {name} phase" for name, count in skipped.items())
+        rows.append(("note", f"batches skipped because they were not finite: {counts}"))
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
 

@@ -20,6 +20,7 @@ from dhp_jax.config import ConfigError, check_overrides
 from dhp_jax.data import DataNotFoundError
 from dhp_jax.preemption import EXIT_CODE, asked_to_stop
 from dhp_jax.progress import ProgressBar
+from dhp_jax.resume import CheckpointError
 from dhp_jax.train import Stopped
 
 EXAMPLE = "experiments/configs/digits_resnet20.py"
@@ -59,7 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}; --config.nonfinite=skip leaves such batches out", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error}; the same command goes on once that is mended", file=sys.stderr)
+        where = "" if isinstance(error, CheckpointError) else f"{run.workdir}: "
+        mended = "the same command goes on once that is mended"
+        print(f"error: {where}{error}; {mended}", file=sys.stderr)
         return 1
     except Stopped as error:
         print(f"{error}; the same command goes on from there", file=sys.stderr)

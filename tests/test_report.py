@@ -161,6 +161,14 @@ def test_the_text_of_a_summary_tells_its_numbers(result):
     assert "ran out of epochs" in report.summary_text(summary).splitlines()[-1]
 
 
+def test_batches_that_were_skipped_are_told(result):
+    summary = report.summarize(result)
+    assert "skipped" not in report.summary_text(summary)
+    summary["phases"]["converge"]["skipped"] = 7
+    last = report.summary_text(summary).splitlines()[-1]
+    assert re.search(r"^note +batches skipped .* not finite: 7 in the converge phase$", last)
+
+
 def test_the_text_of_a_run_names_paths_that_exist(finished):
     summary = json.loads((finished / "summary.json").read_text())
     text = report.text(finished, summary)
