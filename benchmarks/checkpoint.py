@@ -19,7 +19,7 @@ from record import write
 from zoo import NETWORKS, search_step
 
 from dhp_jax.config import default
-from dhp_jax.resume import SHARE, Checkpoints
+from dhp_jax.resume import Checkpoints
 
 NOTE = (
     "Medians. A checkpoint holds parameters, the optimizer's state and BatchNorm statistics; "
@@ -56,7 +56,7 @@ def measure(name: str, rounds: int, quick: bool) -> dict:
     model = network.build(width=0.25) if quick else network.build()
     advance, state, inputs = search_step(network, model, 4 if quick else None)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints, number = Checkpoints(folder), 0
+        checkpoints, number = Checkpoints(folder, seconds=default().checkpoint.seconds), 0
 
         def stretch(steps: int, *, saving: bool) -> tuple[float, float]:
             """Seconds that so many steps take, and for which they wait at first."""
@@ -83,9 +83,9 @@ def measure(name: str, rounds: int, quick: bool) -> dict:
             (*stretch(steps, saving=True), stretch(steps, saving=False)[0]) for _ in range(rounds)
         ]
         checkpoints.close()
+        apart = checkpoints.interval
     waited = statistics.median(waited for _, waited, _ in times)
     lost = statistics.median(with_one - without for with_one, _, without in times)
-    apart = max(default().checkpoint.seconds, written[-1] / SHARE)
     return {
         "network": network.label,
         "state_bytes": sum(array.nbytes for array in jax.tree.leaves(state)),

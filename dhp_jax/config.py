@@ -290,7 +290,7 @@ FIELDS: Mapping[str, Any] = {
     "nonfinite": _one_of("stop", "skip"),
     "checkpoint": {
         "seconds": _number(0),
-        "keep": _integer(1),
+        "keep": _integer(2),
         "grace": _number(0, 86_400, above=True),  # which threads can wait
     },
     "task": {"name": _one_of(*TASKS)},

@@ -12,11 +12,20 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(data)
-    sync(unfinished)
-    unfinished.replace(path)
+    part = unfinished(path)
+    try:
+        part.write_bytes(data)
+        sync(part)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is while it is written; what is left of it after a death means nothing."""
+    return path.with_name(f".{path.name}.unfinished")
 
 
 def sync(path: str | os.PathLike) -> None:

@@ -34,11 +34,10 @@ class Journal:
         self.events = Path(workdir) / "tensorboard"
 
     def begin(self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]) -> None:
-        kept = [record for record in read(self.records) if record["phase"] != phase]
-        self._write([*kept, *records])
+        self._replace(phase, records)
         folder = self.events / phase
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.file = self.records.open("a")
         # Not SummaryWriter: its thread dies of a full disk, and whoever writes then waits for ever.
         self.writer = EventsWriter(str(folder / "events"))
@@ -58,6 +57,15 @@ class Journal:
         self.writer.close()
         self._write(read(self.records))
 
+    def mend(self, phase: str, records: Sequence[dict[str, Any]]) -> None:
+        """Puts back the records of a phase that has ended, if any are gone."""
+        if [record for record in read(self.records) if record["phase"] == phase] != list(records):
+            self._replace(phase, records)
+
+    def _replace(self, phase: str, records: Sequence[dict[str, Any]]) -> None:
+        kept = [record for record in read(self.records) if record["phase"] != phase]
+        self._write([*kept, *records])
+
     def _write(self, records: Sequence[dict[str, Any]]) -> None:
         order = {phase: place for place, phase in enumerate(self.phases)}
         records = sorted(records, key=lambda record: order.get(record["phase"], len(order)))
@@ -75,11 +83,19 @@ class Journal:
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; none if there is no such file.
 
-    A last line that was cut off, as by a machine that went down, is left out.
+    A line that is no record, as a machine that went down may leave it, is left out.
     """
     path = Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    content = path.read_text(errors="replace") if path.exists() else ""
+    return [record for line in content.split("\n")[:-1] if (record := _record(line))]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"phase", "step"} <= record.keys() else None
 
 
 def _line(record: dict[str, Any]) -> str:

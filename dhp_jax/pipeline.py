@@ -33,7 +33,7 @@ from dhp_jax.prune import check_axes, check_budget, prune, survivor_counts, surv
 from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Params
-from dhp_jax.train import Budget, Observer, Outcome, Phase, Progress, train
+from dhp_jax.train import Budget, Observer, OriginError, Outcome, Phase, Progress, train
 from dhp_jax.workdir import held
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ class Run:
       problem: its task and data.
       build: makes the unpruned network of latents.
       cost: of that network.
-      observers: told how training goes.
+      journal: its records.
+      observers: told how training goes, beside the journal.
     """
 
     config: ConfigDict
@@ -62,6 +63,7 @@ class Run:
     problem: Problem
     build: Callable[[], nnx.Module]
     cost: Cost
+    journal: Journal
     observers: Sequence[Observer] = ()
 
 
@@ -106,12 +108,12 @@ def prepare(
     workdir = Path(workdir)
     with held(workdir, config):  # so that an error comes now
         pass
-    observers = (*observers, Journal(workdir, PHASES))
+    journal = Journal(workdir, PHASES)
 
     def build() -> nnx.Module:
         return models.build(name, **arguments, rngs=nnx.Rngs(config.seed))
 
-    return Run(config, workdir, asked, build, cost, observers)
+    return Run(config, workdir, asked, build, cost, journal, observers)
 
 
 def _abstract(config: ConfigDict, arguments: dict[str, Any]) -> nnx.Module:
@@ -166,10 +168,13 @@ def execute(
     """
     with held(run.workdir, run.config):
         work = _Work(run, stopping)
-        if run.config.method == "baseline":
-            work.train_baseline()
-        else:
-            work.converge(work.prune(work.search()))
+        try:
+            if run.config.method == "baseline":
+                work.train_baseline()
+            else:
+                work.converge(work.prune(work.search()))
+        except OriginError as error:
+            raise ConfigError(f"config.data: {error}; give another --workdir") from error
         return report.write(run.workdir, baseline=baseline)
 
 
@@ -196,6 +201,7 @@ class _Work:
         """Returns the digest of the network at the end of the search."""
         found = self._found("search")
         if found and self._complete("search", found):
+            self._mend_records("search")
             return found["sha256"]
         settings, cost = self.config.search, self.run.cost
         budget = Budget(
@@ -245,13 +251,7 @@ class _Work:
             budget=budget,
             skip_faulty=config.nonfinite == "skip",
         )
-        checkpoints = Checkpoints(
-            self.run.workdir / CHECKPOINTS / name,
-            source=source,
-            keep=config.checkpoint.keep,
-            seconds=config.checkpoint.seconds,
-        )
-        with contextlib.closing(checkpoints):
+        with contextlib.closing(self._checkpoints(name, source)) as checkpoints:
             return train(
                 model,
                 phase,
@@ -262,7 +262,7 @@ class _Work:
                 batch_size=config.batch_size,
                 log_every=config.log_every,
                 key=jax.random.fold_in(jax.random.key(config.seed), PHASES.index(name)),
-                observers=self.run.observers,
+                observers=(*self.run.observers, self.run.journal),
                 checkpoints=checkpoints,
                 stopping=self.stopping,
             )
@@ -319,15 +319,48 @@ class _Work:
     def _trained(self, phase: str, source: str) -> bool:
         """Whether both networks of the last phase are there."""
         found = [self._found(name) for name in ("best", "model")]
-        return all(
-            each and each["notes"]["made_from"] == source and self._complete(phase, each)
+        trained = all(
+            each and each["notes"]["made_from"] == source and self._complete(phase, each, source)
             for each in found
         )
+        if trained:
+            self._mend_records(phase, source)
+        return trained
 
-    def _complete(self, phase: str, found: dict[str, Any]) -> bool:
-        """Whether a network was trained for as long as the configuration says."""
-        progress = found["notes"]["phase"]
-        return progress["met_budget"] or progress["epochs"] >= self.config[phase].epochs
+    def _complete(self, phase: str, found: dict[str, Any], source: str = "") -> bool:
+        """Whether a network was trained for as long as the configuration says.
+
+        Raises:
+          ConfigError: it was not, and there is no checkpoint from which it could be.
+        """
+        progress, epochs = found["notes"]["phase"], self.config[phase].epochs
+        if progress["met_budget"] or progress["epochs"] >= epochs:
+            return True
+        if not self._checkpoints(phase, source).steps():
+            raise ConfigError(
+                f"config.{phase}.epochs: expected at most {progress['epochs']}, for the "
+                f"checkpoints from which more could follow are gone; got {epochs}"
+            )
+        return False
+
+    def _mend_records(self, phase: str, source: str = "") -> None:
+        """Puts back records of a phase that has ended, where its last checkpoint has them."""
+        with contextlib.closing(self._checkpoints(phase, source)) as checkpoints:
+            for step in checkpoints.steps()[:1]:
+                try:
+                    notes, _ = checkpoints.notes(step)
+                except Exception as error:  # whatever a damaged file may raise
+                    logger.warning("%s: step %d: %s", checkpoints.folder, step, error)
+                else:
+                    self.run.journal.mend(phase, notes["records"])
+
+    def _checkpoints(self, phase: str, source: str) -> Checkpoints:
+        return Checkpoints(
+            self.run.workdir / CHECKPOINTS / phase,
+            source=source,
+            keep=self.config.checkpoint.keep,
+            seconds=self.config.checkpoint.seconds,
+        )
 
     def _found(self, name: str) -> dict[str, Any] | None:
         """What a network on disk says of itself, if it is there and whole."""

@@ -44,6 +44,8 @@ def asked_to_stop(grace: float) -> Iterator[Callable[[], bool]]:
         while number := os.read(reader, 1):
             if number[0] in SIGNALS:
                 asked.set()
+                again = "; Ctrl-C again interrupts it" if number[0] == signal.SIGINT else ""
+                print(f"told to end: saving first{again}", file=sys.stderr, flush=True)
                 break
         if asked.is_set() and not ended.wait(grace):
             print(f"error: not done {grace:g} s after being told to end", file=sys.stderr)

@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 import shutil
-import time
+from time import monotonic
 from typing import Any
 import zlib
 
@@ -24,8 +24,16 @@ ARRAYS, NOTES = "arrays", "notes"
 SHARE = 0.01  # of the time that training takes, at most, goes into checkpoints made at intervals
 
 
+# What TensorStore says where a file could not be opened or read, but need not be damaged.
+PASSING = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "ABORTED", "open files")
+
+
 class CheckpointError(OSError):
-    """A checkpoint that cannot be written; those before it are as they were."""
+    """A checkpoint that cannot be written or read; those before it are as they were."""
+
+
+class UnlikeError(ValueError):
+    """A checkpoint that is whole, but of another state than the one that is expected."""
 
 
 class Checkpoints:
@@ -58,7 +66,8 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._started: float | None = None  # when the save began that goes on
         self._cost = 0.0  # seconds that the last one took
-        self._rested = time.monotonic()  # when the last one was whole
+        self._rested = monotonic()  # when the last one was whole
+        self._step = 0  # of the last one
 
     def due(self) -> bool:
         """Whether it is time for the next one."""
@@ -66,9 +75,12 @@ class Checkpoints:
             if self._open().is_saving_in_progress():
                 return False
             self._finished()
-        if not self.seconds:
-            return True
-        return time.monotonic() - self._rested >= max(self.seconds, self._cost / SHARE)
+        return monotonic() - self._rested >= self.interval
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two of them, by what the last one took."""
+        return max(self.seconds, self._cost / SHARE) if self.seconds else 0.0
 
     def save(self, step: int, state: PyTree, notes: Mapping[str, Any], *, wait: bool) -> None:
         """Saves a state; returns when it is copied, or with `wait` when it is on disk.
@@ -83,17 +95,21 @@ class Checkpoints:
           CheckpointError: this one, or the one before it, cannot be written.
           FloatingPointError: an array has numbers that are not finite; nothing is saved.
         """
+        started = monotonic()
         packed, layout = _packed(state)
+        sealed = _sealed({**notes, "source": self.source}, layout)
         try:
             manager = self._open()
             manager.wait_until_finished()
+            self._finished()
             if step not in self.steps():
-                self._started = time.monotonic()
+                self._started, self._step = started, step
                 if shutil.disk_usage(self.folder).free < packed.size:
                     raise OSError(f"No space left on device for {packed.size:,} bytes")
                 arrays = ocp.args.StandardSave({ARRAYS: packed})
-                sealed = ocp.args.JsonSave(_sealed({**notes, "source": self.source}, layout))
-                manager.save(step, args=ocp.args.Composite(**{ARRAYS: arrays, NOTES: sealed}))
+                items = {ARRAYS: arrays, NOTES: ocp.args.JsonSave(sealed)}
+                if not manager.save(step, args=ocp.args.Composite(**items)):
+                    raise OSError("Orbax has left it out")
             if wait:
                 manager.wait_until_finished()
                 self._finished()
@@ -106,38 +122,59 @@ class Checkpoints:
     def newest(self, like: Callable[[dict[str, Any]], PyTree]) -> tuple[PyTree, dict] | None:
         """The newest state that is whole, with its notes.
 
-        One that is damaged is told of and set aside, under a name that ends with `.damaged`.
+        One that is damaged is told of and set aside, under a name that ends with `.damaged`. Those
+        of another source are removed: what they would go on from is no longer there.
 
         Args:
           like: from notes to a state of the shapes, dtypes and structure that are expected.
 
         Returns:
           A state of NumPy arrays and its notes; `None` if there is no checkpoint of this source.
+
+        Raises:
+          CheckpointError: none can be read, or none of several is whole; nothing is lost by trying
+            again.
         """
-        if not self.folder.is_dir():
-            return None
-        damaged = 0
+        damaged = False
         for step in self.steps():
             try:
-                notes, layout = self._read_notes(step)
+                notes, layout = self.notes(step)
                 if notes["source"] != self.source:
+                    self._remove(step)
                     continue
                 state = _unpacked(self._read_arrays(step), layout, like(notes))
             except Exception as error:  # whatever a damaged file may raise
-                damaged += 1
+                if not _is_damage(error):
+                    raise CheckpointError(
+                        f"checkpoints: cannot go on from step {step} in {self.folder}: "
+                        f"{_line(error)}"
+                    ) from error
+                damaged = True
                 self._set_aside(step, _line(error))
             else:
                 if damaged:
                     logger.warning("%s: going on from step %d", self.folder, step)
                 return state, notes
-        if damaged:
-            logger.warning("%s: no checkpoint is whole; the phase starts anew", self.folder)
+        if any(self.folder.glob("*.damaged")):
+            raise CheckpointError(
+                f"checkpoints: none in {self.folder} is whole; delete the folder to start its "
+                "phase anew"
+            )
         return None
 
     def steps(self) -> list[int]:
         """Numbers of those on disk, the newest first."""
         names = [path.name for path in self.folder.glob("*")]  # unfinished ones have a suffix
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def notes(self, step: int) -> tuple[dict[str, Any], dict[str, list]]:
+        """The notes of one, and of each array its dtype, shape and checksum."""
+        args = ocp.args.Composite(**{NOTES: ocp.args.JsonRestore()})
+        sealed = self._open().restore(step, args=args)[NOTES]
+        if zlib.crc32(sealed["text"].encode()) != sealed["checksum"]:
+            raise ValueError("the notes have another checksum")
+        read = json.loads(sealed["text"])
+        return read["notes"], read["layout"]
 
     def close(self) -> None:
         """Waits until all is on disk.
@@ -150,6 +187,7 @@ class Checkpoints:
         manager, self._manager = self._manager, None
         try:
             manager.wait_until_finished()
+            self._finished()
         except Exception as error:
             raise CheckpointError(
                 f"checkpoints: cannot write to {self.folder}: {_line(error)}"
@@ -164,26 +202,25 @@ class Checkpoints:
         return self._manager
 
     def _finished(self) -> None:
-        now = time.monotonic()
-        if self._started is not None:
-            self._cost = now - self._started
-        self._started, self._rested = None, now
+        """Notes that the last one is whole, and waits until the disk has all of it."""
+        if self._started is None:
+            return
+        for path in [*(self.folder / str(self._step)).rglob("*"), self.folder]:
+            durable.sync(path)  # Orbax does so for the arrays only
+        self._rested = monotonic()
+        self._cost, self._started = self._rested - self._started, None
 
     def _last(self) -> str:
         steps = self.steps()
         return f"the last whole one is of step {steps[0]}" if steps else "there is none yet"
 
-    def _read_notes(self, step: int) -> tuple[dict[str, Any], dict[str, list]]:
-        args = ocp.args.Composite(**{NOTES: ocp.args.JsonRestore()})
-        sealed = self._open().restore(step, args=args)[NOTES]
-        if zlib.crc32(sealed["text"].encode()) != sealed["checksum"]:
-            raise ValueError("the notes have another checksum")
-        read = json.loads(sealed["text"])
-        return read["notes"], read["layout"]
-
     def _read_arrays(self, step: int) -> np.ndarray:
         args = ocp.args.Composite(**{ARRAYS: ocp.args.StandardRestore()})
         return self._open().restore(step, args=args)[ARRAYS][ARRAYS]
+
+    def _remove(self, step: int) -> None:
+        shutil.rmtree(self.folder / str(step))
+        self._open().reload()
 
     def _set_aside(self, step: int, reason: str) -> None:
         logger.warning("%s: the checkpoint of step %d is damaged: %s", self.folder, step, reason)
@@ -226,12 +263,12 @@ def _unpacked(packed: np.ndarray, layout: Mapping[str, list], like: PyTree) -> P
     """The tree that was packed, if its structure, shapes and dtypes are those of `like`."""
     expected = _named(like)
     if other := expected.keys() ^ layout.keys():
-        raise ValueError(f"array {min(other)!r} is missing or unexpected")
+        raise UnlikeError(f"array {min(other)!r} is missing or unexpected")
     leaves, at = {}, 0
     for name, (dtype, shape, checksum) in layout.items():
         wanted = jax.eval_shape(_bits, expected[name])
         if (dtype, tuple(shape)) != (str(wanted.dtype), wanted.shape):
-            raise ValueError(
+            raise UnlikeError(
                 f"array {name!r}: expected {wanted.dtype} of shape {wanted.shape}, "
                 f"got {dtype} of shape {tuple(shape)}"
             )
@@ -255,6 +292,15 @@ def _bits(array: jax.Array) -> jax.Array:
     """What is on disk of an array: of random keys their numbers, all else as it is."""
     is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(array) if is_key else array
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error means that a file is not whole, and not that it cannot be read now."""
+    if isinstance(error, UnlikeError | MemoryError):
+        return False
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError)
+    return not any(word in str(error) for word in PASSING)
 
 
 def _line(error: Exception) -> str:

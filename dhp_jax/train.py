@@ -1,5 +1,6 @@
 """The one training loop: search, converge and the unpruned baseline are phases of it."""
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
@@ -7,11 +8,13 @@ from dataclasses import dataclass, field
 import math
 import time
 from typing import Any, NamedTuple, Protocol
+import zlib
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
+import numpy as np
 import optax
 
 from dhp_jax.backend import compiler_options, tune
@@ -19,9 +22,15 @@ from dhp_jax.latent import LatentVector
 from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks.task import Data, Params, Task
 
+AHEAD = 2  # steps that are handed to the device before the first of them is done
+
 
 class Stopped(Exception):
     """Training was asked to stop, and did; its state is on disk."""
+
+
+class OriginError(ValueError):
+    """A phase cannot go on with other data than it began with."""
 
 
 class Observer(Protocol):
@@ -57,8 +66,8 @@ class Phase:
       learning_rate: of each step, for the records.
       optimizer: makes the transformation of `(latent vectors, other parameters)`.
       budget: a rule that ends the phase early.
-      skip_faulty: whether a batch whose loss or gradient is not finite is left out, and counted;
-        otherwise a loss or latent that is not finite ends training.
+      skip_faulty: whether a batch is left out, and counted, after which anything would not be
+        finite; otherwise a loss or latent that is not finite ends training.
     """
 
     name: str
@@ -178,6 +187,7 @@ def train(
 
     Raises:
       ValueError: `batch_size` larger than `examples`.
+      OriginError: the phase goes on, but these are not the training data that it began with.
       FloatingPointError: a loss or a latent that is not finite.
       Stopped: `stopping` said so.
       CheckpointError: the state cannot be saved.
@@ -222,6 +232,8 @@ class _Loop:
         self.log_every, self.observers, self.metric = log_every, observers, task.metric
         self.steps_per_epoch = examples // batch_size
         self.progress, self.records = Progress(), []
+        self.origin = {"examples": examples, "batch_size": batch_size, "data": _checksum(data)}
+        self.in_flight: collections.deque[Array] = collections.deque()
         self.best_state: tuple[Params, nnx.State] | None = None
         self.compiling = True
         self.order_key, self.step_key = jax.random.split(key)
@@ -237,6 +249,7 @@ class _Loop:
         self.began = time.perf_counter()
         if found:
             saved, notes = found
+            self._check_origin(notes["origin"])
             self.state, self.best_state = _copy(saved)
             self.progress, self.records = Progress(**notes["progress"]), notes["records"]
             self.began -= self.progress.seconds
@@ -244,6 +257,15 @@ class _Loop:
     def _like(self, notes: dict[str, Any]) -> tuple[TrainState, tuple | None]:
         best = (self.state.params, self.state.rest) if notes["has_best"] else None
         return self.state, best
+
+    def _check_origin(self, before: dict[str, int]) -> None:
+        for name, value in self.origin.items():
+            if before[name] != value:
+                what = "checksum of the training data" if name == "data" else name
+                raise OriginError(
+                    f"{what}: expected {before[name]}, with which the {self.phase.name} phase "
+                    f"began; got {value}"
+                )
 
     def done(self) -> bool:
         return self.progress.met_budget or self.progress.epochs >= self.phase.epochs
@@ -253,27 +275,34 @@ class _Loop:
 
         Returns what it last measured, and whether the budget is met.
         """
-        steps, epoch = self.progress.steps, self.progress.epochs + 1
+        epoch = self.progress.epochs + 1
+        begin, end = ((epoch - k) * self.steps_per_epoch for k in (1, 0))
         order = self.permute(jax.random.fold_in(self.order_key, epoch))
-        self.clock = time.perf_counter(), steps
+        self.clock = time.perf_counter(), self.progress.steps
         while True:
-            position = steps - (epoch - 1) * self.steps_per_epoch
-            self.state = self.advance(self.state, self.data, order, position, self.step_key)
-            steps += 1
-            self.progress = dataclasses.replace(self.progress, steps=steps)
-            for observer in self.observers:
-                observer.step()
-            if self.compiling:  # what that takes is not the speed of training
-                jax.block_until_ready(self.state)
-                self.clock, self.compiling = (time.perf_counter(), steps), False
-            last = position == self.steps_per_epoch - 1
-            if last or steps % self.log_every == 0:
+            steps = self.progress.steps
+            # A state is saved before it is looked at, so that a long test cannot keep it from that.
+            if steps == end or (steps > begin and steps % self.log_every == 0):
                 values = self._measure(epoch)
                 met_budget = self._meets_budget(values)
-                if last or met_budget:
+                if steps == end or met_budget:
                     return values, met_budget
                 self._record(values)
-            self._save_if_due()
+            self._advance(order, steps - begin)
+            self._attend()
+
+    def _advance(self, order: Int[Array, " examples"], position: int) -> None:
+        """Takes a step, and waits for the one before the last."""
+        self.state = self.advance(self.state, self.data, order, position, self.step_key)
+        self.in_flight.append(_ticket(self.state.step))
+        if len(self.in_flight) > AHEAD:
+            jax.block_until_ready(self.in_flight.popleft())
+        self.progress = dataclasses.replace(self.progress, steps=self.progress.steps + 1)
+        for observer in self.observers:
+            observer.step()
+        if self.compiling:  # what that takes is not the speed of training
+            jax.block_until_ready(self.state)
+            self.clock, self.compiling = (time.perf_counter(), self.progress.steps), False
 
     def end_epoch(self, values: dict[str, Any], last: dict[str, float], met_budget: bool) -> None:
         """Records an epoch with its test, and keeps the state of the best."""
@@ -289,7 +318,7 @@ class _Loop:
             if self.phase.budget is None:
                 self.best_state = _copy((self.state.params, self.state.rest))
         self.progress = dataclasses.replace(self.progress, **change)
-        self._save_if_due()
+        self._attend()
 
     def outcome(self) -> Outcome:
         trained = self._model(self.state.params, self.state.rest)
@@ -309,7 +338,9 @@ class _Loop:
         self.state = self.state._replace(measures=Measures.zero())
         steps, rate = self.progress.steps, self._rate(self.progress.steps)
         if not measures.examples:
-            raise self._fault("loss or gradient was not finite in every batch", steps)
+            raise self._fault(
+                "loss or gradient of every batch since the last record is not finite", steps
+            )
         loss, score = (float(s / measures.examples) for s in (measures.loss, measures.score))
         values = {"epoch": epoch, "loss": loss, self.metric.name: score, "learning_rate": rate}
         if self.phase.skip_faulty:
@@ -342,8 +373,15 @@ class _Loop:
         fault = jax.device_get(self.state.fault)
         if fault.step:
             loss = float(fault.loss)
-            what = "latents are not finite" if math.isfinite(loss) else f"loss is {loss}"
+            what = self._faulty_latents() if math.isfinite(loss) else f"loss is {loss}"
             raise self._fault(what, int(fault.step))
+
+    def _faulty_latents(self) -> str:
+        found = jax.tree_util.tree_leaves_with_path(self.state.params[0])
+        paths = [path for path, vector in found if not np.isfinite(vector).all()]
+        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+        name = names[0].removesuffix(".value").removesuffix(".vector")
+        return f"latent {name!r} is not finite"
 
     def _fault(self, what: str, step: int) -> FloatingPointError:
         saved = self.checkpoints.steps() if self.checkpoints else []
@@ -353,7 +391,8 @@ class _Loop:
             f"at a learning rate of {self._rate(step):g}{last}"
         )
 
-    def _save_if_due(self) -> None:
+    def _attend(self) -> None:
+        """Saves if it is time, and stops if that is wanted."""
         if self.stopping():
             self.save(wait=True)
             raise Stopped(f"{self.phase.name}: stopped after step {self.progress.steps}")
@@ -369,6 +408,7 @@ class _Loop:
             "progress": dataclasses.asdict(self._timed()),
             "records": self.records,
             "has_best": self.best_state is not None,
+            "origin": self.origin,
         }
         arrays, steps = (self.state, self.best_state), self.progress.steps
         try:
@@ -401,7 +441,7 @@ def make_step(
     """The jitted step `(state, data, order, position, key) -> state`; its state is donated.
 
     It takes the `position`-th batch of the `data` in the given `order`, augments it, and steps.
-    With `skip_faulty` a batch whose loss or gradient is not finite only counts as a step.
+    With `skip_faulty` a batch after which anything would not be finite only counts as a step.
     """
 
     def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any):
@@ -432,7 +472,9 @@ def make_step(
             fault=state.fault,
         )
         if skip_faulty:
-            usable = jnp.isfinite(value) & _all_finite((grads, rest))
+            usable = jnp.isfinite(value) & _all_finite(
+                (stepped.params, stepped.rest, stepped.opt_state)
+            )
             return _or_skipped(stepped, state, usable)
         faulty = ~(jnp.isfinite(value) & _all_finite(stepped.params[0]))
         first = faulty & (state.fault.step == 0)
@@ -469,4 +511,13 @@ def _all_finite(tree: Any) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in leaves])) if leaves else True
 
 
+def _checksum(data: Data) -> int:
+    """Tells training data from others."""
+    checksum = 0
+    for leaf in jax.tree.leaves(data):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), checksum)
+    return checksum
+
+
+_ticket = jax.jit(lambda step: step + 0)  # something to wait for that no later step takes away
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

@@ -63,7 +63,8 @@ def _check(workdir: Path, config: ConfigDict) -> None:
     """Raises a `ConfigError` unless a directory is new, empty, or that of this configuration."""
     path = workdir / CONFIG
     if not path.is_file():
-        if workdir.is_dir() and any(item.name != LOCK for item in workdir.iterdir()):
+        ours = {LOCK, durable.unfinished(path).name}
+        if workdir.is_dir() and any(item.name not in ours for item in workdir.iterdir()):
             raise ConfigError(
                 f"workdir: expected a new or empty directory, or a run's; got {workdir}"
             )
@@ -71,7 +72,9 @@ def _check(workdir: Path, config: ConfigDict) -> None:
     try:
         there = _flat(dict(json.loads(path.read_text())))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"workdir: {path} is no configuration: {error}") from error
+        raise ConfigError(
+            f"workdir: {path} is no configuration: {error}; mend it, or give another --workdir"
+        ) from error
     here = _flat(_plain(config))
     differing = [
         f"config.{name} is {there.get(name)!r} there and {here.get(name)!r} here"

@@ -57,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"error: {error}; --config.nonfinite=skip leaves such batches out", file=sys.stderr)
+        in_training = run.config.nonfinite == "stop" and "the test" not in str(error)
+        hint = "; --config.nonfinite=skip leaves such batches out" if in_training else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         return 1
     except OSError as error:
         where = "" if isinstance(error, CheckpointError) else f"{run.workdir}: "

@@ -122,7 +122,7 @@ GOOD = {
     "log_every": [1],
     "nonfinite": ["stop", "skip"],
     "checkpoint.seconds": [0, 0.5, 3600],
-    "checkpoint.keep": [1, 10],
+    "checkpoint.keep": [2, 10],
     "checkpoint.grace": [1e-3, 25],
     "task.name": ["classification"],
     "data.name": [
@@ -160,7 +160,7 @@ BAD = {
     "log_every": ([*INTEGERS, 0], COUNT),
     "nonfinite": ([*WORDS, "ignore"], "one of stop, skip"),
     "checkpoint.seconds": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
-    "checkpoint.keep": ([*INTEGERS, 0], COUNT),
+    "checkpoint.keep": ([*INTEGERS, 0, 1], COUNT.replace(">= 1", ">= 2")),
     "checkpoint.grace": ([*NUMBERS, 0, -1], "a number > 0 and <= 86400"),
     "task.name": ([*WORDS, "denoise"], "one of classification, super_resolution, denoising"),
     "data.name": (

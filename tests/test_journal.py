@@ -116,6 +116,14 @@ def test_a_line_that_was_cut_off_is_left_out_and_gone_when_the_phase_begins_anew
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+@pytest.mark.parametrize("damage", [b"\x00" * 9 + b"\n", b"{]\n", b"7\n", b"{}\n", b"\xff\xfe\n"])
+def test_a_line_that_is_no_record_is_left_out(tmp_path, damage):
+    write(tmp_path, "search", SEARCH)
+    path = tmp_path / RECORDS
+    path.write_bytes(damage + path.read_bytes() + damage)
+    assert read(path) == SEARCH
+
+
 # TensorBoard
 
 

@@ -258,6 +258,40 @@ def test_a_network_that_is_damaged_is_made_again_and_only_that(finished, tmp_pat
     assert warnings[0].endswith("; it is made again")
 
 
+@pytest.mark.parametrize("left", ["", "a third", "zeros"])
+def test_records_that_are_gone_come_back_from_checkpoints(finished, tmp_path, left):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    path = workdir / journal.RECORDS
+    content = path.read_bytes()
+    third = content[: len(content) // 3]
+    path.write_bytes({"": b"", "a third": third, "zeros": third + bytes(500) + b"\n"}[left])
+    pipeline.execute(pipeline.prepare(tiny(), workdir))
+    assert path.read_bytes() == content
+
+
+def test_a_death_before_the_configuration_was_written_is_no_obstacle(tmp_path):
+    (tmp_path / ".config.json.unfinished").write_text('{"se')
+    pipeline.prepare(tiny(), tmp_path)
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_other_data_are_refused_in_the_middle_of_a_phase(tmp_path):
+    witness = Steps()
+    run = pipeline.prepare(tiny(), tmp_path, [witness])
+    with pytest.raises(Stopped):
+        pipeline.execute(run, stopping=lambda: len(witness.taken) == 3)
+    run = pipeline.prepare(tiny(), tmp_path)
+    read = run.problem.read
+
+    def changed(split):
+        images, labels = read(split)
+        return images + 1, labels
+
+    other = dataclasses.replace(run.problem, read=changed)
+    with pytest.raises(ValueError, match=r"^config\.data: checksum .*; give another --workdir$"):
+        pipeline.execute(dataclasses.replace(run, problem=other))
+
+
 # More epochs
 
 
@@ -280,6 +314,30 @@ def test_a_search_with_more_epochs_is_pruned_and_converged_again(tmp_path):
     taken = [("search", n) for n in range(21, 41)] + [("converge", n) for n in range(1, 21)]
     assert steps.taken == taken
     check_same_end(tmp_path / "run", tmp_path / "once")
+
+
+def test_a_search_with_more_epochs_stopped_in_converge_goes_on_from_there(tmp_path):
+    fields = {"search.strength": 0.02, "converge.epochs": 1}
+    short, longer = (tiny(**{**fields, "search.epochs": n}) for n in (1, 2))
+    pipeline.execute(pipeline.prepare(short, tmp_path))
+    witness = Steps()
+    run = pipeline.prepare(longer, tmp_path, [witness])
+    with pytest.raises(Stopped, match=r"^converge: stopped after step 7$"):
+        pipeline.execute(run, stopping=lambda: witness.taken[-1:] == [("converge", 7)])
+    again = Steps()
+    pipeline.execute(pipeline.prepare(longer, tmp_path, [again]))
+    assert again.taken == [("converge", n) for n in range(8, 21)]
+
+
+def test_more_epochs_without_checkpoints_are_refused(finished, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    before = (workdir / "model/arrays.safetensors").read_bytes()
+    message = r"^config\.converge\.epochs: expected at most 2, .* are gone; got 3$"
+    with pytest.raises(ValueError, match=message):
+        pipeline.execute(pipeline.prepare(tiny(**{"converge.epochs": 3}), workdir))
+    assert (workdir / "model/arrays.safetensors").read_bytes() == before
+    pipeline.execute(pipeline.prepare(tiny(), shutil.copytree(finished.workdir, tmp_path / "b")))
 
 
 def test_a_finished_run_only_reports(finished, tmp_path):

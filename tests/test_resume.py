@@ -1,9 +1,9 @@
 """Checkpoints: what is read is what was saved, or is told to be damaged; training goes on from them
 with the same bits."""
 
+import contextlib
 import dataclasses
 import logging
-import re
 import shutil
 
 import jax
@@ -21,7 +21,7 @@ from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.prune import survivor_counts
 from dhp_jax.resume import CheckpointError, Checkpoints
 from dhp_jax.tasks import Classification
-from dhp_jax.train import Budget, Phase, Stopped, train
+from dhp_jax.train import Budget, OriginError, Phase, Stopped, train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -70,7 +70,7 @@ def newest(folder, **options):
 
 
 def test_the_newest_state_comes_back_as_it_was_with_its_notes(tmp_path):
-    found, notes = newest(saved(tmp_path / "of/search", [3, 12, 7]))
+    found, notes = newest(saved(tmp_path / "of/search", [3, 7, 12]))
     assert notes["number"] == 12
     check_same(found, state(12))
 
@@ -98,10 +98,23 @@ def test_a_state_may_change_as_soon_as_it_is_saved(tmp_path):
     np.testing.assert_array_equal(found[0], np.ones(1000))
 
 
-def test_checkpoints_of_another_source_are_of_no_concern(tmp_path):
-    saved(tmp_path, [1, 2], source="one")
-    assert newest(tmp_path, source="another") is None
-    assert newest(tmp_path, source="one")[1]["number"] == 2
+def test_checkpoints_of_another_source_make_room(tmp_path):
+    saved(tmp_path, [10, 20], source="one")
+    assert newest(tmp_path, source="one")[1]["number"] == 20
+    checkpoints = Checkpoints(tmp_path, source="another")
+    assert checkpoints.newest(like) is None
+    for step in (5, 20):
+        checkpoints.save(step, state(step), {"number": -step}, wait=True)
+    assert checkpoints.steps() == [20, 5]
+    assert checkpoints.newest(like)[1]["number"] == -20
+    checkpoints.close()
+
+
+def test_a_checkpoint_that_orbax_leaves_out_is_an_error(tmp_path):
+    checkpoints = Checkpoints(saved(tmp_path, [10]))
+    with pytest.raises(CheckpointError, match=r"step 5 .*; the last whole one is of step 10$"):
+        checkpoints.save(5, state(5), {}, wait=True)
+    checkpoints.close()
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
@@ -169,22 +182,45 @@ def test_a_changed_byte_in_an_array_is_noticed(tmp_path):
         at = int(noise.integers(len(content)))
         data.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         again = Checkpoints(shutil.copytree(tmp_path / "whole", tmp_path / f"{at}"))
-        found = again.newest(lambda notes: {"a": numbers})
+        with contextlib.suppress(CheckpointError):
+            found, _ = again.newest(lambda notes: {"a": numbers})
+            np.testing.assert_array_equal(found["a"], numbers)
         again.close()
-        assert found is None or np.array_equal(found[0]["a"], numbers)
 
 
-def test_where_all_are_damaged_it_is_said_that_the_phase_starts_anew(tmp_path, caplog):
+def test_where_all_are_damaged_nothing_starts_anew_unasked(tmp_path, caplog):
     folder = saved(tmp_path / "search", [1, 2])
     for step in (1, 2):
         for path in files_of(folder, step):
             path.write_bytes(b"")
-    with caplog.at_level(logging.WARNING):
-        assert newest(folder) is None
-    assert len(told(caplog)) == 3
-    assert told(caplog)[-1] == f"{folder}: no checkpoint is whole; the phase starts anew"
-    _, notes = newest(saved(folder, [2]))  # what was set aside is in nobody's way
-    assert notes["number"] == 2
+    message = f"^checkpoints: none in {folder} is whole; delete the folder to start its phase anew$"
+    for _ in range(2):
+        with caplog.at_level(logging.WARNING), pytest.raises(CheckpointError, match=message):
+            newest(folder)
+    assert len(told(caplog)) == 2
+    shutil.rmtree(folder)
+    assert newest(folder) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(24, "Too many open files"),
+        MemoryError(),
+        ValueError("RESOURCE_EXHAUSTED: Error opening file"),
+    ],
+)
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, error):
+    folder = saved(tmp_path, [1, 2])
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", fail)
+        with pytest.raises(CheckpointError, match=r"^checkpoints: cannot go on from step 2 in "):
+            newest(folder)
+    assert newest(folder)[1]["number"] == 2
 
 
 @pytest.mark.parametrize(
@@ -202,12 +238,13 @@ def test_where_all_are_damaged_it_is_said_that_the_phase_starts_anew(tmp_path, c
         ),
     ],
 )
-def test_a_state_of_other_arrays_is_not_taken(tmp_path, caplog, other, reason):
+def test_a_state_of_other_arrays_is_refused_and_stays(tmp_path, other, reason):
     checkpoints = Checkpoints(saved(tmp_path, [1]))
-    with caplog.at_level(logging.WARNING):
-        assert checkpoints.newest(lambda notes: other(state(0))) is None
+    message = f"^checkpoints: cannot go on from step 1 in {tmp_path}: UnlikeError: {reason}$"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.newest(lambda notes: other(state(0)))
+    assert checkpoints.newest(like)[1]["number"] == 1
     checkpoints.close()
-    assert re.search(f"damaged: ValueError: {reason}$", told(caplog)[0])
 
 
 def test_what_was_being_written_when_the_power_went_is_not_there(tmp_path):
@@ -252,7 +289,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_the_last(tmp
 
 def test_one_is_due_after_so_many_seconds_and_never_while_one_is_written(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("dhp_jax.resume.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dhp_jax.resume.monotonic", lambda: clock[0])
     checkpoints = Checkpoints(tmp_path, seconds=10)
     busy = [False]
     monkeypatch.setattr(ocp.CheckpointManager, "is_saving_in_progress", lambda self: busy[0])
@@ -295,24 +332,23 @@ def phase_of(model, budget):
     return Phase("search", 3, schedule, make, limit if budget else None)
 
 
-def trained(model, phase, folder=None, stop_after=None, log_every=2):
+def trained(model, phase, folder=None, stop_after=None, log_every=2, data=None):
     """The outcome, or None where training was stopped, and what an observer saw."""
+    data = labelled(EXAMPLES, 0) if data is None else data
     witness = Witness()
     checkpoints = folder and Checkpoints(folder, seconds=0)
-    taken = []
 
     def stopping():
-        taken.append(1)
-        return len(taken) == stop_after
+        return stop_after is not None and witness.events.count("step") >= stop_after
 
     try:
         outcome = train(
             model,
             phase,
             Classification((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True),
-            labelled(EXAMPLES, 0),
+            data,
             labelled(11, 1),
-            examples=EXAMPLES,
+            examples=len(data[1]),
             batch_size=BATCH,
             log_every=log_every,
             key=jax.random.key(0),
@@ -359,10 +395,9 @@ def test_training_stopped_after_any_step_goes_on_with_the_same_bits(
     assert outcome is None
     outcome, after = trained(net, phase, tmp_path)
     check_same_outcome(outcome, expected)
-    taken = before.events.count("step")
-    assert taken >= step
-    assert after.events[0] == ("begin", "search", 15, taken, len(before.records))
-    assert after.events.count("step") == 15 - taken
+    assert before.events.count("step") == step
+    assert after.events[0] == ("begin", "search", 15, step, len(before.records))
+    assert after.events.count("step") == 15 - step
     assert before.records + after.records == seen.records
 
 
@@ -403,10 +438,20 @@ def test_the_time_before_a_stop_counts(net, undisturbed, tmp_path):
     phase, _, _ = undisturbed
     trained(net, phase, tmp_path, stop_after=12)
     checkpoints = Checkpoints(tmp_path)
-    notes = checkpoints._read_notes(checkpoints.steps()[0])[0]
+    notes = checkpoints.notes(checkpoints.steps()[0])[0]
     checkpoints.close()
     outcome, _ = trained(net, phase, tmp_path)
     assert outcome.progress.seconds > notes["progress"]["seconds"] > 0
+
+
+@pytest.mark.parametrize(("examples", "tests"), [(13, "examples: expected 23"), (23, "checksum")])
+def test_training_does_not_go_on_with_other_data(net, undisturbed, tmp_path, examples, tests):
+    phase, _, _ = undisturbed
+    trained(net, phase, tmp_path, stop_after=4)
+    other = labelled(examples, 5 if examples == EXAMPLES else 0)
+    with pytest.raises(OriginError, match=tests):
+        trained(net, phase, tmp_path, data=other)
+    assert trained(net, phase, tmp_path)[0] is not None
 
 
 # Numbers that go wrong

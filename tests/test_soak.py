@@ -124,7 +124,7 @@ def states_of(folder, source):
     """From notes to the shapes of the state that was saved with them."""
     checkpoints, states = Checkpoints(folder, source=source), {}
     for step in checkpoints.steps():
-        notes, layout = checkpoints._read_notes(step)
+        notes, layout = checkpoints.notes(step)
         states[notes["has_best"]] = {
             name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
             for name, (dtype, shape, _) in layout.items()

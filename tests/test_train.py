@@ -484,12 +484,12 @@ class Sink(nnx.Module):
 def test_a_latent_that_is_not_finite_ends_training_and_its_step_is_told():
     class Steep(Climb):
         def loss(self, outputs, targets):  # its gradient overflows in the third step
-            return jnp.where(outputs < -1.5, -outputs * 3e38, outputs) * 1.0
+            return jnp.where(outputs < -1.5, -outputs * 1e38, outputs)
 
     rate = optax.constant_schedule(1.0)
-    phase = Phase("converge", 9, rate, lambda params: optax.sgd(lambda n: 1.0 + 9 * (n >= 2)))
-    numbers = jnp.arange(1)
-    message = "^converge: the latents are not finite at step 3, at a learning rate of 1$"
+    phase = Phase("converge", 1, rate, lambda params: optax.sgd(lambda n: 1.0 + 9 * (n >= 2)))
+    numbers = jnp.arange(5)
+    message = "^converge: the latent 'depth' is not finite at step 3, at a learning rate of 1$"
     with pytest.raises(FloatingPointError, match=message):
         train(
             Sink(),
@@ -497,7 +497,7 @@ def test_a_latent_that_is_not_finite_ends_training_and_its_step_is_told():
             Steep(),
             (numbers, numbers),
             (numbers, numbers),
-            examples=1,
+            examples=5,
             batch_size=1,
             log_every=100,
             key=jax.random.key(0),
@@ -540,9 +540,9 @@ def test_with_the_switch_a_batch_whose_gradient_is_not_finite_is_left_out():
 
 def test_where_every_batch_would_be_left_out_training_ends():
     task = Climb(losses=[0.0, 0.0] + [math.nan] * 97)
-    message = "^converge: the loss or gradient was not finite in every batch at step 6"
+    message = "^converge: the loss or gradient of every batch .* is not finite at step 6"
     with pytest.raises(FloatingPointError, match=message):
-        climbed(task, epochs=9, examples=3, batch_size=1, log_every=3, skip_faulty=True)
+        climbed(task, epochs=1, examples=9, batch_size=1, log_every=3, skip_faulty=True)
 
 
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (-math.inf, "-inf")])
