@@ -304,6 +304,7 @@ def test_a_finished_run_with_more_epochs_goes_on_as_if_it_had_had_them_before(fi
     check_same_end(workdir, tmp_path / "once")
 
 
+@pytest.mark.slow
 def test_a_search_with_more_epochs_is_pruned_and_converged_again(tmp_path):
     fields = {"search.strength": 0.02, "converge.epochs": 1}
     short, longer = (tiny(**{**fields, "search.epochs": n}) for n in (1, 2))
