@@ -48,7 +48,7 @@ def default(task: str = "classification") -> ConfigDict:
             "log_every": 100,  # steps between records, and between looks at the budget
             "nonfinite": "stop",  # at a loss or latent that is not finite; or "skip" the batch
             "checkpoint": {
-                "seconds": 60.0,  # between two of them; more where they would cost more than 1 %
+                "seconds": 60.0,  # between two of them; more where writing one takes long
                 "keep": 3,  # of each phase
                 "grace": 30.0,  # seconds that a run has to save its state when it is told to end
             },

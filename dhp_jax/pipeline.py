@@ -201,7 +201,7 @@ class _Work:
         """Returns the digest of the network at the end of the search."""
         found = self._found("search")
         if found and self._complete("search", found):
-            self._mend_records("search")
+            self._mend_records("search", found)
             return found["sha256"]
         settings, cost = self.config.search, self.run.cost
         budget = Budget(
@@ -324,7 +324,7 @@ class _Work:
             for each in found
         )
         if trained:
-            self._mend_records(phase, source)
+            self._mend_records(phase, found[-1], source)
         return trained
 
     def _complete(self, phase: str, found: dict[str, Any], source: str = "") -> bool:
@@ -343,8 +343,9 @@ class _Work:
             )
         return False
 
-    def _mend_records(self, phase: str, source: str = "") -> None:
+    def _mend_records(self, phase: str, found: dict[str, Any], source: str = "") -> None:
         """Puts back records of a phase that has ended, where its last checkpoint has them."""
+        end = (source, found["notes"]["phase"]["steps"])
         with contextlib.closing(self._checkpoints(phase, source)) as checkpoints:
             for step in checkpoints.steps()[:1]:
                 try:
@@ -352,7 +353,8 @@ class _Work:
                 except Exception as error:  # whatever a damaged file may raise
                     logger.warning("%s: step %d: %s", checkpoints.folder, step, error)
                 else:
-                    self.run.journal.mend(phase, notes["records"])
+                    if (notes["source"], notes["progress"]["steps"]) == end:
+                        self.run.journal.mend(phase, notes["records"])
 
     def _checkpoints(self, phase: str, source: str) -> Checkpoints:
         return Checkpoints(

@@ -21,7 +21,7 @@ from dhp_jax import durable
 logger = logging.getLogger(__name__)
 
 ARRAYS, NOTES = "arrays", "notes"
-SHARE = 0.01  # of the time that training takes, at most, goes into checkpoints made at intervals
+SHARE = 0.05  # of the time, at most, checkpoints made at intervals are written beside training
 
 
 # What TensorStore says where a file could not be opened or read, but need not be damaged.
@@ -47,8 +47,8 @@ class Checkpoints:
       folder: made when the first one is saved.
       source: what the phase started from; states of another source are none of this phase.
       keep: how many are kept.
-      seconds: between two of them, or more where writing one takes long: never more than a
-        hundredth of the time goes into them. With 0 each follows the one before at once.
+      seconds: between two of them, or more where writing one takes long: it takes a twentieth of
+        the time at most, and training goes on meanwhile. With 0 each follows the one before at once.
     """
 
     def __init__(

@@ -303,8 +303,8 @@ def test_one_is_due_after_so_many_seconds_and_never_while_one_is_written(tmp_pat
     busy[0] = True
     assert not due(30)
     busy[0] = False
-    assert not due(10.5)  # writing it took half a second
-    assert (due(60.4), due(60.5)) == (False, True)  # the next one after a hundred times as much
+    assert not due(11)  # writing it took a second
+    assert (due(30.9), due(31)) == (False, True)  # the next one after twenty times as much
     checkpoints.close()
 
 
