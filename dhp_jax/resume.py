@@ -48,7 +48,7 @@ class Checkpoints:
       source: what the phase started from; states of another source are none of this phase.
       keep: how many are kept.
       seconds: between two of them, or more where writing one takes long: it takes a twentieth of
-        the time at most, and training goes on meanwhile. With 0 each follows the one before at once.
+        the time at most, and training goes on meanwhile. With 0 each follows the one before.
     """
 
     def __init__(
