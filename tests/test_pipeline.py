@@ -317,6 +317,7 @@ def test_a_search_with_more_epochs_is_pruned_and_converged_again(tmp_path):
     check_same_end(tmp_path / "run", tmp_path / "once")
 
 
+@pytest.mark.slow
 def test_a_search_with_more_epochs_stopped_in_converge_goes_on_from_there(tmp_path):
     fields = {"search.strength": 0.02, "converge.epochs": 1}
     short, longer = (tiny(**{**fields, "search.epochs": n}) for n in (1, 2))

@@ -43,7 +43,15 @@ def test_another_signal_asks_nothing():
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_afterwards_signals_do_what_they_did_before():
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal has it; in the background it may be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_afterwards_signals_do_what_they_did_before(interruptible):
     before = [signal.getsignal(number) for number in SIGNALS]
     threads = threading.active_count()
     with asked_to_stop(grace=60):
