@@ -182,8 +182,8 @@ def _backward(plain, strides, pads, dilation, groups, inputs, grad):
 
 
 def _not_inlined() -> contextlib.AbstractContextManager:
-    """For several processes nothing: XLA:CPU mixes up what they send from such computations."""
-    if jax.process_count() > 1:
+    """With several devices nothing: XLA:CPU mixes up what such computations send each other."""
+    if jax.device_count() > 1:
         return contextlib.nullcontext()
     return set_xla_metadata(inlineable="false")
 
