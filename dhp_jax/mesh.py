@@ -60,8 +60,8 @@ def check_batch(batch_size: int, data: int) -> None:
         sizes = " or ".join(str(size) for size in (below, below + data) if size)
         near = _nearest([n for n in range(1, data) if batch_size % n == 0], data)
         raise ConfigError(
-            f"config.batch_size: expected a multiple of {data}, the devices along config.mesh.data, "
-            f"such as {sizes}; got {batch_size}, for which config.mesh.data={near} works"
+            f"config.batch_size: expected a multiple of {data}, the devices along "
+            f"config.mesh.data, such as {sizes}; got {batch_size}, for which config.mesh.data={near} works"
         )
 
 

@@ -36,7 +36,7 @@ from dhp_jax.processes import folder_from_first, from_first, is_first
 from dhp_jax.prune import check_axes, check_budget, prune, survivor_counts, survivors_within
 from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks import evaluate
-from dhp_jax.tasks.task import Data, Params
+from dhp_jax.tasks.task import Params
 from dhp_jax.train import Budget, Observer, Outcome, Phase, Progress, train
 from dhp_jax.workdir import held
 

@@ -161,9 +161,10 @@ def train(
 ) -> Outcome:
     """Trains a model for a phase and tests it after every epoch.
 
-    Steps run on all devices of a mesh, in all processes together; tests on one device of the first
-    process. Every epoch goes through a new permutation of the examples; those left over at its end, fewer
+    Every epoch goes through a new permutation of the examples; those left over at its end, fewer
     than a batch, wait for another epoch. All randomness follows from `key` and the step's number.
+    Steps run on all devices of a mesh, in all processes together; tests on one device of the first
+    process.
 
     Args:
       model: a network, with or without latents; left as it was.
@@ -436,8 +437,8 @@ def make_step(
     """The jitted step `(state, data, order, position, key) -> state`; its state is donated.
 
     It takes the `position`-th batch of the `data` in the given `order`, augments it, and steps.
-    With `skip_faulty` a batch whose loss or gradient is not finite only counts as a step. What it is
-    given has been placed on the mesh.
+    With `skip_faulty` a batch whose loss or gradient is not finite only counts as a step. With a
+    mesh, what it is given has been placed there.
     """
 
     def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any):

@@ -29,7 +29,8 @@ def main(arguments: Sequence[str]) -> int:
     """Runs, and prints what came of it.
 
     Returns the exit code: 2 for wrong input, 1 for a loss that is no longer finite, a disk that is
-    full, or another process that has died, 75 for a run that was told to end and that the same command takes up again.
+    full, or another process that has died, 75 for a run that was told to end and that the same
+    command takes up again.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of Orbax's, where a line is ours
@@ -83,6 +84,7 @@ def join(options: flags.FlagValues) -> None:
     """Makes this process one of several, if it is told to."""
     given = options.coordinator, options.processes, options.process
     if options.distributed or any(value is not None for value in given):
+        print(f"waiting for the other processes, up to {processes.JOINING} s", file=sys.stderr)
         processes.join(*given)
 
 

@@ -55,9 +55,7 @@ def begin_pair(workdir, **fields):
     together = f"--coordinator=127.0.0.1:{port}", "--processes=2"
     # Only the first sees the directory.
     places = workdir, workdir.with_name("nothing")
-    return [
-        begin(place, *together, f"--process={i}", **fields) for i, place in enumerate(places)
-    ]
+    return [begin(place, *together, f"--process={i}", **fields) for i, place in enumerate(places)]
 
 
 def end(process, timeout=300):
@@ -103,7 +101,7 @@ def check_same(workdir, expected):
                     name,
                 )
     assert survivors(workdir) == survivors(expected)
-    assert 0 < sum(map(len, survivors(expected).values()))
+    assert sum(map(len, survivors(expected).values())) > 0
 
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -134,7 +132,7 @@ def test_two_processes_give_the_losses_and_survivors_of_one_and_the_first_writes
     assert not (tmp_path / "nothing").exists()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_when_a_process_dies_the_other_ends_and_both_go_on_when_started_again(
     victim, one, tmp_path
 ):
@@ -152,6 +150,7 @@ def test_when_a_process_dies_the_other_ends_and_both_go_on_when_started_again(
     check_same(workdir, one)
 
 
+@pytest.mark.slow
 def test_when_any_process_is_told_to_end_all_stop_after_the_same_step(one, tmp_path):
     workdir = tmp_path / "run"
     pair = begin_pair(workdir)
@@ -237,6 +236,23 @@ def test_one_device_has_no_mesh_and_nothing_is_added_to_its_program():
     assert whole(tree)["w1"] is tree["w1"]
     step = jax.make_jaxpr(lambda tree: settled(None, over_data(None, tree)))
     assert not step(tree).eqns
+
+
+DIVIDED = """
+import jax, numpy as np
+from dhp_jax.mesh import make_mesh, place, whole
+mesh = make_mesh(2, 2)
+tree = {"trace": {"w2": np.ones((3, 3, 8, 4, 6))}, "odd": {"w2": np.ones((8, 4, 5))}, "kernel": np.ones((4, 6))}
+placed = place(mesh, tree)
+shapes = jax.tree.map(lambda a: a.addressable_data(0).shape, placed)
+assert shapes == {"trace": {"w2": (3, 3, 8, 4, 3)}, "odd": {"w2": (8, 4, 5)}, "kernel": (4, 6)}, shapes
+assert jax.tree.map(np.shape, whole(placed)) == jax.tree.map(np.shape, tree)
+"""
+
+
+def test_hypernetworks_and_their_momentum_are_divided_along_output_channels_where_that_works():
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", DIVIDED], env=os.environ | flags, check=True)
 
 
 def test_one_process_asks_itself_after_every_step():
