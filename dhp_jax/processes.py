@@ -107,7 +107,7 @@ def leave(code: int) -> None:
 
     JAX would wait for them first.
     """
-    if are_several():
+    if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
