@@ -61,7 +61,8 @@ def check_batch(batch_size: int, data: int) -> None:
         near = _nearest([n for n in range(1, data) if batch_size % n == 0], data)
         raise ConfigError(
             f"config.batch_size: expected a multiple of {data}, the devices along "
-            f"config.mesh.data, such as {sizes}; got {batch_size}, for which config.mesh.data={near} works"
+            f"config.mesh.data, such as {sizes}; got {batch_size}, for which "
+            f"config.mesh.data={near} works"
         )
 
 
