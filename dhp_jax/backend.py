@@ -6,6 +6,7 @@ compute again, and another form for depthwise convolutions and the gradients of 
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import functools
 import math
 from typing import Any
@@ -172,12 +173,19 @@ def _backward(plain, strides, pads, dilation, groups, inputs, grad):
     taps = kernel.shape[:2]
     # A computation of its own: within the whole, XLA would compute x again from what it was made
     # of, for every residual block before this one.
-    with set_xla_metadata(inlineable="false"):
+    with _not_inlined():
         if groups == 1:
             grad_kernel = _kernel_gradient(x, grad, taps, strides, pads, dilation)
         else:
             grad_kernel = _grouped_kernel_gradient(x, grad, groups, taps, strides, pads, dilation)
     return grad_x, grad_kernel.astype(kernel.dtype)
+
+
+def _not_inlined() -> contextlib.AbstractContextManager:
+    """With several devices nothing: XLA:CPU mixes up what such computations send each other."""
+    if jax.device_count() > 1:
+        return contextlib.nullcontext()
+    return set_xla_metadata(inlineable="false")
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))

@@ -52,6 +52,10 @@ def default(task: str = "classification") -> ConfigDict:
                 "keep": 3,  # of each phase
                 "grace": 30.0,  # seconds that a run has to save its state when it is told to end
             },
+            "mesh": {  # devices among which work is divided
+                "data": -1,  # along the examples of a batch; -1 for all that there are
+                "model": 1,  # along the arrays of hypernetworks and their optimizer state
+            },
             "task": {"name": task},
             "model": {"name": "resnet", "depth": 20, "width": 1.0},
             "data": {"name": "cifar10", "dir": config_dict.placeholder(str)},
@@ -236,6 +240,10 @@ def _integer(low: int, high: int = MOST) -> Rule:
     return possible, f"an integer >= {low} and <= {high}"
 
 
+def _devices(value: Any) -> bool:
+    return (type(value) is int and value == -1) or _integer(1)[0](value)
+
+
 def _one_of(*values: str | int) -> Rule:
     def possible(value: Any) -> bool:
         return any(type(value) is type(known) and value == known for known in values)
@@ -292,6 +300,10 @@ FIELDS: Mapping[str, Any] = {
         "seconds": _number(0),
         "keep": _integer(2),
         "grace": _number(0, 86_400, above=True),  # which threads can wait
+    },
+    "mesh": {
+        "data": (_devices, f"an integer >= 1 and <= {MOST}, or -1 for all devices"),
+        "model": _integer(1),
     },
     "task": {"name": _one_of(*TASKS)},
     "model": (

@@ -6,7 +6,7 @@ from the seed, the phase and the step, so it ends with the same bits as a run th
 stopped.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import optax
 from PIL import Image
@@ -27,8 +28,10 @@ from dhp_jax.config import ConfigError, check
 from dhp_jax.cost import Cost, measure_cost
 from dhp_jax.journal import Journal
 from dhp_jax.layers import reinitialize
+from dhp_jax.mesh import DATA, check_batch, make_mesh
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.problems import Problem, known_arguments, origins, problem
+from dhp_jax.processes import folder_from_first, from_first, is_first
 from dhp_jax.prune import check_axes, check_budget, prune, survivor_counts, survivors_within
 from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks import evaluate
@@ -54,8 +57,9 @@ class Run:
       problem: its task and data.
       build: makes the unpruned network of latents.
       cost: of that network.
-      journal: its records.
-      observers: told how training goes, beside the journal.
+      journal: its records; `None` in all processes but the first.
+      observers: told how training goes, beside the journal; in the first process.
+      mesh: the devices, if there are several.
     """
 
     config: ConfigDict
@@ -63,8 +67,9 @@ class Run:
     problem: Problem
     build: Callable[[], nnx.Module]
     cost: Cost
-    journal: Journal
+    journal: Journal | None
     observers: Sequence[Observer] = ()
+    mesh: Mesh | None = None
 
 
 def prepare(
@@ -82,6 +87,9 @@ def prepare(
         of another configuration; the message names it, its value and what is possible.
     """
     check(config)
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    if mesh is not None:
+        check_batch(config.batch_size, mesh.shape[DATA])
     arguments = dict(config.model)
     name = arguments.pop("name")
     for argument, field in origins(config).items():
@@ -106,14 +114,23 @@ def prepare(
     except ValueError as error:
         raise ConfigError(f"config.task.{error}") from error
     workdir = Path(workdir)
-    with held(workdir, config):  # so that an error comes now
+    with _held_by_first(workdir, config):  # so that an error comes now
         pass
-    journal = Journal(workdir, PHASES)
+    journal = Journal(workdir, PHASES) if is_first() else None
 
     def build() -> nnx.Module:
         return models.build(name, **arguments, rngs=nnx.Rngs(config.seed))
 
-    return Run(config, workdir, asked, build, cost, journal, observers)
+    told = observers if is_first() else ()
+    return Run(config, workdir, asked, build, cost, journal, told, mesh)
+
+
+@contextlib.contextmanager
+def _held_by_first(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Holds the directory of a run while the first process is in the block."""
+    with contextlib.ExitStack() as stack:
+        from_first(lambda: stack.enter_context(held(workdir, config)))
+        yield
 
 
 def _abstract(config: ConfigDict, arguments: dict[str, Any]) -> nnx.Module:
@@ -165,8 +182,9 @@ def execute(
       FloatingPointError: a loss or a latent is not finite.
       OSError: `workdir` can no longer be written.
       ConfigError: another process is at work there.
+      ProcessError: another of the processes that carry out this run has failed.
     """
-    with held(run.workdir, run.config):
+    with _held_by_first(run.workdir, run.config):
         work = _Work(run, stopping)
         try:
             if run.config.method == "baseline":
@@ -175,14 +193,15 @@ def execute(
                 work.converge(work.prune(work.search()))
         except OriginError as error:
             raise ConfigError(f"config.data: {error}; give another --workdir") from error
-        return report.write(run.workdir, baseline=baseline)
+        return from_first(lambda: report.write(run.workdir, baseline=baseline))
 
 
 class _Work:
     """The phases of a run.
 
     Each is done if what it leaves is on disk, whole, and made from what the phase before it has
-    left; the digest of that is noted as `made_from`.
+    left; the digest of that is noted as `made_from`. Of several processes all train, and the first
+    alone reads and writes the directory.
     """
 
     def __init__(self, run: Run, stopping: Callable[[], bool]):
@@ -190,18 +209,19 @@ class _Work:
         self.data = functools.cache(run.problem.read)  # a run that is finished reads none
 
     def train_baseline(self) -> None:
-        if self._trained("baseline", source=""):
+        if from_first(lambda: self._trained("baseline", source="")):
             return
         ordinary = prune(self.run.build())
         gain = self.run.problem.task.initial_gain
         reinitialize(ordinary, gain=gain, rngs=nnx.Rngs(self.config.seed))
-        self._save_trained(self._train("baseline", ordinary), source="")
+        outcome = self._train("baseline", ordinary)
+        from_first(lambda: self._save_trained(outcome, source=""))
 
     def search(self) -> str:
         """Returns the digest of the network at the end of the search."""
-        found = self._found("search")
-        if found and self._complete("search", found):
-            self._mend_records("search", found)
+        found = from_first(lambda: self._found("search"))
+        if found and from_first(lambda: self._complete("search", found)):
+            from_first(lambda: self._mend_records("search", found))
             return found["sha256"]
         settings, cost = self.config.search, self.run.cost
         budget = Budget(
@@ -209,7 +229,7 @@ class _Work:
             limit=self.config.target + settings.stop_limit,
         )
         outcome = self._train("search", self.run.build(), budget)
-        if not outcome.progress.met_budget:
+        if not outcome.progress.met_budget and is_first():
             logger.warning(
                 "search: did not come down to %g of the FLOPs within search.epochs=%d; "
                 "pruning to the target %g anyway",
@@ -217,10 +237,13 @@ class _Work:
                 settings.epochs,
                 self.config.target,
             )
-        return self._save("search", outcome.model, outcome.progress)
+        return from_first(lambda: self._save("search", outcome.model, outcome.progress))
 
     def prune(self, source: str) -> str:
         """Returns the digest of the network just after pruning."""
+        return from_first(lambda: self._prune(source))
+
+    def _prune(self, source: str) -> str:
         found = self._found("pruned")
         if found and found["notes"]["made_from"] == source:
             return found["sha256"]
@@ -232,9 +255,10 @@ class _Work:
         return self._save("pruned", small, test=test, made_from=source)
 
     def converge(self, source: str) -> None:
-        if not self._trained("converge", source):
-            small = checkpoint.load(self.run.workdir / "pruned")
-            self._save_trained(self._train("converge", small, source=source), source)
+        if not from_first(lambda: self._trained("converge", source)):
+            small = folder_from_first(self.run.workdir / "pruned", checkpoint.load)
+            outcome = self._train("converge", small, source=source)
+            from_first(lambda: self._save_trained(outcome, source))
 
     def _train(
         self, name: str, model: nnx.Module, budget: Budget | None = None, source: str = ""
@@ -262,9 +286,10 @@ class _Work:
                 batch_size=config.batch_size,
                 log_every=config.log_every,
                 key=jax.random.fold_in(jax.random.key(config.seed), PHASES.index(name)),
-                observers=(*self.run.observers, self.run.journal),
+                observers=(*self.run.observers, *([self.run.journal] if self.run.journal else [])),
                 checkpoints=checkpoints,
                 stopping=self.stopping,
+                mesh=self.run.mesh,
             )
 
     def _optimizer(

@@ -61,7 +61,14 @@ class Checkpoints:
     ):
         self.folder, self.source, self.seconds = Path(folder).absolute(), source, seconds
         self.options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            max_to_keep=keep,
+            create=False,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            # Of several processes the first alone comes here.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}
+            ),
         )
         self._manager: ocp.CheckpointManager | None = None
         self._started: float | None = None  # when the save began that goes on

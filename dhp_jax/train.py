@@ -13,14 +13,17 @@ import zlib
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 import numpy as np
 import optax
 
 from dhp_jax.backend import compiler_options, tune
 from dhp_jax.latent import LatentVector
+from dhp_jax.mesh import over_data, place, settled, whole
+from dhp_jax.processes import Turns, arrays_from_first, from_first, is_first
 from dhp_jax.resume import Checkpoints
-from dhp_jax.tasks.task import Data, Params, Task
+from dhp_jax.tasks.task import Data, Evaluation, Params, Task
 
 AHEAD = 2  # steps that are handed to the device before the first of them is done
 
@@ -163,11 +166,14 @@ def train(
     observers: Sequence[Observer] = (),
     checkpoints: Checkpoints | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    mesh: Mesh | None = None,
 ) -> Outcome:
     """Trains a model for a phase and tests it after every epoch.
 
     Every epoch goes through a new permutation of the examples; those left over at its end, fewer
     than a batch, wait for another epoch. All randomness follows from `key` and the step's number.
+    Steps run on all devices of a mesh, in all processes together; tests on one device of the first
+    process.
 
     Args:
       model: a network, with or without latents; left as it was.
@@ -180,7 +186,8 @@ def train(
       key: random key of this phase.
       observers: told of every step, every `log_every` steps and every epoch.
       checkpoints: where the state is saved, and from the newest of which training goes on.
-      stopping: asked after every step whether to stop.
+      stopping: asked after every step whether to stop; in several processes about once a second.
+      mesh: of devices; see `dhp_jax.mesh`.
 
     Returns:
       The trained model after the last epoch and after the best one, by the task's metric.
@@ -196,15 +203,16 @@ def train(
         raise ValueError(
             f"batch_size: expected 1 to {examples} (the examples of an epoch), got {batch_size}"
         )
-    loop = _Loop(model, phase, task, train_data, examples, batch_size, log_every, key, observers)
+    loop = _Loop(
+        model, phase, task, train_data, examples, batch_size, log_every, key, observers, mesh
+    )
     loop.keep(checkpoints, stopping)
     evaluate = task.evaluation(model, test_data, batch_size=4 * batch_size)
     most = phase.epochs * loop.steps_per_epoch
     with _told(observers, phase.name, most, loop.progress.steps, loop.records):
         while not loop.done():
             values, met_budget = loop.run_epoch()
-            last = evaluate(loop.state.params, loop.state.rest)
-            loop.end_epoch(values, last, met_budget)
+            loop.end_epoch(values, loop.test(evaluate), met_budget)
     loop.save()
     return loop.outcome()
 
@@ -226,9 +234,12 @@ def _told(
 class _Loop:
     """The compiled step of a phase, the state it goes through, and how far it has come."""
 
-    def __init__(self, model, phase, task, data, examples, batch_size, log_every, key, observers):
-        self.graphdef, optimizer, self.state = start(model, phase.optimizer)
-        self.phase, self.data, self.batch_size = phase, data, batch_size
+    def __init__(
+        self, model, phase, task, data, examples, batch_size, log_every, key, observers, mesh
+    ):
+        self.graphdef, optimizer, state = start(model, phase.optimizer)
+        self.mesh, self.state = mesh, place(mesh, state)
+        self.phase, self.data, self.batch_size = phase, place(mesh, data), batch_size
         self.log_every, self.observers, self.metric = log_every, observers, task.metric
         self.steps_per_epoch = examples // batch_size
         self.progress, self.records = Progress(), []
@@ -236,23 +247,37 @@ class _Loop:
         self.in_flight: collections.deque[Array] = collections.deque()
         self.best_state: tuple[Params, nnx.State] | None = None
         self.compiling = True
-        self.order_key, self.step_key = jax.random.split(key)
+        self.order_key, step_key = jax.random.split(key)
+        self.step_key = place(mesh, step_key)
         self.permute = jax.jit(lambda k: jax.random.permutation(k, examples))
-        self.advance = make_step(self.graphdef, optimizer, task, batch_size, phase.skip_faulty)
+        self.advance = make_step(
+            self.graphdef, optimizer, task, batch_size, phase.skip_faulty, mesh
+        )
         if phase.budget is not None:
             self.ratio = jax.jit(lambda p, r: phase.budget.ratio(nnx.merge(self.graphdef, *p, r)))
 
     def keep(self, checkpoints: Checkpoints | None, stopping: Callable[[], bool]) -> None:
         """Goes on from the newest checkpoint, if there is one."""
-        self.checkpoints, self.stopping = checkpoints, stopping
-        found = checkpoints and checkpoints.newest(self._like)
+        self.checkpoints, self.stopping, self.turns = checkpoints, stopping, Turns()
+        saved, notes = self._newest() if checkpoints else (None, None)
         self.began = time.perf_counter()
-        if found:
-            saved, notes = found
+        if notes:
             self._check_origin(notes["origin"])
-            self.state, self.best_state = _copy(saved)
+            self.state, self.best_state = _copy(place(self.mesh, saved))
             self.progress, self.records = Progress(**notes["progress"]), notes["records"]
             self.began -= self.progress.seconds
+
+    def _newest(self) -> tuple[tuple[TrainState, tuple | None] | None, dict[str, Any] | None]:
+        """The newest checkpoint, which the first process reads, and its notes."""
+        saved = None
+
+        def read() -> dict[str, Any] | None:
+            nonlocal saved
+            saved, notes = self.checkpoints.newest(self._like) or (None, None)
+            return notes
+
+        notes = from_first(read)
+        return notes and arrays_from_first(saved, self._like(notes)), notes
 
     def _like(self, notes: dict[str, Any]) -> tuple[TrainState, tuple | None]:
         best = (self.state.params, self.state.rest) if notes["has_best"] else None
@@ -277,7 +302,7 @@ class _Loop:
         """
         epoch = self.progress.epochs + 1
         begin, end = ((epoch - k) * self.steps_per_epoch for k in (1, 0))
-        order = self.permute(jax.random.fold_in(self.order_key, epoch))
+        order = place(self.mesh, self.permute(jax.random.fold_in(self.order_key, epoch)))
         self.clock = time.perf_counter(), self.progress.steps
         while True:
             steps = self.progress.steps
@@ -304,6 +329,11 @@ class _Loop:
             jax.block_until_ready(self.state)
             self.clock, self.compiling = (time.perf_counter(), self.progress.steps), False
 
+    def test(self, evaluate: Evaluation) -> dict[str, float]:
+        """Metrics on the test data."""
+        params, rest = whole((self.state.params, self.state.rest))
+        return from_first(lambda: evaluate(params, rest))
+
     def end_epoch(self, values: dict[str, Any], last: dict[str, float], met_budget: bool) -> None:
         """Records an epoch with its test, and keeps the state of the best."""
         for what, value in last.items():
@@ -326,6 +356,7 @@ class _Loop:
         return Outcome(trained, best, self._timed())
 
     def _model(self, params: Params, rest: nnx.State) -> nnx.Module:
+        params, rest = whole((params, rest))
         return nnx.merge(self.graphdef, *params, rest, copy=True)
 
     def _timed(self) -> Progress:
@@ -335,7 +366,7 @@ class _Loop:
         """The training measures since they were last read, and what of the network survives."""
         self._check_fault()
         measures = jax.device_get(self.state.measures)
-        self.state = self.state._replace(measures=Measures.zero())
+        self.state = self.state._replace(measures=place(self.mesh, Measures.zero()))
         steps, rate = self.progress.steps, self._rate(self.progress.steps)
         if not measures.examples:
             raise self._fault(
@@ -351,7 +382,8 @@ class _Loop:
         if steps > before:
             values["examples_per_second"] = (steps - before) * self.batch_size / (now - then)
         if self.phase.budget is not None:
-            flops, params = map(float, self.ratio(self.state.params, self.state.rest))
+            params, rest = whole((self.state.params, self.state.rest))
+            flops, params = from_first(lambda: [float(r) for r in self.ratio(params, rest)])
             values |= {"flops_ratio": flops, "params_ratio": params}
         self.clock = time.perf_counter(), steps
         return values
@@ -384,7 +416,7 @@ class _Loop:
         return f"latent {name!r} is not finite"
 
     def _fault(self, what: str, step: int) -> FloatingPointError:
-        saved = self.checkpoints.steps() if self.checkpoints else []
+        saved = self.checkpoints.steps() if self.checkpoints and is_first() else []
         last = f"; the last good checkpoint is of step {saved[0]}" if saved else ""
         return FloatingPointError(
             f"{self.phase.name}: the {what} at step {step}, "
@@ -393,10 +425,13 @@ class _Loop:
 
     def _attend(self) -> None:
         """Saves if it is time, and stops if that is wanted."""
-        if self.stopping():
+        stop, due = self.turns.look(
+            self.stopping, lambda: bool(self.checkpoints and self.checkpoints.due())
+        )
+        if stop:
             self.save(wait=True)
             raise Stopped(f"{self.phase.name}: stopped after step {self.progress.steps}")
-        if self.checkpoints and self.checkpoints.due():
+        if due:
             self.save()
 
     def save(self, *, wait: bool = False) -> None:
@@ -410,9 +445,9 @@ class _Loop:
             "has_best": self.best_state is not None,
             "origin": self.origin,
         }
-        arrays, steps = (self.state, self.best_state), self.progress.steps
+        arrays, steps = whole((self.state, self.best_state)), self.progress.steps
         try:
-            self.checkpoints.save(steps, arrays, notes, wait=wait)
+            from_first(lambda: self.checkpoints.save(steps, arrays, notes, wait=wait))
         except FloatingPointError as error:
             raise self._fault(f"state is not finite ({error})", steps) from error
 
@@ -437,11 +472,13 @@ def make_step(
     task: Task,
     batch_size: int,
     skip_faulty: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[..., TrainState]:
     """The jitted step `(state, data, order, position, key) -> state`; its state is donated.
 
     It takes the `position`-th batch of the `data` in the given `order`, augments it, and steps.
-    With `skip_faulty` a batch after which anything would not be finite only counts as a step.
+    With `skip_faulty` a batch after which anything would not be finite only counts as a step. With
+    a mesh, what it is given has been placed there.
     """
 
     def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any):
@@ -453,7 +490,7 @@ def make_step(
     def step(state: TrainState, data: Data, order, position, key) -> TrainState:
         chosen = jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
         step_key = jax.random.fold_in(key, state.step)
-        inputs, targets = task.training_batch(step_key, data, chosen)
+        inputs, targets = over_data(mesh, task.training_batch(step_key, data, chosen))
         gradient = jax.value_and_grad(loss, has_aux=True)
         (value, (scores, rest)), grads = gradient(state.params, state.rest, inputs, targets)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -475,11 +512,11 @@ def make_step(
             usable = jnp.isfinite(value) & _all_finite(
                 (stepped.params, stepped.rest, stepped.opt_state)
             )
-            return _or_skipped(stepped, state, usable)
+            return settled(mesh, _or_skipped(stepped, state, usable))
         faulty = ~(jnp.isfinite(value) & _all_finite(stepped.params[0]))
         first = faulty & (state.fault.step == 0)
         fault = Fault(stepped.step, value.astype(jnp.float32))
-        return stepped._replace(fault=_where(first, fault, state.fault))
+        return settled(mesh, stepped._replace(fault=_where(first, fault, state.fault)))
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 

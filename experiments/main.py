@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from dhp_jax import pipeline, report
+from dhp_jax import pipeline, processes, report
 from dhp_jax.compilation import keep_compiled, long_compilations
 from dhp_jax.config import ConfigError, check_overrides
 from dhp_jax.data import DataNotFoundError
@@ -29,8 +29,9 @@ EXAMPLE = "experiments/configs/digits_resnet20.py"
 def main(arguments: Sequence[str]) -> int:
     """Runs, and prints what came of it.
 
-    Returns the exit code: 2 for wrong input, 1 for a loss that is no longer finite or a disk that
-    is full, 75 for a run that was told to end and that the same command takes up again.
+    Returns the exit code: 2 for wrong input, 1 for a loss that is no longer finite, a disk that is
+    full, or another process that has died, 75 for a run that was told to end and that the same
+    command takes up again.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of Orbax's, where a line is ours
@@ -39,11 +40,13 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         options = parse(arguments)
+        join(options)
         if options.baseline is not None:
             report.read_baseline(options.baseline)
         keep_compiled(options.compilation_cache)
-        run = pipeline.prepare(options.config, options.workdir, [ProgressBar()])
-    except (flags.Error, ValueError) as error:
+        bar = [ProgressBar()] if processes.is_first() else []
+        run = pipeline.prepare(options.config, options.workdir, bar)
+    except (flags.Error, ValueError, processes.ProcessError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     try:
@@ -72,8 +75,22 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    print(report.text(run.workdir, summary))
+    except (RuntimeError, ValueError) as error:
+        if not processes.are_several():
+            raise
+        print(f"error: {processes.lost(error)}; the same commands go on", file=sys.stderr)
+        return 1
+    if processes.is_first():
+        print(report.text(run.workdir, summary))
     return 0
+
+
+def join(options: flags.FlagValues) -> None:
+    """Makes this process one of several, if it is told to."""
+    given = options.coordinator, options.processes, options.process
+    if options.distributed or any(value is not None for value in given):
+        print(f"waiting for the other processes, up to {processes.JOINING} s", file=sys.stderr)
+        processes.join(*given)
 
 
 def tell_compiled(function: str, seconds: float) -> None:
@@ -112,6 +129,20 @@ def define(arguments: Sequence[str]) -> flags.FlagValues:
         "~/.cache/dhp_jax/xla if not given, off to keep none.",
         options,
     )
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "One of several processes, which find each other: on Cloud TPU, GKE, SLURM, Open MPI.",
+        options,
+    )
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "host:port of the first of several processes, with --processes and --process.",
+        options,
+    )
+    flags.DEFINE_integer("processes", None, "How many processes there are.", flag_values=options)
+    flags.DEFINE_integer("process", None, "Number of this process, from 0.", flag_values=options)
     return options
 
 
@@ -166,4 +197,7 @@ def read_config(path: Path, get_config: Callable[[], ConfigDict]) -> ConfigDict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if code in (0, EXIT_CODE):  # as in all processes
+        sys.exit(code)
+    processes.leave(code)

@@ -124,6 +124,8 @@ GOOD = {
     "checkpoint.seconds": [0, 0.5, 3600],
     "checkpoint.keep": [2, 10],
     "checkpoint.grace": [1e-3, 25],
+    "mesh.data": [-1, 1, 8],
+    "mesh.model": [1, 4],
     "task.name": ["classification"],
     "data.name": [
         *("digits", "cifar10", "cifar100"),
@@ -162,6 +164,8 @@ BAD = {
     "checkpoint.seconds": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
     "checkpoint.keep": ([*INTEGERS, 0, 1], COUNT.replace(">= 1", ">= 2")),
     "checkpoint.grace": ([*NUMBERS, 0, -1], "a number > 0 and <= 86400"),
+    "mesh.data": ([*INTEGERS, 0, -2], "an integer >= 1 and <= 1000000, or -1 for all devices"),
+    "mesh.model": ([*INTEGERS, 0, -1], COUNT),
     "task.name": ([*WORDS, "denoise"], "one of classification, super_resolution, denoising"),
     "data.name": (
         [*WORDS, "cifar", "photographs"],
@@ -309,7 +313,7 @@ def test_an_impossible_value_of_a_restoration_is_refused_with_what_is_possible(t
         assert message == f"config.{field}: expected {possible}; got {value!r}"
 
 
-@pytest.mark.parametrize("group", ["task", "data", "checkpoint", "optimizer", *PHASES])
+@pytest.mark.parametrize("group", ["task", "data", "checkpoint", "mesh", "optimizer", *PHASES])
 def test_a_value_in_place_of_a_group_is_refused_with_the_groups_fields(group):
     fields = ", ".join(sorted(default()[group]))
     assert refusal(changed(group, 3)) == f"config.{group}: expected fields {fields}; got 3"
@@ -557,8 +561,8 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
             "config.serch.epochs",
             "3",
             "config.serch: unknown field: expected one of baseline, batch_size, checkpoint, "
-            "converge, data, dtype, log_every, method, model, multiple_of, nonfinite, optimizer, "
-            "search, seed, target, task; got 'serch'; did you mean 'search'?",
+            "converge, data, dtype, log_every, mesh, method, model, multiple_of, nonfinite, "
+            "optimizer, search, seed, target, task; got 'serch'; did you mean 'search'?",
         ),
         (
             "config.data.dri",

@@ -384,6 +384,7 @@ def test_a_field_that_is_given_no_more_makes_another_configuration(tmp_path):
         ("nonfinite", "skip"),
         ("checkpoint.seconds", 1.0),
         ("checkpoint.grace", 5.0),
+        ("mesh.data", 1),
         ("search.epochs", 3),
         ("converge.epochs", 3),
     ],

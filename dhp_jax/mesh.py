@@ -1,0 +1,154 @@
+"""The devices that training runs on: a mesh with the axes `data` and `model`, and what lies where.
+
+Batches are cut along `data`, the arrays of hypernetworks and their optimizer state along `model`;
+all else is on every device. The compiler finds the communication that this takes, so that losses,
+BatchNorm statistics and gradients are those of the whole batch. Where there is one device, there is
+no mesh, and nothing of this module does anything.
+"""
+
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+import numpy as np
+
+from dhp_jax.config import ConfigError
+from dhp_jax.hypernet import HypernetArrays
+
+DATA, MODEL = "data", "model"
+
+
+def axis_sizes(data: int, model: int, devices: int, processes: int = 1) -> tuple[int, int]:
+    """How many devices each axis of the mesh has.
+
+    Args:
+      data: `config.mesh.data`; -1 for all devices that `model` leaves.
+      model: `config.mesh.model`.
+      devices: how many there are.
+      processes: among which they are divided. Several of them use all devices.
+
+    Raises:
+      ConfigError: there are not so many devices, or some would be left that must not.
+    """
+    every = data == -1 or processes > 1
+    if model > devices or (every and devices % model):
+        near = _nearest([n for n in range(1, devices + 1) if devices % n == 0], model)
+        raise ConfigError(
+            f"config.mesh.model: expected a divisor of {devices}, the number of devices, "
+            f"such as {near}; got {model}"
+        )
+    most = devices // model
+    if data == -1:
+        return most, model
+    if data > most or (processes > 1 and data != most):
+        expected = f"{most}" if processes > 1 else f"at most {most}"
+        beside = f" for config.mesh.model={model}" if model > 1 else ""
+        raise ConfigError(
+            f"config.mesh.data: expected {expected}, as there are {devices} devices{beside}, or -1 "
+            f"for all; got {data}"
+        )
+    return data, model
+
+
+def check_batch(batch_size: int, data: int) -> None:
+    """Raises a `ConfigError` unless a batch can be divided among the devices along `data`."""
+    if batch_size % data:
+        below = batch_size - batch_size % data
+        sizes = " or ".join(str(size) for size in (below, below + data) if size)
+        near = _nearest([n for n in range(1, data) if batch_size % n == 0], data)
+        raise ConfigError(
+            f"config.batch_size: expected a multiple of {data}, the devices along "
+            f"config.mesh.data, such as {sizes}; got {batch_size}, for which "
+            f"config.mesh.data={near} works"
+        )
+
+
+def _nearest(possible: list[int], value: int) -> str:
+    """The possible values next to another one, for people."""
+    below = [n for n in possible if n <= value][-1:]
+    above = [n for n in possible if n > value][:1]
+    return " or ".join(map(str, below + above))
+
+
+def make_mesh(data: int = -1, model: int = 1) -> Mesh | None:
+    """The mesh of the devices of all processes; `None` if it would have one device.
+
+    Args:
+      data, model: see `axis_sizes`.
+
+    Raises:
+      ConfigError: the devices at hand cannot be arranged so.
+    """
+    sizes = axis_sizes(data, model, jax.device_count(), jax.process_count())
+    count = sizes[0] * sizes[1]
+    if count == 1:
+        return None
+    auto = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh(sizes, (DATA, MODEL), auto, devices=jax.devices()[:count])
+
+
+def over_data(mesh: Mesh | None, batch: PyTree) -> PyTree:
+    """The arrays of a batch, divided along their first axis; within a jitted function."""
+    if mesh is None:
+        return batch
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(DATA)))
+
+
+def settled(mesh: Mesh | None, state: PyTree) -> PyTree:
+    """A training state that stays where `place` has put it; within a jitted function."""
+    if mesh is None:
+        return state
+    return jax.lax.with_sharding_constraint(state, _shardings(mesh, state))
+
+
+def place(mesh: Mesh | None, tree: PyTree) -> PyTree:
+    """Takes arrays, which are the same in all processes, to the devices of the mesh."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(_put, tree, _shardings(mesh, tree))
+
+
+def whole(tree: PyTree) -> PyTree:
+    """Arrays of a mesh as one device of this process, or its host, has them in full.
+
+    All processes call it together.
+    """
+    return jax.tree.map(_whole, tree)
+
+
+def _shardings(mesh: Mesh, state: PyTree) -> PyTree:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: NamedSharding(mesh, _spec(mesh, path, array)), state
+    )
+
+
+def _spec(mesh: Mesh, path: tuple[Any, ...], array: jax.Array) -> PartitionSpec:
+    """Along which axis of the mesh an array of a training state is divided: its last, or none.
+
+    What belongs to the arrays of a hypernetwork, as momentum does, has their name in its path.
+    """
+    names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
+    of_hypernetwork = array.ndim >= 2 and not names.isdisjoint(HypernetArrays._fields)
+    if of_hypernetwork and array.shape[-1] % mesh.shape[MODEL] == 0:
+        return PartitionSpec(*[None] * (array.ndim - 1), MODEL)
+    return PartitionSpec()
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        numbers = _put(jax.random.key_data(array), sharding)
+        return jax.jit(jax.random.wrap_key_data, out_shardings=sharding)(numbers)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _whole(array: Any) -> Any:
+    sharding = getattr(array, "sharding", None)
+    if sharding is None or sharding.num_devices == 1:
+        return array
+    if array.is_fully_replicated:
+        return array.addressable_data(0)
+    return multihost_utils.process_allgather(array, tiled=True)

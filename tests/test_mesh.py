@@ -1,0 +1,264 @@
+"""Several devices, several processes: the same losses and survivors as on one device."""
+
+import json
+import os
+from pathlib import Path
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import ROOT
+
+from dhp_jax import journal
+from dhp_jax.config import ConfigError
+from dhp_jax.mesh import axis_sizes, check_batch, make_mesh, over_data, place, settled, whole
+from dhp_jax.preemption import EXIT_CODE
+from dhp_jax.processes import ProcessError, Turns, from_first, join
+
+CONFIG = Path(__file__).with_name("mesh_config.py")
+BOUND = 60  # seconds within which a process ends when another one has died
+COMPARED = ("loss", "error", "test_loss", "test_error", "flops_ratio", "params_ratio")
+
+
+def begin(workdir, *options, devices=1, **fields):
+    """A run of the small network, begun as a process with simulated devices."""
+    arguments = [f"--config.{name}={value}" for name, value in fields.items()]
+    return subprocess.Popen(
+        [
+            *(sys.executable, str(ROOT / "experiments/main.py"), f"--config={CONFIG}"),
+            *(f"--workdir={workdir}", *arguments, *options),
+        ],
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def begin_pair(workdir, **fields):
+    """The same run, begun as two processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = f"--coordinator=127.0.0.1:{port}", "--processes=2"
+    # Only the first sees the directory.
+    places = workdir, workdir.with_name("nothing")
+    return [begin(place, *together, f"--process={i}", **fields) for i, place in enumerate(places)]
+
+
+def end(process, timeout=300):
+    """The exit code of a process that ends by itself, and its lines on standard error."""
+    try:
+        _, told = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, told.splitlines()
+
+
+def finish(*processes):
+    for code, told in [end(process) for process in processes]:
+        assert code == 0, told
+
+
+def wait_for(processes, ready):
+    while not ready():
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def records(workdir):
+    return journal.read(workdir / journal.RECORDS)
+
+
+def survivors(workdir):
+    return json.loads((workdir / "pruned/model.json").read_text())["survivors"]
+
+
+def check_same(workdir, expected):
+    """Two runs have the same records up to rounding, and prune the same channels."""
+    once, again = records(expected), records(workdir)
+    assert [(r["phase"], r["step"]) for r in again] == [(r["phase"], r["step"]) for r in once]
+    for a, b in zip(again, once, strict=True):
+        for name in COMPARED:
+            if name in b:
+                assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-3 * ("error" in name)), (
+                    a["phase"],
+                    a["step"],
+                    name,
+                )
+    assert survivors(workdir) == survivors(expected)
+    assert sum(map(len, survivors(expected).values())) > 0
+
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+@pytest.fixture(scope="module")
+def one(compiled_once, tmp_path_factory):
+    """The directory of a run on one device."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    finish(begin(workdir))
+    return workdir
+
+
+def test_four_devices_give_the_losses_and_survivors_of_one(one, tmp_path):
+    finish(begin(tmp_path / "run", devices=4))
+    check_same(tmp_path / "run", one)
+
+
+def test_hypernetworks_that_are_divided_give_those_of_replicated_ones(one, tmp_path):
+    fields = {"mesh.data": 2, "mesh.model": 2}
+    finish(begin(tmp_path / "run", devices=4, **fields))
+    check_same(tmp_path / "run", one)
+
+
+def test_two_processes_give_the_losses_and_survivors_of_one_and_the_first_writes(one, tmp_path):
+    finish(*begin_pair(tmp_path / "run"))
+    check_same(tmp_path / "run", one)
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_when_a_process_dies_the_other_ends_and_both_go_on_when_started_again(
+    victim, one, tmp_path
+):
+    workdir = tmp_path / "run"
+    pair = begin_pair(workdir)
+    wait_for(pair, lambda: (workdir / "checkpoints/search").is_dir() and len(records(workdir)) > 3)
+    pair[victim].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    code, told = end(pair[1 - victim], BOUND)
+    assert code not in (0, EXIT_CODE)
+    assert time.monotonic() - died < BOUND
+    assert any("one of them may have died" in t or "another task died" in t for t in told), told
+    end(pair[victim])
+    finish(*begin_pair(workdir))
+    check_same(workdir, one)
+
+
+@pytest.mark.slow
+def test_when_any_process_is_told_to_end_all_stop_after_the_same_step(one, tmp_path):
+    workdir = tmp_path / "run"
+    pair = begin_pair(workdir)
+    wait_for(pair, lambda: (workdir / "checkpoints/search").is_dir())
+    pair[1].send_signal(signal.SIGTERM)
+    (first, told), (second, others) = [end(process) for process in pair]
+    assert first == second == EXIT_CODE
+    assert told[-1] == others[-1]
+    assert re.search(r"stopped after step \d+; the same command goes on", told[-1])
+    finish(begin(workdir))  # on one device
+    check_same(workdir, one)
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices", "expected"),
+    [
+        ((-1, 1), 1, (1, 1)),
+        ((-1, 1), 4, (4, 1)),
+        ((-1, 2), 4, (2, 2)),
+        ((2, 1), 4, (2, 1)),
+        ((1, 1), 4, (1, 1)),
+    ],
+)
+def test_the_axes_of_the_mesh_share_the_devices(asked, devices, expected):
+    assert axis_sizes(*asked, devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "told"),
+    [
+        ((-1, 3), 1, "config.mesh.model: .* divisor of 4, .* such as 2 or 4; got 3"),
+        ((-1, 8), 1, "config.mesh.model: .* divisor of 4, .* such as 4; got 8"),
+        ((8, 1), 1, "config.mesh.data: expected at most 4, .* or -1 for all; got 8"),
+        ((3, 2), 1, "config.mesh.data: expected at most 2, .*config.mesh.model=2, .*; got 3"),
+        ((2, 1), 2, "config.mesh.data: expected 4, as there are 4 devices, .*; got 2"),
+    ],
+)
+def test_a_mesh_that_the_devices_cannot_make_is_refused_with_what_works(asked, processes, told):
+    with pytest.raises(ConfigError, match=told):
+        axis_sizes(*asked, 4, processes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "data", "told"),
+    [
+        (64, 3, "config.batch_size: .* multiple of 3, .* 63 or 66; got 64, .*config.mesh.data=2"),
+        (3, 4, "config.batch_size: .* multiple of 4, .* such as 4; got 3, .*config.mesh.data=3"),
+    ],
+)
+def test_a_batch_that_the_mesh_cannot_divide_is_refused_with_what_works(batch, data, told):
+    with pytest.raises(ConfigError, match=told):
+        check_batch(batch, data)
+
+
+def test_wrong_meshes_are_told_in_one_line_before_any_work(tmp_path):
+    process = begin(tmp_path / "run", devices=3, batch_size=64)
+    code, told = end(process)
+    assert code == 2
+    (line,) = told
+    assert line.startswith("error: config.batch_size: expected a multiple of 3")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("10.0.0.1:80", 2, None), "--process: expected together with"),
+        ((None, 2, 0), "--coordinator: expected together with"),
+        (("10.0.0.1", 2, 0), "--coordinator: expected host:port, .* got '10.0.0.1'"),
+        (("10.0.0.1:80", 0, 0), "--processes: expected at least 1; got 0"),
+        (("10.0.0.1:80", 2, 2), "--process: expected 0 to 1; got 2"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused(arguments, told):
+    with pytest.raises(ValueError, match=told):
+        join(*arguments)
+
+
+def test_one_device_has_no_mesh_and_nothing_is_added_to_its_program():
+    assert make_mesh(1, 1) is None
+    tree = {"w1": jnp.ones((2, 4))}
+    assert place(None, tree) is tree
+    assert whole(tree)["w1"] is tree["w1"]
+    step = jax.make_jaxpr(lambda tree: settled(None, over_data(None, tree)))
+    assert not step(tree).eqns
+
+
+DIVIDED = """
+import jax, numpy as np
+from dhp_jax.mesh import make_mesh, place, whole
+mesh = make_mesh(2, 2)
+shapes = {"trace": {"w2": (3, 3, 8, 4, 6)}, "odd": {"w2": (8, 4, 5)}, "kernel": (4, 6)}
+tree = jax.tree.map(np.ones, shapes, is_leaf=lambda shape: isinstance(shape, tuple))
+placed = place(mesh, tree)
+here = jax.tree.map(lambda array: array.addressable_data(0).shape, placed)
+assert here == shapes | {"trace": {"w2": (3, 3, 8, 4, 3)}}, here
+assert jax.tree.map(np.shape, whole(placed)) == shapes
+"""
+
+
+def test_hypernetworks_and_their_momentum_are_divided_along_output_channels_where_that_works():
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", DIVIDED], env=os.environ | flags, check=True)
+
+
+def test_one_process_asks_itself_after_every_step():
+    turns = Turns()
+    assert turns.look(lambda: False, lambda: True) == (False, True)
+    assert turns.look(lambda: True, lambda: pytest.fail("no need to ask")) == (True, False)
+    assert from_first(lambda: np.float32(1)) == 1
+    assert issubclass(ProcessError, RuntimeError)
