@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from dhp_jax.durable import user_cache
+
 COMPILED = "/jax/core/compile/backend_compile_duration"
 LONG = 1.0  # seconds of a compilation that is worth telling
 MOST_BYTES = 2**31  # of the cache
@@ -14,8 +16,7 @@ MOST_BYTES = 2**31  # of the cache
 
 def default_cache() -> Path:
     """Where compiled programs are kept: `dhp_jax/xla` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "dhp_jax" / "xla"
+    return user_cache("xla")
 
 
 def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:

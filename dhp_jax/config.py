@@ -18,6 +18,7 @@ MOST = 1_000_000  # of what is counted, if nothing else is said
 LARGEST = 1e30  # of other numbers; float32 ends at 3e38
 LONGEST_SIDE = 10_000  # of images, in pixels
 MOST_DROPS = 100  # each makes the compiled step larger
+MOST_WORKERS = 1024
 MOST_EXAMPLES = 2**28  # of an epoch; their order takes 4 bytes each
 
 
@@ -74,6 +75,8 @@ def default(task: str = "classification") -> ConfigDict:
         }
     )
     TASKS[task](config)
+    config.data.streamed = config_dict.placeholder(bool)  # not on the device; if not given, by size
+    config.data.workers = config_dict.placeholder(int)  # processes that read what is streamed
     return config
 
 
@@ -115,6 +118,7 @@ def _restoration(config: ConfigDict) -> None:
             "name": "photographs",  # those of scikit-image, or "photo_folder"
             "dir": config_dict.placeholder(str),
             "test_dir": config_dict.placeholder(str),
+            "cache": config_dict.placeholder(str),  # for decoded photographs that are streamed
         }
     )
     config.optimizer.update(name="adam", weight_decay=0.0)
@@ -244,7 +248,7 @@ def _devices(value: Any) -> bool:
     return (type(value) is int and value == -1) or _integer(1)[0](value)
 
 
-def _one_of(*values: str | int) -> Rule:
+def _one_of(*values: str | int | bool) -> Rule:
     def possible(value: Any) -> bool:
         return any(type(value) is type(known) and value == known for known in values)
 
@@ -334,15 +338,22 @@ _RESTORATION: Mapping[str, Any] = {
     "tile": _or_none(_integer(1, LONGEST_SIDE), "to run test images whole"),
     "overlap": _or_none(_integer(0, LONGEST_SIDE), "for as far as the network sees"),
 }
+_READING: Mapping[str, Any] = {
+    "streamed": _or_none(_one_of(True, False), "for whether the data fit on the device"),
+    "workers": _or_none(_integer(0, MOST_WORKERS), "for all cores but one"),
+}
 _LABELLED: Mapping[str, Any] = {
+    **_READING,
     "name": _one_of(*sources.NAMES),
     "dir": _or_none(_PATH, "for the default of tensorflow-datasets"),
     "image_size": _or_none(_integer(1, LONGEST_SIDE), "for the size of the data"),
     "archive": _or_none(_PATH, "if there is none"),
     "crop_padding": _or_none(_integer(0, LONGEST_SIDE), "for what suits the data"),
-    "flip": _or_none((lambda value: isinstance(value, bool), "True or False"), "likewise"),
+    "flip": _or_none(_one_of(True, False), "likewise"),
 }
 _PHOTOGRAPHS: Mapping[str, Any] = {
+    **_READING,
+    "cache": _or_none(_PATH, "for the user's cache folder"),
     "name": _one_of(*photographs.NAMES),
     "dir": _or_none(_PATH, "for embedded photographs"),
     "test_dir": _or_none(_PATH, "for embedded photographs"),

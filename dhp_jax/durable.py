@@ -23,6 +23,12 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
     sync(path.parent)
 
 
+def user_cache(name: str) -> Path:
+    """Where what can be made again is kept: `dhp_jax/NAME` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "dhp_jax" / name
+
+
 def unfinished(path: Path) -> Path:
     """Where a file is while it is written; what is left of it after a death means nothing."""
     return path.with_name(f".{path.name}.unfinished")

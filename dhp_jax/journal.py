@@ -44,7 +44,7 @@ class Journal:
         for record in records:
             self._show(record)
 
-    def step(self) -> None:
+    def step(self, count: int) -> None:
         pass
 
     def record(self, values: dict[str, Any]) -> None:

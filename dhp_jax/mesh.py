@@ -94,7 +94,40 @@ def over_data(mesh: Mesh | None, batch: PyTree) -> PyTree:
     """The arrays of a batch, divided along their first axis; within a jitted function."""
     if mesh is None:
         return batch
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(DATA)))
+    return jax.lax.with_sharding_constraint(batch, _over_data(mesh))
+
+
+def rows_here(mesh: Mesh | None, batch_size: int) -> slice:
+    """The examples of a batch that the devices of this process hold."""
+    if mesh is None:
+        return slice(None)
+    parts = _over_data(mesh).addressable_devices_indices_map((batch_size,)).values()
+    bounds = [rows.indices(batch_size)[:2] for (rows,) in parts]
+    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
+def spread(mesh: Mesh | None, batch: PyTree, batch_size: int) -> PyTree:
+    """Takes the rows of a batch that this process has, `rows_here`, to its devices.
+
+    They are copied even where the device is the host, so that shared memory is let go of.
+
+    Args:
+      mesh: of devices.
+      batch: NumPy arrays.
+      batch_size: examples in the batch of all processes.
+    """
+    if mesh is None:
+        return jax.tree.map(lambda array: jax.device_put(array, may_alias=False), batch)
+    sharding, begin = _over_data(mesh), rows_here(mesh, batch_size).start
+
+    def put(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return array[start - begin : stop - begin].copy()
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
 
 
 def settled(mesh: Mesh | None, state: PyTree) -> PyTree:
@@ -117,6 +150,10 @@ def whole(tree: PyTree) -> PyTree:
     All processes call it together.
     """
     return jax.tree.map(_whole, tree)
+
+
+def _over_data(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(DATA))
 
 
 def _shardings(mesh: Mesh, state: PyTree) -> PyTree:

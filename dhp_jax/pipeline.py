@@ -370,7 +370,7 @@ class _Work:
 
     def _mend_records(self, phase: str, found: dict[str, Any], source: str = "") -> None:
         """Puts back records of a phase that has ended, where its last checkpoint has them."""
-        end = (source, found["notes"]["phase"]["steps"])
+        end = found["notes"]["phase"]
         with contextlib.closing(self._checkpoints(phase, source)) as checkpoints:
             for step in checkpoints.steps()[:1]:
                 try:
@@ -378,7 +378,9 @@ class _Work:
                 except Exception as error:  # whatever a damaged file may raise
                     logger.warning("%s: step %d: %s", checkpoints.folder, step, error)
                 else:
-                    if (notes["source"], notes["progress"]["steps"]) == end:
+                    reached = notes["progress"]  # its last step may be saved before it is tested
+                    same = all(reached[name] == end[name] for name in ("steps", "epochs"))
+                    if notes["source"] == source and same:
                         self.run.journal.mend(phase, notes["records"])
 
     def _checkpoints(self, phase: str, source: str) -> Checkpoints:

@@ -2,17 +2,22 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from dhp_jax import durable
 from dhp_jax.config import ConfigError
 from dhp_jax.data import photographs, sources
+from dhp_jax.data.decode import memory_available
 from dhp_jax.tasks import Classification, Denoising, Restoration, SuperResolution, Task, patches
 from dhp_jax.tasks.metrics import WINDOW
 from dhp_jax.tasks.task import Data
 
+SHARE = 0.5  # of the memory that is free, for data on the device
 COST_SIZE = 128  # side of the photographs for which costs of restoration networks are published
 
 
@@ -74,6 +79,16 @@ def _classification(config: ConfigDict) -> Problem:
             f"config.batch_size: expected at most {source.train_size}, the number of training "
             f"examples of {source.name!r}; got {config.batch_size}"
         )
+    streamed = {
+        split: _is_streamed(config, source.bytes(split), f"the {split} images of {source.name!r}")
+        for split in ("train", "test")
+    }
+
+    def read(split: str) -> Data:
+        if streamed[split]:
+            return source.stream(split, _workers(config))
+        return jax.device_put(source.read(split))
+
     return Problem(
         task=Classification(
             source.mean,
@@ -84,12 +99,41 @@ def _classification(config: ConfigDict) -> Problem:
         input_shape=source.image_shape,
         epoch=source.train_size,
         arguments={"num_classes": source.num_classes, "channels": source.image_shape[-1]},
-        read=lambda split: jax.device_put(source.read(split)),
+        read=read,
     )
 
 
 def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def _is_streamed(config: ConfigDict, needed: int, what: str) -> bool:
+    """Whether data are read while they are used, or are on the device as a whole.
+
+    Args:
+      config: says which, or leaves it to their size.
+      needed: bytes that they would take.
+      what: an error calls them.
+    """
+    room = int(SHARE * free_memory())
+    if config.data.streamed is False and needed > room:
+        raise ConfigError(
+            f"config.data.streamed: expected True for {what}, which take {needed:,} bytes; at most "
+            f"{room:,} are for data on the device; got False"
+        )
+    return needed > room if config.data.streamed is None else config.data.streamed
+
+
+def free_memory() -> int:
+    """Bytes that the device has left; those of the host where that is the device."""
+    found = jax.local_devices()[0].memory_stats()
+    if not found or "bytes_limit" not in found:
+        return memory_available()
+    return found["bytes_limit"] - found["bytes_in_use"]
+
+
+def _workers(config: ConfigDict) -> int:
+    return _given(config.data.workers, max(1, (os.cpu_count() or 1) - 1))
 
 
 def _super_resolution(config: ConfigDict) -> Problem:
@@ -132,7 +176,14 @@ def _restoration(config: ConfigDict, task: Restoration, arguments: Mapping[str, 
         smallest_test=WINDOW + 2 * task.shave,
     )
 
+    streamed = _is_streamed(config, source.bytes, "the training photographs")
+
     def read(split: str) -> Data:
+        if split == "train" and streamed:
+            cache = Path(config.data.cache).expanduser() if config.data.cache else None
+            return source.stream(
+                task.patch, _workers(config), cache or durable.user_cache("photographs")
+            )
         images = source.read(split)
         return jax.device_put(patches(images, task.scale)) if split == "train" else images
 

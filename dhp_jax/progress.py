@@ -38,8 +38,8 @@ class ProgressBar:
             leave=True,
         )
 
-    def step(self) -> None:
-        self.bar.update()
+    def step(self, count: int) -> None:
+        self.bar.update(count)
 
     def record(self, values: dict[str, Any]) -> None:
         for name, (label, form) in SHOWN.items():

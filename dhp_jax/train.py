@@ -14,18 +14,20 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 import optax
 
-from dhp_jax.backend import compiler_options, tune
+from dhp_jax.backend import compiler_options, steps_per_dispatch, tune
+from dhp_jax.data.order import epoch_order
+from dhp_jax.data.stream import Stream
 from dhp_jax.latent import LatentVector
-from dhp_jax.mesh import over_data, place, settled, whole
+from dhp_jax.mesh import over_data, place, rows_here, settled, spread, whole
 from dhp_jax.processes import Turns, arrays_from_first, from_first, is_first
 from dhp_jax.resume import Checkpoints
-from dhp_jax.tasks.task import Data, Evaluation, Params, Task
+from dhp_jax.tasks.task import Data, Evaluation, Examples, Params, Task
 
-AHEAD = 2  # steps that are handed to the device before the first of them is done
+AHEAD = 2  # dispatches, and batches of a stream, that the device is given before it needs them
 
 
 class Stopped(Exception):
@@ -46,14 +48,14 @@ class Observer(Protocol):
     def begin(
         self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]
     ) -> None: ...
-    def step(self) -> None: ...
+    def step(self, count: int) -> None: ...
     def record(self, values: dict[str, Any]) -> None: ...
     def end(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A stop rule: train until `ratio(model)[0] <= limit`."""
+    """A stop rule: train until `ratio(model)[0] <= limit`, which is looked at after every step."""
 
     ratio: Callable[[nnx.Module], tuple[Array, Array]]  # shares of FLOPs and params; jitted
     limit: float
@@ -141,6 +143,18 @@ class Fault(NamedTuple):
         return cls(jnp.zeros((), jnp.int32), jnp.zeros(()))
 
 
+class Remains(NamedTuple):
+    """What would survive of a network, where a phase has a budget."""
+
+    flops: Float[Array, ""]  # share of the unpruned network's
+    params: Float[Array, ""]
+    within: Bool[Array, ""]  # the budget
+
+    @classmethod
+    def all(cls) -> "Remains":
+        return cls(jnp.ones(()), jnp.ones(()), jnp.zeros((), bool))
+
+
 class TrainState(NamedTuple):
     """All that a step changes."""
 
@@ -150,6 +164,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     measures: Measures  # since they were last read
     fault: Fault
+    remains: Remains
 
 
 def train(
@@ -171,18 +186,19 @@ def train(
     """Trains a model for a phase and tests it after every epoch.
 
     Every epoch goes through a new permutation of the examples; those left over at its end, fewer
-    than a batch, wait for another epoch. All randomness follows from `key` and the step's number.
-    Steps run on all devices of a mesh, in all processes together; tests on one device of the first
-    process.
+    than a batch, wait for another epoch. All randomness follows from `key` and the step's number,
+    whether the examples are on the device or a stream. Steps run on all devices of a mesh, in all
+    processes together; tests on one device of the first process.
 
     Args:
       model: a network, with or without latents; left as it was.
       phase: what to do.
       task: losses, errors, and how examples become inputs.
-      train_data, test_data: what the task reads its examples from.
+      train_data, test_data: what the task reads its examples from; a `Stream`, of which each
+        process reads its share, or what is on the device as a whole.
       examples: how many training examples make an epoch.
       batch_size: examples in a step.
-      log_every: steps between records, and between looks at the budget.
+      log_every: steps between records.
       key: random key of this phase.
       observers: told of every step, every `log_every` steps and every epoch.
       checkpoints: where the state is saved, and from the newest of which training goes on.
@@ -208,8 +224,10 @@ def train(
     )
     loop.keep(checkpoints, stopping)
     evaluate = task.evaluation(model, test_data, batch_size=4 * batch_size)
-    most = phase.epochs * loop.steps_per_epoch
-    with _told(observers, phase.name, most, loop.progress.steps, loop.records):
+    with (
+        _told(observers, phase.name, loop.last_step, loop.progress.steps, loop.records),
+        loop.reading(),
+    ):
         while not loop.done():
             values, met_budget = loop.run_epoch()
             loop.end_epoch(values, loop.test(evaluate), met_budget)
@@ -239,22 +257,31 @@ class _Loop:
     ):
         self.graphdef, optimizer, state = start(model, phase.optimizer)
         self.mesh, self.state = mesh, place(mesh, state)
-        self.phase, self.data, self.batch_size = phase, place(mesh, data), batch_size
+        self.phase, self.batch_size = phase, batch_size
         self.log_every, self.observers, self.metric = log_every, observers, task.metric
         self.steps_per_epoch = examples // batch_size
+        self.last_step = phase.epochs * self.steps_per_epoch
         self.progress, self.records = Progress(), []
-        self.origin = {"examples": examples, "batch_size": batch_size, "data": _checksum(data)}
         self.in_flight: collections.deque[Array] = collections.deque()
         self.best_state: tuple[Params, nnx.State] | None = None
         self.compiling = True
-        self.order_key, step_key = jax.random.split(key)
+        order_key, step_key = jax.random.split(key)
         self.step_key = place(mesh, step_key)
-        self.permute = jax.jit(lambda k: jax.random.permutation(k, examples))
+        seed = np.ravel(jax.random.key_data(order_key)).tolist()
+        kind = _Streamed if isinstance(data, Stream) else _Resident
+        self.inputs = kind(data, seed, examples, batch_size, mesh)
+        self.origin = {"examples": examples, "batch_size": batch_size, **self.inputs.origin}
         self.advance = make_step(
-            self.graphdef, optimizer, task, batch_size, phase.skip_faulty, mesh
+            self.graphdef,
+            optimizer,
+            task,
+            batch_size,
+            skip_faulty=phase.skip_faulty,
+            budget=phase.budget,
+            mesh=mesh,
+            streamed=isinstance(data, Stream),
+            many=self.inputs.steps_at_once > 1,
         )
-        if phase.budget is not None:
-            self.ratio = jax.jit(lambda p, r: phase.budget.ratio(nnx.merge(self.graphdef, *p, r)))
 
     def keep(self, checkpoints: Checkpoints | None, stopping: Callable[[], bool]) -> None:
         """Goes on from the newest checkpoint, if there is one."""
@@ -283,7 +310,11 @@ class _Loop:
         best = (self.state.params, self.state.rest) if notes["has_best"] else None
         return self.state, best
 
-    def _check_origin(self, before: dict[str, int]) -> None:
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Makes the examples of the steps that are left ready to be used."""
+        return self.inputs.reading(self.progress.steps, self.last_step)
+
+    def _check_origin(self, before: dict[str, Any]) -> None:
         for name, value in self.origin.items():
             if before[name] != value:
                 what = "checksum of the training data" if name == "data" else name
@@ -302,29 +333,32 @@ class _Loop:
         """
         epoch = self.progress.epochs + 1
         begin, end = ((epoch - k) * self.steps_per_epoch for k in (1, 0))
-        order = place(self.mesh, self.permute(jax.random.fold_in(self.order_key, epoch)))
+        self.inputs.begin_epoch(epoch)
         self.clock = time.perf_counter(), self.progress.steps
         while True:
-            steps = self.progress.steps
+            steps, met_budget = self.progress.steps, self._meets_budget()
             # A state is saved before it is looked at, so that a long test cannot keep it from that.
-            if steps == end or (steps > begin and steps % self.log_every == 0):
+            if steps == end or met_budget or (steps > begin and steps % self.log_every == 0):
                 values = self._measure(epoch)
-                met_budget = self._meets_budget(values)
                 if steps == end or met_budget:
                     return values, met_budget
                 self._record(values)
-            self._advance(order, steps - begin)
+            self._advance(min(end, steps + self.log_every - steps % self.log_every))
             self._attend()
 
-    def _advance(self, order: Int[Array, " examples"], position: int) -> None:
-        """Takes a step, and waits for the one before the last."""
-        self.state = self.advance(self.state, self.data, order, position, self.step_key)
+    def _advance(self, until: int) -> None:
+        """Takes a step or, where that is faster, several; waits for those before the last."""
+        before = self.progress.steps
+        steps = min(before + self.inputs.steps_at_once, until)
+        self.state = self.advance(self.state, *self.inputs.of(before, steps), self.step_key)
         self.in_flight.append(_ticket(self.state.step))
         if len(self.in_flight) > AHEAD:
             jax.block_until_ready(self.in_flight.popleft())
-        self.progress = dataclasses.replace(self.progress, steps=self.progress.steps + 1)
+        if self._meets_budget():
+            steps = int(self.state.step)
+        self.progress = dataclasses.replace(self.progress, steps=steps)
         for observer in self.observers:
-            observer.step()
+            observer.step(steps - before)
         if self.compiling:  # what that takes is not the speed of training
             jax.block_until_ready(self.state)
             self.clock, self.compiling = (time.perf_counter(), self.progress.steps), False
@@ -382,15 +416,13 @@ class _Loop:
         if steps > before:
             values["examples_per_second"] = (steps - before) * self.batch_size / (now - then)
         if self.phase.budget is not None:
-            params, rest = whole((self.state.params, self.state.rest))
-            flops, params = from_first(lambda: [float(r) for r in self.ratio(params, rest)])
-            values |= {"flops_ratio": flops, "params_ratio": params}
+            remains = jax.device_get(self.state.remains)
+            values |= {"flops_ratio": float(remains.flops), "params_ratio": float(remains.params)}
         self.clock = time.perf_counter(), steps
         return values
 
-    def _meets_budget(self, values: dict[str, Any]) -> bool:
-        budget = self.phase.budget
-        return budget is not None and values["flops_ratio"] <= budget.limit
+    def _meets_budget(self) -> bool:
+        return self.phase.budget is not None and bool(self.state.remains.within)
 
     def _record(self, values: dict[str, Any]) -> None:
         record = {"phase": self.phase.name, "step": self.progress.steps, **values}
@@ -452,6 +484,68 @@ class _Loop:
             raise self._fault(f"state is not finite ({error})", steps) from error
 
 
+class _Resident:
+    """Examples that are on the device as a whole, and the order in which an epoch takes them."""
+
+    def __init__(self, data, seed, examples, batch_size, mesh):
+        self.data, self.seed, self.examples, self.mesh = place(mesh, data), seed, examples, mesh
+        self.steps_per_epoch = examples // batch_size
+        self.steps_at_once = steps_per_dispatch()
+        self.origin = {"streamed": False, "data": _checksum(data)}
+
+    def reading(self, first: int, last: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.order = place(self.mesh, jnp.asarray(epoch_order(self.seed, epoch, self.examples)))
+
+    def of(self, first: int, last: int) -> tuple[Any, ...]:
+        """What the compiled steps from `first` to before `last` are given."""
+        inputs = self.data, self.order, first % self.steps_per_epoch
+        return inputs if self.steps_at_once == 1 else (*inputs, last - first)
+
+
+class _Streamed:
+    """Examples that other processes read, each batch in time for its step."""
+
+    steps_at_once = 1
+
+    def __init__(self, data: Stream, seed, examples, batch_size, mesh):
+        self.data, self.seed, self.examples, self.mesh = data, seed, examples, mesh
+        self.batch_size = batch_size
+        self.origin = {"streamed": True, "data": data.checksum}
+
+    @contextlib.contextmanager
+    def reading(self, first: int, last: int) -> Iterator[None]:
+        rows = rows_here(self.mesh, self.batch_size)
+        with self.data.training(
+            self.seed,
+            examples=self.examples,
+            batch_size=self.batch_size,
+            first=first,
+            last=last,
+            rows=rows,
+        ) as batches:
+            self.batches = _ahead(batches, lambda batch: spread(self.mesh, batch, self.batch_size))
+            yield
+
+    def begin_epoch(self, epoch: int) -> None:
+        pass  # the stream goes on
+
+    def of(self, first: int, last: int) -> tuple[Any, ...]:
+        return (next(self.batches),)
+
+
+def _ahead(batches: Iterator[Any], put: Callable[[Any], Any]) -> Iterator[Any]:
+    """Batches on the device, some of them before they are needed."""
+    waiting = collections.deque()
+    for batch in map(put, batches):
+        waiting.append(batch)
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
 def start(
     model: nnx.Module, make_optimizer: Callable[[Params], optax.GradientTransformation]
 ) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
@@ -462,8 +556,8 @@ def start(
     params = (latents, weights)
     optimizer = make_optimizer(params)
     opt_state = jax.jit(optimizer.init)(params)
-    state = TrainState(params, rest, opt_state, jnp.int32(0), Measures.zero(), Fault.none())
-    return graphdef, optimizer, _copy(state)
+    counts = jnp.int32(0), Measures.zero(), Fault.none(), Remains.all()
+    return graphdef, optimizer, _copy(TrainState(params, rest, opt_state, *counts))
 
 
 def make_step(
@@ -471,14 +565,28 @@ def make_step(
     optimizer: optax.GradientTransformation,
     task: Task,
     batch_size: int,
+    *,
     skip_faulty: bool = False,
+    budget: Budget | None = None,
     mesh: Mesh | None = None,
+    streamed: bool = False,
+    many: bool = False,
 ) -> Callable[..., TrainState]:
     """The jitted step `(state, data, order, position, key) -> state`; its state is donated.
 
     It takes the `position`-th batch of the `data` in the given `order`, augments it, and steps.
-    With `skip_faulty` a batch after which anything would not be finite only counts as a step. With
-    a mesh, what it is given has been placed there.
+    With a mesh, what it is given has been placed there.
+
+    Args:
+      graphdef, optimizer: from `start`.
+      task: losses, and how examples become inputs.
+      batch_size: examples in a step.
+      skip_faulty: whether a batch after which anything would not be finite only counts as a step.
+      budget: of which the state tells after every step whether it is met.
+      mesh: of devices.
+      streamed: whether the step is given the examples of its batch, `(state, examples, key)`.
+      many: whether it is `(state, data, order, position, count, key)` and takes up to `count` steps
+        in a loop on the device, which ends when the budget is met.
     """
 
     def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any):
@@ -487,15 +595,13 @@ def make_step(
         rest = nnx.state(model, nnx.Not(nnx.Param))
         return jnp.mean(task.loss(outputs, targets)), (task.score(outputs, targets), rest)
 
-    def step(state: TrainState, data: Data, order, position, key) -> TrainState:
-        chosen = jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
-        step_key = jax.random.fold_in(key, state.step)
-        inputs, targets = over_data(mesh, task.training_batch(step_key, data, chosen))
+    def step(state: TrainState, examples: Examples, key: Key[Array, ""]) -> TrainState:
+        inputs, targets = over_data(mesh, task.augmented(key, examples))
         gradient = jax.value_and_grad(loss, has_aux=True)
         (value, (scores, rest)), grads = gradient(state.params, state.rest, inputs, targets)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         loss_sum, score_sum, count, skipped = state.measures
-        stepped = TrainState(
+        stepped = state._replace(
             params=optax.apply_updates(state.params, updates),
             rest=rest,
             opt_state=opt_state,
@@ -506,19 +612,43 @@ def make_step(
                 count + batch_size,
                 skipped,
             ),
-            fault=state.fault,
         )
         if skip_faulty:
             usable = jnp.isfinite(value) & _all_finite(
                 (stepped.params, stepped.rest, stepped.opt_state)
             )
-            return settled(mesh, _or_skipped(stepped, state, usable))
-        faulty = ~(jnp.isfinite(value) & _all_finite(stepped.params[0]))
-        first = faulty & (state.fault.step == 0)
-        fault = Fault(stepped.step, value.astype(jnp.float32))
-        return settled(mesh, stepped._replace(fault=_where(first, fault, state.fault)))
+            stepped = _or_skipped(stepped, state, usable)
+        else:
+            faulty = ~(jnp.isfinite(value) & _all_finite(stepped.params[0]))
+            first = faulty & (state.fault.step == 0)
+            fault = Fault(stepped.step, value.astype(jnp.float32))
+            stepped = stepped._replace(fault=_where(first, fault, state.fault))
+        if budget is not None:
+            flops, params = budget.ratio(nnx.merge(graphdef, *stepped.params, stepped.rest))
+            stepped = stepped._replace(remains=Remains(flops, params, flops <= budget.limit))
+        return settled(mesh, stepped)
 
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    def of_resident(state: TrainState, data: Data, order, position, key) -> TrainState:
+        chosen = jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
+        step_key = jax.random.fold_in(key, state.step)
+        return step(state, over_data(mesh, task.examples(step_key, data, chosen)), step_key)
+
+    def of_streamed(state: TrainState, examples: Examples, key) -> TrainState:
+        return step(state, examples, jax.random.fold_in(key, state.step))
+
+    def many_of_resident(state: TrainState, data: Data, order, position, count, key) -> TrainState:
+        begin = state.step
+
+        def unfinished(state: TrainState) -> Bool[Array, ""]:
+            return (state.step < begin + count) & ~state.remains.within
+
+        def body(state: TrainState) -> TrainState:
+            return of_resident(state, data, order, position + state.step - begin, key)
+
+        return jax.lax.while_loop(unfinished, body, state)
+
+    function = of_streamed if streamed else many_of_resident if many else of_resident
+    return jax.jit(function, donate_argnums=0, compiler_options=compiler_options())
 
 
 def _or_skipped(stepped: TrainState, state: TrainState, usable: Array) -> TrainState:

@@ -15,7 +15,15 @@ from dhp_jax.config import ConfigError
 
 CONFIG, LOCK = "config.json", ".lock"
 # What may differ when a run is started again in its directory.
-MAY_CHANGE = ("log_every", "nonfinite", "data.dir", "data.archive")
+MAY_CHANGE = (
+    "log_every",
+    "nonfinite",
+    "data.dir",
+    "data.archive",
+    "data.streamed",  # a phase that has begun sees to it itself
+    "data.workers",
+    "data.cache",
+)
 MAY_CHANGE_GROUPS = ("checkpoint.", "mesh.")
 MAY_MOVE = ("data.test_dir",)  # may lie elsewhere, by the same name
 MAY_GROW = ("search.epochs", "converge.epochs", "baseline.epochs")

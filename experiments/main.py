@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dhp_jax import pipeline, processes, report
 from dhp_jax.compilation import keep_compiled, long_compilations
 from dhp_jax.config import ConfigError, check_overrides
-from dhp_jax.data import DataNotFoundError
+from dhp_jax.data import DataNotFoundError, StreamError
 from dhp_jax.preemption import EXIT_CODE, asked_to_stop
 from dhp_jax.progress import ProgressBar
 from dhp_jax.resume import CheckpointError
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     full, or another process that has died, 75 for a run that was told to end and that the same
     command takes up again.
     """
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", force=True)  # Orbax has made another at its import
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of Orbax's, where a line is ours
     if "--help" in arguments:
         print(__doc__, define(arguments).main_module_help(), sep="\n")
@@ -75,6 +75,9 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except StreamError as error:
+        print(f"error: {error}; the same command goes on", file=sys.stderr)
+        return 1
     except (RuntimeError, ValueError) as error:
         if not processes.are_several():
             raise

@@ -25,11 +25,38 @@ NETWORKS = ("search", "pruned", "best", "model")
 ROOT = Path(__file__).parents[1]
 
 
-def carry_out(workdir):
-    """Carries the run out in a directory."""
+class Stop(Exception):
+    """The power goes."""
+
+
+class Interrupter:
+    """Stops a run at a step of a phase; step 0 is its beginning."""
+
+    def __init__(self, phase, step):
+        self.phase, self.left = phase, step
+
+    def begin(self, phase, steps, done, records):
+        self.here = phase == self.phase
+        if self.here and self.left == 0:
+            raise Stop
+
+    def step(self, count):
+        self.left -= count * self.here
+        if self.here and self.left == 0:
+            raise Stop
+
+    def record(self, values):
+        pass
+
+    def end(self):
+        pass
+
+
+def carry_out(workdir, observers=(), **fields):
+    """Carries the run out in a directory, with other values of some fields."""
     config = runpy.run_path(str(CONFIG))["get_config"]()
-    config.update_from_flattened_dict(FIELDS)
-    pipeline.execute(pipeline.prepare(config, workdir))
+    config.update_from_flattened_dict(FIELDS | fields)
+    pipeline.execute(pipeline.prepare(config, workdir, observers))
 
 
 def contents(folder):

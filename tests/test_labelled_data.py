@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 
+import cloudpickle
 import numpy as np
 from PIL import Image
 import pytest
@@ -109,6 +110,36 @@ def test_a_folder_is_read_in_the_order_of_labels_and_names(folder):
     assert (source.name, source.image_shape) == ("image_folder", (6, 8, 3))
     assert (source.train_size, source.test_size) == (6, 4)
     assert (source.crop_padding, source.flip) == (0, True)
+
+
+def check_one_by_one(source):
+    """Streamed images, of another process, are those that are read at once."""
+    for split in ("train", "test"):
+        stream = source.stream(split, workers=0)
+        read = cloudpickle.loads(cloudpickle.dumps(stream.read))
+        chosen = np.random.default_rng(0).permutation(np.repeat(np.arange(stream.size), 2))
+        images, labels = read(chosen, slice(1, None), np.random.default_rng(0))
+        expected_images, expected_labels = source.read(split)
+        np.testing.assert_array_equal(images, expected_images[chosen[1:]])
+        np.testing.assert_array_equal(labels, expected_labels[chosen[1:]])
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+
+
+@pytest.mark.parametrize("image_size", [None, 4])
+def test_images_of_a_folder_are_the_same_one_by_one(folder, image_size):
+    check_one_by_one(data.load("image_folder", folder, image_size=image_size))
+
+
+def test_digits_are_the_same_one_by_one():
+    check_one_by_one(data.load("digits"))
+
+
+def test_streams_of_other_images_have_another_checksum(folder):
+    checksums = {data.load("image_folder", folder).stream(s, 0).checksum for s in ("train", "test")}
+    checksums.add(data.load("image_folder", folder, image_size=4).stream("train", 0).checksum)
+    (folder / "train/cat/0.png").rename(folder / "train/cat/9.png")
+    checksums.add(data.load("image_folder", folder).stream("train", 0).checksum)
+    assert len(checksums) == 4
 
 
 def test_the_statistics_of_a_folder_are_those_of_its_training_images(folder):
@@ -503,6 +534,10 @@ def test_imagenet_is_read_as_resized_centres(prepared_imagenet, image_size, shor
     assert (source.crop_padding, source.flip) == (size // 8, True)
     assert source.mean == (123.675, 116.28, 103.53)
     assert source.std == (58.395, 57.12, 57.375)
+
+
+def test_prepared_images_are_the_same_one_by_one(prepared_imagenet):
+    check_one_by_one(data.load("imagenet2012", prepared_imagenet, image_size=32))
 
 
 def test_imagenet_that_does_not_fit_into_memory_is_refused(prepared_imagenet, monkeypatch):

@@ -24,6 +24,7 @@ from dhp_jax.processes import ProcessError, Turns, from_first, join
 
 CONFIG = Path(__file__).with_name("mesh_config.py")
 BOUND = 60  # seconds within which a process ends when another one has died
+STREAMED = {"data.streamed": True, "data.workers": 0}  # each process reads its share
 COMPARED = ("loss", "error", "test_loss", "test_error", "flops_ratio", "params_ratio")
 
 
@@ -120,9 +121,8 @@ def test_four_devices_give_the_losses_and_survivors_of_one(one, tmp_path):
     check_same(tmp_path / "run", one)
 
 
-def test_hypernetworks_that_are_divided_give_those_of_replicated_ones(one, tmp_path):
-    fields = {"mesh.data": 2, "mesh.model": 2}
-    finish(begin(tmp_path / "run", devices=4, **fields))
+def test_divided_hypernetworks_and_streamed_data_give_those_of_replicated_ones(one, tmp_path):
+    finish(begin(tmp_path / "run", devices=4, **{"mesh.data": 2, "mesh.model": 2}, **STREAMED))
     check_same(tmp_path / "run", one)
 
 
@@ -137,7 +137,7 @@ def test_when_a_process_dies_the_other_ends_and_both_go_on_when_started_again(
     victim, one, tmp_path
 ):
     workdir = tmp_path / "run"
-    pair = begin_pair(workdir)
+    pair = begin_pair(workdir, **STREAMED)
     wait_for(pair, lambda: (workdir / "checkpoints/search").is_dir() and len(records(workdir)) > 3)
     pair[victim].send_signal(signal.SIGKILL)
     died = time.monotonic()
@@ -146,7 +146,7 @@ def test_when_a_process_dies_the_other_ends_and_both_go_on_when_started_again(
     assert time.monotonic() - died < BOUND
     assert any("one of them may have died" in t or "another task died" in t for t in told), told
     end(pair[victim])
-    finish(*begin_pair(workdir))
+    finish(*begin_pair(workdir, **STREAMED))
     check_same(workdir, one)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from networks import arrays
 import numpy as np
 import pytest
-from runs import NETWORKS, check_same_end
+from runs import NETWORKS, Interrupter, Stop, check_same_end
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
@@ -35,33 +35,6 @@ def tiny(**changes):
     config.baseline.update(epochs=1, drops=())
     config.update_from_flattened_dict(changes)
     return config
-
-
-class Stop(Exception):
-    """The power goes."""
-
-
-class Interrupter:
-    """Stops a run at a step of a phase; step 0 is its beginning."""
-
-    def __init__(self, phase, step):
-        self.phase, self.left = phase, step
-
-    def begin(self, phase, steps, done, records):
-        self.here = phase == self.phase
-        if self.here and self.left == 0:
-            raise Stop
-
-    def step(self):
-        self.left -= self.here
-        if self.here and self.left == 0:
-            raise Stop
-
-    def record(self, values):
-        pass
-
-    def end(self):
-        pass
 
 
 def contents(folder):
@@ -228,7 +201,8 @@ class Steps:
     def begin(self, phase, steps, done, records):
         self.phase, self.done = phase, done
 
-    def step(self):
+    def step(self, count):
+        assert count == 1  # on CPU
         self.done += 1
         self.taken.append((self.phase, self.done))
 

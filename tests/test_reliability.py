@@ -7,9 +7,10 @@ import subprocess
 import time
 
 import pytest
-from runs import begin, check_same_end
+from runs import Interrupter, Stop, begin, carry_out, check_same_end
 
 from dhp_jax.preemption import EXIT_CODE
+from dhp_jax.resume import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -87,3 +88,18 @@ def test_a_disk_that_is_full_is_told_and_the_run_goes_on_when_there_is_room(
     code, _ = end(begin(workdir))
     assert code == 0
     check_same_end(workdir, finished)
+
+
+def test_a_last_state_that_was_saved_before_its_test_takes_no_record_away(
+    finished, tmp_path, monkeypatch
+):
+    def due(checkpoints):  # the one before is always done
+        checkpoints._open().wait_until_finished()
+        checkpoints._finished()
+        return True
+
+    monkeypatch.setattr(Checkpoints, "due", due)
+    with pytest.raises(Stop):
+        carry_out(tmp_path / "run", [Interrupter("converge", 1)], **{"checkpoint.seconds": 0.0})
+    carry_out(tmp_path / "run", **{"checkpoint.seconds": 0.0})
+    check_same_end(tmp_path / "run", finished)

@@ -45,7 +45,9 @@ def photographs(scale=1):
 @functools.cache
 def drawing(task):
     """Draws a training batch, compiled."""
-    return jax.jit(task.training_batch)
+    return jax.jit(
+        lambda key, data, *chosen: task.augmented(key, task.examples(key, data, *chosen))
+    )
 
 
 def batch_of(task, data, chosen, key=0):

@@ -20,6 +20,11 @@ def examples():
     return jnp.asarray(images), jnp.asarray(rng.integers(0, 5, 16))
 
 
+def batch_of(task, examples, chosen=ALL, key=1):
+    key = jax.random.key(key)
+    return task.augmented(key, task.examples(key, examples, jnp.asarray(chosen)))
+
+
 def normalised(images):
     return (np.asarray(images, np.float64) - MEAN) / STD
 
@@ -61,7 +66,7 @@ def test_a_test_is_of_the_normalised_images_and_their_labels(examples, batch_siz
 
 
 def test_a_training_batch_is_of_shifted_and_mirrored_images(examples):
-    inputs, targets = TASK.training_batch(jax.random.key(1), examples, ALL)
+    inputs, targets = batch_of(TASK, examples)
     np.testing.assert_array_equal(targets, examples[1])
     pixels = np.asarray(inputs, np.float64) * STD + MEAN
     padded = np.pad(np.asarray(examples[0]), ((0, 0), (2, 2), (2, 2), (0, 0)))
@@ -81,7 +86,7 @@ def test_a_training_batch_is_of_shifted_and_mirrored_images(examples):
 
 
 def test_without_padding_and_flip_a_training_batch_is_the_normalised_images(examples):
-    inputs, targets = Classification(MEAN, STD).training_batch(jax.random.key(1), examples, ALL)
+    inputs, targets = batch_of(Classification(MEAN, STD), examples)
     np.testing.assert_allclose(inputs, normalised(examples[0]), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(targets, examples[1])
 
@@ -89,16 +94,14 @@ def test_without_padding_and_flip_a_training_batch_is_the_normalised_images(exam
 def test_a_training_batch_is_of_the_chosen_examples_in_their_order(examples):
     chosen = np.asarray([7, 2, 7, 0])
     task = Classification(MEAN, STD)
-    inputs, targets = task.training_batch(jax.random.key(1), examples, jnp.asarray(chosen))
+    inputs, targets = batch_of(task, examples, chosen)
     expected = normalised(np.asarray(examples[0])[chosen])
     np.testing.assert_allclose(inputs, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(targets, np.asarray(examples[1])[chosen])
 
 
 def test_augmentation_follows_from_the_key_alone(examples):
-    first, again, other = (
-        TASK.training_batch(jax.random.key(k), examples, ALL)[0] for k in (1, 1, 2)
-    )
+    first, again, other = (batch_of(TASK, examples, key=k)[0] for k in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.mean(np.asarray(first) != np.asarray(other)) > 0.5
 

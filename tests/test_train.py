@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass, field
 import math
+import re
 
 from flax import nnx
 import jax
@@ -17,7 +18,7 @@ from dhp_jax.latent import LatentVector
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.prune import survivor_counts
 from dhp_jax.tasks import METRICS, Classification, evaluate
-from dhp_jax.train import Budget, Phase, train
+from dhp_jax.train import Budget, Phase, make_step, start, train
 
 EXAMPLES, TESTS, BATCH, STEPS = 23, 11, 4, 5  # in an epoch; 3 examples are left over
 SHAPE, CLASSES = (6, 6, 3), 4
@@ -50,8 +51,8 @@ class Recording(Classification):
 
     batches: list = field(default_factory=list)
 
-    def training_batch(self, key, data, chosen):
-        batch = super().training_batch(key, data, chosen)
+    def augmented(self, key, examples):
+        batch = super().augmented(key, examples)
         jax.debug.callback(lambda *batch: self.batches.append(batch), *batch, ordered=True)
         return batch
 
@@ -65,8 +66,8 @@ class Witness:
     def begin(self, phase, steps, done, records):
         self.events.append(("begin", phase, steps, done, len(records)))
 
-    def step(self):
-        self.events.append("step")
+    def step(self, count):
+        self.events += ["step"] * count
 
     def record(self, values):
         self.events.append("record")
@@ -254,29 +255,81 @@ def test_the_speed_is_recorded_but_for_the_first_step_which_compiles(search):
 # The budget
 
 
-def test_a_search_stops_at_the_first_look_that_finds_the_limit_reached(net, search):
-    records = search[2].records
-    ratios = [record["flops_ratio"] for record in records]
-    limit = next(ratio for ratio in ratios if ratio < ratios[0])
-    stop = ratios.index(limit)
+def test_a_search_stops_after_the_first_step_that_reaches_the_limit(net, search, by_hand):
+    cost = dhp.measure_cost(net, SHAPE)
+    ratios = [cost.ratio(counts_of(model))[0] for model, *_ in by_hand]
+    limit = np.nextafter(np.float32(min(ratios[: 2 * STEPS])), np.float32(1)).item()
+    stop = 1 + next(i for i, ratio in enumerate(ratios) if ratio <= limit)
     outcome, _, witness = searched(net, limit=limit)
     assert outcome.progress.met_budget
-    assert outcome.progress.steps == LOOKS[stop]
-    assert outcome.progress.epochs == math.ceil(LOOKS[stop] / STEPS)
-    last = {n: v for n, v in witness.records[-1].items() if n in records[stop]}
-    assert [*witness.records[:-1], last] == records[: stop + 1]
-    ratio = dhp.measure_cost(net, SHAPE).ratio(counts_of(outcome.model))
-    assert witness.records[-1]["flops_ratio"] == pytest.approx(ratio[0], rel=1e-6)
+    assert outcome.progress.steps == stop
+    assert outcome.progress.epochs == math.ceil(stop / STEPS)
+    *before, last = witness.records
+    assert before == [record for record in search[2].records if record["step"] < stop]
+    assert last["step"] == stop
+    assert last["flops_ratio"] == pytest.approx(ratios[stop - 1], rel=1e-6)
     loss, error = measured(outcome.model, *labelled(TESTS, 1))
-    assert witness.records[-1]["test_loss"] == pytest.approx(loss, rel=1e-4)
+    assert last["test_loss"] == pytest.approx(loss, rel=1e-4)
     assert outcome.progress.last["error"] == pytest.approx(error, abs=1e-6)
 
 
-def test_a_search_within_its_limit_stops_at_its_first_look(net):
+def test_a_search_within_its_limit_takes_one_step(net):
     outcome, _, witness = searched(net, limit=1.0)
-    assert (outcome.progress.steps, outcome.progress.epochs) == (LOOKS[0], 1)
+    assert (outcome.progress.steps, outcome.progress.epochs) == (1, 1)
     assert len(witness.records) == 1
     assert outcome.best_model is outcome.model  # a search keeps no best model
+
+
+# Many steps a dispatch
+
+
+@pytest.fixture
+def many_at_once(monkeypatch):
+    """As on GPU and TPU; 4 steps, which is no divisor of an epoch."""
+    monkeypatch.setattr("dhp_jax.train.steps_per_dispatch", lambda: 4)
+
+
+def check_alike(found, expected):
+    """Two models are the same but for the order of sums."""
+    found, expected = arrays(found), arrays(expected)
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_many_steps_a_dispatch_end_where_single_ones_do(net, search, many_at_once):
+    outcome, batches, witness = searched(net, log_every=7)
+    check_alike(outcome.model, search[0].model)
+    for found, expected in zip(batches, search[1], strict=True):
+        for array, like in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(array, like)
+    assert witness.events.count("step") == EPOCHS * STEPS
+    assert outcome.progress.steps == EPOCHS * STEPS
+
+
+def test_many_steps_a_dispatch_end_with_the_one_that_reaches_the_limit(net, by_hand, many_at_once):
+    cost = dhp.measure_cost(net, SHAPE)
+    ratios = [cost.ratio(counts_of(model))[0] for model, *_ in by_hand]
+    lower = [i for i in range(1, len(ratios)) if ratios[i] < min(ratios[:i])]
+    drops = [i for i in lower if i % 4 in (1, 2)]  # within a dispatch
+    limit = np.nextafter(np.float32(ratios[drops[0]]), np.float32(1)).item()
+    outcome, _, witness = searched(net, limit=limit, log_every=100)
+    assert outcome.progress.met_budget
+    assert outcome.progress.steps == drops[0] + 1
+    check_alike(outcome.model, by_hand[drops[0]][0])
+    assert witness.events.count("step") == drops[0] + 1
+
+
+def test_the_device_takes_many_steps_without_the_host(net):
+    task = Classification((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True)
+    cost = dhp.measure_cost(net, SHAPE)
+    budget = Budget(lambda m: cost.ratio(survivor_counts(m, THRESHOLD)), 0.5)
+    graphdef, transformation, state = start(net, lambda params: optax.sgd(0.1))
+    steps = make_step(graphdef, transformation, task, BATCH, budget=budget, many=True)
+    order = jnp.arange(EXAMPLES)
+    lowered = steps.lower(state, labelled(EXAMPLES, 0), order, 0, 3, jax.random.key(0))
+    program = lowered.compile().as_text()
+    assert " while(" in program
+    assert not re.search(r"\b(infeed|outfeed|send|recv)\(|callback|MoveToHost", program)
 
 
 # Randomness
@@ -311,14 +364,16 @@ class Climb:
     def __init__(self, scores=(0.0,) * 99, losses=(0.0,) * 99, metric="error"):
         self.scores, self.losses = jnp.asarray(scores), jnp.asarray(losses)
         self.metric = METRICS[metric]
-        self.examples, self.keys = [], []
+        self.seen, self.keys = [], []
 
-    def training_batch(self, key, data, chosen):
+    def examples(self, key, data, chosen):
+        return tuple(array[chosen] for array in data)
+
+    def augmented(self, key, examples):
         def remember(key, examples):
             self.keys.append(tuple(key.tolist()))
-            self.examples.append([array.tolist() for array in examples])
+            self.seen.append([array.tolist() for array in examples])
 
-        examples = tuple(array[chosen] for array in data)
         jax.debug.callback(remember, jax.random.key_data(key), examples, ordered=True)
         return examples
 
@@ -366,10 +421,10 @@ def climbed(
 def test_every_epoch_goes_through_another_permutation_of_the_examples():
     task, epochs = Climb(), 6
     outcome = climbed(task, epochs=epochs, examples=22, batch_size=4)
-    assert outcome.progress.steps == len(task.examples) == epochs * 5
+    assert outcome.progress.steps == len(task.seen) == epochs * 5
     orders = []
     for epoch in range(epochs):
-        batches = task.examples[5 * epoch : 5 * epoch + 5]
+        batches = task.seen[5 * epoch : 5 * epoch + 5]
         order = [number for numbers, _ in batches for number in numbers]
         assert [ten for _, tens in batches for ten in tens] == [10 * number for number in order]
         assert len(order) == len(set(order)) == 20
@@ -410,15 +465,15 @@ def test_the_best_model_is_that_of_the_first_best_test_and_the_last_the_last(met
     assert [record[f"test_{metric}"] for record in witness.records] == [*scores[1:]]
 
 
-def test_a_budget_is_looked_at_every_so_many_steps_and_at_the_end_of_an_epoch():
+def test_a_budget_is_looked_at_after_every_step():
     def steps(limit):
         budget = Budget(lambda model: (1 - model.height[...] / 10, jnp.ones(())), limit)
         return climbed(
             Climb(), epochs=2, examples=5, batch_size=1, log_every=3, budget=budget
         ).progress.steps
 
-    # Looks at 3, 5, 6, 9 and 10; the share of a step is 1 - step / 10.
-    assert [steps(limit) for limit in (0.75, 0.65, 0.45, 0.25)] == [3, 5, 6, 9]
+    # The share of a step is 1 - step / 10.
+    assert [steps(limit) for limit in (0.95, 0.75, 0.65, 0.45, 0.25)] == [1, 3, 4, 6, 8]
 
 
 def test_training_leaves_the_model_as_it_was(search):

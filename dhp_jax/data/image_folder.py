@@ -1,5 +1,6 @@
 """Images of one's own, a folder for each split and in it one for each label."""
 
+from dataclasses import dataclass
 from itertools import chain
 import os
 from pathlib import Path
@@ -31,17 +32,22 @@ def load(data_dir: str | os.PathLike | None, image_size: int | None = None) -> S
     decoding = {"mode": mode, "resize": image_size, "crop": image_size}
     mean, std = _statistics(images["train"], decoding)
 
-    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+    def one_by_one(split: str) -> tuple["_Files", str]:
         counts = [len(of_label) for of_label in files[split].values()]
         labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        pixels = empty_images((len(labels), h, w, len(mean)), f"the {split} images in {data_dir}")
+        names = [str(file.relative_to(folders[split])) for file in images[split]]
+        return _Files(str(folders[split]), names, labels, decoding), "\n".join(names)
+
+    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+        found, _ = one_by_one(split)
+        pixels = empty_images((len(found), h, w, len(mean)), f"the {split} images in {data_dir}")
 
         def decode_rows(rows: range) -> None:
             for i in rows:
-                pixels[i] = decode(images[split][i], **decoding)
+                pixels[i], _ = found[i]
 
-        in_chunks(decode_rows, len(labels))
-        return pixels, labels
+        in_chunks(decode_rows, len(found))
+        return pixels, found.labels
 
     return Source(
         name="image_folder",
@@ -54,7 +60,25 @@ def load(data_dir: str | os.PathLike | None, image_size: int | None = None) -> S
         crop_padding=min(h, w) // 8,
         flip=True,
         read=read,
+        one_by_one=one_by_one,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    """Labelled images that are decoded one by one."""
+
+    folder: str
+    names: list[str]
+    labels: np.ndarray
+    decoding: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+        file = os.path.join(self.folder, self.names[number])
+        return decode(file, **self.decoding), int(self.labels[number])
 
 
 def _split_folders(data_dir: str | os.PathLike | None) -> dict[str, Path]:

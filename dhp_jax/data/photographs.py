@@ -10,13 +10,16 @@ import os
 from pathlib import Path
 import re
 from typing import NamedTuple
+import zlib
 
 from jaxtyping import UInt8
 import numpy as np
 
+from dhp_jax.data.crops import Pixels, ReadPatches, pixel_bytes, store
 from dhp_jax.data.decode import COLOUR, GRAY, decode, opened
 from dhp_jax.data.resize import bicubic
 from dhp_jax.data.source import DataNotFoundError
+from dhp_jax.data.stream import Stream
 from dhp_jax.names import unknown
 
 NAMES = ("photographs", "photo_folder")
@@ -63,7 +66,10 @@ class Photographs:
       scale: size of a target over that of its low-resolution image; 1 if there is none.
       train_size, test_size: how many photographs there are.
       smallest: the smallest height and the smallest width of the training targets.
+      bytes: what the training photographs take, with their low-resolution images.
       read: `read("train")` and `read("test")` give the photographs.
+      stream: `stream(patch, workers, cache)` gives patches of the training photographs, which are
+        decoded into a file in the folder `cache` first.
     """
 
     name: str
@@ -72,7 +78,9 @@ class Photographs:
     train_size: int
     test_size: int
     smallest: tuple[int, int]
+    bytes: int
     read: Callable[[str], list[Photograph]]
+    stream: Callable[[int, int, Path], Stream]
 
 
 def load(
@@ -140,7 +148,8 @@ def load(
     for file in files["train"] + files["test"]:
         _check_pair(file, scale)
     _check_names(files["test"])
-    heights, widths = zip(*(_target_size(file, scale) for file in files["train"]), strict=True)
+    sizes = [_target_size(file, scale) for file in files["train"]]
+    heights, widths = zip(*sizes, strict=True)
     return Photographs(
         name=name,
         channels=channels,
@@ -148,7 +157,9 @@ def load(
         train_size=len(files["train"]),
         test_size=len(files["test"]),
         smallest=(min(heights), min(widths)),
+        bytes=pixel_bytes(sizes, channels, scale),
         read=functools.partial(_read, files, channels, scale),
+        stream=functools.partial(_stream, files["train"], channels, scale),
     )
 
 
@@ -344,3 +355,27 @@ def _photograph(file: _File, channels: int, scale: int) -> Photograph:
     else:
         degraded = decode(file.low, mode, argument=file.argument)
     return Photograph(file.name, target, degraded)
+
+
+def _stream(
+    files: list[_File], channels: int, scale: int, patch: int, workers: int, cache: Path
+) -> Stream:
+    """Patches of photographs that are decoded beforehand."""
+    sizes = [_target_size(file, scale) for file in files]
+    identity = "\n".join(map(_identity, files)) + f"\n{channels} {scale}"
+
+    def decoded(image: int) -> Pixels:
+        photo = _photograph(files[image], channels, scale)
+        return photo.target, photo.degraded
+
+    path = store(cache, identity, sizes, channels, scale, decoded)
+    read = ReadPatches(str(path), sizes, channels, scale, patch)
+    names = "\n".join(f"{file.name} {file.size}" for file in files)
+    checksum = zlib.crc32(f"{names} {channels} {scale} {patch}".encode())
+    return Stream(len(files), read, checksum, workers)
+
+
+def _identity(file: _File) -> str:
+    """What changes when another photograph takes the place of one."""
+    paths = [file.path] if file.low is None else [file.path, file.low]
+    return " ".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+from dataclasses import dataclass
+import functools
 import io
 import logging
 import os
@@ -13,6 +15,7 @@ import numpy as np
 
 from dhp_jax.data.decode import empty_images, in_chunks
 from dhp_jax.data.source import DataNotFoundError, Source
+from dhp_jax.data.stream import Labelled
 
 DEFAULT_CONFIG = "--config=experiments/configs/digits_resnet20.py"
 AGAIN = 'give another directory, or prepare it again with file_format="array_record"'
@@ -76,6 +79,11 @@ def source(
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
         return _read(builder, splits[split], decode, image_shape, threads)
 
+    def one_by_one(split: str) -> tuple[Labelled, str]:
+        stored = builder.info.splits[splits[split]]
+        identity = f"{builder.info.full_name} {stored.num_examples} {stored.num_bytes}"
+        return _Records(str(builder.data_path), splits[split], decode, sizes[split]), identity
+
     return Source(
         name=builder.name,
         image_shape=image_shape,
@@ -83,8 +91,45 @@ def source(
         train_size=sizes["train"],
         test_size=sizes["test"],
         read=read,
+        one_by_one=one_by_one,
         **fields,
     )
+
+
+@dataclass
+class _Records:
+    """Labelled images that are read one by one from a directory that TFDS has prepared."""
+
+    directory: str
+    split: str
+    decode: Callable[..., np.ndarray]
+    size: int
+
+    @functools.cached_property
+    def records(self):
+        import tensorflow_datasets as tfds
+
+        with quiet():
+            return _records(tfds.builder_from_directory(self.directory), self.split)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+        try:
+            record = self.records[number]
+        except RuntimeError as error:  # a file that is missing or cut off
+            raise DataNotFoundError(
+                f"data.dir: cannot read {self.directory}: {error}; {AGAIN}"
+            ) from error
+        return _decoded(record, self.decode, f"image {number} of {self.split} in {self.directory}")
+
+
+def _decoded(
+    record: dict[str, Any], decode: Callable[..., np.ndarray], name: str
+) -> tuple[np.ndarray, int]:
+    """The pixels and the label of a record."""
+    return decode(io.BytesIO(record["image"]), name=name), record["label"]
 
 
 def _checked_size(builder, split: str) -> int:
@@ -122,8 +167,7 @@ def _read(
         def read_rows(rows: range) -> None:
             for i, record in zip(rows, records.__getitems__(list(rows)), strict=True):
                 name = f"image {i} of {split} in {builder.data_dir}"
-                images[i] = decode(io.BytesIO(record["image"]), name=name)
-                labels[i] = record["label"]
+                images[i], labels[i] = _decoded(record, decode, name)
 
         in_chunks(read_rows, len(records), threads)
     return images, labels

@@ -1,9 +1,14 @@
 """What a data set is to the rest of the library."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+import functools
+import math
+import zlib
 
 import numpy as np
+
+from dhp_jax.data.stream import Labelled, ReadLabelled, Stream
 
 
 class DataNotFoundError(ValueError):
@@ -25,6 +30,8 @@ class Source:
       flip: whether a mirrored image is still an image of its class.
       read: `read("train")` and `read("test")` give the images, uint8 `(n, h, w, c)`, and their
         labels, int32 `(n,)` in `0 .. num_classes - 1`.
+      one_by_one: gives the images of a split to read in any order, and a text that tells them from
+        others; `None` for what is so small that processes may read all of it.
     """
 
     name: str
@@ -37,8 +44,46 @@ class Source:
     crop_padding: int
     flip: bool
     read: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    one_by_one: Callable[[str], tuple[Labelled, str]] | None = field(default=None, kw_only=True)
 
     @property
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.class_names)
+
+    def size(self, split: str) -> int:
+        """How many images a split has."""
+        return {"train": self.train_size, "test": self.test_size}[split]
+
+    def bytes(self, split: str) -> int:
+        """What the images of a split take as they are read."""
+        return self.size(split) * math.prod(self.image_shape)
+
+    def stream(self, split: str, workers: int) -> Stream:
+        """The images of a split for who does not want all of them at once."""
+        if self.one_by_one is None:
+            images, identity = _Loaded(self.read, split, self.size(split)), self.name
+        else:
+            images, identity = self.one_by_one(split)
+        checksum = zlib.crc32(f"{identity} {split} {self.image_shape}".encode())
+        return Stream(self.size(split), ReadLabelled(images), checksum, workers)
+
+
+@dataclass
+class _Loaded:
+    """Labelled images of which each process reads all at first."""
+
+    read: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    split: str
+    size: int
+
+    @functools.cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.read(self.split)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+        images, labels = self.arrays
+        return images[number], int(labels[number])

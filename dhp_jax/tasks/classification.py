@@ -1,6 +1,7 @@
 """Classification: labelled images, cross-entropy, the share of wrong labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 from dataclasses import dataclass
 import functools
 from typing import ClassVar
@@ -14,9 +15,10 @@ import optax
 
 from dhp_jax.backend import compiler_options, tune
 from dhp_jax.data.augment import augment, normalize
+from dhp_jax.data.stream import Stream
 from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
 
-Examples = tuple[UInt8[Array, "n h w c"], Int[Array, " n"]]
+Images = tuple[UInt8[Array, "n h w c"], Int[Array, " n"]]  # with their labels
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,15 @@ class Classification:
     metric: ClassVar[Metric] = METRICS["error"]
     initial_gain: ClassVar[float] = 2.0
 
-    def training_batch(
-        self, key: Key[Array, ""], data: Examples, chosen: Int[Array, " n"]
-    ) -> tuple[Float[Array, "n h w c"], Int[Array, " n"]]:
+    def examples(self, key: Key[Array, ""], data: Images, chosen: Int[Array, " n"]) -> Images:
+        del key
         images, labels = (array[chosen] for array in data)
+        return images, labels
+
+    def augmented(
+        self, key: Key[Array, ""], examples: Images
+    ) -> tuple[Float[Array, "n h w c"], Int[Array, " n"]]:
+        images, labels = examples
         images = augment(key, images, crop_padding=self.crop_padding, flip=self.flip)
         return normalize(images, self.mean, self.std), labels
 
@@ -57,36 +64,50 @@ class Classification:
     def check(self, model: nnx.Module) -> None:
         pass
 
-    def evaluation(self, model: nnx.Module, data: Examples, *, batch_size: int) -> Evaluation:
+    def evaluation(
+        self, model: nnx.Module, data: Images | Stream, *, batch_size: int
+    ) -> Evaluation:
         model = nnx.clone(model)
         model.eval()
         graphdef = nnx.graphdef(model)
-        examples = len(data[0])
-        batch_size = min(batch_size, examples)
+        size = data.size if isinstance(data, Stream) else len(data[0])
+        batch_size = min(batch_size, size)
 
         @functools.partial(jax.jit, compiler_options=compiler_options())
-        def add(sums: Array, params: Params, rest: nnx.State, data: Examples, start) -> Array:
+        def add(sums: Array, params: Params, rest: nnx.State, data: Images, start, end) -> Array:
             chosen = start + jnp.arange(batch_size)
-            counted = chosen < examples
-            images, labels = (array[jnp.minimum(chosen, examples - 1)] for array in data)
+            images, labels = (array[jnp.minimum(chosen, end - 1)] for array in data)
             model = tune(nnx.merge(graphdef, *params, rest))
             outputs = model(normalize(images, self.mean, self.std))
             measured = self.loss(outputs, labels), self.score(outputs, labels)
-            return sums + jnp.stack([jnp.sum(values, where=counted) for values in measured])
+            return sums + jnp.stack([jnp.sum(values, where=chosen < end) for values in measured])
 
         def run(params: Params, rest: nnx.State) -> dict[str, float]:
             sums = jnp.zeros(2)
-            for start in range(0, examples, batch_size):
-                sums = add(sums, params, rest, data, start)
-            loss, error = (float(total) / examples for total in jax.device_get(sums))
+            with _batches(data, batch_size) as batches:
+                for images, start, end in batches:
+                    sums = add(sums, params, rest, images, start, end)
+            loss, error = (float(total) / size for total in jax.device_get(sums))
             return {"loss": loss, "error": error}
 
         return run
 
-    def without_network(self, data: Examples) -> dict[str, float]:
+    def without_network(self, data: Images) -> dict[str, float]:
         return {}
 
     def pictures(
-        self, model: nnx.Module, data: Examples, count: int
+        self, model: nnx.Module, data: Images, count: int
     ) -> Sequence[tuple[str, Mapping[str, np.ndarray]]]:
         return []
+
+
+@contextlib.contextmanager
+def _batches(data: Images | Stream, batch_size: int) -> Iterator[Iterator[tuple[Images, int, int]]]:
+    """Arrays of images, and where a batch of them begins and ends; the last may have fewer."""
+    if isinstance(data, Stream):
+        with data.in_order(batch_size) as batches:
+            yield ((images, 0, count) for images, count in batches)
+    else:
+        size = len(data[0])
+        starts = range(0, size, batch_size)
+        yield ((data, start, size) for start in starts)

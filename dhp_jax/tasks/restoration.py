@@ -24,6 +24,9 @@ from dhp_jax.tasks.whole import OVERLAP, restore, tile_for
 PEAK = 255.0
 BLOCK = 1024  # cells, so that no index needs more than 32 bits
 
+# Patches of low-resolution images, where there are any, and of targets.
+Cut = tuple[UInt8[Array, "n p p c"] | None, UInt8[Array, "n scale*p scale*p c"]]
+
 
 class Patches(NamedTuple):
     """Photographs laid out so that square patches of them are one gather on the device.
@@ -107,20 +110,24 @@ class Restoration:
     metric: ClassVar[Metric] = METRICS["psnr"]
     initial_gain: ClassVar[float] = 1 / 3  # He's takes far longer where there is no BatchNorm
 
-    def training_batch(
-        self, key: Key[Array, ""], data: Patches, chosen: Int[Array, " n"]
-    ) -> tuple[Float[Array, "n p p c"], Float[Array, "n scale*p scale*p c"]]:
-        image_key, place_key, turn_key, noise_key = jax.random.split(key, 4)
+    def examples(self, key: Key[Array, ""], data: Patches, chosen: Int[Array, " n"]) -> Cut:
+        image_key, place_key, *_ = jax.random.split(key, 4)
         # Not `chosen`: an epoch is a number of patches, whatever the number of photographs.
         images = jax.random.randint(image_key, chosen.shape, 0, len(data.starts))
-        degraded, target = self._cut(place_key, data, images)
-        turns = jax.random.bernoulli(turn_key, 0.5, (3, len(chosen), 1, 1, 1))
+        return self._cut(place_key, data, images)
+
+    def augmented(
+        self, key: Key[Array, ""], examples: Cut
+    ) -> tuple[Float[Array, "n p p c"], Float[Array, "n scale*p scale*p c"]]:
+        *_, turn_key, noise_key = jax.random.split(key, 4)
+        degraded, target = examples
+        turns = jax.random.bernoulli(turn_key, 0.5, (3, len(target), 1, 1, 1))
         target = turned(target, turns).astype(jnp.float32)
         if degraded is not None:
             degraded = turned(degraded, turns).astype(jnp.float32)
         return self.degrade(noise_key, degraded, target), target
 
-    def _cut(self, key: Key[Array, ""], data: Patches, images: Int[Array, " n"]):
+    def _cut(self, key: Key[Array, ""], data: Patches, images: Int[Array, " n"]) -> Cut:
         """A patch at a random place of each of some photographs, and its degraded counterpart."""
         side, n = self.patch // self.scale, len(images)
         rows, columns = (

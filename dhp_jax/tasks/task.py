@@ -8,9 +8,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 import numpy as np
 
+from dhp_jax.data.stream import Stream
 from dhp_jax.latent import LatentVector
 
-Data = PyTree[Any]  # what a task reads its examples from
+Data = PyTree[Any] | Stream  # what a task reads its examples from
+Examples = PyTree[Array]  # some of them
 Params = tuple[nnx.State, nnx.State]  # latent vectors, all other parameters
 Evaluation = Callable[[Params, nnx.State], dict[str, float]]
 
@@ -63,10 +65,12 @@ class Task(Protocol):
     metric: Metric
     initial_gain: float
 
-    def training_batch(
-        self, key: Key[Array, ""], data: Data, chosen: Int[Array, " n"]
-    ) -> tuple[Array, Any]:
-        """Inputs and targets of some examples of the training data, augmented afresh; jitted."""
+    def examples(self, key: Key[Array, ""], data: Data, chosen: Int[Array, " n"]) -> Examples:
+        """Some examples of training data that are on the device, as they are stored; jitted."""
+        ...
+
+    def augmented(self, key: Key[Array, ""], examples: Examples) -> tuple[Array, Any]:
+        """Inputs and targets of some examples, augmented afresh; jitted."""
         ...
 
     def loss(self, outputs: Array, targets: Any) -> Float[Array, " n"]:

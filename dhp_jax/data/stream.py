@@ -1,0 +1,201 @@
+"""Examples that are read while training uses them, by processes of their own, through Grain.
+
+Which examples make a batch, and what is drawn for them, follows from the seed and the number of the
+step alone: not from how many processes read, and not from where a run was stopped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from dataclasses import dataclass
+import functools
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+from typing import Any, Protocol
+
+from absl import flags
+from jaxtyping import Int, UInt8
+import numpy as np
+
+from dhp_jax.data.order import epoch_order
+
+AHEAD = 2  # batches that each process has ready
+DRAWS = 2**32 - 1  # tells the numbers drawn for a batch from those for the order of an epoch
+
+Batch = tuple[Any, ...]  # of NumPy arrays
+
+
+class StreamError(RuntimeError):
+    """A process that reads examples has died."""
+
+
+class Read(Protocol):
+    """Reads some of a batch; it is sent to other processes, and called there.
+
+    Args:
+      chosen: numbers of the examples of the whole batch.
+      rows: which of them to read.
+      random: draws for the whole batch, whatever the rows.
+    """
+
+    def __call__(
+        self, chosen: Int[np.ndarray, " n"], rows: slice, random: np.random.Generator
+    ) -> Batch: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Examples that are read when they are needed.
+
+    Attributes:
+      size: how many there are.
+      read: reads some.
+      checksum: tells them from others.
+      workers: how many processes read; 0 for threads of this one.
+    """
+
+    size: int
+    read: Read
+    checksum: int
+    workers: int
+
+    def training(
+        self,
+        seed: Sequence[int],
+        *,
+        examples: int,
+        batch_size: int,
+        first: int,
+        last: int,
+        rows: slice = slice(None),
+    ) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+        """The batches of some steps of training, each epoch in an order of its own.
+
+        Args:
+          seed: of orders and draws.
+          examples: how many make an epoch.
+          batch_size: examples in a step.
+          first, last: numbers of the steps, from 0; `last` is not read any more.
+          rows: the part of each batch that is wanted.
+        """
+        batches = _Training(self.read, tuple(seed), examples, batch_size, rows)
+        return _reading(batches, range(first, last), self.workers)
+
+    def in_order(
+        self, batch_size: int
+    ) -> contextlib.AbstractContextManager[Iterator[tuple[Batch, int]]]:
+        """All examples as they are stored, and how many of each batch count.
+
+        The last batch is filled up with its last example.
+        """
+        batches = _InOrder(self.read, self.size, batch_size)
+        return _reading(batches, range(-(-self.size // batch_size)), self.workers)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """The batch of a step."""
+
+    read: Read
+    seed: tuple[int, ...]
+    examples: int
+    batch_size: int
+    rows: slice
+
+    def __call__(self, step: int) -> Batch:
+        epoch, position = divmod(step, self.examples // self.batch_size)
+        order = _order(self.seed, epoch + 1, self.examples)
+        chosen = order[position * self.batch_size :][: self.batch_size]
+        return self.read(chosen, self.rows, np.random.default_rng((*self.seed, DRAWS, step)))
+
+
+@dataclass(frozen=True)
+class _InOrder:
+    """A batch of the examples as they are stored, and how many of it count."""
+
+    read: Read
+    size: int
+    batch_size: int
+
+    def __call__(self, number: int) -> tuple[Batch, int]:
+        start = number * self.batch_size
+        chosen = np.minimum(np.arange(start, start + self.batch_size), self.size - 1)
+        batch = self.read(chosen, slice(None), np.random.default_rng(0))
+        return batch, min(self.batch_size, self.size - start)
+
+
+_order = functools.lru_cache(maxsize=2)(epoch_order)
+
+
+@contextlib.contextmanager
+def _reading(make: Callable[[int], Any], numbers: range, workers: int) -> Iterator[Iterator[Any]]:
+    """What `make` gives for some numbers, in their order, made ahead of its use."""
+    import grain  # here, because it is slow and what fits on the device does without
+
+    grain.config.update("py_traceback_filtering", "off")  # it adds lines to what errors say
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain has some, and asks for them
+    # An element is a whole batch, so that batches do not depend on the number of processes.
+    batches = grain.MapDataset.range(numbers.start, numbers.stop).map(make)
+    threads = 1 if workers else os.cpu_count()
+    batches = batches.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD * threads)
+    )
+    if workers:
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=AHEAD)
+        batches = batches.mp_prefetch(options, worker_init_fn=_attach)
+    iterator = iter(batches)
+    try:
+        yield _told(iterator, workers)
+    finally:
+        iterator.close()
+        del iterator
+        gc.collect()  # Grain leaves its last batch, which is shared memory, in a cycle
+
+
+def _told(batches: Iterator[Any], workers: int) -> Iterator[Any]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "terminated" not in str(error):
+            raise
+        raise StreamError(
+            f"data: one of {workers} processes that read examples has died, perhaps for lack of "
+            f"memory ({error}); config.data.workers takes fewer"
+        ) from error
+
+
+def _attach(worker: int, workers: int) -> None:
+    """Ties the life of a reading process to that of the run, which alone answers to signals."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+class Labelled(Protocol):
+    """Labelled images that are read one by one, in any order."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> tuple[UInt8[np.ndarray, "h w c"], int]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ReadLabelled:
+    """Reads batches of labelled images: uint8 `(n, h, w, c)` and int32 `(n,)`."""
+
+    images: Labelled
+
+    def __call__(
+        self, chosen: Int[np.ndarray, " n"], rows: slice, random: np.random.Generator
+    ) -> Batch:
+        del random  # images are drawn from on the device
+        pixels, labels = zip(*(self.images[int(i)] for i in chosen[rows]), strict=True)
+        return np.stack(pixels), np.array(labels, np.int32)

@@ -1,0 +1,278 @@
+"""Streamed examples: every batch is what it should be, whoever reads it and wherever it begins."""
+
+from dataclasses import dataclass
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from runs import ROOT, Interrupter, Stop, begin, carry_out, check_same_end
+
+from dhp_jax import config as dhp_config
+from dhp_jax import data, problems
+from dhp_jax.config import ConfigError
+from dhp_jax.data.order import epoch_order
+from dhp_jax.data.stream import Stream, StreamError
+from dhp_jax.mesh import rows_here, spread
+from dhp_jax.tasks import Classification, evaluate
+
+EXAMPLES, BATCH = 11, 3
+STEPS = EXAMPLES // BATCH
+
+
+@dataclass
+class Read:
+    """Gives the numbers of the examples, and one drawn for each."""
+
+    fails_at: int | None = None
+    dies: bool = False
+
+    def __call__(self, chosen, rows, random):
+        drawn = random.random(len(chosen))
+        if self.fails_at in chosen:
+            raise data.DataNotFoundError("data.dir: cannot read 'x.png'")
+        if self.dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return chosen[rows], drawn[rows]
+
+
+def read_all(workers=0, first=0, last=3 * STEPS, rows=slice(None), seed=(1, 2), read=None):
+    stream = Stream(EXAMPLES, read or Read(), 0, workers)
+    with stream.training(
+        seed, examples=EXAMPLES, batch_size=BATCH, first=first, last=last, rows=rows
+    ) as batches:
+        return [tuple(np.array(part) for part in batch) for batch in batches]
+
+
+def check_equal(found, expected):
+    assert len(found) == len(expected)
+    for batches in zip(found, expected, strict=True):
+        for parts in zip(*batches, strict=True):
+            np.testing.assert_array_equal(*parts)
+
+
+# Orders and batches
+
+
+def test_the_order_of_an_epoch_is_a_permutation_of_its_own():
+    orders = [epoch_order(seed, epoch, 50) for seed in ((0,), (1, 2)) for epoch in (1, 2, 3)]
+    for order in orders:
+        assert order.dtype == np.int32
+        np.testing.assert_array_equal(np.sort(order), np.arange(50))
+    assert len({tuple(order) for order in orders}) == 6
+    np.testing.assert_array_equal(epoch_order((1, 2), 3, 50), orders[-1])
+
+
+def test_an_epoch_goes_through_its_order_and_each_step_draws_afresh():
+    batches = read_all()
+    for epoch in range(3):
+        chosen = np.concatenate([batch[0] for batch in batches[STEPS * epoch :][:STEPS]])
+        np.testing.assert_array_equal(
+            chosen, epoch_order((1, 2), epoch + 1, EXAMPLES)[: STEPS * BATCH]
+        )
+    drawn = np.concatenate([batch[1] for batch in batches])
+    assert len(set(drawn.tolist())) == 3 * STEPS * BATCH
+
+
+@pytest.mark.parametrize("first", [1, STEPS, STEPS + 2])
+def test_a_stream_that_begins_later_gives_the_same(first):
+    check_equal(read_all(first=first), read_all()[first:])
+
+
+def test_rows_are_parts_of_the_same_batches():
+    parts = [read_all(rows=rows) for rows in (slice(0, 1), slice(1, 3))]
+    joined = [
+        tuple(np.concatenate(pair) for pair in zip(*halves, strict=True))
+        for halves in zip(*parts, strict=True)
+    ]
+    check_equal(joined, read_all())
+
+
+def test_processes_read_what_threads_read_and_a_failure_of_theirs_is_told():
+    check_equal(read_all(workers=2), read_all())
+    with pytest.raises(data.DataNotFoundError, match=r"^data\.dir: cannot read 'x\.png'$"):
+        read_all(workers=1, read=Read(fails_at=3))
+
+
+def test_a_reading_process_that_dies_is_told():
+    with pytest.raises(StreamError, match=r"one of 1 processes.*config\.data\.workers"):
+        read_all(workers=1, read=Read(dies=True))
+
+
+def test_another_seed_gives_other_batches():
+    first, other = (np.concatenate([b[0] for b in read_all(seed=(1, k))]) for k in (2, 3))
+    assert np.any(first != other)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, EXAMPLES, 20])
+def test_tests_read_every_example_once_and_count_no_other(batch_size):
+    with Stream(EXAMPLES, Read(), 0, 0).in_order(batch_size) as batches:
+        found = [(batch[0], count) for batch, count in batches]
+    assert all(len(chosen) == batch_size for chosen, _ in found)
+    counted = np.concatenate([chosen[:count] for chosen, count in found])
+    np.testing.assert_array_equal(counted, np.arange(EXAMPLES))
+
+
+def test_without_a_mesh_a_process_reads_whole_batches():
+    assert rows_here(None, 8) == slice(None)
+    batch = (None, np.arange(6, dtype=np.uint8))
+    degraded, targets = spread(None, batch, 6)
+    assert degraded is None
+    np.testing.assert_array_equal(targets, np.arange(6))
+
+
+class Linear:
+    """Scores of ten classes: a fixed combination of the pixels."""
+
+    def __call__(self, x):
+        flat = x.reshape(len(x), -1)
+        return flat @ np.linspace(-1, 1, flat.shape[1] * 10).reshape(-1, 10).astype(np.float32)
+
+
+def test_a_test_of_streamed_images_is_that_of_the_same_ones_on_the_device():
+    from flax import nnx
+
+    class Model(nnx.Module):
+        __call__ = Linear.__call__
+
+    source = data.load("digits")
+    task = Classification(source.mean, source.std)
+    once = evaluate(Model(), task, jax.device_put(source.read("test")), batch_size=300)
+    again = evaluate(Model(), task, source.stream("test", 0), batch_size=300)
+    assert again == once
+
+
+# Runs
+
+
+STREAMED = {"data.streamed": True, "data.workers": 0}
+OFTEN = {"checkpoint.seconds": 0.0}
+
+
+def test_a_streamed_run_that_is_stopped_ends_with_the_bits_of_a_resident_one(tmp_path, finished):
+    for stop in (("search", 13), ("converge", 8)):
+        with pytest.raises(Stop):
+            carry_out(tmp_path / "run", [Interrupter(*stop)], **STREAMED, **OFTEN)
+    carry_out(tmp_path / "run", **STREAMED)
+    check_same_end(tmp_path / "run", finished)
+
+
+def test_a_phase_goes_on_with_data_as_it_began(tmp_path):
+    with pytest.raises(Stop):
+        carry_out(tmp_path / "run", [Interrupter("search", 3)], **OFTEN)
+    with pytest.raises(ConfigError, match=r"config\.data: streamed: expected False.*got True"):
+        carry_out(tmp_path / "run", **STREAMED)
+
+
+def children(process):
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    )
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_reading_process_and_goes_on_with_the_same_bits(tmp_path, finished):
+    streamed = {"data.streamed": True, "data.workers": 2}
+    run = begin(tmp_path / "run", **streamed)
+    while not list((tmp_path / "run").glob("checkpoints/search/[0-9]*")):
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.02)
+    readers = children(run)
+    assert len(readers) >= 2
+    run.kill()
+    run.communicate()
+    end = time.monotonic() + 60
+    while any(map(alive, readers)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    again = begin(tmp_path / "run", **streamed)
+    _, told = again.communicate(timeout=600)
+    assert again.returncode == 0, told
+    assert "leaked" not in told
+    check_same_end(tmp_path / "run", finished)
+
+
+@pytest.mark.slow
+def test_a_reading_process_that_dies_ends_the_run_in_one_line(tmp_path):
+    run = begin(tmp_path / "run", **{"data.streamed": True, "data.workers": 1})
+    while not list((tmp_path / "run").glob("checkpoints/search/[0-9]*")):
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.02)
+    for pid in children(run):
+        os.kill(pid, signal.SIGKILL)
+    _, told = run.communicate(timeout=120)
+    assert run.returncode == 1, told
+    assert "Traceback" not in told
+    assert "goes on" in told.splitlines()[-1]
+
+
+# What is streamed
+
+
+def problem(**fields):
+    config = dhp_config.default()
+    config.data.name = "digits"
+    config.update_from_flattened_dict(fields)
+    dhp_config.check(config)
+    return problems.problem(config)
+
+
+NEEDED = 1297 * 64
+
+
+@pytest.mark.parametrize(
+    ("room", "asked", "streamed"),
+    [
+        (2 * NEEDED, None, False),
+        (2 * NEEDED - 2, None, True),
+        (2 * NEEDED, True, True),
+        (2 * NEEDED, False, False),
+    ],
+)
+def test_what_does_not_fit_is_streamed(monkeypatch, room, asked, streamed):
+    monkeypatch.setattr(problems, "free_memory", lambda: room)
+    found = problem(**({} if asked is None else {"data.streamed": asked})).read("train")
+    assert isinstance(found, Stream) == streamed
+
+
+def test_what_does_not_fit_is_not_put_on_the_device(monkeypatch):
+    monkeypatch.setattr(problems, "free_memory", lambda: 2 * NEEDED - 2)
+    with pytest.raises(ConfigError) as raised:
+        problem(**{"data.streamed": False})
+    message = str(raised.value)
+    assert message.startswith(
+        "config.data.streamed: expected True for the train images of 'digits'"
+    )
+    assert f"{NEEDED:,} bytes" in message
+    assert f"{NEEDED - 1:,}" in message
+
+
+@pytest.mark.parametrize("workers", [-1, 1.5, True, 10_000])
+def test_a_wrong_number_of_processes_is_refused(workers):
+    config = dhp_config.default()
+    with config.ignore_type():
+        config.data.workers = workers
+    with pytest.raises(ConfigError, match=r"^config\.data\.workers: expected an integer >= 0"):
+        dhp_config.check(config)
+
+
+def test_the_memory_of_the_device_is_some():
+    assert 2**20 < problems.free_memory() < 2**50
+
+
+def test_streaming_is_imported_only_where_it_is_used():
+    code = "import sys, dhp_jax.pipeline; sys.exit('grain' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
