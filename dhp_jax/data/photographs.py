@@ -15,8 +15,8 @@ import zlib
 from jaxtyping import UInt8
 import numpy as np
 
-from dhp_jax.data.crops import Pixels, ReadPatches, pixel_bytes, store
 from dhp_jax.data.decode import COLOUR, GRAY, decode, opened
+from dhp_jax.data.pixel_file import Pixels, ReadPatches, pixel_bytes, store
 from dhp_jax.data.resize import bicubic
 from dhp_jax.data.source import DataNotFoundError
 from dhp_jax.data.stream import Stream
