@@ -4,6 +4,7 @@ from dhp_jax import models
 from dhp_jax.backend import compiler_options, inference
 from dhp_jax.checkpoint import load, save
 from dhp_jax.cost import Cost, measure_cost
+from dhp_jax.fold import fold
 from dhp_jax.hypernet import hyper_kernel
 from dhp_jax.latent import Axis, Latent, LatentVector, concat, latents, repeat
 from dhp_jax.layers import BatchNorm, Bias, HyperConv, HyperConvTranspose, Linear
@@ -27,6 +28,7 @@ __all__ = [
     "check_axes",
     "compiler_options",
     "concat",
+    "fold",
     "hyper_kernel",
     "inference",
     "latents",

@@ -23,6 +23,7 @@ class Source:
       std: standard deviation of each channel, in the same units.
       crop_padding: width in pixels of the border that a random crop may move into.
       flip: whether a mirrored image is still an image of its class.
+      peak: the largest value of a stored pixel.
       read: `read("train")` and `read("test")` give the images, uint8 `(n, h, w, c)`, and their
         labels, int32 `(n,)` in `0 .. num_classes - 1`.
     """
@@ -37,6 +38,7 @@ class Source:
     crop_padding: int
     flip: bool
     read: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    peak: int = 255
 
     @property
     def num_classes(self) -> int:
