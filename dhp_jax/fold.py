@@ -1,13 +1,14 @@
 """BatchNorm and biases folded into the layers before them, where that provably changes nothing.
 
-What follows what is read from a trace of the forward pass, in which layers are calls that cannot be
-looked into. A layer is folded into a convolution if it is given the convolution's output and nothing
-else is, neither of them is called twice, and nothing else reads their arrays. Then the forward pass
-of the folded network is traced too: it must be the same program, less the layers that are gone.
+What follows what is read from a trace of the forward pass, in which layers are calls that cannot
+be looked into. A layer is folded into a convolution if it is given the convolution's output and
+nothing else is, neither of them is called twice, and nothing else reads their arrays. Then the
+forward pass of the folded network is traced too: it must be the same program, less the layers that
+are gone.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 import functools
 import logging
@@ -183,14 +184,15 @@ class _Program:
         stored = set(self.jaxpr.invars)
         ends: dict[Any, list[Any]] = {}  # the calls that lead to a variable
         for eqn in self.jaxpr.eqns:
+            if eqn.primitive is not _layer_call:
+                continue
             x, *arrays = eqn.invars
             # So the layer is called once, and nothing else reads its arrays or has changed them.
-            alone = eqn.primitive is _layer_call and all(
-                isinstance(v, Var) and v in stored and uses[v] == 1 for v in arrays
-            )
-            if alone and eqn.params["linear"]:
+            if not all(isinstance(v, Var) and v in stored and uses[v] == 1 for v in arrays):
+                continue
+            if eqn.params["linear"]:
                 ends[eqn.outvars[0]] = [eqn]
-            elif alone and isinstance(x, Var) and uses[x] == 1 and x in ends:
+            elif isinstance(x, Var) and x in ends and uses[x] == 1:
                 if eqn.params["dtype"] == ends[x][-1].params["dtype"]:
                     ends[eqn.outvars[0]] = [*ends.pop(x), eqn]
         return tuple(
@@ -202,7 +204,7 @@ class _Program:
     def rows(self, chains: Chains = ()) -> list[Any]:
         """The program as values that can be compared, without what is folded into others."""
         gone = {name for _, *following in chains for name in following}
-        names = {v: name for v, name in zip(self.jaxpr.invars, [*self.names, "input"], strict=True)}
+        names = dict(zip(self.jaxpr.invars, [*self.names, "input"], strict=True))
         names |= {
             v: (str(c.dtype), c.shape, np.asarray(c).tobytes())
             for v, c in zip(self.jaxpr.constvars, self.constants, strict=True)

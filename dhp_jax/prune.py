@@ -16,7 +16,7 @@ import numpy as np
 from dhp_jax.architecture import architecture_of, set_architecture
 from dhp_jax.cost import Cost, input_refused, measure_cost
 from dhp_jax.latent import Axis, Latent, latents, modules_in
-from dhp_jax.layers import Keep, Prunable
+from dhp_jax.layers import Prunable
 
 Masks = Mapping[str, np.ndarray]
 TOLERANCE = 0.005  # of a budget that may be left before entries are traded
