@@ -11,6 +11,7 @@ from dhp_jax.layers import BatchNorm, Bias, HyperConv, HyperConvTranspose, Linea
 from dhp_jax.optimizer import prunable_latents
 from dhp_jax.prox import prox_l1, prox_l2
 from dhp_jax.prune import BudgetError, check_axes, prune, prune_to, survivors
+from dhp_jax.reuse import with_classes, with_latents
 
 __version__ = "0.1.0"
 
@@ -43,4 +44,6 @@ __all__ = [
     "repeat",
     "save",
     "survivors",
+    "with_classes",
+    "with_latents",
 ]

@@ -17,12 +17,14 @@ class Architecture:
       family: name in `dhp.models.build`, or `None` for a network of the user's own.
       arguments: of `dhp.models.build`, but for the random generators.
       survivors: indices kept of each latent; `None` before pruning.
+      renewed: whether it is one of latents whose entries are the survivors of an earlier pruning.
       folded: layers that others were folded into, with those, by their paths.
     """
 
     family: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     survivors: Mapping[str, tuple[int, ...]] | None = None
+    renewed: bool = False
     folded: Chains = ()
 
     def __hash__(self) -> int:  # a static attribute of modules, so `nnx.jit` hashes it

@@ -27,6 +27,7 @@ from dhp_jax.fold import contracted
 from dhp_jax.latent import latents
 from dhp_jax.names import shown, unknown
 from dhp_jax.prune import prune
+from dhp_jax.reuse import narrowed
 from dhp_jax.schema import (
     DTYPES,
     FORMAT,
@@ -139,11 +140,15 @@ def load(
     folded = description.get("folded", [])
 
     def make(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
-        return nnx.split(contracted(model if masks is None else prune(model, masks), folded))
+        if description.get("renewed"):
+            model = narrowed(model, description["survivors"] or {})
+        elif masks is not None:
+            model = prune(model, masks)
+        return nnx.split(contracted(model, folded))
 
     try:
         graphdef, abstract = nnx.eval_shape(make, whole)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # such as layers that are not there
         raise ArtifactError(f"path: {path / DESCRIPTION}: {error}") from error
     model = nnx.merge(graphdef, _filled(abstract, description["arrays"], path))
     model.eval()
@@ -232,6 +237,7 @@ def _description(
         "arguments": dict(architecture.arguments),
         "survivors": architecture.survivors and dict(architecture.survivors),
         "arrays": {name: _entry(array) for name, array in arrays.items()},
+        "renewed": architecture.renewed,
         "folded": [list(chain) for chain in architecture.folded],
         "provenance": _provenance(),
         "notes": notes,

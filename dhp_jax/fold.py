@@ -192,9 +192,10 @@ class _Program:
                 continue
             if eqn.params["linear"]:
                 ends[eqn.outvars[0]] = [eqn]
-            elif isinstance(x, Var) and x in ends and uses[x] == 1:
-                if eqn.params["dtype"] == ends[x][-1].params["dtype"]:
-                    ends[eqn.outvars[0]] = [*ends.pop(x), eqn]
+                continue
+            before = ends.get(x, []) if isinstance(x, Var) and uses[x] == 1 else []
+            if before and before[-1].params["dtype"] == eqn.params["dtype"]:
+                ends[eqn.outvars[0]] = [*ends.pop(x), eqn]
         return tuple(
             tuple(call.params["path"] for call in calls)
             for calls in ends.values()

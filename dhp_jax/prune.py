@@ -239,8 +239,11 @@ def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
     masks = {z: np.asarray(keep[name], bool) for name, z in latents(model).items()}
     architecture = architecture_of(model)
     if masks:
-        kept = {name: tuple(np.flatnonzero(keep[name]).tolist()) for name in keep}
-        architecture = replace(architecture, survivors=kept)
+        kept = {name: np.flatnonzero(keep[name]) for name in keep}
+        if architecture.renewed:  # of what an earlier pruning has left
+            kept = {name: np.take(architecture.survivors[name], kept[name]) for name in kept}
+        kept = {name: tuple(indices.tolist()) for name, indices in kept.items()}
+        architecture = replace(architecture, survivors=kept, renewed=False)
 
     def plain(module: nnx.Module) -> Any:
         if isinstance(module, Axis):

@@ -40,12 +40,13 @@ FIELDS = {  # of model.json, with what they hold
     "arrays": (dict,),
     "notes": (dict,),
 }
-OPTIONAL = {"folded": (list,), "cost": (dict,), "provenance": (dict,)}
+OPTIONAL = {"renewed": (bool,), "folded": (list,), "cost": (dict,), "provenance": (dict,)}
 KINDS = {
     str: "a text",
     int: "an integer",
     dict: "an object",
     list: "a list",
+    bool: "true or false",
     type(None): "null",
 }
 DTYPES = {  # by their codes in safetensors
