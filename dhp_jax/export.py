@@ -123,12 +123,15 @@ def export(
     write = WRITERS[format] if build is None else functools.partial(_safetensors, build=build)
     path.parent.mkdir(parents=True, exist_ok=True)
     multiple = getattr(model, "multiple", 1)
-    for shape in _shapes(input_shape, multiple):
+    shapes = list(_shapes(input_shape, multiple))
+    if format == "safetensors":  # read as the network that it is, with all its freedom
+        shapes = shapes[-1:]
+    for shape in shapes:
         tried = dict(inputs)
         if "batch" not in shape[1:] and shape[1:] != input_shape:
             tried["another size"] = _enlarged(next(iter(inputs.values())), multiple)
         try:
-            folded = fold(model, _sizes(shape))
+            folded = fold(model, input_shape if format == "safetensors" else _sizes(shape))
             run = write(folded, path, shape, notes or {})
             differences, largest = _compared(model, run, tried)
         except Exception as error:  # whatever a forward pass or a converter may raise
@@ -140,6 +143,8 @@ def export(
     if isinstance(failure, ExportError):
         raise failure
     what = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    if "_DimExpr" in what:
+        what += "; the batch size is symbolic, so write x.shape[0] for len(x)"
     raise ValueError(f"model: it cannot be written as {format}: {what}") from failure
 
 

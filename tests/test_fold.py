@@ -1,5 +1,6 @@
 """BatchNorm and biases are folded where that is exact, and nowhere else."""
 
+import json
 import logging
 from unittest import mock
 
@@ -162,7 +163,6 @@ def test_layers_that_share_a_kernel_are_not_folded():
     [
         {"dtype": jnp.bfloat16},  # BatchNorm gives float32
         {"conv_general_dilated": lambda *a, **k: jax.lax.conv_general_dilated(*a, **k) ** 2},
-        {"mask": jnp.ones((3, 3, 3, 3))},
     ],
 )
 def test_convolutions_that_compute_otherwise_are_not_folded(options):
@@ -224,11 +224,6 @@ def test_a_file_that_names_other_layers_as_folded_is_refused(tmp_path, folded, m
     model = filled(Mixed)
     dhp.save(tmp_path, dhp.fold(dhp.prune(model), MIXED_INPUT))
     path = tmp_path / "model.json"
-    text = path.read_text()
-    start = text.index('"folded"')
-    end = text.index('"provenance"')
-    path.write_text(
-        f'{text[:start]}"folded": {str(folded).replace(chr(39), chr(34))}, {text[end:]}'
-    )
+    path.write_text(json.dumps({**json.loads(path.read_text()), "folded": folded}))
     with pytest.raises(ValueError, match=message):
         dhp.load(tmp_path, build=Mixed)
