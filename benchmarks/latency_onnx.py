@@ -43,7 +43,7 @@ def main() -> None:
     )
     parser.add_argument("--flops", type=float, default=0.5, help="share that pruned networks keep")
     parser.add_argument("--rounds", type=int, default=31, help="passes of each kind that count")
-    parser.add_argument("--quick", action="store_true", help="a tiny network, few rounds")
+    parser.add_argument("--quick", action="store_true", help="one network, few rounds")
     parser.add_argument("--out", type=Path, help="folder for latency_onnx.json and latency_onnx.md")
     options = parser.parse_args()
     if options.quick:
@@ -61,7 +61,7 @@ def main() -> None:
 
 def measure(network: Network, options: argparse.Namespace) -> list[dict]:
     """Milliseconds of the networks, run in turn, and the speed-ups of each round; per batch."""
-    model = network.build(width=0.5, min_channels=1) if options.quick else network.build()
+    model = network.build()
     shape = network.input_shape
     networks = {0: dhp.prune(model)}  # the whole one, then by the multiple of its widths
     for multiple in MULTIPLES:

@@ -36,7 +36,7 @@ def write(path, *shape, seed=0):
 
 @pytest.fixture(scope="module")
 def restorers(tmp_path_factory):
-    """Folders with a gray network that denoises, a colour one that doubles, one of other channels."""
+    """Folders of two gray networks that denoise, and one that doubles colour images."""
     folder = tmp_path_factory.mktemp("restorers")
     networks = {
         "dncnn": {"depth": 3, "features": 4},
