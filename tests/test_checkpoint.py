@@ -304,8 +304,8 @@ def test_a_network_is_loaded_after_its_family_has_gained_an_argument(tmp_path, m
     dhp.save(tmp_path, small)
 
     class Later(type(small)):
-        def __init__(self, depth, *, slope=0.0, rngs, **arguments):
-            super().__init__(depth, rngs=rngs, **arguments)
+        def __init__(self, depth, *, width=1.0, min_channels=4, slope=0.0, rngs):
+            super().__init__(depth, width=width, min_channels=min_channels, rngs=rngs)
             self.slope = slope
             self.history = nnx.List([])
 
