@@ -1,10 +1,12 @@
 """How a network was made: enough to build its like again from a file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flax import nnx
+
+Chains = Sequence[Sequence[str]]  # paths of layers, each with those that are folded into it
 
 
 @dataclass(frozen=True)
@@ -15,14 +17,18 @@ class Architecture:
       family: name in `dhp.models.build`, or `None` for a network of the user's own.
       arguments: of `dhp.models.build`, but for the random generators.
       survivors: indices kept of each latent; `None` before pruning.
+      renewed: whether it is one of latents whose entries are the survivors of an earlier pruning.
+      folded: layers that others were folded into, with those, by their paths.
     """
 
     family: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     survivors: Mapping[str, tuple[int, ...]] | None = None
+    renewed: bool = False
+    folded: Chains = ()
 
     def __hash__(self) -> int:  # a static attribute of modules, so `nnx.jit` hashes it
-        return hash((self.family, tuple(self.arguments), tuple(self.survivors or ())))
+        return hash((self.family, tuple(self.arguments), tuple(self.survivors or ()), self.folded))
 
 
 def architecture_of(model: nnx.Module) -> Architecture:

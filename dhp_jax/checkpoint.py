@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -17,12 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save as serialized
 
+import dhp_jax
 from dhp_jax import models
 from dhp_jax.architecture import architecture_of
+from dhp_jax.cost import measure_cost
 from dhp_jax.durable import sync, write
+from dhp_jax.fold import contracted
 from dhp_jax.latent import latents
 from dhp_jax.names import shown, unknown
 from dhp_jax.prune import prune
+from dhp_jax.reuse import narrowed
 from dhp_jax.schema import (
     DTYPES,
     FORMAT,
@@ -43,8 +48,17 @@ DESCRIPTION = "model.json"
 ARRAYS = "arrays.safetensors"
 
 
-def save(path: str | os.PathLike, model: nnx.Module, **notes: Any) -> None:
-    """Writes a network, pruned or not, to a folder.
+def save(
+    path: str | os.PathLike,
+    model: nnx.Module,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    **notes: Any,
+) -> None:
+    """Writes a network, pruned or not, to a folder that says what it is.
+
+    `model.json` tells the family and its arguments, the survivors of each latent, the versions that
+    wrote it, and, with `input_shape`, the FLOPs and params.
 
     The folder appears whole or not at all, and is on the disk when this returns; a network that is
     there already is replaced.
@@ -52,7 +66,10 @@ def save(path: str | os.PathLike, model: nnx.Module, **notes: Any) -> None:
     Args:
       path: the folder.
       model: a network from `dhp.models.build` or of your own class.
-      **notes: JSON values to keep with it, such as metrics.
+      input_shape: of one example, `(height, width, channels)`; kept among the notes too.
+      **notes: JSON values to keep with it, such as metrics. `dhp_jax.predict` reads `task`
+        ("classification", "super_resolution" or "denoising"), and for classification `mean`, `std`
+        and `peak` (the largest value) of the pixels, and `class_names`.
 
     Raises:
       OSError: the folder cannot be written, or holds something else than a network.
@@ -61,7 +78,7 @@ def save(path: str | os.PathLike, model: nnx.Module, **notes: Any) -> None:
         itself (see `dhp_jax.schema`). What was there before is left as it was.
 
     Example:
-      >>> dhp.save("out/", small, test_error=8.46)
+      >>> dhp.save("out/", small, input_shape=(32, 32, 3), test_error=8.46)
     """
     path = Path(os.path.realpath(path))
     if path.is_file() or (
@@ -75,7 +92,12 @@ def save(path: str | os.PathLike, model: nnx.Module, **notes: Any) -> None:
         if not _is_finite(array):
             raise ValueError(f"model: array {name!r}: expected finite numbers, got NaN or infinity")
     content = serialized(arrays)
-    text = json.dumps(_description(model, arrays, content, notes), indent=1)
+    description = _description(model, arrays, content, notes)
+    if input_shape is not None:
+        cost = measure_cost(model, input_shape)
+        description["cost"] = {"flops": cost.flops, "params": cost.params}
+        notes["input_shape"] = list(input_shape)
+    text = json.dumps(description, indent=1)
     _check_text(text.encode(), path / DESCRIPTION)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -115,11 +137,19 @@ def load(
     description = verify(path)
     whole = _of_family(description, path / DESCRIPTION) if build is None else _of_function(build)
     masks = _masks(whole, description["survivors"], path / DESCRIPTION)
+    folded = description.get("folded", [])
 
     def make(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
-        return nnx.split(model if masks is None else prune(model, masks))
+        if description.get("renewed"):
+            model = narrowed(model, description["survivors"] or {})
+        elif masks is not None:
+            model = prune(model, masks)
+        return nnx.split(contracted(model, folded))
 
-    graphdef, abstract = nnx.eval_shape(make, whole)
+    try:
+        graphdef, abstract = nnx.eval_shape(make, whole)
+    except (ValueError, KeyError) as error:  # such as layers that are not there
+        raise ArtifactError(f"path: {path / DESCRIPTION}: {error}") from error
     model = nnx.merge(graphdef, _filled(abstract, description["arrays"], path))
     model.eval()
     return model
@@ -207,8 +237,16 @@ def _description(
         "arguments": dict(architecture.arguments),
         "survivors": architecture.survivors and dict(architecture.survivors),
         "arrays": {name: _entry(array) for name, array in arrays.items()},
+        "renewed": architecture.renewed,
+        "folded": [list(chain) for chain in architecture.folded],
+        "provenance": _provenance(),
         "notes": notes,
     }
+
+
+def _provenance() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
+    return {"dhp_jax": dhp_jax.__version__, **packages}
 
 
 def _entry(array: np.ndarray | jax.ShapeDtypeStruct) -> dict[str, Any]:
@@ -283,7 +321,8 @@ def _of_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
         )
     if family not in models.FAMILIES:
         raise ArtifactError(f"path: {where}: {unknown('family', family, models.FAMILIES)}")
-    left = 2 * len(description["arrays"])  # with latents, of which no network has more than arrays
+    # With latents, of which no network has more than arrays; folded layers have had four each.
+    left = 2 * len(description["arrays"]) + 8 * sum(map(len, description.get("folded", [])))
 
     def draw() -> jax.Array:
         nonlocal left

@@ -83,7 +83,7 @@ class Hyper(nnx.Module):
     def _plain_arguments(self, keep: Keep | None) -> dict[str, Any]:
         """Arguments of the plain layer with the kernel and bias of the channels in `keep`."""
         kept_out = self.z_out.keep(keep)
-        kernel = _slice(self.kernel(), self.kernel_axis().keep(keep), -2)
+        kernel = sliced(self.kernel(), self.kernel_axis().keep(keep), -2)
         return {
             "in_features": int(self.z_in.keep(keep).sum()),
             "out_features": int(kept_out.sum()),
@@ -94,8 +94,8 @@ class Hyper(nnx.Module):
             "precision": self.precision,
             "promote_dtype": self.promote_dtype,
             "preferred_element_type": self.preferred_element_type,
-            "kernel_init": _given(_slice(kernel, kept_out, -1)),
-            "bias_init": _given(_select(self.bias, kept_out)),
+            "kernel_init": _given(sliced(kernel, kept_out, -1)),
+            "bias_init": _given(selected(self.bias, kept_out)),
             "rngs": NO_RNGS,
         }
 
@@ -321,7 +321,7 @@ class Bias(ChannelBias):
     def plain(self, keep: Keep | None = None) -> ChannelBias:
         """The `ChannelBias` of the channels in `keep`."""
         kept = self.z.keep(keep)
-        given = _given(_select(self.bias, kept))
+        given = _given(selected(self.bias, kept))
         return ChannelBias(
             int(kept.sum()), param_dtype=self.param_dtype, bias_init=given, rngs=NO_RNGS
         )
@@ -363,16 +363,16 @@ class BatchNorm(nnx.BatchNorm):
             param_dtype=self.param_dtype,
             use_bias=self.use_bias,
             use_scale=self.use_scale,
-            bias_init=_given(_select(self.bias, kept)),
-            scale_init=_given(_select(self.scale, kept)),
+            bias_init=_given(selected(self.bias, kept)),
+            scale_init=_given(selected(self.scale, kept)),
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             use_fast_variance=self.use_fast_variance,
             promote_dtype=self.promote_dtype,
             rngs=NO_RNGS,
         )
-        norm.mean[...] = _select(self.mean, kept)
-        norm.var[...] = _select(self.var, kept)
+        norm.mean[...] = selected(self.mean, kept)
+        norm.var[...] = selected(self.var, kept)
         return norm
 
     def __call__(self, x: Float[Array, "*batch c"], *args: Any, **kwargs: Any):
@@ -410,7 +410,7 @@ class Linear(nnx.Linear):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
-            kernel_init=_given(_select(self.kernel, kept)),
+            kernel_init=_given(selected(self.kernel, kept)),
             bias_init=_given(None if self.bias is None else self.bias[...]),
             dot_general=self.dot_general,
             promote_dtype=self.promote_dtype,
@@ -452,11 +452,12 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, gain: float) -> 
     return draw(key, shape, dtype)
 
 
-def _select(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:
-    return None if variable is None else _slice(variable[...], mask, 0)
+def selected(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:
+    """The entries of a variable's first axis that a mask keeps, if there is one."""
+    return None if variable is None else sliced(variable[...], mask, 0)
 
 
-def _slice(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
+def sliced(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
     """The entries of an axis that a mask keeps."""
     if mask.all():
         return array

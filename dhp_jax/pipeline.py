@@ -338,7 +338,8 @@ class _Work:
         path = self.run.workdir / name
         phase = None if progress is None else dataclasses.asdict(progress)
         shape = self.run.problem.input_shape
-        checkpoint.save(path, model, input_shape=shape, phase=phase, **notes)
+        noted = {**self.run.problem.notes, **notes}
+        checkpoint.save(path, model, input_shape=shape, phase=phase, **noted)
         return checkpoint.read_description(path)["sha256"]
 
     def _trained(self, phase: str, source: str) -> bool:

@@ -30,6 +30,7 @@ class Problem:
       input_shape: of one example, for FLOPs.
       epoch: how many training examples make an epoch.
       arguments: of the network.
+      notes: JSON values that `dhp_jax.predict` needs of a network, see `dhp_jax.save`.
       read: `read("train")` and `read("test")` give the data that the task reads examples from.
     """
 
@@ -37,6 +38,7 @@ class Problem:
     input_shape: tuple[int, int, int]
     epoch: int
     arguments: Mapping[str, Any]
+    notes: Mapping[str, Any]
     read: Callable[[str], Data]
 
 
@@ -99,6 +101,13 @@ def _classification(config: ConfigDict) -> Problem:
         input_shape=source.image_shape,
         epoch=source.train_size,
         arguments={"num_classes": source.num_classes, "channels": source.image_shape[-1]},
+        notes={
+            "task": config.task.name,
+            "class_names": list(source.class_names),
+            "mean": list(source.mean),
+            "std": list(source.std),
+            "peak": source.peak,
+        },
         read=read,
     )
 
@@ -192,6 +201,7 @@ def _restoration(config: ConfigDict, task: Restoration, arguments: Mapping[str, 
         input_shape=(COST_SIZE, COST_SIZE, settings.channels),
         epoch=settings.steps_per_epoch * config.batch_size,
         arguments=arguments,
+        notes={"task": settings.name},
         read=read,
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from dhp_jax.architecture import architecture_of, set_architecture
 from dhp_jax.cost import Cost, input_refused, measure_cost
 from dhp_jax.latent import Axis, Latent, latents, modules_in
-from dhp_jax.layers import Keep, Prunable
+from dhp_jax.layers import Prunable
 
 Masks = Mapping[str, np.ndarray]
 TOLERANCE = 0.005  # of a budget that may be left before entries are traded
@@ -239,35 +239,49 @@ def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
     masks = {z: np.asarray(keep[name], bool) for name, z in latents(model).items()}
     architecture = architecture_of(model)
     if masks:
-        kept = {name: tuple(np.flatnonzero(keep[name]).tolist()) for name in keep}
-        architecture = replace(architecture, survivors=kept)
-    small = _replace(model, masks, {})
+        kept = {name: np.flatnonzero(keep[name]) for name in keep}
+        if architecture.renewed:  # of what an earlier pruning has left
+            kept = {name: np.take(architecture.survivors[name], kept[name]) for name in kept}
+        kept = {name: tuple(indices.tolist()) for name, indices in kept.items()}
+        architecture = replace(architecture, survivors=kept, renewed=False)
+
+    def plain(module: nnx.Module) -> Any:
+        if isinstance(module, Axis):
+            return None
+        return module.plain(masks) if isinstance(module, Prunable) else module
+
+    small = replaced(model, plain)
     set_architecture(small, architecture)
     return small
 
 
-def _replace(module: nnx.Module, masks: Keep, done: dict[int, nnx.Module]) -> Any:
-    """The plain counterpart of a module, its children replaced; latents become `None`."""
-    if id(module) not in done:
-        if isinstance(module, Axis):
-            return None
-        if isinstance(module, Prunable):
-            done[id(module)] = module.plain(masks)
-        else:
-            done[id(module)] = module
-            for name, value in list(vars(module).items()):
-                if any(modules_in(value)):
-                    setattr(module, name, _replace_in(value, masks, done))
-    return done[id(module)]
+def replaced(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> Any:
+    """A module with others in the place of those in it; in place, but for the module itself.
 
+    Args:
+      module: where to begin.
+      change: what stands in a module's place; the module itself to look at those in it. A module
+        that several parents share is changed once.
+    """
+    done: dict[int, Any] = {}
 
-def _replace_in(value: Any, masks: Keep, done: dict[int, nnx.Module]) -> Any:
-    """A module's counterpart, or a list, tuple or dict with those of the modules in it."""
+    def of(module: nnx.Module) -> Any:
+        if id(module) not in done:
+            done[id(module)] = substitute = change(module)
+            if substitute is module:
+                for name, value in list(vars(module).items()):
+                    if any(modules_in(value)):
+                        setattr(module, name, in_value(value))
+        return done[id(module)]
 
-    def replaced(item: Any) -> Any:
-        return _replace(item, masks, done) if isinstance(item, nnx.Module) else item
+    def in_value(value: Any) -> Any:  # a module, or a list, tuple or dict of modules
+        return jax.tree.map(
+            lambda item: of(item) if isinstance(item, nnx.Module) else item,
+            value,
+            is_leaf=lambda item: isinstance(item, nnx.Module),
+        )
 
-    return jax.tree.map(replaced, value, is_leaf=lambda item: isinstance(item, nnx.Module))
+    return of(module)
 
 
 def _check_masks(model: nnx.Module, keep: Masks) -> None:

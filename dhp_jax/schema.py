@@ -40,7 +40,15 @@ FIELDS = {  # of model.json, with what they hold
     "arrays": (dict,),
     "notes": (dict,),
 }
-KINDS = {str: "a text", int: "an integer", dict: "an object", type(None): "null"}
+OPTIONAL = {"renewed": (bool,), "folded": (list,), "cost": (dict,), "provenance": (dict,)}
+KINDS = {
+    str: "a text",
+    int: "an integer",
+    dict: "an object",
+    list: "a list",
+    bool: "true or false",
+    type(None): "null",
+}
 DTYPES = {  # by their codes in safetensors
     "BOOL": "bool",
     "U8": "uint8",
@@ -123,18 +131,20 @@ def check_description(description: Any, where: str) -> None:
     for name in FIELDS:
         if name not in description:
             raise ArtifactError(f"path: {where} lacks {name!r}")
+    known = FIELDS | OPTIONAL
     for name, value in description.items():
-        if name not in FIELDS:
+        if name not in known:
             raise ArtifactError(
-                f"path: {where} holds an unknown field {shown(name)}; expected {', '.join(FIELDS)}"
+                f"path: {where} holds an unknown field {shown(name)}; expected {', '.join(known)}"
             )
-        if type(value) not in FIELDS[name]:
-            _refuse(where, name, " or ".join(KINDS[kind] for kind in FIELDS[name]), value)
+        if type(value) not in known[name]:
+            _refuse(where, name, " or ".join(KINDS[kind] for kind in known[name]), value)
     if not re.fullmatch("[0-9a-f]{64}", description["sha256"]):
         _refuse(where, "sha256", "64 hexadecimal digits", description["sha256"])
     _check_arguments(description["arguments"], where)
     _check_survivors(description["survivors"] or {}, where)
     _check_table(description["arrays"], where)
+    _check_folded(description.get("folded", []), where)
 
 
 def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
@@ -174,6 +184,15 @@ def _check_survivors(survivors: Mapping[str, Any], where: str) -> None:
         if not rising:
             expected = f"at least one index, each above the one before, below {LARGEST_NUMBER}"
             _refuse(where, f"survivors[{name!r}]", expected, indices)
+
+
+def _check_folded(chains: list[Any], where: str) -> None:
+    for chain in chains:
+        if not isinstance(chain, list) or len(chain) < 2 or not all(type(n) is str for n in chain):
+            _refuse(where, "folded", "lists of two or more names of layers", chain)
+    count = sum(map(len, chains))
+    if count > MOST_ARRAYS:
+        _refuse(where, "folded", f"at most {MOST_ARRAYS} layers", count)
 
 
 def _check_table(arrays: Mapping[str, Any], where: str) -> None:

@@ -5,7 +5,7 @@ import os
 import jax
 from jax.experimental.compilation_cache import compilation_cache as cache
 import pytest
-from runs import carry_out
+from runs import carry_out, leave
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +39,14 @@ def compiled_once(tmp_path_factory, worker_id):
     for name, value in before.items():
         jax.config.update(name, value)
     cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """What commands read of a run on digits, without the training: networks, configuration."""
+    folder = tmp_path_factory.mktemp("digits_run")
+    leave(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,11 @@ import runpy
 import subprocess
 import sys
 
+from networks import drawn_masks, resnet20
+
+import dhp_jax as dhp
 from dhp_jax import journal, pipeline
+from dhp_jax.problems import problem
 
 CONFIG = Path(__file__).parents[1] / "experiments/configs/digits_resnet20.py"
 FIELDS = {
@@ -57,6 +61,17 @@ def carry_out(workdir, observers=(), **fields):
     config = runpy.run_path(str(CONFIG))["get_config"]()
     config.update_from_flattened_dict(FIELDS | fields)
     pipeline.execute(pipeline.prepare(config, workdir, observers))
+
+
+def leave(workdir):
+    """Puts a configuration and the networks of a run into a folder; they have learnt nothing."""
+    config = runpy.run_path(str(CONFIG))["get_config"]()
+    (workdir / "config.json").write_text(config.to_json())
+    model = resnet20(channels=1)
+    noted = problem(config)
+    for name in ("best", "model"):
+        small = dhp.prune(model, drawn_masks(model, len(name)))
+        dhp.save(workdir / name, small, input_shape=noted.input_shape, **noted.notes)
 
 
 def contents(folder):

@@ -99,6 +99,21 @@ def test_the_latency_benchmark_gives_the_speed_up_of_each_batch(results):
             assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
 
 
+def test_the_onnx_benchmark_gives_the_speed_up_of_each_batch_and_rounding(tmp_path):
+    for package in ("jax2onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    process = begin("latency_onnx", "--quick", "--out", tmp_path)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    rows = json.loads((tmp_path / "latency_onnx.json").read_text())["rows"]
+    assert [(row["batch"], row["multiple_of"]) for row in rows] == [(1, 1), (1, 8), (4, 1), (4, 8)]
+    for row in rows:
+        assert 0.48 < row["flops_ratio"] <= 0.5
+        for name in ("whole_ms", "small_ms", "speedup"):
+            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+    assert printed.strip() in (tmp_path / "latency_onnx.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("task", "model", "network", "last", "best", "metric", "shown"),
     [

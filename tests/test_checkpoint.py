@@ -21,6 +21,7 @@ import dhp_jax as dhp
 from dhp_jax import checkpoint
 from dhp_jax.architecture import architecture_of
 from dhp_jax.checkpoint import ARRAYS, DESCRIPTION, ArtifactError
+from dhp_jax.schema import OPTIONAL
 
 X = images(3, 8, 8, 3)
 
@@ -270,6 +271,65 @@ def test_a_folder_or_file_that_is_no_network_is_not_overwritten(tmp_path):
         ):
             dhp.save(path, filled(Mixed))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_description_tells_cost_and_versions(tmp_path):
+    model = resnet20()
+    small = dhp.prune(model, drawn_masks(model, 0))
+    dhp.save(tmp_path, small, input_shape=(8, 8, 3), test_error=8.46)
+    description = checkpoint.read_description(tmp_path)
+    cost = dhp.measure_cost(small, (8, 8, 3))
+    assert description["cost"] == {"flops": cost.flops, "params": cost.params}
+    assert description["notes"] == {"test_error": 8.46, "input_shape": [8, 8, 3]}
+    provenance = description["provenance"]
+    assert provenance["dhp_jax"] == dhp.__version__
+    assert provenance["jax"] == jax.__version__
+
+
+# What was saved by other versions
+
+
+def test_a_folder_without_the_fields_that_came_later_is_loaded(tmp_path):
+    small = pruned_resnet20()
+    dhp.save(tmp_path, small)
+    description = json.loads((tmp_path / DESCRIPTION).read_text())
+    for field in OPTIONAL:
+        description.pop(field, None)
+    (tmp_path / DESCRIPTION).write_text(json.dumps(description))
+    check_same_network(dhp.load(tmp_path), small)
+
+
+def test_a_network_is_loaded_after_its_family_has_gained_an_argument(tmp_path, monkeypatch):
+    small = pruned_resnet20()
+    dhp.save(tmp_path, small)
+
+    class Later(type(small)):
+        def __init__(self, depth, *, width=1.0, min_channels=4, slope=0.0, rngs):
+            super().__init__(depth, width=width, min_channels=min_channels, rngs=rngs)
+            self.slope = slope
+            self.history = nnx.List([])
+
+        def __call__(self, x):
+            return super().__call__(x) + self.slope
+
+    monkeypatch.setitem(dhp.models.FAMILIES, "resnet", Later)
+    loaded = dhp.load(tmp_path)
+    assert isinstance(loaded, Later)
+    np.testing.assert_array_equal(run(loaded, X)[0], run(small, X)[0])
+    assert "slope" not in architecture_of(loaded).arguments
+
+
+def test_a_network_of_ones_own_is_loaded_after_its_class_has_gained_an_attribute(tmp_path):
+    small = dhp.prune(filled(Mixed), drawn_masks(filled(Mixed), 0))
+    dhp.save(tmp_path, small)
+
+    class Later(Mixed):
+        def __init__(self, rngs, calls=0):
+            super().__init__(rngs)
+            self.calls = calls
+
+    loaded, x = dhp.load(tmp_path, build=Later), images(2, *MIXED_INPUT)
+    np.testing.assert_array_equal(run(loaded, x)[0], run(small, x)[0])
 
 
 # What is not saved

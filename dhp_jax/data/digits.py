@@ -37,4 +37,5 @@ def load() -> Source:
         crop_padding=1,
         flip=False,
         read=splits.__getitem__,
+        peak=16,
     )

@@ -1,7 +1,7 @@
 """What a data set is to the rest of the library."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import functools
 import math
 import zlib
@@ -28,6 +28,7 @@ class Source:
       std: standard deviation of each channel, in the same units.
       crop_padding: width in pixels of the border that a random crop may move into.
       flip: whether a mirrored image is still an image of its class.
+      peak: the largest value of a stored pixel.
       read: `read("train")` and `read("test")` give the images, uint8 `(n, h, w, c)`, and their
         labels, int32 `(n,)` in `0 .. num_classes - 1`.
       one_by_one: gives the images of a split to read in any order, and a text that tells them from
@@ -44,7 +45,8 @@ class Source:
     crop_padding: int
     flip: bool
     read: Callable[[str], tuple[np.ndarray, np.ndarray]]
-    one_by_one: Callable[[str], tuple[Labelled, str]] | None = field(default=None, kw_only=True)
+    peak: int = 255
+    one_by_one: Callable[[str], tuple[Labelled, str]] | None = None
 
     @property
     def num_classes(self) -> int:

@@ -127,7 +127,9 @@ class DenseNet(nnx.Module):
 
 def _halved(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     """Averages of 2 by 2 pixels, of what there is of them at the edge."""
-    return nnx.avg_pool(x, (2, 2), (2, 2), padding="SAME", count_include_pad=False)
+    return nnx.avg_pool(
+        x, window_shape=(2, 2), strides=(2, 2), padding="SAME", count_include_pad=False
+    )
 
 
 def _check_depth(depth: int) -> None:

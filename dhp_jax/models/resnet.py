@@ -172,7 +172,9 @@ class ResNet(nnx.Module):
         check_images(images, self.channels)
         x = nnx.relu(self.stem(images))
         if self.max_pool:
-            x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+            # After ReLU zeros never win, and ONNX exporters know no other padding of a pool.
+            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            x = nnx.max_pool(x, window_shape=(3, 3), strides=(2, 2))
         for block in self.blocks:
             x = block(x)
         return self.classifier(jnp.mean(x, axis=(1, 2)))

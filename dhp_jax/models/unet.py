@@ -114,13 +114,19 @@ class UNet(nnx.Module):
         check_images(images, self.channels)
         _, height, width, _ = images.shape
         below, right = (-side % self.multiple for side in (height, width))
-        x = jnp.pad(images, ((0, 0), (0, below), (0, right), (0, 0)), mode="edge")
+        x = _extended(_extended(images, 1, below), 2, right)
         skips = []
         for level in self.down[:-1]:
             x = level(x)
             skips.append(x)
-            x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+            x = nnx.max_pool(x, window_shape=(2, 2), strides=(2, 2))
         x = self.down[-1](x)
         for level, skip in zip(self.up, reversed(skips), strict=True):
             x = level(x, skip)
         return self.tail(x)[:, :height, :width]
+
+
+def _extended(x: Float[Array, "n h w c"], axis: int, times: int) -> Float[Array, "n h2 w2 c"]:
+    """The image with its last row or column repeated, which ONNX has no padding for."""
+    last = x[:, -1:] if axis == 1 else x[:, :, -1:]
+    return jnp.concatenate([x, *[last] * times], axis) if times else x

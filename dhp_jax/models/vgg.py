@@ -84,5 +84,7 @@ class VGG(nnx.Module):
         for stage in self.stages:
             for layer in stage:
                 x = nnx.relu(layer(x))
-            x = nnx.max_pool(x, (2, 2), (2, 2), padding="SAME")  # of any size, down to one pixel
+            x = nnx.max_pool(
+                x, window_shape=(2, 2), strides=(2, 2), padding="SAME"
+            )  # of any size, down to one pixel
         return self.classifier(jnp.mean(x, axis=(1, 2)))

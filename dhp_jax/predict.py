@@ -1,0 +1,185 @@
+"""Labels images, or denoises or enlarges them, with a saved network.
+
+python -m dhp_jax.predict runs/digits_resnet20 digit.png
+python -m dhp_jax.predict runs/dncnn_s70 noisy.png --out=clean/
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+import sys
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, UInt8
+import numpy as np
+from PIL import Image
+
+from dhp_jax import command
+from dhp_jax.backend import inference
+from dhp_jax.command import Saved
+from dhp_jax.data.decode import COLOUR, GRAY, decode, opened
+from dhp_jax.tasks.metrics import pixels
+from dhp_jax.tasks.whole import OVERLAP, restore
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the arguments, and prints a line for each image."""
+    parser = command.parser(__doc__)
+    parser.add_argument("images", nargs="+", type=Path, help="image files")
+    parser.add_argument("--top", type=int, default=3, help="how many classes are shown")
+    parser.add_argument("--resize", action="store_true", help="to the size the network takes")
+    parser.add_argument("--out", type=Path, help="folder for restored images")
+    parser.add_argument("--tile", type=int, help="side of the tiles of images that do not fit")
+    options = parser.parse_args(arguments)
+    saved = command.opened(options.model, options.which, options.build)
+    if saved.task is None:
+        raise ValueError(f"{saved.path}: expected a note task; dhp.save(path, model, task=...)")
+    if saved.task == "classification":
+        if options.out is not None:
+            raise ValueError(f"--out: expected none, for {saved.path} labels images")
+        ranked = label(saved, options.images, top=options.top, resize=options.resize)
+        for file, ranking in zip(options.images, ranked, strict=True):
+            print(f"{file}: {', '.join(f'{name} {share:.1%}' for name, share in ranking)}")
+        return
+    if options.out is None:
+        raise ValueError(f"--out: expected a folder, for {saved.path} restores images; got none")
+    for file in restored_files(saved, options.images, options.out, tile=options.tile):
+        print(file)
+
+
+def label(
+    saved: Saved, files: Sequence[Path], *, top: int = 3, resize: bool = False
+) -> list[list[tuple[str, float]]]:
+    """The likeliest classes of each image, with their probabilities.
+
+    Args:
+      saved: a network that classifies.
+      files: image files, of 8 bits a channel or less.
+      top: how many classes.
+      resize: whether images of another size are resized so that their centre fills the network's.
+
+    Returns:
+      For each file names of classes (numbers, where the data have no names) and probabilities, the
+      likeliest first.
+
+    Raises:
+      ValueError: an image that cannot be read, or of another size or number of channels than the
+        network takes; a network whose notes do not tell how its data were normalised.
+
+    Example:
+      >>> label(command.opened("runs/digits_resnet20"), [Path("digit.png")])
+    """
+    if top < 1:
+        raise ValueError(f"--top: expected at least 1, got {top}")
+    height, width, channels = _input_shape(saved)
+    if resize and height != width:
+        raise ValueError(f"--resize: expected a network of square images, got {height}x{width}")
+    images = [_read(file, channels, height if resize else None) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape[:2] != (height, width):
+            raise ValueError(
+                f"{file}: expected {width} pixels wide and {height} high, got {image.shape[1]} "
+                f"and {image.shape[0]}; --resize brings images to that size"
+            )
+    logits = inference(saved.model)(saved.inputs(np.stack(images)))
+    shares = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)))
+    names = saved.notes.get("class_names") or [str(number) for number in range(shares.shape[-1])]
+    best = np.argsort(-shares, axis=-1, kind="stable")[:, :top]
+    return [[(names[i], float(row[i])) for i in of] for row, of in zip(shares, best, strict=True)]
+
+
+def _input_shape(saved: Saved) -> tuple[int, ...]:
+    if saved.input_shape is None or len(saved.input_shape) != 3:
+        raise ValueError(
+            f"{saved.path}: expected a note input_shape; "
+            "dhp.save(path, model, input_shape=(height, width, channels)) keeps it"
+        )
+    return saved.input_shape
+
+
+def restored_files(
+    saved: Saved, files: Sequence[Path], folder: Path, *, tile: int | None = None
+) -> list[Path]:
+    """Writes what a restoration network makes of images, as PNG files of the same names.
+
+    Args:
+      saved: a network that denoises or enlarges.
+      files: image files, of 8 bits a channel or less.
+      folder: made if it is not there.
+      tile: side of the tiles that larger images are cut into; `None` runs them whole.
+
+    Returns:
+      The files written.
+
+    Raises:
+      ValueError: an image that cannot be read or has another number of channels than the network
+        takes; two images of one name; a tile that is too small for what the network sees.
+
+    Example:
+      >>> restored_files(command.opened("runs/dncnn_s70"), [Path("noisy.png")], Path("clean"))
+    """
+    targets = [folder / f"{file.stem}.png" for file in files]
+    for file, target in zip(files, targets, strict=True):
+        if targets.count(target) > 1:
+            raise ValueError(f"{file}: expected images of different names, got two of {file.stem}")
+        if target.resolve() == file.resolve():
+            raise ValueError(f"--out: expected a folder other than the images', got {folder}")
+    channels = getattr(saved.model, "channels", None) or _input_shape(saved)[-1]
+    _check_tile(saved, tile)
+    for file in files:  # before the first is run
+        _check_mode(file, channels)
+    folder.mkdir(parents=True, exist_ok=True)
+    network = inference(saved.model)
+    for file, target in zip(files, targets, strict=True):
+        image = pixels(restored(saved, network, _read(file, channels), tile=tile))
+        Image.fromarray(image.squeeze(-1) if channels == 1 else image).save(target)
+    return targets
+
+
+def _check_tile(saved: Saved, tile: int | None) -> None:
+    least = 2 * _overlap(saved)
+    if tile is not None and tile <= least:
+        raise ValueError(f"--tile: expected more than {least}, twice the overlap; got {tile}")
+
+
+def _overlap(saved: Saved) -> int:
+    """How far the network sees, as a multiple of what its tiles begin at."""
+    multiple = getattr(saved.model, "multiple", 1)
+    return -(-getattr(saved.model, "reach", OVERLAP) // multiple) * multiple
+
+
+def restored(
+    saved: Saved, network, image: UInt8[np.ndarray, "h w c"], *, tile: int | None = None
+) -> Float[np.ndarray, "h2 w2 c"]:
+    """What a restoration network makes of an image, whole or in tiles without a seam."""
+    return restore(
+        lambda x: np.asarray(network(x), np.float32),
+        saved.inputs(image),
+        tile=None if tile is None else (tile, tile),
+        overlap=_overlap(saved),
+        multiple=getattr(saved.model, "multiple", 1),
+    )
+
+
+def _read(file: Path, channels: int, size: int | None = None) -> UInt8[np.ndarray, "h w c"]:
+    """The pixels of an image file, if it has as many channels as the network."""
+    mode = _check_mode(file, channels)
+    return decode(file, mode, argument="images", resize=size, crop=size)
+
+
+def _check_mode(file: Path, channels: int) -> str:
+    """The mode to decode an image to, if it has as many channels as the network."""
+    expected = {1: GRAY, 3: COLOUR}.get(channels, ())
+    with opened(file, argument="images") as image:
+        mode = image.mode
+    if mode not in expected:
+        kind = {1: "a gray image", 3: "a colour image"}.get(channels, f"{channels} channels")
+        raise ValueError(
+            f"{file}: expected {kind} of at most 8 bits a channel, as the network takes; "
+            f"got Pillow's mode {mode}"
+        )
+    return "L" if channels == 1 else "RGB"
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

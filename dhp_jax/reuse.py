@@ -1,0 +1,182 @@
+"""What starts from a pruned network: pruning it again, and training it for other classes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from flax import nnx
+import numpy as np
+
+from dhp_jax import models
+from dhp_jax.architecture import architecture_of, set_architecture
+from dhp_jax.hypernet import HypernetArrays
+from dhp_jax.latent import Axis, Concat, Latent, Repeat, latents, walk
+from dhp_jax.layers import BatchNorm, Bias, Hyper, Keep, Linear, Prunable, selected, sliced
+
+
+def with_latents(
+    model: nnx.Module,
+    *,
+    rngs: nnx.Rngs,
+    build: Callable[[nnx.Rngs], nnx.Module] | None = None,
+) -> nnx.Module:
+    """A pruned network as a network of latents again, so that it can be searched and pruned again.
+
+    It computes what `model` computes: the hypernetworks are fresh, but their last biases make up
+    for the difference to its kernels. The latents, of the sizes that pruning has left, are drawn
+    from N(0, 1), so the proximal step has to run before their magnitudes mean something.
+
+    Args:
+      model: a network from `prune`, `prune_to` or `load`; left as it was.
+      rngs: the `params` stream draws latents and hypernetworks.
+      build: for a network of your own class: makes the unpruned network, as for `load`.
+
+    Returns:
+      The network, in training mode. What `prune` makes of it is saved and loaded like `model`.
+
+    Raises:
+      ValueError: a network that was not pruned, has latents, or is folded; one of your own class
+        without `build`; a layer of your own that can be pruned, which this does not know.
+
+    Example:
+      >>> again = dhp.with_latents(dhp.load("runs/resnet56/model"), rngs=nnx.Rngs(1))
+      >>> smaller = dhp.prune_to(again, (32, 32, 3), flops=0.5)
+    """
+    made = architecture_of(model)
+    if made.survivors is None or made.folded or latents(model):
+        raise ValueError("model: expected a pruned network, without latents and not folded")
+    if (made.family is None) != (build is not None):
+        raise ValueError(
+            f"build: expected {'a function' if made.family is None else 'none'} for a network of "
+            f"{'your own class' if made.family is None else f'family {made.family!r}'}"
+        )
+    whole = build(rngs) if build else models.build(made.family, rngs=rngs, **made.arguments)
+    fresh = narrowed(whole, made.survivors)
+    _take_over(model, fresh)
+    fresh.train()
+    return fresh
+
+
+def narrowed(model: nnx.Module, survivors: Mapping[str, tuple[int, ...]]) -> nnx.Module:
+    """A network of latents with less entries, that generates the kernels that pruning would leave.
+
+    Args:
+      model: left as it was; may be abstract.
+      survivors: indices kept of each latent, all of them.
+    """
+    model = nnx.clone(model)
+    masks: dict[Latent, np.ndarray] = {}
+    for name, z in latents(model).items():
+        masks[z] = np.zeros(z.size, bool)
+        masks[z][list(survivors[name])] = True
+    modules = [module for _, _, module in walk(model)]
+    for module in modules:
+        if not isinstance(module, Axis):
+            _narrow(module, masks)
+    for z, mask in masks.items():
+        z.vector.set_value(selected(z.vector, mask))
+        z.size = int(mask.sum())
+        z.min_channels = min(z.min_channels, z.size)
+    for module in modules:
+        if isinstance(module, Axis):
+            module.size = _size(module)
+    kept = {name: tuple(survivors[name]) for name in latents(model)}
+    made = replace(architecture_of(model), survivors=kept, renewed=True)
+    set_architecture(model, made)
+    return model
+
+
+def _size(axis: Axis) -> int:
+    """How many channels an axis has, by the sizes of its latents."""
+    match axis:
+        case Concat():
+            return sum(map(_size, axis.parts))
+        case Repeat():
+            return axis.times * _size(axis.base)
+        case _:
+            return axis.size
+
+
+def _narrow(layer: nnx.Module, keep: Keep) -> None:
+    """Cuts a layer on latents down to the channels in `keep`; it stays one on latents."""
+    match layer:
+        case Hyper():
+            rows, columns = layer.kernel_axis().keep(keep), layer.z_out.keep(keep)
+            for name in HypernetArrays._fields:
+                variable = getattr(layer, name)
+                variable.set_value(sliced(sliced(variable[...], rows, -2), columns, -1))
+            _select_entries(layer, ("bias",), columns)
+            if getattr(layer, "feature_group_count", 1) != 1:
+                channels = int(layer.z_in.keep(keep).sum())
+                layer.feature_group_count = channels // layer.z_group.size
+        case BatchNorm() | Bias():
+            kept = layer.z.keep(keep)
+            _select_entries(layer, ("scale", "bias", "mean", "var"), kept)
+            layer.num_features = int(kept.sum())
+        case Linear():
+            kept = layer.z_in.keep(keep)
+            _select_entries(layer, ("kernel",), kept)
+            layer.in_features = int(kept.sum())
+        case Prunable():
+            raise ValueError(f"model: {type(layer).__name__} is a layer that cannot be cut down")
+
+
+def _select_entries(layer: nnx.Module, names: tuple[str, ...], kept: np.ndarray) -> None:
+    for name in names:
+        variable = getattr(layer, name, None)
+        if variable is not None:
+            variable.set_value(selected(variable, kept))
+
+
+def _take_over(model: nnx.Module, fresh: nnx.Module) -> None:
+    """Gives a network of latents the kernels and all other arrays of an ordinary one."""
+    plain = {path: module for path, _, module in walk(model)}
+    kernels = 0
+    for path, _, layer in walk(fresh):
+        if isinstance(layer, Hyper):
+            kernel = plain[path].kernel[...]
+            layer.b2.set_value(layer.b2[...] + (kernel - layer.kernel()).astype(layer.b2.dtype))
+            kernels += 1
+    stored = nnx.to_flat_state(nnx.state(model))
+    places = dict(nnx.to_flat_state(nnx.state(fresh)))
+    taken = [(name, leaf) for name, leaf in stored if name in places]
+    if len(taken) != len(stored) - kernels:
+        raise ValueError("model: its arrays are not those of the network that build makes, pruned")
+    nnx.update(fresh, nnx.from_flat_state(taken))
+
+
+def with_classes(model: nnx.Module, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """A network with a fresh classifier for another number of classes, to be trained on other data.
+
+    Args:
+      model: a network of a family that classifies, with or without latents; left as it was, and
+        shares all arrays but the classifier's.
+      num_classes: how many classes there are now.
+      rngs: the `params` stream draws the classifier.
+
+    Returns:
+      The network; `save` and `load` know it.
+
+    Raises:
+      ValueError: a network of no such family (of one of your own class, replace the last layer and
+        give `load` a function that builds it so), or a number that is not positive.
+
+    Example:
+      >>> flowers = dhp.with_classes(dhp.load("runs/resnet56/model"), 102, rngs=nnx.Rngs(0))
+    """
+    made = architecture_of(model)
+    if made.family is None or models.task_of(made.family) != "classification":
+        raise ValueError(
+            f"model: expected a network of a family that classifies, got {made.family!r}"
+        )
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+    model = nnx.clone(model)
+    old = model.classifier
+    options = {name: getattr(old, name) for name in ("use_bias", "dtype", "param_dtype")}
+    if isinstance(old, Linear):
+        model.classifier = Linear(old.z_in, num_classes, **options, rngs=rngs)
+    else:
+        model.classifier = nnx.Linear(old.in_features, num_classes, **options, rngs=rngs)
+    arguments = {**made.arguments, "num_classes": num_classes}
+    set_architecture(model, replace(made, arguments=arguments))
+    return model

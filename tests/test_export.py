@@ -1,0 +1,299 @@
+"""What is exported computes what the network computes, and is tried before anyone else does."""
+
+import importlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+from flax import nnx
+from jax import export as jax_export
+import jax.numpy as jnp
+from networks import MIXED_INPUT, Mixed, drawn_masks, filled, images, run
+import numpy as np
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax import command
+
+exporting = importlib.import_module("dhp_jax.export")
+ROOT = Path(__file__).parents[1]
+FREE = ("batch", "height", "width")
+FAMILIES = {  # arguments, input, and the sizes that are free in StableHLO and in ONNX
+    "resnet": ({"depth": 20, "width": 0.25}, (8, 8, 3), FREE, FREE),
+    "resnet18": ({"depth": 18, "width": 0.05}, (16, 16, 3), FREE, FREE),
+    "vgg": ({"depth": 11, "width": 0.05}, (8, 8, 3), FREE, FREE),
+    "densenet": ({"depth": 7, "growth": 4}, (8, 8, 3), FREE, FREE),
+    "mobilenet_v1": ({"width": 0.1}, (16, 16, 3), FREE, FREE),
+    "mobilenet_v2": ({"width": 0.1, "dtype": "bfloat16"}, (16, 16, 3), FREE, FREE),
+    "unet": (
+        {"depth": 3, "features": 4},
+        (8, 8, 1),
+        ("batch", "4*height", "4*width"),
+        ("batch", 8, 8),
+    ),
+    "srresnet": ({"scale": 2, "blocks": 1, "features": 8}, (6, 6, 3), FREE, FREE),
+    "edsr": ({"scale": 3, "blocks": 1, "features": 8}, (6, 6, 3), FREE, FREE),
+    "dncnn": ({"depth": 4, "features": 6}, (8, 8, 1), FREE, FREE),
+}
+
+
+def needs(format):
+    missing = [name for name in exporting.NEEDS[format] if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
+
+
+FORMATS = [pytest.param(name, marks=needs(name)) for name in exporting.NEEDS]
+
+
+def pruned(name):
+    arguments, shape, *_ = FAMILIES[name]
+    family = name.removesuffix("18")
+    model = filled(lambda rngs: dhp.models.build(family, rngs=rngs, **arguments))
+    return dhp.prune(model, drawn_masks(model, 0)), shape
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("unet", "dncnn") else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
+def test_every_family_is_exported_for_sizes_as_free_as_it_takes_them(tmp_path, name, format):
+    small, shape = pruned(name)
+    made = exporting.export(small, tmp_path / "out", shape, format=format)
+    free = {
+        "stablehlo": FAMILIES[name][2],
+        "onnx": FAMILIES[name][3],
+        "safetensors": ("batch", *shape[:2]),
+    }[format]
+    assert made.shape == (*free, shape[-1])
+    tried = {"random"} | ({"another size"} if "batch" in free and free[1] != shape[0] else set())
+    assert made.differences.keys() == tried
+    exact = max(1.0, made.largest) * (0.05 if "v2" in name else 1e-5)
+    assert max(made.differences.values()) <= exact
+    assert (made.folded == 0) == (name == "densenet")
+
+
+@needs("stablehlo")
+def test_stablehlo_is_for_three_platforms_and_needs_nothing_of_ours(tmp_path):
+    small, shape = pruned("dncnn")
+    path = tmp_path / "small.stablehlo"
+    exporting.export(small, path, shape, format="stablehlo")
+    read = jax_export.deserialize(bytearray(path.read_bytes()))
+    assert set(read.platforms) == {"cpu", "cuda", "tpu"}
+    x = images(3, 10, 9, 1)
+    np.save(tmp_path / "x.npy", x)
+    code = (
+        "import sys, numpy as np; from jax import export\n"
+        f"read = export.deserialize(bytearray(open({str(path)!r}, 'rb').read()))\n"
+        f"np.save({str(tmp_path / 'y.npy')!r}, read.call(np.load({str(tmp_path / 'x.npy')!r})))\n"
+        "assert not {'dhp_jax', 'flax'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    expected = run(small, x)[0]
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs("onnx")
+def test_onnx_has_one_convolution_a_layer_and_the_notes(tmp_path):
+    import onnx
+
+    small, shape = pruned("dncnn")
+    path = tmp_path / "small.onnx"
+    notes = {"task": "denoising", "sigma": 70}
+    exporting.export(small, path, shape, format="onnx", notes=notes)
+    read = onnx.load(path)
+    operations = [node.op_type for node in read.graph.node]
+    assert operations.count("Conv") == 4
+    assert "BatchNormalization" not in operations
+    assert {each.key: json.loads(each.value) for each in read.metadata_props} == notes
+    onnx.checker.check_model(read)
+
+
+def test_safetensors_are_a_folded_network_that_load_reads(tmp_path):
+    model = filled(Mixed)
+    small = dhp.prune(model, drawn_masks(model, 0))
+    made = exporting.export(
+        small, tmp_path / "out", MIXED_INPUT, format="safetensors", build=Mixed, notes={"seed": 3}
+    )
+    assert (made.folded, made.shape) == (2, ("batch", *MIXED_INPUT))
+    x = images(2, *MIXED_INPUT)
+    loaded = dhp.load(tmp_path / "out", build=Mixed)
+    np.testing.assert_allclose(run(loaded, x)[0], run(small, x)[0], rtol=1e-4, atol=1e-5)
+    assert dhp.checkpoint.read_description(tmp_path / "out")["notes"] == {"seed": 3}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_that_computes_something_else_is_removed(tmp_path, monkeypatch, format):
+    small, shape = pruned("dncnn")
+
+    def wrong(model, *arguments, **options):
+        model.tail.bias.set_value(model.tail.bias[...] + 1)
+        return exporting_writer(model, *arguments, **options)
+
+    exporting_writer = exporting.WRITERS[format]
+    monkeypatch.setitem(exporting.WRITERS, format, wrong)
+    with pytest.raises(
+        exporting.ExportError, match=r"^export: outputs on random differ .* up to 1"
+    ):
+        exporting.export(small, tmp_path / "out", shape, format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Sorting(nnx.Module):
+    """Takes images of one size only."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.linear = nnx.Linear(4 * 36, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.conv(x)
+        assert x.shape[1] == 6
+        return self.linear(x.reshape(-1, 4 * 36))
+
+
+class Unwritable(nnx.Module):
+    def __call__(self, x):
+        return jnp.asarray(np.asarray(x))
+
+
+@needs("stablehlo")
+def test_a_network_of_one_size_is_exported_for_it(tmp_path):
+    made = exporting.export(filled(Sorting), tmp_path / "out", (6, 6, 3), format="stablehlo")
+    assert made.shape == ("batch", 6, 6, 3)
+    assert made.differences.keys() == {"random"}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (Unwritable, {"format": "stablehlo"}, "model: it cannot be written as stablehlo: Tracer"),
+        (
+            lambda: dhp.prune(filled(Mixed)),
+            {"format": "stablehlo"},
+            r"so write x.shape\[0\] for len\(x\)$",
+        ),
+        (lambda: filled(Mixed), {"format": "stablehlo"}, "^model: .*without latents, got 4"),
+        (Unwritable, {"format": "tflite"}, "^format: expected one of .*; got 'tflite'$"),
+        (Unwritable, {"format": "safetensors"}, "^build: expected the function that builds"),
+        (
+            Unwritable,
+            {"format": "stablehlo", "build": Mixed},
+            "^build: expected none for stablehlo",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_told_in_one_line(tmp_path, monkeypatch, make, options, message):
+    monkeypatch.setitem(exporting.NEEDS, "stablehlo", ())
+    with pytest.raises(ValueError, match=message) as caught:
+        exporting.export(make(), tmp_path / "out", MIXED_INPUT, **options)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_format_whose_packages_are_missing_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(exporting.NEEDS, "onnx", ("jax2onnx", "no_such_package"))
+    with pytest.raises(ValueError, match=r'needs .*no_such_package.*pip install "dhp_jax\[onnx\]"'):
+        exporting.export(filled(Sorting), tmp_path / "out", (6, 6, 3), format="onnx")
+
+
+# The command
+
+
+def told(capsys, *arguments):
+    """The exit code, and what was printed to each stream."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["export", *map(str, arguments)])
+        try:
+            code = command.run(exporting.main)
+        except SystemExit as left:
+            code = left.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_a_run_is_exported_and_tried_on_its_test_images(digits_run, tmp_path, capsys):
+    code, out, _ = told(
+        capsys, digits_run, "--format=safetensors", "--which=best", f"--out={tmp_path / 'out'}"
+    )
+    assert code == 0
+    assert f"{tmp_path / 'out'}: takes (batch, 8, 8, 1) in float32; 21 layers" in out
+    assert "largest difference to the network: " in out
+    assert " on 8 test images" in out
+    loaded = command.opened(tmp_path / "out")
+    best = command.opened(digits_run, "best")
+    assert {**loaded.notes, "input_shape": [8, 8, 1]} == best.notes
+    x = images(2, 8, 8, 1)
+    np.testing.assert_allclose(run(loaded.model, x)[0], run(best.model, x)[0], atol=1e-4)
+
+
+def test_a_folder_without_notes_is_exported_beside_itself(tmp_path, capsys):
+    small, shape = pruned("dncnn")
+    dhp.save(tmp_path / "small", small)
+    arguments = (tmp_path / "small", "--format=safetensors")
+    code, _, err = told(capsys, *arguments)
+    assert code == 2
+    assert err.startswith("error: --input-shape: expected one, for ")
+    code, out, _ = told(capsys, *arguments, f"--input-shape={','.join(map(str, shape))}")
+    assert code == 0
+    assert " on 3 photographs" in out
+    assert dhp.load(tmp_path / "small-folded").channels == 1
+
+
+def test_a_network_of_ones_own_is_exported_with_build(tmp_path, capsys):
+    model = filled(Mixed)
+    dhp.save(tmp_path / "own", dhp.prune(model), input_shape=MIXED_INPUT)
+    arguments = (tmp_path / "own", "--format=safetensors")
+    code, out, _ = told(capsys, *arguments, "--build=networks:Mixed")
+    assert (code, " 2 layers folded" in out) == (0, True)
+    code, _, err = told(capsys, *arguments)
+    assert (code, "a class of its own; expected load(path, build=...)" in err) == (2, True)
+    code, _, err = told(capsys, *arguments, "--build=networks:Nobody")
+    assert (code, "error: build: expected module:function" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}", "--format=onnx"], "error: model: expected a folder that dhp.save wrote or a run's"),
+        (["{}", "--format=tflite"], "error: argument --format: invalid choice: 'tflite'"),
+        (["{}"], "error: the following arguments are required: --format"),
+        (["{}", "--format=onnx", "--input-shape=8,0"], "error: argument --input-shape: invalid"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setitem(exporting.NEEDS, "onnx", ())
+    code, out, err = told(capsys, *(argument.format(tmp_path) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_the_command_runs_as_a_module(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-m", "dhp_jax.export", str(tmp_path), "--format=safetensors"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert process.returncode == 2
+    assert process.stderr == (
+        "error: model: expected a folder that dhp.save wrote or a run's with model/, got "
+        f"{tmp_path}\n"
+    )
+
+
+def test_a_network_in_training_mode_is_exported_for_inference(tmp_path):
+    small, shape = pruned("dncnn")
+    small.train()
+    made = exporting.export(small, tmp_path / "out", shape, format="safetensors")
+    assert max(made.differences.values()) < 1e-4
+    assert small.middle[0].norm.use_running_average is False

@@ -1,0 +1,212 @@
+"""Images from files are labelled and restored, or refused in one line."""
+
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from networks import MIXED_INPUT, Mixed, filled
+import numpy as np
+from PIL import Image
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax import command, predict
+from dhp_jax.data import digits
+
+
+def told(capsys, *arguments):
+    """The exit code, and what was printed to each stream."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+        try:
+            code = command.run(predict.main)
+        except SystemExit as left:
+            code = left.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def write(path, *shape, seed=0):
+    """A random image file; returns its pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def restorers(tmp_path_factory):
+    """Folders of two gray networks that denoise, and one that doubles colour images."""
+    folder = tmp_path_factory.mktemp("restorers")
+    networks = {
+        "dncnn": {"depth": 3, "features": 4},
+        "unet": {"depth": 2, "features": 4},
+        "edsr": {"scale": 2, "blocks": 1, "features": 4},
+    }
+    for family, arguments in networks.items():
+        model = filled(lambda rngs, f=family, a=arguments: dhp.models.build(f, rngs=rngs, **a))
+        dhp.save(folder / family, dhp.prune(model))
+    return folder
+
+
+# Labels
+
+
+def test_digits_are_labelled_as_the_network_labels_its_test_data(digits_run, tmp_path, capsys):
+    source = digits.load()
+    raw = source.read("test")[0][:3]
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file, image in zip(files, raw, strict=True):
+        Image.fromarray(np.round(image[..., 0] * (255 / 16)).astype(np.uint8)).save(file)
+    code, out, _ = told(capsys, digits_run, *files, "--top=2")
+    model = dhp.load(digits_run / "model")
+    x = (jnp.asarray(raw, jnp.float32) - source.mean[0]) / source.std[0]
+    shares = np.asarray(jax.nn.softmax(model(x)))
+    assert code == 0
+    for line, file, row in zip(out.splitlines(), files, shares, strict=True):
+        name, found = line.split(": ")
+        assert name == str(file)
+        best = np.argsort(-row)[:2]
+        for text, i in zip(found.split(", "), best, strict=True):
+            label, share = text.split(" ")
+            assert label == source.class_names[i]
+            assert abs(float(share.rstrip("%")) / 100 - row[i]) < 0.01
+
+
+def test_classes_without_names_are_numbers_and_probabilities_sum_to_one(tmp_path):
+    model = filled(Mixed)
+    dhp.save(
+        tmp_path / "own", dhp.prune(model), input_shape=MIXED_INPUT,
+        task="classification", mean=[100.0] * 3, std=[50.0] * 3,
+    )  # fmt: skip
+    write(tmp_path / "a.png", 4, 4, 3)
+    saved = command.opened(tmp_path / "own", build="networks:Mixed")
+    (ranking,) = predict.label(saved, [tmp_path / "a.png"], top=9)
+    assert sorted(name for name, _ in ranking) == ["0", "1", "2", "3", "4"]
+    assert abs(sum(share for _, share in ranking) - 1) < 1e-5
+    assert [share for _, share in ranking] == sorted((s for _, s in ranking), reverse=True)
+
+
+def test_images_of_another_size_are_resized_if_told_so(digits_run, tmp_path, capsys):
+    write(tmp_path / "large.png", 20, 30)
+    code, _, err = told(capsys, digits_run, tmp_path / "large.png")
+    assert code == 2
+    assert "expected 8 pixels wide and 8 high, got 30 and 20; --resize brings" in err
+    code, out, _ = told(capsys, digits_run, tmp_path / "large.png", "--resize")
+    assert (code, out.count("%")) == (0, 3)
+
+
+# Restored images
+
+
+def test_an_image_is_denoised_whole_and_in_tiles_without_a_seam(restorers, tmp_path, capsys):
+    pixels = write(tmp_path / "noisy.png", 30, 41)
+    model = dhp.load(restorers / "dncnn")
+    expected = np.asarray(model(jnp.asarray(pixels, jnp.float32)[None, :, :, None]))[0, :, :, 0]
+    for i, options in enumerate(([], ["--tile=16"])):
+        out = tmp_path / f"out{i}"
+        code, printed, _ = told(
+            capsys, restorers / "dncnn", tmp_path / "noisy.png", f"--out={out}", *options
+        )
+        assert (code, printed) == (0, f"{out / 'noisy.png'}\n")
+        found = np.asarray(Image.open(out / "noisy.png"), np.float32)
+        assert np.abs(found - expected.clip(0, 255)).max() <= 0.51  # rounded to whole numbers
+
+
+def test_an_image_is_enlarged(restorers, tmp_path):
+    pixels = write(tmp_path / "small.webp", 9, 7, 3)
+    pixels = np.asarray(Image.open(tmp_path / "small.webp").convert("RGB"))
+    saved = command.opened(restorers / "edsr")
+    (file,) = predict.restored_files(saved, [tmp_path / "small.webp"], tmp_path / "out")
+    found = np.asarray(Image.open(file))
+    assert (file.name, found.shape) == ("small.png", (18, 14, 3))
+    expected = np.asarray(saved.model(jnp.asarray(pixels, jnp.float32)[None]))[0].clip(0, 255)
+    assert np.abs(found - expected).max() <= 0.51
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{digits}"], "error: the following arguments are required: images"),
+        (["{tmp}", "{tmp}/gray.png"], "error: model: expected a folder that dhp.save wrote or a"),
+        (
+            ["{digits}", "{tmp}/gray.png", "--which=search"],
+            "error: model: expected a folder that dhp.save wrote or a run's with search/, got "
+            "{digits}; it has model, best, see --which",
+        ),
+        (["{digits}", "{tmp}/none.png"], "error: images: cannot read '{tmp}/none.png': [Errno 2]"),
+        (["{digits}", "{tmp}/text.png"], "error: images: cannot read '{tmp}/text.png': it is no"),
+        (["{digits}", "{tmp}/cut.png"], "error: images: cannot read '{tmp}/cut.png': "),
+        (
+            ["{digits}", "{tmp}/colour.png"],
+            "error: {tmp}/colour.png: expected a gray image of at most 8 bits a channel, as the "
+            "network takes; got Pillow's mode RGB",
+        ),
+        (["{digits}", "{tmp}/deep.png"], "error: {tmp}/deep.png: expected a gray image of at most"),
+        (["{digits}", "{tmp}/gray.png", "--top=0"], "error: --top: expected at least 1, got 0"),
+        (["{digits}", "{tmp}/gray.png", "--out=x"], "error: --out: expected none, for {digits}"),
+        (["{restorers}/dncnn", "{tmp}/gray.png"], "error: --out: expected a folder, for "),
+        (
+            ["{restorers}/edsr", "{tmp}/gray.png", "--out={tmp}/out"],
+            "error: {tmp}/gray.png: expected a colour image",
+        ),
+        (
+            ["{restorers}/dncnn", "{tmp}/gray.png", "{tmp}/a/gray.png", "--out={tmp}/out"],
+            "error: {tmp}/gray.png: expected images of different names, got two of gray",
+        ),
+        (
+            ["{restorers}/dncnn", "{tmp}/gray.png", "--out={tmp}"],
+            "error: --out: expected a folder other than the images', got {tmp}",
+        ),
+        (
+            ["{restorers}/unet", "{tmp}/gray.png", "--out={tmp}/out", "--tile=32"],
+            "error: --tile: expected more than 32, twice the overlap; got 32",
+        ),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    digits_run, restorers, tmp_path, capsys, arguments, message
+):
+    write(tmp_path / "gray.png", 8, 8)
+    write(tmp_path / "colour.png", 8, 8, 3)
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "gray.png").read_bytes()[:60])
+    names = {"digits": digits_run, "restorers": restorers, "tmp": tmp_path}
+    code, out, err = told(capsys, *(argument.format(**names) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith(message.format(**names))
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("notes", "message"),
+    [
+        ({}, "expected a note task; dhp.save"),
+        ({"task": "classification"}, "expected a note input_shape; dhp.save"),
+        (
+            {"task": "classification", "input_shape": MIXED_INPUT, "mean": [1.0]},
+            "expected notes std of the pixels it was trained on; dhp.save",
+        ),
+    ],
+)
+def test_what_is_not_noted_is_asked_for(tmp_path, capsys, notes, message):
+    dhp.save(tmp_path / "own", dhp.prune(filled(Mixed)), **notes)
+    write(tmp_path / "a.png", 4, 4, 3)
+    code, _, err = told(capsys, tmp_path / "own", tmp_path / "a.png", "--build=networks:Mixed")
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_network_of_latents_is_used_as_an_ordinary_one(tmp_path):
+    model = filled(lambda rngs: dhp.models.build("dncnn", depth=3, features=4, rngs=rngs))
+    dhp.save(tmp_path, model)
+    saved = command.opened(tmp_path)
+    assert not dhp.latents(saved.model)
+    assert saved.task == "denoising"
+    assert isinstance(saved.model.tail, nnx.Conv)

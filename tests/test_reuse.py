@@ -1,0 +1,173 @@
+"""A pruned network is pruned again, and is trained for other classes."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from networks import MIXED_INPUT, Mixed, arrays, drawn_masks, filled, images, run
+import numpy as np
+import optax
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax import checkpoint
+from dhp_jax.architecture import architecture_of
+from dhp_jax.models import mobilenet
+
+NETWORKS = {
+    "dense": ("densenet", {"depth": 7, "growth": 4}, (8, 8, 3)),
+    "groups": ("mobilenet_v1", {"width": 0.25}, (16, 16, 3)),
+    "concat": ("unet", {"depth": 2, "features": 6}, (8, 8, 1)),
+    "shuffle": ("srresnet", {"scale": 2, "blocks": 1, "features": 8}, (6, 6, 3)),
+}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """MobileNets of two blocks, which compile quickly."""
+    monkeypatch.setattr(mobilenet, "V1_BLOCKS", mobilenet.V1_BLOCKS[:2])
+    monkeypatch.setattr(mobilenet.MobileNetV1, "features_size", 160)
+
+
+def pruned(name, seed=0):
+    family, arguments, shape = NETWORKS[name]
+    arguments = {"min_channels": 1, **arguments}
+    model = filled(lambda rngs: dhp.models.build(family, rngs=rngs, **arguments))
+    return dhp.prune(model, drawn_masks(model, seed)), shape
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_pruned_network_with_latents_again_computes_the_same(name):
+    small, shape = pruned(name)
+    before = arrays(small)
+    again = dhp.with_latents(small, rngs=nnx.Rngs(1))
+    sizes = {latent: len(kept) for latent, kept in architecture_of(small).survivors.items()}
+    assert {latent: z.size for latent, z in dhp.latents(again).items()} == sizes
+    assert dhp.measure_cost(again, shape).flops == dhp.measure_cost(small, shape).flops
+    ordinary = dhp.prune(again)
+    for path, array in arrays(ordinary).items():
+        np.testing.assert_allclose(array, before[path], atol=1e-6)
+    x = images(2, *shape)
+    expected = run(small, x)[0]
+    scale = np.abs(expected).max()
+    for same in (again, ordinary):
+        np.testing.assert_allclose(run(same, x)[0], expected, atol=2e-5 * scale)
+    dhp.check_axes(again, shape)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_pruned_twice_is_saved_with_the_survivors_of_both(tmp_path, name):
+    small, shape = pruned(name)
+    again = dhp.with_latents(small, rngs=nnx.Rngs(1))
+    masks = drawn_masks(again, 1)
+    smaller = dhp.prune(again, masks)
+    first = architecture_of(small).survivors
+    for latent, kept in architecture_of(smaller).survivors.items():
+        assert list(kept) == [first[latent][i] for i in np.flatnonzero(masks[latent])]
+    assert dhp.measure_cost(smaller, shape).flops < dhp.measure_cost(small, shape).flops
+    dhp.save(tmp_path, smaller)
+    loaded, x = dhp.load(tmp_path), images(2, *shape)
+    np.testing.assert_array_equal(run(loaded, x)[0], run(smaller, x)[0])
+
+
+def test_a_network_with_latents_again_is_saved_and_goes_on(tmp_path):
+    small, shape = pruned("dense")
+    again = dhp.with_latents(small, rngs=nnx.Rngs(1))
+    dhp.save(tmp_path, again)
+    loaded, x = dhp.load(tmp_path), images(2, *shape)
+    np.testing.assert_array_equal(run(loaded, x)[0], run(again, x)[0])
+    masks = drawn_masks(again, 1)
+    once, other = dhp.prune(loaded, masks), dhp.prune(again, masks)
+    assert architecture_of(once) == architecture_of(other)
+
+
+def test_gradients_reach_latents_and_hypernetworks_again():
+    model = filled(Mixed)
+    small = dhp.prune(model, drawn_masks(model, 0))
+    again = dhp.with_latents(small, rngs=nnx.Rngs(1), build=Mixed)
+    graphdef, params, rest = nnx.split(again, nnx.Param, ...)
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            scores = nnx.merge(graphdef, params, rest, copy=True)(images(4, *MIXED_INPUT))
+            return optax.softmax_cross_entropy_with_integer_labels(scores, jnp.arange(4)).mean()
+
+        return jax.grad(loss)(params)
+
+    for path, leaf in nnx.to_flat_state(gradient(params)):
+        assert np.abs(np.asarray(leaf.get_value())).max() > 0, path
+
+
+def test_a_network_of_ones_own_is_given_latents_with_the_function_that_builds_it():
+    model = filled(Mixed)
+    small = dhp.prune(model, drawn_masks(model, 0))
+    again = dhp.with_latents(small, rngs=nnx.Rngs(1), build=Mixed)
+    x = images(2, *MIXED_INPUT)
+    np.testing.assert_allclose(run(again, x)[0], run(small, x)[0], atol=2e-4)
+
+
+class Masked(nnx.Module):
+    """A layer of one's own that can be pruned."""
+
+    def __init__(self, rngs):
+        self.z = dhp.Latent(4, rngs=rngs)
+
+    def plain(self, keep=None):
+        return nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+
+class WithMasked(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = Masked(rngs)
+
+
+@pytest.mark.parametrize(
+    ("make", "build", "message"),
+    [
+        (lambda: filled(Mixed), Mixed, "^model: expected a pruned network, without latents"),
+        (lambda: dhp.prune(filled(Mixed)), None, "^build: expected a function for a network of"),
+        (lambda: pruned("dense")[0], Mixed, "^build: expected none for a network of family 'den"),
+        (
+            lambda: dhp.prune(WithMasked(nnx.Rngs(0))),
+            WithMasked,
+            "^model: Masked is a layer that cannot be cut down$",
+        ),
+    ],
+)
+def test_what_cannot_be_given_latents_again_is_refused(make, build, message):
+    with pytest.raises(ValueError, match=message):
+        dhp.with_latents(make(), rngs=nnx.Rngs(0), build=build)
+
+
+@pytest.mark.parametrize("with_latents", [False, True])
+def test_other_classes_leave_all_but_the_classifier(tmp_path, with_latents):
+    model, shape = pruned("dense")
+    if with_latents:
+        model = dhp.with_latents(model, rngs=nnx.Rngs(1))
+    other = dhp.with_classes(model, 7, rngs=nnx.Rngs(2))
+    x = images(2, *shape)
+    assert run(other, x)[0].shape == (2, 7)
+    assert run(model, x)[0].shape == (2, 10)
+    before = arrays(model)
+    for path, array in arrays(other).items():
+        if "classifier.kernel" in path or "classifier.bias" in path:
+            assert array.shape[-1] == 7
+        else:
+            np.testing.assert_array_equal(array, before[path])
+    dhp.save(tmp_path, other, input_shape=shape)
+    loaded = dhp.load(tmp_path)
+    np.testing.assert_array_equal(run(loaded, x)[0], run(other, x)[0])
+    assert checkpoint.read_description(tmp_path)["arguments"]["num_classes"] == 7
+
+
+@pytest.mark.parametrize(
+    ("make", "classes", "message"),
+    [
+        (lambda: pruned("concat")[0], 5, "^model: .* a family that classifies, got 'unet'$"),
+        (lambda: filled(Mixed), 5, "^model: .* a family that classifies, got None$"),
+        (lambda: pruned("dense")[0], 0, "^num_classes: expected a positive integer, got 0$"),
+    ],
+)
+def test_what_has_no_classes_is_given_none(make, classes, message):
+    with pytest.raises(ValueError, match=message):
+        dhp.with_classes(make(), classes, rngs=nnx.Rngs(0))
