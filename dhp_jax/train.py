@@ -53,10 +53,17 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """A stop rule: train until `ratio(model)[0] <= limit`."""
+    """A stop rule: train until `ratio(model)[0] <= limit`.
 
-    ratio: Callable[[nnx.Module], tuple[Array, Array]]  # shares of FLOPs and params; jitted
+    Attributes:
+      ratio: shares of FLOPs and params; jitted.
+      limit: share of FLOPs.
+      history: what else of the model every record keeps, vectors by name; jitted.
+    """
+
+    ratio: Callable[[nnx.Module], tuple[Array, Array]]
     limit: float
+    history: Callable[[nnx.Module], dict[str, Array]] = lambda model: {}
 
 
 @dataclass(frozen=True)
@@ -254,7 +261,7 @@ class _Loop:
             self.graphdef, optimizer, task, batch_size, phase.skip_faulty, mesh
         )
         if phase.budget is not None:
-            self.ratio = jax.jit(lambda p, r: phase.budget.ratio(nnx.merge(self.graphdef, *p, r)))
+            self.look = jax.jit(lambda p, r: _look(phase.budget, nnx.merge(self.graphdef, *p, r)))
 
     def keep(self, checkpoints: Checkpoints | None, stopping: Callable[[], bool]) -> None:
         """Goes on from the newest checkpoint, if there is one."""
@@ -383,8 +390,8 @@ class _Loop:
             values["examples_per_second"] = (steps - before) * self.batch_size / (now - then)
         if self.phase.budget is not None:
             params, rest = whole((self.state.params, self.state.rest))
-            flops, params = from_first(lambda: [float(r) for r in self.ratio(params, rest)])
-            values |= {"flops_ratio": flops, "params_ratio": params}
+            (flops, params), history = from_first(lambda: _numbers(self.look(params, rest)))
+            values |= {"flops_ratio": flops, "params_ratio": params, **history}
         self.clock = time.perf_counter(), steps
         return values
 
@@ -546,6 +553,20 @@ def _all_finite(tree: Any) -> Array:
     """Whether all floating-point numbers of a tree are finite; one pass over all of them."""
     leaves = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in leaves])) if leaves else True
+
+
+def _look(budget: Budget, model: nnx.Module) -> tuple[list[Array], dict[str, Array]]:
+    return list(budget.ratio(model)), budget.history(model)
+
+
+def _numbers(looked: tuple[list[Array], dict[str, Array]]) -> list[Any]:
+    """The ratios in full, vectors to four digits: they are for people, and kept at every record."""
+    ratio, history = jax.tree.map(lambda a: np.asarray(a).tolist(), jax.device_get(looked))
+    vectors = {
+        name: [v if isinstance(v, int) else float(f"{v:.4g}") for v in vector]
+        for name, vector in history.items()
+    }
+    return [ratio, vectors]
 
 
 def _checksum(data: Data) -> int:
