@@ -30,13 +30,14 @@ def comparison(runs: Sequence[Told]) -> str:
         for what in missing(run.result)
     ]
     data = {run.result.config["data"].get("name") for run in runs}
-    differing = [
-        f"the runs are of different data ({', '.join(sorted(map(str, data)))}): their {metric.label}s do not compare"
-    ]
+    differing = (
+        f"the runs are of different data ({', '.join(sorted(map(str, data)))}): their "
+        f"{metric.label} does not compare"
+    )
     return document(
         f"{len(runs)} runs compared",
         element("header", element("h1", f"{len(runs)} runs compared")),
-        notice("Note:", differing if len(data) > 1 else []),
+        notice("Note:", [differing] if len(data) > 1 else []),
         notice("Not finished:", unfinished),
         _table(names, runs, metric),
         section("cost", f"{_title(metric)} against cost", _cost(names, runs, metric)),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dhp_jax.markup import Markup, element, joined
+from dhp_jax.markup import Markup, element
 
 # Nothing is fetched, whatever the page holds: pictures are in it, there are no scripts.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -25,9 +25,10 @@ body { margin: 0 auto; max-width: 70rem; padding: 1.5rem 1rem 3rem; background: 
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: .5rem;
   border-top: 1px solid var(--edge); }
-h3 { font-size: 1rem; margin: 0 0 .25rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .4rem; }
+figure h3 { margin-top: 0; }
 p { margin: .5rem 0; max-width: 46rem; overflow-wrap: anywhere; }
-.lead { font-size: 1.15rem; }
+.lead { font-size: 1.15rem; max-width: none; }
 .soft, figcaption { color: var(--soft); font-size: .875rem; }
 a { color: var(--after); }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .9rem; margin: 1rem 0; }
@@ -42,15 +43,19 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .9rem; margin
   border-radius: .25rem; margin: 1rem 0; }
 .notice p { margin: 0; } .notice ul { margin: .25rem 0 0; padding-left: 1.25rem; }
 .charts { display: grid; gap: 1.5rem 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0 0 1rem; min-width: 0; }
 .scroll { overflow-x: auto; }
-svg { display: block; width: 100%; height: auto; font: 11px system-ui, "DejaVu Sans", sans-serif; }
-svg text { fill: var(--soft); } svg .axis, svg .strong { fill: var(--ink); }
+svg { display: block; width: 100%; height: auto; font: 12px system-ui, "DejaVu Sans", sans-serif; }
+svg text { fill: var(--soft); } svg .small { font-size: 10px; }
+svg .rule text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
+svg .over text { stroke: none; fill: var(--ink); }
+ svg .axis, svg .strong { fill: var(--ink); }
 .grid { stroke: var(--edge); stroke-width: 1; }
 .line { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
 circle { fill: currentColor; }
 .rule line { stroke: var(--soft); stroke-dasharray: 4 3; }
+.over line { stroke: var(--ink); }
 .area polygon { fill: var(--c0); }
 .before { fill: var(--before); } .after { fill: var(--after); }
 i.before { background: var(--before); } i.after { background: var(--after); }
@@ -72,14 +77,17 @@ tr.total td { font-weight: 650; }
 .meter { display: inline-block; width: 3rem; height: .55rem; margin-left: .5rem;
   background: var(--before); border-radius: 2px; overflow: hidden; }
 .meter i { display: block; height: 100%; background: var(--after); }
-.crops td { padding: .15rem .3rem .15rem 0; border: 0; text-align: left; }
-.crops th { text-align: left; padding-left: 0; white-space: normal; }
-.crops img { display: block; width: 11rem; height: auto; image-rendering: pixelated; }
+.crops { width: 100%; max-width: 50rem; table-layout: fixed; }
+.crops td { padding: .15rem .3rem .15rem 0; border: 0; }
+.crops th { padding: .15rem .3rem .15rem 0; text-align: left; white-space: normal;
+  vertical-align: bottom; border: 0; }
+.crops img { display: block; width: 100%; height: auto; image-rendering: pixelated; }
 pre { background: var(--card); border: 1px solid var(--edge); border-radius: .35rem;
   padding: .75rem 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.45; }
 code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
+pre.long { max-height: 24rem; }
 pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (max-width: 30rem) { .crops img { width: 7rem; } .card { padding: .6rem .75rem; }
+@media (max-width: 30rem) { th, td { padding: .25rem .5rem; } .card { padding: .6rem .75rem; }
   .cards { grid-template-columns: 1fr 1fr; } .card b { font-size: 1.35rem; } }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --card: #f5f7f9;
@@ -88,10 +96,12 @@ pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   @page { margin: 14mm; }
   body { max-width: none; padding: 0; font-size: 10.5pt; } nav { display: none; }
+  h2 { margin-top: 1.25rem; }
   .long { max-height: none; overflow: visible; border: 0; } .long th { position: static; }
   .scroll, pre { overflow: visible; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-  svg { min-width: 0 !important; } table { font-size: 8pt; } th, td { padding: .15rem .4rem; }
-  .crops img { width: 34mm; }
+  svg { min-width: 0 !important; } #channels svg { max-width: 125mm !important; }
+  table { font-size: 8pt; } th, td { padding: .15rem .4rem; }
+  .crops { max-width: 150mm; } pre.long { columns: 2; font-size: 7.5pt; }
   h2, h3 { break-after: avoid; } figure, .card, .notice, tr { break-inside: avoid; }
   .charts { grid-template-columns: 1fr 1fr; } .cards { grid-template-columns: repeat(5, 1fr); }
   .card b { font-size: 14pt; } }
@@ -174,7 +184,3 @@ def meter(share: float) -> Markup:
 def code(text: str, *, kind: str | None = None) -> Markup:
     """Text to copy."""
     return element("pre", element("code", text), class_=kind)
-
-
-def paragraphs(*texts: str) -> Markup:
-    return joined(*(element("p", text) for text in texts))

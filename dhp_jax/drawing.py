@@ -7,8 +7,8 @@ import math
 
 from dhp_jax.markup import Markup, element, joined
 
-WIDTH, HEIGHT = 480, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 38
+WIDTH, HEIGHT = 440, 250
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 14, 40
 MOST_POINTS = 400  # of a line
 MARKED = 60  # a line of so many points or fewer shows each
 NAMED = 48  # layers or latents of which each has its name beside it
@@ -94,7 +94,7 @@ def chart(
         [p[1] for p in points] + level, HEIGHT - BOTTOM, TOP, log=log, low=low, margin=0.05
     )
     drawn = [_axes(across, up, x, y)]
-    drawn += [_rule(rule, across, up) for rule in rules]
+    drawn += [_rule(rule, across, up, points) for rule in rules]
     for line in lines:
         path = _path(line.points, across, up) if line.joined else None
         shown = [p for p in line.points if p]
@@ -137,7 +137,7 @@ def fan(
         drawn.append(element("polygon", title, points=corners, fill_opacity=opacity))
     rule = Rule(f"threshold {threshold:g}", threshold)
     area = element("g", *drawn[1:], class_="area")
-    return svg(WIDTH, HEIGHT, y, drawn[0], area, _rule(rule, across, up))
+    return svg(WIDTH, HEIGHT, y, drawn[0], area, _rule(rule, across, up, [], over=True))
 
 
 def silhouette(layers: Sequence[tuple[str, int, int]], details: Sequence[str]) -> Markup:
@@ -149,8 +149,8 @@ def silhouette(layers: Sequence[tuple[str, int, int]], details: Sequence[str]) -
     """
     named = len(layers) <= NAMED
     step = max(19, 430 / len(layers)) if named else max(6, 900 / len(layers))
-    foot = 12 + 5.6 * max(len(name) + 8 for name, _, _ in layers) if named else 24
-    width, tall = 16 + step * len(layers), 190
+    foot = 12 + 5.2 * max(len(name) + 8 for name, _, _ in layers) if named else 24
+    width, tall = 16 + step * len(layers), 150
     middle, widest = 8 + tall / 2, max(before for _, before, _ in layers)
     drawn = []
     for place, ((name, before, after), detail) in enumerate(zip(layers, details, strict=True)):
@@ -177,12 +177,14 @@ def silhouette(layers: Sequence[tuple[str, int, int]], details: Sequence[str]) -
                 joined(f"{name} ", element("tspan", count, class_="strong")),
                 transform=f"translate({x:.1f} {y}) rotate(-90)",
                 text_anchor="end",
+                class_="small",
             )
         drawn.append(element("g", element("title", detail), *bars, label))
     if not named:
         drawn.append(_groups([name for name, _, _ in layers], step, tall + 22))
-    drawing = svg(width, tall + 16 + foot, "Channels of every layer, before and after", *drawn)
-    return Markup(drawing.replace("<svg ", f'<svg style="min-width:{0.8 * width:.0f}px" ', 1))
+    limits = f"min-width:{0.9 * width:.0f}px;max-width:{(1.9 if named else 1.3) * width:.0f}px"
+    label = "Channels of every layer, before and after"
+    return svg(width, tall + 16 + foot, label, *drawn, style=limits)
 
 
 def decline(
@@ -238,11 +240,12 @@ def decline(
     return svg(width, bottom + 20, "Entries of every latent that are left over time", *drawn)
 
 
-def svg(width: float, height: float, label: str, *content: Markup) -> Markup:
-    """A drawing of a size that a page may scale."""
+def svg(
+    width: float, height: float, label: str, *content: Markup, style: str | None = None
+) -> Markup:
+    """A drawing of a size that a page may scale, within the limits of its style."""
     view = f"0 0 {width:.0f} {height:.0f}"
-    title = element("title", label)
-    return element("svg", title, *content, viewBox=view, role="img", aria_label=label)
+    return element("svg", *content, viewBox=view, role="img", aria_label=label, style=style)
 
 
 @dataclass(frozen=True)
@@ -334,16 +337,28 @@ def _axes(across: Scale, up: Scale, x: str, y: str) -> Markup:
     return element("g", *drawn)
 
 
-def _rule(rule: Rule, across: Scale, up: Scale) -> Markup:
+def _rule(
+    rule: Rule, across: Scale, up: Scale, points: Sequence[Point], *, over: bool = False
+) -> Markup:
+    """A rule, with its label at the end that is further from the points of lines."""
     if rule.upright:
         at = across(rule.at)
         ends = {"x1": at, "x2": at, "y1": TOP, "y2": HEIGHT - BOTTOM}
         label = element("text", rule.label, x=at + 4, y=TOP + 9)
     else:
-        at = up(rule.at)
+        at, middle = up(rule.at), (LEFT + WIDTH - RIGHT) / 2
         ends = {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": at, "y2": at}
-        label = element("text", rule.label, x=WIDTH - RIGHT - 2, y=at - 4, text_anchor="end")
-    return element("g", element("line", **ends), label, class_="rule")
+        left, right = (
+            min((abs(up(b) - at) for a, b in points if (across(a) > middle) == later), default=0)
+            for later in (False, True)
+        )
+        place = (
+            {"x": LEFT + 4, "text_anchor": "start"}
+            if left > right
+            else {"x": WIDTH - RIGHT - 2, "text_anchor": "end"}
+        )
+        label = element("text", rule.label, y=at - 4, **place)
+    return element("g", element("line", **ends), label, class_="rule over" if over else "rule")
 
 
 def _path(points: Sequence[Point | None], across: Scale, up: Scale) -> Markup:

@@ -28,7 +28,7 @@ STAGES = {  # of summary["test"], in the order of their becoming
     "after_search": "after the search",
     "after_pruning": "just after pruning",
     "last": "last epoch",
-    "best": "best epoch, by the test data",
+    "best": "best epoch on these data",
 }
 PHASES = {"search": "search", "converge": "pruned", "baseline": "unpruned"}
 
@@ -67,7 +67,11 @@ def page(run: Told, pictures: Sequence[Crop] = ()) -> str:
     links = (element("a", title, href=f"#{name}") for name, title, _ in parts)
     return document(
         f"{network(result)}: {result.workdir.name}",
-        element("header", element("h1", network(result)), element("p", _lead(result, summary))),
+        element(
+            "header",
+            element("h1", network(result)),
+            element("p", _lead(result, summary), class_="lead"),
+        ),
         notice("This run is not finished. Missing are:", missing(result)),
         cards(answer(result, summary)),
         element("p", _noise(summary), class_="soft") if summary else None,
@@ -134,7 +138,8 @@ def _lead(result: Result, summary: Mapping[str, Any] | None) -> str:
         else "; of the unpruned network it is not known, for no run of it was given"
     )
     flops, params = (percent(summary[name]["ratio"]) for name in ("flops", "params"))
-    return f"Pruned to {flops} of the FLOPs and {params} of the params: test {metric.label} {value}{beside}."
+    left = f"{flops} of the FLOPs and {params} of the params"
+    return f"Pruned to {left}: test {metric.label} {value}{beside}."
 
 
 def answer(result: Result, summary: Mapping[str, Any] | None) -> list[Card]:
@@ -205,10 +210,12 @@ def _latency_cards(summary: Mapping[str, Any] | None) -> list[Card]:
 
 
 def _faster(speedup: Mapping[str, float]) -> str:
-    spread = f"{speedup['low']:.2f} to {speedup['high']:.2f}"
-    if speedup["low"] <= 1 <= speedup["high"]:
-        return f"no difference beyond the noise ({spread} times as fast)"
-    return f"{speedup['median']:.2f} times as fast ({spread})"
+    low, median, high = (speedup[name] for name in ("low", "median", "high"))
+    if low <= 1 <= high:
+        return f"no difference beyond the noise ({low:.2f} to {high:.2f} times as fast)"
+    if median > 1:
+        return f"{median:.2f} times as fast ({low:.2f} to {high:.2f})"
+    return f"slower: takes {1 / median:.2f} times as long ({1 / high:.2f} to {1 / low:.2f})"
 
 
 def _noise(summary: Mapping[str, Any]) -> str:
@@ -217,12 +224,13 @@ def _noise(summary: Mapping[str, Any]) -> str:
     if not latency:
         return "Latency was not measured; python -m dhp_jax.report RUN --latency measures it."
     shape = " x ".join(map(str, latency["input_shape"]))
-    rounds = ", ".join(str(row["rounds"]) for row in latency["batches"])
+    rounds = " and ".join(dict.fromkeys(str(row["rounds"]) for row in latency["batches"]))
+    row_pairs = any("speedup" in row for row in latency["batches"])
     return (
         f"Latency: compiled forward passes on inputs of {shape}, on {latency['hardware']}; medians "
-        f"of {rounds} passes, the networks in turn, in parentheses the quartiles of the speed-up. "
-        "So few passes tell large differences from none, no more: benchmarks/latency.py measures "
-        "longer."
+        f"of {rounds} passes"
+        + (", the networks in turn, with the quartiles of pairs. " if row_pairs else ". ")
+        + "So few tell large differences from none, no more; benchmarks/latency.py takes longer."
     )
 
 
@@ -373,8 +381,8 @@ def _latents(result: Result) -> Markup:
     if len(records) < 2:
         return element(
             "p",
-            "How the latents died is not in the records of this run: they hold fewer than two looks "
-            "at magnitudes (runs of earlier versions hold none).",
+            "How the latents died is not shown: the records hold fewer than two looks at their "
+            "magnitudes (those of earlier versions hold none).",
         )
     steps = [record["step"] for record in records]
     magnitudes = [record["magnitudes"] for record in records]
@@ -481,7 +489,7 @@ def _load(result: Result) -> Markup | None:
     others = {
         "best": "the network after its best epoch on the test data",
         "pruned": "just after pruning, not trained further",
-        "search": "the network of latents at the end of the search; dhp.prune_to makes others of it",
+        "search": "the network of latents at the end of the search, for dhp.prune_to",
     }
     there = [
         f"{result.workdir / name}: {what}"
@@ -508,7 +516,10 @@ def _made(result: Result, summary: Mapping[str, Any] | None) -> Markup:
             element("h3", "Versions"),
             table(("package", "version"), list(summary["versions"].items())),
         ]
-    parts += [element("h3", "Configuration"), code(json.dumps(result.config, indent=1))]
+    parts += [
+        element("h3", "Configuration"),
+        code(json.dumps(result.config, indent=1), kind="long"),
+    ]
     return joined(*parts)
 
 
@@ -517,8 +528,9 @@ def _times(summary: Mapping[str, Any]) -> Markup:
         (name, f"{phase['epochs']:,}", f"{phase['steps']:,}", duration(phase["seconds"]))
         for name, phase in summary["phases"].items()
     ]
-    total = ("all, on " + summary["hardware"], "", "", duration(summary["seconds"]))
-    return table(("phase", "epochs", "steps", "time"), rows, total=total)
+    total = ("all", "", "", duration(summary["seconds"]))
+    shown = table(("phase", "epochs", "steps", "time"), rows, total=total)
+    return joined(shown, element("p", f"On {summary['hardware']}.", class_="soft"))
 
 
 def _metric(values: Mapping[str, float]) -> Metric:
