@@ -75,7 +75,7 @@ def labels(runs: Sequence[Told]) -> list[str]:
 
 def _table(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
     batches = sorted({row["batch"] for run in runs for row in _latencies(run)})
-    header = ["run", f"test {metric.label}", "best epoch", "FLOPs", "", "params", ""]
+    header = ["run", f"test {metric.label}", "best epoch", "FLOPs", "params"]
     header += [f"latency, batch {batch}" for batch in batches] + ["time", "seed"]
     rows = []
     for place, (name, run) in enumerate(zip(names, runs, strict=True)):
@@ -103,9 +103,9 @@ def _scores(run: Told, metric: Metric) -> list[str]:
 
 def _costs(run: Told) -> list[str]:
     if not run.summary:
-        return [""] * 4
+        return ["", ""]
     changes = [run.summary[name] for name in ("flops", "params")]
-    return [cell for c in changes for cell in (compact(c["after"]), percent(c["ratio"]))]
+    return [f"{compact(change['after'])} ({percent(change['ratio'])})" for change in changes]
 
 
 def _latencies(run: Told) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ def _cost(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
             lines.append(Line(names[i], [point], i, joined=False))
         axis = f"{label}, {unit}" if unit else label
         y = f"test {metric.label}, {metric.unit}"
-        drawn = drawing.chart(lines, x=axis, y=y, x_low=0)
+        drawn = drawing.chart(lines, x=axis, y=y, x_low=0, log=not metric.higher_is_better)
         title = f"{_title(metric)} against {label}"
         charts.append(drawing.figure(title, drawn, legend=drawing.legend(lines)))
     return element("div", *charts, class_="charts")

@@ -99,12 +99,12 @@ pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
   h2 { margin-top: 1.25rem; }
   .long { max-height: none; overflow: visible; border: 0; } .long th { position: static; }
   .scroll, pre { overflow: visible; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-  svg { min-width: 0 !important; } #channels svg { max-width: 125mm !important; }
+  svg { min-width: 0 !important; } #channels svg { max-height: 85mm; }
   table { font-size: 8pt; } th, td { padding: .15rem .4rem; }
   .crops { max-width: 150mm; } pre.long { columns: 2; font-size: 7.5pt; }
   h2, h3 { break-after: avoid; } figure, .card, .notice, tr { break-inside: avoid; }
   .charts { grid-template-columns: 1fr 1fr; } .cards { grid-template-columns: repeat(5, 1fr); }
-  .card b { font-size: 14pt; } }
+  .card { padding: .4rem .6rem; } .card b { font-size: 14pt; } .soft { font-size: 8pt; } }
 """
 
 

@@ -99,7 +99,7 @@ def chart(
         path = _path(line.points, across, up) if line.joined else None
         shown = [p for p in line.points if p]
         marks = [
-            _mark(p, across, up, f"{line.label}: {text(p[1])} at {p[0]:g}")
+            _mark(p, across, up, f"{line.label}: {text(p[1])} at {p[0]:g}", line.joined)
             for p in (shown if len(shown) <= MARKED or not line.joined else [])
         ]
         drawn.append(element("g", path, *marks, class_=f"c{line.colour % 8}"))
@@ -182,7 +182,7 @@ def silhouette(layers: Sequence[tuple[str, int, int]], details: Sequence[str]) -
         drawn.append(element("g", element("title", detail), *bars, label))
     if not named:
         drawn.append(_groups([name for name, _, _ in layers], step, tall + 22))
-    limits = f"min-width:{0.9 * width:.0f}px;max-width:{(1.9 if named else 1.3) * width:.0f}px"
+    limits = f"min-width:{0.78 * width:.0f}px;max-width:{(1.9 if named else 1.3) * width:.0f}px"
     label = "Channels of every layer, before and after"
     return svg(width, tall + 16 + foot, label, *drawn, style=limits)
 
@@ -371,8 +371,9 @@ def _path(points: Sequence[Point | None], across: Scale, up: Scale) -> Markup:
     return element("path", d="".join(strokes), class_="line")
 
 
-def _mark(point: Point, across: Scale, up: Scale, title: str) -> Markup:
-    return element("circle", element("title", title), cx=across(point[0]), cy=up(point[1]), r=2.5)
+def _mark(point: Point, across: Scale, up: Scale, title: str, joined: bool) -> Markup:
+    x, y = across(point[0]), up(point[1])
+    return element("circle", element("title", title), cx=x, cy=y, r=2.5 if joined else 5.0)
 
 
 def _thinned(items: list, most: int) -> list:

@@ -158,6 +158,21 @@ def test_the_networks_on_disk_have_the_errors_of_the_summary(finished):
         assert found == pytest.approx(reported[error]["error"], abs=1e-6), name
 
 
+def test_the_records_of_a_search_tell_how_its_latents_died(finished):
+    records = journal.read(finished.workdir / journal.RECORDS)
+    history = [r for r in records if "survivors" in r]
+    assert history == [r for r in records if r["phase"] == "search"]
+    searched = dhp.load(finished.workdir / "search")
+    prunable = {name: z for name, z in dhp.latents(searched).items() if z.prunable}
+    masks = dhp.survivors(searched, threshold=5e-3)
+    assert history[-1]["survivors"] == [masks[name].sum() for name in prunable]
+    assert all(left >= 1 for record in history for left in record["survivors"])  # min_channels
+    magnitudes = np.abs(np.concatenate([np.asarray(z.value()) for z in prunable.values()]))
+    deciles = np.quantile(magnitudes, np.linspace(0, 1, 11))
+    np.testing.assert_allclose(history[-1]["magnitudes"], deciles, rtol=6e-4, atol=1e-7)
+    assert sum(history[-1]["survivors"]) < sum(history[0]["survivors"])
+
+
 def test_the_records_are_of_both_phases_and_agree_with_the_summary(finished):
     records = journal.read(finished.workdir / journal.RECORDS)
     search = [r for r in records if r["phase"] == "search"]
