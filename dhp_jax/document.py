@@ -27,7 +27,8 @@ h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: .5rem;
   border-top: 1px solid var(--edge); }
 h3 { font-size: 1rem; margin: 1.25rem 0 .4rem; }
 figure h3 { margin-top: 0; }
-p { margin: .5rem 0; max-width: 46rem; overflow-wrap: anywhere; }
+p { margin: .5rem 0; max-width: 46rem; }
+p, li { overflow-wrap: anywhere; }
 .lead { font-size: 1.15rem; max-width: none; }
 .soft, figcaption { color: var(--soft); font-size: .875rem; }
 a { color: var(--after); }
@@ -101,7 +102,8 @@ pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
   .scroll, pre { overflow: visible; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   svg { min-width: 0 !important; } #channels svg { max-height: 85mm; }
   table { font-size: 8pt; } th, td { padding: .15rem .4rem; }
-  .crops { max-width: 150mm; } pre.long { columns: 2; font-size: 7.5pt; }
+  .crops { max-width: 150mm; } pre.long { columns: 2; max-height: none;
+    font-size: 7.5pt; }
   h2, h3 { break-after: avoid; } figure, .card, .notice, tr { break-inside: avoid; }
   .charts { grid-template-columns: 1fr 1fr; } .cards { grid-template-columns: repeat(5, 1fr); }
   .card { padding: .4rem .6rem; } .card b { font-size: 14pt; } .soft { font-size: 8pt; } }

@@ -18,11 +18,11 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed"),
 ]
-# Looks at the page from within, once all of it is there, and leaves what it saw in an attribute.
+# Looks at the page from within, once all of it is there, and tells the frame that it stands in.
 LOOK = """<script>addEventListener("load", () => {
   const svgs = [...document.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect());
   const images = [...document.images];
-  document.body.dataset.seen = JSON.stringify({
+  parent.postMessage(JSON.stringify({
     images: images.length,
     broken: images.filter(i => !i.complete || !i.naturalWidth || !i.clientWidth).length,
     drawings: svgs.length,
@@ -31,8 +31,11 @@ LOOK = """<script>addEventListener("load", () => {
              .filter(name => !name.startsWith("data:")),
     screen: innerWidth,
     page: document.documentElement.scrollWidth,
-  });
+  }), "*");
 });</script>"""
+# A window cannot be as narrow as a phone; a frame can.
+FRAME = """<body><iframe src="shown.html" style="width:{}px;height:1000px;border:0"></iframe>
+<script>addEventListener("message", told => document.body.dataset.seen = told.data)</script>"""
 
 
 @pytest.fixture
@@ -44,12 +47,14 @@ def browse(tmp_path):
         if look:
             policy = POLICY.replace("default-src 'none'", "script-src 'unsafe-inline'")
             content = path.read_text().replace(POLICY, policy).replace("</head>", LOOK + "</head>")
-            shown = tmp_path / "shown.html"
-            shown.write_text(content)
+            (tmp_path / "shown.html").write_text(content)
+            shown = tmp_path / "frame.html"
+            shown.write_text(FRAME.format(width))
         done = subprocess.run(
             [
                 *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
-                *("--enable-logging=stderr", f"--window-size={width},1000"),
+                *("--enable-logging=stderr", f"--window-size={width + 100},1100"),
+                "--virtual-time-budget=5000",
                 *(f"--user-data-dir={tmp_path / 'profile'}", shown.as_uri()),
             ],
             capture_output=True,
