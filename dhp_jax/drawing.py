@@ -182,7 +182,7 @@ def silhouette(layers: Sequence[tuple[str, int, int]], details: Sequence[str]) -
         drawn.append(element("g", element("title", detail), *bars, label))
     if not named:
         drawn.append(_groups([name for name, _, _ in layers], step, tall + 22))
-    limits = f"min-width:{0.78 * width:.0f}px;max-width:{(1.9 if named else 1.3) * width:.0f}px"
+    limits = f"min-width:{0.78 * width:.0f}px;max-width:{(1.6 if named else 1.3) * width:.0f}px"
     label = "Channels of every layer, before and after"
     return svg(width, tall + 16 + foot, label, *drawn, style=limits)
 

@@ -20,7 +20,7 @@ from dhp_jax.latent import latents
 from dhp_jax.markup import Markup, element, joined
 from dhp_jax.result import Result
 from dhp_jax.tasks.task import METRICS, Metric
-from dhp_jax.wording import compact, duration, main_metric, milliseconds, percent
+from dhp_jax.wording import compact, duration, faster, main_metric, milliseconds, percent
 
 STAGES = {  # of summary["test"], in the order of their becoming
     "without_network": "the input as it is",
@@ -204,18 +204,9 @@ def _latency_cards(summary: Mapping[str, Any] | None) -> list[Card]:
         after, before = row["after_ms"]["median"], row.get("before_ms")
         details = []
         if before:
-            details = [f"before {milliseconds(before['median'])}", _faster(row["speedup"])]
+            details = [f"before {milliseconds(before['median'])}", faster(row["speedup"])]
         found.append(Card(f"Latency, batch {row['batch']}", milliseconds(after), details))
     return found
-
-
-def _faster(speedup: Mapping[str, float]) -> str:
-    low, median, high = (speedup[name] for name in ("low", "median", "high"))
-    if low <= 1 <= high:
-        return f"no difference beyond the noise ({low:.2f} to {high:.2f} times as fast)"
-    if median > 1:
-        return f"{median:.2f} times as fast ({low:.2f} to {high:.2f})"
-    return f"slower: takes {1 / median:.2f} times as long ({1 / high:.2f} to {1 / low:.2f})"
 
 
 def _noise(summary: Mapping[str, Any]) -> str:
@@ -420,26 +411,29 @@ def _sizes(result: Result, counts: np.ndarray) -> list[tuple[str, int]]:
 def _layers(result: Result) -> Markup | None:
     if result.after is None or result.before is None:
         return None
-    rows = [_layer(b, a) for b, a in zip(result.before.layers, result.after.layers, strict=True)]
-    whole = ["total", "", "", *_changes(result.before, result.after)]
-    header = ["layer", "channels in", "channels out", "FLOPs", "", "params", ""]
+    pairs = list(zip(result.before.layers, result.after.layers, strict=True))
+    rows = [[b.path, *_widths(b, a), *_changes(b, a, result.pruned)] for b, a in pairs]
+    whole = ["total", "", "", *_changes(result.before, result.after, result.pruned)]
+    costs = ["FLOPs", "", "params", ""] if result.pruned else ["FLOPs", "params"]
+    header = ["layer", "channels in", "channels out", *costs]
     return table(header, rows, total=whole, long=True)
 
 
-def _layer(before: LayerCost, after: LayerCost) -> list[Any]:
-    widths = [
-        (b.full, a.full)
-        for b, a in ((before.inputs, after.inputs), (before.outputs, after.outputs))
+def _widths(before: LayerCost, after: LayerCost) -> list[str]:
+    return [
+        _arrow(before.inputs.full, after.inputs.full),
+        _arrow(before.outputs.full, after.outputs.full),
     ]
-    return [before.path, *(_arrow(b, a) for b, a in widths), *_changes(before, after)]
 
 
-def _changes(before: Cost | LayerCost, after: Cost | LayerCost) -> list[Any]:
-    """FLOPs and params, and the shares that are left."""
+def _changes(before: Cost | LayerCost, after: Cost | LayerCost, shares: bool) -> list[Any]:
+    """FLOPs and params, each with the share that is left if that is wanted."""
     cells = []
     for name in ("flops", "params"):
         b, a = getattr(before, name), getattr(after, name)
-        cells += [_arrow(b, a), joined(percent(a / b), meter(a / b)) if b else ""]
+        cells.append(_arrow(b, a))
+        if shares:
+            cells.append(joined(percent(a / b), meter(a / b)) if b else "")
     return cells
 
 

@@ -28,7 +28,7 @@ from dhp_jax.prune import prune
 from dhp_jax.result import PICTURES, SUMMARY, Result, read
 from dhp_jax.tasks.task import METRICS
 from dhp_jax.timing import measure_latency, quartiles
-from dhp_jax.wording import layer_table, main_metric, metrics_text, milliseconds, percent
+from dhp_jax.wording import faster, layer_table, main_metric, metrics_text, milliseconds, percent
 
 __all__ = [
     "LAYERS",
@@ -39,6 +39,7 @@ __all__ = [
     "hardware",
     "latency",
     "layer_table",
+    "main",
     "main_metric",
     "metrics_text",
     "plots",
@@ -49,6 +50,7 @@ __all__ = [
     "text",
     "versions",
     "write",
+    "write_comparison",
     "write_page",
 ]
 
@@ -100,7 +102,7 @@ def _write(
         folder = result.workdir / PLOTS
         folder.mkdir(exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-    _write_page(result.workdir / PAGE, page(Told(result, summary), crops(result, pictured)))
+    durable.write(result.workdir / PAGE, page(Told(result, summary), crops(result, pictured)))
     return summary
 
 
@@ -137,7 +139,7 @@ def write_page(
         run = Told(result, {**run.summary, "latency": latency(result, again=True)})
         durable.write(result.workdir / SUMMARY, json.dumps(run.summary, indent=1) + "\n")
     pictured = None if unpruned is None else Path(baseline)
-    _write_page(path, page(run, crops(result, pictured)))
+    durable.write(path, page(run, crops(result, pictured)))
     return path
 
 
@@ -168,12 +170,8 @@ def write_comparison(
       ValueError: a folder is not that of a run, or the tasks of the runs differ.
     """
     content = comparison([_told(read(workdir)) for workdir in workdirs])
-    _write_page(Path(out), content)
+    durable.write(Path(out), content)
     return Path(out)
-
-
-def _write_page(path: Path, content: str) -> None:
-    durable.write(path, content)
 
 
 def latency(result: Result, *, again: bool = False) -> dict[str, Any]:
@@ -324,7 +322,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         if summary["method"] != "baseline":
             text = f"{change['before']:,} -> {text} ({percent(change['ratio'])})"
         rows.append((label, text))
-    rows += latency_rows(summary.get("latency"))
+    rows += _latency_rows(summary.get("latency"))
     rows.append(("time", f"{summary['seconds']:.0f} s on {summary['hardware']}"))
     if "search" in phases and not phases["search"]["met_budget"]:
         rows.append(
@@ -338,15 +336,14 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
 
 
-def latency_rows(latency: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _latency_rows(latency: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """The latency of one input and of a batch in words."""
     rows = []
     for row in latency["batches"] if latency else []:
         shown = milliseconds(row["after_ms"]["median"])
         if "before_ms" in row:
-            before, speedup = milliseconds(row["before_ms"]["median"]), row["speedup"]
-            spread = f"{speedup['low']:.2f} to {speedup['high']:.2f}"
-            shown = f"{before} -> {shown} ({speedup['median']:.2f} times as fast, {spread})"
+            before = milliseconds(row["before_ms"]["median"])
+            shown = f"{before} -> {shown}; {faster(row['speedup'])}"
         rows.append((f"latency, batch {row['batch']}", shown))
     return rows
 
@@ -422,6 +419,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _make(options: argparse.Namespace) -> Path:
+    if options.out is not None and not Path(options.out).parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that is there; got {options.out!r}")
     if len(options.runs) > 1:
         for name in ("baseline", "latency"):
             if getattr(options, name):

@@ -112,7 +112,9 @@ def _config(workdir: Path) -> dict[str, Any]:
             f"run: expected the directory of a run, which has a {CONFIG}; got {str(workdir)!r}"
         )
     config = _read_json(path)
-    for name, kind in (("method", str), ("task", Mapping), ("model", Mapping), ("data", Mapping)):
+    kinds = {"method": str, "target": int | float}
+    kinds |= dict.fromkeys(("task", "model", "data", "search"), Mapping)
+    for name, kind in kinds.items():
         if not isinstance(config.get(name), kind):
             raise ValueError(f"run: {path} is no configuration of a run: it has no {name!r}")
     return config

@@ -96,3 +96,13 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def faster(speedup: Mapping[str, float]) -> str:
+    """The quartiles of a speed-up in words; if they lie on both sides of 1 there is none."""
+    low, median, high = (speedup[name] for name in ("low", "median", "high"))
+    if low <= 1 <= high:
+        return f"no difference beyond the noise ({low:.2f} to {high:.2f} times as fast)"
+    if median > 1:
+        return f"{median:.2f} times as fast ({low:.2f} to {high:.2f})"
+    return f"slower: takes {1 / median:.2f} times as long ({1 / high:.2f} to {1 / low:.2f})"

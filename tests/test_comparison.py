@@ -1,7 +1,6 @@
 """Several runs on one page."""
 
 import dataclasses
-import json
 import re
 import shutil
 
@@ -96,4 +95,3 @@ def test_the_latency_of_every_batch_has_a_column(run, tmp_path):
     header = re.findall("<th>(latency, batch [^<]*)</th>", content)
     assert header == [f"latency, batch {batch}" for batch in (1, 7, 64)]
     assert "17.5 ms" in content
-    assert json.dumps(run.summary["latency"]["batches"][0]["batch"]) == "1"

@@ -161,7 +161,7 @@ def test_how_to_load_it_and_how_it_was_made(finished, run, content):
     for name, version in run.summary["versions"].items():
         assert re.search(f"^{name}\n{re.escape(version)}$", text, re.MULTILINE)
     assert "No command was noted" in text
-    (given,) = (f"cd '/a b' && python main.py --config={name}.py" for name in ["x"])
+    given = "cd '/a b' && python main.py --config=x.py"
     with_command = dataclasses.replace(run.result, commands=[given])
     assert given in Page(page.page(Told(with_command, run.summary))).text
 

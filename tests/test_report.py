@@ -276,7 +276,7 @@ def test_the_text_of_a_summary_tells_the_latency(result):
     }
     text = report.summary_text(report.summarize(result, times={"batches": [row]}))
     assert re.search(
-        r"^latency, batch 64 +20 ms -> 12.5 ms \(1.60 times as fast, 1.50 to 1.75\)$", text, re.M
+        r"^latency, batch 64 +20 ms -> 12.5 ms; 1.60 times as fast \(1.50 to 1.75\)$", text, re.M
     )
 
 
@@ -332,7 +332,10 @@ def test_latency_that_is_asked_for_is_noted(copy, monkeypatch):
         (["{run}", "{run}", "--latency"], "--latency: expected one run with it; got 2"),
         (["{run}", "{run}", "--baseline={run}"], "--baseline: expected one run with it; got 2"),
         (["{run}", "--baseline={run}"], "baseline: expected the directory of a finished run with "),
-        (["{run}", "--out={tmp}/none/page.html"], "[Errno 2] No such file or directory: '{tmp}"),
+        (
+            ["{run}", "--out={tmp}/none/page.html"],
+            "--out: expected a file in a folder that is there; got '{tmp}",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(finished, tmp_path, capsys, arguments, message):
