@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from dhp_jax import checkpoint
-from dhp_jax.crops import crops
+from dhp_jax.crops import Crop, crops
 from dhp_jax.latent import latents
-from dhp_jax.result import PICTURES, Result
+from dhp_jax.result import Result
 from dhp_jax.tasks.task import METRICS, Metric
 from dhp_jax.wording import main_metric
 
@@ -32,8 +32,9 @@ def plots(
         figures["channels"] = _figure(_plot_channels, result, width=9)
         figures["ratio"] = _figure(_plot_ratio, result)
         figures["latents"] = _figure(_plot_latents, result, result.search, survivors)
-    if (result.workdir / PICTURES).is_dir():
-        figures["crops"] = _crops(result, baseline)
+    pictures = crops(result, baseline)
+    if pictures:
+        figures["crops"] = _crops(pictures)
     return figures
 
 
@@ -141,9 +142,8 @@ def _plot_metric(
         axes.legend(frameon=False)
 
 
-def _crops(result: Result, baseline: Path | None) -> Figure:
+def _crops(rows: Sequence[Crop]) -> Figure:
     """Details of test pictures: the input, what networks make of it, and the original."""
-    rows = crops(result, baseline)
     columns = len(rows[0].images)
     figure = Figure(figsize=(2.2 * columns, 2.2 * len(rows) + 0.3), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)

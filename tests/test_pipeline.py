@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from networks import arrays
 import numpy as np
 import pytest
-from runs import NETWORKS, check_same_end
+from runs import NETWORKS, check_same_end, without_times
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
@@ -97,6 +97,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
     assert names == {
         *NETWORKS,
         *("config.json", "metrics.jsonl", "tensorboard", "summary.json", "layers.md", "plots"),
+        "report.html",
         *("checkpoints", ".lock"),
     }
     for name in NETWORKS:
@@ -364,11 +365,14 @@ def test_a_finished_run_only_reports(finished, tmp_path):
     run = pipeline.prepare(tiny(), workdir, [Interrupter(p, 0) for p in ("search", "converge")])
     unread = dataclasses.replace(run.problem, read=lambda split: pytest.fail("data were read"))
     summary = pipeline.execute(dataclasses.replace(run, problem=unread))
-    assert summary == finished.summary
+    assert without_times(summary) == without_times(finished.summary)
     before, after = contents(finished.workdir), contents(workdir)
     assert before.keys() == after.keys()
+    measured = ("summary.json", "report.html")  # the latency, for it was lost
     for name in before:
-        assert name.endswith(".png") or before[name] == after[name], name
+        assert name.endswith((".png", *measured)) or before[name] == after[name], name
+    again = pipeline.execute(dataclasses.replace(run, problem=unread))
+    assert again == summary  # measured once
 
 
 def test_a_directory_of_another_configuration_is_refused_and_left_alone(finished, tmp_path):
@@ -457,6 +461,7 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
     assert {path.name for path in workdir.iterdir()} == {
         *("best", "model", "config.json", "metrics.jsonl"),
         *("tensorboard", "summary.json", "layers.md", "plots", "checkpoints", ".lock"),
+        "report.html",
     }
     model = dhp.load(workdir / "model")
     assert not dhp.latents(model)
