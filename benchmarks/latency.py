@@ -10,18 +10,14 @@ process. Which channels go does not matter for the time; those of untrained late
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 import sys
-import time
 
-from flax import nnx
-import jax
-import jax.numpy as jnp
 from record import quartiles, write
 from zoo import NETWORKS, Network
 
 import dhp_jax as dhp
+from dhp_jax.timing import forward, in_turn
 
 NOTE = (
     "Median of interleaved forward passes, quartiles of the speed-up of each pair in parentheses. "
@@ -60,16 +56,9 @@ def measure(network: Network, options: argparse.Namespace) -> list[dict]:
     large = 4 if options.quick or network.patch or network.input_shape[0] > 64 else 64
     rows = []
     for batch in (1, large):
-        passes = {"whole": forward(whole, network, batch), "small": forward(small, network, batch)}
-        seconds = {name: [] for name in passes}
-        for run in passes.values():  # compiles, then warms up
-            run()
-            run()
-        for _ in range(options.rounds):
-            for name, run in passes.items():
-                started = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - started)
+        both = {"whole": whole, "small": small}
+        passes = {name: forward(m, network.input_shape, batch) for name, m in both.items()}
+        seconds = in_turn(passes, options.rounds)
         pairs = zip(seconds["whole"], seconds["small"], strict=True)
         rows.append(
             {
@@ -83,13 +72,6 @@ def measure(network: Network, options: argparse.Namespace) -> list[dict]:
             }
         )
     return rows
-
-
-def forward(model: nnx.Module, network: Network, batch: int) -> Callable[[], None]:
-    """A function that runs a network over a batch, and waits for it."""
-    run = dhp.inference(model)
-    x = jnp.full((batch, *network.input_shape), 0.5)
-    return lambda: jax.block_until_ready(run(x))
 
 
 def as_table(rows: list[dict]) -> str:

@@ -20,6 +20,8 @@ RECORDS = "metrics.jsonl"
 class Journal:
     """Writes every record of a phase to `metrics.jsonl` and to TensorBoard; an `Observer`.
 
+    TensorBoard gets the numbers, and not the vectors: `survivors` and `magnitudes` of a search.
+
     A phase that begins, anew or again, first drops what it had written before, but for the records
     of the steps that it goes on from.
 
@@ -73,7 +75,7 @@ class Journal:
 
     def _show(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
-            if name not in ("phase", "step"):
+            if name not in ("phase", "step") and not isinstance(value, list):
                 event = Event(summary=scalar(name, value), step=values["step"])
                 event.wall_time = time.time()
                 self.writer.write_event(event)

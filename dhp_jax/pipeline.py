@@ -32,12 +32,19 @@ from dhp_jax.mesh import DATA, check_batch, make_mesh
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.problems import Problem, known_arguments, origins, problem
 from dhp_jax.processes import folder_from_first, from_first, is_first
-from dhp_jax.prune import check_axes, check_budget, prune, survivor_counts, survivors_within
+from dhp_jax.prune import (
+    check_axes,
+    check_budget,
+    latent_history,
+    prune,
+    survivor_counts,
+    survivors_within,
+)
 from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Params
 from dhp_jax.train import Budget, Observer, OriginError, Outcome, Phase, Progress, train
-from dhp_jax.workdir import held
+from dhp_jax.workdir import held, note_command
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +173,7 @@ def execute(
     *,
     baseline: str | os.PathLike | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Carries out a run, or what is left of it, and writes its report.
 
@@ -173,6 +181,7 @@ def execute(
       run: from `prepare`.
       baseline: directory of a finished run with `method="baseline"`, for comparison.
       stopping: asked after every step of training whether to stop.
+      command: the command line, if there was one, to be noted in `workdir`.
 
     Returns:
       The summary, as in `summary.json`.
@@ -185,6 +194,8 @@ def execute(
       ProcessError: another of the processes that carry out this run has failed.
     """
     with _held_by_first(run.workdir, run.config):
+        if command and is_first():
+            note_command(run.workdir, command)
         work = _Work(run, stopping)
         try:
             if run.config.method == "baseline":
@@ -227,6 +238,7 @@ class _Work:
         budget = Budget(
             ratio=lambda model: cost.ratio(survivor_counts(model, settings.threshold)),
             limit=self.config.target + settings.stop_limit,
+            history=lambda model: latent_history(model, settings.threshold),
         )
         outcome = self._train("search", self.run.build(), budget)
         if not outcome.progress.met_budget and is_first():

@@ -71,6 +71,25 @@ def survivor_counts(model: nnx.Module, threshold: float) -> dict[str, Array]:
     }
 
 
+def latent_history(model: nnx.Module, threshold: float) -> dict[str, Array]:
+    """What a search records of its latents as they die; usable in jit.
+
+    Returns:
+      `survivors`, how many entries of each prunable latent survive the threshold, in the order of
+      `dhp.latents`; and `magnitudes`, the 0th, 10th, ... 100th percentile of all their magnitudes.
+      Nothing for a network without prunable latents.
+    """
+    prunable = [z for z in latents(model).values() if z.prunable]
+    if not prunable:
+        return {}
+    counts = survivor_counts(model, threshold)
+    magnitudes = jnp.abs(jnp.concatenate([z.value() for z in prunable]))
+    return {
+        "survivors": jnp.stack([counts[name] for name, z in latents(model).items() if z.prunable]),
+        "magnitudes": jnp.quantile(magnitudes, jnp.linspace(0, 1, 11)),
+    }
+
+
 def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: int = 1) -> dict[str, float]:
     """The shares of FLOPs and params that are left when every latent keeps as few as it can."""
     counts = {

@@ -1,79 +1,74 @@
-"""What a run leaves for people: a table of its layers, a summary, and plots."""
+"""What a run leaves for people: a page, a table of its layers, a summary, and plots.
 
+Makes the page of a run again, finished or not, or one page that compares several runs.
+
+    python -m dhp_jax.report runs/resnet20                 # writes runs/resnet20/report.html
+    python -m dhp_jax.report runs/resnet20 runs/resnet56   # writes compare.html
+"""
+
+import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 import importlib.metadata
 import json
 import logging
 import os
 from pathlib import Path
 import platform
+import sys
 from typing import Any
 
-from flax import nnx
 import jax
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-import numpy as np
-from PIL import Image
 
-from dhp_jax import checkpoint, journal
-from dhp_jax.cost import Cost, LayerCost, measure_cost
-from dhp_jax.latent import latents
-from dhp_jax.tasks.task import METRICS, Metric
+from dhp_jax import checkpoint, durable, journal
+from dhp_jax.comparison import comparison
+from dhp_jax.crops import crops
+from dhp_jax.page import Told, page
+from dhp_jax.plots import plots
+from dhp_jax.prune import prune
+from dhp_jax.result import PICTURES, SUMMARY, Result, read
+from dhp_jax.tasks.task import METRICS
+from dhp_jax.timing import measure_latency, quartiles
+from dhp_jax.wording import faster, layer_table, main_metric, metrics_text, milliseconds, percent
+
+__all__ = [
+    "LAYERS",
+    "PAGE",
+    "PICTURES",
+    "PLOTS",
+    "SUMMARY",
+    "hardware",
+    "latency",
+    "layer_table",
+    "main",
+    "main_metric",
+    "metrics_text",
+    "plots",
+    "read",
+    "read_baseline",
+    "summarize",
+    "summary_text",
+    "text",
+    "versions",
+    "write",
+    "write_comparison",
+    "write_page",
+]
 
 logger = logging.getLogger(__name__)
 
-SUMMARY = "summary.json"
+PAGE = "report.html"
+COMPARED = "compare.html"
 LAYERS = "layers.md"
 PLOTS = "plots"
-PICTURES = "pictures"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-
-BEFORE, AFTER, REMOVED, RULE = "#c3cad4", "#1f6fb2", "#d9603b", "#7a828c"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run has on disk."""
-
-    workdir: Path
-    config: dict[str, Any]
-    records: list[dict[str, Any]]
-    notes: dict[str, dict[str, Any]]  # of each network saved, by its folder
-    before: Cost
-    after: Cost
-
-
-def read(workdir: str | os.PathLike) -> Result:
-    """Reads a finished run.
-
-    Raises:
-      ArtifactError: the run has not left its trained network yet.
-    """
-    workdir = Path(workdir)
-    notes = {
-        name: checkpoint.read_description(workdir / name)["notes"]
-        for name in ("search", "pruned", "model")
-        if checkpoint.exists(workdir / name) or name == "model"
-    }
-    shape = tuple(notes["model"]["input_shape"])
-    after = measure_cost(checkpoint.load(workdir / "model"), shape)
-    pruned = "search" in notes
-    return Result(
-        workdir=workdir,
-        config=json.loads((workdir / "config.json").read_text()),
-        records=journal.read(workdir / journal.RECORDS),
-        notes=notes,
-        before=measure_cost(checkpoint.load(workdir / "search"), shape) if pruned else after,
-        after=after,
-    )
+PACKAGES = ("dhp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def write(
     workdir: str | os.PathLike, *, baseline: str | os.PathLike | None = None
 ) -> dict[str, Any]:
-    """Writes `summary.json`, `layers.md` and the plots of a finished run.
+    """Writes `report.html`, `summary.json`, `layers.md` and the plots of a finished run.
+
+    The latency of its networks is measured, unless `summary.json` has it of the same networks.
 
     Args:
       workdir: directory of the run.
@@ -82,18 +77,138 @@ def write(
 
     Returns:
       The summary.
+
+    Raises:
+      ValueError: the folder is not that of a run, or the run is not finished.
     """
     result = read(workdir)
+    if not result.finished:
+        raise ValueError(f"run: expected a run that is finished; got {str(workdir)!r}")
     unpruned = None if baseline is None else _comparable(result, baseline)
-    summary = summarize(result, unpruned)
-    (result.workdir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    return _write(result, unpruned, baseline, latency(result))
+
+
+def _write(
+    result: Result,
+    unpruned: Mapping[str, Any] | None,
+    baseline: str | os.PathLike | None,
+    times: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    summary = summarize(result, unpruned, times)
+    durable.write(result.workdir / SUMMARY, json.dumps(summary, indent=1) + "\n")
     (result.workdir / LAYERS).write_text(layer_table(result.before, result.after))
     pictured = None if unpruned is None else Path(baseline)
     for name, figure in plots(result, unpruned, pictured).items():
         folder = result.workdir / PLOTS
         folder.mkdir(exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    durable.write(result.workdir / PAGE, page(Told(result, summary), crops(result, pictured)))
     return summary
+
+
+def write_page(
+    workdir: str | os.PathLike,
+    *,
+    baseline: str | os.PathLike | None = None,
+    measure: bool = False,
+    out: str | os.PathLike | None = None,
+) -> Path:
+    """Writes the page of a run again, or that of one that is not finished.
+
+    Numbers come from `summary.json`, which is made if a finished run lacks it.
+
+    Args:
+      workdir: directory of the run.
+      baseline: directory of a finished run of the unpruned network; left out if there is none.
+      measure: whether to measure the latency, here and now, and note it in `summary.json`.
+      out: the file; `report.html` in `workdir` if not given.
+
+    Returns:
+      The file.
+
+    Raises:
+      ValueError: the folder is not that of a run, or there is nothing yet to be measured.
+    """
+    result = read(workdir)
+    if measure and not result.finished:
+        raise ValueError(f"latency: expected a run that is finished; got {str(workdir)!r}")
+    path = Path(out) if out is not None else result.workdir / PAGE
+    unpruned = None if baseline is None else _comparable(result, baseline)
+    run = _told(result, unpruned, baseline)
+    if measure:
+        run = Told(result, {**run.summary, "latency": latency(result, again=True)})
+        durable.write(result.workdir / SUMMARY, json.dumps(run.summary, indent=1) + "\n")
+    pictured = None if unpruned is None else Path(baseline)
+    durable.write(path, page(run, crops(result, pictured)))
+    return path
+
+
+def _told(
+    result: Result,
+    unpruned: Mapping[str, Any] | None = None,
+    baseline: str | os.PathLike | None = None,
+) -> Told:
+    """A run with its summary, which is made if a finished run lacks it."""
+    if not result.finished:
+        return Told(result, None)
+    return Told(result, result.summary or _write(result, unpruned, baseline, None))
+
+
+def write_comparison(
+    workdirs: Sequence[str | os.PathLike], out: str | os.PathLike = COMPARED
+) -> Path:
+    """Writes a page that compares runs of one task.
+
+    Args:
+      workdirs: directories of the runs, two or more.
+      out: the file.
+
+    Returns:
+      The file.
+
+    Raises:
+      ValueError: a folder is not that of a run, or the tasks of the runs differ.
+    """
+    content = comparison([_told(read(workdir)) for workdir in workdirs])
+    durable.write(Path(out), content)
+    return Path(out)
+
+
+def latency(result: Result, *, again: bool = False) -> dict[str, Any]:
+    """Times of the forward pass of a finished run's network, and of the unpruned one.
+
+    Args:
+      result: the run.
+      again: whether to measure them even if its summary has those of these networks.
+
+    Returns:
+      A row for one input and one for the batch of the configuration, with quartiles of the
+      milliseconds and of the speed-up of pairs of passes.
+    """
+    names = [name for name in ("search", "model") if name in result.notes]
+    of = [checkpoint.read_description(result.workdir / name)["sha256"] for name in names]
+    known = (result.summary or {}).get("latency")
+    if known and known["of"] == of and not again:
+        return known
+    networks = {"before": prune(result.search)} if result.pruned else {}
+    networks["after"] = result.trained
+    batches = sorted({1, result.config["batch_size"]})
+    return {
+        "batches": [_timed(networks, result.input_shape, batch) for batch in batches],
+        "input_shape": list(result.input_shape),
+        "hardware": hardware(),
+        "of": of,
+    }
+
+
+def _timed(networks: Mapping[str, Any], shape: Sequence[int], batch: int) -> dict[str, Any]:
+    times = measure_latency(networks, shape, batch)
+    row = {"batch": batch, "rounds": len(times["after"])}
+    row |= {f"{name}_ms": quartiles(values) for name, values in times.items()}
+    if "before" in times:
+        pairs = zip(times["before"], times["after"], strict=True)
+        row["speedup"] = quartiles([before / after for before, after in pairs])
+    return row
 
 
 def read_baseline(directory: str | os.PathLike) -> dict[str, Any]:
@@ -112,12 +227,17 @@ def read_baseline(directory: str | os.PathLike) -> dict[str, Any]:
     return summary
 
 
-def summarize(result: Result, unpruned: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def summarize(
+    result: Result,
+    unpruned: Mapping[str, Any] | None = None,
+    times: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The outcome of a run in numbers: metrics on the test data, cost, times.
 
     Args:
       result: the run.
       unpruned: the summary of a run with `method="baseline"`.
+      times: from `latency`.
     """
     notes, trained = result.notes, result.notes["model"]["phase"]
     test = {"last": trained["last"], "best": trained["best"]}
@@ -142,6 +262,7 @@ def summarize(result: Result, unpruned: Mapping[str, Any] | None = None) -> dict
         "test": test,
         "flops": _change(result.before.flops, result.after.flops),
         "params": _change(result.before.params, result.after.params),
+        "latency": times,
         "phases": phases,
         "unpruned_epochs": unpruned and unpruned["phases"]["baseline"]["epochs"],
         "seconds": sum(phase["seconds"] for phase in phases.values()),
@@ -199,8 +320,9 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         change = summary[name]
         text = f"{change['after']:,}"
         if summary["method"] != "baseline":
-            text = f"{change['before']:,} -> {text} ({_percent(change['ratio'])})"
+            text = f"{change['before']:,} -> {text} ({percent(change['ratio'])})"
         rows.append((label, text))
+    rows += _latency_rows(summary.get("latency"))
     rows.append(("time", f"{summary['seconds']:.0f} s on {summary['hardware']}"))
     if "search" in phases and not phases["search"]["met_budget"]:
         rows.append(
@@ -214,25 +336,23 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
 
 
-def main_metric(values: Mapping[str, float]) -> str:
-    """The metric of some that a task is judged by."""
-    return "psnr" if "psnr" in values else "error"
-
-
-def metrics_text(values: Mapping[str, float]) -> str:
-    """Metrics for people: "2.00 %", or "24.93 dB, SSIM 0.6512"."""
-    first = main_metric(values)
-    shown = [METRICS[first].text(values[first])]
-    others = [name for name in values if name not in (first, "loss")]
-    return ", ".join(
-        shown + [f"{METRICS[name].label} {METRICS[name].text(values[name])}" for name in others]
-    )
+def _latency_rows(latency: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """The latency of one input and of a batch in words."""
+    rows = []
+    for row in latency["batches"] if latency else []:
+        shown = milliseconds(row["after_ms"]["median"])
+        if "before_ms" in row:
+            before = milliseconds(row["before_ms"]["median"])
+            shown = f"{before} -> {shown}; {faster(row['speedup'])}"
+        rows.append((f"latency, batch {row['batch']}", shown))
+    return rows
 
 
 def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
     """What to tell at the end of a run: the layers, the summary, and where everything is."""
     workdir = Path(workdir)
     paths = [
+        ("report", str(workdir / PAGE)),
         (
             "pruned network" if summary["method"] == "dhp" else "network",
             f'{workdir / "model"}   (dhp.load("{workdir / "model"}"))',
@@ -254,49 +374,6 @@ def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
     )
 
 
-def layer_table(before: Cost, after: Cost) -> str:
-    """A Markdown table of every layer: channels, FLOPs and params, before and after pruning."""
-    rows = [("layer", "channels in", "channels out", "FLOPs", "", "params", "")]
-    for b, a in zip(before.layers, after.layers, strict=True):
-        rows.append(_layer_row(b, a))
-    rows.append(
-        (
-            "total",
-            "",
-            "",
-            _arrow(before.flops, after.flops),
-            _share(before.flops, after.flops),
-            _arrow(before.params, after.params),
-            _share(before.params, after.params),
-        )
-    )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(_cells(row, widths)) + " |" for row in rows]
-    ruler = "|" + "|".join(
-        "-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)
-    )
-    return "\n".join([lines[0], ruler + "|", *lines[1:]]) + "\n"
-
-
-def plots(
-    result: Result,
-    unpruned: Mapping[str, Any] | None = None,
-    baseline: Path | None = None,
-) -> dict[str, Figure]:
-    """The figures of a run by name; `unpruned` is the summary of the run in `baseline`."""
-    metric = main_metric(result.notes["model"]["phase"]["last"])
-    figures = {metric: _figure(_plot_metric, result, METRICS[metric], unpruned)}
-    if "search" in result.notes:
-        search = checkpoint.load(result.workdir / "search")
-        survivors = checkpoint.read_description(result.workdir / "model")["survivors"]
-        figures["channels"] = _figure(_plot_channels, result, width=9)
-        figures["ratio"] = _figure(_plot_ratio, result)
-        figures["latents"] = _figure(_plot_latents, result, search, survivors)
-    if (result.workdir / PICTURES).is_dir():
-        figures["crops"] = _crops(result, baseline)
-    return figures
-
-
 def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] | None:
     """The summary of a finished run of the same network, unpruned, on the same data; or `None`."""
     try:
@@ -313,184 +390,52 @@ def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] |
     return summary
 
 
-def _figure(plot, *arguments, width: float = 7) -> Figure:
-    figure = Figure(figsize=(width, 3.8), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e9ed")
-    axes.set_axisbelow(True)
-    plot(axes, *arguments)
-    return figure
-
-
-def _plot_channels(axes: Axes, result: Result) -> None:
-    pairs = zip(result.before.layers, result.after.layers, strict=True)
-    convs = [(b, a) for b, a in pairs if "Conv" in b.kind]
-    positions = np.arange(len(convs))
-    axes.bar(positions, [b.outputs.full for b, _ in convs], 0.85, color=BEFORE, label="before")
-    axes.bar(positions, [a.outputs.full for _, a in convs], 0.85, color=AFTER, label="after")
-    if len(convs) <= 40:
-        names = [b.path.removesuffix(".conv") for b, _ in convs]
-        axes.set_xticks(positions, names, rotation=90, fontsize=7)
-    else:
-        axes.set_xlabel("convolution, in order of execution")
-    axes.grid(axis="x", visible=False)
-    axes.margins(x=0.01)
-    axes.set_ylabel("output channels")
-    axes.set_title("Channels kept per layer", loc="left")
-    axes.legend(frameon=False, ncols=2, loc="upper left")
-
-
-def _plot_ratio(axes: Axes, result: Result) -> None:
-    records = [r for r in result.records if "flops_ratio" in r]
-    steps = [0, *(r["step"] for r in records)]
-    for name, label, color in (
-        ("flops_ratio", "FLOPs", AFTER),
-        ("params_ratio", "params", REMOVED),
-    ):
-        axes.plot(steps, [100, *(100 * r[name] for r in records)], color=color, label=label)
-    target = 100 * result.config["target"]
-    stop = target + 100 * result.config["search"]["stop_limit"]
-    axes.axhline(stop, color=RULE, linewidth=1, linestyle=":", label=f"search ends ({stop:g} %)")
-    axes.axhline(target, color=RULE, linewidth=1, linestyle="--", label=f"target ({target:g} %)")
-    axes.set_ylim(0, 104)
-    axes.set_xlim(0)
-    axes.set_xlabel("step of the search")
-    axes.set_ylabel("% of the unpruned network")
-    axes.set_title("What would survive, while searching", loc="left")
-    axes.legend(frameon=False, loc="lower left")
-
-
-def _plot_latents(
-    axes: Axes, result: Result, search: nnx.Module, survivors: Mapping[str, Sequence[int]]
-) -> None:
-    magnitudes, kept = [], []
-    for name, z in latents(search).items():
-        if z.prunable:
-            magnitudes.append(np.abs(np.asarray(z.value())))
-            kept.append(np.isin(np.arange(z.size), survivors[name]))
-    magnitudes, kept = np.concatenate(magnitudes), np.concatenate(kept)
-    order = np.argsort(-magnitudes, kind="stable")
-    magnitudes, kept, rank = magnitudes[order], kept[order], np.arange(len(order))
-    threshold = result.config["search"]["threshold"]
-    axes.set_yscale("symlog", linthresh=threshold / 5)
-    axes.scatter(rank[kept], magnitudes[kept], 7, color=AFTER, label=f"kept ({kept.sum()})")
-    axes.scatter(
-        rank[~kept], magnitudes[~kept], 7, color=REMOVED, label=f"removed ({(~kept).sum()})"
+def main(arguments: Sequence[str]) -> int:
+    """Makes pages as the command line says; returns the exit code, 2 for wrong input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dhp_jax.report",
+        description=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    axes.axhline(
-        threshold, color=RULE, linewidth=1, linestyle="--", label=f"threshold {threshold:g}"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "--out", metavar="FILE", help=f"RUN/{PAGE}, or for several runs {COMPARED}, if not given"
     )
-    axes.set_ylim(0)
-    axes.set_xlabel("entries of all prunable latents, sorted")
-    axes.set_ylabel("|z| at the end of the search")
-    axes.set_title("Latent magnitudes", loc="left")
-    axes.legend(frameon=False, loc="lower left")
-
-
-def _plot_metric(
-    axes: Axes, result: Result, metric: Metric, unpruned: Mapping[str, Any] | None
-) -> None:
-    start = 0
-    for name in dict.fromkeys(record["phase"] for record in result.records):
-        records = [r for r in result.records if r["phase"] == name and f"test_{metric.name}" in r]
-        if start:
-            axes.axvline(start, color=RULE, linewidth=1)
-            axes.annotate(" pruned", (start, 1), xycoords=("data", "axes fraction"), va="top")
-        epochs = [start + r["epoch"] for r in records]
-        color = BEFORE if name == "search" else AFTER
-        values = [metric.factor * r[f"test_{metric.name}"] for r in records]
-        axes.plot(epochs, values, color=color, label=name)
-        start += records[-1]["epoch"]
-    if unpruned is not None and "search" in result.notes:
-        value = unpruned["test"]["last"][metric.name]
-        label = f"unpruned, last epoch ({metric.text(value)})"
-        axes.axhline(metric.factor * value, color=RULE, linewidth=1, linestyle="--", label=label)
-    if not metric.higher_is_better:
-        axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlim(0)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(f"test {metric.label}, {metric.unit}")
-    axes.set_title(f"Test {metric.label}", loc="left")
-    if axes.lines:
-        axes.legend(frameon=False)
-
-
-def _crops(result: Result, baseline: Path | None) -> Figure:
-    """Details of test pictures: the input, what networks make of it, and the original."""
-    pruned = "search" in result.notes
-    names = sorted(folder.name for folder in (result.workdir / PICTURES).iterdir())
-    columns = [("input", result.workdir, "input")]
-    if pruned and baseline is not None and _has_pictures(baseline, names):
-        columns.append(("unpruned", baseline, "output"))
-    share = result.after.flops / result.before.flops
-    columns.append(
-        (f"pruned, {_percent(share)} FLOPs" if pruned else "unpruned", result.workdir, "output")
+    parser.add_argument(
+        "--baseline",
+        metavar="RUN",
+        help="run of the unpruned network, of which pictures are shown; RUN-baseline if not given",
     )
-    columns.append(("original", result.workdir, "target"))
-    figure = Figure(figsize=(2.2 * len(columns), 2.2 * len(names) + 0.3), layout="constrained")
-    grid = figure.subplots(len(names), len(columns), squeeze=False)
-    for name, row in zip(names, grid, strict=True):
-        images = [
-            np.asarray(Image.open(workdir / PICTURES / name / f"{what}.png"))
-            for _, workdir, what in columns
-        ]
-        rows, across = _detail(images[-1])
-        for axes, image, (title, _, _) in zip(row, images, columns, strict=True):
-            axes.imshow(image[rows, across], cmap="gray", vmin=0, vmax=255, interpolation="none")
-            axes.set_axis_off()
-            if name == names[0]:
-                axes.set_title(title, fontsize=9)
-    return figure
-
-
-def _has_pictures(workdir: Path, names: Sequence[str]) -> bool:
-    """Whether a run has left pictures of these test examples; it may have been tested on others."""
-    return all((workdir / PICTURES / name / "output.png").is_file() for name in names)
-
-
-def _detail(image: np.ndarray, side: int = 96) -> tuple[slice, slice]:
-    """The square of a picture in which neighbouring pixels differ most."""
-    gray = image.reshape(*image.shape[:2], -1).mean(-1)
-    contrast = np.abs(np.diff(gray, axis=0))[:, 1:] + np.abs(np.diff(gray, axis=1))[1:]
-    side = min(side, *contrast.shape)
-    total = np.pad(contrast, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-    sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
-    top, left = np.unravel_index(np.argmax(sums), sums.shape)
-    return slice(top, top + side), slice(left, left + side)
-
-
-def _layer_row(before: LayerCost, after: LayerCost) -> tuple[str, ...]:
-    return (
-        before.path,
-        _arrow(before.inputs.full, after.inputs.full),
-        _arrow(before.outputs.full, after.outputs.full),
-        _arrow(before.flops, after.flops),
-        _share(before.flops, after.flops),
-        _arrow(before.params, after.params),
-        _share(before.params, after.params),
+    parser.add_argument(
+        "--latency", action="store_true", help="measure the latency here and now, and note it"
     )
+    options = parser.parse_args(arguments)
+    try:
+        print(_make(options))
+    except (OSError, ValueError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
 
 
-def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [
-        cell.ljust(width) if i == 0 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
+def _make(options: argparse.Namespace) -> Path:
+    if options.out is not None and not Path(options.out).parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that is there; got {options.out!r}")
+    if len(options.runs) > 1:
+        for name in ("baseline", "latency"):
+            if getattr(options, name):
+                raise ValueError(f"--{name}: expected one run with it; got {len(options.runs)}")
+        return write_comparison(options.runs, options.out or COMPARED)
+    (workdir,) = options.runs
+    if options.baseline is not None:
+        read_baseline(options.baseline)
+    baseline = options.baseline or f"{os.path.normpath(workdir)}-baseline"
+    return write_page(workdir, baseline=baseline, measure=options.latency, out=options.out)
 
 
 def _change(before: int, after: int) -> dict[str, Any]:
     return {"before": before, "after": after, "ratio": after / before}
 
 
-def _arrow(before: int, after: int) -> str:
-    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
-
-
-def _share(before: int, after: int) -> str:
-    return "" if before == 0 else _percent(after / before)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -55,10 +55,17 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """A stop rule: train until `ratio(model)[0] <= limit`, which is looked at after every step."""
+    """A stop rule: train until `ratio(model)[0] <= limit`, which is looked at every step.
 
-    ratio: Callable[[nnx.Module], tuple[Array, Array]]  # shares of FLOPs and params; jitted
+    Attributes:
+      ratio: shares of FLOPs and params; jitted.
+      limit: share of FLOPs.
+      history: what else of the model every record keeps, vectors by name; jitted.
+    """
+
+    ratio: Callable[[nnx.Module], tuple[Array, Array]]
     limit: float
+    history: Callable[[nnx.Module], dict[str, Array]] = lambda model: {}
 
 
 @dataclass(frozen=True)
@@ -282,6 +289,10 @@ class _Loop:
             streamed=isinstance(data, Stream),
             many=self.inputs.steps_at_once > 1,
         )
+        if phase.budget is not None:
+            self.history = jax.jit(
+                lambda p, r: phase.budget.history(nnx.merge(self.graphdef, *p, r))
+            )
 
     def keep(self, checkpoints: Checkpoints | None, stopping: Callable[[], bool]) -> None:
         """Goes on from the newest checkpoint, if there is one."""
@@ -418,6 +429,8 @@ class _Loop:
         if self.phase.budget is not None:
             remains = jax.device_get(self.state.remains)
             values |= {"flops_ratio": float(remains.flops), "params_ratio": float(remains.params)}
+            params, rest = whole((self.state.params, self.state.rest))
+            values |= from_first(lambda: _rounded(self.history(params, rest)))
         self.clock = time.perf_counter(), steps
         return values
 
@@ -676,6 +689,14 @@ def _all_finite(tree: Any) -> Array:
     """Whether all floating-point numbers of a tree are finite; one pass over all of them."""
     leaves = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in leaves])) if leaves else True
+
+
+def _rounded(history: dict[str, Array]) -> dict[str, list[float]]:
+    """Vectors to four digits: they are for people, and kept at every record."""
+    return {
+        name: [v if isinstance(v, int) else float(f"{v:.4g}") for v in np.asarray(vector).tolist()]
+        for name, vector in jax.device_get(history).items()
+    }
 
 
 def _checksum(data: Data) -> int:

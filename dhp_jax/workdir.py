@@ -1,10 +1,11 @@
 """The directory of a run: of one configuration, and of one process at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import os
 from pathlib import Path
+import shlex
 from typing import Any
 
 import filelock
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from dhp_jax import durable
 from dhp_jax.config import ConfigError
 
-CONFIG, LOCK = "config.json", ".lock"
+CONFIG, LOCK, COMMANDS = "config.json", ".lock", "command.txt"
 # What may differ when a run is started again in its directory.
 MAY_CHANGE = (
     "log_every",
@@ -54,6 +55,15 @@ def held(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[None]:
             _check(workdir, config)
             durable.write(workdir / CONFIG, json.dumps(_plain(config), indent=1))
         yield
+
+
+def note_command(workdir: str | os.PathLike, command: Sequence[str]) -> None:
+    """Adds a command line, with the folder that it was given in, to those that a run has had."""
+    path = Path(workdir) / COMMANDS
+    line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(['python', *command])}\n"
+    there = path.read_text(errors="replace") if path.is_file() else ""
+    if line not in there.splitlines(keepends=True):
+        durable.write(path, there + line)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
             asked_to_stop(run.config.checkpoint.grace) as stopping,
         ):
             baseline = options.baseline or f"{options.workdir}-baseline"
-            summary = pipeline.execute(run, baseline=baseline, stopping=stopping)
+            summary = pipeline.execute(run, baseline=baseline, stopping=stopping, command=arguments)
     except (DataNotFoundError, ConfigError) as error:  # as a file that is damaged when it is read
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

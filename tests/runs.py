@@ -87,7 +87,7 @@ def description(path):
 def without_times(value):
     """JSON values without the clock's."""
     if isinstance(value, dict):
-        timed = ("seconds", "examples_per_second")
+        timed = ("seconds", "examples_per_second", "latency")
         return {k: without_times(v) for k, v in value.items() if k not in timed}
     return [without_times(v) for v in value] if isinstance(value, list) else value
 

@@ -140,6 +140,13 @@ def test_tensorboard_has_each_number_of_a_phase_at_its_step(tmp_path):
         assert scalars(tmp_path / "tensorboard" / phase) == pytest.approx(expected, rel=1e-6)
 
 
+def test_vectors_are_in_the_records_and_not_in_tensorboard(tmp_path):
+    record = {"phase": "search", "step": 7, "loss": 2.0, "survivors": [4, 16]}
+    write(tmp_path, "search", [record])
+    assert read(tmp_path / RECORDS) == [record]
+    assert scalars(tmp_path / "tensorboard" / "search") == {("loss", 7): 2.0}
+
+
 def test_a_phase_that_begins_anew_drops_its_own_events_only(tmp_path):
     write(tmp_path, "search", SEARCH)
     write(tmp_path, "converge", CONVERGE)

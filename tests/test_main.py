@@ -1,8 +1,10 @@
 """The command line: wrong input is told in one line before any work, a run its results."""
 
+import html
 import importlib.util
 from pathlib import Path
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -212,11 +214,17 @@ def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
     assert re.search(r"^test error, last epoch +\d+\.\d\d % \(epoch 1\)$", printed.out, re.M)
     paths = re.findall(r"runs/[\w./-]+", printed.out)
     assert {Path(path).name for path in paths} == {
-        *("model", "best", "summary.json", "layers.md", "plots", "metrics.jsonl", "tensorboard")
+        *("report.html", "model", "best", "summary.json", "layers.md", "plots"),
+        *("metrics.jsonl", "tensorboard"),
     }
+    assert Path(paths[0]).name == "report.html"
     assert all(Path(path).exists() for path in paths)
     assert "converge: epoch 1, step 20 of 20: loss " in printed.err
     assert "search" not in printed.err
+    (command,) = (workdir / "command.txt").read_text().splitlines()
+    given = shlex.split(command.removeprefix(f"cd {shlex.quote(str(tmp_path))} && "))
+    assert given == ["python", str(MAIN), DIGITS, *overrides()]
+    assert html.escape(command) in (workdir / "report.html").read_text()
 
 
 def test_a_training_that_diverges_ends_with_one_line_and_exit_code_1(main, tmp_path, capsys):

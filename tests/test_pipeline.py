@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from networks import arrays
 import numpy as np
 import pytest
-from runs import NETWORKS, Interrupter, Stop, check_same_end
+from runs import NETWORKS, Interrupter, Stop, check_same_end, without_times
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
@@ -70,6 +70,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
     assert names == {
         *NETWORKS,
         *("config.json", "metrics.jsonl", "tensorboard", "summary.json", "layers.md", "plots"),
+        "report.html",
         *("checkpoints", ".lock"),
     }
     for name in NETWORKS:
@@ -129,6 +130,21 @@ def test_the_networks_on_disk_have_the_errors_of_the_summary(finished):
     ):
         found = errors_by_hand(finished.workdir, name)
         assert found == pytest.approx(reported[error]["error"], abs=1e-6), name
+
+
+def test_the_records_of_a_search_tell_how_its_latents_died(finished):
+    records = journal.read(finished.workdir / journal.RECORDS)
+    history = [r for r in records if "survivors" in r]
+    assert history == [r for r in records if r["phase"] == "search"]
+    searched = dhp.load(finished.workdir / "search")
+    prunable = {name: z for name, z in dhp.latents(searched).items() if z.prunable}
+    masks = dhp.survivors(searched, threshold=5e-3)
+    assert history[-1]["survivors"] == [masks[name].sum() for name in prunable]
+    assert all(left >= 1 for record in history for left in record["survivors"])  # min_channels
+    magnitudes = np.abs(np.concatenate([np.asarray(z.value()) for z in prunable.values()]))
+    deciles = np.quantile(magnitudes, np.linspace(0, 1, 11))
+    np.testing.assert_allclose(history[-1]["magnitudes"], deciles, rtol=6e-4, atol=1e-7)
+    assert sum(history[-1]["survivors"]) < sum(history[0]["survivors"])
 
 
 def test_the_records_are_of_both_phases_and_agree_with_the_summary(finished):
@@ -323,11 +339,14 @@ def test_a_finished_run_only_reports(finished, tmp_path):
     run = pipeline.prepare(tiny(), workdir, [Interrupter(p, 0) for p in ("search", "converge")])
     unread = dataclasses.replace(run.problem, read=lambda split: pytest.fail("data were read"))
     summary = pipeline.execute(dataclasses.replace(run, problem=unread))
-    assert summary == finished.summary
+    assert without_times(summary) == without_times(finished.summary)
     before, after = contents(finished.workdir), contents(workdir)
     assert before.keys() == after.keys()
+    measured = ("summary.json", "report.html")  # the latency, for it was lost
     for name in before:
-        assert name.endswith(".png") or before[name] == after[name], name
+        assert name.endswith((".png", *measured)) or before[name] == after[name], name
+    again = pipeline.execute(dataclasses.replace(run, problem=unread))
+    assert again == summary  # measured once
 
 
 def test_a_directory_of_another_configuration_is_refused_and_left_alone(finished, tmp_path):
@@ -416,6 +435,7 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
     assert {path.name for path in workdir.iterdir()} == {
         *("best", "model", "config.json", "metrics.jsonl"),
         *("tensorboard", "summary.json", "layers.md", "plots", "checkpoints", ".lock"),
+        "report.html",
     }
     model = dhp.load(workdir / "model")
     assert not dhp.latents(model)

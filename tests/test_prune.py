@@ -29,7 +29,13 @@ import optax
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.prune import check_budget, smallest_ratio, survivor_mask, survivors_within
+from dhp_jax.prune import (
+    check_budget,
+    latent_history,
+    smallest_ratio,
+    survivor_mask,
+    survivors_within,
+)
 
 MAGNITUDES = st.floats(0, 2, width=16)
 
@@ -57,6 +63,18 @@ def mixed_masks(a, b, c):
 
 
 # Which entries survive
+
+
+def test_the_history_of_a_search_counts_prunable_latents_only():
+    model = filled(Mixed)
+    found = jax.jit(lambda: latent_history(model, 0.5))()
+    prunable = {name: z for name, z in dhp.latents(model).items() if z.prunable}
+    masks = dhp.survivors(model, 0.5)
+    assert found["survivors"].tolist() == [masks[name].sum() for name in prunable]
+    magnitudes = np.sort(np.concatenate([np.abs(z.value()) for z in prunable.values()]))
+    assert found["magnitudes"].shape == (11,)
+    assert found["magnitudes"][[0, 10]].tolist() == magnitudes[[0, -1]].tolist()
+    assert latent_history(dhp.prune(model), 0.5) == {}
 
 
 @given(

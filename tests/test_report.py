@@ -1,7 +1,7 @@
 """What a run leaves for people says what the arrays and the records say."""
 
+import dataclasses
 import json
-import os
 from pathlib import Path
 import re
 import shutil
@@ -15,7 +15,6 @@ from runs import description
 
 import dhp_jax as dhp
 from dhp_jax import journal, report
-from dhp_jax.checkpoint import ArtifactError
 
 PLOTS = ("channels", "ratio", "latents", "error")
 UNPRUNED = {
@@ -96,7 +95,7 @@ def test_the_table_of_layers_is_aligned(result):
 
 
 def test_the_summary_tells_what_the_run_came_to(finished, result):
-    summary = report.summarize(result)
+    summary = report.summarize(result, times=result.summary["latency"])
     assert summary["method"] == "dhp"
     assert summary["task"] == {"name": "classification"}
     assert summary["model"] == {"name": "resnet", "depth": 20, "width": 0.25}
@@ -123,7 +122,14 @@ def test_the_summary_tells_what_the_run_came_to(finished, result):
     phases = summary["phases"].values()
     assert summary["seconds"] == sum(phase["seconds"] for phase in phases) > 0
     assert summary["hardware"] == report.hardware()
-    assert summary["versions"].keys() == {"jax", "jaxlib", "flax", "optax", "numpy"}
+    assert summary["versions"].keys() == {
+        "dhp_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "numpy",
+    }
     assert json.loads((finished / "summary.json").read_text()) == summary
 
 
@@ -182,6 +188,7 @@ def test_the_text_of_a_run_names_paths_that_exist(finished):
         "layers.md",
         "metrics.jsonl",
         "model",
+        "report.html",
         "summary.json",
         "tensorboard",
         "plots",
@@ -199,12 +206,13 @@ def test_the_text_of_a_run_names_paths_that_exist(finished):
     ],
 )
 def test_a_report_compares_with_an_unpruned_run_of_the_same_network_and_data(
-    finished, tmp_path, caplog, changes, compared
+    finished, tmp_path, caplog, monkeypatch, changes, compared
 ):
     run = shutil.copytree(finished, tmp_path / "run")
     of_run = json.loads((run / "summary.json").read_text())
     of_baseline = {**of_run, "method": "baseline", **UNPRUNED, **changes}
     (tmp_path / "summary.json").write_text(json.dumps(of_baseline))
+    monkeypatch.setattr(report, "plots", lambda *arguments: {})
     test = report.write(run, baseline=tmp_path)["test"]
     unpruned = UNPRUNED["test"]["last"] if compared else None
     assert test == of_run["test"] | {"unpruned": unpruned}
@@ -214,11 +222,132 @@ def test_a_report_compares_with_an_unpruned_run_of_the_same_network_and_data(
     assert told == [expected] * another
 
 
-def test_a_run_without_a_trained_network_has_no_report(finished, tmp_path):
+def test_a_run_without_a_trained_network_has_no_summary(finished, tmp_path):
     copy = shutil.copytree(finished, tmp_path / "copy")
     shutil.rmtree(copy / "model")
-    with pytest.raises(ArtifactError, match=f"^path: .*{re.escape(os.sep)}model$"):
+    with pytest.raises(ValueError, match=f"^run: expected a run that is finished; got '{copy}'$"):
         report.write(copy)
+
+
+# Latency
+
+
+def test_the_latency_of_a_run_is_of_both_networks_for_one_input_and_a_batch(finished):
+    latency = json.loads((finished / "summary.json").read_text())["latency"]
+    assert [row["batch"] for row in latency["batches"]] == [1, 64]
+    assert latency["input_shape"] == [8, 8, 1]
+    assert latency["hardware"] == report.hardware()
+    for row in latency["batches"]:
+        assert row["rounds"] >= 3
+        for name in ("before_ms", "after_ms", "speedup"):
+            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+
+
+def test_latency_is_measured_again_only_for_other_networks_or_when_asked(result, monkeypatch):
+    calls = []
+
+    def measure(networks, shape, batch):
+        calls.append((list(networks), shape, batch))
+        return {name: [2.0, 4.0, 6.0] for name in networks}
+
+    monkeypatch.setattr(report, "measure_latency", measure)
+    known = result.summary["latency"]
+    assert report.latency(result) == known
+    assert not calls
+    again = report.latency(result, again=True)
+    assert again["batches"][1] == {
+        "batch": 64,
+        "rounds": 3,
+        "before_ms": {"median": 4.0, "low": 2.0, "high": 6.0},
+        "after_ms": {"median": 4.0, "low": 2.0, "high": 6.0},
+        "speedup": {"median": 1.0, "low": 1.0, "high": 1.0},
+    }
+    assert calls == [(["before", "after"], (8, 8, 1), batch) for batch in (1, 64)]
+    other = {**result.summary, "latency": {**known, "of": ["of", "others"]}}
+    assert report.latency(dataclasses.replace(result, summary=other)) == again
+
+
+def test_the_text_of_a_summary_tells_the_latency(result):
+    row = {
+        "batch": 64,
+        "before_ms": {"median": 20.0},
+        "after_ms": {"median": 12.5},
+        "speedup": {"median": 1.6, "low": 1.5, "high": 1.75},
+    }
+    text = report.summary_text(report.summarize(result, times={"batches": [row]}))
+    assert re.search(
+        r"^latency, batch 64 +20 ms -> 12.5 ms; 1.60 times as fast \(1.50 to 1.75\)$", text, re.M
+    )
+
+
+# The command
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_the_page_is_made_again_without_measuring(copy, capsys, monkeypatch):
+    monkeypatch.setattr(report, "measure_latency", lambda *args: pytest.fail("measured"))
+    (copy / "report.html").unlink()
+    summary = (copy / "summary.json").read_bytes()
+    assert report.main([str(copy)]) == 0
+    assert capsys.readouterr().out == f"{copy / 'report.html'}\n"
+    assert (copy / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert (copy / "summary.json").read_bytes() == summary
+
+
+def test_a_summary_that_was_cut_short_is_made_again(copy, monkeypatch):
+    monkeypatch.setattr(report, "plots", lambda *arguments: {})
+    before = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").write_text('{"method": "dh')
+    assert report.main([str(copy)]) == 0
+    after = json.loads((copy / "summary.json").read_text())
+    assert after == before | {"latency": None}
+    assert "Latency was not measured" in (copy / "report.html").read_text()
+
+
+def test_latency_that_is_asked_for_is_noted(copy, monkeypatch):
+    monkeypatch.setattr(
+        report, "measure_latency", lambda networks, *rest: {name: [7.0, 7.0] for name in networks}
+    )
+    assert report.main([str(copy), "--latency", f"--out={copy / 'other.html'}"]) == 0
+    rows = json.loads((copy / "summary.json").read_text())["latency"]["batches"]
+    assert [row["after_ms"]["median"] for row in rows] == [7.0, 7.0]
+    assert "7 ms" in (copy / "other.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/none"], "run: expected the directory of a run, which has a config.json; got '"),
+        (["{tmp}"], "run: expected the directory of a run, which has a config.json; got '{tmp}'"),
+        (["{tmp}/text"], "run: {tmp}/text/config.json: expected a JSON object; "),
+        (["{tmp}/list"], "run: {tmp}/list/config.json: expected a JSON object; "),
+        (
+            ["{tmp}/other"],
+            "run: {tmp}/other/config.json is no configuration of a run: it has no 'm",
+        ),
+        (["{run}", "{run}", "--latency"], "--latency: expected one run with it; got 2"),
+        (["{run}", "{run}", "--baseline={run}"], "--baseline: expected one run with it; got 2"),
+        (["{run}", "--baseline={run}"], "baseline: expected the directory of a finished run with "),
+        (
+            ["{run}", "--out={tmp}/none/page.html"],
+            "--out: expected a file in a folder that is there; got '{tmp}",
+        ),
+    ],
+)
+def test_wrong_input_is_one_line(finished, tmp_path, capsys, arguments, message):
+    for name, content in (("text", "{"), ("list", "[1]"), ("other", '{"method": 3}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    places = {"tmp": tmp_path, "run": finished}
+    code = report.main([argument.format(**places) for argument in arguments])
+    told = capsys.readouterr().err
+    assert code == 2
+    assert told.count("\n") == 1
+    assert told.startswith("error: " + message.format(**places))
 
 
 # Plots

@@ -21,7 +21,7 @@ SIZES = ((24, 40), (32, 32), (25, 33))
 TASKS = ("denoising", "super_resolution")
 RUN = ("best", "model", "config.json", "metrics.jsonl", "tensorboard", "summary.json")
 RUN += ("checkpoints", ".lock")
-REPORT = ("layers.md", "plots", "pictures")
+REPORT = ("report.html", "layers.md", "plots", "pictures")
 
 
 def draw(path, height, width, seed):

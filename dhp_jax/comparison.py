@@ -1,0 +1,189 @@
+"""The page of several runs of one task, compared."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dhp_jax import drawing
+from dhp_jax.document import document, notice, section, table
+from dhp_jax.drawing import Line
+from dhp_jax.markup import Markup, element, joined
+from dhp_jax.page import Told, curves, missing, network
+from dhp_jax.tasks.task import METRICS, Metric
+from dhp_jax.wording import compact, duration, milliseconds, percent
+
+
+def comparison(runs: Sequence[Told]) -> str:
+    """The page as HTML.
+
+    Args:
+      runs: two or more, with what they came to.
+
+    Raises:
+      ValueError: the runs are not of the same task.
+    """
+    check_same_task(runs)
+    names = labels(runs)
+    metric = METRICS[runs[0].metric]
+    unfinished = [
+        f"{name}: {what}"
+        for name, run in zip(names, runs, strict=True)
+        for what in missing(run.result)
+    ]
+    data = {run.result.config["data"].get("name") for run in runs}
+    differing = (
+        f"the runs are of different data ({', '.join(sorted(map(str, data)))}): their "
+        f"{metric.label} does not compare"
+    )
+    return document(
+        f"{len(runs)} runs compared",
+        element("header", element("h1", f"{len(runs)} runs compared")),
+        notice("Note:", [differing] if len(data) > 1 else []),
+        notice("Not finished:", unfinished),
+        _table(names, runs, metric),
+        section("cost", f"{_title(metric)} against cost", _cost(names, runs, metric)),
+        section("training", "Training", _training(names, runs, metric)),
+        section("runs", "Runs", _folders(names, runs)),
+    )
+
+
+def check_same_task(runs: Sequence[Told]) -> None:
+    """Raises a `ValueError` unless all runs are of one task, with the same settings."""
+    first = runs[0].result
+    for run in runs[1:]:
+        one, other = first.config["task"], run.result.config["task"]
+        if one != other:
+            raise ValueError(
+                f"run: expected runs of one task to compare; got {_task(one)} in {first.workdir} "
+                f"and {_task(other)} in {run.result.workdir}"
+            )
+
+
+def _task(task: dict[str, Any]) -> str:
+    settings = ", ".join(f"{k}={v}" for k, v in task.items() if k != "name")
+    return f"{task.get('name')} ({settings})" if settings else str(task.get("name"))
+
+
+def labels(runs: Sequence[Told]) -> list[str]:
+    """The last parts of the runs' paths, as many as tell them apart."""
+    paths = [run.result.workdir.absolute().parts for run in runs]
+    for count in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-count:]) for parts in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _table(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
+    batches = sorted({row["batch"] for run in runs for row in _latencies(run)})
+    header = ["run", f"test {metric.label}", "best epoch", "FLOPs", "params"]
+    header += [f"latency, batch {batch}" for batch in batches] + ["time", "seed"]
+    rows = []
+    for place, (name, run) in enumerate(zip(names, runs, strict=True)):
+        swatch = element("i", class_=f"swatch c{place % 8}")
+        rows.append(
+            [
+                joined(swatch, name),
+                *_scores(run, metric),
+                *_costs(run),
+                *(_latency(run, batch) for batch in batches),
+                duration(run.summary["seconds"]) if run.summary else "",
+                run.result.config.get("seed", ""),
+            ]
+        )
+    note = "Latencies compare where they were measured on one machine."
+    return joined(table(header, rows), element("p", note, class_="soft") if batches else None)
+
+
+def _scores(run: Told, metric: Metric) -> list[str]:
+    if not run.summary:
+        return ["not finished", ""]
+    test = run.summary["test"]
+    return [metric.text(test[which][metric.name]) for which in ("last", "best")]
+
+
+def _costs(run: Told) -> list[str]:
+    if not run.summary:
+        return ["", ""]
+    changes = [run.summary[name] for name in ("flops", "params")]
+    return [f"{compact(change['after'])} ({percent(change['ratio'])})" for change in changes]
+
+
+def _latencies(run: Told) -> list[dict[str, Any]]:
+    latency = run.summary.get("latency") if run.summary else None
+    return latency["batches"] if latency else []
+
+
+def _latency(run: Told, batch: int) -> str:
+    found = [row["after_ms"]["median"] for row in _latencies(run) if row["batch"] == batch]
+    return milliseconds(found[0]) if found else ""
+
+
+def _cost(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
+    finished = [(i, run) for i, run in enumerate(runs) if run.summary]
+    if not finished:
+        return element("p", "None of the runs is finished.")
+    charts = []
+    for name, label in (("flops", "FLOPs"), ("params", "params")):
+        unit, size = _unit(max(run.summary[name]["after"] for _, run in finished))
+        lines = []
+        for i, run in finished:
+            value = metric.factor * run.summary["test"]["last"][metric.name]
+            point = (run.summary[name]["after"] / size, value)
+            lines.append(Line(names[i], [point], i, joined=False))
+        axis = f"{label}, {unit}" if unit else label
+        y = f"test {metric.label}, {metric.unit}"
+        drawn = drawing.chart(lines, x=axis, y=y, x_low=0, log=not metric.higher_is_better)
+        title = f"{_title(metric)} against {label}"
+        charts.append(drawing.figure(title, drawn, legend=drawing.legend(lines)))
+    return element("div", *charts, class_="charts")
+
+
+def _training(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
+    charts = [
+        _over_time(names, runs, "loss", "Training loss", "loss", 1.0, log=True),
+        _over_time(
+            names,
+            runs,
+            f"test_{metric.name}",
+            f"Test {metric.label}",
+            f"test {metric.label}, {metric.unit}",
+            metric.factor,
+            log=not metric.higher_is_better,
+        ),
+    ]
+    if not any(charts):
+        return element("p", "None of the runs has recorded a step.")
+    return element("div", *charts, class_="charts")
+
+
+def _over_time(names, runs, field, title, axis, factor, *, log) -> Markup | None:
+    """What was recorded by a name, of all runs."""
+    lines = []
+    for place, (name, run) in enumerate(zip(names, runs, strict=True)):
+        found, _ = curves(run.result, {field: name}, factor=factor)
+        lines += [Line(line.label, line.points, place) for line in found]
+    if not lines:
+        return None
+    drawn = drawing.chart(lines, x="step, of all phases", y=axis, log=log)
+    note = "A line is interrupted where a network was pruned."
+    return drawing.figure(title, drawn, legend=drawing.legend(lines), note=note)
+
+
+def _folders(names: Sequence[str], runs: Sequence[Told]) -> Markup:
+    rows = [
+        (name, network(run.result), run.result.config["method"], str(run.result.workdir))
+        for name, run in zip(names, runs, strict=True)
+    ]
+    return table(("run", "network", "method", "folder"), rows)
+
+
+def _unit(largest: int) -> tuple[str, int]:
+    """What numbers up to this one are counted in."""
+    for unit, size in (("billions", 10**9), ("millions", 10**6), ("thousands", 10**3)):
+        if largest >= size:
+            return unit, size
+    return "", 1
+
+
+def _title(metric: Metric) -> str:
+    return metric.label[0].upper() + metric.label[1:]

@@ -1,0 +1,68 @@
+"""Details of the test pictures that a run has restored, side by side."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dhp_jax.result import PICTURES, Result
+from dhp_jax.wording import percent
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The same square of one picture: the input, what networks make of it, and the original."""
+
+    name: str
+    images: Mapping[str, np.ndarray]  # by what they are, `(h, w)` or `(h, w, 3)`, 0 to 255
+
+
+def crops(result: Result, baseline: Path | None = None) -> list[Crop]:
+    """One square of every picture that a run has left; those of an unpruned run with them.
+
+    Args:
+      result: the run.
+      baseline: directory of the unpruned run; left out if it has other pictures.
+    """
+    if not (result.workdir / PICTURES).is_dir():
+        return []
+    names = sorted(
+        folder.name
+        for folder in (result.workdir / PICTURES).iterdir()
+        if all((folder / f"{what}.png").is_file() for what in ("input", "output", "target"))
+    )
+    columns = [("input", result.workdir, "input")]
+    if result.pruned and baseline is not None and _has_pictures(baseline, names):
+        columns.append(("unpruned", baseline, "output"))
+    title = "unpruned"
+    if result.pruned:
+        title = f"pruned, {percent(result.after.flops / result.before.flops)} FLOPs"
+    columns.append((title, result.workdir, "output"))
+    columns.append(("original", result.workdir, "target"))
+    found = []
+    for name in names:
+        images = {
+            title: np.asarray(Image.open(workdir / PICTURES / name / f"{what}.png"))
+            for title, workdir, what in columns
+        }
+        rows, across = _detail(images["original"])
+        found.append(Crop(name, {title: image[rows, across] for title, image in images.items()}))
+    return found
+
+
+def _has_pictures(workdir: Path, names: Sequence[str]) -> bool:
+    """Whether a run has left pictures of these test examples; it may have been tested on others."""
+    return all((workdir / PICTURES / name / "output.png").is_file() for name in names)
+
+
+def _detail(image: np.ndarray, side: int = 96) -> tuple[slice, slice]:
+    """The square of a picture in which neighbouring pixels differ most."""
+    gray = image.reshape(*image.shape[:2], -1).mean(-1)
+    contrast = np.abs(np.diff(gray, axis=0))[:, 1:] + np.abs(np.diff(gray, axis=1))[1:]
+    side = min(side, *contrast.shape)
+    total = np.pad(contrast, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+    top, left = np.unravel_index(np.argmax(sums), sums.shape)
+    return slice(top, top + side), slice(left, left + side)

@@ -1,0 +1,139 @@
+"""What a run has left on disk, finished or not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from dhp_jax import checkpoint, journal
+from dhp_jax.cost import Cost, measure_cost
+from dhp_jax.workdir import COMMANDS, CONFIG
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "summary.json"
+PICTURES = "pictures"
+NETWORKS = ("search", "pruned", "model")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has on disk.
+
+    Attributes:
+      workdir: its directory.
+      config: its configuration.
+      records: of training.
+      notes: of each network saved, by its folder.
+      search: the network of latents at the end of the search, if there is one.
+      trained: the network after the last epoch or, before that, just after pruning.
+      before: cost of the unpruned network, if that is known.
+      after: cost of `trained`.
+      summary: what `summary.json` says, if it is there and whole.
+      commands: with which it was begun and taken up again, each once.
+    """
+
+    workdir: Path
+    config: dict[str, Any]
+    records: list[dict[str, Any]]
+    notes: dict[str, dict[str, Any]]
+    search: nnx.Module | None
+    trained: nnx.Module | None
+    before: Cost | None
+    after: Cost | None
+    summary: dict[str, Any] | None
+    commands: list[str]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last network is there."""
+        return "model" in self.notes
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it is no run of the unpruned network."""
+        return self.config["method"] != "baseline"
+
+    @property
+    def pruned(self) -> bool:
+        """Whether there is a network that was made smaller, and the one that it was made of."""
+        return self.search is not None and self.after is not None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of the networks that are there."""
+        return tuple(next(iter(self.notes.values()))["input_shape"])
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases of training, in order."""
+        return ("search", "converge") if self.prunes else ("baseline",)
+
+
+def read(workdir: str | os.PathLike) -> Result:
+    """Reads a run.
+
+    Raises:
+      ValueError: the folder is not that of a run, or one of its files is damaged.
+    """
+    workdir = Path(workdir)
+    config = _config(workdir)
+    names = [name for name in NETWORKS if checkpoint.exists(workdir / name)]
+    notes = {name: checkpoint.read_description(workdir / name)["notes"] for name in names}
+    networks = {name: checkpoint.load(workdir / name) for name in names}
+    costs = {
+        name: measure_cost(networks[name], tuple(notes[name]["input_shape"])) for name in names
+    }
+    last = "model" if "model" in names else "pruned"
+    return Result(
+        workdir=workdir,
+        config=config,
+        records=journal.read(workdir / journal.RECORDS),
+        notes=notes,
+        search=networks.get("search"),
+        trained=networks.get(last),
+        before=costs.get("search" if config["method"] != "baseline" else last),
+        after=costs.get(last),
+        summary=_summary(workdir / SUMMARY),
+        commands=_lines(workdir / COMMANDS),
+    )
+
+
+def _config(workdir: Path) -> dict[str, Any]:
+    """The configuration of a run."""
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise ValueError(
+            f"run: expected the directory of a run, which has a {CONFIG}; got {str(workdir)!r}"
+        )
+    config = _read_json(path)
+    kinds = {"method": str, "target": int | float}
+    kinds |= dict.fromkeys(("task", "model", "data", "search"), Mapping)
+    for name, kind in kinds.items():
+        if not isinstance(config.get(name), kind):
+            raise ValueError(f"run: {path} is no configuration of a run: it has no {name!r}")
+    return config
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    try:
+        return _read_json(path) if path.is_file() else None
+    except ValueError as error:  # as of a disk that was full; it can be made again
+        logger.warning("%s; left out", error)
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"run: {path}: expected a JSON object; {error}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []

@@ -1,0 +1,81 @@
+"""How long the forward pass of a network takes, here and now."""
+
+from collections.abc import Callable, Mapping, Sequence
+import statistics
+import time
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from dhp_jax.backend import inference
+
+FEWEST = 3  # rounds
+
+
+def in_turn(
+    passes: Mapping[str, Callable[[], None]], rounds: int, seconds: float = float("inf")
+) -> dict[str, list[float]]:
+    """Times functions that run in turn, so that what else a machine does meets all of them.
+
+    Args:
+      passes: by name; each runs twice before it counts.
+      rounds: how many times each counts, at most.
+      seconds: after which no round begins, once three have counted; they may take longer than that.
+
+    Returns:
+      The seconds that each took, by name: the i-th ones belong to one round.
+    """
+    for run in passes.values():  # compiles, then warms up
+        run()
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in passes}
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= FEWEST and time.perf_counter() - began > seconds:
+            break
+        for name, run in passes.items():
+            started = time.perf_counter()
+            run()
+            taken[name].append(time.perf_counter() - started)
+    return taken
+
+
+def forward(model: nnx.Module, input_shape: Sequence[int], batch: int) -> Callable[[], None]:
+    """A function that runs a network over a batch of inputs `input_shape`, and waits for it."""
+    run = inference(model)
+    x = jnp.full((batch, *input_shape), 0.5)
+    return lambda: jax.block_until_ready(run(x))
+
+
+def measure_latency(
+    models: Mapping[str, nnx.Module],
+    input_shape: Sequence[int],
+    batch: int,
+    *,
+    rounds: int = 25,
+    seconds: float = 1.0,
+) -> dict[str, list[float]]:
+    """Times the forward passes of networks, compiled, in evaluation mode and float32 inputs.
+
+    Args:
+      models: networks by name.
+      input_shape: of one input, `(h, w, c)`.
+      batch: how many inputs a pass takes.
+      rounds, seconds: when to end; see `in_turn`. Compilation comes on top.
+
+    Returns:
+      Milliseconds of every pass, by name: the i-th ones ran one after the other.
+
+    Example:
+      >>> times = measure_latency({"whole": dhp.prune(model), "small": small}, (32, 32, 3), 64)
+    """
+    passes = {name: forward(model, input_shape, batch) for name, model in models.items()}
+    taken = in_turn(passes, rounds, seconds)
+    return {name: [1e3 * s for s in times] for name, times in taken.items()}
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of two numbers or more."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": median, "low": low, "high": high}

@@ -1,0 +1,108 @@
+"""The numbers of a run in words and tables."""
+
+from collections.abc import Mapping, Sequence
+
+from dhp_jax.cost import Cost, LayerCost
+from dhp_jax.tasks.task import METRICS
+
+
+def main_metric(values: Mapping[str, float]) -> str:
+    """The metric of some that a task is judged by."""
+    return "psnr" if "psnr" in values else "error"
+
+
+def metrics_text(values: Mapping[str, float]) -> str:
+    """Metrics for people: "2.00 %", or "24.93 dB, SSIM 0.6512"."""
+    first = main_metric(values)
+    shown = [METRICS[first].text(values[first])]
+    others = [name for name in values if name not in (first, "loss")]
+    return ", ".join(
+        shown + [f"{METRICS[name].label} {METRICS[name].text(values[name])}" for name in others]
+    )
+
+
+def layer_table(before: Cost, after: Cost) -> str:
+    """A Markdown table of every layer: channels, FLOPs and params, before and after pruning."""
+    rows = [("layer", "channels in", "channels out", "FLOPs", "", "params", "")]
+    for b, a in zip(before.layers, after.layers, strict=True):
+        rows.append(_layer_row(b, a))
+    rows.append(
+        (
+            "total",
+            "",
+            "",
+            _arrow(before.flops, after.flops),
+            _share(before.flops, after.flops),
+            _arrow(before.params, after.params),
+            _share(before.params, after.params),
+        )
+    )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(_cells(row, widths)) + " |" for row in rows]
+    ruler = "|" + "|".join(
+        "-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)
+    )
+    return "\n".join([lines[0], ruler + "|", *lines[1:]]) + "\n"
+
+
+def _layer_row(before: LayerCost, after: LayerCost) -> tuple[str, ...]:
+    return (
+        before.path,
+        _arrow(before.inputs.full, after.inputs.full),
+        _arrow(before.outputs.full, after.outputs.full),
+        _arrow(before.flops, after.flops),
+        _share(before.flops, after.flops),
+        _arrow(before.params, after.params),
+        _share(before.params, after.params),
+    )
+
+
+def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [
+        cell.ljust(width) if i == 0 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+
+
+def _arrow(before: int, after: int) -> str:
+    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+
+
+def _share(before: int, after: int) -> str:
+    return "" if before == 0 else percent(after / before)
+
+
+def percent(share: float) -> str:
+    """A share for people: "49.98 %"."""
+    return f"{100 * share:.2f} %"
+
+
+def compact(count: int) -> str:
+    """A large number for people, to three digits: "20.4 M"."""
+    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= 0.9995 * size:
+            return f"{count / size:#.3g} {unit}".replace(". ", " ")
+    return str(count)
+
+
+def milliseconds(value: float) -> str:
+    """A time for people: "1.92 ms"."""
+    return f"{value:.3g} ms" if value < 100 else f"{value:,.0f} ms"
+
+
+def duration(seconds: float) -> str:
+    """Time for people: "85 s", "12 min", "3 h 20 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def faster(speedup: Mapping[str, float]) -> str:
+    """The quartiles of a speed-up in words; if they lie on both sides of 1 there is none."""
+    low, median, high = (speedup[name] for name in ("low", "median", "high"))
+    if low <= 1 <= high:
+        return f"no difference beyond the noise ({low:.2f} to {high:.2f} times as fast)"
+    if median > 1:
+        return f"{median:.2f} times as fast ({low:.2f} to {high:.2f})"
+    return f"slower: takes {1 / median:.2f} times as long ({1 / high:.2f} to {1 / low:.2f})"

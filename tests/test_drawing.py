@@ -1,0 +1,78 @@
+"""Axes, lines and thinning of the drawings."""
+
+import math
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+import pytest
+
+from dhp_jax import drawing
+from dhp_jax.drawing import Line, Rule, Scale
+
+finite = st.floats(-1e9, 1e9)
+
+
+@given(st.lists(finite, min_size=1, max_size=20), st.booleans())
+def test_every_value_lies_on_the_axis_and_so_does_every_tick(values, log):
+    scale = Scale.over(values, 10, 200, log=log)
+    assert all(10 - 1e-6 <= scale(value) <= 200 + 1e-6 for value in (*values, *scale.ticks))
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "ticks"),
+    [
+        ([0, 100], {}, [0, 20, 40, 60, 80, 100]),
+        ([3, 17], {"low": 0}, [0, 5, 10, 15]),
+        ([0.02, 2], {"log": True}, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]),
+        ([1, 1e6], {"log": True}, [1, 10, 100, 1e3, 1e4, 1e5, 1e6]),
+        ([0, 1000], {"log": True}, [0, 200, 400, 600, 800, 1000]),
+        ([5, 5], {}, [4.6, 4.8, 5.0, 5.2, 5.4]),
+    ],
+)
+def test_ticks_are_round(values, options, ticks):
+    assert Scale.over(values, 0, 1, **options).ticks == pytest.approx(ticks)
+
+
+def test_an_axis_that_is_bent_shows_zero_and_powers_of_ten():
+    scale = Scale.bent(2.0, 0.001, 0, 100)
+    assert scale(0) == 0
+    assert scale(2.0) == pytest.approx(100)
+    assert scale.ticks == pytest.approx([0, 0.001, 0.01, 0.1, 1])
+
+
+def test_a_pen_that_is_lifted_leaves_a_gap_and_points_by_themselves_have_no_line():
+    points = [(0, 1.0), (1, 2.0), None, (2, 3.0), (3, 4.0)]
+    drawn = drawing.chart([Line("a", points)], x="x", y="y")
+    (path,) = re.findall(r'<path d="([^"]*)"', drawn)
+    assert [len(stroke.split("L")) for stroke in path[1:].split("M")] == [2, 2]
+    assert drawn.count("<circle") == 4
+    alone = drawing.chart([Line("a", [(0, 1.0)], joined=False)], x="x", y="y")
+    assert (alone.count("<path"), alone.count("<circle")) == (0, 1)
+
+
+def test_long_lines_are_thinned_and_keep_their_end():
+    points = [(i, math.sin(i)) for i in range(100_000)]
+    drawn = drawing.chart([Line("a", points)], x="x", y="y")
+    (path,) = re.findall(r'<path d="([^"]*)"', drawn)
+    places = path[1:].split("L")
+    assert drawing.MOST_POINTS / 2 < len(places) <= drawing.MOST_POINTS
+    assert places[-1].split()[0] == f"{drawing.WIDTH - drawing.RIGHT:.1f}"
+    assert "<circle" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("points", "anchor"), [([(0, 9.0), (9, 1.0)], "start"), ([(0, 1.0), (9, 9.0)], "end")]
+)
+def test_the_label_of_a_rule_keeps_away_from_the_lines(points, anchor):
+    drawn = drawing.chart([Line("a", points)], x="x", y="y", rules=[Rule("limit", 1.0)])
+    assert re.search(rf'text-anchor="{anchor}">limit<', drawn)
+
+
+def test_deep_networks_have_names_of_groups_instead_of_layers():
+    layers = [(f"blocks.{i // 2}.layers.{i % 2}", 16, 8) for i in range(110)]
+    drawn = drawing.silhouette(layers, [name for name, _, _ in layers])
+    assert drawn.count("<rect") == 220
+    labels = re.findall(r"<text[^>]*>([^<]*)<", drawn)
+    assert 3 <= len(labels) <= 30
+    assert labels[0] == "blocks.0"

@@ -1,0 +1,309 @@
+"""The page of a run tells what the run has left, and asks nobody for anything."""
+
+import dataclasses
+from html.parser import HTMLParser
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from dhp_jax import journal, page, result
+from dhp_jax.crops import Crop
+from dhp_jax.page import Told
+from dhp_jax.wording import compact, duration, milliseconds
+
+VOID = {"br", "img", "link", "meta"}
+
+
+class Page(HTMLParser):
+    """What stands in a page; elements that are not closed in order are an error."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(content)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] not in (["style"], ["title"]):
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return "\n".join(self.texts)
+
+    def of(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+    @property
+    def sections(self):
+        return [attributes["id"] for attributes in self.of("section")]
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    there = result.read(finished)
+    return Told(there, there.summary)
+
+
+@pytest.fixture(scope="module")
+def content(run):
+    return page.page(run)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def drawings(content):
+    """The drawings of a page, by what they show."""
+    found = [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", content, re.DOTALL)]
+    return {svg.get("aria-label"): svg for svg in found}
+
+
+def test_a_run_leaves_its_page(finished, content):
+    assert (finished / "report.html").read_text() == content
+
+
+def test_a_page_is_one_file_that_loads_nothing(content):
+    everything = Page(content)
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in everything.tags}
+    for _, attributes in everything.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href"):
+            assert re.match("data:image/png;base64,|#|$", attributes.get(name, ""))
+    assert not re.search(r"https?:|url\(|@import", content)
+    assert {"default-src 'none'"} <= set(everything.of("meta")[2]["content"].split("; "))
+
+
+def test_the_answer_comes_first(run, content):
+    text, summary = Page(content).text, run.summary
+    last = 100 * summary["test"]["last"]["error"]
+    top = text[: text.index("Output channels")]
+    for expected in (
+        "resnet (depth 20, width 0.25) on digits",
+        f"Pruned to {100 * summary['flops']['ratio']:.2f} % of the FLOPs",
+        f"{last:.2f} %",
+        "unpruned: not known",
+        f"{summary['flops']['after']:,}",
+        f"{summary['params']['after']:,}",
+        milliseconds(summary["latency"]["batches"][0]["before_ms"]["median"]),
+        milliseconds(summary["latency"]["batches"][1]["after_ms"]["median"]),
+        summary["latency"]["hardware"],
+    ):
+        assert expected in top
+    assert Page(content).sections == ["channels", "training", "latents", "layers", "load", "made"]
+    links = [attributes["href"] for attributes in Page(content).of("a")]
+    assert links == [f"#{name}" for name in Page(content).sections]
+
+
+def test_the_silhouette_is_as_wide_as_the_layers(run, content):
+    drawing = drawings(content)["Channels of every layer, before and after"]
+    heights = {
+        kind: [float(r.get("height")) for r in drawing.iter("rect") if r.get("class") == kind]
+        for kind in ("before", "after")
+    }
+    for kind, cost in (("before", run.result.before), ("after", run.result.after)):
+        widths = [layer.outputs.full for layer in cost.layers if "Conv" in layer.kind]
+        widest = max(b.outputs.full for b in run.result.before.layers if "Conv" in b.kind)
+        expected = [150 * width / widest for width in widths]
+        np.testing.assert_allclose(heights[kind], expected, atol=0.01)
+    titles = [title.text for title in drawing.iter("title")]
+    assert titles[0].startswith("stem.conv: 4 to ")
+
+
+def test_the_drawings_show_what_was_recorded(run, content):
+    shown = drawings(content)
+    search = [r for r in run.result.records if r["phase"] == "search"]
+    marks = [
+        title.text
+        for title in shown["% of the unpruned network over step of the search"].iter("title")
+    ]
+    assert marks[1] == f"FLOPs: {100 * search[0]['flops_ratio']:.2f} % at {search[0]['step']}"
+    tests = [r for r in run.result.records if "test_loss" in r]
+    marks = [title.text for title in shown["loss over step"].iter("title")]
+    assert sum(mark.startswith("training") for mark in marks) == len(run.result.records)
+    assert f"test: {tests[0]['test_loss']:.4g} at {tests[0]['step']}" in marks
+    bands = [title.text for title in shown["|z|"].iter("title")]
+    assert bands == [f"{10 * k} to {10 * k + 10} %" for k in range(10)]
+    strips = [
+        t.text for t in shown["Entries of every latent that are left over time"].iter("title")
+    ]
+    names = [
+        f"{name}: {left} of"
+        for name, left in zip(latent_names(run), search[-1]["survivors"], strict=True)
+    ]
+    assert all(strip.startswith(name) for strip, name in zip(strips, names, strict=True))
+
+
+def latent_names(run):
+    return [name for name, z in page.latents(run.result.search).items() if z.prunable]
+
+
+def test_how_to_load_it_and_how_it_was_made(finished, run, content):
+    text = Page(content).text
+    assert f'dhp.load("{finished / "model"}")' in text
+    assert "x: (n, 8, 8, 1), float32" in text
+    assert json.dumps(run.result.config, indent=1) in text
+    for name, version in run.summary["versions"].items():
+        assert re.search(f"^{name}\n{re.escape(version)}$", text, re.MULTILINE)
+    assert "No command was noted" in text
+    given = "cd '/a b' && python main.py --config=x.py"
+    with_command = dataclasses.replace(run.result, commands=[given])
+    assert given in Page(page.page(Told(with_command, run.summary))).text
+
+
+def test_pictures_are_in_the_page(run):
+    gray, colours = np.arange(64, dtype=np.uint8).reshape(8, 8), np.zeros((8, 8, 3), np.uint8)
+    crops = [
+        Crop("cat", {"input": gray, "original": gray}),
+        Crop("dog", {"input": colours, "original": gray}),
+    ]
+    images = Page(page.page(run, crops)).of("img")
+    assert [image["alt"] for image in images] == [
+        "cat: input",
+        "cat: original",
+        "dog: input",
+        "dog: original",
+    ]
+    assert all(image["src"].startswith("data:image/png;base64,iVBORw0KGgo") for image in images)
+
+
+def test_names_that_look_like_markup_stay_names(run):
+    evil = "<script>alert('x')</script>&\""
+    config = {**run.result.config, "model": {"name": evil, evil: 1}, "data": {"name": evil}}
+    there = dataclasses.replace(run.result, config=config, commands=[evil])
+    everything = Page(
+        page.page(
+            Told(there, {**run.summary, "hardware": evil}),
+            [Crop(evil, {evil: np.zeros((4, 4), np.uint8)})],
+        )
+    )
+    assert "script" not in {tag for tag, _ in everything.tags}
+    assert everything.text.count(evil) >= 4
+
+
+# Runs that are not finished
+
+
+@pytest.mark.parametrize(
+    ("gone", "phases", "told", "sections"),
+    [
+        (
+            ["model", "best", "pruned", "search", "metrics.jsonl"],
+            [],
+            ["no step has been recorded", "the end of the search", "converge phase has not begun"],
+            ["latents", "made"],
+        ),
+        (
+            ["model", "best", "pruned", "search"],
+            ["search"],
+            ["the end of the search", "converge phase has not begun"],
+            ["training", "latents", "made"],
+        ),
+        (
+            ["model", "best", "pruned"],
+            ["search"],
+            ["the pruned network", "converge phase has not begun"],
+            ["training", "latents", "made"],
+        ),
+        (
+            ["model", "best"],
+            ["search", "converge"],
+            ["converge phase has not ended"],
+            ["channels", "training", "latents", "layers", "load", "made"],
+        ),
+    ],
+)
+def test_the_page_of_an_unfinished_run_tells_what_is_missing(copy, gone, phases, told, sections):
+    for name in gone:
+        path = copy / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if (copy / "metrics.jsonl").exists():
+        records = journal.read(copy / "metrics.jsonl")
+        lines = [json.dumps(r) + "\n" for r in records if r["phase"] in phases]
+        (copy / "metrics.jsonl").write_text("".join(lines))
+    there = result.read(copy)
+    everything = Page(page.page(Told(there, None)))
+    assert "This run is not finished. Missing are:" in everything.text
+    missing = page.missing(there)
+    assert len(missing) == len(told)
+    assert all(part in text for part, text in zip(told, missing, strict=True))
+    assert everything.sections == sections
+    assert ("Test error so far" in everything.text) == bool(phases)
+
+
+def test_a_finished_run_that_was_given_more_epochs_says_so(run):
+    assert page.missing(run.result) == []
+    config = {**run.result.config, "converge": {"epochs": 5}}
+    longer = dataclasses.replace(run.result, config=config)
+    assert page.missing(longer) == ["epochs 2 to 5: the run has since been given more of them"]
+
+
+def test_records_of_earlier_versions_lack_the_latents_and_the_page_says_so(run):
+    records = [
+        {k: v for k, v in r.items() if k not in ("magnitudes", "survivors")}
+        for r in run.result.records
+    ]
+    old = dataclasses.replace(run.result, records=records)
+    text = Page(page.page(Told(old, {**run.summary, "latency": None}))).text
+    assert "How the latents died is not shown" in text
+    assert "Latency was not measured" in text
+
+
+def test_losses_that_are_not_finite_are_left_out_of_the_drawings(run):
+    records = [*run.result.records, {"phase": "converge", "step": 10**6, "loss": float("nan")}]
+    drawn = drawings(page.page(Told(dataclasses.replace(run.result, records=records), run.summary)))
+    assert "nan" not in ET.tostring(drawn["loss over step"], "unicode").lower()
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("low", "median", "high", "told"),
+    [
+        (1.25, 1.5, 1.75, "1.50 times as fast (1.25 to 1.75)"),
+        (0.9, 1.1, 1.3, "no difference beyond the noise (0.90 to 1.30 times as fast)"),
+        (0.5, 0.8, 0.9, "slower: takes 1.25 times as long (1.11 to 2.00)"),
+    ],
+)
+def test_a_speed_up_within_the_noise_is_none(run, low, median, high, told):
+    row = {"batch": 1, "rounds": 5, "before_ms": {"median": 2.0}, "after_ms": {"median": 1.0}}
+    row["speedup"] = {"low": low, "median": median, "high": high}
+    latency = {"batches": [row], "input_shape": [8, 8, 1], "hardware": "here"}
+    assert told in Page(page.page(Told(run.result, {**run.summary, "latency": latency}))).text
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (compact(0), "0"),
+        (compact(999), "999"),
+        (compact(1000), "1.00 k"),
+        (compact(100_000), "100 k"),
+        (compact(999_600), "1.00 M"),
+        (compact(20_439_552), "20.4 M"),
+        (compact(4_100_000_000), "4.10 G"),
+        (duration(85.4), "85 s"),
+        (duration(1200), "20 min"),
+        (duration(12_000), "3 h 20 min"),
+        (milliseconds(0.51849), "0.518 ms"),
+        (milliseconds(1234.5), "1,234 ms"),
+    ],
+)
+def test_numbers_for_people(shown, expected):
+    assert shown == expected

@@ -1,0 +1,53 @@
+"""Functions are timed in turn, after they are warm, for no longer than is asked."""
+
+from flax import nnx
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax import timing
+
+
+class Clock:
+    """A clock that goes on only when a function takes time."""
+
+    def __init__(self):
+        self.now, self.order = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def taking(self, name, seconds):
+        def run():
+            self.order.append(name)
+            self.now += seconds
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "perf_counter", clock)
+    return clock
+
+
+def test_functions_run_in_turn_after_two_runs_that_do_not_count(clock):
+    passes = {"a": clock.taking("a", 1.0), "b": clock.taking("b", 2.0)}
+    assert timing.in_turn(passes, 2) == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
+    assert "".join(clock.order) == "aabb" + "abab"
+
+
+@pytest.mark.parametrize(("each", "rounds"), [(0.01, 25), (0.1, 11), (10.0, 3)])
+def test_slow_functions_run_less_often_but_three_times_at_least(clock, each, rounds):
+    times = timing.in_turn({"a": clock.taking("a", each)}, 25, seconds=1.0)
+    assert times["a"] == pytest.approx([each] * rounds)
+
+
+def test_the_latency_of_networks_is_that_of_their_compiled_forward_passes():
+    model = dhp.models.build("resnet", depth=20, width=0.25, num_classes=10, rngs=nnx.Rngs(0))
+    times = timing.measure_latency({"only": dhp.prune(model)}, (8, 8, 3), 2, rounds=4)
+    assert [len(times["only"]), min(times["only"]) > 0] == [4, True]
+
+
+def test_quartiles():
+    assert timing.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "low": 1.5, "high": 4.5}
