@@ -257,9 +257,18 @@ def _depthwise_backward(strides, pads, dilation, inputs, grad):
         before = (k - 1) * d - low
         turned.append((before, n + (k - 1) * d - m - before))
     grad_x = _depthwise(spread, kernel[::-1, ::-1], (1, 1), tuple(turned), dilation)
+    with _not_inlined():  # within the whole, XLA would keep what each tap saw of x till now
+        sums = _depthwise_sums(x, grad, taps, strides, pads, dilation)
+    return grad_x, sums.reshape(kernel.shape).astype(kernel.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _depthwise_sums(
+    x: Array, grad: Array, taps: tuple[int, int], strides, pads: Pads, dilation
+) -> Array:
+    """The gradient of a depthwise kernel, `(taps, c)`."""
     parts = _shifted(x, taps, strides, pads, dilation, grad.shape[1:3])
-    sums = [jnp.sum(_wide(part) * _wide(grad), (0, 1, 2)) for part in parts]
-    return grad_x, jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
+    return jnp.stack([jnp.sum(_wide(part) * _wide(grad), (0, 1, 2)) for part in parts])
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
@@ -317,14 +326,18 @@ class _QuickBatchNorm(nnx.BatchNorm):
         wide = _wide(x)
         axes = tuple(range(x.ndim - 1))
         mean = jnp.mean(wide, axes)
-        var = jnp.maximum(0, jnp.mean(lax.square(wide), axes) - lax.square(mean))
+        var = jnp.maximum(0, jnp.mean(wide * wide, axes) - mean * mean)
         for statistic, value in ((self.mean, mean), (self.var, var)):
             old = statistic[...]
             new = self.momentum * old + (1 - self.momentum) * value
             statistic.set_value(new.astype(old.dtype))
         slope = lax.rsqrt(var + self.epsilon)
-        y = (x - mean) * (slope if scale is None else slope * scale)
-        return (y if bias is None else y + bias).astype(x.dtype)
+        if scale is not None:
+            slope = slope * scale
+        # Written so, the backward pass keeps x alone, and takes two sums over the batch: what
+        # several devices exchange is the statistics and the gradients of scale and bias.
+        shift = -mean * slope
+        return (x * slope + (shift if bias is None else shift + bias)).astype(x.dtype)
 
 
 class _QuickHyperBatchNorm(BatchNorm, _QuickBatchNorm):
