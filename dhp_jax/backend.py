@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhp_jax.latent import walk
-from dhp_jax.layers import BatchNorm
+from dhp_jax.layers import BatchNorm, Bias, ChannelBias
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 MOST_TAPS = 49  # of a depthwise kernel that is written out
@@ -95,11 +95,14 @@ def tune(model: nnx.Module) -> nnx.Module:
     Returns:
       The same object.
     """
+    on_cpu = jax.default_backend() == "cpu"
     for _, _, layer in walk(model):
         if type(layer) in QUICK and layer.axis_name is None:
             layer.__class__ = QUICK[type(layer)]
+        if on_cpu and type(layer) in QUICK_ON_CPU:
+            layer.__class__ = QUICK_ON_CPU[type(layer)]
         is_convolution = getattr(layer, "conv_general_dilated", None) is lax.conv_general_dilated
-        if is_convolution and jax.default_backend() == "cpu":
+        if on_cpu and is_convolution:
             layer.conv_general_dilated = convolution
     return model
 
@@ -344,4 +347,21 @@ class _QuickHyperBatchNorm(BatchNorm, _QuickBatchNorm):
     """The same over the channels of an axis, which it checks."""
 
 
+class _QuickBias(ChannelBias):
+    """`ChannelBias` whose sum is computed once.
+
+    XLA:CPU would keep it for BatchNorm, and what it is a sum of too, to add the bias again.
+    """
+
+    def __call__(self, x: Array) -> Array:
+        with _not_inlined():
+            return _shift(x, self.bias[...].astype(x.dtype))
+
+
+class _QuickHyperBias(Bias, _QuickBias):
+    """The same over the channels of an axis, which it checks."""
+
+
+_shift = jax.jit(jnp.add)
 QUICK = {nnx.BatchNorm: _QuickBatchNorm, BatchNorm: _QuickHyperBatchNorm}
+QUICK_ON_CPU = {ChannelBias: _QuickBias, Bias: _QuickHyperBias}
