@@ -108,10 +108,11 @@ from flax import nnx
 import dhp_jax as dhp
 from dhp_jax.mesh import make_mesh, place
 from programs import collectives, host_transfers, size
-from zoo import NETWORKS, search_step
-network, mesh = NETWORKS["resnet20"], make_mesh()
+from zoo import Network, search_step
+network = Network("DenseNet-7", "densenet", {"depth": 7, "growth": 8}, (8, 8, 3))
+mesh = make_mesh()
 assert mesh.size == 4
-model = network.build(width=0.25)
+model = network.build()
 advance, state, (data, order, _, key) = search_step(network, model, 16, mesh)
 
 @jax.jit
