@@ -13,6 +13,7 @@ here.
 
 import argparse
 from collections.abc import Callable
+import itertools
 
 from flax import nnx
 import jax
@@ -21,6 +22,7 @@ from record import interleaved, parser, positive, progress, publish, quartiles, 
 from zoo import NETWORKS, Network
 
 import dhp_jax as dhp
+from dhp_jax.prune import BudgetError
 
 NOTE = (
     "Median of interleaved forward passes, quartiles of the speed-up of each pair in parentheses. "
@@ -39,7 +41,8 @@ def main() -> None:
     )
     options = arguments.parse_args()
     if options.quick:
-        options.networks, options.rounds, options.flops = ["resnet20"], 3, [0.5]
+        options.networks, options.rounds = ["resnet20"], 3
+        options.flops, options.multiples = [0.5], [1, 2]
     rows = []
     for name in options.networks:
         network = NETWORKS[name]
@@ -65,11 +68,14 @@ def share(text: str) -> float:
 def measure(network: Network, batch: int, options: argparse.Namespace) -> list[dict]:
     """Times of the whole network and of every pruned one, run in turn; a row for each of these."""
     model = network.build(width=0.5, min_channels=1) if options.quick else network.build()
-    smaller = {
-        (flops, multiple): dhp.prune_to(model, network.input_shape, multiple, flops=flops)
-        for flops in options.flops
-        for multiple in options.multiples
-    }
+    smaller = {}
+    for flops, multiple in itertools.product(options.flops, options.multiples):
+        try:
+            small = dhp.prune_to(model, network.input_shape, multiple, flops=flops)
+        except BudgetError as error:
+            progress(f"{network.label}: left out: {error}")
+        else:
+            smaller[flops, multiple] = small
     networks = {"whole": dhp.prune(model), **smaller}
     cost = {name: dhp.measure_cost(m, network.input_shape).flops for name, m in networks.items()}
     passes = {name: forward(m, network, batch) for name, m in networks.items()}
