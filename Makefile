@@ -32,10 +32,7 @@ format: $(VENV)/installed
 	$(RUN) -m ruff format .
 
 bench: $(VENV)/installed
-	$(RUN) benchmarks/step.py
-	$(RUN) benchmarks/compile.py
-	$(RUN) benchmarks/latency.py
-	$(RUN) benchmarks/checkpoint.py
+	$(RUN) benchmarks/run.py
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

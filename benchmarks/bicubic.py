@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from record import write
+from record import publish
 
 from dhp_jax.data.resize import bicubic
 
@@ -28,10 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for bicubic.json and bicubic.md")
     options = parser.parse_args()
     rows = [measure(folder, options.scale) for folder in options.folders]
-    table = as_table(rows)
-    print(table)
-    if options.out is not None:
-        write(options.out, "bicubic", "Bicubic down-sampling", NOTE, rows, table)
+    publish(options.out, "bicubic", "Bicubic down-sampling", NOTE, rows, as_table(rows))
 
 
 def measure(folder: Path, scale: int) -> dict:

@@ -8,19 +8,18 @@ against stretches without: interleaved, in one process.
     python benchmarks/checkpoint.py --quick               # a smoke run of a few seconds
 """
 
-import argparse
-from pathlib import Path
 import statistics
 import tempfile
 import time
 
 import jax
-from record import write
+from record import parser, publish, table_of
 from zoo import NETWORKS, search_step
 
 from dhp_jax.config import default
 from dhp_jax.resume import Checkpoints
 
+NAMES = ("resnet20", "resnet56", "resnet110", "mobilenet_v2", "dncnn", "unet")
 NOTE = (
     "Medians. A checkpoint holds parameters, the optimizer's state and BatchNorm statistics; "
     "training waits while it is copied, and goes on while it is written. Lost: how much longer a "
@@ -30,24 +29,11 @@ NOTE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--networks",
-        nargs="+",
-        choices=NETWORKS,
-        default=["resnet20", "resnet56", "resnet110", "mobilenet_v2", "dncnn", "unet"],
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="stretches of each kind")
-    parser.add_argument("--quick", action="store_true", help="a tiny network, few rounds")
-    parser.add_argument("--out", type=Path, help="folder for checkpoint.json and checkpoint.md")
-    options = parser.parse_args()
+    options = parser(__doc__, NAMES, 5, "stretches of each kind").parse_args()
     if options.quick:
         options.networks, options.rounds = ["resnet20"], 2
     rows = [measure(name, options.rounds, options.quick) for name in options.networks]
-    table = as_table(rows)
-    print(table)
-    if options.out is not None:
-        write(options.out, "checkpoint", "What checkpoints cost", NOTE, rows, table)
+    publish(options.out, "checkpoint", "What checkpoints cost", NOTE, rows, as_table(rows))
 
 
 def measure(name: str, rounds: int, quick: bool) -> dict:
@@ -99,16 +85,18 @@ def measure(name: str, rounds: int, quick: bool) -> dict:
 
 
 def as_table(rows: list[dict]) -> str:
-    lines = [
-        "| network | state, MB | step, s | waits, s | written in, s | lost, s | every, s | share |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    columns = ("state, MB", "step, s", "waits, s", "written in, s", "lost, s", "every, s", "share")
+    cells = [
+        (
+            row["network"],
+            f"{row['state_bytes'] / 1e6:,.1f}",
+            *(f"{row[f'{name}_s']:.2f}" for name in ("step", "waited", "written", "lost")),
+            f"{row['apart_s']:.0f}",
+            f"{100 * row['share']:.2f} %",
+        )
+        for row in rows
     ]
-    for row in rows:
-        cells = [f"{row['state_bytes'] / 1e6:,.1f}"]
-        cells += [f"{row[f'{n}_s']:.2f}" for n in ("step", "waited", "written", "lost")]
-        cells += [f"{row['apart_s']:.0f}", f"{100 * row['share']:.2f} %"]
-        lines.append(f"| {row['network']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table_of(["network", *(f">{column}" for column in columns)], cells)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ Construction, tracing, compilation and the first step of every network at full w
 Every network is measured in a process of its own, so that none profits from another's compilations.
 """
 
-import argparse
 from concurrent.futures import ProcessPoolExecutor
 import multiprocessing
-from pathlib import Path
-import sys
 import time
 
 import jax
-from record import write
+from record import parser, progress, publish, table_of
 from zoo import NETWORKS, search_step
 
 NOTE = (
@@ -27,22 +24,14 @@ NOTE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--quick", action="store_true", help="a tiny network")
-    parser.add_argument("--out", type=Path, help="folder for compile.json and compile.md")
-    options = parser.parse_args()
-    if options.quick:
-        options.networks = ["resnet20"]
+    options = parser(__doc__, NETWORKS).parse_args()
     rows = []
-    for name in options.networks:
+    for name in ["resnet20"] if options.quick else options.networks:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             rows.append(fresh.submit(measure, name, options.quick).result())
-        print(as_table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    table = as_table(rows)
-    print(table)
-    if options.out is not None:
-        write(options.out, "compile", "Time to the first search step", NOTE, rows, table)
+        progress(as_table(rows[-1:]).splitlines()[-1])
+    title = "Time to the first search step"
+    publish(options.out, "compile", title, NOTE, rows, as_table(rows))
 
 
 def measure(name: str, quick: bool) -> dict:
@@ -73,16 +62,18 @@ def measure(name: str, quick: bool) -> dict:
 
 
 def as_table(rows: list[dict]) -> str:
-    lines = [
-        "| network | batch | construct, s | trace, s | compile, s | first step, s | all, s "
-        "| state, MB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    parts = ("construct", "trace", "compile", "first_step", "total")
+    columns = [f">{part.replace('_', ' ')}, s" for part in parts]
+    cells = [
+        (
+            row["network"],
+            row["batch"],
+            *(f"{row[f'{part}_s']:.1f}" for part in parts),
+            f"{row['state_bytes'] / 1e6:,.0f}",
+        )
+        for row in rows
     ]
-    seconds = ("construct_s", "trace_s", "compile_s", "first_step_s", "total_s")
-    for row in rows:
-        cells = [f"{row[name]:.1f}" for name in seconds] + [f"{row['state_bytes'] / 1e6:,.0f}"]
-        lines.append(f"| {row['network']} | {row['batch']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table_of(["network", ">batch", *columns, ">state, MB"], cells)
 
 
 if __name__ == "__main__":

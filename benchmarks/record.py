@@ -1,24 +1,81 @@
-"""What every benchmark writes: its figures, and what a reader needs to judge and repeat them."""
+"""What benchmarks have in common: arguments, tables, and the files they write."""
 
+import argparse
+from collections.abc import Sequence
 import datetime
 import json
 from pathlib import Path
 import shlex
-import statistics
 import subprocess
 import sys
+
+from zoo import NETWORKS
 
 from dhp_jax.report import hardware, versions
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": median, "low": low, "high": high}
+def parser(
+    about: str, networks: Sequence[str], rounds: int | None = None, what: str = ""
+) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks of networks take.
+
+    Args:
+      about: the benchmark's docstring.
+      networks: those measured by default.
+      rounds: the default of `--rounds`; `None` for no such argument.
+      what: is repeated, for the help on `--rounds`.
+    """
+    arguments = argparse.ArgumentParser(description=about.splitlines()[0])
+    arguments.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=list(networks), metavar="NETWORK"
+    )
+    if rounds is not None:
+        arguments.add_argument("--rounds", type=positive, default=rounds, help=what)
+    arguments.add_argument("--quick", action="store_true", help="a smoke run of a few seconds")
+    arguments.add_argument("--out", type=Path, help="folder for the results as JSON and Markdown")
+    return arguments
 
 
-def write(folder: Path, name: str, title: str, note: str, rows: list[dict], table: str) -> None:
-    """Writes `name.json` and `name.md`, with hardware, versions, commit, date and command."""
+def positive(text: str) -> int:
+    """A positive integer of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def progress(line: str) -> None:
+    """Tells of a row that has been measured."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown; columns whose name begins with ">" are aligned to the right."""
+    ruler = ["---:" if name.startswith(">") else "---" for name in columns]
+    names = [name.removeprefix(">") for name in columns]
+    return "\n".join(
+        [
+            f"| {' | '.join(names)} |",
+            f"|{'|'.join(ruler)}|",
+            *(f"| {' | '.join(map(str, row))} |" for row in rows),
+        ]
+    )
+
+
+def spread(values: dict[str, float], form: str) -> str:
+    """A median with its quartiles, for tables."""
+    return "{median:{form}} ({low:{form}} to {high:{form}})".format(form=form, **values)
+
+
+def publish(
+    folder: Path | None, name: str, title: str, note: str, rows: list[dict], table: str
+) -> None:
+    """Prints a table; writes `name.json` and `name.md` into a folder, if there is one.
+
+    They tell hardware, versions, commit, date and command.
+    """
+    print(table)
+    if folder is None:
+        return
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

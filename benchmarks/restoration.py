@@ -12,7 +12,7 @@ from pathlib import Path
 import shutil
 
 from ml_collections import ConfigDict
-from record import write
+from record import publish
 
 import dhp_jax as dhp
 from dhp_jax import problems, report
@@ -30,17 +30,14 @@ def main() -> None:
     options = parser.parse_args()
     folders = dict(test.split("=", 1) for test in options.test)
     rows = [row_of(run, folders) for run in options.runs]
-    table = as_table(rows, list(folders))
-    print(table)
-    if options.out is None:
-        return
     note = options.note
     crops = options.runs[-1] / report.PLOTS / "crops.png"
-    options.out.mkdir(parents=True, exist_ok=True)
-    if crops.is_file():
+    if options.out is not None and crops.is_file():
+        options.out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(crops, options.out / f"{options.name}.png")
         note += f"\n\n![Details of test images]({options.name}.png)"
-    write(options.out, options.name, options.title, note.strip(), rows, table)
+    table = as_table(rows, list(folders))
+    publish(options.out, options.name, options.title, note.strip(), rows, table)
 
 
 def row_of(run: Path, folders: dict[str, str]) -> dict:

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from record import write
+from record import publish
 
 from dhp_jax import report
 from dhp_jax.tasks import METRICS
@@ -25,12 +25,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for NAME.json and NAME.md")
     options = parser.parse_args()
     rows = [row_of(run) for run in options.runs]
-    table = as_table(rows)
-    print(table)
-    if options.out is not None:
-        write(
-            options.out, options.name, options.title, f"{options.note} {NOTE}".strip(), rows, table
-        )
+    note = f"{options.note} {NOTE}".strip()
+    publish(options.out, options.name, options.title, note, rows, as_table(rows))
 
 
 def row_of(run: Path) -> dict:

@@ -2,85 +2,79 @@
 
 Times the search step against the step of the same network without latents: interleaved, in one
 process, on the same data. Both are the library's own `make_step`, augmentation included. With
-`--torch` also against the search step in PyTorch (see torch_search.py), which has to be installed.
+`--torch` also against the search step in PyTorch (see torch_search.py), which has to be installed;
+`--torch compiled` needs what `torch.compile` needs, on CPU a C++ compiler.
 
     python benchmarks/step.py                # ResNet-20 and ResNet-56, batch 64
-    python benchmarks/step.py --torch eager --networks resnet110 dncnn --batch 256
+    python benchmarks/step.py --torch eager --networks mobilenet_v2 dncnn --batches 64 256
     python benchmarks/step.py --quick        # a smoke run of a few seconds
 """
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
-import time
 
 from flax import nnx
 import jax
-from record import quartiles, write
+from record import parser, positive, progress, publish, spread, table_of
 from zoo import NETWORKS, Network, search_step
 
 import dhp_jax as dhp
+from dhp_jax.timing import in_turn, quartiles
 
+KINDS = ("plain", "torch eager", "torch compiled")
 NOTE = "Median of interleaved steps, quartiles in parentheses; the ratio is that of each pair."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["resnet20", "resnet56"])
-    parser.add_argument("--torch", choices=("eager", "compiled"), help="PyTorch's step beside ours")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each kind that count")
-    parser.add_argument("--quick", action="store_true", help="a tiny network, few rounds")
-    parser.add_argument("--out", type=Path, help="folder for step.json and step.md")
-    options = parser.parse_args()
-    if options.torch is not None:
-        if options.quick:
-            parser.error("--torch: expected without --quick, whose network is smaller")
-        import torch_search  # its packages are not among ours
-
-        for name in options.networks:
-            if not torch_search.can_build(NETWORKS[name]):
-                parser.error(f"--torch: expected CIFAR ResNets or dncnn, got {name}")
+    arguments = parser(__doc__, ["resnet20", "resnet56"], 20, "steps of each kind that count")
+    arguments.add_argument("--torch", nargs="+", choices=("eager", "compiled"), default=[])
+    arguments.add_argument("--batches", nargs="+", type=positive, default=[64])
+    options = arguments.parse_args()
+    check_torch(arguments, options)
     if options.quick:
-        options.networks, options.batch, options.rounds = ["resnet20"], 4, 3
-    rows = [measure(name, options) for name in options.networks]
-    table = as_table(rows)
-    print(table)
-    if options.out is not None:
-        write(
-            options.out, "step", "Search step against the plain network's step", NOTE, rows, table
-        )
+        options.networks, options.batches, options.rounds = ["resnet20"], [4], 3
+    rows = []
+    for name in options.networks:
+        for batch in options.batches:
+            rows.append(measure(NETWORKS[name], batch, options))
+            progress(as_table(rows[-1:]).splitlines()[-1])
+    title = "Search step against the plain network's step"
+    publish(options.out, "step", title, NOTE, rows, as_table(rows))
 
 
-def measure(name: str, options: argparse.Namespace) -> dict:
+def check_torch(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends with an error where there is no PyTorch version of what is asked for."""
+    if not options.torch:
+        return
+    if options.quick:
+        arguments.error("--torch: expected without --quick, whose network is smaller")
+    import torch_search  # its packages are not among ours
+
+    for name in options.networks:
+        if not torch_search.can_build(NETWORKS[name]):
+            there = ", ".join(n for n in NETWORKS if torch_search.can_build(NETWORKS[n]))
+            arguments.error(f"--torch: expected networks among {there}; got {name}")
+
+
+def measure(network: Network, batch: int, options: argparse.Namespace) -> dict:
     """Milliseconds of the steps, run in turn, and the ratios of those of each round."""
-    network = NETWORKS[name]
     model = network.build(width=0.25) if options.quick else network.build()
     steps = {
-        "search": stepper(network, model, options.batch),
-        "plain": stepper(network, dhp.prune(model), options.batch),
+        "search": stepper(network, model, batch),
+        "plain": stepper(network, dhp.prune(model), batch),
     }
-    if options.torch is not None:
+    for how in options.torch:
         import torch_search
 
-        steps["torch"] = torch_search.stepper(
-            network, options.batch, compiled=options.torch == "compiled"
-        )
-    for step in steps.values():  # compiles, then warms up
-        step()
-        step()
-    seconds = {name: [] for name in steps}
-    for _ in range(options.rounds):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - started)
-    row = {"model": network.label, "batch": options.batch, "rounds": options.rounds}
+        compiled = how == "compiled"
+        steps[f"torch {how}"] = torch_search.stepper(network, batch, compiled=compiled)
+    seconds = in_turn(steps, options.rounds)
+    row = {"network": network.label, "batch": batch, "rounds": options.rounds}
     for kind, values in seconds.items():
-        row[f"{kind}_ms"] = quartiles([1e3 * s for s in values])
-        row[f"search_to_{kind}"] = quartiles(
-            [s / other for s, other in zip(seconds["search"], values, strict=True)]
-        )
+        ratios = [s / other for s, other in zip(seconds["search"], values, strict=True)]
+        name = kind.replace(" ", "_")
+        row[f"{name}_ms"] = quartiles([1e3 * s for s in values])
+        row[f"search_to_{name}"] = quartiles(ratios)
     return row
 
 
@@ -96,21 +90,15 @@ def stepper(network: Network, model: nnx.Module, batch: int) -> Callable[[], Non
 
 
 def as_table(rows: list[dict]) -> str:
-    others = [kind for kind in ("plain", "torch") if f"{kind}_ms" in rows[0]]
+    others = {k: k.replace(" ", "_") for k in KINDS if f"{k.replace(' ', '_')}_ms" in rows[0]}
     columns = {"search step, ms": ("search_ms", ".0f")}
-    columns |= {f"{kind} step, ms": (f"{kind}_ms", ".0f") for kind in others}
-    columns |= {f"search / {kind}": (f"search_to_{kind}", ".3f") for kind in others}
-    lines = [
-        f"| network | batch | {' | '.join(columns)} |",
-        "|---|---:|" + "---:|" * len(columns),
+    columns |= {f"{kind} step, ms": (f"{name}_ms", ".0f") for kind, name in others.items()}
+    columns |= {f"search / {kind}": (f"search_to_{name}", ".3f") for kind, name in others.items()}
+    cells = [
+        (row["network"], row["batch"], *(spread(row[n], form) for n, form in columns.values()))
+        for row in rows
     ]
-    for row in rows:
-        cells = [
-            "{median:{form}} ({low:{form}} to {high:{form}})".format(form=form, **row[name])
-            for name, form in columns.values()
-        ]
-        lines.append(f"| {row['model']} | {row['batch']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table_of(["network", ">batch", *(f">{column}" for column in columns)], cells)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,14 @@ from torch.nn import functional
 from zoo import Network
 
 EMBEDDING = 8
-CIFAR_WIDTHS = (16, 32, 64)
+CIFAR_WIDTHS, CIFAR_SIDE = (16, 32, 64), 32
 
 
 class HyperConv2d(nn.Module):
-    """A convolution whose kernel is generated from the latents of its two axes."""
+    """A convolution whose kernel is generated from the latents of its two axes.
+
+    Each entry of the output's latent stands for `repeats` channels in a row.
+    """
 
     def __init__(
         self,
@@ -29,11 +32,15 @@ class HyperConv2d(nn.Module):
         stride: int = 1,
         *,
         bias: bool = False,
+        groups: int = 1,
+        repeats: int = 1,
     ):
         super().__init__()
-        out, into, taps = len(z_out), len(z_in), size * size
-        self.z_in, self.z_out = z_in, z_out
-        self.size, self.stride = size, stride
+        if groups > 1:  # the channels of a group have a latent of their own
+            z_in = latent(len(z_in) // groups)
+        out, into, taps = len(z_out) * repeats, len(z_in), size * size
+        self.z_in, self.z_out, self.repeats = z_in, z_out, repeats
+        self.size, self.stride, self.groups = size, stride, groups
         bound = math.sqrt(3 / (EMBEDDING * into * taps))
         self.b0 = nn.Parameter(torch.zeros(out, into))
         self.w1 = nn.Parameter(torch.empty(out, into, EMBEDDING).uniform_(-(3**0.5), 3**0.5))
@@ -43,11 +50,13 @@ class HyperConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        pairs = torch.outer(self.z_out, self.z_in) + self.b0
+        z_out = self.z_out.repeat_interleave(self.repeats) if self.repeats > 1 else self.z_out
+        pairs = torch.outer(z_out, self.z_in) + self.b0
         embedding = pairs[..., None] * self.w1 + self.b1
         kernel = (self.w2 @ embedding[..., None])[..., 0] + self.b2
         kernel = kernel.reshape(*kernel.shape[:2], self.size, self.size)
-        return functional.conv2d(x, kernel, self.bias, stride=self.stride, padding=self.size // 2)
+        padding = self.size // 2
+        return functional.conv2d(x, kernel, self.bias, self.stride, padding, groups=self.groups)
 
 
 def latent(size: int) -> nn.Parameter:
@@ -57,7 +66,7 @@ def latent(size: int) -> nn.Parameter:
 class ConvNorm(nn.Sequential):
     """A convolution, then BatchNorm; arguments as those of `HyperConv2d`."""
 
-    def __init__(self, z_in: nn.Parameter, z_out: nn.Parameter, *shape: int, **options: bool):
+    def __init__(self, z_in: nn.Parameter, z_out: nn.Parameter, *shape: int, **options: int):
         convolution = HyperConv2d(z_in, z_out, *shape, **options)
         super().__init__(convolution, nn.BatchNorm2d(len(z_out)))
 
@@ -123,15 +132,89 @@ class DnCNN(nn.Module):
         return x + self.tail(h)
 
 
+class InvertedResidual(nn.Module):
+    """Expansion, unless `hidden` is `z_in`, depthwise convolution, projection without ReLU."""
+
+    def __init__(self, z_in: nn.Parameter, hidden: nn.Parameter, z_out: nn.Parameter, stride: int):
+        super().__init__()
+        layers = [] if hidden is z_in else [ConvNorm(z_in, hidden, 1), nn.ReLU()]
+        layers += [ConvNorm(hidden, hidden, 3, stride, groups=len(hidden)), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, ConvNorm(hidden, z_out, 1))
+        self.identity = stride == 1 and z_in is z_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.identity else self.layers(x)
+
+
+class MobileNetV2(nn.Module):
+    """A MobileNetV2 with ReLU for images of 64 by 64 pixels."""
+
+    groups = (  # channels, blocks, stride of the first block, expansion
+        *((16, 1, 1, 1), (24, 2, 1, 6), (32, 3, 2, 6), (64, 4, 2, 6)),
+        *((96, 3, 1, 6), (160, 3, 2, 6), (320, 1, 1, 6)),
+    )
+
+    def __init__(self, classes: int = 200):
+        super().__init__()
+        z, features = latent(32), latent(1280)
+        layers = [ConvNorm(latent(3), z, 3, 2), nn.ReLU()]
+        for width, blocks, stride, expansion in self.groups:
+            z_out = latent(width)
+            for i in range(blocks):
+                hidden = z if expansion == 1 else latent(expansion * len(z))
+                layers.append(InvertedResidual(z, hidden, z_out, stride if i == 0 else 1))
+                z = z_out
+        self.layers = nn.Sequential(*layers, ConvNorm(z, features, 1), nn.ReLU())
+        self.classifier = nn.Linear(len(features), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.layers(x).mean((2, 3)))
+
+
+class SRResNet(nn.Module):
+    """An SRResNet that enlarges by 2 or 4."""
+
+    def __init__(self, scale: int, blocks: int = 16, width: int = 64):
+        super().__init__()
+        z = latent(width)
+        self.head = nn.Sequential(HyperConv2d(latent(3), z, 9, bias=True), nn.PReLU())
+        self.blocks = nn.ModuleList()
+        for hidden in (latent(width) for _ in range(blocks)):
+            first, second = ConvNorm(z, hidden, 3, bias=True), ConvNorm(hidden, z, 3, bias=True)
+            self.blocks.append(nn.Sequential(first, nn.PReLU(), second))
+        self.last = ConvNorm(z, z, 3, bias=True)
+        slope = nn.PReLU()
+        stages = [
+            (HyperConv2d(z, z, 3, bias=True, repeats=4), nn.PixelShuffle(2), slope)
+            for _ in range(scale // 2)
+        ]
+        self.upsampler = nn.Sequential(*itertools.chain.from_iterable(stages))
+        self.tail = HyperConv2d(z, latent(3), 3, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shallow = x = self.head(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.tail(self.upsampler(self.last(x) + shallow))
+
+
+MAKERS = {
+    ("resnet", ("depth",)): ResNet,
+    ("mobilenet_v2", ()): MobileNetV2,
+    ("srresnet", ("scale",)): SRResNet,
+    ("dncnn", ()): DnCNN,
+}
+
+
 def can_build(network: Network) -> bool:
     """Whether there is a PyTorch version of a network."""
-    cifar = network.family == "resnet" and network.arguments.keys() == {"depth"}
-    return cifar or network.family == "dncnn"
+    cifar = network.family != "resnet" or network.input_shape[0] == CIFAR_SIDE
+    return cifar and (network.family, tuple(network.arguments)) in MAKERS
 
 
 def build(network: Network) -> nn.Module:
     """The network, which `can_build` has found here."""
-    return ResNet(**network.arguments) if network.family == "resnet" else DnCNN()
+    return MAKERS[network.family, tuple(network.arguments)](**network.arguments)
 
 
 def stepper(network: Network, batch: int, *, compiled: bool = False) -> Callable[[], None]:
@@ -144,14 +227,13 @@ def stepper(network: Network, batch: int, *, compiled: bool = False) -> Callable
         if isinstance(layer, HyperConv2d)
         for z in (layer.z_in, layer.z_out)
     }
-    others = [p for p in model.parameters() if id(p) not in latents]
-    groups = [{"params": list(latents.values()), "weight_decay": 0.0}, {"params": others}]
     if network.patch:
         rate, strength = 1e-4, 0.1
-        optimizer = torch.optim.Adam(groups, rate)
+        optimizer = torch.optim.Adam(model.parameters(), rate)
     else:
         rate, strength = 0.1, 2e-4
-        optimizer = torch.optim.SGD(groups, rate, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=1e-4)
+    scale = network.arguments.get("scale", 1)
     side = network.patch or network.input_shape[0]
     channels = network.input_shape[-1]
     images = torch.randint(0, 256, (batch, channels, side, side), device=device).byte()
@@ -159,6 +241,8 @@ def stepper(network: Network, batch: int, *, compiled: bool = False) -> Callable
 
     def inputs_and_targets() -> tuple[Tensor, Tensor]:
         pixels = images.float()
+        if scale > 1:
+            return pixels[..., ::scale, ::scale], pixels
         if network.patch:
             return pixels + 70 * torch.randn_like(pixels), pixels
         padded = functional.pad(pixels, (4, 4, 4, 4))
@@ -175,7 +259,8 @@ def stepper(network: Network, batch: int, *, compiled: bool = False) -> Callable
     def compute(inputs: Tensor, targets: Tensor) -> Tensor:
         outputs = model(inputs)
         if network.patch:
-            return functional.mse_loss(outputs, targets)
+            distance = functional.l1_loss if scale > 1 else functional.mse_loss
+            return distance(outputs, targets)
         return functional.cross_entropy(outputs, targets)
 
     compute = torch.compile(compute) if compiled else compute

@@ -7,6 +7,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 import optax
 
@@ -14,6 +15,7 @@ import dhp_jax as dhp
 from dhp_jax.data.photographs import Photograph
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.tasks import Classification, Denoising, SuperResolution, patches
+from dhp_jax.tasks.task import Data, Task
 from dhp_jax.train import TrainState, make_step, start
 
 
@@ -35,6 +37,12 @@ class Network:
     input_shape: tuple[int, int, int]
     batch: int = 64
     patch: int = 0
+
+    @property
+    def trained_shape(self) -> tuple[int, int, int]:
+        """Of one example in training, which for restoration is a patch."""
+        side = self.patch // self.arguments.get("scale", 1)
+        return (side, side, self.input_shape[-1]) if side else self.input_shape
 
     def build(self, **changes: Any) -> nnx.Module:
         return dhp.models.build(self.family, rngs=nnx.Rngs(0), **self.arguments, **changes)
@@ -71,11 +79,11 @@ NETWORKS = {
 
 
 def search_step(
-    network: Network, model: nnx.Module, batch: int | None = None
+    network: Network, model: nnx.Module, batch: int | None = None, mesh: Mesh | None = None
 ) -> tuple[Callable[..., TrainState], TrainState, tuple]:
     """The jitted step of the search, its first state, and what else it takes; data are random.
 
-    A model without latents shrinks none.
+    A model without latents shrinks none. What goes to a mesh has still to be placed there.
     """
     batch = batch or network.batch
     if network.patch:
@@ -91,13 +99,13 @@ def search_step(
         shrink = shrink_latents(params, strength=strength, schedule=schedule, threshold=5e-3)
         return optax.chain(plain, shrink)
 
-    task, data = _task(network, batch)
+    task, data = task_on(network, batch)
     graphdef, transformation, state = start(model, make_optimizer)
-    advance = make_step(graphdef, transformation, task, batch)
+    advance = make_step(graphdef, transformation, task, batch, mesh=mesh)
     return advance, state, (data, jnp.arange(batch), 0, jax.random.key(0))
 
 
-def _task(network: Network, batch: int):
+def task_on(network: Network, batch: int) -> tuple[Task, Data]:
     """The network's task, and random training data."""
     random = np.random.default_rng(0)
     *_, channels = network.input_shape

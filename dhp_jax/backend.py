@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhp_jax.latent import walk
-from dhp_jax.layers import BatchNorm
+from dhp_jax.layers import BatchNorm, Bias, ChannelBias
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 MOST_TAPS = 49  # of a depthwise kernel that is written out
@@ -105,11 +105,14 @@ def tune(model: nnx.Module) -> nnx.Module:
     Returns:
       The same object.
     """
+    on_cpu = jax.default_backend() == "cpu"
     for _, _, layer in walk(model):
         if type(layer) in QUICK and layer.axis_name is None:
             layer.__class__ = QUICK[type(layer)]
+        if on_cpu and type(layer) in QUICK_ON_CPU:
+            layer.__class__ = QUICK_ON_CPU[type(layer)]
         is_convolution = getattr(layer, "conv_general_dilated", None) is lax.conv_general_dilated
-        if is_convolution and jax.default_backend() == "cpu":
+        if on_cpu and is_convolution:
             layer.conv_general_dilated = convolution
     return model
 
@@ -267,9 +270,18 @@ def _depthwise_backward(strides, pads, dilation, inputs, grad):
         before = (k - 1) * d - low
         turned.append((before, n + (k - 1) * d - m - before))
     grad_x = _depthwise(spread, kernel[::-1, ::-1], (1, 1), tuple(turned), dilation)
+    with _not_inlined():  # within the whole, XLA would keep what each tap saw of x till now
+        sums = _depthwise_sums(x, grad, taps, strides, pads, dilation)
+    return grad_x, sums.reshape(kernel.shape).astype(kernel.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _depthwise_sums(
+    x: Array, grad: Array, taps: tuple[int, int], strides, pads: Pads, dilation
+) -> Array:
+    """The gradient of a depthwise kernel, `(taps, c)`."""
     parts = _shifted(x, taps, strides, pads, dilation, grad.shape[1:3])
-    sums = [jnp.sum(_wide(part) * _wide(grad), (0, 1, 2)) for part in parts]
-    return grad_x, jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
+    return jnp.stack([jnp.sum(_wide(part) * _wide(grad), (0, 1, 2)) for part in parts])
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
@@ -327,18 +339,39 @@ class _QuickBatchNorm(nnx.BatchNorm):
         wide = _wide(x)
         axes = tuple(range(x.ndim - 1))
         mean = jnp.mean(wide, axes)
-        var = jnp.maximum(0, jnp.mean(lax.square(wide), axes) - lax.square(mean))
+        var = jnp.maximum(0, jnp.mean(wide * wide, axes) - mean * mean)
         for statistic, value in ((self.mean, mean), (self.var, var)):
             old = statistic[...]
             new = self.momentum * old + (1 - self.momentum) * value
             statistic.set_value(new.astype(old.dtype))
         slope = lax.rsqrt(var + self.epsilon)
-        y = (x - mean) * (slope if scale is None else slope * scale)
-        return (y if bias is None else y + bias).astype(x.dtype)
+        if scale is not None:
+            slope = slope * scale
+        # Written so, the backward pass keeps x alone, and takes two sums over the batch: what
+        # several devices exchange is the statistics and the gradients of scale and bias.
+        shift = -mean * slope
+        return (x * slope + (shift if bias is None else shift + bias)).astype(x.dtype)
 
 
 class _QuickHyperBatchNorm(BatchNorm, _QuickBatchNorm):
     """The same over the channels of an axis, which it checks."""
 
 
+class _QuickBias(ChannelBias):
+    """`ChannelBias` whose sum is computed once.
+
+    XLA:CPU would keep it for BatchNorm, and what it is a sum of too, to add the bias again.
+    """
+
+    def __call__(self, x: Array) -> Array:
+        with _not_inlined():
+            return _shift(x, self.bias[...].astype(x.dtype))
+
+
+class _QuickHyperBias(Bias, _QuickBias):
+    """The same over the channels of an axis, which it checks."""
+
+
+_shift = jax.jit(jnp.add)
 QUICK = {nnx.BatchNorm: _QuickBatchNorm, BatchNorm: _QuickHyperBatchNorm}
+QUICK_ON_CPU = {ChannelBias: _QuickBias, Bias: _QuickHyperBias}

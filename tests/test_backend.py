@@ -173,7 +173,7 @@ def test_a_convolution_has_gradients_of_single_examples_and_second_derivatives(g
 
 
 class Network(nnx.Module):
-    """Every kind of layer that is tuned: ordinary, grouped and depthwise convolutions, norms."""
+    """Every kind of layer that is tuned: all kinds of convolutions, biases, norms."""
 
     def __init__(self, rngs):
         image = dhp.Latent(3, prunable=False, rngs=rngs)
@@ -187,6 +187,7 @@ class Network(nnx.Module):
                 dhp.BatchNorm(wide, use_bias=False, use_scale=False, rngs=rngs),
                 dhp.HyperConv(wide, channels, (1, 1), use_bias=False, rngs=rngs),
                 dhp.HyperConv(channels, channels, (3, 3), feature_group_count=6, rngs=rngs),
+                dhp.Bias(channels, rngs=rngs),
                 dhp.BatchNorm(channels, rngs=rngs),
             ]
         )

@@ -16,10 +16,10 @@ from dhp_jax.report import hardware
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
+from run import BENCHMARKS, run  # noqa: E402
 from zoo import NETWORKS  # noqa: E402
 
 PARTS = ("construct_s", "trace_s", "compile_s", "first_step_s")
-NAMES = ("step", "compile", "latency", "checkpoint")
 
 
 def begin(name, *arguments):
@@ -33,7 +33,7 @@ def begin(name, *arguments):
 def results(tmp_path_factory):
     """The folder of the benchmarks' results, and what each has printed."""
     folder = tmp_path_factory.mktemp("results") / "inner"
-    running = {name: begin(name, "--quick", "--out", folder) for name in NAMES}
+    running = {name: begin(name, "--quick", "--out", folder) for name in BENCHMARKS}
     printed = {}
     for name, process in running.items():
         printed[name], errors = process.communicate()
@@ -41,7 +41,7 @@ def results(tmp_path_factory):
     return folder, printed
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_tells_on_what_it_ran_and_how_to_repeat_it(results, name):
     folder, printed = results
     about = json.loads((folder / f"{name}.json").read_text())["about"]
@@ -56,12 +56,12 @@ def test_a_benchmark_tells_on_what_it_ran_and_how_to_repeat_it(results, name):
     assert text.endswith(f"\n    {about['command']}\n")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_table_of_a_benchmark_has_a_row_for_each_network(results, name):
     folder, printed = results
     header, ruler, *rows = printed[name].strip().splitlines()
     assert len(rows) == len(json.loads((folder / f"{name}.json").read_text())["rows"])
-    assert len(rows) == (2 if name == "latency" else 1)
+    assert len(rows) == (4 if name == "pruned" else 1)
     assert all(row.startswith("| ResNet-20 | ") for row in rows)
     assert len({line.count("|") for line in (header, ruler, *rows)}) == 1
 
@@ -90,28 +90,67 @@ def test_the_compile_benchmark_gives_seconds_of_each_part(results):
     assert row["state_bytes"] > 2 * 4 * floats  # the momentum is as large
 
 
-def test_the_latency_benchmark_gives_the_speed_up_of_each_batch(results):
-    rows = json.loads((results[0] / "latency.json").read_text())["rows"]
-    assert [row["batch"] for row in rows] == [1, 4]
+def test_the_benchmark_of_pruned_networks_relates_speed_to_the_ideal(results):
+    rows = json.loads((results[0] / "pruned.json").read_text())["rows"]
+    assert [(row["batch"], row["multiple_of"]) for row in rows] == [(1, 1), (1, 2), (4, 1), (4, 2)]
     for row in rows:
-        assert 0.48 < row["flops_ratio"] <= 0.5
-        for name in ("whole_ms", "small_ms", "speedup"):
+        assert 0.4 < row["flops_ratio"] <= 0.5
+        assert row["share_of_ideal"] == row["speedup"]["median"] * row["flops_ratio"]
+        for name in ("whole_ms", "pruned_ms", "images_per_second", "speedup"):
             assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
 
 
-def test_the_onnx_benchmark_gives_the_speed_up_of_each_batch_and_rounding(tmp_path):
+@pytest.mark.slow
+def test_pruned_networks_are_timed_in_onnxruntime(tmp_path):
     for package in ("jax2onnx", "onnxruntime"):
         pytest.importorskip(package)
-    process = begin("latency_onnx", "--quick", "--out", tmp_path)
+    process = begin("pruned", "--quick", "--runtime=onnxruntime", "--out", tmp_path)
     printed, errors = process.communicate()
     assert process.returncode == 0, errors
-    rows = json.loads((tmp_path / "latency_onnx.json").read_text())["rows"]
-    assert [(row["batch"], row["multiple_of"]) for row in rows] == [(1, 1), (1, 8), (4, 1), (4, 8)]
-    for row in rows:
-        assert 0.48 < row["flops_ratio"] <= 0.5
-        for name in ("whole_ms", "small_ms", "speedup"):
-            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
-    assert printed.strip() in (tmp_path / "latency_onnx.md").read_text()
+    rows = json.loads((tmp_path / "pruned_onnxruntime.json").read_text())["rows"]
+    assert [(row["batch"], row["multiple_of"]) for row in rows] == [(1, 1), (1, 2), (4, 1), (4, 2)]
+    text = (tmp_path / "pruned_onnxruntime.md").read_text()
+    assert printed.strip() in text
+    assert "in onnxruntime" in text.splitlines()[0]
+
+
+def test_a_search_step_needs_little_more_memory_than_training_cannot_do_without(results):
+    (row,) = json.loads((results[0] / "memory.json").read_text())["rows"]
+    parts = ("parameters", "optimizer", "gradients", "activations")
+    assert row["ratio"] == row["peak_bytes"] / sum(row[f"{part}_bytes"] for part in parts)
+    assert row["peak_bytes"] > row["parameters_bytes"] + row["optimizer_bytes"]
+    assert row["ratio"] <= 1.25
+
+
+def test_four_devices_exchange_the_gradients_and_the_batchnorm_statistics_once(results):
+    (row,) = json.loads((results[0] / "scaling.json").read_text())["rows"]
+    assert row["devices"] == 4
+    assert list(row["operations"]) == ["all-reduce"]
+    assert 0 <= row["exchanged_bytes"] - row["needed_bytes"] <= 16  # the loss, the errors
+    assert row["host_transfers"] == 0
+    assert all(0 < share < 1 for share in row["efficiency"].values())
+
+
+def test_a_benchmark_that_fails_is_told_and_stops_no_other(tmp_path, capfd):
+    fails, works = tmp_path / "fails.py", tmp_path / "works.py"
+    fails.write_text("raise SystemExit(3)")
+    works.write_text("import sys; print(*sys.argv[1:])")
+    assert run([fails, works], ["--quick"]) == ["fails"]
+    assert capfd.readouterr().out.split() == ["fails", "works", "--quick"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "told"),
+    [
+        ("step", ["--rounds=0"], "--rounds: expected a positive integer, got '0'"),
+        ("pruned", ["--flops", "1.5"], "--flops: expected a number between 0 and 1, got '1.5'"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(name, arguments, told):
+    process = begin(name, *arguments)
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.splitlines()[-1] == f"{name}.py: error: argument {told}"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +209,7 @@ def test_finished_runs_are_put_side_by_side(
     assert row in text
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet110", "dncnn"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet110", "mobilenet_v2", "srresnet_x4", "dncnn"])
 def test_the_networks_of_the_pytorch_comparison_have_as_many_numbers_as_ours(name):
     pytest.importorskip("torch")
     torch_search = importlib.import_module("torch_search")

@@ -1,0 +1,160 @@
+"""Are pruned networks faster, not only smaller?
+
+Times the forward pass of every network, whole and pruned to some shares of its FLOPs, with widths
+as they fall and rounded: interleaved, in one process. The ideal speed-up is the inverse of the
+share of the FLOPs. Which channels go does not matter for the time; those of untrained latents do
+here. With `--runtime onnxruntime` the networks are exported as ONNX first; that needs the extra
+`onnx`.
+
+    python benchmarks/pruned.py                        # every network
+    python benchmarks/pruned.py --networks vgg16 unet  # some of them
+    python benchmarks/pruned.py --flops 0.5 --multiples 1 16
+    python benchmarks/pruned.py --runtime onnxruntime --networks resnet20
+    python benchmarks/pruned.py --quick                # a smoke run of a few seconds
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+import itertools
+from pathlib import Path
+import tempfile
+
+from flax import nnx
+import jax
+import numpy as np
+from record import parser, positive, progress, publish, spread, table_of
+from zoo import NETWORKS, Network
+
+import dhp_jax as dhp
+from dhp_jax import timing
+from dhp_jax.export import export
+from dhp_jax.prune import BudgetError
+
+NOTE = (
+    "Median of interleaved forward passes, quartiles of the speed-up of each pair in parentheses. "
+    "The ideal speed-up is the inverse of the share of the FLOPs; of ideal: what share of it is "
+    "reached. Widths: whether those of pruned networks are multiples of a number."
+)
+
+
+def main() -> None:
+    arguments = parser(__doc__, NETWORKS, 15, "passes of each kind that count")
+    arguments.add_argument(
+        "--flops", nargs="+", type=share, default=[0.75, 0.5, 0.25], help="shares that are kept"
+    )
+    arguments.add_argument(
+        "--multiples", nargs="+", type=positive, default=[1, 8], help="of pruned widths"
+    )
+    arguments.add_argument("--runtime", choices=FORWARD, default="xla")
+    options = arguments.parse_args()
+    if options.quick:
+        options.networks, options.rounds = ["resnet20"], 3
+        options.flops, options.multiples = [0.5], [1, 2]
+    rows = []
+    for name in options.networks:
+        network = NETWORKS[name]
+        large = 4 if options.quick or network.patch or network.input_shape[0] > 64 else 64
+        for batch in (1, large):
+            rows += measure(network, batch, options)
+            progress("\n".join(as_table(rows).splitlines()[2:][-2:]))
+        jax.clear_caches()
+    name, title, note = "pruned", "Speed of pruned networks", NOTE
+    if options.runtime == "onnxruntime":
+        import onnxruntime
+
+        name, title = "pruned_onnxruntime", f"{title} in onnxruntime"
+        note = f"onnxruntime {onnxruntime.__version__} on the CPU, its default options. {NOTE}"
+    publish(options.out, name, title, note, rows, as_table(rows))
+
+
+def share(text: str) -> float:
+    """A number of the command line between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+    return value
+
+
+def measure(network: Network, batch: int, options: argparse.Namespace) -> list[dict]:
+    """Times of the whole network and of every pruned one, run in turn; a row for each of these."""
+    model = network.build(width=0.5, min_channels=1) if options.quick else network.build()
+    smaller = {}
+    for flops, multiple in itertools.product(options.flops, options.multiples):
+        try:
+            small = dhp.prune_to(model, network.input_shape, multiple, flops=flops)
+        except BudgetError as error:
+            progress(f"{network.label}: left out: {error}")
+        else:
+            smaller[flops, multiple] = small
+    networks = {"whole": dhp.prune(model), **smaller}
+    cost = {name: dhp.measure_cost(m, network.input_shape).flops for name, m in networks.items()}
+    forward = FORWARD[options.runtime]
+    passes = {name: forward(m, network.input_shape, batch) for name, m in networks.items()}
+    seconds = timing.in_turn(passes, options.rounds)
+    rows = []
+    for flops, multiple in smaller:
+        times = seconds[flops, multiple]
+        pairs = zip(seconds["whole"], times, strict=True)
+        speedup = timing.quartiles([whole / small for whole, small in pairs])
+        ratio = cost[flops, multiple] / cost["whole"]
+        rows.append(
+            {
+                "network": network.label,
+                "input_shape": network.input_shape,
+                "batch": batch,
+                "asked_flops": flops,
+                "multiple_of": multiple,
+                "flops_ratio": ratio,
+                "whole_ms": timing.quartiles([1e3 * s for s in seconds["whole"]]),
+                "pruned_ms": timing.quartiles([1e3 * s for s in times]),
+                "images_per_second": timing.quartiles([batch / s for s in times]),
+                "speedup": speedup,
+                "share_of_ideal": speedup["median"] * ratio,
+            }
+        )
+    return rows
+
+
+def in_onnxruntime(model: nnx.Module, input_shape: Sequence[int], batch: int) -> Callable[[], None]:
+    """A function that runs a network over a batch in onnxruntime."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network.onnx")
+        export(model, path, tuple(input_shape), format="onnx")
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = np.full((batch, *input_shape), 0.5, np.float32)
+    return lambda: session.run(None, {"images": x})
+
+
+FORWARD = {"xla": timing.forward, "onnxruntime": in_onnxruntime}
+
+
+def as_table(rows: list[dict]) -> str:
+    columns = (
+        *("network", ">batch", ">FLOPs", ">widths", ">whole, ms", ">pruned, ms", ">images/s"),
+        *(">ideal", ">speed-up", ">of ideal"),
+    )
+    cells = [
+        (
+            row["network"],
+            row["batch"],
+            f"{row['flops_ratio']:.1%}",
+            f"of {row['multiple_of']}" if row["multiple_of"] > 1 else "any",
+            f"{row['whole_ms']['median']:.1f}",
+            f"{row['pruned_ms']['median']:.1f}",
+            f"{row['images_per_second']['median']:,.0f}",
+            f"{1 / row['flops_ratio']:.2f}",
+            spread(row["speedup"], ".2f"),
+            f"{row['share_of_ideal']:.0%}",
+        )
+        for row in rows
+    ]
+    return table_of(columns, cells)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The compiled search step: what it keeps in memory, what crosses devices, what the host does."""
+
+import dataclasses
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax import hypernet
+
+BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+sys.path.append(BENCHMARKS)
+from memory import measure  # noqa: E402
+from programs import Collective, collectives, host_transfers, residuals, size  # noqa: E402
+from zoo import NETWORKS, search_step, task_on  # noqa: E402
+
+TEXT = """
+ENTRY %main (p: f32[3,4], q: bf16[8]) -> f32[3,4] {
+  %p = f32[3,4]{1,0} parameter(0)
+  %q = bf16[8]{0} parameter(1)
+  %all-reduce.1 = (f32[3,4]{1,0}, bf16[8]{0}) all-reduce(%p, %q), to_apply=%add
+  %element = f32[3,4]{1,0} get-tuple-element(%all-reduce.1), index=0
+  %start = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%q), dimensions={0}
+  %done = bf16[32]{0} all-gather-done(%start)
+  ROOT %moved = f32[3,4]{1,0} collective-permute(%element), source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_collectives_are_found_with_the_bytes_that_each_device_brings():
+    assert collectives(TEXT) == [
+        Collective("all-reduce", 48 + 16),
+        Collective("all-gather", 16),
+        Collective("collective-permute", 48),
+    ]
+    assert host_transfers(TEXT) == []
+
+
+def test_what_the_host_is_asked_for_is_found():
+    def asks(x):
+        jax.debug.callback(print, x.sum())
+        return 2 * x
+
+    def text(function):
+        return jax.jit(function).lower(jnp.ones(3)).compile().as_text()
+
+    assert host_transfers(text(asks))
+    assert not host_transfers(text(lambda x: 2 * x))
+    assert host_transfers("  %t = token[] outfeed(%x, %token), outfeed_shape=f32[]") == ["outfeed"]
+
+
+def test_every_array_of_the_training_state_is_donated():
+    network = dataclasses.replace(NETWORKS["dncnn"], patch=16)
+    advance, state, inputs = search_step(network, network.build(depth=3, width=0.25), 4)
+    compiled = advance.lower(state, *inputs).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == size(state)
+
+
+def embedded(model, arrays):
+    """Those of some arrays that are as large as a kernel's embedding, or as all it is summed of."""
+    layers = [layer for _, layer in nnx.iter_graph(model) if isinstance(layer, dhp.HyperConv)]
+    shapes = {array.shape for layer in layers for array in (layer.w1, layer.w2)}
+    return [a for a in arrays if a.shape in shapes]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1"])
+def test_the_backward_pass_keeps_no_embedding(name, monkeypatch):
+    network = NETWORKS[name]
+    model = network.build(width=0.25)
+    task, data = task_on(network, 4)
+    assert not embedded(model, residuals(model, task, data, 4))
+    # What JAX keeps of the same formula without a backward pass of its own is found.
+    monkeypatch.setattr(hypernet, "_generate_jitted", hypernet._generate.fun)
+    assert embedded(model, residuals(model, task, data, 4))
+
+
+@pytest.mark.slow
+def test_a_search_step_of_a_mobilenet_needs_little_more_than_training_cannot_do_without():
+    network = NETWORKS["mobilenet_v1"]
+    assert measure(network, network.build(width=0.25), 8)["ratio"] <= 1.25
+
+
+def test_residuals_are_what_layers_need_for_their_gradients():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 5, (3, 3), use_bias=False, rngs=rngs)
+            self.norm = nnx.BatchNorm(5, momentum=0.9, rngs=rngs)
+            self.head = nnx.Linear(5, 200, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+    network = NETWORKS["mobilenet_v1"]
+    kept = residuals(Net(nnx.Rngs(0)), *task_on(network, 2), 2)
+    large = sorted(f"{a.dtype}{a.shape}" for a in kept if a.size > 2000)
+    assert large == ["bool(2, 64, 64, 5)", "float32(2, 64, 64, 3)", "float32(2, 64, 64, 5)"]
+
+
+CHUNK = """
+import jax, jax.numpy as jnp
+from flax import nnx
+import dhp_jax as dhp
+from dhp_jax.mesh import make_mesh, place
+from programs import collectives, host_transfers, size
+from zoo import Network, search_step
+network = Network("DenseNet-7", "densenet", {"depth": 7, "growth": 8}, (8, 8, 3))
+mesh = make_mesh()
+assert mesh.size == 4
+model = network.build()
+advance, state, (data, order, _, key) = search_step(network, model, 16, mesh)
+
+@jax.jit
+def chunk(state, data, order, key):
+    step = advance.__wrapped__
+    return jax.lax.scan(lambda s, i: (step(s, data, order, i, key), None), state, jnp.arange(2))[0]
+
+text = chunk.lower(*place(mesh, (state, data, order, key))).compile().as_text()
+assert not host_transfers(text), host_transfers(text)
+found = collectives(text)
+assert {c.kind for c in found} == {"all-reduce"}, found
+plain = dhp.prune(model)
+gradients, statistics = (size(nnx.state(plain, kind)) for kind in (nnx.Param, nnx.BatchStat))
+exchanged = sum(c.bytes for c in found)
+loss_and_errors = 16
+assert 0 <= exchanged - gradients - statistics <= loss_and_errors, exchanged
+"""
+
+
+def test_a_chunk_of_steps_exchanges_gradients_and_statistics_and_does_not_ask_the_host():
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    paths = os.pathsep.join([BENCHMARKS, *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", CHUNK], env=os.environ | flags | {"PYTHONPATH": paths}, check=True
+    )
