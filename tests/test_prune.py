@@ -73,7 +73,7 @@ def test_the_history_of_a_search_counts_prunable_latents_only():
     assert found["survivors"].tolist() == [masks[name].sum() for name in prunable]
     magnitudes = np.sort(np.concatenate([np.abs(z.value()) for z in prunable.values()]))
     assert found["magnitudes"].shape == (11,)
-    assert found["magnitudes"][[0, 10]].tolist() == magnitudes[[0, -1]].tolist()
+    assert np.asarray(found["magnitudes"])[[0, 10]].tolist() == magnitudes[[0, -1]].tolist()
     assert latent_history(dhp.prune(model), 0.5) == {}
 
 
