@@ -28,7 +28,6 @@ from zoo import NETWORKS, Network
 import dhp_jax as dhp
 from dhp_jax import timing
 from dhp_jax.export import export
-from dhp_jax.prune import BudgetError
 
 NOTE = (
     "Median of interleaved forward passes, quartiles of the speed-up of each pair in parentheses. "
@@ -85,7 +84,7 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> list[d
     for flops, multiple in itertools.product(options.flops, options.multiples):
         try:
             small = dhp.prune_to(model, network.input_shape, multiple, flops=flops)
-        except BudgetError as error:
+        except dhp.BudgetError as error:
             progress(f"{network.label}: left out: {error}")
         else:
             smaller[flops, multiple] = small

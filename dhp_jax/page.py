@@ -221,7 +221,7 @@ def _noise(summary: Mapping[str, Any]) -> str:
         f"Latency: compiled forward passes on inputs of {shape}, on {latency['hardware']}; medians "
         f"of {rounds} passes"
         + (", the networks in turn, with the quartiles of pairs. " if row_pairs else ". ")
-        + "So few tell large differences from none, no more; benchmarks/latency.py takes longer."
+        + "So few tell large differences from none, no more; benchmarks/pruned.py takes longer."
     )
 
 
