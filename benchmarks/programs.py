@@ -109,7 +109,10 @@ def residuals(model: nnx.Module, task: Task, data: Data, batch: int) -> list[jax
         _, backward, _ = jax.vjp(loss, params, has_aux=True)
         return jax.tree.leaves(backward)
 
-    examples = jax.eval_shape(task.training_batch, jax.random.key(0), data, jnp.arange(batch))
+    key, chosen = jax.random.key(0), jnp.arange(batch)
+    examples = jax.eval_shape(
+        lambda *given: task.augmented(key, task.examples(key, *given)), data, chosen
+    )
     traced = jax.make_jaxpr(kept)(state.params, state.rest, *examples).jaxpr
     computed = set(map(id, traced.invars))  # constants take no memory
     for equation in traced.eqns:

@@ -114,6 +114,15 @@ def test_pruned_networks_are_timed_in_onnxruntime(tmp_path):
     assert "in onnxruntime" in text.splitlines()[0]
 
 
+def test_the_input_benchmark_relates_what_is_given_to_what_is_taken(results):
+    (row,) = json.loads((results[0] / "input.json").read_text())["rows"]
+    assert row["consumed_per_second"] == pytest.approx(4e3 / row["step_ms"]["median"])
+    assert all(name in row for name in ("share", "input_ms"))
+    for streamed in row["streamed"].values():
+        assert streamed["images_per_second"] > 0
+        assert 0 <= streamed["waiting"] <= 1
+
+
 def test_a_search_step_needs_little_more_memory_than_training_cannot_do_without(results):
     (row,) = json.loads((results[0] / "memory.json").read_text())["rows"]
     parts = ("parameters", "optimizer", "gradients", "activations")

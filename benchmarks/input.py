@@ -1,0 +1,173 @@
+"""Does the input keep up with the model?
+
+On the device: the time that taking and augmenting the examples of a batch needs, beside that of a
+search step that contains it. Streamed: how many images a second the reading processes give from a
+folder of JPEG files (500x375, resized to what the network takes), how many the search step takes,
+and for which share of the time a search that streams them waits for its input.
+
+    python benchmarks/input.py                           # from small images to large ones
+    python benchmarks/input.py --workers 1 2 4 8 16
+    python benchmarks/input.py --quick                   # a smoke run of a few seconds
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+from pathlib import Path
+import tempfile
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+from record import parser, positive, progress, publish, spread, table_of
+from zoo import NETWORKS, Network, search_step, task_on
+
+from dhp_jax.data import Stream
+from dhp_jax.data import load as load_data
+from dhp_jax.data.stream import Batch
+from dhp_jax.timing import in_turn, quartiles
+
+NOTE = (
+    "On the device: median of interleaved calls, quartiles in parentheses; the share is that of "
+    "the input in the search step. Streamed: images a second that the reading processes give, and "
+    "that the search step takes; waiting is the share of the time of a search of so many steps, "
+    "after the first few, in which it has no batch."
+)
+WARM_UP = 3  # steps before the waiting is measured
+
+
+def main() -> None:
+    arguments = parser(__doc__, ["resnet20", "mobilenet_v2", "resnet50"], 9, "calls that count")
+    arguments.add_argument(
+        "--workers", nargs="+", type=positive, default=[max(1, os.cpu_count() - 1)]
+    )
+    arguments.add_argument("--images", type=positive, default=512, help="in the folder")
+    options = arguments.parse_args()
+    if options.quick:
+        options.networks, options.rounds, options.images = ["resnet20"], 3, 24
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder), options.images)
+        for name in options.networks:
+            rows.append(measure(NETWORKS[name], folder, options))
+            progress(as_table(rows[-1:]).splitlines()[-1])
+            jax.clear_caches()
+    publish(options.out, "input", "What the input costs", NOTE, rows, as_table(rows))
+
+
+def draw(folder: Path, count: int) -> None:
+    """Smooth pictures with some noise, so that decoding them takes as long as photographs."""
+    random = np.random.default_rng(0)
+    rows, columns = np.indices((375, 500))[..., None] / random.uniform(20, 80, (2, 1, 1, 3))
+    for split, size in (("train", count), ("test", 1)):
+        for i in range(size):
+            waves = 128 + 80 * np.sin(rows + i) * np.cos(columns - i)
+            noisy = np.clip(waves + random.normal(0, 12, waves.shape), 0, 255)
+            path = folder / split / str(i % 2 if split == "train" else 0) / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noisy.astype(np.uint8)).save(path, quality=90)
+    (folder / "test" / "1").mkdir()
+    Image.fromarray(noisy.astype(np.uint8)).save(folder / "test" / "1" / "0.jpg")
+
+
+def measure(network: Network, folder: str, options: argparse.Namespace) -> dict:
+    model = network.build(width=0.25) if options.quick else network.build()
+    batch = 4 if options.quick else network.batch
+    advance, state, inputs = search_step(network, model, batch)
+    task, data = task_on(network, batch)
+    data = data, np.arange(batch)
+    take = jax.jit(lambda key, data: task.augmented(key, task.examples(key, *data)))
+
+    def step() -> None:
+        nonlocal state
+        state = jax.block_until_ready(advance(state, *inputs))
+
+    def given() -> None:
+        jax.block_until_ready(take(jax.random.key(0), data))
+
+    times = in_turn({"input": given, "step": step}, options.rounds)
+    pairs = zip(times["input"], times["step"], strict=True)
+    size, *_ = network.input_shape
+    source = load_data("image_folder", folder, image_size=size)
+    streamed = {}
+    for workers in options.workers:
+        stream = source.stream("train", workers)
+        streamed[workers] = {
+            "images_per_second": rate(stream, batch, options.rounds),
+            "waiting": waiting(stream, batch, options.rounds, step),
+        }
+    return {
+        "network": network.label,
+        "batch": batch,
+        "input_shape": network.input_shape,
+        "input_ms": quartiles([1e3 * s for s in times["input"]]),
+        "step_ms": quartiles([1e3 * s for s in times["step"]]),
+        "share": quartiles([taken / whole for taken, whole in pairs]),
+        "consumed_per_second": batch / quartiles(times["step"])["median"],
+        "streamed": streamed,
+    }
+
+
+def batches(
+    stream: Stream, batch: int, steps: int
+) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+    return stream.training(
+        (0,), examples=stream.size, batch_size=batch, first=0, last=WARM_UP + steps
+    )
+
+
+def rate(stream: Stream, batch: int, steps: int) -> float:
+    """Images a second, once the processes have started."""
+    with batches(stream, batch, steps) as given:
+        for _ in range(WARM_UP):
+            next(given)
+        started = time.perf_counter()
+        for _ in range(steps):
+            next(given)
+        return steps * batch / (time.perf_counter() - started)
+
+
+def waiting(stream: Stream, batch: int, steps: int, step: Callable[[], None]) -> float:
+    """The share of the time in which training steps have no batch."""
+    with batches(stream, batch, steps) as given:
+        put = map(jax.device_put, given)
+        for _ in range(WARM_UP):
+            next(put)
+            step()
+        began, waited = time.perf_counter(), 0.0
+        for _ in range(steps):
+            started = time.perf_counter()
+            next(put)
+            waited += time.perf_counter() - started
+            step()
+    return waited / (time.perf_counter() - began)
+
+
+def as_table(rows: list[dict]) -> str:
+    columns = (
+        *("network", ">batch", "input", ">input, ms", ">step, ms", ">share", ">takes, images/s"),
+        *(">workers", ">streamed, images/s", ">waiting"),
+    )
+    cells = [
+        (
+            row["network"],
+            row["batch"],
+            "x".join(map(str, row["input_shape"])),
+            f"{row['input_ms']['median']:.2f}",
+            f"{row['step_ms']['median']:.1f}",
+            spread(row["share"], ".2%"),
+            f"{row['consumed_per_second']:,.0f}",
+            workers,
+            f"{streamed['images_per_second']:,.0f}",
+            f"{streamed['waiting']:.1%}",
+        )
+        for row in rows
+        for workers, streamed in row["streamed"].items()
+    ]
+    return table_of(columns, cells)
+
+
+if __name__ == "__main__":
+    main()
