@@ -44,7 +44,7 @@ from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Params
 from dhp_jax.train import Budget, Observer, OriginError, Outcome, Phase, Progress, train
-from dhp_jax.workdir import held, note_command
+from dhp_jax.workdir import data_choice, grow, held, note_command, settle_data, stored
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def prepare(
             )
     arguments |= known_arguments(config)
     _abstract(config, arguments)  # before the data, which may have to be downloaded
-    asked = _problem(config)
+    asked = _agreed_problem(config, workdir)
     arguments |= asked.arguments
     abstract = _abstract(config, arguments)
     cost = measure_cost(abstract, asked.input_shape)
@@ -122,7 +122,7 @@ def prepare(
         raise ConfigError(f"config.task.{error}") from error
     workdir = Path(workdir)
     with _held_by_first(workdir, config):  # so that an error comes now
-        pass
+        from_first(lambda: settle_data(workdir, asked.streamed, asked.checksums))
     journal = Journal(workdir, PHASES) if is_first() else None
 
     def build() -> nnx.Module:
@@ -150,10 +150,24 @@ def _abstract(config: ConfigDict, arguments: dict[str, Any]) -> nnx.Module:
         raise ConfigError(f"config.{field}: {what}") from error
 
 
-def _problem(config: ConfigDict) -> Problem:
+def _agreed_problem(config: ConfigDict, workdir: str | os.PathLike) -> Problem:
+    """The task on its data, which are streamed or not as the run has begun, in all processes."""
+    known = from_first(lambda: [config.to_json_best_effort(), data_choice(workdir)])
+    if config.to_json_best_effort() != known[0]:
+        raise ConfigError("config: expected that of the first process; this one has another")
+    found = _problem(config, known[1])
+    agreed = from_first(lambda: [found.streamed, found.checksums])
+    if agreed[0] != found.streamed:
+        found = _problem(config, agreed[0])
+    if agreed[1] != found.checksums:
+        raise ConfigError("config.data: expected the images of the first process; these are others")
+    return found
+
+
+def _problem(config: ConfigDict, streamed: bool | None) -> Problem:
     """The task on its data; an error about a field of `data` names it as one of `config`."""
     try:
-        found = problem(config)
+        found = problem(config, streamed)
     except ValueError as error:
         if not str(error).startswith("data."):
             raise
@@ -203,8 +217,29 @@ def execute(
             else:
                 work.converge(work.prune(work.search()))
         except OriginError as error:
-            raise ConfigError(f"config.data: {error}; give another --workdir") from error
+            raise ConfigError(f"config.{error}; give another --workdir") from error
         return from_first(lambda: report.write(run.workdir, baseline=baseline))
+
+
+class _Growth:
+    """Calls a function once a phase goes beyond a number of steps, before they are saved."""
+
+    def __init__(self, steps: int, beyond: Callable[[], None]):
+        self.left, self.beyond = steps, beyond
+
+    def begin(self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]) -> None:
+        self.left -= done
+
+    def step(self, count: int) -> None:
+        before, self.left = self.left, self.left - count
+        if before >= 0 > self.left:
+            self.beyond()
+
+    def record(self, values: dict[str, Any]) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
 
 
 class _Work:
@@ -298,11 +333,22 @@ class _Work:
                 batch_size=config.batch_size,
                 log_every=config.log_every,
                 key=jax.random.fold_in(jax.random.key(config.seed), PHASES.index(name)),
-                observers=(*self.run.observers, *([self.run.journal] if self.run.journal else [])),
+                observers=self._observers(name),
                 checkpoints=checkpoints,
                 stopping=self.stopping,
                 mesh=self.run.mesh,
             )
+
+    def _observers(self, phase: str) -> Sequence[Observer]:
+        if self.run.journal is None:
+            return self.run.observers
+        steps = self.run.problem.epoch // self.config.batch_size
+        field, epochs = f"{phase}.epochs", self.config[phase].epochs
+        growth = _Growth(
+            steps * stored(self.run.workdir, field),
+            lambda: grow(self.run.workdir, field, epochs),
+        )
+        return (*self.run.observers, growth, self.run.journal)
 
     def _optimizer(
         self, name: str, schedule: optax.Schedule, *, proximal: bool

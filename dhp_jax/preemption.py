@@ -13,6 +13,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
+def ended_at_once() -> Iterator[None]:
+    """While the block runs, which has nothing to save, SIGTERM ends the process with `EXIT_CODE`.
+
+    In a thread that is not the main one, where Python takes no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_CODE))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def asked_to_stop(grace: float) -> Iterator[Callable[[], bool]]:
     """While the block runs, SIGTERM and Ctrl-C ask instead of ending the process.
 

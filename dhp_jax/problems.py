@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 import os
 from pathlib import Path
+import shutil
 from typing import Any
 
 import jax
@@ -17,7 +18,10 @@ from dhp_jax.tasks import Classification, Denoising, Restoration, SuperResolutio
 from dhp_jax.tasks.metrics import WINDOW
 from dhp_jax.tasks.task import Data
 
-SHARE = 0.5  # of the memory that is free, for data on the device
+SHARE = 0.5  # of the memory that is free, for data
+COPIES = 4  # of photographs on the host, while they are laid out
+BATCHES = 4  # of a stream that each process may have in shared memory
+MOST_WORKERS = 16  # unless more are asked for
 COST_SIZE = 128  # side of the photographs for which costs of restoration networks are published
 
 
@@ -31,7 +35,10 @@ class Problem:
       epoch: how many training examples make an epoch.
       arguments: of the network.
       notes: JSON values that `dhp_jax.predict` needs of a network, see `dhp_jax.save`.
-      read: `read("train")` and `read("test")` give the data that the task reads examples from.
+      streamed: whether the data are read while they are used.
+      checksums: of the training and the test data tell them from others, by "train" and "test".
+      read: `read("train")` and `read("test")` give the data that the task reads examples from, as
+        NumPy arrays or a stream.
     """
 
     task: Task
@@ -39,6 +46,8 @@ class Problem:
     epoch: int
     arguments: Mapping[str, Any]
     notes: Mapping[str, Any]
+    streamed: bool
+    checksums: Mapping[str, int]
     read: Callable[[str], Data]
 
 
@@ -57,15 +66,19 @@ def known_arguments(config: ConfigDict) -> dict[str, Any]:
     return arguments
 
 
-def problem(config: ConfigDict) -> Problem:
+def problem(config: ConfigDict, streamed: bool | None = None) -> Problem:
     """Finds the data of a configuration, and sets up its task.
 
     Args:
       config: one that `dhp_jax.config.check` has found good.
+      streamed: whether to stream the data where `config` leaves that open; by size if `None`.
 
     Raises:
       ValueError: data that are not there, cannot be read, or do not suit the task.
     """
+    if config.data.streamed is None and streamed is not None:
+        config = config.copy_and_resolve_references()
+        config.data.streamed = streamed
     return PROBLEMS[config.task.name](config)
 
 
@@ -81,15 +94,10 @@ def _classification(config: ConfigDict) -> Problem:
             f"config.batch_size: expected at most {source.train_size}, the number of training "
             f"examples of {source.name!r}; got {config.batch_size}"
         )
-    streamed = {
-        split: _is_streamed(config, source.bytes(split), f"the {split} images of {source.name!r}")
-        for split in ("train", "test")
-    }
-
-    def read(split: str) -> Data:
-        if streamed[split]:
-            return source.stream(split, _workers(config))
-        return jax.device_put(source.read(split))
+    needed = source.bytes("train") + source.bytes("test")
+    streamed = _is_streamed(config, needed, needed, f"the images of {source.name!r}")
+    batch_bytes = config.batch_size * source.bytes("train") // source.train_size
+    workers = _workers(config, batch_bytes) if streamed else 0
 
     return Problem(
         task=Classification(
@@ -108,7 +116,9 @@ def _classification(config: ConfigDict) -> Problem:
             "std": list(source.std),
             "peak": source.peak,
         },
-        read=read,
+        streamed=streamed,
+        checksums={split: source.checksum(split) for split in ("train", "test")},
+        read=lambda split: source.stream(split, workers) if streamed else source.read(split),
     )
 
 
@@ -116,21 +126,28 @@ def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _is_streamed(config: ConfigDict, needed: int, what: str) -> bool:
+def _is_streamed(config: ConfigDict, needed: int, on_host: int, what: str) -> bool:
     """Whether data are read while they are used, or are on the device as a whole.
 
     Args:
       config: says which, or leaves it to their size.
-      needed: bytes that they would take.
+      needed: bytes that they would take on the device.
+      on_host: bytes that they would take in the host's memory.
       what: an error calls them.
     """
-    room = int(SHARE * free_memory())
-    if config.data.streamed is False and needed > room:
-        raise ConfigError(
-            f"config.data.streamed: expected True for {what}, which take {needed:,} bytes; at most "
-            f"{room:,} are for data on the device; got False"
-        )
-    return needed > room if config.data.streamed is None else config.data.streamed
+    fits = True
+    for bytes_needed, where, free in (
+        (needed, "the device", free_memory()),
+        (on_host, "the host", memory_available()),
+    ):
+        room = int(SHARE * free)
+        fits &= bytes_needed <= room
+        if config.data.streamed is False and bytes_needed > room:
+            raise ConfigError(
+                f"config.data.streamed: expected True for {what}, which take {bytes_needed:,} "
+                f"bytes of {where}; at most {room:,} are for data there; got False"
+            )
+    return not fits if config.data.streamed is None else config.data.streamed
 
 
 def free_memory() -> int:
@@ -141,8 +158,35 @@ def free_memory() -> int:
     return found["bytes_limit"] - found["bytes_in_use"]
 
 
-def _workers(config: ConfigDict) -> int:
-    return _given(config.data.workers, max(1, (os.cpu_count() or 1) - 1))
+def _workers(config: ConfigDict, batch_bytes: int) -> int:
+    """How many processes read a stream: those that are asked for, or one a core that is left.
+
+    Their batches go through shared memory, which containers may have little of.
+    """
+    room = shared_memory()
+    most = int(SHARE * room // (BATCHES * batch_bytes))
+    if config.data.workers is None:
+        return min(MOST_WORKERS, max(1, usable_cores() - 1), most)
+    if config.data.workers > most:
+        raise ConfigError(
+            f"config.data.workers: expected at most {most}, for {BATCHES} batches of each in "
+            f"shared memory ({room:,} bytes are free there; 0 needs none); got "
+            f"{config.data.workers}"
+        )
+    return config.data.workers
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def shared_memory() -> int:
+    """Bytes that are free in memory that processes share."""
+    folder = Path("/dev/shm")
+    return shutil.disk_usage(folder).free if folder.is_dir() else memory_available()
 
 
 def _super_resolution(config: ConfigDict) -> Problem:
@@ -185,16 +229,17 @@ def _restoration(config: ConfigDict, task: Restoration, arguments: Mapping[str, 
         smallest_test=WINDOW + 2 * task.shave,
     )
 
-    streamed = _is_streamed(config, source.bytes, "the training photographs")
+    needed = source.bytes
+    streamed = _is_streamed(config, needed, COPIES * needed, "the training photographs")
+    patch_bytes = settings.channels * task.patch**2 * (2 if task.scale > 1 else 1)
+    workers = _workers(config, config.batch_size * patch_bytes) if streamed else 0
 
     def read(split: str) -> Data:
         if split == "train" and streamed:
-            cache = Path(config.data.cache).expanduser() if config.data.cache else None
-            return source.stream(
-                task.patch, _workers(config), cache or durable.user_cache("photographs")
-            )
+            folder = config.data.cache or durable.user_cache("photographs")
+            return source.stream(task.patch, workers, Path(folder).expanduser())
         images = source.read(split)
-        return jax.device_put(patches(images, task.scale)) if split == "train" else images
+        return patches(images, task.scale) if split == "train" else images
 
     return Problem(
         task=task,

@@ -21,6 +21,7 @@ from dhp_jax import durable
 logger = logging.getLogger(__name__)
 
 ARRAYS, NOTES = "arrays", "notes"
+DAMAGED, REMOVED = ".damaged", ".removed"  # endings of folders that are no checkpoints
 SHARE = 0.05  # of the time, at most, checkpoints made at intervals are written beside training
 
 
@@ -162,7 +163,7 @@ class Checkpoints:
                 if damaged:
                     logger.warning("%s: going on from step %d", self.folder, step)
                 return state, notes
-        if any(self.folder.glob("*.damaged")):
+        if any(self.folder.glob(f"*{DAMAGED}")):
             raise CheckpointError(
                 f"checkpoints: none in {self.folder} is whole; delete the folder to start its "
                 "phase anew"
@@ -205,6 +206,8 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob(f"*{REMOVED}"):
+                shutil.rmtree(path)
             self._manager = ocp.CheckpointManager(self.folder, options=self.options)
         return self._manager
 
@@ -226,17 +229,22 @@ class Checkpoints:
         return self._open().restore(step, args=args)[ARRAYS][ARRAYS]
 
     def _remove(self, step: int) -> None:
-        shutil.rmtree(self.folder / str(step))
+        """Removes one of another source, and what was set aside with it."""
+        removed = self.folder / f"{step}{REMOVED}"
+        (self.folder / str(step)).rename(removed)  # at once: half of one would pass for damaged
+        durable.sync(self.folder)
+        for path in [removed, *self.folder.glob(f"*{DAMAGED}")]:
+            shutil.rmtree(path)
         self._open().reload()
 
     def _set_aside(self, step: int, reason: str) -> None:
         logger.warning("%s: the checkpoint of step %d is damaged: %s", self.folder, step, reason)
         path = self.folder / str(step)
-        aside = self.folder / f"{step}.damaged"
+        aside = self.folder / f"{step}{DAMAGED}"
         number = 1
         while aside.exists():
             number += 1
-            aside = self.folder / f"{step}.{number}.damaged"
+            aside = self.folder / f"{step}.{number}{DAMAGED}"
         path.rename(aside)
         durable.sync(self.folder)
         self._open().reload()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 from dataclasses import dataclass, field
+import itertools
 import math
 import time
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +28,7 @@ from dhp_jax.processes import Turns, arrays_from_first, from_first, is_first
 from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks.task import Data, Evaluation, Examples, Params, Task
 
+LONG_TEST = 5.0  # seconds after which the next test is worth a checkpoint before it
 AHEAD = 2  # dispatches, and batches of a stream, that the device is given before it needs them
 
 
@@ -271,13 +273,14 @@ class _Loop:
         self.progress, self.records = Progress(), []
         self.in_flight: collections.deque[Array] = collections.deque()
         self.best_state: tuple[Params, nnx.State] | None = None
-        self.compiling = True
+        self.compiling, self.test_seconds = True, 0.0
         order_key, step_key = jax.random.split(key)
         self.step_key = place(mesh, step_key)
         seed = np.ravel(jax.random.key_data(order_key)).tolist()
         kind = _Streamed if isinstance(data, Stream) else _Resident
         self.inputs = kind(data, seed, examples, batch_size, mesh)
-        self.origin = {"examples": examples, "batch_size": batch_size, **self.inputs.origin}
+        self.origin = {"examples": examples, "batch_size": batch_size}
+        self.origin["data"] = self.inputs.checksum
         self.advance = make_step(
             self.graphdef,
             optimizer,
@@ -328,7 +331,7 @@ class _Loop:
     def _check_origin(self, before: dict[str, Any]) -> None:
         for name, value in self.origin.items():
             if before[name] != value:
-                what = "checksum of the training data" if name == "data" else name
+                what = "data: checksum of the training data" if name == "data" else name
                 raise OriginError(
                     f"{what}: expected {before[name]}, with which the {self.phase.name} phase "
                     f"began; got {value}"
@@ -362,6 +365,7 @@ class _Loop:
         before = self.progress.steps
         steps = min(before + self.inputs.steps_at_once, until)
         self.state = self.advance(self.state, *self.inputs.of(before, steps), self.step_key)
+        self.inputs.look_ahead()
         self.in_flight.append(_ticket(self.state.step))
         if len(self.in_flight) > AHEAD:
             jax.block_until_ready(self.in_flight.popleft())
@@ -375,9 +379,15 @@ class _Loop:
             self.clock, self.compiling = (time.perf_counter(), self.progress.steps), False
 
     def test(self, evaluate: Evaluation) -> dict[str, float]:
-        """Metrics on the test data."""
+        """Metrics on the test data; a state is saved before a test that takes long."""
+        if self.test_seconds > LONG_TEST:
+            self.save()
         params, rest = whole((self.state.params, self.state.rest))
-        return from_first(lambda: evaluate(params, rest))
+        began = time.perf_counter()
+        metrics, self.test_seconds = from_first(
+            lambda: (evaluate(params, rest), time.perf_counter() - began)
+        )
+        return metrics
 
     def end_epoch(self, values: dict[str, Any], last: dict[str, float], met_budget: bool) -> None:
         """Records an epoch with its test, and keeps the state of the best."""
@@ -501,10 +511,11 @@ class _Resident:
     """Examples that are on the device as a whole, and the order in which an epoch takes them."""
 
     def __init__(self, data, seed, examples, batch_size, mesh):
-        self.data, self.seed, self.examples, self.mesh = place(mesh, data), seed, examples, mesh
+        self.data = jax.device_put(data) if mesh is None else place(mesh, data)
+        self.seed, self.examples, self.mesh = seed, examples, mesh
         self.steps_per_epoch = examples // batch_size
         self.steps_at_once = steps_per_dispatch()
-        self.origin = {"streamed": False, "data": _checksum(data)}
+        self.checksum = _checksum(data)
 
     def reading(self, first: int, last: int) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -517,6 +528,9 @@ class _Resident:
         inputs = self.data, self.order, first % self.steps_per_epoch
         return inputs if self.steps_at_once == 1 else (*inputs, last - first)
 
+    def look_ahead(self) -> None:
+        """Gets ready what later steps are given, while the device is at those before."""
+
 
 class _Streamed:
     """Examples that other processes read, each batch in time for its step."""
@@ -526,7 +540,7 @@ class _Streamed:
     def __init__(self, data: Stream, seed, examples, batch_size, mesh):
         self.data, self.seed, self.examples, self.mesh = data, seed, examples, mesh
         self.batch_size = batch_size
-        self.origin = {"streamed": True, "data": data.checksum}
+        self.checksum = data.checksum
 
     @contextlib.contextmanager
     def reading(self, first: int, last: int) -> Iterator[None]:
@@ -539,24 +553,21 @@ class _Streamed:
             last=last,
             rows=rows,
         ) as batches:
-            self.batches = _ahead(batches, lambda batch: spread(self.mesh, batch, self.batch_size))
-            yield
+            self.batches = (spread(self.mesh, batch, self.batch_size) for batch in batches)
+            self.waiting = collections.deque(itertools.islice(self.batches, AHEAD))
+            try:
+                yield
+            finally:
+                del self.batches, self.waiting
 
     def begin_epoch(self, epoch: int) -> None:
         pass  # the stream goes on
 
     def of(self, first: int, last: int) -> tuple[Any, ...]:
-        return (next(self.batches),)
+        return (self.waiting.popleft(),)
 
-
-def _ahead(batches: Iterator[Any], put: Callable[[Any], Any]) -> Iterator[Any]:
-    """Batches on the device, some of them before they are needed."""
-    waiting = collections.deque()
-    for batch in map(put, batches):
-        waiting.append(batch)
-        if len(waiting) > AHEAD:
-            yield waiting.popleft()
-    yield from waiting
+    def look_ahead(self) -> None:
+        self.waiting.extend(itertools.islice(self.batches, 1))
 
 
 def start(

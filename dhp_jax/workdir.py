@@ -15,13 +15,14 @@ from dhp_jax import durable
 from dhp_jax.config import ConfigError
 
 CONFIG, LOCK, COMMANDS = "config.json", ".lock", "command.txt"
+DATA = "data.json"  # what the data were when it began
 # What may differ when a run is started again in its directory.
 MAY_CHANGE = (
     "log_every",
     "nonfinite",
     "data.dir",
     "data.archive",
-    "data.streamed",  # a phase that has begun sees to it itself
+    "data.streamed",  # `settle_data` sees to it
     "data.workers",
     "data.cache",
 )
@@ -53,8 +54,63 @@ def held(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[None]:
                     "give another --workdir"
                 ) from None
             _check(workdir, config)
-            durable.write(workdir / CONFIG, json.dumps(_plain(config), indent=1))
+            durable.write(workdir / CONFIG, json.dumps(_kept(workdir, config), indent=1))
         yield
+
+
+def _kept(workdir: Path, config: ConfigDict) -> dict[str, Any]:
+    """A configuration as it is stored: what may grow stays as it was until `grow` is called."""
+    kept, path = _plain(config), workdir / CONFIG
+    if path.is_file():
+        there = json.loads(path.read_text())
+        for name in MAY_GROW:
+            group, field = name.split(".")
+            kept[group][field] = there[group][field]
+    return kept
+
+
+def stored(workdir: str | os.PathLike, name: str) -> Any:
+    """The value of a field, such as "converge.epochs", that the directory of a run holds."""
+    return _flat(json.loads((Path(workdir) / CONFIG).read_text()))[name]
+
+
+def grow(workdir: str | os.PathLike, name: str, value: int) -> None:
+    """Notes that a run has gone beyond what a field said that may grow."""
+    path = Path(workdir) / CONFIG
+    there = json.loads(path.read_text())
+    group, field = name.split(".")
+    there[group][field] = value
+    durable.write(path, json.dumps(there, indent=1))
+
+
+def data_choice(workdir: str | os.PathLike) -> bool | None:
+    """Whether the data of a run that has begun are streamed; `None` if it has not."""
+    path = Path(workdir) / DATA
+    return _data(path)["streamed"] if path.is_file() else None
+
+
+def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[str, int]) -> None:
+    """Notes what the data of a run are when it begins, and later checks that they still are.
+
+    Raises:
+      ConfigError: they differ.
+    """
+    path, here = Path(workdir) / DATA, {"streamed": streamed, "checksums": dict(checksums)}
+    if not path.is_file():
+        durable.write(path, json.dumps(here))
+        return
+    there = _data(path)
+    for split, checksum in there["checksums"].items():
+        if checksums[split] != checksum:
+            raise ConfigError(
+                f"config.data: expected the {split} images that the run in {workdir} began with; "
+                "got others (their names, sizes or statistics differ); give another --workdir"
+            )
+    if there["streamed"] != streamed:
+        raise ConfigError(
+            f"config.data.streamed: expected {there['streamed']}, with which the run in {workdir} "
+            f"began; got {streamed}"
+        )
 
 
 def note_command(workdir: str | os.PathLike, command: Sequence[str]) -> None:
@@ -64,6 +120,16 @@ def note_command(workdir: str | os.PathLike, command: Sequence[str]) -> None:
     there = path.read_text(errors="replace") if path.is_file() else ""
     if line not in there.splitlines(keepends=True):
         durable.write(path, there + line)
+
+
+def _data(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        return {"streamed": bool(found["streamed"]), "checksums": dict(found["checksums"])}
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"workdir: cannot read {path}: {error}; delete it if the data are those it began with"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from dhp_jax import pipeline, processes, report
 from dhp_jax.compilation import keep_compiled, long_compilations
 from dhp_jax.config import ConfigError, check_overrides
 from dhp_jax.data import DataNotFoundError, StreamError
-from dhp_jax.preemption import EXIT_CODE, asked_to_stop
+from dhp_jax.preemption import EXIT_CODE, asked_to_stop, ended_at_once
 from dhp_jax.progress import ProgressBar
 from dhp_jax.resume import CheckpointError
 from dhp_jax.train import Stopped
@@ -40,12 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         options = parse(arguments)
-        join(options)
-        if options.baseline is not None:
-            report.read_baseline(options.baseline)
-        keep_compiled(options.compilation_cache)
-        bar = [ProgressBar()] if processes.is_first() else []
-        run = pipeline.prepare(options.config, options.workdir, bar)
+        with ended_at_once():
+            run = prepare(options)
     except (flags.Error, ValueError, processes.ProcessError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -86,6 +82,16 @@ def main(arguments: Sequence[str]) -> int:
     if processes.is_first():
         print(report.text(run.workdir, summary))
     return 0
+
+
+def prepare(options: flags.FlagValues) -> pipeline.Run:
+    """Checks all that can be checked before training."""
+    join(options)
+    if options.baseline is not None:
+        report.read_baseline(options.baseline)
+    keep_compiled(options.compilation_cache)
+    bar = [ProgressBar()] if processes.is_first() else []
+    return pipeline.prepare(options.config, options.workdir, bar)
 
 
 def join(options: flags.FlagValues) -> None:

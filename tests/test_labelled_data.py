@@ -139,7 +139,9 @@ def test_streams_of_other_images_have_another_checksum(folder):
     checksums.add(data.load("image_folder", folder, image_size=4).stream("train", 0).checksum)
     (folder / "train/cat/0.png").rename(folder / "train/cat/9.png")
     checksums.add(data.load("image_folder", folder).stream("train", 0).checksum)
-    assert len(checksums) == 4
+    save(folder / "train/cat/1.png", pixels(77, 6, 8, 3))
+    checksums.add(data.load("image_folder", folder).stream("train", 0).checksum)
+    assert len(checksums) == 5
 
 
 def test_the_statistics_of_a_folder_are_those_of_its_training_images(folder):

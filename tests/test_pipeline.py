@@ -17,6 +17,7 @@ from runs import NETWORKS, Interrupter, Stop, check_same_end, without_times
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
 from dhp_jax import data, journal, pipeline, workdir
+from dhp_jax.config import ConfigError
 from dhp_jax.train import Stopped
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -59,7 +60,7 @@ def finished(tmp_path_factory, compiled_once):
 
 
 def test_preparing_a_run_writes_its_configuration_only(finished):
-    assert finished.before.keys() == {"config.json", ".lock"}
+    assert finished.before.keys() == {"config.json", "data.json", ".lock"}
     stored = json.loads(finished.before["config.json"])
     assert stored == json.loads(tiny().to_json_best_effort())
     assert stored["search"]["strength"] == 0.3
@@ -71,7 +72,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
         *NETWORKS,
         *("config.json", "metrics.jsonl", "tensorboard", "summary.json", "layers.md", "plots"),
         "report.html",
-        *("checkpoints", ".lock"),
+        *("checkpoints", "data.json", ".lock"),
     }
     for name in NETWORKS:
         files = {path.name for path in (finished.workdir / name).iterdir()}
@@ -292,6 +293,16 @@ def test_a_finished_run_with_more_epochs_goes_on_as_if_it_had_had_them_before(fi
     pipeline.execute(pipeline.prepare(longer, workdir, [steps]))
     assert steps.taken == [("converge", n) for n in range(41, 61)]
     check_same_end(workdir, tmp_path / "once")
+    with pytest.raises(ConfigError, match=r"config\.converge\.epochs is 3 there and 2 here"):
+        pipeline.prepare(tiny(), workdir)
+
+
+def test_more_epochs_that_were_not_reached_can_be_taken_back(finished, tmp_path):
+    run = pipeline.prepare(tiny(**{"converge.epochs": 30}), tmp_path, [Interrupter("converge", 13)])
+    with pytest.raises(Stop):
+        pipeline.execute(run)
+    pipeline.execute(pipeline.prepare(tiny(**{"checkpoint.seconds": 0.0}), tmp_path))
+    check_same_end(tmp_path, finished.workdir)
 
 
 @pytest.mark.slow
@@ -329,7 +340,7 @@ def test_more_epochs_without_checkpoints_are_refused(finished, tmp_path):
     with pytest.raises(ValueError, match=message):
         pipeline.execute(pipeline.prepare(tiny(**{"converge.epochs": 3}), workdir))
     assert (workdir / "model/arrays.safetensors").read_bytes() == before
-    pipeline.execute(pipeline.prepare(tiny(), shutil.copytree(finished.workdir, tmp_path / "b")))
+    pipeline.execute(pipeline.prepare(tiny(), workdir))  # it is still what it was
 
 
 def test_a_finished_run_only_reports(finished, tmp_path):
@@ -434,7 +445,7 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
     summary = pipeline.execute(pipeline.prepare(tiny(method="baseline"), workdir))
     assert {path.name for path in workdir.iterdir()} == {
         *("best", "model", "config.json", "metrics.jsonl"),
-        *("tensorboard", "summary.json", "layers.md", "plots", "checkpoints", ".lock"),
+        *("tensorboard", "summary.json", "layers.md", "plots", "checkpoints", "data.json", ".lock"),
         "report.html",
     }
     model = dhp.load(workdir / "model")

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import cloudpickle
@@ -121,3 +122,16 @@ def test_streams_of_other_photographs_have_another_checksum(folder, tmp_path):
     (folder / "0.png").rename(folder / "9.png")
     checksums.append(loaded(folder).stream(8, 0, cache).checksum)
     assert len(set(checksums)) == 3
+
+
+def test_a_file_that_was_cut_short_is_made_again(folder, tmp_path, caplog):
+    cache = tmp_path / "cache"
+    stream = loaded(folder, 2).stream(8, 0, cache)
+    expected = read(stream)
+    path = Path(stream.read.path)
+    os.truncate(path, 100)
+    (cache / f".{path.name}.unfinished").write_bytes(b"of a process that was killed")
+    for array, once in zip(read(loaded(folder, 2).stream(8, 0, cache)), expected, strict=True):
+        np.testing.assert_array_equal(array, once)
+    assert "has been cut short; it is made again" in caplog.text
+    assert not list(cache.glob("*.unfinished"))

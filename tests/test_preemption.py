@@ -119,3 +119,17 @@ def test_a_process_that_is_stuck_ends_when_its_time_is_up():
         "error: not done 0.2 s after being told to end",
     ]
     assert time.monotonic() - started < 50
+
+
+def test_where_there_is_nothing_to_save_sigterm_ends_the_process_at_once():
+    code = (
+        "import os, signal, time\n"
+        "from dhp_jax.preemption import ended_at_once\n"
+        "with ended_at_once():\n"
+        "    pass\n"
+        "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
+        "with ended_at_once():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == EXIT_CODE

@@ -414,6 +414,35 @@ def test_training_that_was_stopped_again_and_again_ends_with_the_same_bits(
     check_same_outcome(outcome, expected)
 
 
+def test_many_steps_a_dispatch_go_on_with_the_same_bits(net, tmp_path, monkeypatch):
+    monkeypatch.setattr("dhp_jax.train.steps_per_dispatch", lambda: 4)
+    phase = phase_of(net, budget=True)
+    expected, seen = trained(net, phase, log_every=5)
+    outcome, before = trained(net, phase, tmp_path, stop_after=6, log_every=5)
+    assert outcome is None
+    outcome, after = trained(net, phase, tmp_path, log_every=5)
+    check_same_outcome(outcome, expected)
+    assert before.events.count("step") + after.events.count("step") == 15
+    assert before.records + after.records == seen.records
+
+
+def test_a_state_is_saved_before_a_test_that_takes_long(net, tmp_path, monkeypatch):
+    monkeypatch.setattr("dhp_jax.train.LONG_TEST", 0.0)
+    checkpoints, found = Checkpoints(tmp_path, seconds=1e6), []
+
+    class Looking(Classification):
+        def evaluation(self, *arguments, **options):
+            evaluate = super().evaluation(*arguments, **options)
+            return lambda *state: found.append(checkpoints.steps()) or evaluate(*state)
+
+    task = Looking((128.0,) * 3, (64.0,) * 3)
+    options = {"examples": EXAMPLES, "batch_size": BATCH, "log_every": 2, "key": jax.random.key(0)}
+    phase, data = phase_of(net, budget=False), (labelled(EXAMPLES, 0), labelled(11, 1))
+    train(net, phase, task, *data, **options, checkpoints=checkpoints)
+    checkpoints.close()
+    assert [bool(steps) for steps in found] == [False, True, True]  # the first is not yet known
+
+
 def test_a_phase_that_had_ended_takes_no_step_again(net, undisturbed, tmp_path):
     phase, expected, _ = undisturbed
     trained(net, phase, tmp_path)

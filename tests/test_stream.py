@@ -1,14 +1,17 @@
 """Streamed examples: every batch is what it should be, whoever reads it and wherever it begins."""
 
 from dataclasses import dataclass
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 
+from absl import flags
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 from runs import ROOT, Interrupter, Stop, begin, carry_out, check_same_end
 
@@ -30,11 +33,14 @@ class Read:
 
     fails_at: int | None = None
     dies: bool = False
+    raises: Exception | None = None
 
     def __call__(self, chosen, rows, random):
         drawn = random.random(len(chosen))
         if self.fails_at in chosen:
             raise data.DataNotFoundError("data.dir: cannot read 'x.png'")
+        if self.raises is not None:
+            raise self.raises
         if self.dies:
             os.kill(os.getpid(), signal.SIGKILL)
         return chosen[rows], drawn[rows]
@@ -96,6 +102,9 @@ def test_processes_read_what_threads_read_and_a_failure_of_theirs_is_told():
     check_equal(read_all(workers=2), read_all())
     with pytest.raises(data.DataNotFoundError, match=r"^data\.dir: cannot read 'x\.png'$"):
         read_all(workers=1, read=Read(fails_at=3))
+    with pytest.raises(StreamError, match=r"^data: cannot read examples: KeyError\('odd'\)$"):
+        read_all(read=Read(raises=KeyError("odd")))
+    assert not flags.FLAGS.is_parsed()
 
 
 def test_a_reading_process_that_dies_is_told():
@@ -164,8 +173,34 @@ def test_a_streamed_run_that_is_stopped_ends_with_the_bits_of_a_resident_one(tmp
 def test_a_phase_goes_on_with_data_as_it_began(tmp_path):
     with pytest.raises(Stop):
         carry_out(tmp_path / "run", [Interrupter("search", 3)], **OFTEN)
-    with pytest.raises(ConfigError, match=r"config\.data: streamed: expected False.*got True"):
+    with pytest.raises(ConfigError, match=r"config\.data\.streamed: expected False.*got True"):
         carry_out(tmp_path / "run", **STREAMED)
+
+
+def test_a_run_goes_on_as_it_began_even_if_memory_has_become_less(tmp_path, monkeypatch, finished):
+    with pytest.raises(Stop):
+        carry_out(tmp_path / "run", [Interrupter("search", 3)], **OFTEN)
+    monkeypatch.setattr(problems, "free_memory", lambda: 1)
+    carry_out(tmp_path / "run")
+    check_same_end(tmp_path / "run", finished)
+
+
+def test_other_images_are_refused_at_every_start(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def draw(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+
+    for split, label, i in itertools.product(("train", "test"), "ab", range(8)):
+        draw(tmp_path / f"pictures/{split}/{label}/{i}.png")
+    fields = {"data.name": "image_folder", "data.dir": str(tmp_path / "pictures")}
+    fields |= {"batch_size": 4, **OFTEN}
+    with pytest.raises(Stop):
+        carry_out(tmp_path / "run", [Interrupter("converge", 0)], **fields)
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/test/a/1.png")
+    with pytest.raises(ConfigError, match=r"config\.data: expected the test images that the run"):
+        carry_out(tmp_path / "run", **fields)
 
 
 def children(process):
@@ -230,7 +265,7 @@ def problem(**fields):
     return problems.problem(config)
 
 
-NEEDED = 1297 * 64
+NEEDED = 1797 * 64
 
 
 @pytest.mark.parametrize(
@@ -253,11 +288,24 @@ def test_what_does_not_fit_is_not_put_on_the_device(monkeypatch):
     with pytest.raises(ConfigError) as raised:
         problem(**{"data.streamed": False})
     message = str(raised.value)
-    assert message.startswith(
-        "config.data.streamed: expected True for the train images of 'digits'"
-    )
+    assert message.startswith("config.data.streamed: expected True for the images of 'digits'")
     assert f"{NEEDED:,} bytes" in message
     assert f"{NEEDED - 1:,}" in message
+    monkeypatch.setattr(problems, "free_memory", lambda: 2**40)
+    monkeypatch.setattr(problems, "memory_available", lambda: 2 * NEEDED - 2)
+    with pytest.raises(ConfigError, match="bytes of the host; at most"):
+        problem(**{"data.streamed": False})
+
+
+def test_reading_processes_are_as_many_as_shared_memory_has_room_for(monkeypatch):
+    batch = 64 * 64  # bytes
+    monkeypatch.setattr(problems, "shared_memory", lambda: 2 * problems.BATCHES * 3 * batch)
+    asked = {"data.streamed": True, "batch_size": 64}
+    monkeypatch.setattr(problems, "usable_cores", lambda: 12)
+    assert problem(**asked).read("train").workers == 3
+    assert problem(**asked, **{"data.workers": 2}).read("train").workers == 2
+    with pytest.raises(ConfigError, match=r"^config\.data\.workers: expected at most 3, .* got 4$"):
+        problem(**asked, **{"data.workers": 4})
 
 
 @pytest.mark.parametrize("workers", [-1, 1.5, True, 10_000])

@@ -36,7 +36,8 @@ def load(data_dir: str | os.PathLike | None, image_size: int | None = None) -> S
         counts = [len(of_label) for of_label in files[split].values()]
         labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         names = [str(file.relative_to(folders[split])) for file in images[split]]
-        return _Files(str(folders[split]), names, labels, decoding), "\n".join(names)
+        identity = [f"{n} {f.stat().st_size}" for n, f in zip(names, images[split], strict=True)]
+        return _Files(str(folders[split]), names, labels, decoding), "\n".join(identity)
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
         found, _ = one_by_one(split)

@@ -67,6 +67,8 @@ class Photographs:
       train_size, test_size: how many photographs there are.
       smallest: the smallest height and the smallest width of the training targets.
       bytes: what the training photographs take, with their low-resolution images.
+      checksum: `checksum("train")` and `checksum("test")` tell the photographs from others, without
+        decoding them.
       read: `read("train")` and `read("test")` give the photographs.
       stream: `stream(patch, workers, cache)` gives patches of the training photographs, which are
         decoded into a file in the folder `cache` first.
@@ -79,6 +81,7 @@ class Photographs:
     test_size: int
     smallest: tuple[int, int]
     bytes: int
+    checksum: Callable[[str], int]
     read: Callable[[str], list[Photograph]]
     stream: Callable[[int, int, Path], Stream]
 
@@ -158,8 +161,9 @@ def load(
         test_size=len(files["test"]),
         smallest=(min(heights), min(widths)),
         bytes=pixel_bytes(sizes, channels, scale),
+        checksum=functools.partial(_checksum, files, channels, scale),
         read=functools.partial(_read, files, channels, scale),
-        stream=functools.partial(_stream, files["train"], channels, scale),
+        stream=functools.partial(_stream, files, channels, scale),
     )
 
 
@@ -358,21 +362,33 @@ def _photograph(file: _File, channels: int, scale: int) -> Photograph:
 
 
 def _stream(
-    files: list[_File], channels: int, scale: int, patch: int, workers: int, cache: Path
+    files: dict[str, list[_File]],
+    channels: int,
+    scale: int,
+    patch: int,
+    workers: int,
+    cache: Path,
 ) -> Stream:
-    """Patches of photographs that are decoded beforehand."""
-    sizes = [_target_size(file, scale) for file in files]
-    identity = "\n".join(map(_identity, files)) + f"\n{channels} {scale}"
+    """Patches of training photographs, which are decoded beforehand."""
+    train = files["train"]
+    sizes = [_target_size(file, scale) for file in train]
+    identity = "\n".join(map(_identity, train)) + f"\n{channels} {scale}"
 
     def decoded(image: int) -> Pixels:
-        photo = _photograph(files[image], channels, scale)
+        photo = _photograph(train[image], channels, scale)
         return photo.target, photo.degraded
 
     path = store(cache, identity, sizes, channels, scale, decoded)
     read = ReadPatches(str(path), sizes, channels, scale, patch)
-    names = "\n".join(f"{file.name} {file.size}" for file in files)
-    checksum = zlib.crc32(f"{names} {channels} {scale} {patch}".encode())
-    return Stream(len(files), read, checksum, workers)
+    return Stream(len(train), read, _checksum(files, channels, scale, "train"), workers)
+
+
+def _checksum(files: dict[str, list[_File]], channels: int, scale: int, split: str) -> int:
+    lines = [f"{channels} {scale}"]
+    for file in files[split]:
+        paths = [file.path] if file.low is None else [file.path, file.low]
+        lines.append(f"{file.name} {file.size} {[path.stat().st_size for path in paths]}")
+    return zlib.crc32("\n".join(lines).encode())
 
 
 def _identity(file: _File) -> str:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import functools
 import hashlib
+import logging
 import os
 from pathlib import Path
 import shutil
@@ -19,6 +20,8 @@ import numpy as np
 
 from dhp_jax import durable
 from dhp_jax.data.stream import Batch
+
+logger = logging.getLogger(__name__)
 
 # Of a photograph, with its low-resolution image where there is one.
 Pixels = tuple[UInt8[np.ndarray, "h w c"], UInt8[np.ndarray, "h2 w2 c"] | None]
@@ -116,9 +119,13 @@ def store(
     """
     path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.pixels"
     folder.mkdir(parents=True, exist_ok=True)
+    lengths = [pixel_bytes([size], channels, scale) for size in sizes]
     with FileLock(path.with_suffix(".lock")):
+        if path.exists() and path.stat().st_size != sum(lengths):
+            logger.warning("%s has been cut short; it is made again", path)
+            path.unlink()
         if not path.exists():
-            lengths = [pixel_bytes([size], channels, scale) for size in sizes]
+            durable.unfinished(path).unlink(missing_ok=True)  # of a process that was killed
             _check_room(folder, sum(lengths))
             _fill(path, np.cumsum([0, *lengths[:-1]]), decode)
     return path

@@ -8,11 +8,9 @@ import zlib
 
 import numpy as np
 
-from dhp_jax.data.stream import Labelled, ReadLabelled, Stream
+from dhp_jax.data.stream import DataNotFoundError, Labelled, ReadLabelled, Stream
 
-
-class DataNotFoundError(ValueError):
-    """The data are not on this machine in a form that can be read, and cannot be fetched."""
+__all__ = ["DataNotFoundError", "Source"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +61,19 @@ class Source:
 
     def stream(self, split: str, workers: int) -> Stream:
         """The images of a split for who does not want all of them at once."""
+        images, _ = self._one_by_one(split)
+        return Stream(self.size(split), ReadLabelled(images), self.checksum(split), workers)
+
+    def checksum(self, split: str) -> int:
+        """Tells the images of a split from others, without decoding them."""
+        _, identity = self._one_by_one(split)
+        about = f"{split} {self.image_shape} {self.mean} {self.std}"
+        return zlib.crc32(f"{identity} {about}".encode())
+
+    def _one_by_one(self, split: str) -> tuple[Labelled, str]:
         if self.one_by_one is None:
-            images, identity = _Loaded(self.read, split, self.size(split)), self.name
-        else:
-            images, identity = self.one_by_one(split)
-        checksum = zlib.crc32(f"{identity} {split} {self.image_shape}".encode())
-        return Stream(self.size(split), ReadLabelled(images), checksum, workers)
+            return _Loaded(self.read, split, self.size(split)), self.name
+        return self.one_by_one(split)
 
 
 @dataclass

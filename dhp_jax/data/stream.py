@@ -21,14 +21,18 @@ import numpy as np
 
 from dhp_jax.data.order import epoch_order
 
-AHEAD = 2  # batches that each process has ready
+AHEAD = 1  # batches that wait at each stage between a process and its reader
 DRAWS = 2**32 - 1  # tells the numbers drawn for a batch from those for the order of an epoch
 
 Batch = tuple[Any, ...]  # of NumPy arrays
 
 
+class DataNotFoundError(ValueError):
+    """The data are not on this machine in a form that can be read, and cannot be fetched."""
+
+
 class StreamError(RuntimeError):
-    """A process that reads examples has died."""
+    """Examples cannot be read any more, as when a process that reads them has died."""
 
 
 class Read(Protocol):
@@ -135,36 +139,52 @@ def _reading(make: Callable[[int], Any], numbers: range, workers: int) -> Iterat
     import grain  # here, because it is slow and what fits on the device does without
 
     grain.config.update("py_traceback_filtering", "off")  # it adds lines to what errors say
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain has some, and asks for them
     # An element is a whole batch, so that batches do not depend on the number of processes.
     batches = grain.MapDataset.range(numbers.start, numbers.stop).map(make)
-    threads = 1 if workers else os.cpu_count()
+    threads = 1 if workers else max(2, os.cpu_count() or 1)
+    buffer = AHEAD if workers else threads
     batches = batches.to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD * threads)
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     )
     if workers:
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=AHEAD)
         batches = batches.mp_prefetch(options, worker_init_fn=_attach)
-    iterator = iter(batches)
+    with _parsed_flags():
+        iterator = iter(batches)
+        try:
+            yield _told(iterator, workers)
+        finally:
+            iterator.close()
+            del iterator
+            gc.collect()  # Grain leaves its last batch, which is shared memory, in a cycle
+
+
+@contextlib.contextmanager
+def _parsed_flags() -> Iterator[None]:
+    """Grain has flags, and asks for them, which only programs that parse theirs may."""
+    parsed = flags.FLAGS.is_parsed()
+    if not parsed:
+        flags.FLAGS.mark_as_parsed()
     try:
-        yield _told(iterator, workers)
+        yield
     finally:
-        iterator.close()
-        del iterator
-        gc.collect()  # Grain leaves its last batch, which is shared memory, in a cycle
+        if not parsed:
+            flags.FLAGS.unparse_flags()
 
 
 def _told(batches: Iterator[Any], workers: int) -> Iterator[Any]:
+    """Batches, and one line where a process fails to read them."""
     try:
         yield from batches
-    except RuntimeError as error:
-        if "terminated" not in str(error):
-            raise
-        raise StreamError(
-            f"data: one of {workers} processes that read examples has died, perhaps for lack of "
-            f"memory ({error}); config.data.workers takes fewer"
-        ) from error
+    except DataNotFoundError:
+        raise
+    except Exception as error:  # whatever reading may raise
+        if "terminated unexpectedly" in str(error):
+            raise StreamError(
+                f"data: one of {workers} processes that read examples has died, perhaps for lack "
+                f"of memory ({error}); config.data.workers takes fewer"
+            ) from error
+        raise StreamError(f"data: cannot read examples: {error!r}") from error
 
 
 def _attach(worker: int, workers: int) -> None:

@@ -71,6 +71,7 @@ class Classification:
         model.eval()
         graphdef = nnx.graphdef(model)
         size = data.size if isinstance(data, Stream) else len(data[0])
+        data = data if isinstance(data, Stream) else jax.device_put(data)
         batch_size = min(batch_size, size)
 
         @functools.partial(jax.jit, compiler_options=compiler_options())
