@@ -76,13 +76,10 @@ def problem(config: ConfigDict, streamed: bool | None = None) -> Problem:
     Raises:
       ValueError: data that are not there, cannot be read, or do not suit the task.
     """
-    if config.data.streamed is None and streamed is not None:
-        config = config.copy_and_resolve_references()
-        config.data.streamed = streamed
-    return PROBLEMS[config.task.name](config)
+    return PROBLEMS[config.task.name](config, streamed)
 
 
-def _classification(config: ConfigDict) -> Problem:
+def _classification(config: ConfigDict, streamed: bool | None) -> Problem:
     source = sources.load(
         config.data.name,
         config.data.dir,
@@ -95,7 +92,8 @@ def _classification(config: ConfigDict) -> Problem:
             f"examples of {source.name!r}; got {config.batch_size}"
         )
     needed = source.bytes("train") + source.bytes("test")
-    streamed = _is_streamed(config, needed, needed, f"the images of {source.name!r}")
+    what = f"the images of {source.name!r}"
+    streamed = _is_streamed(config, streamed, needed, needed, what)
     batch_bytes = config.batch_size * source.bytes("train") // source.train_size
     workers = _workers(config, batch_bytes) if streamed else 0
 
@@ -126,15 +124,20 @@ def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _is_streamed(config: ConfigDict, needed: int, on_host: int, what: str) -> bool:
+def _is_streamed(
+    config: ConfigDict, known: bool | None, needed: int, on_host: int, what: str
+) -> bool:
     """Whether data are read while they are used, or are on the device as a whole.
 
     Args:
-      config: says which, or leaves it to their size.
+      config: says which, or leaves it to what is known, or to their size.
+      known: whether they were when the run began.
       needed: bytes that they would take on the device.
       on_host: bytes that they would take in the host's memory.
       what: an error calls them.
     """
+    if config.data.streamed is None and known is not None:
+        return known
     fits = True
     for bytes_needed, where, free in (
         (needed, "the device", free_memory()),
@@ -189,7 +192,7 @@ def shared_memory() -> int:
     return shutil.disk_usage(folder).free if folder.is_dir() else memory_available()
 
 
-def _super_resolution(config: ConfigDict) -> Problem:
+def _super_resolution(config: ConfigDict, streamed: bool | None) -> Problem:
     settings = config.task
     if settings.patch % settings.scale:
         raise ConfigError(
@@ -203,10 +206,11 @@ def _super_resolution(config: ConfigDict) -> Problem:
         overlap=settings.overlap,
         on_luminance=settings.psnr == "y",
     )
-    return _restoration(config, task, {"scale": settings.scale, "channels": settings.channels})
+    arguments = {"scale": settings.scale, "channels": settings.channels}
+    return _restoration(config, streamed, task, arguments)
 
 
-def _denoising(config: ConfigDict) -> Problem:
+def _denoising(config: ConfigDict, streamed: bool | None) -> Problem:
     settings = config.task
     task = Denoising(
         patch=settings.patch,
@@ -214,10 +218,12 @@ def _denoising(config: ConfigDict) -> Problem:
         tile=settings.tile,
         overlap=settings.overlap,
     )
-    return _restoration(config, task, {"channels": settings.channels})
+    return _restoration(config, streamed, task, {"channels": settings.channels})
 
 
-def _restoration(config: ConfigDict, task: Restoration, arguments: Mapping[str, Any]) -> Problem:
+def _restoration(
+    config: ConfigDict, streamed: bool | None, task: Restoration, arguments: Mapping[str, Any]
+) -> Problem:
     settings = config.task
     source = photographs.load(
         config.data.name,
@@ -229,8 +235,8 @@ def _restoration(config: ConfigDict, task: Restoration, arguments: Mapping[str, 
         smallest_test=WINDOW + 2 * task.shave,
     )
 
-    needed = source.bytes
-    streamed = _is_streamed(config, needed, COPIES * needed, "the training photographs")
+    needed, what = source.bytes, "the training photographs"
+    streamed = _is_streamed(config, streamed, needed, COPIES * needed, what)
     patch_bytes = settings.channels * task.patch**2 * (2 if task.scale > 1 else 1)
     workers = _workers(config, config.batch_size * patch_bytes) if streamed else 0
 
@@ -251,7 +257,7 @@ def _restoration(config: ConfigDict, task: Restoration, arguments: Mapping[str, 
     )
 
 
-PROBLEMS: Mapping[str, Callable[[ConfigDict], Problem]] = {
+PROBLEMS: Mapping[str, Callable[[ConfigDict, bool | None], Problem]] = {
     "classification": _classification,
     "super_resolution": _super_resolution,
     "denoising": _denoising,
