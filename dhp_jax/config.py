@@ -248,7 +248,7 @@ def _devices(value: Any) -> bool:
     return (type(value) is int and value == -1) or _integer(1)[0](value)
 
 
-def _one_of(*values: str | int | bool) -> Rule:
+def _one_of(*values: str | int) -> Rule:
     def possible(value: Any) -> bool:
         return any(type(value) is type(known) and value == known for known in values)
 
@@ -285,6 +285,7 @@ def _or_none(rule: Rule, meaning: str) -> Rule:
 
 
 _PATH: Rule = (_path, "a path")
+_BOOLEAN: Rule = (lambda value: isinstance(value, bool), "True or False")
 _SCHEDULE: Mapping[str, Any] = {
     "epochs": _integer(1),
     "learning_rate": _number(0, above=True),
@@ -339,7 +340,7 @@ _RESTORATION: Mapping[str, Any] = {
     "overlap": _or_none(_integer(0, LONGEST_SIDE), "for as far as the network sees"),
 }
 _READING: Mapping[str, Any] = {
-    "streamed": _or_none(_one_of(True, False), "for whether the data fit on the device"),
+    "streamed": _or_none(_BOOLEAN, "for whether they do not fit on the device"),
     "workers": _or_none(_integer(0, MOST_WORKERS), "for all cores but one"),
 }
 _LABELLED: Mapping[str, Any] = {
@@ -349,7 +350,7 @@ _LABELLED: Mapping[str, Any] = {
     "image_size": _or_none(_integer(1, LONGEST_SIDE), "for the size of the data"),
     "archive": _or_none(_PATH, "if there is none"),
     "crop_padding": _or_none(_integer(0, LONGEST_SIDE), "for what suits the data"),
-    "flip": _or_none(_one_of(True, False), "likewise"),
+    "flip": _or_none(_BOOLEAN, "likewise"),
 }
 _PHOTOGRAPHS: Mapping[str, Any] = {
     **_READING,

@@ -136,6 +136,8 @@ GOOD = {
     "data.archive": [None, "some.zip", Path("some.zip")],
     "data.crop_padding": [None, 0, 4],
     "data.flip": [None, True, False],
+    "data.streamed": [None, True, False],
+    "data.workers": [None, 0, 4],
     "optimizer.name": ["sgd", "adam"],
     "optimizer.momentum": [0, 0.99],
     "optimizer.weight_decay": [0, 3.0],
@@ -185,6 +187,14 @@ BAD = {
         "an integer >= 0 and <= 10000, or None for what suits the data",
     ),
     "data.flip": ([0, 1, "no"], "True or False, or None likewise"),
+    "data.streamed": (
+        [0, 1, "no"],
+        "True or False, or None for whether they do not fit on the device",
+    ),
+    "data.workers": (
+        [*INTEGERS[1:], -1, 1025],
+        "an integer >= 0 and <= 1024, or None for all cores but one",
+    ),
     "optimizer.name": (WORDS, "one of sgd, adam"),
     "optimizer.momentum": ([*NUMBERS, -0.1, 1, 1.1], "a number >= 0 and < 1"),
     "optimizer.weight_decay": ([*NUMBERS, -1e-9], "a number >= 0 and <= 1e+30"),
@@ -238,6 +248,12 @@ PHOTOGRAPHS = {
         )
         for name in ("dir", "test_dir")
     },
+    "data.cache": (
+        [None, "somewhere"],
+        [3, ["somewhere"]],
+        "a path, or None for the user's cache folder",
+    ),
+    **{name: (GOOD[name], *BAD[name]) for name in ("data.streamed", "data.workers")},
 }
 OF_TASK = {
     "super_resolution": {
@@ -568,7 +584,7 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
             "config.data.dri",
             "3",
             "config.data.dri: unknown field: expected one of archive, crop_padding, dir, flip, "
-            "image_size, name; "
+            "image_size, name, streamed, workers; "
             "got 'dri'; did you mean 'dir'?",
         ),
         (

@@ -25,7 +25,7 @@ def write(workdir, phase, records, before=()):
     journal = Journal(workdir, ["search", "converge"])
     journal.begin(phase, 1000, len(before), before)
     for record in records:
-        journal.step()
+        journal.step(1)
         journal.record(record)
     journal.end()
 
@@ -175,7 +175,7 @@ def shown(stderr, monkeypatch):
     bar.begin("search", 450, 0, [])
     records = {record["step"]: record for record in RECORDED}
     for step in range(1, 301):
-        bar.step()
+        bar.step(1)
         if step in records:
             bar.record(records[step])
     bar.end()

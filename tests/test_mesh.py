@@ -25,6 +25,7 @@ from dhp_jax.processes import ProcessError, Turns, from_first, join
 CONFIG = Path(__file__).with_name("mesh_config.py")
 BOUND = 60  # seconds within which a process ends when another one has died
 STREAMED = {"data.streamed": True, "data.workers": 0}  # each process reads its share
+MOST = 2 / 240  # of an error: examples that rounding may move to another label
 COMPARED = ("loss", "error", "test_loss", "test_error", "flops_ratio", "params_ratio")
 
 
@@ -96,7 +97,7 @@ def check_same(workdir, expected):
     for a, b in zip(again, once, strict=True):
         for name in COMPARED:
             if name in b:
-                assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-3 * ("error" in name)), (
+                assert a[name] == pytest.approx(b[name], rel=2e-4, abs=MOST * ("error" in name)), (
                     a["phase"],
                     a["step"],
                     name,

@@ -433,7 +433,13 @@ def test_a_state_is_saved_before_a_test_that_takes_long(net, tmp_path, monkeypat
     class Looking(Classification):
         def evaluation(self, *arguments, **options):
             evaluate = super().evaluation(*arguments, **options)
-            return lambda *state: found.append(checkpoints.steps()) or evaluate(*state)
+
+            def looking(*state):
+                checkpoints._open().wait_until_finished()
+                found.append(checkpoints.steps())
+                return evaluate(*state)
+
+            return looking
 
     task = Looking((128.0,) * 3, (64.0,) * 3)
     options = {"examples": EXAMPLES, "batch_size": BATCH, "log_every": 2, "key": jax.random.key(0)}
