@@ -2,6 +2,7 @@
 
 from dhp_jax import models
 from dhp_jax.backend import compiler_options, inference
+from dhp_jax.budgets import prune_to
 from dhp_jax.checkpoint import load, save
 from dhp_jax.cost import Cost, measure_cost
 from dhp_jax.fold import fold
@@ -10,7 +11,7 @@ from dhp_jax.latent import Axis, Latent, LatentVector, concat, latents, repeat
 from dhp_jax.layers import BatchNorm, Bias, HyperConv, HyperConvTranspose, Linear
 from dhp_jax.optimizer import prunable_latents
 from dhp_jax.prox import prox_l1, prox_l2
-from dhp_jax.prune import BudgetError, check_axes, prune, prune_to, survivors
+from dhp_jax.prune import BudgetError, check_axes, prune, survivors
 from dhp_jax.reuse import with_classes, with_latents
 
 __version__ = "0.1.0"

@@ -43,6 +43,13 @@ def default(task: str = "classification") -> ConfigDict:
             "seed": 0,
             "method": "dhp",  # "baseline" trains the unpruned network instead
             "target": 0.5,  # share of the FLOPs that the pruned network may use
+            "budget": {  # further shares of the unpruned network's; all that are given hold
+                "flops": config_dict.placeholder(float),
+                "params": config_dict.placeholder(float),
+                "activations": config_dict.placeholder(float),  # bytes of all layers' outputs
+                "latency": config_dict.placeholder(float),  # measured where the run is
+                "batch": config_dict.placeholder(int),  # of which latency is measured; 1
+            },
             "multiple_of": 1,  # widths of pruned layers are multiples of it; 8 suits most hardware
             "batch_size": 64,
             "dtype": "float32",  # of activations and kernels; parameters stay float32
@@ -292,10 +299,17 @@ _SCHEDULE: Mapping[str, Any] = {
     "drops": (_epochs, f"up to {MOST_DROPS} epochs in ascending order, such as (150, 225)"),
 }
 
+_SHARE = _number(0, 1, above=True)
+_BUDGET = _or_none(_SHARE, "for no such budget")
+
 FIELDS: Mapping[str, Any] = {
     "seed": _integer(0, 2**32 - 1),  # of larger ones JAX would use the last 32 bits
     "method": _one_of(*METHODS),
-    "target": _number(0, 1, above=True),
+    "target": _SHARE,
+    "budget": {
+        **dict.fromkeys(("flops", "params", "activations", "latency"), _BUDGET),
+        "batch": _or_none(_integer(1), "for one input"),
+    },
     "multiple_of": _integer(1, MAX_CHANNELS),
     "batch_size": _integer(1),
     "dtype": _one_of(*DTYPES),

@@ -1,9 +1,11 @@
-"""FLOPs and params of a model, as functions of what survives.
+"""FLOPs, params and activations of a model, as functions of what survives.
 
 FLOPs are multiply-accumulates: convolutions (transposed ones as if every tap met every output) and
 linear layers, plus 2 for every normalised element and 1 for every element of a `Bias` layer; biases
 of convolutions are not counted. Params are kernels, biases, BatchNorm scales and biases, slopes of
-PReLU.
+PReLU. Activations are the bytes of the outputs of all layers that have FLOPs, each in the dtype
+that it computes in, for one example: a sum, and not the peak. What ReLU, pools and additions return
+is not counted.
 """
 
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 import functools
 import logging
 import math
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -31,6 +34,7 @@ from dhp_jax.layers import (
 logger = logging.getLogger(__name__)
 
 Counts = Mapping[str, "int | Array"]
+MEASURES = ("flops", "params", "activations")
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Width:
 class LayerCost:
     """What one call of one layer costs.
 
-    FLOPs are `flops_terms[0] * in * out + flops_terms[1] * out`, params likewise. A layer that is
-    called again costs FLOPs again, but no params.
+    FLOPs are `flops_terms[0] * in * out + flops_terms[1] * out`, params and activations likewise. A
+    layer that is called again costs FLOPs and activations again, but no params.
     """
 
     path: str
@@ -60,9 +64,10 @@ class LayerCost:
     outputs: Width
     flops_terms: tuple[int, int]
     params_terms: tuple[int, int]
+    activations_terms: tuple[int, int]
 
-    def given(self, counts: Counts) -> "tuple[int | Array, int | Array]":
-        """FLOPs and params when `counts[name]` entries of each latent survive."""
+    def given(self, counts: Counts) -> "tuple[int | Array, ...]":
+        """FLOPs, params and activations when `counts[name]` entries of each latent survive."""
         return self._evaluate(self.inputs.given(counts), self.outputs.given(counts))
 
     @property
@@ -73,16 +78,24 @@ class LayerCost:
     def params(self) -> int:
         return self._evaluate(self.inputs.full, self.outputs.full)[1]
 
+    @property
+    def activations(self) -> int:
+        return self._evaluate(self.inputs.full, self.outputs.full)[2]
+
     def _evaluate(self, n_in, n_out):
         return tuple(
             per_pair * n_in * n_out + per_output * n_out
-            for per_pair, per_output in (self.flops_terms, self.params_terms)
+            for per_pair, per_output in (
+                self.flops_terms,
+                self.params_terms,
+                self.activations_terms,
+            )
         )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs and params of a model for one input, layer by layer in the order of execution."""
+    """What a model costs for one input, layer by layer in the order of execution."""
 
     layers: tuple[LayerCost, ...]
     sizes: Mapping[str, int]  # entries of each latent
@@ -97,8 +110,13 @@ class Cost:
         """Trainable parameters of the network (not of its hypernetworks); exact."""
         return sum(layer.params for layer in self.layers)
 
-    def given(self, counts: Counts) -> "tuple[int | Array, int | Array]":
-        """FLOPs and params when `counts[name]` entries of each latent survive.
+    @functools.cached_property
+    def activations(self) -> int:
+        """Bytes of the outputs of all layers that have FLOPs, for one example; exact."""
+        return sum(layer.activations for layer in self.layers)
+
+    def amounts(self, counts: Counts) -> "dict[str, int | Array]":
+        """FLOPs, params and activations by name when `counts[name]` entries of latents survive.
 
         Args:
           counts: survivors of each latent by name, Python ints or (in a jitted function) integer
@@ -112,21 +130,39 @@ class Cost:
         with jax.enable_x64(True):  # FLOPs of large images do not fit 32 bits
             return self._total({name: jnp.int64(count) for name, count in counts.items()})
 
-    def ratio(self, counts: Counts) -> "tuple[float | Array, float | Array]":
-        """`given(counts)` as shares of the whole model's FLOPs and params (float32 in jit)."""
-        flops, params = self.given(counts)
-        if isinstance(flops, int):
-            return flops / self.flops, params / self.params
+    def shares(self, counts: Counts) -> "dict[str, float | Array]":
+        """`amounts(counts)` as shares of the whole model's (float32 in jit)."""
+        amounts = self.amounts(counts)
+        if all(isinstance(amount, int) for amount in amounts.values()):
+            return {name: _share(amount, getattr(self, name)) for name, amount in amounts.items()}
         with jax.enable_x64(True):
-            return jnp.float32(flops / self.flops), jnp.float32(params / self.params)
+            return {
+                name: jnp.float32(_share(amount, getattr(self, name)))
+                for name, amount in amounts.items()
+            }
+
+    def given(self, counts: Counts) -> "tuple[int | Array, int | Array]":
+        """FLOPs and params of `amounts(counts)`."""
+        amounts = self.amounts(counts)
+        return amounts["flops"], amounts["params"]
+
+    def ratio(self, counts: Counts) -> "tuple[float | Array, float | Array]":
+        """FLOPs and params of `shares(counts)`."""
+        shares = self.shares(counts)
+        return shares["flops"], shares["params"]
 
     def _total(self, counts):
         costs = [layer.given(counts) for layer in self.layers]
-        return sum(flops for flops, _ in costs), sum(params for _, params in costs)
+        return {name: sum(cost[i] for cost in costs) for i, name in enumerate(MEASURES)}
+
+
+def _share(amount, whole: int):
+    """Of nothing, everything is left."""
+    return amount / whole if whole else 1.0
 
 
 def measure_cost(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
-    """Counts a model's FLOPs and params by tracing one forward pass; nothing is computed.
+    """Counts what a model costs by tracing one forward pass; nothing is computed.
 
     Works on models with hypernetworks and on pruned or ordinary ones. Counted are convolutions,
     transposed convolutions, `BatchNorm`, `Bias`, `Linear`, `nnx.PReLU` and what `layer_terms` is
@@ -137,7 +173,8 @@ def measure_cost(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
       input_shape: shape of one example without the batch axis, `(height, width, channels)`.
 
     Returns:
-      The cost: `.flops`, `.params`, `.layers`, and `.given(counts)` for what survives.
+      The cost: `.flops`, `.params`, `.activations` (bytes, see the module), `.layers`; and
+      `.amounts(counts)` or `.shares(counts)` of what survives, by these names.
 
     Raises:
       ValueError: the forward pass fails on such an input, for instance because it adds axes of
@@ -145,21 +182,23 @@ def measure_cost(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
 
     Example:
       >>> cost = dhp.measure_cost(model, (32, 32, 3))
-      >>> cost.flops, cost.params
-      (41214592, 272474)
+      >>> cost.flops, cost.params, cost.activations
+      (41214592, 272474, 1605672)
     """
     calls, names = _trace(model, input_shape)
     layers, seen = [], set()
-    for path, layer, output_shape in calls:
-        inputs, outputs, flops_terms, params_terms = layer_terms(layer, output_shape)
+    for path, layer, output in calls:
+        inputs, outputs, flops_terms, params_terms = layer_terms(layer, output.shape)
+        outputs = _width(outputs, names)
         layers.append(
             LayerCost(
                 path=path,
                 kind=type(layer).__name__,
                 inputs=_width(inputs, names),
-                outputs=_width(outputs, names),
+                outputs=outputs,
                 flops_terms=flops_terms,
                 params_terms=(0, 0) if path in seen else params_terms,
+                activations_terms=(0, any(flops_terms) * output.nbytes // outputs.full),
             )
         )
         seen.add(path)
@@ -228,7 +267,7 @@ def _(layer: nnx.Linear, output_shape):
 
 def _trace(model, input_shape):
     """Runs the model on an abstract example; returns calls of counted layers, and the latents."""
-    calls: list[tuple[str, nnx.Module, tuple[int, ...]]] = []
+    calls: list[tuple[str, nnx.Module, _Output]] = []
     names: dict[Latent, str] = {}
     uncounted: dict[str, str] = {}
     graphdef, state = nnx.split(model)
@@ -278,8 +317,15 @@ def _has_parameters(module: nnx.Module) -> bool:
     return not isinstance(module, Axis) and any(isinstance(v, nnx.Param) for v in values)
 
 
+class _Output(NamedTuple):
+    """What a call has returned."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+
+
 def _report_calls(layer, report) -> None:
-    """Makes every call of this one layer end with `report(shape of the output)`."""
+    """Makes every call of this one layer end with `report(what it returned)`."""
     layer.report_call = nnx.static(report)
     layer.__class__ = _reporting(type(layer))
 
@@ -288,7 +334,7 @@ def _report_calls(layer, report) -> None:
 def _reporting(plain_class):
     def call(self, *args, **kwargs):
         output = plain_class.__call__(self, *args, **kwargs)
-        self.report_call(output.shape)
+        self.report_call(_Output(output.shape, output.size * output.dtype.itemsize))
         return output
 
     return type(plain_class)(plain_class.__name__, (plain_class,), {"__call__": call})

@@ -20,7 +20,15 @@ from dhp_jax.latent import latents
 from dhp_jax.markup import Markup, element, joined
 from dhp_jax.result import Result
 from dhp_jax.tasks.task import METRICS, Metric
-from dhp_jax.wording import compact, duration, faster, main_metric, milliseconds, percent
+from dhp_jax.wording import (
+    MEASURES,
+    compact,
+    duration,
+    faster,
+    main_metric,
+    milliseconds,
+    percent,
+)
 
 STAGES = {  # of summary["test"], in the order of their becoming
     "without_network": "the input as it is",
@@ -56,6 +64,7 @@ def page(run: Told, pictures: Sequence[Crop] = ()) -> str:
     result, summary = run.result, run.summary
     parts = [
         ("channels", "Channels kept", _channels(result)),
+        ("budgets", "Budgets", _budgets(result)),
         ("training", "Training", _training(result, summary)),
         ("latents", "Latents", _latents(result) if result.prunes else None),
         ("layers", "Layers", _layers(result)),
@@ -229,7 +238,7 @@ def _remarks(summary: Mapping[str, Any] | None) -> list[str]:
     found = []
     phases = summary["phases"] if summary else {}
     if "search" in phases and not phases["search"]["met_budget"]:
-        found.append("the search ran out of epochs; the network was pruned to the target anyway")
+        found.append("the search ran out of epochs; the network was pruned to its budget anyway")
     for name, phase in phases.items():
         if phase.get("skipped"):
             found.append(f"{phase['skipped']} batches of the {name} phase were skipped: not finite")
@@ -272,6 +281,40 @@ def _told(before: LayerCost, after: LayerCost) -> str:
     return f"{before.path}: {before.outputs.full} to {after.outputs.full} channels{share}"
 
 
+def _budgets(result: Result) -> Markup | None:
+    """What was asked for, predicted, and is; nothing for a run with a target only."""
+    rows = result.budgets
+    if rows.keys() <= {"flops"}:
+        return None
+    cells = [
+        [
+            MEASURES.get(name, "latency"),
+            percent(row["asked"]),
+            percent(row["predicted"]),
+            percent(row["counted"]) if name in MEASURES else _ratio_of_times(row["ratio"]),
+        ]
+        for name, row in rows.items()
+    ]
+    shown = table(("budget", "asked for", "predicted", "counted or measured"), cells)
+    return joined(shown, _tried(rows["latency"]) if "latency" in rows else None)
+
+
+def _ratio_of_times(ratio: Mapping[str, float]) -> str:
+    return "{} ({} to {})".format(*(percent(ratio[name]) for name in ("median", "low", "high")))
+
+
+def _tried(row: Mapping[str, Any]) -> Markup:
+    """How the survivors within a latency were found."""
+    text = (
+        f"Latency: the time of the pruned network as a share of the whole one's, both in turn, "
+        f"{row['rounds']} passes of batch {row['batch']} each, with the quartiles of pairs, on "
+        f"{row['hardware']}. The upper quartile is within the budget. It was predicted to be the "
+        "share of the FLOPs. The candidates that were compiled and measured, the last one again:"
+    )
+    cells = [[percent(tried["flops"]), _ratio_of_times(tried)] for tried in row["tried"]]
+    return joined(element("p", text, class_="soft"), table(("FLOPs", "time"), cells))
+
+
 def _training(result: Result, summary: Mapping[str, Any] | None) -> Markup | None:
     found = [_ratio(result), _loss(result), _score(result, summary)]
     return element("div", *found, class_="charts") if any(found) else None
@@ -279,29 +322,36 @@ def _training(result: Result, summary: Mapping[str, Any] | None) -> Markup | Non
 
 def _ratio(result: Result) -> Markup | None:
     records = [r for r in result.records if r["phase"] == "search"]
+    asked = result.asked
+    shown = [name for name in MEASURES if name in {"flops", "params", *asked}]
     lines = [
-        Line(label, [(0, 100.0), *points], colour)
-        for colour, (name, label) in enumerate(
-            (("flops_ratio", "FLOPs"), ("params_ratio", "params"))
-        )
-        if (points := _points(records, name, factor=100))
+        Line(MEASURES[name], [(0, 100.0), *points], colour)
+        for colour, name in enumerate(shown)
+        if (points := _points(records, f"{name}_ratio", factor=100))
     ]
     if not lines:
         return None
-    target = 100 * result.config["target"]
-    stop = target + 100 * result.config["search"]["stop_limit"]
+    rules = [
+        Rule(f"{f'{MEASURES[name]}: ' * (len(asked) > 1)}search ends at {stop:g} %", stop)
+        for name, share in asked.items()
+        for stop in [100 * share + 100 * result.config["search"]["stop_limit"]]
+    ]
     drawn = drawing.chart(
         lines,
         x="step of the search",
         y="% of the unpruned network",
-        rules=[Rule(f"search ends at {stop:g} %", stop)],
+        rules=rules,
         low=0,
         text="{:.2f} %".format,
     )
-    note = f"The network is then pruned to the target, {target:g} % of the FLOPs."
+    note = f"The network is then pruned to {_percents(asked)}."
     return drawing.figure(
         "What would survive, while searching", drawn, legend=drawing.legend(lines), note=note
     )
+
+
+def _percents(asked: Mapping[str, float]) -> str:
+    return " and ".join(f"{100 * share:g} % of the {MEASURES[n]}" for n, share in asked.items())
 
 
 def _loss(result: Result) -> Markup | None:

@@ -24,6 +24,7 @@ import optax
 from PIL import Image
 
 from dhp_jax import checkpoint, models, report
+from dhp_jax.budgets import Chosen, check_latency, choose, clock, limits
 from dhp_jax.config import ConfigError, check
 from dhp_jax.cost import Cost, measure_cost
 from dhp_jax.journal import Journal
@@ -33,18 +34,27 @@ from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.problems import Problem, known_arguments, origins, problem
 from dhp_jax.processes import folder_from_first, from_first, is_first
 from dhp_jax.prune import (
+    BudgetError,
     check_axes,
     check_budget,
     latent_history,
     prune,
     survivor_counts,
-    survivors_within,
 )
 from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Params
 from dhp_jax.train import Budget, Observer, OriginError, Outcome, Phase, Progress, train
-from dhp_jax.workdir import data_choice, grow, held, note_command, settle_data, stored
+from dhp_jax.wording import in_words
+from dhp_jax.workdir import (
+    CONFIG,
+    data_choice,
+    grow,
+    held,
+    note_command,
+    settle_data,
+    stored,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,25 +121,57 @@ def prepare(
     abstract = _abstract(config, arguments)
     cost = measure_cost(abstract, asked.input_shape)
     try:
-        check_budget(abstract, cost, config.multiple_of, flops=config.target)
+        check_budget(abstract, cost, config.multiple_of, **_counted(config))
     except ValueError as error:
-        field = "config." if str(error).startswith("multiple_of:") else "config.target: "
-        raise ConfigError(f"{field}{error}") from error
+        of_target = str(error).startswith("flops:") and _target_is_smallest(config)
+        of_budget = not str(error).startswith("multiple_of:")
+        field = "target: " if of_target else "budget." if of_budget else ""
+        raise ConfigError(f"config.{field}{error}") from error
     check_axes(abstract, asked.input_shape)
     try:
         asked.task.check(abstract)
     except ValueError as error:
         raise ConfigError(f"config.task.{error}") from error
-    workdir = Path(workdir)
-    with _held_by_first(workdir, config):  # so that an error comes now
-        from_first(lambda: settle_data(workdir, asked.streamed, asked.checksums))
-    journal = Journal(workdir, PHASES) if is_first() else None
 
     def build() -> nnx.Module:
         return models.build(name, **arguments, rngs=nnx.Rngs(config.seed))
 
+    workdir = Path(workdir)
+    if config.method != "baseline" and config.budget.latency is not None:
+        from_first(lambda: _check_latency(config, workdir, build, cost, asked.input_shape))
+    with _held_by_first(workdir, config):  # so that an error comes now
+        from_first(lambda: settle_data(workdir, asked.streamed, asked.checksums))
+    journal = Journal(workdir, PHASES) if is_first() else None
+
     told = observers if is_first() else ()
     return Run(config, workdir, asked, build, cost, journal, told, mesh)
+
+
+def _counted(config: ConfigDict) -> dict[str, float]:
+    """The budgets that are counted, by name; of the FLOPs the smallest one."""
+    return limits({**config.budget, "latency": None}, config.target)
+
+
+def _target_is_smallest(config: ConfigDict) -> bool:
+    return config.budget.flops is None or config.target <= config.budget.flops
+
+
+def _check_latency(
+    config: ConfigDict,
+    workdir: Path,
+    build: Callable[[], nnx.Module],
+    cost: Cost,
+    input_shape: tuple[int, ...],
+) -> None:
+    """Raises if a run that is new has a latency budget that its smallest network exceeds."""
+    if (workdir / CONFIG).is_file():
+        return
+    model = build()
+    timed = clock(model, input_shape, config.budget.batch or 1)
+    try:
+        check_latency(model, cost, config.budget.latency, timed, config.multiple_of)
+    except ValueError as error:
+        raise ConfigError(f"config.budget.{error}") from error
 
 
 @contextlib.contextmanager
@@ -270,19 +312,19 @@ class _Work:
             from_first(lambda: self._mend_records("search", found))
             return found["sha256"]
         settings, cost = self.config.search, self.run.cost
+        asked = limits(self.config.budget, self.config.target)
         budget = Budget(
-            ratio=lambda model: cost.ratio(survivor_counts(model, settings.threshold)),
-            limit=self.config.target + settings.stop_limit,
+            shares=lambda model: cost.shares(survivor_counts(model, settings.threshold)),
+            limits={name: share + settings.stop_limit for name, share in asked.items()},
             history=lambda model: latent_history(model, settings.threshold),
         )
         outcome = self._train("search", self.run.build(), budget)
         if not outcome.progress.met_budget and is_first():
             logger.warning(
-                "search: did not come down to %g of the FLOPs within search.epochs=%d; "
-                "pruning to the target %g anyway",
-                budget.limit,
+                "search: did not come down to %s within search.epochs=%d; pruning to %s anyway",
+                in_words(budget.limits),
                 settings.epochs,
-                self.config.target,
+                in_words(asked),
             )
         return from_first(lambda: self._save("search", outcome.model, outcome.progress))
 
@@ -295,11 +337,30 @@ class _Work:
         if found and found["notes"]["made_from"] == source:
             return found["sha256"]
         model = checkpoint.load(self.run.workdir / "search")
-        rounding = self.config.multiple_of
-        keep = survivors_within(model, self.run.cost, rounding, flops=self.config.target)
-        small, batch = prune(model, keep), 4 * self.config.batch_size
+        chosen = self._chosen(model)
+        small, batch = prune(model, chosen.masks), 4 * self.config.batch_size
         test = evaluate(small, self.run.problem.task, self.data("test"), batch_size=batch)
-        return self._save("pruned", small, test=test, made_from=source)
+        return self._save("pruned", small, test=test, budget=chosen.notes(), made_from=source)
+
+    def _chosen(self, model: nnx.Module) -> Chosen:
+        """The survivors within all budgets."""
+        config, run, timed = self.config, self.run, None
+        if config.budget.latency is not None:
+            timed = clock(model, run.problem.input_shape, config.budget.batch or 1)
+        try:
+            return choose(
+                model,
+                run.cost,
+                config.multiple_of,
+                latency=config.budget.latency,
+                timed=timed,
+                **_counted(config),
+            )
+        except BudgetError as error:  # the smallest network has become too slow
+            raise ConfigError(
+                f"config.budget.{error}; the search is kept in {run.workdir / 'search'}, "
+                "for dhp.prune_to"
+            ) from error
 
     def converge(self, source: str) -> None:
         if not from_first(lambda: self._trained("converge", source)):

@@ -74,7 +74,7 @@ def _plot_ratio(axes: Axes, result: Result) -> None:
         ("params_ratio", "params", REMOVED),
     ):
         axes.plot(steps, [100, *(100 * r[name] for r in records)], color=color, label=label)
-    target = 100 * result.config["target"]
+    target = 100 * result.asked["flops"]
     stop = target + 100 * result.config["search"]["stop_limit"]
     axes.axhline(stop, color=RULE, linewidth=1, linestyle=":", label=f"search ends ({stop:g} %)")
     axes.axhline(target, color=RULE, linewidth=1, linestyle="--", label=f"target ({target:g} %)")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 import numpy as np
 
 from dhp_jax.architecture import architecture_of, set_architecture
-from dhp_jax.cost import Cost, input_refused, measure_cost
+from dhp_jax.cost import MEASURES, Cost, input_refused
 from dhp_jax.latent import Axis, Latent, latents, modules_in
 from dhp_jax.layers import Prunable
 
@@ -91,12 +91,12 @@ def latent_history(model: nnx.Module, threshold: float) -> dict[str, Array]:
 
 
 def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: int = 1) -> dict[str, float]:
-    """The shares of FLOPs and params that are left when every latent keeps as few as it can."""
+    """The shares, as of `Cost.shares`, when every latent keeps as few entries as it can."""
     counts = {
         name: z.size - max(_removals(z, multiple_of), default=0)
         for name, z in latents(model).items()
     }
-    return dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
+    return cost.shares(counts)
 
 
 def check_budget(model: nnx.Module, cost: Cost, multiple_of: int = 1, **budget: float) -> None:
@@ -109,12 +109,12 @@ def check_budget(model: nnx.Module, cost: Cost, multiple_of: int = 1, **budget: 
             f"multiple_of: expected at most {widest}, the size of the largest prunable latent, "
             f"got {multiple_of}"
         )
-    if not budget or not set(budget) <= {"flops", "params"}:
-        raise ValueError(f"budget: expected flops= or params= or both, got {sorted(budget)}")
+    if not budget or not set(budget) <= set(MEASURES):
+        expected = "expected some of flops=, params=, activations="
+        raise ValueError(f"budget: {expected}, got {sorted(budget)}")
     smallest = smallest_ratio(model, cost, multiple_of)
     for name, target in budget.items():
-        if isinstance(target, bool) or not isinstance(target, Real) or not 0 < target <= 1:
-            raise ValueError(f"{name}: expected a share in (0, 1], got {target!r}")
+        check_share(name, target)
         if target < smallest[name]:
             reachable = math.ceil(1e4 * smallest[name]) / 1e4
             raise BudgetError(
@@ -122,6 +122,12 @@ def check_budget(model: nnx.Module, cost: Cost, multiple_of: int = 1, **budget: 
                 f"{reachable:.4f}, with min_channels entries left in every prunable latent"
                 + (f", up to a multiple of {multiple_of}" if multiple_of > 1 else "")
             )
+
+
+def check_share(name: str, share: float) -> None:
+    """Raises unless a share is in (0, 1]."""
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
+        raise ValueError(f"{name}: expected a share in (0, 1], got {share!r}")
 
 
 def survivors_within(
@@ -139,7 +145,8 @@ def survivors_within(
       cost: its `measure_cost`.
       multiple_of: latents that lose entries keep a multiple of so many. Entries then go and come
         back in groups, each by its largest, and more of the budget may be left.
-      **budget: `flops` or `params` or both, shares in (0, 1]; all of them hold.
+      **budget: some of `flops`, `params`, `activations` (see `dhp_jax.cost`), shares in (0, 1]; all
+        of them hold.
 
     Returns:
       A boolean mask for each latent by name.
@@ -158,7 +165,7 @@ def survivors_within(
         left = Counter(sizes)
         for i in gone:
             left[order[i][0]] -= len(order[i][1])
-        used = dict(zip(("flops", "params"), cost.ratio(left), strict=True))
+        used = cost.shares(left)
         return min(share - used[name] for name, share in budget.items())
 
     # Cost falls with every group removed, so the number to remove is found by bisection.
@@ -320,34 +327,6 @@ def _check_masks(model: nnx.Module, keep: Masks) -> None:
                 f"keep[{name!r}]: expected a mask that keeps all {z.size} entries, for it is not "
                 f"prunable; got one that drops {int((~mask).sum())}"
             )
-
-
-def prune_to(
-    model: nnx.Module, input_shape: tuple[int, ...], multiple_of: int = 1, **budget: float
-) -> nnx.Module:
-    """Prunes to a network that uses as much of a budget as fits, by magnitude of the latents.
-
-    Args:
-      model: a network of latents; left as it was.
-      input_shape: shape of one example, `(height, width, channels)`.
-      multiple_of: latents that lose entries keep a multiple of so many; 8 suits most hardware.
-      **budget: `flops` or `params` or both, as shares of the model's own in (0, 1].
-
-    Returns:
-      The pruned network, as from `prune`.
-
-    Raises:
-      ValueError: a share outside (0, 1]; a `multiple_of` below 1 or above the size of every latent;
-        axes that meet in the forward pass without being one latent; a share that is out of reach
-        (`BudgetError`, with the smallest one possible).
-
-    Example:
-      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
-    """
-    cost = measure_cost(model, input_shape)
-    check_budget(model, cost, multiple_of, **budget)
-    check_axes(model, input_shape)
-    return prune(model, survivors_within(model, cost, multiple_of, **budget))
 
 
 def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:

@@ -13,11 +13,8 @@ import json
 import logging
 import os
 from pathlib import Path
-import platform
 import sys
 from typing import Any
-
-import jax
 
 from dhp_jax import checkpoint, durable, journal
 from dhp_jax.comparison import comparison
@@ -27,7 +24,7 @@ from dhp_jax.plots import plots
 from dhp_jax.prune import prune
 from dhp_jax.result import PICTURES, SUMMARY, Result, read
 from dhp_jax.tasks.task import METRICS
-from dhp_jax.timing import measure_latency, quartiles
+from dhp_jax.timing import hardware, measure_latency, quartiles
 from dhp_jax.wording import faster, layer_table, main_metric, metrics_text, milliseconds, percent
 
 __all__ = [
@@ -262,6 +259,7 @@ def summarize(
         "test": test,
         "flops": _change(result.before.flops, result.after.flops),
         "params": _change(result.before.params, result.after.params),
+        "budgets": result.budgets,
         "latency": times,
         "phases": phases,
         "unpruned_epochs": unpruned and unpruned["phases"]["baseline"]["epochs"],
@@ -269,14 +267,6 @@ def summarize(
         "hardware": hardware(),
         "versions": versions(),
     }
-
-
-def hardware() -> str:
-    """The accelerator, or the processor and how many cores of it there are."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def versions() -> dict[str, str]:
@@ -322,11 +312,12 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         if summary["method"] != "baseline":
             text = f"{change['before']:,} -> {text} ({percent(change['ratio'])})"
         rows.append((label, text))
+    rows += _budget_rows(summary.get("budgets", {}))
     rows += _latency_rows(summary.get("latency"))
     rows.append(("time", f"{summary['seconds']:.0f} s on {summary['hardware']}"))
     if "search" in phases and not phases["search"]["met_budget"]:
         rows.append(
-            ("note", "the search ran out of epochs; the network was pruned to the target anyway")
+            ("note", "the search ran out of epochs; the network was pruned to its budget anyway")
         )
     skipped = {name: phase["skipped"] for name, phase in phases.items() if phase["skipped"]}
     if skipped:
@@ -334,6 +325,21 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         rows.append(("note", f"batches skipped because they were not finite: {counts}"))
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+
+def _budget_rows(budgets: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The budgets that no other line tells of."""
+    rows = []
+    for name, row in budgets.items():
+        if name == "latency":
+            ratio = {key: percent(value) for key, value in row["ratio"].items()}
+            text = "measured {median} ({low} to {high}) of the whole's".format(**ratio)
+            text += f", predicted {percent(row['predicted'])}; asked for {percent(row['asked'])}"
+            rows.append((f"time, batch {row['batch']}", text))
+        elif name == "activations":
+            text = f"{percent(row['counted'])}; asked for {percent(row['asked'])}"
+            rows.append((name, text))
+    return rows
 
 
 def _latency_rows(latency: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -11,7 +11,8 @@ from typing import Any
 from flax import nnx
 
 from dhp_jax import checkpoint, journal
-from dhp_jax.cost import Cost, measure_cost
+from dhp_jax.budgets import limits
+from dhp_jax.cost import MEASURES, Cost, measure_cost
 from dhp_jax.workdir import COMMANDS, CONFIG
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,33 @@ class Result:
     def pruned(self) -> bool:
         """Whether there is a network that was made smaller, and the one that it was made of."""
         return self.search is not None and self.after is not None
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """The shares that its search comes down to; see `dhp_jax.budgets.limits`."""
+        return limits(self.config.get("budget", {}), self.config["target"])
+
+    @property
+    def budgets(self) -> dict[str, dict[str, Any]]:
+        """Every budget of a network that was pruned: asked for, predicted, and what it came to.
+
+        FLOPs, params and activations are shares, predicted from the survivors and counted in the
+        network. Latency is predicted as the FLOPs and measured: `time`, see `budgets.Chosen`.
+        """
+        noted = self.notes.get("pruned", {}).get("budget")
+        if not noted or not self.pruned:
+            return {}
+        budget = self.config["budget"]
+        asked = budget | limits({**budget, "latency": None}, self.config["target"])
+        predicted, found = noted["predicted"], {}
+        for name in MEASURES:
+            counted = getattr(self.after, name) / getattr(self.before, name)
+            row = {"asked": asked.get(name), "predicted": predicted[name], "counted": counted}
+            found[name] = row
+        if "time" in noted:
+            row = {"asked": asked["latency"], "predicted": predicted["flops"]}
+            found["latency"] = row | {"batch": asked["batch"] or 1, **noted["time"]}
+        return {name: row for name, row in found.items() if row["asked"] is not None}
 
     @property
     def input_shape(self) -> tuple[int, ...]:

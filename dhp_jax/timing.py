@@ -1,6 +1,8 @@
 """How long the forward pass of a network takes, here and now."""
 
 from collections.abc import Callable, Mapping, Sequence
+import os
+import platform
 import statistics
 import time
 
@@ -73,6 +75,14 @@ def measure_latency(
     passes = {name: forward(model, input_shape, batch) for name, model in models.items()}
     taken = in_turn(passes, rounds, seconds)
     return {name: [1e3 * s for s in times] for name, times in taken.items()}
+
+
+def hardware() -> str:
+    """The accelerator, or the processor and how many cores of it there are."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

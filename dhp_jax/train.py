@@ -1,10 +1,11 @@
 """The one training loop: search, converge and the unpruned baseline are phases of it."""
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 from dataclasses import dataclass, field
+import functools
 import itertools
 import math
 import time
@@ -20,6 +21,7 @@ import numpy as np
 import optax
 
 from dhp_jax.backend import compiler_options, steps_per_dispatch, tune
+from dhp_jax.cost import MEASURES
 from dhp_jax.data.order import epoch_order
 from dhp_jax.data.stream import Stream
 from dhp_jax.latent import LatentVector
@@ -57,16 +59,16 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """A stop rule: train until `ratio(model)[0] <= limit`, which is looked at every step.
+    """A stop rule: train until no share is above its limit, which is looked at every step.
 
     Attributes:
-      ratio: shares of FLOPs and params; jitted.
-      limit: share of FLOPs.
+      shares: shares of FLOPs, params and activations by name, as of `Cost.shares`; jitted.
+      limits: of some of these, by name.
       history: what else of the model every record keeps, vectors by name; jitted.
     """
 
-    ratio: Callable[[nnx.Module], tuple[Array, Array]]
-    limit: float
+    shares: Callable[[nnx.Module], Mapping[str, Array]]
+    limits: Mapping[str, float]
     history: Callable[[nnx.Module], dict[str, Array]] = lambda model: {}
 
 
@@ -157,11 +159,12 @@ class Remains(NamedTuple):
 
     flops: Float[Array, ""]  # share of the unpruned network's
     params: Float[Array, ""]
-    within: Bool[Array, ""]  # the budget
+    activations: Float[Array, ""]
+    within: Bool[Array, ""]  # all limits
 
     @classmethod
     def all(cls) -> "Remains":
-        return cls(jnp.ones(()), jnp.ones(()), jnp.zeros((), bool))
+        return cls(*[jnp.ones(())] * len(MEASURES), jnp.zeros((), bool))
 
 
 class TrainState(NamedTuple):
@@ -438,7 +441,7 @@ class _Loop:
             values["examples_per_second"] = (steps - before) * self.batch_size / (now - then)
         if self.phase.budget is not None:
             remains = jax.device_get(self.state.remains)
-            values |= {"flops_ratio": float(remains.flops), "params_ratio": float(remains.params)}
+            values |= {f"{name}_ratio": float(getattr(remains, name)) for name in MEASURES}
             params, rest = whole((self.state.params, self.state.rest))
             values |= from_first(lambda: _rounded(self.history(params, rest)))
         self.clock = time.perf_counter(), steps
@@ -648,8 +651,10 @@ def make_step(
             fault = Fault(stepped.step, value.astype(jnp.float32))
             stepped = stepped._replace(fault=_where(first, fault, state.fault))
         if budget is not None:
-            flops, params = budget.ratio(nnx.merge(graphdef, *stepped.params, stepped.rest))
-            stepped = stepped._replace(remains=Remains(flops, params, flops <= budget.limit))
+            shares = budget.shares(nnx.merge(graphdef, *stepped.params, stepped.rest))
+            met = [shares[name] <= limit for name, limit in budget.limits.items()]
+            within = functools.reduce(jnp.logical_and, met)
+            stepped = stepped._replace(remains=Remains(**shares, within=within))
         return settled(mesh, stepped)
 
     def of_resident(state: TrainState, data: Data, order, position, key) -> TrainState:

@@ -21,6 +21,14 @@ def metrics_text(values: Mapping[str, float]) -> str:
     )
 
 
+MEASURES = {"flops": "FLOPs", "params": "params", "activations": "activations"}
+
+
+def in_words(shares: Mapping[str, float]) -> str:
+    """Shares of a network's cost: "0.52 of the FLOPs and 0.6 of the params"."""
+    return " and ".join(f"{share:g} of the {MEASURES[name]}" for name, share in shares.items())
+
+
 def layer_table(before: Cost, after: Cost) -> str:
     """A Markdown table of every layer: channels, FLOPs and params, before and after pruning."""
     rows = [("layer", "channels in", "channels out", "FLOPs", "", "params", "")]

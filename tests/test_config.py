@@ -112,10 +112,13 @@ def test_the_restoration_configurations_are_of_the_papers_networks(name, model, 
 # One wrong value
 
 
+BUDGETS = ("flops", "params", "activations", "latency")
 GOOD = {
     "seed": [0, 1, 2**32 - 1],
     "method": ["dhp", "baseline"],
     "target": [0.5, 1, 1e-9],
+    **{f"budget.{name}": [None, 1, 0.5, 1e-9] for name in BUDGETS},
+    "budget.batch": [None, 1, 64],
     "multiple_of": [1, 8],
     "batch_size": [1, 4096],
     "dtype": ["float32", "bfloat16"],
@@ -158,6 +161,14 @@ BAD = {
     "seed": ([*INTEGERS, -1, 2**32], "an integer >= 0 and <= 4294967295"),
     "method": (WORDS, "one of dhp, baseline"),
     "target": ([*NUMBERS, 0, -0.5, 1.5], "a number > 0 and <= 1"),
+    **{
+        f"budget.{name}": (
+            [*NUMBERS[1:], 0, -0.5, 1.5],
+            "a number > 0 and <= 1, or None for no such budget",
+        )
+        for name in BUDGETS
+    },
+    "budget.batch": ([*INTEGERS[1:], 0, -1], f"{COUNT}, or None for one input"),
     "multiple_of": ([*INTEGERS, 0, -8], CHANNELS),
     "batch_size": ([*INTEGERS, 0, -64], COUNT),
     "dtype": ([*WORDS, "float16"], "one of float32, bfloat16"),
@@ -576,9 +587,9 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
         (
             "config.serch.epochs",
             "3",
-            "config.serch: unknown field: expected one of baseline, batch_size, checkpoint, "
-            "converge, data, dtype, log_every, mesh, method, model, multiple_of, nonfinite, "
-            "optimizer, search, seed, target, task; got 'serch'; did you mean 'search'?",
+            "config.serch: unknown field: expected one of baseline, batch_size, budget, "
+            "checkpoint, converge, data, dtype, log_every, mesh, method, model, multiple_of, "
+            "nonfinite, optimizer, search, seed, target, task; got 'serch'; did you mean 'search'?",
         ),
         (
             "config.data.dri",

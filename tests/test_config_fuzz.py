@@ -72,11 +72,14 @@ ANY = st.one_of(
     st.lists(st.floats(0, 300), max_size=3).map(tuple),
     st.dictionaries(st.text(st.characters(exclude_characters="."), max_size=5), st.integers()),
 )
+BUDGETS = [f"budget.{name}" for name in ("flops", "params", "activations", "latency")]
 # Values that suit a field, so that what is right is not refused either.
 GOOD = {
     "seed": [0, 2**32 - 1],
     "method": ["dhp", "baseline"],
     "target": [0.5, 0.9, 1],
+    **{name: [None, 0.9, 1] for name in BUDGETS},
+    "budget.batch": [None, 1, 64],
     "multiple_of": [1, 2, 4],
     "batch_size": [1, 64],
     "dtype": ["float32", "bfloat16"],
@@ -112,6 +115,7 @@ COUNTS = [1, 2, 100]  # suit every other number
 # Fields that a message may be about although others were changed, which they are measured by.
 MEASURED_BY = {
     "target": ("model", "search.min_channels", "multiple_of", "task", "data"),
+    "budget": ("target", "model", "search.min_channels", "multiple_of", "task", "data"),
     "multiple_of": ("model",),
     "task.steps_per_epoch": ("batch_size",),
     "task.patch": ("task.scale",),
@@ -202,6 +206,7 @@ def cached():
         patch.setattr(models, "build_abstract", build_abstract)
         patch.setattr(pipeline, "measure_cost", functools.cache(pipeline.measure_cost))
         patch.setattr(pipeline, "check_axes", functools.cache(pipeline.check_axes))
+        patch.setattr(pipeline, "_check_latency", lambda *arguments: None)  # it compiles networks
         patch.setattr(digits, "load", functools.cache(digits.load))
         patch.setattr(mobilenet, "V1_BLOCKS", mobilenet.V1_BLOCKS[:3])  # the shape of all others
         patch.setattr(mobilenet, "V2_GROUPS", mobilenet.V2_GROUPS[:3])

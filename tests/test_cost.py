@@ -235,6 +235,47 @@ def test_a_pruned_network_of_ones_own_costs_what_its_arrays_say():
     assert found.given({}) == mixed_cost(*widths)
 
 
+# Activations
+
+
+def mixed_activations(a, b, c):
+    """Bytes of what the layers of `Mixed` that have FLOPs return for a 4x4 image."""
+    return 4 * (16 * (a + a + b) + 4 * (c + c + c) + 5)
+
+
+def test_activations_are_the_bytes_of_all_outputs_of_layers_with_flops(mixed):
+    assert mixed.activations == mixed_activations(7, 5, 6)
+    assert mixed.amounts(mixed_counts(3, 2, 4))["activations"] == mixed_activations(3, 2, 4)
+    share = mixed_activations(3, 2, 4) / mixed_activations(7, 5, 6)
+    assert mixed.shares(mixed_counts(3, 2, 4))["activations"] == share
+
+
+def test_activations_are_predicted_in_jit_and_are_those_of_the_pruned_network():
+    model = resnet20()
+    cost, masks = dhp.measure_cost(model, (16, 16, 3)), drawn_masks(model, 5)
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    found = dhp.measure_cost(dhp.prune(model, masks), (16, 16, 3))
+    amounts, shares = jax.jit(lambda counts: (cost.amounts(counts), cost.shares(counts)))(counts)
+    assert int(amounts["activations"]) == found.activations < cost.activations
+    for name in ("flops", "params", "activations"):
+        left = getattr(found, name) / getattr(cost, name)
+        np.testing.assert_allclose(shares[name], left, rtol=1e-7)
+
+
+def test_activations_take_half_the_bytes_in_bfloat16():
+    def of(dtype):
+        build = dhp.models.build_abstract
+        model = build("resnet", depth=20, width=0.25, num_classes=10, dtype=dtype)
+        return dhp.measure_cost(model, (16, 16, 3)).activations
+
+    assert of("bfloat16") == of("float32") / 2
+
+
+def test_of_nothing_everything_is_left():
+    cost = dhp.measure_cost(Net(lambda net, x: x), (4, 4, 6))
+    assert cost.shares({}) == {"flops": 1.0, "params": 1.0, "activations": 1.0}
+
+
 # Ordinary layers, and more than one call
 
 

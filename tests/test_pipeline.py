@@ -17,6 +17,7 @@ from runs import NETWORKS, Interrupter, Stop, check_same_end, without_times
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
 from dhp_jax import data, journal, pipeline, workdir
+from dhp_jax.budgets import Time
 from dhp_jax.config import ConfigError
 from dhp_jax.train import Stopped
 
@@ -429,12 +430,151 @@ def test_a_search_that_runs_out_of_epochs_says_so_and_is_pruned_to_the_target(tm
         pipeline.execute(run)
     assert caplog.messages == [
         "search: did not come down to 0.42 of the FLOPs within search.epochs=1; "
-        "pruning to the target 0.4 anyway"
+        "pruning to 0.4 of the FLOPs anyway"
     ]
     phase = description(tmp_path, "search")["notes"]["phase"]
     assert (phase["met_budget"], phase["epochs"]) == (False, 1)
     full, small = (dhp.measure_cost(dhp.load(tmp_path / n), SHAPE) for n in ("search", "pruned"))
     assert 0.38 < small.flops / full.flops <= 0.4
+
+
+# Several budgets, and that of measured time
+
+
+class Clocks:
+    """Clocks whose times follow from the FLOPs, and that never tell the same twice."""
+
+    def __init__(self, floor=0.0):
+        self.measured, self.floor = [], floor
+
+    def __call__(self, model, input_shape, batch):
+        whole = dhp.measure_cost(model, input_shape).flops
+
+        def timed(small):
+            share = dhp.measure_cost(small, input_shape).flops / whole
+            self.measured.append((share, batch))
+            median = self.floor + (1 - self.floor) * share + 1e-6 * len(self.measured)
+            values = {"low": median - 0.01, "median": median, "high": median + 0.01}
+            return Time(ratio=values, whole_ms=values, ms=values, rounds=9)
+
+        return timed
+
+
+QUICK = {"budget.latency": 0.5, "budget.batch": 3, "target": 0.6, "converge.epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, compiled_once):
+    """A run with four budgets, and how often a network was timed."""
+    folder = tmp_path_factory.mktemp("quick")
+    clocks = Clocks(floor=0.1)
+    config = tiny(**QUICK, **{"budget.params": 0.55, "budget.activations": 0.8})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "clock", clocks)
+        run = pipeline.prepare(config, folder)
+        before = len(clocks.measured)
+        summary = pipeline.execute(run)
+    return SimpleNamespace(
+        workdir=folder, config=config, summary=summary, clocks=clocks, before=before
+    )
+
+
+def test_all_budgets_of_a_configuration_hold(quick):
+    networks = (dhp.load(quick.workdir / name) for name in ("search", "model"))
+    full, small = (dhp.measure_cost(network, SHAPE) for network in networks)
+    assert small.flops / full.flops <= 0.6
+    assert small.params / full.params <= 0.55
+    assert small.activations / full.activations <= 0.8
+    share, batch = quick.clocks.measured[-1]
+    assert share == small.flops / full.flops
+    assert batch == 3
+    assert 0.1 + 0.9 * share + 0.01 <= 0.5
+
+
+def test_a_latency_is_looked_at_once_before_work_is_done(quick):
+    assert quick.before == 1
+    smallest = quick.clocks.measured[0][0]
+    assert smallest == min(share for share, _ in quick.clocks.measured)
+
+
+def test_a_search_ends_when_all_budgets_are_nearly_met(quick):
+    phase = description(quick.workdir, "search")["notes"]["phase"]
+    search = [r for r in journal.read(quick.workdir / journal.RECORDS) if r["phase"] == "search"]
+    asked = {"flops": 0.5, "params": 0.55, "activations": 0.8}  # FLOPs as the latency
+
+    def met(record):
+        return all(record[f"{name}_ratio"] <= share + 0.02 for name, share in asked.items())
+
+    assert phase["met_budget"]
+    assert met(search[-1])
+    assert not any(met(record) for record in search[:-1])
+
+
+def test_what_was_predicted_and_measured_is_told(quick):
+    told = quick.summary["budgets"]
+    assert told.keys() == {"flops", "params", "activations", "latency"}
+    for name in ("flops", "params", "activations"):
+        assert told[name]["predicted"] == told[name]["counted"] <= told[name]["asked"]
+    noted = description(quick.workdir, "pruned")["notes"]["budget"]
+    assert told["latency"]["predicted"] == noted["predicted"]["flops"]
+    assert told["latency"]["ratio"] == noted["time"]["ratio"]
+    assert [row["flops"] for row in noted["time"]["tried"]] == [
+        share for share, _ in quick.clocks.measured[quick.before :]
+    ]
+    page = (quick.workdir / "report.html").read_text()
+    ratio = [f"{100 * told['latency']['ratio'][name]:.2f} %" for name in ("median", "low", "high")]
+    assert "{} ({} to {})".format(*ratio) in page
+    assert "asked for" in page
+    assert "50.00 %" in page
+
+
+def test_a_run_that_goes_on_measures_nothing_once_its_network_is_pruned(
+    quick, tmp_path, monkeypatch
+):
+    """Clocks tell other times now: what is on disk counts."""
+    expected, clocks = contents(quick.workdir / "pruned"), Clocks(floor=0.3)
+    monkeypatch.setattr(pipeline, "clock", clocks)
+    shutil.copytree(quick.workdir, tmp_path / "run")
+    for name in ("best", "model", "checkpoints/converge"):
+        shutil.rmtree(tmp_path / "run" / name)
+    pipeline.execute(pipeline.prepare(quick.config, tmp_path / "run"))
+    assert clocks.measured == []
+    assert contents(tmp_path / "run/pruned") == expected
+    check_same_end(tmp_path / "run", quick.workdir)
+
+
+def test_a_latency_below_what_is_reachable_is_refused_before_work_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "clock", Clocks(floor=0.7))
+    expected = r"^config.budget.latency: 0.5 cannot be reached: the smallest possible network takes"
+    with pytest.raises(ValueError, match=expected):
+        pipeline.prepare(tiny(**QUICK), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    pipeline.prepare(tiny(**QUICK, method="baseline"), tmp_path / "run")  # which prunes nothing
+
+
+def test_a_latency_that_is_out_of_reach_after_the_search_ends_the_run_in_one_line(
+    quick, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pipeline, "clock", Clocks(floor=0.7))
+    shutil.copytree(quick.workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/pruned")
+    with pytest.raises(ValueError, match=r"^config.budget.latency: 0.5 cannot .*/search, for"):
+        pipeline.execute(pipeline.prepare(quick.config, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"target": 0.01}, "config.target: flops: 0.01 cannot"),
+        ({"target": 0.5, "budget.flops": 0.01}, "config.budget.flops: 0.01 cannot"),
+        ({"budget.params": 0.001}, "config.budget.params: 0.001 cannot"),
+        ({"budget.activations": 0.01}, "config.budget.activations: 0.01 cannot"),
+    ],
+)
+def test_a_budget_out_of_reach_is_told_by_its_field(tmp_path, changes, field):
+    with pytest.raises(ValueError, match=f"^{field} be reached: the smallest possible share is 0."):
+        pipeline.prepare(tiny(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # The baseline

@@ -437,8 +437,8 @@ def mixed_by_greed(model, cost, **budget):
     )
 
     def fits():
-        shares = cost.ratio({name: int(mask.sum()) for name, mask in masks.items()})
-        return all({"flops": shares[0], "params": shares[1]}[n] <= s for n, s in budget.items())
+        shares = cost.shares({name: int(mask.sum()) for name, mask in masks.items()})
+        return all(shares[name] <= share for name, share in budget.items())
 
     removed = []
     for _, name, index in entries:
@@ -463,12 +463,14 @@ BUDGETS = st.one_of(
     st.builds(dict, flops=st.floats(0.25, 1)),
     st.builds(dict, params=st.floats(0.25, 1)),
     st.builds(dict, flops=st.floats(0.25, 1), params=st.floats(0.25, 1)),
+    st.builds(dict, activations=st.floats(0.45, 1)),
+    st.builds(dict, params=st.floats(0.25, 1), activations=st.floats(0.45, 1)),
 )
 
 
 def within(cost, budget, counts):
     """Whether numbers of survivors keep a budget."""
-    shares = dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
+    shares = cost.shares(counts)
     return all(shares[name] <= share for name, share in budget.items())
 
 
@@ -499,8 +501,7 @@ def test_budgets_are_met_and_used_up_by_magnitude(mixed, seed, budget):
             assert magnitude[masks[name]].min() >= magnitude[~masks[name]].max()
 
     def slack(masks):
-        shares = cost.ratio({name: int(mask.sum()) for name, mask in masks.items()})
-        used = dict(zip(("flops", "params"), shares, strict=True))
+        used = cost.shares({name: int(mask.sum()) for name, mask in masks.items()})
         return min(share - used[name] for name, share in budget.items())
 
     greedy = mixed_by_greed(model, cost, **budget)
@@ -557,12 +558,12 @@ def test_the_smallest_rounded_widths_are_multiples_above_min_channels(mixed):
     for multiple_of, widths in ((1, (2, 2, 2)), (2, (2, 2, 2)), (3, (3, 3, 3)), (4, (4, 4, 4))):
         counts = dict(zip((MIXED_LATENTS[name] for name in "abc"), widths, strict=True))
         counts[MIXED_LATENTS["image"]] = 3
-        shares = dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
+        shares = cost.shares(counts)
         assert smallest_ratio(model, cost, multiple_of) == shares
         masks = survivors_within(model, cost, multiple_of, **shares)
         assert {name: int(mask.sum()) for name, mask in masks.items()} == counts
     whole = smallest_ratio(model, cost, 7)
-    assert whole == {"flops": 1, "params": 1}
+    assert whole == {"flops": 1, "params": 1, "activations": 1}
     with pytest.raises(dhp.BudgetError, match=r", up to a multiple of 6$"):
         survivors_within(model, cost, 6, flops=0.2)
 
@@ -604,7 +605,7 @@ def test_the_smallest_share_can_be_reached_and_is_told_when_less_is_asked_for(mi
     model, cost = mixed
     smallest = smallest_ratio(model, cost)
     counts = {**dict.fromkeys((MIXED_LATENTS[n] for n in "abc"), 2), MIXED_LATENTS["image"]: 3}
-    assert smallest == dict(zip(("flops", "params"), cost.ratio(counts), strict=True))
+    assert smallest == cost.shares(counts)
     for name, share in smallest.items():
         masks = survivors_within(model, cost, **{name: share})
         assert {latent: int(mask.sum()) for latent, mask in masks.items()} == counts
@@ -627,7 +628,9 @@ def test_a_share_outside_zero_to_one_is_refused(mixed, target):
 
 @pytest.mark.parametrize("budget", [{}, {"flop": 0.5}, {"flops": 0.9, "latency": 0.5}])
 def test_a_budget_of_something_else_is_refused(mixed, budget):
-    with pytest.raises(ValueError, match=r"^budget: expected flops= or params= or both, got \["):
+    with pytest.raises(
+        ValueError, match=r"^budget: expected some of flops=, params=, activations=, got \["
+    ):
         check_budget(*mixed, **budget)
 
 

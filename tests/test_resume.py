@@ -328,7 +328,7 @@ def phase_of(model, budget):
         shrink = shrink_latents(params, strength=0.3, schedule=schedule, threshold=THRESHOLD)
         return optax.chain(sgd, shrink) if budget else sgd
 
-    limit = Budget(lambda m: cost.ratio(survivor_counts(m, THRESHOLD)), 0.0)
+    limit = Budget(lambda m: cost.shares(survivor_counts(m, THRESHOLD)), {"flops": 0.0})
     return Phase("search", 3, schedule, make, limit if budget else None)
 
 

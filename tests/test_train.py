@@ -94,7 +94,7 @@ def searched(model, *, limit=0.0, key=0, log_every=LOG_EVERY):
         shrink = shrink_latents(params, strength=STRENGTH, schedule=SCHEDULE, threshold=THRESHOLD)
         return optax.chain(sgd, shrink)
 
-    budget = Budget(lambda m: cost.ratio(survivor_counts(m, THRESHOLD)), limit)
+    budget = Budget(lambda m: cost.shares(survivor_counts(m, THRESHOLD)), {"flops": limit})
     phase = Phase("search", EPOCHS, SCHEDULE, with_proximal_step, budget)
     outcome = train(
         model,
@@ -322,7 +322,7 @@ def test_many_steps_a_dispatch_end_with_the_one_that_reaches_the_limit(net, by_h
 def test_the_device_takes_many_steps_without_the_host(net):
     task = Classification((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True)
     cost = dhp.measure_cost(net, SHAPE)
-    budget = Budget(lambda m: cost.ratio(survivor_counts(m, THRESHOLD)), 0.5)
+    budget = Budget(lambda m: cost.shares(survivor_counts(m, THRESHOLD)), {"flops": 0.5})
     graphdef, transformation, state = start(net, lambda params: optax.sgd(0.1))
     steps = make_step(graphdef, transformation, task, BATCH, budget=budget, many=True)
     order = jnp.arange(EXAMPLES)
@@ -467,7 +467,11 @@ def test_the_best_model_is_that_of_the_first_best_test_and_the_last_the_last(met
 
 def test_a_budget_is_looked_at_after_every_step():
     def steps(limit):
-        budget = Budget(lambda model: (1 - model.height[...] / 10, jnp.ones(())), limit)
+        def shares(model):
+            left = 1 - model.height[...] / 10
+            return {"flops": left, "params": jnp.ones(()), "activations": left}
+
+        budget = Budget(shares, {"flops": limit})
         return climbed(
             Climb(), epochs=2, examples=5, batch_size=1, log_every=3, budget=budget
         ).progress.steps

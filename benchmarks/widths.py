@@ -1,0 +1,122 @@
+"""Which multiples do widths of pruned layers want to be of?
+
+Prunes networks to one share of their FLOPs with widths as they fall and rounded to multiples of
+several numbers, and times the forward passes of all of them in turn. All fit the same budget, so a
+rounded network has no more FLOPs than the one beside it: what it gains is the hardware's. The
+numbers that are best here are what `multiple_of="auto"` chooses (`dhp_jax/widths.py`).
+
+    python benchmarks/widths.py                        # a few networks, float32 and bfloat16
+    python benchmarks/widths.py --networks vgg16 unet --dtypes float32
+    python benchmarks/widths.py --quick                # a smoke run of a few seconds
+"""
+
+import argparse
+import math
+import statistics
+
+import jax
+from record import parser, positive, progress, publish, spread, table_of
+from zoo import NETWORKS, Network
+
+import dhp_jax as dhp
+from dhp_jax import timing
+
+FLOPS = 0.5
+NOTE = (
+    f"Networks pruned to {FLOPS:.0%} of their FLOPs, widths rounded within that budget. Time: of the "
+    "rounded network as a share of that with widths as they fall, medians of pairs of interleaved "
+    "forward passes with their quartiles; below 1, rounding pays. It pays where the upper quartile "
+    "is below 1, costs where the lower one is above. The last rows have the geometric means."
+)
+ALL = "geometric mean"
+
+
+def main() -> None:
+    arguments = parser(
+        __doc__, ("resnet20", "densenet40", "mobilenet_v2", "dncnn"), 15, "passes that count"
+    )
+    arguments.add_argument("--multiples", nargs="+", type=positive, default=[2, 4, 8, 16])
+    arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options = arguments.parse_args()
+    if options.quick:
+        options.networks, options.rounds = ["resnet20"], 3
+        options.multiples, options.dtypes = [2], ["float32"]
+    rows = []
+    for dtype in options.dtypes:
+        for name in options.networks:
+            network = NETWORKS[name]
+            large = 4 if options.quick or network.patch or network.input_shape[0] > 64 else 64
+            for batch in (1, large):
+                rows += measure(network, batch, dtype, options)
+                progress("\n".join(as_table(rows).splitlines()[-len(options.multiples) :]))
+            jax.clear_caches()
+    rows += means(rows)
+    publish(options.out, "widths", "Widths that hardware likes", NOTE, rows, as_table(rows))
+
+
+def measure(network: Network, batch: int, dtype: str, options: argparse.Namespace) -> list[dict]:
+    """Times of networks with rounded widths, run in turn with that of any width; a row for each."""
+    changes = {"width": 0.5, "min_channels": 1} if options.quick else {}
+    model = network.build(dtype=dtype, **changes)
+    small = {}
+    for multiple in (1, *options.multiples):
+        try:
+            small[multiple] = dhp.prune_to(model, network.input_shape, multiple, flops=FLOPS)
+        except dhp.BudgetError as error:
+            progress(f"{network.label}: left out: {error}")
+    passes = {m: timing.forward(net, network.input_shape, batch) for m, net in small.items()}
+    seconds = timing.in_turn(passes, options.rounds)
+    whole = dhp.measure_cost(model, network.input_shape).flops
+    return [
+        {
+            "platform": jax.default_backend(),
+            "dtype": dtype,
+            "network": network.label,
+            "batch": batch,
+            "multiple_of": multiple,
+            "flops_ratio": dhp.measure_cost(small[multiple], network.input_shape).flops / whole,
+            "ms": timing.quartiles([1e3 * s for s in seconds[multiple]]),
+            "time": timing.quartiles(
+                [t / any_width for t, any_width in zip(seconds[multiple], seconds[1], strict=True)]
+            ),
+        }
+        for multiple in small
+        if multiple > 1
+    ]
+
+
+def means(rows: list[dict]) -> list[dict]:
+    """The geometric mean of the times of every dtype and multiple."""
+    kinds = dict.fromkeys((row["platform"], row["dtype"], row["multiple_of"]) for row in rows)
+    found = []
+    for platform, dtype, multiple in kinds:
+        times = [
+            row["time"]["median"]
+            for row in rows
+            if (row["platform"], row["dtype"], row["multiple_of"]) == (platform, dtype, multiple)
+        ]
+        mean = math.exp(statistics.fmean(map(math.log, times)))
+        kind = {"platform": platform, "dtype": dtype, "multiple_of": multiple}
+        found.append({"network": ALL, **kind, "batch": None, "mean": mean, "of": len(times)})
+    return found
+
+
+def as_table(rows: list[dict]) -> str:
+    columns = ("network", "dtype", ">batch", ">widths of", ">FLOPs", ">ms", ">time", "rounding")
+    return table_of(columns, [_cells(row) for row in rows])
+
+
+def _cells(row: dict) -> tuple:
+    named = row["network"], row["dtype"]
+    if row["network"] == ALL:
+        return (*named, "", row["multiple_of"], "", "", f"{row['mean']:.2f}", "")
+    return (
+        *(*named, row["batch"], row["multiple_of"], f"{row['flops_ratio']:.1%}"),
+        f"{row['ms']['median']:.1f}",
+        spread(row["time"], ".2f"),
+        "pays" if row["time"]["high"] < 1 else "costs" if row["time"]["low"] > 1 else "neither",
+    )
+
+
+if __name__ == "__main__":
+    main()

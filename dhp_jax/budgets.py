@@ -1,0 +1,277 @@
+"""Survivors within several budgets at once, one of which may be measured time.
+
+FLOPs, params and activations are counted before anything is pruned; time is not. So candidates are
+pruned, compiled and timed against the whole network, the two in turn, and the largest one that is
+fast enough is found by bisection over its FLOPs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flax import nnx
+import numpy as np
+
+from dhp_jax.cost import Cost, measure_cost
+from dhp_jax.prune import (
+    BudgetError,
+    check_axes,
+    check_budget,
+    check_share,
+    prune,
+    smallest_ratio,
+    survivors_within,
+)
+from dhp_jax.timing import forward, hardware, in_turn, quartiles
+
+RESOLUTION = 0.01  # of the FLOPs, at which the bisection ends
+ROUNDS, SECONDS = 101, 2.0  # of a measurement, at most
+
+
+@dataclass(frozen=True)
+class Time:
+    """How long a pruned network takes, measured in turn with the whole one.
+
+    Attributes:
+      ratio: quartiles of its time as a share of the whole network's, over pairs of passes.
+      whole_ms, ms: quartiles of the milliseconds of both.
+      rounds: how many pairs there were.
+    """
+
+    ratio: dict[str, float]
+    whole_ms: dict[str, float]
+    ms: dict[str, float]
+    rounds: int
+
+    def within(self, share: float) -> bool:
+        """Whether three of four pairs are within a share."""
+        return self.ratio["high"] <= share
+
+    def __str__(self) -> str:
+        return "{median:.2f} ({low:.2f} to {high:.2f})".format(**self.ratio)
+
+
+Clock = Callable[[nnx.Module], Time]
+
+
+def clock(model: nnx.Module, input_shape: tuple[int, ...], batch: int = 1) -> Clock:
+    """A function that times pruned networks against a model with nothing pruned.
+
+    Args:
+      model: a network of latents; left as it was.
+      input_shape: of one input, `(h, w, c)`.
+      batch: how many inputs a pass takes.
+    """
+    whole = forward(prune(model), input_shape, batch)
+
+    def timed(small: nnx.Module) -> Time:
+        passes = {"whole": whole, "small": forward(small, input_shape, batch)}
+        seconds = in_turn(passes, ROUNDS, SECONDS)
+        pairs = list(zip(seconds["whole"], seconds["small"], strict=True))
+        return Time(
+            ratio=quartiles([small / whole for whole, small in pairs]),
+            whole_ms=quartiles([1e3 * s for s in seconds["whole"]]),
+            ms=quartiles([1e3 * s for s in seconds["small"]]),
+            rounds=len(pairs),
+        )
+
+    return timed
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Survivors within budgets, and what was measured to find them.
+
+    Attributes:
+      masks: a boolean mask for each latent by name.
+      shares: of the whole network's FLOPs, params and activations, predicted from the masks.
+      time: of the pruned network, measured once more after it was chosen; `None` if nothing was.
+      tried: every candidate in turn, its FLOPs share and the quartiles of its time's.
+    """
+
+    masks: dict[str, np.ndarray]
+    shares: dict[str, float]
+    time: Time | None = None
+    tried: tuple[dict[str, Any], ...] = ()
+
+    def notes(self) -> dict[str, Any]:
+        """What is kept of it beside the network, as JSON values."""
+        if self.time is None:
+            return {"predicted": self.shares}
+        measured = {**asdict(self.time), "hardware": hardware(), "tried": list(self.tried)}
+        return {"predicted": self.shares, "time": measured}
+
+
+def choose(
+    model: nnx.Module,
+    cost: Cost,
+    multiple_of: int = 1,
+    *,
+    latency: float | None = None,
+    timed: Clock | None = None,
+    **budget: float,
+) -> Chosen:
+    """The survivors, by magnitude, that use as much of all budgets as fits; see `survivors_within`.
+
+    Args:
+      model: a network of latents.
+      cost: its `measure_cost`.
+      multiple_of: latents that lose entries keep a multiple of so many.
+      latency: share in (0, 1] of the whole network's time, within which the upper quartile of the
+        measured ratio is; `None` for no such budget.
+      timed: from `clock`, if `latency` is given.
+      **budget: `flops`, `params`, `activations`, shares in (0, 1].
+
+    Raises:
+      ValueError: as `survivors_within`; `BudgetError` if the smallest network is not fast enough.
+    """
+    if latency is None:
+        return _chosen(cost, survivors_within(model, cost, multiple_of, **budget))
+    check_share("latency", latency)
+    budget = {"flops": 1.0, **budget}
+    check_budget(model, cost, multiple_of, **budget)
+    search = _Bisection(model, cost, multiple_of, budget, latency, timed)
+    return search.result()
+
+
+class _Bisection:
+    """Candidates by their FLOPs, each pruned and timed once."""
+
+    def __init__(self, model, cost, multiple_of, budget, latency, timed):
+        self.model, self.cost, self.multiple_of = model, cost, multiple_of
+        self.budget, self.latency, self.timed = budget, latency, timed
+        self.known: dict[tuple[int, ...], bool] = {}
+        self.tried: list[dict[str, Any]] = []
+
+    def result(self) -> Chosen:
+        low = smallest_ratio(self.model, self.cost, self.multiple_of)["flops"]
+        high = self.budget["flops"]
+        within = [masks := self.survivors(low)]
+        if not self.fits(masks):
+            raise self.unreachable(self.timed(prune(self.model, masks)))
+        if self.fits(masks := self.survivors(high)):
+            within.append(masks)
+        else:
+            while high - low > RESOLUTION:
+                middle = (low + high) / 2
+                if self.fits(masks := self.survivors(middle)):
+                    within.append(masks)
+                    low = middle
+                else:
+                    high = middle
+        return self.confirmed(within)
+
+    def survivors(self, flops: float) -> dict[str, np.ndarray]:
+        budget = self.budget | {"flops": flops}
+        return survivors_within(self.model, self.cost, self.multiple_of, **budget)
+
+    def fits(self, masks: dict[str, np.ndarray]) -> bool:
+        """Whether a candidate is fast enough; one of the same widths is not timed again."""
+        widths = tuple(int(mask.sum()) for mask in masks.values())
+        if widths not in self.known:
+            self.known[widths] = self.measured(masks).within(self.latency)
+        return self.known[widths]
+
+    def measured(self, masks: dict[str, np.ndarray]) -> Time:
+        time = self.timed(prune(self.model, masks))
+        self.tried.append({"flops": _chosen(self.cost, masks).shares["flops"], **time.ratio})
+        return time
+
+    def confirmed(self, within: list[dict[str, np.ndarray]]) -> Chosen:
+        """The largest candidate that is fast enough a second time: one may have been by chance."""
+        for masks in reversed(within):
+            time = self.measured(masks)
+            if time.within(self.latency):
+                return _chosen(self.cost, masks, time, tuple(self.tried))
+        raise self.unreachable(time)
+
+    def unreachable(self, time: Time) -> BudgetError:
+        return BudgetError(_unreachable(self.latency, time))
+
+
+def _chosen(cost: Cost, masks: dict[str, np.ndarray], *measured: Any) -> Chosen:
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    return Chosen(masks, cost.shares(counts), *measured)
+
+
+def _unreachable(latency: float, time: Time) -> str:
+    return (
+        f"latency: {latency!r} cannot be reached: the smallest possible network takes {time} of "
+        f"the whole one's time, on {hardware()}"
+    )
+
+
+def check_latency(
+    model: nnx.Module, cost: Cost, latency: float, timed: Clock, multiple_of: int = 1
+) -> None:
+    """Raises a `BudgetError` if the smallest network is clearly slower than a budget.
+
+    Clearly: three of four passes are. What is closer is left to `choose`.
+    """
+    check_share("latency", latency)
+    smallest = smallest_ratio(model, cost, multiple_of)
+    time = timed(prune(model, survivors_within(model, cost, multiple_of, **smallest)))
+    if time.ratio["low"] > latency:
+        raise BudgetError(_unreachable(latency, time))
+
+
+def prune_to(
+    model: nnx.Module,
+    input_shape: tuple[int, ...],
+    multiple_of: int = 1,
+    *,
+    latency: float | None = None,
+    batch: int = 1,
+    **budget: float,
+) -> nnx.Module:
+    """Prunes to a network that uses as much of all budgets as fits, by magnitude of the latents.
+
+    Args:
+      model: a network of latents; left as it was.
+      input_shape: shape of one example, `(height, width, channels)`.
+      multiple_of: latents that lose entries keep a multiple of so many; 8 suits most hardware.
+      latency: share in (0, 1] of the time that the whole network takes, measured here and now on
+        compiled forward passes of both in turn: of every four pairs three are within it. Every
+        candidate has to be compiled; there are up to ten. `None` for no such budget.
+      batch: how many inputs these passes take.
+      **budget: `flops`, `params` or `activations` (bytes of the outputs of all layers; see
+        `dhp_jax.cost`), as shares of the model's own in (0, 1]. All that are given hold.
+
+    Returns:
+      The pruned network, as from `prune`.
+
+    Raises:
+      ValueError: a share outside (0, 1]; a `multiple_of` below 1 or above the size of every latent;
+        a `batch` below 1; axes that meet in the forward pass without being one latent; a share that
+        is out of reach (`BudgetError`, with the smallest one possible).
+
+    Example:
+      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
+      >>> quick = dhp.prune_to(model, (32, 32, 3), multiple_of=8, params=0.6, latency=0.7, batch=64)
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
+    if latency is not None:
+        check_share("latency", latency)
+        budget = {"flops": 1.0, **budget}
+    cost = measure_cost(model, input_shape)
+    check_budget(model, cost, multiple_of, **budget)
+    check_axes(model, input_shape)
+    timed = None if latency is None else clock(model, input_shape, batch)
+    chosen = choose(model, cost, multiple_of, latency=latency, timed=timed, **budget)
+    return prune(model, chosen.masks)
+
+
+def limits(budget: Mapping[str, float | None], target: float) -> dict[str, float]:
+    """What a search comes down to: budgets by name, with the FLOPs that a latency asks for.
+
+    Time cannot be measured while a search goes on. It is taken to fall as the FLOPs do.
+
+    Args:
+      budget: `flops`, `params`, `activations` and `latency`, shares or `None`.
+      target: another share of the FLOPs; the smallest one counts.
+    """
+    flops = [target, budget.get("flops"), budget.get("latency")]
+    found = {"flops": min(share for share in flops if share is not None)}
+    others = {name: budget.get(name) for name in ("params", "activations")}
+    return found | {name: share for name, share in others.items() if share is not None}
