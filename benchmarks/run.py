@@ -11,7 +11,7 @@ from pathlib import Path
 import subprocess
 import sys
 
-BENCHMARKS = ("step", "compile", "input", "memory", "scaling", "pruned", "checkpoint")
+BENCHMARKS = ("step", "compile", "input", "memory", "scaling", "pruned", "widths", "checkpoint")
 
 
 def main() -> None:

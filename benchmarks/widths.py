@@ -25,9 +25,8 @@ FLOPS = 0.5
 NOTE = (
     f"Networks pruned to {FLOPS:.0%} of their FLOPs, widths rounded within that budget. Time: of "
     "the rounded network as a share of that with widths as they fall, medians of pairs of "
-    "interleaved forward passes with their quartiles; below 1, rounding pays. It pays where the "
-    "upper quartile is below 1, costs where the lower one is above. The last rows have the "
-    "geometric means."
+    "interleaved forward passes with their quartiles. Rounding pays where the upper quartile "
+    "is below 1, costs where the lower one is above. The last rows have the geometric means."
 )
 ALL = "geometric mean"
 

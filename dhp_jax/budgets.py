@@ -23,6 +23,7 @@ from dhp_jax.prune import (
     survivors_within,
 )
 from dhp_jax.timing import forward, hardware, in_turn, quartiles
+from dhp_jax.widths import Multiples
 
 RESOLUTION = 0.01  # of the FLOPs, at which the bisection ends
 ROUNDS, SECONDS = 101, 2.0  # of a measurement, at most
@@ -105,7 +106,7 @@ class Chosen:
 def choose(
     model: nnx.Module,
     cost: Cost,
-    multiple_of: int = 1,
+    multiple_of: Multiples = 1,
     *,
     latency: float | None = None,
     timed: Clock | None = None,
@@ -202,7 +203,7 @@ def _unreachable(latency: float, time: Time) -> str:
 
 
 def check_latency(
-    model: nnx.Module, cost: Cost, latency: float, timed: Clock, multiple_of: int = 1
+    model: nnx.Module, cost: Cost, latency: float, timed: Clock, multiple_of: Multiples = 1
 ) -> None:
     """Raises a `BudgetError` if the smallest network is clearly slower than a budget.
 
@@ -218,7 +219,7 @@ def check_latency(
 def prune_to(
     model: nnx.Module,
     input_shape: tuple[int, ...],
-    multiple_of: int = 1,
+    multiple_of: Multiples = 1,
     *,
     latency: float | None = None,
     batch: int = 1,
@@ -229,7 +230,9 @@ def prune_to(
     Args:
       model: a network of latents; left as it was.
       input_shape: shape of one example, `(height, width, channels)`.
-      multiple_of: latents that lose entries keep a multiple of so many; 8 suits most hardware.
+      multiple_of: latents that lose entries keep a multiple of so many. A number for all; numbers
+        by name or pattern, such as `{"stages.*": 8}`; or "auto", for what was measured to be best
+        on this platform for the dtype of the model (see `dhp_jax.widths`).
       latency: share in (0, 1] of the time that the whole network takes, measured here and now on
         compiled forward passes of both in turn: of every four pairs three are within it. Every
         candidate has to be compiled; there are up to ten. `None` for no such budget.
@@ -241,7 +244,7 @@ def prune_to(
       The pruned network, as from `prune`.
 
     Raises:
-      ValueError: a share outside (0, 1]; a `multiple_of` below 1 or above the size of every latent;
+      ValueError: a share outside (0, 1]; a `multiple_of` below 1 or above the size of its latents;
         a `batch` below 1; axes that meet in the forward pass without being one latent; a share that
         is out of reach (`BudgetError`, with the smallest one possible).
 

@@ -135,7 +135,26 @@ def _cost(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
         drawn = drawing.chart(lines, x=axis, y=y, x_low=0, log=not metric.higher_is_better)
         title = f"{_title(metric)} against {label}"
         charts.append(drawing.figure(title, drawn, legend=drawing.legend(lines)))
-    return element("div", *charts, class_="charts")
+    return element("div", *charts, _against_latency(names, finished, metric), class_="charts")
+
+
+def _against_latency(
+    names: Sequence[str], finished: Sequence[tuple[int, Told]], metric: Metric
+) -> Markup | None:
+    """The metric against the time of the largest batch that was measured in all runs."""
+    batches = [{row["batch"] for row in _latencies(run)} for _, run in finished]
+    common = set.intersection(*batches)
+    if not common:
+        return None
+    batch, lines = max(common), []
+    for i, run in finished:
+        (row,) = (row for row in _latencies(run) if row["batch"] == batch)
+        value = metric.factor * run.summary["test"]["last"][metric.name]
+        lines.append(Line(names[i], [(row["after_ms"]["median"], value)], i, joined=False))
+    y = f"test {metric.label}, {metric.unit}"
+    drawn = drawing.chart(lines, x="milliseconds", y=y, x_low=0, log=not metric.higher_is_better)
+    title = f"{_title(metric)} against latency, batch {batch}"
+    return drawing.figure(title, drawn, legend=drawing.legend(lines))
 
 
 def _training(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:

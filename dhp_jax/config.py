@@ -11,12 +11,15 @@ from dhp_jax import models, optimizer
 from dhp_jax.data import photographs, sources
 from dhp_jax.models.blocks import MAX_CHANNELS
 from dhp_jax.names import shown, unknown
+from dhp_jax.widths import AUTO, parsed
 
 METHODS = ("dhp", "baseline")
 DTYPES = ("float32", "bfloat16")
 MOST = 1_000_000  # of what is counted, if nothing else is said
 LARGEST = 1e30  # of other numbers; float32 ends at 3e38
 LONGEST_SIDE = 10_000  # of images, in pixels
+MOST_TARGETS = 20
+SHARES = f"up to {MOST_TARGETS} shares > 0 and <= 1 in descending order, such as (0.75, 0.5)"
 MOST_DROPS = 100  # each makes the compiled step larger
 MOST_WORKERS = 1024
 MOST_EXAMPLES = 2**28  # of an epoch; their order takes 4 bytes each
@@ -43,6 +46,7 @@ def default(task: str = "classification") -> ConfigDict:
             "seed": 0,
             "method": "dhp",  # "baseline" trains the unpruned network instead
             "target": 0.5,  # share of the FLOPs that the pruned network may use
+            "targets": config_dict.placeholder(tuple),  # one after another instead, from one search
             "budget": {  # further shares of the unpruned network's; all that are given hold
                 "flops": config_dict.placeholder(float),
                 "params": config_dict.placeholder(float),
@@ -50,7 +54,9 @@ def default(task: str = "classification") -> ConfigDict:
                 "latency": config_dict.placeholder(float),  # measured where the run is
                 "batch": config_dict.placeholder(int),  # of which latency is measured; 1
             },
-            "multiple_of": 1,  # widths of pruned layers are multiples of it; 8 suits most hardware
+            # Widths of pruned layers are multiples of it: a number, "auto", or such as
+            # "stages.*:8,head:4" by latent; see dhp_jax/widths.py.
+            "multiple_of": config_dict.FieldReference(1, field_type=object),
             "batch_size": 64,
             "dtype": "float32",  # of activations and kernels; parameters stay float32
             "log_every": 100,  # steps between records, and between looks at the budget
@@ -221,7 +227,8 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
             rule = rule.get(part) if isinstance(rule, Mapping) else None
         if text is None:
             raise ConfigError(f"{name}: expected --{name}=<value>; got none")
-        if type(value) in (int, float) and not _reads_as(type(value), text):
+        suits = isinstance(rule, tuple) and rule[0](text)
+        if type(value) in (int, float) and not _reads_as(type(value), text) and not suits:
             expected = rule[1] if rule else {int: "an integer", float: "a number"}[type(value)]
             raise ConfigError(f"{name}: expected {expected}; got {shown(text)}")
 
@@ -260,6 +267,22 @@ def _one_of(*values: str | int) -> Rule:
         return any(type(value) is type(known) and value == known for known in values)
 
     return possible, f"one of {', '.join(map(str, values))}"
+
+
+def _shares(value: Any) -> bool:
+    """Whether a value is shares, each smaller than the one before."""
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= MOST_TARGETS:
+        return False
+    return all(map(_SHARE[0], value)) and list(value) == sorted(set(value), reverse=True)
+
+
+def _multiple(value: Any) -> bool:
+    if not isinstance(value, str):
+        return _integer(1, MAX_CHANNELS)[0](value)
+    try:
+        return value == AUTO or all(number <= MAX_CHANNELS for number in parsed(value).values())
+    except ValueError:
+        return False
 
 
 def _epochs(value: Any) -> bool:
@@ -306,11 +329,15 @@ FIELDS: Mapping[str, Any] = {
     "seed": _integer(0, 2**32 - 1),  # of larger ones JAX would use the last 32 bits
     "method": _one_of(*METHODS),
     "target": _SHARE,
+    "targets": _or_none((_shares, SHARES), "for the target alone"),
     "budget": {
         **dict.fromkeys(("flops", "params", "activations", "latency"), _BUDGET),
         "batch": _or_none(_integer(1), "for one input"),
     },
-    "multiple_of": _integer(1, MAX_CHANNELS),
+    "multiple_of": (
+        _multiple,
+        f"{_integer(1, MAX_CHANNELS)[1]}, auto, or numbers by latent, such as stages.*:8,head:4",
+    ),
     "batch_size": _integer(1),
     "dtype": _one_of(*DTYPES),
     "log_every": _integer(1),

@@ -104,6 +104,11 @@ def prepare(
         of another configuration; the message names it, its value and what is possible.
     """
     check(config)
+    if config.targets is not None and config.method != "baseline":
+        raise ConfigError(
+            "config.targets: expected None for a single run, for `dhp_jax.targets` carries out "
+            f"several; got {tuple(config.targets)}"
+        )
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     if mesh is not None:
         check_batch(config.batch_size, mesh.shape[DATA])

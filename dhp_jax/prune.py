@@ -17,6 +17,7 @@ from dhp_jax.architecture import architecture_of, set_architecture
 from dhp_jax.cost import MEASURES, Cost, input_refused
 from dhp_jax.latent import Axis, Latent, latents, modules_in
 from dhp_jax.layers import Prunable
+from dhp_jax.widths import Multiples, multiples
 
 Masks = Mapping[str, np.ndarray]
 TOLERANCE = 0.005  # of a budget that may be left before entries are traded
@@ -90,25 +91,21 @@ def latent_history(model: nnx.Module, threshold: float) -> dict[str, Array]:
     }
 
 
-def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: int = 1) -> dict[str, float]:
+def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: Multiples = 1) -> dict[str, float]:
     """The shares, as of `Cost.shares`, when every latent keeps as few entries as it can."""
+    steps = multiples(model, multiple_of)
     counts = {
-        name: z.size - max(_removals(z, multiple_of), default=0)
+        name: z.size - max(_removals(z, steps.get(name, 1)), default=0)
         for name, z in latents(model).items()
     }
     return cost.shares(counts)
 
 
-def check_budget(model: nnx.Module, cost: Cost, multiple_of: int = 1, **budget: float) -> None:
+def check_budget(
+    model: nnx.Module, cost: Cost, multiple_of: Multiples = 1, **budget: float
+) -> None:
     """Raises unless each budget is in (0, 1] and can be reached; see `survivors_within`."""
-    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
-        raise ValueError(f"multiple_of: expected an integer of at least 1, got {multiple_of!r}")
-    widest = max((z.size for z in latents(model).values() if z.prunable), default=1)
-    if multiple_of > widest:
-        raise ValueError(
-            f"multiple_of: expected at most {widest}, the size of the largest prunable latent, "
-            f"got {multiple_of}"
-        )
+    multiples(model, multiple_of)
     if not budget or not set(budget) <= set(MEASURES):
         expected = "expected some of flops=, params=, activations="
         raise ValueError(f"budget: {expected}, got {sorted(budget)}")
@@ -120,7 +117,7 @@ def check_budget(model: nnx.Module, cost: Cost, multiple_of: int = 1, **budget: 
             raise BudgetError(
                 f"{name}: {target!r} cannot be reached: the smallest possible share is "
                 f"{reachable:.4f}, with min_channels entries left in every prunable latent"
-                + (f", up to a multiple of {multiple_of}" if multiple_of > 1 else "")
+                + (f", up to a multiple of {multiple_of}" if multiple_of != 1 else "")
             )
 
 
@@ -131,7 +128,7 @@ def check_share(name: str, share: float) -> None:
 
 
 def survivors_within(
-    model: nnx.Module, cost: Cost, multiple_of: int = 1, **budget: float
+    model: nnx.Module, cost: Cost, multiple_of: Multiples = 1, **budget: float
 ) -> dict[str, np.ndarray]:
     """The survivors, by magnitude of the latents, that use as much of a budget as fits.
 
@@ -143,8 +140,9 @@ def survivors_within(
     Args:
       model: a network of latents.
       cost: its `measure_cost`.
-      multiple_of: latents that lose entries keep a multiple of so many. Entries then go and come
-        back in groups, each by its largest, and more of the budget may be left.
+      multiple_of: latents that lose entries keep a multiple of so many; see `widths.multiples`.
+        Entries then go and come back in groups, each by its largest, and more of the budget may be
+        left.
       **budget: some of `flops`, `params`, `activations` (see `dhp_jax.cost`), shares in (0, 1]; all
         of them hold.
 
@@ -224,14 +222,15 @@ def _removals(z: Latent, multiple_of: int) -> range:
     return range(first, last + 1, multiple_of)
 
 
-def _removable(model: nnx.Module, multiple_of: int) -> list[Group]:
+def _removable(model: nnx.Module, multiple_of: Multiples) -> list[Group]:
     """The groups of entries that may go, smallest magnitude first; ties by name and order."""
-    groups = []
+    groups, steps = [], multiples(model, multiple_of)
     for name, z in latents(model).items():
+        step = steps.get(name, 1)
         magnitude = np.abs(np.asarray(z.value(), np.float64))
         order = np.argsort(magnitude, kind="stable")
-        for end in _removals(z, multiple_of):
-            entries = order[max(0, end - multiple_of) : end]
+        for end in _removals(z, step):
+            entries = order[max(0, end - step) : end]
             groups.append((magnitude[entries[-1]], name, end, tuple(map(int, entries))))
     return [(name, entries) for _, name, _, entries in sorted(groups)]
 

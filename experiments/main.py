@@ -14,10 +14,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from dhp_jax import pipeline, processes, report
+from dhp_jax import processes, report, targets
 from dhp_jax.compilation import keep_compiled, long_compilations
 from dhp_jax.config import ConfigError, check_overrides
 from dhp_jax.data import DataNotFoundError, StreamError
+from dhp_jax.pipeline import Run
 from dhp_jax.preemption import EXIT_CODE, asked_to_stop, ended_at_once
 from dhp_jax.progress import ProgressBar
 from dhp_jax.resume import CheckpointError
@@ -41,27 +42,29 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(arguments)
         with ended_at_once():
-            run = prepare(options)
+            runs = prepare(options)
     except (flags.Error, ValueError, processes.ProcessError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     try:
         with (
             long_compilations(tell_compiled),
-            asked_to_stop(run.config.checkpoint.grace) as stopping,
+            asked_to_stop(options.config.checkpoint.grace) as stopping,
         ):
             baseline = options.baseline or f"{options.workdir}-baseline"
-            summary = pipeline.execute(run, baseline=baseline, stopping=stopping, command=arguments)
+            summaries = targets.execute(
+                runs, options.workdir, baseline=baseline, stopping=stopping, command=arguments
+            )
     except (DataNotFoundError, ConfigError) as error:  # as a file that is damaged when it is read
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        in_training = run.config.nonfinite == "stop" and "the test" not in str(error)
+        in_training = options.config.nonfinite == "stop" and "the test" not in str(error)
         hint = "; --config.nonfinite=skip leaves such batches out" if in_training else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return 1
     except OSError as error:
-        where = "" if isinstance(error, CheckpointError) else f"{run.workdir}: "
+        where = "" if isinstance(error, CheckpointError) else f"{options.workdir}: "
         mended = "the same command goes on once that is mended"
         print(f"error: {where}{error}; {mended}", file=sys.stderr)
         return 1
@@ -80,18 +83,21 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {processes.lost(error)}; the same commands go on", file=sys.stderr)
         return 1
     if processes.is_first():
-        print(report.text(run.workdir, summary))
+        for run, summary in zip(runs, summaries, strict=True):
+            print(report.text(run.workdir, summary))
+        if len(runs) > 1:
+            print(f"{'all sizes':<16} {Path(options.workdir) / report.COMPARED}")
     return 0
 
 
-def prepare(options: flags.FlagValues) -> pipeline.Run:
-    """Checks all that can be checked before training."""
+def prepare(options: flags.FlagValues) -> list[Run]:
+    """Checks all that can be checked before training; a run for each target."""
     join(options)
     if options.baseline is not None:
         report.read_baseline(options.baseline)
     keep_compiled(options.compilation_cache)
     bar = [ProgressBar()] if processes.is_first() else []
-    return pipeline.prepare(options.config, options.workdir, bar)
+    return targets.prepare(options.config, options.workdir, bar)
 
 
 def join(options: flags.FlagValues) -> None:

@@ -61,8 +61,8 @@ def test_the_table_of_a_benchmark_has_a_row_for_each_network(results, name):
     folder, printed = results
     header, ruler, *rows = printed[name].strip().splitlines()
     assert len(rows) == len(json.loads((folder / f"{name}.json").read_text())["rows"])
-    assert len(rows) == (4 if name == "pruned" else 1)
-    assert all(row.startswith("| ResNet-20 | ") for row in rows)
+    assert len(rows) == {"pruned": 4, "widths": 3}.get(name, 1)
+    assert all(row.startswith(("| ResNet-20 | ", "| geometric mean | ")) for row in rows)
     assert len({line.count("|") for line in (header, ruler, *rows)}) == 1
 
 
@@ -98,6 +98,17 @@ def test_the_benchmark_of_pruned_networks_relates_speed_to_the_ideal(results):
         assert row["share_of_ideal"] == row["speedup"]["median"] * row["flops_ratio"]
         for name in ("whole_ms", "pruned_ms", "images_per_second", "speedup"):
             assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+
+
+def test_the_benchmark_of_widths_relates_rounded_networks_to_any_width(results):
+    *rows, mean = json.loads((results[0] / "widths.json").read_text())["rows"]
+    assert [(row["batch"], row["multiple_of"]) for row in rows] == [(1, 2), (4, 2)]
+    for row in rows:
+        assert 0.4 < row["flops_ratio"] <= 0.5
+        assert 0 < row["time"]["low"] <= row["time"]["median"] <= row["time"]["high"]
+    times = [row["time"]["median"] for row in rows]
+    assert mean["mean"] == pytest.approx((times[0] * times[1]) ** 0.5)
+    assert (mean["multiple_of"], mean["dtype"], mean["of"]) == (2, "float32", 2)
 
 
 @pytest.mark.slow

@@ -119,7 +119,8 @@ GOOD = {
     "target": [0.5, 1, 1e-9],
     **{f"budget.{name}": [None, 1, 0.5, 1e-9] for name in BUDGETS},
     "budget.batch": [None, 1, 64],
-    "multiple_of": [1, 8],
+    "targets": [None, (0.75, 0.5), [1, 0.1], (0.5,)],
+    "multiple_of": [1, 8, "auto", "stages.*:8", "stages.1:8,blocks.*.hidden.0:16"],
     "batch_size": [1, 4096],
     "dtype": ["float32", "bfloat16"],
     "log_every": [1],
@@ -169,7 +170,15 @@ BAD = {
         for name in BUDGETS
     },
     "budget.batch": ([*INTEGERS[1:], 0, -1], f"{COUNT}, or None for one input"),
-    "multiple_of": ([*INTEGERS, 0, -8], CHANNELS),
+    "targets": (
+        [0.5, "0.5", (), (0.5, 0.5), (0.5, 0.75), (0.5, 0), (1.5, 0.5), (True, 0.5), (0.5, None)],
+        "up to 20 shares > 0 and <= 1 in descending order, such as (0.75, 0.5), or None for the "
+        "target alone",
+    ),
+    "multiple_of": (
+        [*INTEGERS, 0, -8, "Auto", "8", "stages", "stages:0", "stages:8,", "a:99999", ["a:8"]],
+        f"{CHANNELS}, auto, or numbers by latent, such as stages.*:8,head:4",
+    ),
     "batch_size": ([*INTEGERS, 0, -64], COUNT),
     "dtype": ([*WORDS, "float16"], "one of float32, bfloat16"),
     "log_every": ([*INTEGERS, 0], COUNT),
@@ -589,7 +598,8 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
             "3",
             "config.serch: unknown field: expected one of baseline, batch_size, budget, "
             "checkpoint, converge, data, dtype, log_every, mesh, method, model, multiple_of, "
-            "nonfinite, optimizer, search, seed, target, task; got 'serch'; did you mean 'search'?",
+            "nonfinite, optimizer, search, seed, target, targets, task; got 'serch'; "
+            "did you mean 'search'?",
         ),
         (
             "config.data.dri",

@@ -568,12 +568,13 @@ def test_the_smallest_rounded_widths_are_multiples_above_min_channels(mixed):
         survivors_within(model, cost, 6, flops=0.2)
 
 
+NUMBER = "an integer of at least 1, 'auto' or such by latent"
+
+
 @pytest.mark.parametrize(
     ("multiple_of", "told"),
     [
-        (0, "an integer of at least 1, got 0"),
-        (2.0, "an integer of at least 1, got 2.0"),
-        (True, "an integer of at least 1, got True"),
+        *((value, f"{NUMBER}, got {value!r}") for value in (0, 2.0, True)),
         (8, "at most 7, the size of the largest prunable latent, got 8"),
     ],
 )

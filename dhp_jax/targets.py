@@ -1,0 +1,127 @@
+"""Several sizes from one search: a network for each of some targets, each converged on its own.
+
+Each target has a run of its own, in a directory of its own, that ends as it would alone. What they
+share is the search: it is a function of the seed and the step, and the target only says when it
+ends, so that of a smaller target goes on from the last checkpoint of that of the larger one.
+"""
+
+from collections.abc import Callable, Sequence
+import logging
+import os
+from pathlib import Path
+import shutil
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dhp_jax import checkpoint, pipeline, report
+from dhp_jax.config import ConfigError, check
+from dhp_jax.pipeline import CHECKPOINTS, Run
+from dhp_jax.processes import from_first
+from dhp_jax.resume import Checkpoints
+from dhp_jax.train import Observer
+from dhp_jax.workdir import CONFIG
+
+logger = logging.getLogger(__name__)
+
+
+def are_several(config: ConfigDict) -> bool:
+    """Whether a configuration is of several networks."""
+    return config.get("targets") is not None and config.method != "baseline"
+
+
+def prepare(
+    config: ConfigDict, workdir: str | os.PathLike, observers: Sequence[Observer] = ()
+) -> list[Run]:
+    """Checks everything that can be checked before work is done; see `pipeline.prepare`.
+
+    Args:
+      config: with `targets`, or without for a single run.
+      workdir: directory of the run; with `targets` it gets one for each, such as `workdir/0.75`.
+      observers: told how training goes.
+
+    Returns:
+      A run for each target, the largest first.
+    """
+    if not are_several(config):
+        return [pipeline.prepare(config, workdir, observers)]
+    check(config)
+    if (Path(workdir) / CONFIG).is_file():
+        raise ConfigError(
+            f"workdir: {workdir} holds a run of a single target; give another --workdir"
+        )
+    runs = []
+    for target in reversed(config.targets):  # what is out of reach comes before anything is made
+        one = config.copy_and_resolve_references()
+        one.update(target=target, targets=None)
+        try:
+            runs.append(pipeline.prepare(one, Path(workdir) / f"{target:g}", observers))
+        except ConfigError as error:
+            told = str(error)
+            if told.startswith("config.target: "):
+                told = told.replace("config.target: ", "config.targets: ", 1)
+            raise ConfigError(told) from error
+    return runs[::-1]
+
+
+def execute(
+    runs: Sequence[Run],
+    workdir: str | os.PathLike,
+    *,
+    baseline: str | os.PathLike | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    command: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Carries out runs, or what is left of them, and writes `compare.html` if they are several.
+
+    Args:
+      runs: from `prepare`.
+      workdir: as for `prepare`.
+      baseline, stopping, command: as for `pipeline.execute`.
+
+    Returns:
+      The summary of each.
+
+    Raises:
+      As `pipeline.execute`.
+    """
+    summaries = []
+    for place, run in enumerate(runs):
+        if place:
+            larger = runs[place - 1].workdir
+            from_first(lambda larger=larger, run=run: _go_on(larger, run.workdir))
+        summaries.append(
+            pipeline.execute(run, baseline=baseline, stopping=stopping, command=command)
+        )
+    if len(runs) > 1:
+        folders, page = [run.workdir for run in runs], Path(workdir) / report.COMPARED
+        from_first(lambda: report.write_comparison(folders, page))
+    return summaries
+
+
+def _go_on(larger: Path, smaller: Path) -> None:
+    """Gives a search that has not begun the last checkpoint before a larger target was met."""
+    begun, folder = smaller / CHECKPOINTS / "search", larger / CHECKPOINTS / "search"
+    if begun.exists() or checkpoint.exists(smaller / "search") or not folder.is_dir():
+        return
+    end = checkpoint.read_description(larger / "search")["notes"]["phase"]["steps"]
+    there = Checkpoints(folder)
+    try:
+        for step in there.steps():
+            if step < end and _whole(there, step):
+                unfinished = begun.with_name("search.unfinished")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                shutil.copytree(folder / str(step), unfinished / str(step))
+                unfinished.rename(begun)
+                return
+    finally:
+        there.close()
+
+
+def _whole(checkpoints: Checkpoints, step: int) -> bool:
+    try:
+        checkpoints.notes(step)
+    except Exception as error:  # whatever a damaged file may raise; an earlier one will do
+        logger.warning("%s: step %d: %s", checkpoints.folder, step, error)
+        return False
+    return True
