@@ -86,7 +86,7 @@ def measure(network: Network, batch: int, dtype: str, options: argparse.Namespac
 
 
 def means(rows: list[dict]) -> list[dict]:
-    """The geometric mean of the times of every dtype and multiple."""
+    """The geometric mean of the times of every dtype and multiple that all networks can keep."""
     kinds = dict.fromkeys((row["platform"], row["dtype"], row["multiple_of"]) for row in rows)
     found = []
     for platform, dtype, multiple in kinds:
@@ -95,6 +95,8 @@ def means(rows: list[dict]) -> list[dict]:
             for row in rows
             if (row["platform"], row["dtype"], row["multiple_of"]) == (platform, dtype, multiple)
         ]
+        if len(times) < len({(r["network"], r["batch"]) for r in rows if r["dtype"] == dtype}):
+            continue
         mean = math.exp(statistics.fmean(map(math.log, times)))
         kind = {"platform": platform, "dtype": dtype, "multiple_of": multiple}
         found.append({"network": ALL, **kind, "batch": None, "mean": mean, "of": len(times)})
