@@ -26,7 +26,8 @@ NOTE = (
     f"Networks pruned to {FLOPS:.0%} of their FLOPs, widths rounded within that budget. Time: of "
     "the rounded network as a share of that with widths as they fall, medians of pairs of "
     "interleaved forward passes with their quartiles. Rounding pays where the upper quartile "
-    "is below 1, costs where the lower one is above. The last rows have the geometric means."
+    "is below 1, costs where the lower one is above. The last rows have the "
+    "geometric means, of numbers that all networks can keep within the budget."
 )
 ALL = "geometric mean"
 
