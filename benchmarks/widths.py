@@ -26,7 +26,8 @@ NOTE = (
     f"Networks pruned to {FLOPS:.0%} of their FLOPs, widths rounded within that budget. Time: of "
     "the rounded network as a share of that with widths as they fall, medians of pairs of "
     "interleaved forward passes with their quartiles. Rounding pays where the upper quartile "
-    "is below 1, costs where the lower one is above. The last rows have the geometric means."
+    "is below 1, costs where the lower one is above. The last rows have the "
+    "geometric means, of numbers that all networks can keep within the budget."
 )
 ALL = "geometric mean"
 
@@ -86,7 +87,7 @@ def measure(network: Network, batch: int, dtype: str, options: argparse.Namespac
 
 
 def means(rows: list[dict]) -> list[dict]:
-    """The geometric mean of the times of every dtype and multiple."""
+    """The geometric mean of the times of every dtype and multiple that all networks can keep."""
     kinds = dict.fromkeys((row["platform"], row["dtype"], row["multiple_of"]) for row in rows)
     found = []
     for platform, dtype, multiple in kinds:
@@ -95,6 +96,8 @@ def means(rows: list[dict]) -> list[dict]:
             for row in rows
             if (row["platform"], row["dtype"], row["multiple_of"]) == (platform, dtype, multiple)
         ]
+        if len(times) < len({(r["network"], r["batch"]) for r in rows if r["dtype"] == dtype}):
+            continue
         mean = math.exp(statistics.fmean(map(math.log, times)))
         kind = {"platform": platform, "dtype": dtype, "multiple_of": multiple}
         found.append({"network": ALL, **kind, "batch": None, "mean": mean, "of": len(times)})
