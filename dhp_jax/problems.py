@@ -253,6 +253,8 @@ def _restoration(
         epoch=settings.steps_per_epoch * config.batch_size,
         arguments=arguments,
         notes={"task": settings.name},
+        streamed=streamed,
+        checksums={split: source.checksum(split) for split in ("train", "test")},
         read=read,
     )
 

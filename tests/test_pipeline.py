@@ -299,10 +299,11 @@ def test_a_finished_run_with_more_epochs_goes_on_as_if_it_had_had_them_before(fi
 
 
 def test_more_epochs_that_were_not_reached_can_be_taken_back(finished, tmp_path):
-    run = pipeline.prepare(tiny(**{"converge.epochs": 30}), tmp_path, [Interrupter("converge", 13)])
-    with pytest.raises(Stop):
-        pipeline.execute(run)
-    pipeline.execute(pipeline.prepare(tiny(**{"checkpoint.seconds": 0.0}), tmp_path))
+    for config in (tiny(), tiny(**{"converge.epochs": 30})):
+        run = pipeline.prepare(config, tmp_path, [Interrupter("converge", 13)])
+        with pytest.raises(Stop):
+            pipeline.execute(run)
+    pipeline.execute(pipeline.prepare(tiny(), tmp_path))
     check_same_end(tmp_path, finished.workdir)
 
 
@@ -390,8 +391,6 @@ def test_a_field_that_is_given_no_more_makes_another_configuration(tmp_path):
         ("checkpoint.seconds", 1.0),
         ("checkpoint.grace", 5.0),
         ("mesh.data", 1),
-        ("search.epochs", 3),
-        ("converge.epochs", 3),
     ],
 )
 def test_what_may_change_is_taken(finished, tmp_path, field, value):
@@ -401,6 +400,15 @@ def test_what_may_change_is_taken(finished, tmp_path, field, value):
     for part in field.split("."):
         stored = stored[part]
     assert stored == value
+
+
+@pytest.mark.parametrize("field", ["search.epochs", "converge.epochs"])
+def test_what_may_grow_is_taken_and_stored_once_it_is_reached(finished, tmp_path, field):
+    path = shutil.copytree(finished.workdir, tmp_path / "run")
+    pipeline.prepare(tiny(**{field: 3}), path)
+    assert workdir.stored(path, field) == 2
+    workdir.grow(path, field, 3)
+    assert workdir.stored(path, field) == 3
 
 
 def test_a_directory_in_which_another_is_at_work_is_refused(tmp_path):
