@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 from PIL import Image
 import pytest
-from runs import contents
+from runs import Interrupter, Stop, check_same_end, contents
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
@@ -306,3 +306,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=".*".join(map(re.escape, parts))):
         pipeline.prepare(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_streamed_run_that_is_stopped_goes_on_with_the_same_bits(folder, tmp_path):
+    streamed = {"data.streamed": True, "data.workers": 0, "data.cache": str(tmp_path / "cache")}
+    config = tiny("denoising", folder, **streamed, **{"checkpoint.seconds": 0.0})
+    pipeline.execute(pipeline.prepare(config, tmp_path / "once"))
+    for stop in (("search", 1), ("converge", 5)):
+        run = pipeline.prepare(config, tmp_path / "again", [Interrupter(*stop)])
+        with pytest.raises(Stop):
+            pipeline.execute(run)
+    pipeline.execute(pipeline.prepare(config, tmp_path / "again"))
+    check_same_end(tmp_path / "again", tmp_path / "once")
