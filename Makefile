@@ -18,7 +18,7 @@ demo-sr: $(VENV)/installed
 	$(RUN) experiments/main.py --config=experiments/configs/photographs_edsr.py
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest -m slow

@@ -117,6 +117,7 @@ def one(compiled_once, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_four_devices_give_the_losses_and_survivors_of_one(one, tmp_path):
     finish(begin(tmp_path / "run", devices=4))
     check_same(tmp_path / "run", one)
@@ -127,6 +128,7 @@ def test_divided_hypernetworks_and_streamed_data_give_those_of_replicated_ones(o
     check_same(tmp_path / "run", one)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_and_survivors_of_one_and_the_first_writes(one, tmp_path):
     finish(*begin_pair(tmp_path / "run"))
     check_same(tmp_path / "run", one)
