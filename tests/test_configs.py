@@ -17,6 +17,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "experiments/configs").glob("*.py"
 DEEP = ("resnet56", "resnet110", "resnet164")  # of which a step takes most of a minute to compile
 ALIKE = ("mobilenet_v1_x2", "mobilenet_v2_x2", "resnet56_38")  # here the same as another
 NEAR = ("mobilenet_v1",)  # to another, which takes as long
+SLOW = DEEP + ALIKE + NEAR
 SIZES = {"digits": 8, "cifar10": 32, "tiny_imagenet": 64}
 TINY = {
     "densenet": {"depth": 10, "growth": 4},
@@ -83,7 +84,7 @@ def fast_compilation():
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in DEEP + ALIKE + NEAR), id=path.stem)
+        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem)
         for path in CONFIGS
     ],
 )
