@@ -14,7 +14,8 @@ from dhp_jax import config as dhp_config
 from dhp_jax import pipeline
 
 CONFIGS = sorted((Path(__file__).parents[1] / "experiments/configs").glob("*.py"))
-DEEP = ("resnet56", "resnet110", "resnet164")  # of which a step takes most of a minute to compile
+# Of which a step takes most of a minute to compile.
+DEEP = ("resnet56", "resnet110", "resnet164", "mobilenet_v2", "unet_s70")
 ALIKE = ("mobilenet_v1_x2", "mobilenet_v2_x2", "resnet56_38")  # here the same as another
 NEAR = ("mobilenet_v1",)  # to another, which takes as long
 SLOW = DEEP + ALIKE + NEAR

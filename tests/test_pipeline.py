@@ -673,6 +673,7 @@ def test_what_has_a_field_of_its_own_is_refused_among_the_models(tmp_path, argum
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_widths_are_rounded_as_the_configuration_says(tmp_path):
     run = pipeline.prepare(tiny(multiple_of=4, target=0.6), tmp_path)
     summary = pipeline.execute(run)
@@ -682,6 +683,7 @@ def test_widths_are_rounded_as_the_configuration_says(tmp_path):
     assert sum(kept) < sum(z.size for z in dhp.latents(run.build()).values())
 
 
+@pytest.mark.slow
 def test_both_precisions_follow_the_same_loss_curve(tmp_path):
     """Means of the loss over ten steps each; they fall to a third in the course of the run."""
     curves = {}
