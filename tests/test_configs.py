@@ -14,8 +14,9 @@ from dhp_jax import config as dhp_config
 from dhp_jax import pipeline
 
 CONFIGS = sorted((Path(__file__).parents[1] / "experiments/configs").glob("*.py"))
-# Of which a step takes most of a minute to compile.
-DEEP = ("resnet56", "resnet110", "resnet164", "mobilenet_v2", "unet_s70")
+# Of which steps take long to compile.
+DEEP = ("resnet56", "resnet110", "resnet164", "densenet40", "mobilenet_v2", "srresnet_x4")
+DEEP += ("unet_s70", "vgg16")
 ALIKE = ("mobilenet_v1_x2", "mobilenet_v2_x2", "resnet56_38")  # here the same as another
 NEAR = ("mobilenet_v1",)  # to another, which takes as long
 SLOW = DEEP + ALIKE + NEAR
