@@ -61,12 +61,16 @@ class Source:
 
     def stream(self, split: str, workers: int) -> Stream:
         """The images of a split for who does not want all of them at once."""
-        images, _ = self._one_by_one(split)
-        return Stream(self.size(split), ReadLabelled(images), self.checksum(split), workers)
+        images, identity = self._one_by_one(split)
+        checksum = self._checksum(split, identity)
+        return Stream(self.size(split), ReadLabelled(images), checksum, workers)
 
     def checksum(self, split: str) -> int:
         """Tells the images of a split from others, without decoding them."""
         _, identity = self._one_by_one(split)
+        return self._checksum(split, identity)
+
+    def _checksum(self, split: str, identity: str) -> int:
         about = f"{split} {self.image_shape} {self.mean} {self.std}"
         return zlib.crc32(f"{identity} {about}".encode())
 
