@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 from networks import drawn_masks, resnet20
+import pytest
 
 import dhp_jax as dhp
-from dhp_jax import journal, pipeline
+from dhp_jax import command, journal, pipeline
 from dhp_jax.problems import problem
 
 CONFIG = Path(__file__).parents[1] / "experiments/configs/digits_resnet20.py"
@@ -123,3 +124,15 @@ def begin(workdir, *options, **fields):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def commanded(capsys, main, name, *arguments):
+    """The exit code of a command of the library, and what it printed to each stream."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            code = command.run(main)
+        except SystemExit as left:
+            code = left.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from networks import MIXED_INPUT, Mixed, drawn_masks, filled, images, run
 import numpy as np
 import pytest
+from runs import commanded
 
 import dhp_jax as dhp
 from dhp_jax import command
@@ -208,14 +209,7 @@ def test_a_format_whose_packages_are_missing_names_the_extra(tmp_path, monkeypat
 
 def told(capsys, *arguments):
     """The exit code, and what was printed to each stream."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["export", *map(str, arguments)])
-        try:
-            code = command.run(exporting.main)
-        except SystemExit as left:
-            code = left.code
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
+    return commanded(capsys, exporting.main, "export", *arguments)
 
 
 def test_a_run_is_exported_and_tried_on_its_test_images(digits_run, tmp_path, capsys):

@@ -1,7 +1,5 @@
 """Images from files are labelled and restored, or refused in one line."""
 
-import sys
-
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -9,6 +7,7 @@ from networks import MIXED_INPUT, Mixed, filled
 import numpy as np
 from PIL import Image
 import pytest
+from runs import commanded
 
 import dhp_jax as dhp
 from dhp_jax import command, predict
@@ -17,14 +16,7 @@ from dhp_jax.data import digits
 
 def told(capsys, *arguments):
     """The exit code, and what was printed to each stream."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["predict", *map(str, arguments)])
-        try:
-            code = command.run(predict.main)
-        except SystemExit as left:
-            code = left.code
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
+    return commanded(capsys, predict.main, "predict", *arguments)
 
 
 def write(path, *shape, seed=0):
