@@ -5,6 +5,7 @@ import contextlib
 import os
 from pathlib import Path
 
+from filelock import FileLock
 import jax
 
 from dhp_jax.durable import user_cache
@@ -44,7 +45,20 @@ def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.config.jax_compilation_cache_max_size < 0:
         jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+    _remove_unfinished(folder)
     return folder
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Programs that were being written by a process that died: JAX writes no others beside them.
+
+    A program's time of last use is written after it, and both with the lock held.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lockfile"):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+                program.unlink()
 
 
 @contextlib.contextmanager

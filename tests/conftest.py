@@ -29,15 +29,15 @@ def compiled_once(tmp_path_factory, worker_id):
         "jax_compilation_cache_max_size": 2**31,  # with a limit, files are locked
         "jax_persistent_cache_min_compile_time_secs": 0.1,
     }
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
     cache.reset_cache()
     yield
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = before["jax_compilation_cache_dir"]
     for name, value in before.items():
         jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
     cache.reset_cache()
 
 

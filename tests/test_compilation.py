@@ -41,11 +41,24 @@ def test_compiled_programs_are_kept_in_a_folder_that_is_made(settings, tmp_path)
     assert any(folder.iterdir())
 
 
+def test_what_a_killed_process_left_keeps_no_later_program_from_being_kept(settings, tmp_path):
+    keep_compiled(tmp_path)
+    compile_something(5.5)
+    whole = {path.name for path in tmp_path.glob("*-cache")}
+    assert whole
+    (tmp_path / "jit_half-0123-cache").write_bytes(b"the beginning of a program")
+    cache.reset_cache()
+    keep_compiled(tmp_path)
+    assert {path.name for path in tmp_path.glob("*-cache")} == whole
+    compile_something(6.5)
+    assert {path.name for path in tmp_path.glob("*-cache")} > whole
+
+
 def test_off_keeps_nothing(settings, tmp_path):
     keep_compiled(tmp_path)
     assert keep_compiled("off") is None
     compile_something(2.5)
-    assert not any(tmp_path.iterdir())
+    assert not any(tmp_path.glob("*-cache"))
 
 
 def test_a_folder_that_jax_was_told_stays(settings, tmp_path):

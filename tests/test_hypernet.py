@@ -37,6 +37,11 @@ def drawn(kernel_size, size_in, size_out, m, seed=0):
     return z_in, z_out, HypernetArrays(*arrays)
 
 
+def exactly_computed(array):
+    """Rounded to quarters: kernels are computed without rounding, in whatever order."""
+    return jnp.round(4 * array) / 4
+
+
 def by_loops(z_in, z_out, arrays):
     """The kernel, one number after another in double precision."""
     z_in, z_out, b0, w1, b1, w2, b2 = (np.asarray(a, np.float64) for a in (z_in, z_out, *arrays))
@@ -131,7 +136,7 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward_pass(capsys):
 @given(st.integers(0, 2**6 - 1), st.integers(0, 2**7 - 1), st.sampled_from([(1, 1), (3, 3)]))
 @settings(deadline=None, derandomize=True, max_examples=15)
 def test_removing_an_entry_of_a_latent_removes_one_slice_bit_for_bit(bits_in, bits_out, size):
-    z_in, z_out, arrays = drawn(size, 6, 7, 8)
+    z_in, z_out, arrays = jax.tree.map(exactly_computed, drawn(size, 6, 7, 8))
     kept_in = np.flatnonzero([bits_in >> i & 1 or i == 0 for i in range(6)])
     kept_out = np.flatnonzero([bits_out >> o & 1 or o == 6 for o in range(7)])
     less = jax.tree.map(
