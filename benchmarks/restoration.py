@@ -47,7 +47,7 @@ def row_of(run: Path, folders: dict[str, str]) -> dict:
     model = dhp.load(run / "model")
     tests = {}
     for name, folder in folders.items():
-        config.data.update(name="photo_folder", test_dir=folder)
+        config.data.update(name="photo_folder", test_dir=folder, streamed=False)
         problem = problems.problem(config)
         data = problem.read("test")
         started = problem.task.without_network(data)

@@ -100,6 +100,11 @@ class Cost:
     layers: tuple[LayerCost, ...]
     sizes: Mapping[str, int]  # entries of each latent
 
+    def __repr__(self) -> str:
+        """The totals; `layers` has the rest."""
+        totals = ", ".join(f"{name}={getattr(self, name):_}" for name in MEASURES)
+        return f"Cost({totals}, layers={len(self.layers)})"
+
     @functools.cached_property
     def flops(self) -> int:
         """Multiply-accumulates of one forward pass of one example; exact."""

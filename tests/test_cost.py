@@ -57,6 +57,12 @@ def cifar_resnet_cost(depth, classes=10):
     return flops + inputs * classes, params + inputs * classes + classes
 
 
+def test_a_cost_is_printed_in_one_line():
+    printed = repr(dhp.measure_cost(abstract_resnet(20), (32, 32, 3)))
+    assert printed.startswith("Cost(flops=41_214_592, params=272_474, activations=")
+    assert len(printed) < 100
+
+
 @pytest.mark.parametrize("depth", RESNETS)
 def test_resnets_cost_exactly_what_is_published(depth):
     model = abstract_resnet(depth)

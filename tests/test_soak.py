@@ -17,7 +17,8 @@ from dhp_jax.resume import Checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 
-KILLS, CUTS = 50, 100
+CUTS = 100
+STREAMED = {"data.streamed": True, "data.workers": 1}
 LONG = {
     "search.epochs": 20,
     "search.strength": 0.02,
@@ -51,13 +52,16 @@ def place(workdir):
     return "before the search"
 
 
-def test_a_run_killed_many_times_ends_with_the_bits_of_one_that_was_not(undisturbed, tmp_path):
+@pytest.mark.parametrize(("number", "fields"), [(50, {}), (20, STREAMED)])
+def test_a_run_killed_many_times_ends_with_the_bits_of_one_that_was_not(
+    undisturbed, tmp_path, number, fields
+):
     instants, kills, runs = random.Random(0), collections.Counter(), 0
-    while sum(kills.values()) < KILLS:  # a fast machine ends a run before
+    while sum(kills.values()) < number:  # a fast machine ends a run before
         runs += 1
         workdir = tmp_path / f"run{runs}"
-        while sum(kills.values()) < KILLS:
-            process = begin(workdir, **LONG)
+        while sum(kills.values()) < number:
+            process = begin(workdir, **LONG, **fields)
             try:
                 process.communicate(timeout=instants.uniform(1, 12))
             except subprocess.TimeoutExpired:
@@ -67,7 +71,7 @@ def test_a_run_killed_many_times_ends_with_the_bits_of_one_that_was_not(undistur
             if process.returncode == 0:
                 break
             assert process.returncode == -signal.SIGKILL
-        finish(begin(workdir, **LONG))
+        finish(begin(workdir, **LONG, **fields))
         check_same_end(workdir, undisturbed)
     print(f"\n{sum(kills.values())} kills of {runs} runs: {dict(kills)}")
 
