@@ -34,14 +34,17 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(RUN) benchmarks/run.py
 
-docs: $(VENV)/installed
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+docs: $(VENV)/documents
 	$(RUN) -m sphinx -W --keep-going --quiet -b html -c docs . build
 	@echo "build/docs/index.html"
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)/documents: $(VENV)/installed
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 clean:
