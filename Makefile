@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-denoise demo-sr test test-slow lint format bench clean
+.PHONY: demo demo-denoise demo-sr test test-slow lint format bench docs clean
 
 demo: $(VENV)/installed
 	$(RUN) experiments/main.py --config=experiments/configs/digits_resnet20.py --config.method=baseline
@@ -34,9 +34,17 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(RUN) benchmarks/run.py
 
+docs: $(VENV)/documents
+	$(RUN) -m sphinx -W --keep-going --quiet -b html -c docs . build
+	@echo "build/docs/index.html"
+
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)/documents: $(VENV)/installed
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 clean:

@@ -95,10 +95,20 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs for one input, layer by layer in the order of execution."""
+    """What a model costs for one input, layer by layer in the order of execution.
+
+    Attributes:
+      layers: the cost of each call of a layer.
+      sizes: entries of each latent by name.
+
+    Example:
+      >>> cost = dhp.measure_cost(model, (32, 32, 3))
+      >>> counts = {name: mask.sum() for name, mask in dhp.survivors(model).items()}
+      >>> cost.flops, cost.shares(counts)["flops"]
+    """
 
     layers: tuple[LayerCost, ...]
-    sizes: Mapping[str, int]  # entries of each latent
+    sizes: Mapping[str, int]
 
     def __repr__(self) -> str:
         """The totals; `layers` has the rest."""

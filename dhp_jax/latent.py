@@ -20,12 +20,22 @@ from dhp_jax.draw import normal
 class LatentVector(nnx.Param):
     """The trainable vector behind a `Latent`; its own type, so optimizers can filter by it.
 
-    `nnx.split(model, dhp.LatentVector, nnx.Param, ...)` separates latent vectors from weights.
+    Example:
+      >>> graphdef, vectors, weights, rest = nnx.split(model, dhp.LatentVector, nnx.Param, ...)
     """
 
 
 class Axis(nnx.Module):
-    """A channel axis: a `Latent`, or a `concat` or `repeat` of axes."""
+    """A channel axis: a `Latent`, or a `concat` or `repeat` of axes.
+
+    Attributes:
+      size: number of channels.
+
+    Example:
+      >>> both = dhp.concat(dhp.Latent(8, rngs=rngs), dhp.Latent(24, rngs=rngs))
+      >>> isinstance(both, dhp.Axis), both.size
+      (True, 32)
+    """
 
     size: int
 
@@ -203,6 +213,9 @@ def latents(model: nnx.Module) -> dict[str, Latent]:
 
     Returns:
       The latents, in the order of a breadth-first walk; empty for a pruned model.
+
+    Example:
+      >>> {name: z.size for name, z in dhp.latents(model).items() if z.prunable}
     """
     return {path: m for path, _, m in walk(model) if isinstance(m, Latent)}
 

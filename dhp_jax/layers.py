@@ -119,9 +119,10 @@ class HyperConv(Hyper):
       z_in: axis of the input channels.
       z_out: axis of the output channels.
       kernel_size: spatial size, `(3, 3)` for a 3 by 3 kernel.
-      strides, padding, input_dilation, kernel_dilation, feature_group_count, use_bias, dtype,
-        param_dtype, precision, conv_general_dilated, promote_dtype, preferred_element_type: as in
-        `nnx.Conv`. `dtype` is that of the computation; the hypernetwork stays in `param_dtype`.
+      strides, padding, input_dilation, kernel_dilation, feature_group_count: as in `nnx.Conv`.
+      use_bias, dtype, param_dtype: as in `nnx.Conv`; `dtype` is that of the computation, the
+        hypernetwork stays in `param_dtype`.
+      precision, conv_general_dilated, promote_dtype, preferred_element_type: as in `nnx.Conv`.
       embedding: size `m` of the embedding of each pair of channels.
       initial_scale: multiplies the kernel before training, whose variance is `1 / fan_in`.
       rngs: the `params` stream draws the initial values.
@@ -210,8 +211,8 @@ class HyperConvTranspose(Hyper):
       z_in: axis of the input channels.
       z_out: axis of the output channels.
       kernel_size: spatial size, `(2, 2)` for a 2 by 2 kernel.
-      strides, padding, kernel_dilation, use_bias, dtype, param_dtype, precision, promote_dtype,
-        preferred_element_type: as in `nnx.ConvTranspose`.
+      strides, padding, kernel_dilation, use_bias, dtype: as in `nnx.ConvTranspose`.
+      param_dtype, precision, promote_dtype, preferred_element_type: as in `nnx.ConvTranspose`.
       embedding: size `m` of the embedding of each pair of channels.
       initial_scale: multiplies the kernel before training, whose variance is `1 / fan_in`.
       rngs: the `params` stream draws the initial values.

@@ -75,7 +75,7 @@ def prox_l1(
 
     With the updates `u` of the transformations before it, the parameters become
 
-        sign(p + u) max(|p + u| - strength * learning_rate, 0)
+        `sign(p + u) max(|p + u| - strength * learning_rate, 0)`
 
     which is the proximal gradient step (ISTA) of a loss plus `strength * ||p||_1` when `u` is a
     gradient step of size `learning_rate`. Entries that the threshold removes become exactly zero.
@@ -121,7 +121,7 @@ def prox_l2(
 
     With the updates `u` of the transformations before it, each group of parameters becomes
 
-        (p + u) max(1 - strength * learning_rate / ||p + u||_2, 0)
+        `(p + u) max(1 - strength * learning_rate / ||p + u||_2, 0)`
 
     so that groups go to exactly zero as a whole.
 

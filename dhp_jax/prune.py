@@ -52,6 +52,9 @@ def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarra
     Raises:
       ValueError: a negative threshold.
 
+    Example:
+      >>> {name: int(mask.sum()) for name, mask in dhp.survivors(model, threshold=5e-3).items()}
+
     Reference: DHP (arXiv 2003.13683), section 3.3.
     """
     if not threshold >= 0:
@@ -342,6 +345,9 @@ def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
     Raises:
       ValueError: axes of different latents meet (it tells which), or the model does not take such
         an input.
+
+    Example:
+      >>> dhp.check_axes(model, (32, 32, 3))
     """
     sizes = {name: z.size for name, z in latents(model).items()}
     prunable = [name for name, z in latents(model).items() if z.prunable and z.size > 2]

@@ -1,35 +1,43 @@
-"""The Python code of the guides in docs/ runs as printed.
+"""The guides in docs/ hold what they say: their code runs, and prints what they show.
 
-The blocks of a guide run one after another in one fresh namespace, in a folder of their own. A
+The Python blocks of a guide run one after another in one fresh namespace, in a folder of their own.
+What a block prints is compared with the block right after it, if that is one of output:
+`output` is what is printed, but for what `...` stands for; in `text`, numbers may be others. A
 guide names what it needs besides the library, and says if it takes long, in comments that are not
 shown: `<!-- needs: jax2onnx onnxruntime -->` (names of modules) and `<!-- slow -->`.
 """
 
+import contextlib
+import doctest
 import importlib.util
+import io
 from pathlib import Path
 import re
 
+import jax
 import pytest
 
+import dhp_jax as dhp
+
 GUIDES = Path(__file__).parents[1] / "docs"
-
-
-def blocks(text):
-    """The Python blocks of a guide."""
-    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^```python\n(?P<code>.*?)^```\n(\n```(?P<kind>output|text)\n(?P<shown>.*?)^```\n)?",
+    flags=re.DOTALL | re.MULTILINE,
+)
+NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 def guides():
     """Those that have code, marked by what they say of themselves."""
     for path in sorted(GUIDES.glob("*.md")):
         text = path.read_text()
-        if blocks(text):
+        if BLOCK.search(text):
             marks = [pytest.mark.slow] if "<!-- slow -->" in text else []
             yield pytest.param(path, id=path.stem, marks=marks)
 
 
 def run(path, folder):
-    """Runs the blocks of a guide in a folder; returns the names that they have bound."""
+    """Runs the blocks of a guide in a folder, and compares what they print."""
     text, names = path.read_text(), {"__name__": "guide"}
     for needed in re.findall(r"<!-- needs: (.*?) -->", text):
         for module in needed.split():
@@ -37,14 +45,34 @@ def run(path, folder):
                 pytest.skip(f"{path.name} needs {module}, not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for code in blocks(text):
-            line = text[: text.index(code)].count("\n")
-            exec(compile("\n" * line + code, str(path), "exec"), names)
-    return names
+        patch.setattr(dhp.models, "FAMILIES", dict(dhp.models.FAMILIES))  # a guide adds one
+        for block in BLOCK.finditer(text):
+            line = text[: block.start("code")].count("\n")
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile("\n" * line + block["code"], str(path), "exec"), names)
+            if block["kind"]:
+                compare(printed.getvalue(), block["shown"], numbers=block["kind"] == "output")
 
 
+def compare(printed, shown, numbers):
+    """Raises unless what was printed is what is shown; numbers as well if asked for."""
+    if not numbers:
+        printed, shown = NUMBER.sub("#", printed), NUMBER.sub("#", shown)
+    assert doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS), printed
+
+
+@pytest.fixture(scope="module")
+def fast_compilation():
+    """Compiles in less time to slower programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize("path", list(guides()))
-def test_the_code_of_a_guide_runs(path, tmp_path):
+def test_the_code_of_a_guide_runs_and_prints_what_is_shown(path, tmp_path):
     run(path, tmp_path)
 
 
@@ -54,6 +82,25 @@ def test_a_guide_that_is_wrong_is_found_with_its_line(tmp_path):
     with pytest.raises(AssertionError) as caught:
         run(guide, tmp_path)
     assert caught.traceback[-1].lineno + 1 == 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown", "right"),
+    [
+        ("output", "x 1.5 of y\n", True),
+        ("output", "x ... y\n", True),
+        ("output", "x 1.4 of y\n", False),
+        ("output", "x 1.5 of y\nz\n", False),
+        ("output", "", False),
+        ("text", "x 22 of y\n", True),
+        ("text", "x 22 of z\n", False),
+    ],
+)
+def test_what_a_guide_shows_is_what_is_printed(tmp_path, kind, shown, right):
+    guide = tmp_path / "guide.md"
+    guide.write_text(f'```python\nprint("x 1.5 of y")\n```\n\n```{kind}\n{shown}```\n')
+    with contextlib.nullcontext() if right else pytest.raises(AssertionError, match="x "):
+        run(guide, tmp_path)
 
 
 def test_a_guide_without_what_it_needs_is_skipped(tmp_path):

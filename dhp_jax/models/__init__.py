@@ -69,7 +69,23 @@ def task_of(name: str) -> str:
 
 
 def build_abstract(name: str, **arguments: Any) -> nnx.Module:
-    """The network that `build` would make, of shapes and dtypes only; nothing is computed."""
+    """The network that `build` would make, of shapes and dtypes only; nothing is computed.
+
+    Args:
+      name: the family, one of `FAMILIES`.
+      **arguments: as of `build`.
+
+    Returns:
+      A network whose arrays are `jax.ShapeDtypeStruct`s, to be measured and checked.
+
+    Raises:
+      ValueError: as `build` does.
+
+    Example:
+      >>> model = dhp.models.build_abstract("resnet", depth=56)
+      >>> dhp.measure_cost(model, (32, 32, 3)).flops
+      126837376
+    """
     _check_arguments(name, arguments)
     # Not `nnx.Rngs`: counting its draws under a trace takes seconds in a deep network.
     constant: Any = SimpleNamespace(params=lambda: jax.random.key(0))
