@@ -95,8 +95,8 @@ def uniform_within(
 
     The share is the largest that fits, rounded down in each latent to a width that it may have.
     What is left of the budget goes to single latents, one width more each, costly ones first. So a
-    width is off the common share by less than one step, and no latent that has not got its step
-    has room for it.
+    width is off the common share by less than one step (but for `min_channels`), and no latent
+    below the share has room for its step.
 
     Args:
       model: a network of latents; their values do not matter.
@@ -132,24 +132,22 @@ def uniform_within(
         middle = (low + high + 1) // 2
         fits = slack(cost, at(shares[middle]), budget) >= 0
         low, high = (middle, high) if fits else (low, middle - 1)
-    counts = _widened(at(shares[low]), possible, cost, budget)
+    counts = at(shares[low])
+    below = [name for name, count in counts.items() if count <= shares[low] * sizes[name]]
+    wider = {name: [w for w in possible[name] if w > counts[name]][:1] for name in below}
+    counts = _widened(counts, {name: w[0] for name, w in wider.items() if w}, cost, budget)
     return {name: np.arange(size) < counts[name] for name, size in sizes.items()}
 
 
 def _widened(
-    counts: dict[str, int],
-    possible: Mapping[str, list[int]],
-    cost: Cost,
-    budget: Mapping[str, float],
+    counts: dict[str, int], wider: Mapping[str, int], cost: Cost, budget: Mapping[str, float]
 ) -> dict[str, int]:
-    """Gives latents their next width where it fits, each once, those first that cost most."""
-    steps = {
-        name: {name: widths[widths.index(counts[name]) + 1]}
-        for name, widths in possible.items()
-        if counts[name] < widths[-1]
-    }
-    for name in sorted(steps, key=lambda name: slack(cost, counts | steps[name], budget)):
-        wider = counts | steps[name]
-        if slack(cost, wider, budget) >= 0:
-            counts = wider
+    """Gives latents a larger width where it fits, those first for which that costs most."""
+
+    def left(name: str) -> float:
+        return slack(cost, counts | {name: wider[name]}, budget)
+
+    for name in sorted(wider, key=left):
+        if left(name) >= 0:
+            counts = counts | {name: wider[name]}
     return counts

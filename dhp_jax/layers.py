@@ -428,8 +428,8 @@ def reinitialize(model: nnx.Module, *, gain: float = 2.0, rngs: nnx.Rngs) -> Non
     """Gives an ordinary network fresh kernels, as if it had never had hypernetworks.
 
     Kernels of convolutions and `nnx.Linear` are drawn from a normal distribution of variance
-    `gain / fan_in`, cut off at two standard deviations, their biases are zero; all else stays, and so do kernels that are not trained
-    (that are no `nnx.Param`).
+    `gain / fan_in`, cut off at two standard deviations, their biases are zero; all else stays, and
+    so do kernels that are not trained (that are no `nnx.Param`).
 
     Args:
       model: a pruned or ordinary network; changed in place.

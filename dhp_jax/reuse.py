@@ -135,14 +135,15 @@ def carry_kernels(model: nnx.Module, fresh: nnx.Module) -> None:
 
     Args:
       model: an ordinary network, left as it was.
-      fresh: the same network of latents, as `dhp.models.build` makes it; changed in place.
+      fresh: the same network of latents; changed in place.
 
     Raises:
       ValueError: the arrays of `model` are not those of `fresh`.
     """
     for _, _, layer in walk(fresh):
         if isinstance(layer, Hyper):
-            layer.w2.set_value(jnp.zeros_like(layer.w2[...]))
+            for variable in (layer.w2, layer.b2):
+                variable.set_value(jnp.zeros_like(variable[...]))
     _take_over(model, fresh)
 
 

@@ -97,8 +97,8 @@ def check(config: ConfigDict, workdir: str | os.PathLike, checksums: Mapping[str
     source = read(config)
     if data_checksums(Path(config.source).expanduser()) != dict(checksums):
         raise ConfigError(
-            f"config.source: expected a run on the same images; {config.source!r} has seen others "
-            "(their names, sizes or statistics differ)"
+            f"config.source: expected a run on the same images; that in {str(config.source)!r} has "
+            "seen others (their names, sizes or statistics differ)"
         )
     pruned = Path(workdir) / "pruned"
     if checkpoint.exists(pruned):
