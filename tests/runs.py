@@ -7,11 +7,12 @@ import runpy
 import subprocess
 import sys
 
-from networks import drawn_masks, resnet20
+from networks import drawn_masks, filled, resnet20
 import pytest
 
 import dhp_jax as dhp
 from dhp_jax import command, journal, pipeline
+from dhp_jax.budgets import choose
 from dhp_jax.problems import problem
 
 CONFIG = Path(__file__).parents[1] / "experiments/configs/digits_resnet20.py"
@@ -78,6 +79,23 @@ def leave(workdir):
     for name in ("best", "model"):
         small = dhp.prune(model, drawn_masks(model, len(name)))
         dhp.save(workdir / name, small, input_shape=noted.input_shape, **noted.notes)
+
+
+def leave_source(workdir, method):
+    """What another run needs of a finished one of a method; its networks have learnt nothing."""
+    run = pipeline.prepare(of_digits(method=method), workdir)
+    arguments = {**run.config.model, "min_channels": 1, **run.problem.arguments}
+    family, shape = arguments.pop("name"), run.problem.input_shape
+    model = filled(lambda rngs: dhp.models.build(family, rngs=rngs, **arguments))
+    noted = {"phase": {"epochs": 1, "steps": 20, "met_budget": False}, "made_from": ""}
+    if method == "baseline":
+        dhp.save(workdir / "model", dhp.prune(model), input_shape=shape, **noted)
+        return
+    chosen = choose(model, run.cost, flops=0.5)
+    dhp.save(workdir / "search", model, input_shape=shape, **noted)
+    for name in ("pruned", "model"):
+        small = dhp.prune(model, chosen.masks)
+        dhp.save(workdir / name, small, input_shape=shape, budget=chosen.notes(), **noted)
 
 
 def contents(folder):
