@@ -64,18 +64,6 @@ def sources(baseline, found):
 
 
 @pytest.fixture(scope="module")
-def pruned(sources, compiled_once, tmp_path_factory):
-    """The directory of a run of each method that has come to its pruned network."""
-    folder, runs = tmp_path_factory.mktemp("pruned"), {}
-    for method, source in sources.items():
-        runs[method] = folder / method
-        interrupter = Interrupter("converge", 0)
-        with pytest.raises(Stop):
-            carry_out(runs[method], [interrupter], method=method, source=path(source))
-    return runs
-
-
-@pytest.fixture(scope="module")
 def finished_by(sources, compiled_once, tmp_path_factory):
     """The directory of a finished run by method."""
     folder = tmp_path_factory.mktemp("methods")
@@ -86,6 +74,18 @@ def finished_by(sources, compiled_once, tmp_path_factory):
         return folder / method
 
     return of
+
+
+@pytest.fixture(scope="module")
+def pruned(sources, finished_by, tmp_path_factory):
+    """The directory of a run of each method that has come to its pruned network."""
+    folder, runs = tmp_path_factory.mktemp("pruned"), {"l1_norm": finished_by("l1_norm")}
+    for method in set(OTHERS) - set(runs):
+        runs[method] = folder / method
+        interrupter = Interrupter("converge", 0)
+        with pytest.raises(Stop):
+            carry_out(runs[method], [interrupter], method=method, source=path(sources[method]))
+    return runs
 
 
 def path(folder):
