@@ -611,7 +611,7 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
             "3",
             "config.serch: unknown field: expected one of baseline, batch_size, budget, "
             "checkpoint, converge, data, dtype, log_every, mesh, method, model, multiple_of, "
-            "nonfinite, optimizer, search, seed, target, targets, task; got 'serch'; "
+            "nonfinite, optimizer, search, seed, source, target, targets, task; got 'serch'; "
             "did you mean 'search'?",
         ),
         (
