@@ -5,6 +5,7 @@ from dhp_jax.backend import compiler_options, inference
 from dhp_jax.budgets import prune_to
 from dhp_jax.checkpoint import load, save
 from dhp_jax.cost import Cost, measure_cost
+from dhp_jax.criteria import l1_scores, random_scores, uniform_within
 from dhp_jax.fold import fold
 from dhp_jax.hypernet import hyper_kernel
 from dhp_jax.latent import Axis, Latent, LatentVector, concat, latents, repeat
@@ -33,6 +34,7 @@ __all__ = [
     "fold",
     "hyper_kernel",
     "inference",
+    "l1_scores",
     "latents",
     "load",
     "measure_cost",
@@ -42,9 +44,11 @@ __all__ = [
     "prunable_latents",
     "prune",
     "prune_to",
+    "random_scores",
     "repeat",
     "save",
     "survivors",
+    "uniform_within",
     "with_classes",
     "with_latents",
 ]

@@ -7,6 +7,7 @@ fast enough is found by bisection over its FLOPs.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+import functools
 from typing import Any
 
 from flax import nnx
@@ -15,6 +16,7 @@ import numpy as np
 from dhp_jax.cost import Cost, measure_cost
 from dhp_jax.prune import (
     BudgetError,
+    Scores,
     check_axes,
     check_budget,
     check_share,
@@ -53,6 +55,18 @@ class Time:
 
 
 Clock = Callable[[nnx.Module], Time]
+Selection = Callable[..., dict[str, np.ndarray]]  # takes what `survivors_within` does
+
+
+def selection(by: Scores | Selection | None) -> Selection:
+    """The function that chooses survivors: by scores, or the one that is given."""
+    if by is None:
+        return survivors_within
+    if isinstance(by, Mapping):
+        return functools.partial(survivors_within, scores=by)
+    if not callable(by):
+        raise ValueError(f"by: expected scores by latent, or such as uniform_within; got {by!r}")
+    return by
 
 
 def clock(model: nnx.Module, input_shape: tuple[int, ...], batch: int = 1) -> Clock:
@@ -108,16 +122,18 @@ def choose(
     cost: Cost,
     multiple_of: Multiples = 1,
     *,
+    by: Scores | Selection | None = None,
     latency: float | None = None,
     timed: Clock | None = None,
     **budget: float,
 ) -> Chosen:
-    """The survivors, by magnitude, that use as much of all budgets as fits; see `survivors_within`.
+    """The survivors that use as much of all budgets as fits; see `survivors_within`.
 
     Args:
       model: a network of latents.
       cost: its `measure_cost`.
       multiple_of: latents that lose entries keep a multiple of so many.
+      by: as for `prune_to`.
       latency: share in (0, 1] of the whole network's time, within which the upper quartile of the
         measured ratio is; `None` for no such budget.
       timed: from `clock`, if `latency` is given.
@@ -126,20 +142,21 @@ def choose(
     Raises:
       ValueError: as `survivors_within`; `BudgetError` if the smallest network is not fast enough.
     """
+    select = selection(by)
     if latency is None:
-        return _chosen(cost, survivors_within(model, cost, multiple_of, **budget))
+        return _chosen(cost, select(model, cost, multiple_of, **budget))
     check_share("latency", latency)
     budget = {"flops": 1.0, **budget}
     check_budget(model, cost, multiple_of, **budget)
-    search = _Bisection(model, cost, multiple_of, budget, latency, timed)
+    search = _Bisection(model, cost, multiple_of, select, budget, latency, timed)
     return search.result()
 
 
 class _Bisection:
     """Candidates by their FLOPs, each pruned and timed once."""
 
-    def __init__(self, model, cost, multiple_of, budget, latency, timed):
-        self.model, self.cost, self.multiple_of = model, cost, multiple_of
+    def __init__(self, model, cost, multiple_of, select, budget, latency, timed):
+        self.model, self.cost, self.multiple_of, self.select = model, cost, multiple_of, select
         self.budget, self.latency, self.timed = budget, latency, timed
         self.known: dict[tuple[int, ...], bool] = {}
         self.tried: list[dict[str, Any]] = []
@@ -164,7 +181,7 @@ class _Bisection:
 
     def survivors(self, flops: float) -> dict[str, np.ndarray]:
         budget = self.budget | {"flops": flops}
-        return survivors_within(self.model, self.cost, self.multiple_of, **budget)
+        return self.select(self.model, self.cost, self.multiple_of, **budget)
 
     def fits(self, masks: dict[str, np.ndarray]) -> bool:
         """Whether a candidate is fast enough; one of the same widths is not timed again."""
@@ -221,6 +238,7 @@ def prune_to(
     input_shape: tuple[int, ...],
     multiple_of: Multiples = 1,
     *,
+    by: Scores | Selection | None = None,
     latency: float | None = None,
     batch: int = 1,
     **budget: float,
@@ -233,6 +251,9 @@ def prune_to(
       multiple_of: latents that lose entries keep a multiple of so many. A number for all; numbers
         by name or pattern, such as `{"stages.*": 8}`; or "auto", for what was measured to be best
         on this platform for the dtype of the model (see `dhp_jax.widths`).
+      by: what decides instead of the magnitudes: scores for the entries of every prunable latent by
+        name, such as from `dhp.l1_scores` and `dhp.random_scores`, the smallest of which go first;
+        or `dhp.uniform_within`, or another function that takes and returns what that does.
       latency: share in (0, 1] of the time that the whole network takes, measured here and now on
         compiled forward passes of both in turn: of every four pairs three are within it. Every
         candidate has to be compiled; there are up to ten. `None` for no such budget.
@@ -245,8 +266,9 @@ def prune_to(
 
     Raises:
       ValueError: a share outside (0, 1]; a `multiple_of` below 1 or above the size of its latents;
-        a `batch` below 1; axes that meet in the forward pass without being one latent; a share that
-        is out of reach (`BudgetError`, with the smallest one possible).
+        a `batch` below 1; scores that do not suit the latents; axes that meet in the forward pass
+        without being one latent; a share that is out of reach (`BudgetError`, with the smallest one
+        possible).
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
@@ -261,7 +283,7 @@ def prune_to(
     check_budget(model, cost, multiple_of, **budget)
     check_axes(model, input_shape)
     timed = None if latency is None else clock(model, input_shape, batch)
-    chosen = choose(model, cost, multiple_of, latency=latency, timed=timed, **budget)
+    chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
     return prune(model, chosen.masks)
 
 

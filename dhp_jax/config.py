@@ -9,11 +9,11 @@ from ml_collections import ConfigDict, config_dict
 
 from dhp_jax import models, optimizer
 from dhp_jax.data import photographs, sources
+from dhp_jax.methods import METHODS
 from dhp_jax.models.blocks import MAX_CHANNELS
 from dhp_jax.names import shown, unknown
 from dhp_jax.widths import AUTO, parsed
 
-METHODS = ("dhp", "baseline")
 DTYPES = ("float32", "bfloat16")
 MOST = 1_000_000  # of what is counted, if nothing else is said
 LARGEST = 1e30  # of other numbers; float32 ends at 3e38
@@ -44,7 +44,8 @@ def default(task: str = "classification") -> ConfigDict:
     config = ConfigDict(
         {
             "seed": 0,
-            "method": "dhp",  # "baseline" trains the unpruned network instead
+            "method": "dhp",  # "baseline" trains the unpruned network; others: docs/methods.md
+            "source": config_dict.placeholder(str),  # finished run that some methods start from
             "target": 0.5,  # share of the FLOPs that the pruned network may use
             "targets": config_dict.placeholder(tuple),  # one after another instead, from one search
             "budget": {  # further shares of the unpruned network's; all that are given hold
@@ -150,12 +151,14 @@ TASKS: Mapping[str, Callable[[ConfigDict], None]] = {
 def check(config: ConfigDict) -> None:
     """Raises a `ConfigError` for the first field that is unknown, missing or impossible.
 
-    Looks at each field by itself, but for a network that is for another task, and for too many
-    examples in an epoch. The arguments of the network are for `dhp.models.build` to judge.
+    Looks at each field by itself, but for a source that the method does not take or lacks, a
+    network that is for another task, and too many examples in an epoch. The arguments of the
+    network are for `dhp.models.build` to judge.
     """
     if isinstance(config, ConfigDict):
         _check_filled_in("config", config)
     _check_group("", config, _fields(config))
+    _check_source(config)
     _check_family(config)
     _check_examples(config)
 
@@ -175,6 +178,20 @@ def _check_filled_in(group: str, config: ConfigDict) -> None:
             raise ConfigError(f"{group}.{name}: expected a value; got none") from None
         if isinstance(value, ConfigDict):
             _check_filled_in(f"{group}.{name}", value)
+
+
+def _check_source(config: ConfigDict) -> None:
+    needed = METHODS[config.method].source
+    if needed is not None and config.source is None:
+        raise ConfigError(
+            f"config.source: expected the directory of a finished run with config.method={needed}, "
+            f"for config.method={config.method}; got None"
+        )
+    if needed is None and config.source is not None:
+        raise ConfigError(
+            f"config.source: expected None, for config.method={config.method} starts from no other "
+            f"run; got {shown(str(config.source))}"
+        )
 
 
 def _check_family(config: ConfigDict) -> None:
@@ -328,6 +345,7 @@ _BUDGET = _or_none(_SHARE, "for no such budget")
 FIELDS: Mapping[str, Any] = {
     "seed": _integer(0, 2**32 - 1),  # of larger ones JAX would use the last 32 bits
     "method": _one_of(*METHODS),
+    "source": _or_none(_PATH, "for a method that starts from no other run"),
     "target": _SHARE,
     "targets": _or_none((_shares, SHARES), "for the target alone"),
     "budget": {

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Key
 import numpy as np
 
 SMALLEST = 256
+DEVIATION = 0.8796256610342398  # of N(0, 1) cut off at -2 and 2
 
 
 def uniform(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
@@ -18,6 +19,11 @@ def uniform(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
 def normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
     """Numbers from N(0, 1); a NumPy array unless traced."""
     return _draw(_normal, key, count)
+
+
+def truncated_normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
+    """Numbers from a normal distribution cut off at two deviations, of mean 0 and variance 1."""
+    return _draw(_truncated_normal, key, count)
 
 
 def _draw(sample: Callable[[Array, int], Array], key: Array, count: int) -> Array:
@@ -37,3 +43,8 @@ def _uniform(key: Array, size: int) -> Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _normal(key: Array, size: int) -> Array:
     return jax.random.normal(key, (size,))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _truncated_normal(key: Array, size: int) -> Array:
+    return jax.random.truncated_normal(key, -2.0, 2.0, (size,)) / DEVIATION

@@ -6,7 +6,7 @@ restricted to surviving channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
+import math
 from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from dhp_jax.draw import truncated_normal
 from dhp_jax.hypernet import EMBEDDING, HypernetArrays, hyper_kernel, init_hypernet
 from dhp_jax.latent import Axis, Latent, check_axis, walk
 
@@ -428,8 +429,8 @@ def reinitialize(model: nnx.Module, *, gain: float = 2.0, rngs: nnx.Rngs) -> Non
     """Gives an ordinary network fresh kernels, as if it had never had hypernetworks.
 
     Kernels of convolutions and `nnx.Linear` are drawn from a normal distribution of variance
-    `gain / fan_in`, their biases are zero; all else stays, and so do kernels that are not trained
-    (that are no `nnx.Param`).
+    `gain / fan_in`, cut off at two standard deviations, their biases are zero; all else stays, and
+    so do kernels that are not trained (that are no `nnx.Param`).
 
     Args:
       model: a pruned or ordinary network; changed in place.
@@ -442,15 +443,11 @@ def reinitialize(model: nnx.Module, *, gain: float = 2.0, rngs: nnx.Rngs) -> Non
         ordinary = isinstance(layer, nnx.Conv | nnx.ConvTranspose | nnx.Linear)
         if ordinary and isinstance(layer.kernel, nnx.Param):
             kernel = layer.kernel[...]
-            layer.kernel[...] = _normal(rngs.params(), kernel.shape, kernel.dtype, gain)
+            deviation = math.sqrt(gain / math.prod(kernel.shape[:-1]))
+            drawn = deviation * truncated_normal(rngs.params(), kernel.size).reshape(kernel.shape)
+            layer.kernel[...] = jnp.asarray(drawn, kernel.dtype)
             if layer.bias is not None:
                 layer.bias[...] = jnp.zeros_like(layer.bias[...])
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, gain: float) -> jax.Array:
-    draw = nnx.initializers.variance_scaling(gain, "fan_in", "truncated_normal")
-    return draw(key, shape, dtype)
 
 
 def selected(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:

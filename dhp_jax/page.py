@@ -28,6 +28,7 @@ from dhp_jax.wording import (
     main_metric,
     milliseconds,
     percent,
+    start_text,
 )
 
 STAGES = {  # of summary["test"], in the order of their becoming
@@ -62,11 +63,12 @@ def page(run: Told, pictures: Sequence[Crop] = ()) -> str:
       pictures: details of restored pictures.
     """
     result, summary = run.result, run.summary
+    begun = _begun(summary) if summary else None
     parts = [
         ("channels", "Channels kept", _channels(result)),
         ("budgets", "Budgets", _budgets(result)),
         ("training", "Training", _training(result, summary)),
-        ("latents", "Latents", _latents(result) if result.prunes else None),
+        ("latents", "Latents", _latents(result) if result.searches else None),
         ("layers", "Layers", _layers(result)),
         ("pictures", "Pictures", _pictures(pictures)),
         ("load", "The network", _load(result)),
@@ -84,6 +86,7 @@ def page(run: Told, pictures: Sequence[Crop] = ()) -> str:
         notice("This run is not finished. Missing are:", missing(result)),
         cards(answer(result, summary)),
         element("p", _noise(summary), class_="soft") if summary else None,
+        element("p", begun) if begun else None,
         notice("Note:", _remarks(summary)),
         _stages(summary),
         element("nav", *links),
@@ -108,7 +111,7 @@ def missing(result: Result) -> list[str]:
     recorded = {record["phase"] for record in result.records}
     if not recorded:
         found.append("records of training: no step has been recorded")
-    if result.prunes and result.search is None:
+    if result.searches and result.search is None:
         found.append(
             "the end of the search, and with it which channels go: no channels, layers, FLOPs and "
             "params to show"
@@ -148,7 +151,7 @@ def _lead(result: Result, summary: Mapping[str, Any] | None) -> str:
     )
     flops, params = (percent(summary[name]["ratio"]) for name in ("flops", "params"))
     left = f"{flops} of the FLOPs and {params} of the params"
-    return f"Pruned to {left}: test {metric.label} {value}{beside}."
+    return f"{result.method.lead.format(left=left)}: test {metric.label} {value}{beside}."
 
 
 def answer(result: Result, summary: Mapping[str, Any] | None) -> list[Card]:
@@ -232,6 +235,12 @@ def _noise(summary: Mapping[str, Any]) -> str:
         + (", the networks in turn, with the quartiles of pairs. " if row_pairs else ". ")
         + "So few tell large differences from none, no more; benchmarks/pruned.py takes longer."
     )
+
+
+def _begun(summary: Mapping[str, Any]) -> str | None:
+    """What the network was trained from, where that was no search of this run."""
+    begun = start_text(summary)
+    return f"Trained from {begun}." if begun else None
 
 
 def _remarks(summary: Mapping[str, Any] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""A run from a configuration: search, prune, converge, or the unpruned baseline.
+"""A run from a configuration: search, prune, converge, or another of the methods in methods.py.
 
 Every phase ends with a network on disk, and keeps checkpoints on its way there. A run that is
 started again in its directory goes on from what it finds whole of these; all randomness follows
@@ -6,7 +6,7 @@ from the seed, the phase and the step, so it ends with the same bits as a run th
 stopped.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 from dataclasses import dataclass
@@ -23,18 +23,22 @@ from ml_collections import ConfigDict
 import optax
 from PIL import Image
 
-from dhp_jax import checkpoint, models, report
-from dhp_jax.budgets import Chosen, check_latency, choose, clock, limits
+from dhp_jax import checkpoint, models, report, source
+from dhp_jax.budgets import Chosen, Selection, check_latency, choose, clock, limits
 from dhp_jax.config import ConfigError, check
 from dhp_jax.cost import Cost, measure_cost
+from dhp_jax.criteria import l1_scores, random_scores, uniform_within
 from dhp_jax.journal import Journal
+from dhp_jax.latent import latents
 from dhp_jax.layers import reinitialize
 from dhp_jax.mesh import DATA, check_batch, make_mesh
+from dhp_jax.methods import METHODS
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.problems import Problem, known_arguments, origins, problem
 from dhp_jax.processes import folder_from_first, from_first, is_first
 from dhp_jax.prune import (
     BudgetError,
+    Scores,
     check_axes,
     check_budget,
     latent_history,
@@ -42,6 +46,7 @@ from dhp_jax.prune import (
     survivor_counts,
 )
 from dhp_jax.resume import Checkpoints
+from dhp_jax.reuse import carry_kernels
 from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Params
 from dhp_jax.train import Budget, Observer, OriginError, Outcome, Phase, Progress, train
@@ -62,6 +67,7 @@ CHECKPOINTS = "checkpoints"
 PICTURES = 4  # test examples shown in the report, where a task has something to show
 PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
 MOST_STEPS = 2**31 - 1  # they are counted in int32
+Smaller = tuple[nnx.Module, dict[str, Any]]  # a network just after pruning, and what is noted of it
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,13 @@ def prepare(
             )
     arguments |= known_arguments(config)
     _abstract(config, arguments)  # before the data, which may have to be downloaded
+    if METHODS[config.method].source is not None:
+        from_first(lambda: bool(source.read(config)))
     asked = _agreed_problem(config, workdir)
     arguments |= asked.arguments
     abstract = _abstract(config, arguments)
+    if METHODS[config.method].source is not None:
+        from_first(lambda: source.check(config, workdir, asked.checksums))
     cost = measure_cost(abstract, asked.input_shape)
     try:
         check_budget(abstract, cost, config.multiple_of, **_counted(config))
@@ -262,7 +272,7 @@ def execute(
             if run.config.method == "baseline":
                 work.train_baseline()
             else:
-                work.converge(work.prune(work.search()))
+                work.converge(work.prune(work.start()))
         except OriginError as error:
             raise ConfigError(f"config.{error}; give another --workdir") from error
         return from_first(lambda: report.write(run.workdir, baseline=baseline))
@@ -299,16 +309,28 @@ class _Work:
 
     def __init__(self, run: Run, stopping: Callable[[], bool]):
         self.run, self.config, self.stopping = run, run.config, stopping
+        self.method = METHODS[run.config.method]
         self.data = functools.cache(run.problem.read)  # a run that is finished reads none
 
     def train_baseline(self) -> None:
         if from_first(lambda: self._trained("baseline", source="")):
             return
-        ordinary = prune(self.run.build())
-        gain = self.run.problem.task.initial_gain
-        reinitialize(ordinary, gain=gain, rngs=nnx.Rngs(self.config.seed))
-        outcome = self._train("baseline", ordinary)
+        outcome = self._train("baseline", self._renewed(prune(self.run.build())))
         from_first(lambda: self._save_trained(outcome, source=""))
+
+    def _renewed(self, model: nnx.Module) -> nnx.Module:
+        """An ordinary network that nothing was trained of, with the fresh weights of a baseline."""
+        gain = self.run.problem.task.initial_gain
+        reinitialize(model, gain=gain, rngs=nnx.Rngs(self.config.seed))
+        return model
+
+    def start(self) -> str:
+        """Returns the digest of the network that channels are taken from; "" for an untrained."""
+        if "search" in self.method.phases:
+            return self.search()
+        if self.method.source is None:
+            return ""
+        return from_first(lambda: source.read(self.config).sha256)
 
     def search(self) -> str:
         """Returns the digest of the network at the end of the search."""
@@ -333,21 +355,60 @@ class _Work:
             )
         return from_first(lambda: self._save("search", outcome.model, outcome.progress))
 
-    def prune(self, source: str) -> str:
+    def prune(self, made_from: str) -> str:
         """Returns the digest of the network just after pruning."""
-        return from_first(lambda: self._prune(source))
+        return from_first(lambda: self._prune(made_from))
 
-    def _prune(self, source: str) -> str:
+    def _prune(self, made_from: str) -> str:
         found = self._found("pruned")
-        if found and found["notes"]["made_from"] == source:
+        if found and found["notes"]["made_from"] == made_from:
             return found["sha256"]
-        model = checkpoint.load(self.run.workdir / "search")
-        chosen = self._chosen(model)
-        small, batch = prune(model, chosen.masks), 4 * self.config.batch_size
-        test = evaluate(small, self.run.problem.task, self.data("test"), batch_size=batch)
-        return self._save("pruned", small, test=test, budget=chosen.notes(), made_from=source)
+        small, notes = SMALLER[self.config.method](self)
+        if not self.method.fresh:
+            test, batch = self.data("test"), 4 * self.config.batch_size
+            notes["test"] = evaluate(small, self.run.problem.task, test, batch_size=batch)
+        return self._save("pruned", small, made_from=made_from, **notes)
 
-    def _chosen(self, model: nnx.Module) -> Chosen:
+    def searched(self) -> Smaller:
+        """By the latents at the end of the search."""
+        return self._within(checkpoint.load(self.run.workdir / "search"))
+
+    def uniform(self) -> Smaller:
+        """One share of all latents, with fresh weights."""
+        small, notes = self._within(self.run.build(), uniform_within)
+        return self._renewed(small), notes
+
+    def at_random(self) -> Smaller:
+        """Any channels of a trained network."""
+        model, origin = self._trained_before()
+        return self._within(model, random_scores(model, self.config.seed), origin=origin)
+
+    def by_norm(self) -> Smaller:
+        """The channels of a trained network with the largest filters."""
+        model, origin = self._trained_before()
+        return self._within(model, l1_scores(model), origin=origin)
+
+    def as_found(self) -> Smaller:
+        """The channels that another run has kept, with fresh weights."""
+        model, found = self.run.build(), source.read(self.config)
+        sizes = {name: z.size for name, z in latents(model).items()}
+        notes = {"budget": found.budget, "origin": dict(found.origin)}
+        return self._renewed(prune(model, found.masks(sizes))), notes
+
+    def _trained_before(self) -> tuple[nnx.Module, dict[str, Any]]:
+        """The trained network of the source as one of latents, and what it cost."""
+        model, found = self.run.build(), source.read(self.config)
+        carry_kernels(checkpoint.load(found.path), model)
+        return model, dict(found.origin)
+
+    def _within(
+        self, model: nnx.Module, by: Scores | Selection | None = None, **notes: Any
+    ) -> Smaller:
+        """What is left of a network within all budgets, and what is noted of it."""
+        chosen = self._chosen(model, by)
+        return prune(model, chosen.masks), {"budget": chosen.notes(), **notes}
+
+    def _chosen(self, model: nnx.Module, by: Scores | Selection | None) -> Chosen:
         """The survivors within all budgets."""
         config, run, timed = self.config, self.run, None
         if config.budget.latency is not None:
@@ -357,15 +418,15 @@ class _Work:
                 model,
                 run.cost,
                 config.multiple_of,
+                by=by,
                 latency=config.budget.latency,
                 timed=timed,
                 **_counted(config),
             )
         except BudgetError as error:  # the smallest network has become too slow
-            raise ConfigError(
-                f"config.budget.{error}; the search is kept in {run.workdir / 'search'}, "
-                "for dhp.prune_to"
-            ) from error
+            kept = run.workdir / "search"
+            hint = f"; the search is kept in {kept}, for dhp.prune_to" if kept.exists() else ""
+            raise ConfigError(f"config.budget.{error}{hint}") from error
 
     def converge(self, source: str) -> None:
         if not from_first(lambda: self._trained("converge", source)):
@@ -526,3 +587,12 @@ class _Work:
         except checkpoint.ArtifactError as error:
             logger.warning("%s; it is made again", error)
             return None
+
+
+SMALLER: Mapping[str, Callable[[_Work], Smaller]] = {  # how each method makes a network smaller
+    "dhp": _Work.searched,
+    "uniform": _Work.uniform,
+    "random": _Work.at_random,
+    "l1_norm": _Work.by_norm,
+    "scratch": _Work.as_found,
+}

@@ -27,9 +27,10 @@ def plots(
     """The figures of a run by name; `unpruned` is the summary of the run in `baseline`."""
     metric = main_metric(result.notes["model"]["phase"]["last"])
     figures = {metric: _figure(_plot_metric, result, METRICS[metric], unpruned)}
-    if "search" in result.notes:
-        survivors = checkpoint.read_description(result.workdir / "model")["survivors"]
+    if result.pruned:
         figures["channels"] = _figure(_plot_channels, result, width=9)
+    if result.search is not None:
+        survivors = checkpoint.read_description(result.workdir / "model")["survivors"]
         figures["ratio"] = _figure(_plot_ratio, result)
         figures["latents"] = _figure(_plot_latents, result, result.search, survivors)
     pictures = crops(result, baseline)
@@ -127,7 +128,7 @@ def _plot_metric(
         values = [metric.factor * r[f"test_{metric.name}"] for r in records]
         axes.plot(epochs, values, color=color, label=name)
         start += records[-1]["epoch"]
-    if unpruned is not None and "search" in result.notes:
+    if unpruned is not None and result.prunes:
         value = unpruned["test"]["last"][metric.name]
         label = f"unpruned, last epoch ({metric.text(value)})"
         axes.axhline(metric.factor * value, color=RULE, linewidth=1, linestyle="--", label=label)

@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Float
 import numpy as np
 
 from dhp_jax.architecture import architecture_of, set_architecture
-from dhp_jax.cost import MEASURES, Cost, input_refused
+from dhp_jax.cost import MEASURES, Cost, Counts, input_refused
 from dhp_jax.latent import Axis, Latent, latents, modules_in
 from dhp_jax.layers import Prunable
 from dhp_jax.widths import Multiples, multiples
 
 Masks = Mapping[str, np.ndarray]
+Scores = Mapping[str, np.ndarray]  # by latent a number for each entry; the smallest go first
 TOLERANCE = 0.005  # of a budget that may be left before entries are traded
 TRADES = 32
 Group = tuple[str, tuple[int, ...]]  # a latent, and entries of it that go together
@@ -98,7 +99,7 @@ def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: Multiples = 1) ->
     """The shares, as of `Cost.shares`, when every latent keeps as few entries as it can."""
     steps = multiples(model, multiple_of)
     counts = {
-        name: z.size - max(_removals(z, steps.get(name, 1)), default=0)
+        name: z.size - max(removals(z, steps.get(name, 1)), default=0)
         for name, z in latents(model).items()
     }
     return cost.shares(counts)
@@ -131,7 +132,12 @@ def check_share(name: str, share: float) -> None:
 
 
 def survivors_within(
-    model: nnx.Module, cost: Cost, multiple_of: Multiples = 1, **budget: float
+    model: nnx.Module,
+    cost: Cost,
+    multiple_of: Multiples = 1,
+    *,
+    scores: Scores | None = None,
+    **budget: float,
 ) -> dict[str, np.ndarray]:
     """The survivors, by magnitude of the latents, that use as much of a budget as fits.
 
@@ -146,6 +152,8 @@ def survivors_within(
       multiple_of: latents that lose entries keep a multiple of so many; see `widths.multiples`.
         Entries then go and come back in groups, each by its largest, and more of the budget may be
         left.
+      scores: numbers of at least 0 for the entries of every prunable latent by name, which count
+        instead of the magnitudes.
       **budget: some of `flops`, `params`, `activations` (see `dhp_jax.cost`), shares in (0, 1]; all
         of them hold.
 
@@ -154,34 +162,39 @@ def survivors_within(
 
     Raises:
       ValueError: a share outside (0, 1]; `multiple_of` below 1, or above the size of every latent;
+        scores that are missing, of another size, or not finite;
         `BudgetError`, a `ValueError`, if `min_channels`, `multiple_of` and latents that are not
         prunable make a share unreachable (it tells the smallest one).
     """
     check_budget(model, cost, multiple_of, **budget)
-    order = _removable(model, multiple_of)
+    order = _removable(model, multiple_of, _magnitudes(model) if scores is None else scores)
     sizes = {name: z.size for name, z in latents(model).items()}
 
-    def slack(gone: Set[int]) -> float:
-        """What is left of the tightest budget without some entries; negative if it is exceeded."""
+    def left_without(gone: Set[int]) -> float:
         left = Counter(sizes)
         for i in gone:
             left[order[i][0]] -= len(order[i][1])
-        used = cost.shares(left)
-        return min(share - used[name] for name, share in budget.items())
+        return slack(cost, left, budget)
 
     # Cost falls with every group removed, so the number to remove is found by bisection.
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if slack(range(middle)) >= 0 else (middle + 1, high)
-    gone = _refilled(set(range(low)), order, slack)
-    if slack(gone) > TOLERANCE:
-        gone = _traded(gone, order, slack)
+        low, high = (low, middle) if left_without(range(middle)) >= 0 else (middle + 1, high)
+    gone = _refilled(set(range(low)), order, left_without)
+    if left_without(gone) > TOLERANCE:
+        gone = _traded(gone, order, left_without)
     masks = {name: np.ones(size, bool) for name, size in sizes.items()}
     for i in gone:
         name, entries = order[i]
         masks[name][list(entries)] = False
     return masks
+
+
+def slack(cost: Cost, counts: Counts, budget: Mapping[str, float]) -> float:
+    """What is left of the tightest budget by numbers of survivors; negative if it is exceeded."""
+    used = cost.shares(counts)
+    return min(share - used[name] for name, share in budget.items())
 
 
 def _refilled(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
@@ -218,24 +231,42 @@ def _traded(gone: set[int], order: list[Group], slack: Callable[[Set[int]], floa
     return gone
 
 
-def _removals(z: Latent, multiple_of: int) -> range:
+def removals(z: Latent, multiple_of: int) -> range:
     """How many entries of a latent may go: numbers that leave a multiple, and `min_channels`."""
     first = z.size % multiple_of or multiple_of
     last = z.size - max(z.min_channels, multiple_of) if z.prunable else 0
     return range(first, last + 1, multiple_of)
 
 
-def _removable(model: nnx.Module, multiple_of: Multiples) -> list[Group]:
-    """The groups of entries that may go, smallest magnitude first; ties by name and order."""
+def _magnitudes(model: nnx.Module) -> Scores:
+    return {name: np.abs(np.asarray(z.value())) for name, z in latents(model).items()}
+
+
+def _removable(model: nnx.Module, multiple_of: Multiples, scores: Scores) -> list[Group]:
+    """The groups of entries that may go, smallest score first; ties by name and order."""
     groups, steps = [], multiples(model, multiple_of)
     for name, z in latents(model).items():
-        step = steps.get(name, 1)
-        magnitude = np.abs(np.asarray(z.value(), np.float64))
-        order = np.argsort(magnitude, kind="stable")
-        for end in _removals(z, step):
+        if not z.prunable:
+            continue
+        step, score = steps[name], _checked(scores, name, z.size)
+        order = np.argsort(score, kind="stable")
+        for end in removals(z, step):
             entries = order[max(0, end - step) : end]
-            groups.append((magnitude[entries[-1]], name, end, tuple(map(int, entries))))
+            groups.append((score[entries[-1]], name, end, tuple(map(int, entries))))
     return [(name, entries) for _, name, _, entries in sorted(groups)]
+
+
+def _checked(scores: Scores, name: str, size: int) -> np.ndarray:
+    """The scores of a latent, if they are numbers of at least 0 for all of its entries."""
+    if name not in scores:
+        raise ValueError(f"scores: expected those of latent {name!r}; got {sorted(scores)}")
+    score = np.asarray(scores[name], np.float64)
+    if score.shape != (size,) or not (np.isfinite(score) & (score >= 0)).all():
+        raise ValueError(
+            f"scores[{name!r}]: expected {size} finite numbers >= 0; got an array of shape "
+            f"{score.shape}, from {score.min(initial=np.inf):g} to {score.max(initial=-np.inf):g}"
+        )
+    return score
 
 
 def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:

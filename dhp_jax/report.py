@@ -19,13 +19,21 @@ from typing import Any
 from dhp_jax import checkpoint, durable, journal
 from dhp_jax.comparison import comparison
 from dhp_jax.crops import crops
+from dhp_jax.methods import METHODS
 from dhp_jax.page import Told, page
 from dhp_jax.plots import plots
-from dhp_jax.prune import prune
-from dhp_jax.result import PICTURES, SUMMARY, Result, read
+from dhp_jax.result import PICTURES, SUMMARY, Result, configuration, read
 from dhp_jax.tasks.task import METRICS
 from dhp_jax.timing import hardware, measure_latency, quartiles
-from dhp_jax.wording import faster, layer_table, main_metric, metrics_text, milliseconds, percent
+from dhp_jax.wording import (
+    faster,
+    layer_table,
+    main_metric,
+    metrics_text,
+    milliseconds,
+    percent,
+    start_text,
+)
 
 __all__ = [
     "LAYERS",
@@ -33,6 +41,7 @@ __all__ = [
     "PICTURES",
     "PLOTS",
     "SUMMARY",
+    "beside",
     "hardware",
     "latency",
     "layer_table",
@@ -187,7 +196,7 @@ def latency(result: Result, *, again: bool = False) -> dict[str, Any]:
     known = (result.summary or {}).get("latency")
     if known and known["of"] == of and not again:
         return known
-    networks = {"before": prune(result.search)} if result.pruned else {}
+    networks = {"before": result.unpruned()} if result.pruned else {}
     networks["after"] = result.trained
     batches = sorted({1, result.config["batch_size"]})
     return {
@@ -206,6 +215,22 @@ def _timed(networks: Mapping[str, Any], shape: Sequence[int], batch: int) -> dic
         pairs = zip(times["before"], times["after"], strict=True)
         row["speedup"] = quartiles([before / after for before, after in pairs])
     return row
+
+
+def beside(workdir: str | os.PathLike, config: Mapping[str, Any]) -> str:
+    """Where the run of the unpruned network lies if no other place is given.
+
+    Args:
+      workdir: directory of a run, such as `runs/NAME` or `runs/NAME-METHOD`.
+      config: its configuration.
+
+    Returns:
+      Its source if that is a baseline, and otherwise `runs/NAME-baseline`.
+    """
+    method = config["method"]
+    if METHODS[method].source == "baseline":
+        return config["source"]
+    return f"{os.path.normpath(workdir).removesuffix(f'-{method}')}-baseline"
 
 
 def read_baseline(directory: str | os.PathLike) -> dict[str, Any]:
@@ -242,20 +267,21 @@ def summarize(
         test["without_network"] = notes["model"]["without_network"]
     phases = {}
     if "search" in notes:
-        test |= {
-            "after_search": notes["search"]["phase"]["last"],
-            "after_pruning": notes["pruned"]["test"],
-            "unpruned": unpruned and unpruned["test"]["last"],
-        }
+        test["after_search"] = notes["search"]["phase"]["last"]
         phases["search"] = notes["search"]["phase"]
-    phases["converge" if "search" in notes else "baseline"] = trained
+    if result.prunes:
+        if not result.method.fresh:
+            test["after_pruning"] = notes["pruned"]["test"]
+        test["unpruned"] = unpruned and unpruned["test"]["last"]
+    phases[result.phases[-1]] = trained
     return {
         "method": result.config["method"],
         "task": result.config["task"],
         "model": result.config["model"],
         "data": result.config["data"]["name"],
         "seed": result.config["seed"],
-        "target": result.config["target"] if "search" in notes else None,
+        "target": result.config["target"] if result.prunes else None,
+        "origin": result.origin,
         "test": test,
         "flops": _change(result.before.flops, result.after.flops),
         "params": _change(result.before.params, result.after.params),
@@ -287,15 +313,12 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         unpruned = (
             "unknown" if epochs is None else f"{metrics_text(test['unpruned'])} (epoch {epochs})"
         )
-        search = phases["search"]
-        rows += [
-            ("  unpruned" if rows else f"test {metric.label}, unpruned", unpruned),
-            (
-                "  after the search",
-                f"{metrics_text(test['after_search'])} (epoch {search['epochs']})",
-            ),
-            ("  after pruning", metrics_text(test["after_pruning"])),
-        ]
+        rows.append(("  unpruned" if rows else f"test {metric.label}, unpruned", unpruned))
+    if "after_search" in test:
+        reached = f"(epoch {phases['search']['epochs']})"
+        rows.append(("  after the search", f"{metrics_text(test['after_search'])} {reached}"))
+    if "after_pruning" in test:
+        rows.append(("  after pruning", metrics_text(test["after_pruning"])))
     rows += [
         (
             f"test {metric.label}, last epoch",
@@ -314,6 +337,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         rows.append((label, text))
     rows += _budget_rows(summary.get("budgets", {}))
     rows += _latency_rows(summary.get("latency"))
+    begun = start_text(summary)
+    rows += [("starts from", begun)] if begun else []
     rows.append(("time", f"{summary['seconds']:.0f} s on {summary['hardware']}"))
     if "search" in phases and not phases["search"]["met_budget"]:
         rows.append(
@@ -360,7 +385,7 @@ def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
     paths = [
         ("report", str(workdir / PAGE)),
         (
-            "pruned network" if summary["method"] == "dhp" else "network",
+            "network" if summary["method"] == "baseline" else "pruned network",
             f'{workdir / "model"}   (dhp.load("{workdir / "model"}"))',
         ),
         ("of best epoch", str(workdir / "best")),
@@ -382,6 +407,8 @@ def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
 
 def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] | None:
     """The summary of a finished run of the same network, unpruned, on the same data; or `None`."""
+    if not result.prunes:
+        return None
     try:
         summary = read_baseline(baseline)
     except ValueError:
@@ -435,7 +462,7 @@ def _make(options: argparse.Namespace) -> Path:
     (workdir,) = options.runs
     if options.baseline is not None:
         read_baseline(options.baseline)
-    baseline = options.baseline or f"{os.path.normpath(workdir)}-baseline"
+    baseline = options.baseline or beside(workdir, configuration(workdir))
     return write_page(workdir, baseline=baseline, measure=options.latency, out=options.out)
 
 

@@ -10,9 +10,13 @@ from typing import Any
 
 from flax import nnx
 
-from dhp_jax import checkpoint, journal
+from dhp_jax import checkpoint, journal, models
+from dhp_jax.architecture import architecture_of
 from dhp_jax.budgets import limits
 from dhp_jax.cost import MEASURES, Cost, measure_cost
+from dhp_jax.methods import METHODS, Method
+from dhp_jax.names import unknown
+from dhp_jax.prune import prune
 from dhp_jax.workdir import COMMANDS, CONFIG
 
 logger = logging.getLogger(__name__)
@@ -33,7 +37,7 @@ class Result:
       notes: of each network saved, by its folder.
       search: the network of latents at the end of the search, if there is one.
       trained: the network after the last epoch or, before that, just after pruning.
-      before: cost of the unpruned network, if that is known.
+      before: cost of the unpruned network, if any network is there.
       after: cost of `trained`.
       summary: what `summary.json` says, if it is there and whole.
       commands: with which it was begun and taken up again, each once.
@@ -56,14 +60,29 @@ class Result:
         return "model" in self.notes
 
     @property
+    def method(self) -> Method:
+        """What it does."""
+        return METHODS[self.config["method"]]
+
+    @property
     def prunes(self) -> bool:
         """Whether it is no run of the unpruned network."""
-        return self.config["method"] != "baseline"
+        return "converge" in self.phases
+
+    @property
+    def searches(self) -> bool:
+        """Whether it has latents that die."""
+        return "search" in self.phases
 
     @property
     def pruned(self) -> bool:
-        """Whether there is a network that was made smaller, and the one that it was made of."""
-        return self.search is not None and self.after is not None
+        """Whether there is a network that was made smaller."""
+        return self.prunes and self.after is not None
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """The run that it started from, if there is one; see `dhp_jax.source.Source`."""
+        return self.notes.get("pruned", {}).get("origin")
 
     @property
     def asked(self) -> dict[str, float]:
@@ -97,10 +116,17 @@ class Result:
         """Of the networks that are there."""
         return tuple(next(iter(self.notes.values()))["input_shape"])
 
+    def unpruned(self) -> nnx.Module:
+        """The network with nothing pruned, of any weights, for measuring its latency."""
+        if self.search is not None:
+            return prune(self.search)
+        made = architecture_of(self.trained)
+        return prune(models.build(made.family, rngs=nnx.Rngs(0), **made.arguments))
+
     @property
     def phases(self) -> tuple[str, ...]:
         """The phases of training, in order."""
-        return ("search", "converge") if self.prunes else ("baseline",)
+        return self.method.phases
 
 
 def read(workdir: str | os.PathLike) -> Result:
@@ -110,31 +136,39 @@ def read(workdir: str | os.PathLike) -> Result:
       ValueError: the folder is not that of a run, or one of its files is damaged.
     """
     workdir = Path(workdir)
-    config = _config(workdir)
+    config = configuration(workdir)
     names = [name for name in NETWORKS if checkpoint.exists(workdir / name)]
     notes = {name: checkpoint.read_description(workdir / name)["notes"] for name in names}
     networks = {name: checkpoint.load(workdir / name) for name in names}
-    costs = {
-        name: measure_cost(networks[name], tuple(notes[name]["input_shape"])) for name in names
-    }
-    last = "model" if "model" in names else "pruned"
+    shape = tuple(notes[names[0]]["input_shape"]) if names else ()
+    trained = networks.get("model", networks.get("pruned"))
     return Result(
         workdir=workdir,
         config=config,
         records=journal.read(workdir / journal.RECORDS),
         notes=notes,
         search=networks.get("search"),
-        trained=networks.get(last),
-        before=costs.get("search" if config["method"] != "baseline" else last),
-        after=costs.get(last),
+        trained=trained,
+        before=_cost_before(networks[names[0]], shape) if names else None,
+        after=None if trained is None else measure_cost(trained, shape),
         summary=_summary(workdir / SUMMARY),
         commands=_lines(workdir / COMMANDS),
     )
 
 
-def _config(workdir: Path) -> dict[str, Any]:
-    """The configuration of a run."""
-    path = workdir / CONFIG
+def _cost_before(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
+    """The cost of the network that a network was pruned from."""
+    made = architecture_of(model)
+    return measure_cost(models.build_abstract(made.family, **made.arguments), input_shape)
+
+
+def configuration(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = Path(workdir) / CONFIG
     if not path.is_file():
         raise ValueError(
             f"run: expected the directory of a run, which has a {CONFIG}; got {str(workdir)!r}"
@@ -145,6 +179,8 @@ def _config(workdir: Path) -> dict[str, Any]:
     for name, kind in kinds.items():
         if not isinstance(config.get(name), kind):
             raise ValueError(f"run: {path} is no configuration of a run: it has no {name!r}")
+    if config["method"] not in METHODS:
+        raise ValueError(f"run: {path}: {unknown('method', config['method'], METHODS)}")
     return config
 
 

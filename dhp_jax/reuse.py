@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from flax import nnx
+import jax.numpy as jnp
 import numpy as np
 
 from dhp_jax import models
@@ -125,6 +126,25 @@ def _select_entries(layer: nnx.Module, names: tuple[str, ...], kept: np.ndarray)
         variable = getattr(layer, name, None)
         if variable is not None:
             variable.set_value(selected(variable, kept))
+
+
+def carry_kernels(model: nnx.Module, fresh: nnx.Module) -> None:
+    """Gives a fresh network of latents the arrays of an ordinary one, its kernels to the bit.
+
+    The hypernetworks generate them whatever the latents are: only their last biases are not zero.
+
+    Args:
+      model: an ordinary network, left as it was.
+      fresh: the same network of latents; changed in place.
+
+    Raises:
+      ValueError: the arrays of `model` are not those of `fresh`.
+    """
+    for _, _, layer in walk(fresh):
+        if isinstance(layer, Hyper):
+            for variable in (layer.w2, layer.b2):
+                variable.set_value(jnp.zeros_like(variable[...]))
+    _take_over(model, fresh)
 
 
 def _take_over(model: nnx.Module, fresh: nnx.Module) -> None:

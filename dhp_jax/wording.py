@@ -1,8 +1,10 @@
 """The numbers of a run in words and tables."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dhp_jax.cost import Cost, LayerCost
+from dhp_jax.methods import METHODS
 from dhp_jax.tasks.task import METRICS
 
 
@@ -27,6 +29,18 @@ MEASURES = {"flops": "FLOPs", "params": "params", "activations": "activations"}
 def in_words(shares: Mapping[str, float]) -> str:
     """Shares of a network's cost: "0.52 of the FLOPs and 0.6 of the params"."""
     return " and ".join(f"{share:g} of the {MEASURES[name]}" for name, share in shares.items())
+
+
+def start_text(summary: Mapping[str, Any]) -> str:
+    """What the smaller network of a run started from; nothing where its phases tell."""
+    method, origin = METHODS[summary["method"]], summary.get("origin")
+    if origin is None:
+        return "fresh weights" if method.fresh and summary["method"] != "baseline" else ""
+    count = origin["epochs"]
+    spent = f"{count} epoch{'s' * (count != 1)}, {origin['steps']:,} updates"
+    if method.fresh:
+        return f"the channels kept by {origin['run']}, a search of {spent}; fresh weights"
+    return f"the weights of {origin['run']}, trained for {spent}"
 
 
 def layer_table(before: Cost, after: Cost) -> str:

@@ -20,6 +20,7 @@ DATA = "data.json"  # what the data were when it began
 MAY_CHANGE = (
     "log_every",
     "nonfinite",
+    "source",  # `dhp_jax.source.check` sees to it
     "data.dir",
     "data.archive",
     "data.streamed",  # `settle_data` sees to it
@@ -60,7 +61,7 @@ def held(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[None]:
 
 def _kept(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     """A configuration as it is stored: what may grow stays as it was until `grow` is called."""
-    kept, path = _plain(config), workdir / CONFIG
+    kept, path = plain(config), workdir / CONFIG
     if path.is_file():
         there = json.loads(path.read_text())
         for name in MAY_GROW:
@@ -71,7 +72,7 @@ def _kept(workdir: Path, config: ConfigDict) -> dict[str, Any]:
 
 def stored(workdir: str | os.PathLike, name: str) -> Any:
     """The value of a field, such as "converge.epochs", that the directory of a run holds."""
-    return _flat(json.loads((Path(workdir) / CONFIG).read_text()))[name]
+    return flat(json.loads((Path(workdir) / CONFIG).read_text()))[name]
 
 
 def grow(workdir: str | os.PathLike, name: str, value: int) -> None:
@@ -87,6 +88,15 @@ def data_choice(workdir: str | os.PathLike) -> bool | None:
     """Whether the data of a run that has begun are streamed; `None` if it has not."""
     path = Path(workdir) / DATA
     return _data(path)["streamed"] if path.is_file() else None
+
+
+def data_checksums(workdir: str | os.PathLike) -> dict[str, int]:
+    """What tells the training and the test images of a run from others.
+
+    Raises:
+      ConfigError: the directory does not tell.
+    """
+    return _data(Path(workdir) / DATA)["checksums"]
 
 
 def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[str, int]) -> None:
@@ -154,12 +164,12 @@ def _check(workdir: Path, config: ConfigDict) -> None:
             )
         return
     try:
-        there = _flat(dict(json.loads(path.read_text())))
+        there = flat(dict(json.loads(path.read_text())))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"workdir: {path} is no configuration: {error}; mend it, or give another --workdir"
         ) from error
-    here = _flat(_plain(config))
+    here = flat(plain(config))
     differing = [
         f"config.{name} is {there.get(name)!r} there and {here.get(name)!r} here"
         for name in {**here, **there}
@@ -181,13 +191,15 @@ def _may(name: str, there: Any, here: Any) -> bool:
     return name in MAY_CHANGE or name.startswith(MAY_CHANGE_GROUPS)
 
 
-def _plain(config: ConfigDict) -> dict[str, Any]:
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """A configuration as JSON values."""
     return json.loads(config.to_json_best_effort())
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a configuration by their full names, such as "converge.epochs"."""
+    found = {}
     for name, value in tree.items():
         inner = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
             long_compilations(tell_compiled),
             asked_to_stop(options.config.checkpoint.grace) as stopping,
         ):
-            baseline = options.baseline or f"{options.workdir}-baseline"
+            baseline = options.baseline or report.beside(options.workdir, options.config)
             summaries = targets.execute(
                 runs, options.workdir, baseline=baseline, stopping=stopping, command=arguments
             )
@@ -126,15 +126,15 @@ def define(arguments: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "workdir",
         None,
-        "Directory of the run; runs/<name of the configuration>, with -baseline after it for "
-        "--config.method=baseline, if not given.",
+        "Directory of the run; runs/<name of the configuration>, with -<method> after it for "
+        "another --config.method than dhp, if not given.",
         options,
     )
     flags.DEFINE_string(
         "baseline",
         None,
         "Directory of a finished run with --config.method=baseline, for comparison; "
-        "<workdir>-baseline if not given.",
+        "<workdir>-baseline (without -<method> before) if not given.",
         options,
     )
     flags.DEFINE_string(

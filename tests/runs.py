@@ -7,11 +7,12 @@ import runpy
 import subprocess
 import sys
 
-from networks import drawn_masks, resnet20
+from networks import drawn_masks, filled, resnet20
 import pytest
 
 import dhp_jax as dhp
 from dhp_jax import command, journal, pipeline
+from dhp_jax.budgets import choose
 from dhp_jax.problems import problem
 
 CONFIG = Path(__file__).parents[1] / "experiments/configs/digits_resnet20.py"
@@ -57,11 +58,16 @@ class Interrupter:
         pass
 
 
-def carry_out(workdir, observers=(), **fields):
-    """Carries the run out in a directory, with other values of some fields."""
+def of_digits(**fields):
+    """The configuration of the run, with other values of some fields."""
     config = runpy.run_path(str(CONFIG))["get_config"]()
     config.update_from_flattened_dict(FIELDS | fields)
-    pipeline.execute(pipeline.prepare(config, workdir, observers))
+    return config
+
+
+def carry_out(workdir, observers=(), **fields):
+    """Carries the run out in a directory, with other values of some fields."""
+    pipeline.execute(pipeline.prepare(of_digits(**fields), workdir, observers))
 
 
 def leave(workdir):
@@ -73,6 +79,23 @@ def leave(workdir):
     for name in ("best", "model"):
         small = dhp.prune(model, drawn_masks(model, len(name)))
         dhp.save(workdir / name, small, input_shape=noted.input_shape, **noted.notes)
+
+
+def leave_source(workdir, method):
+    """What another run needs of a finished one of a method; its networks have learnt nothing."""
+    run = pipeline.prepare(of_digits(method=method), workdir)
+    arguments = {**run.config.model, "min_channels": 1, **run.problem.arguments}
+    family, shape = arguments.pop("name"), run.problem.input_shape
+    model = filled(lambda rngs: dhp.models.build(family, rngs=rngs, **arguments))
+    noted = {"phase": {"epochs": 1, "steps": 20, "met_budget": False}, "made_from": ""}
+    if method == "baseline":
+        dhp.save(workdir / "model", dhp.prune(model), input_shape=shape, **noted)
+        return
+    chosen = choose(model, run.cost, flops=0.5)
+    dhp.save(workdir / "search", model, input_shape=shape, **noted)
+    for name in ("pruned", "model"):
+        small = dhp.prune(model, chosen.masks)
+        dhp.save(workdir / name, small, input_shape=shape, budget=chosen.notes(), **noted)
 
 
 def contents(folder):
@@ -95,7 +118,9 @@ def without_times(value):
 
 def check_same_end(workdir, expected):
     """Two finished runs have left the same, bit for bit, but for what the clock says."""
-    for name in NETWORKS:
+    names = sorted(path.parent.name for path in expected.glob("*/model.json"))
+    assert names == sorted(path.parent.name for path in workdir.glob("*/model.json"))
+    for name in names:
         of_both = (folder / name / "arrays.safetensors" for folder in (workdir, expected))
         again, once = (path.read_bytes() for path in of_both)
         assert again == once, name

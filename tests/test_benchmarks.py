@@ -229,6 +229,98 @@ def test_finished_runs_are_put_side_by_side(
     assert row in text
 
 
+def leave_run(folder, method, seed, error, **fields):
+    """What a finished run leaves of numbers."""
+    run = folder / f"seed{seed}" / method
+    run.mkdir(parents=True)
+    config = {"method": method, "seed": seed, "target": 0.5, "converge": {"epochs": 3}, **fields}
+    (run / "config.json").write_text(json.dumps(config))
+    phases = {"baseline": {"baseline": {"steps": 600}}}.get(method, {"converge": {"steps": 400}})
+    phases |= {"search": {"steps": 150}} if method == "dhp" else {}
+    summary = {
+        "method": method,
+        "seed": seed,
+        "test": {"last": {"loss": 0.5, "error": error}},
+        "flops": {"ratio": 1.0 if method == "baseline" else 0.499},
+        "params": {"ratio": 1.0 if method == "baseline" else 0.55},
+        "origin": {"steps": 600} if method == "l1_norm" else None,
+        "phases": phases,
+        "latency": {"batches": [{"batch": 64, "after_ms": {"median": 10.0 + seed}}]},
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_methods_are_compared_over_their_seeds(tmp_path):
+    for seed, errors in enumerate([(0.10, 0.20, 0.21), (0.12, 0.22, 0.19)]):
+        for method, error in zip(("baseline", "dhp", "l1_norm"), errors, strict=True):
+            leave_run(tmp_path / "runs", method, seed, error)
+    process = begin("methods", tmp_path / "runs", "--out", tmp_path / "out")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    header, _, *rows = printed.splitlines()
+    assert "| test error | beyond DHP, points | latency |" in header
+    both = "2 | 49.90 % | 55.00 %"
+    assert rows == [
+        "| unpruned | 2 | 100.00 % | 100.00 % | 0 | 600 | 11.00 % (10.00 % to 12.00 %) | "
+        "-10.00 (-10.00 to -10.00) | 10.5 ms (batch 64) |",
+        f"| DHP | {both} | 150 | 400 | 21.00 % (20.00 % to 22.00 %) |  | 10.5 ms (batch 64) |",
+        f"| \u21131 norm of filters | {both} | 600 | 400 | 20.00 % (19.00 % to 21.00 %) | "
+        "-1.00 (-3.00 to +1.00) | 10.5 ms (batch 64) |",
+    ]
+    (_, _, row) = json.loads((tmp_path / "out/methods.json").read_text())["rows"]
+    assert row["seeds"] == [0, 1]
+    assert row["beyond_dhp"]["low"] == pytest.approx(-0.03)
+    assert (tmp_path / "out/methods.md").read_text().startswith("# Methods at equal cost\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields", "told"),
+    [
+        (
+            ["--config=x.py"],
+            None,
+            "expected arguments of experiments/main.py such as --config=FILE",
+        ),
+        (["--train"], None, "and only then; got none"),
+        (["--train", "--confg=x"], None, "; got --confg=x"),
+        ([], None, "folder: expected runs in "),
+        ([], {"converge": {"epochs": 4}}, "config.converge.epochs is 3 in "),
+    ],
+)
+def test_methods_that_cannot_be_compared_are_told_in_one_line(tmp_path, arguments, fields, told):
+    if fields is not None:
+        leave_run(tmp_path, "dhp", 0, 0.2)
+        leave_run(tmp_path, "uniform", 0, 0.2, **fields)
+    process = begin("methods", tmp_path, *arguments)
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert told in errors.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_all_methods_are_trained_for_a_seed_and_what_is_finished_is_left_alone(tmp_path):
+    fields = ["--config.model.width=0.25", "--config.search.min_channels=1"]
+    fields += ["--config.search.strength=0.3", "--config.search.epochs=2"]
+    fields += ["--config.converge.epochs=1", "--config.baseline.epochs=1"]
+    given = [tmp_path / "runs", "--train", "--seeds", 3]
+    given += [f"--config={ROOT / 'experiments/configs/digits_resnet20.py'}", *fields]
+    process = begin("methods", *given)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert len(printed.strip().splitlines()[-6:]) == 6
+    runs = sorted(path.parent.name for path in (tmp_path / "runs/seed3").glob("*/summary.json"))
+    assert runs == ["baseline", "dhp", "l1_norm", "random", "scratch", "uniform"]
+    flops = {
+        name: json.loads((tmp_path / "runs/seed3" / name / "summary.json").read_text())["flops"]
+        for name in runs
+    }
+    assert all(0.49 < flops[name]["ratio"] <= 0.5 for name in runs if name != "baseline")
+    again = begin("methods", *given)
+    repeated, errors = again.communicate()
+    assert errors.count(": finished") == 6
+    assert repeated.strip().splitlines()[-6:] == printed.strip().splitlines()[-6:]
+
+
 @pytest.mark.parametrize("name", ["resnet20", "resnet110", "mobilenet_v2", "srresnet_x4", "dncnn"])
 def test_the_networks_of_the_pytorch_comparison_have_as_many_numbers_as_ours(name):
     pytest.importorskip("torch")

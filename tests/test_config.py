@@ -115,7 +115,8 @@ def test_the_restoration_configurations_are_of_the_papers_networks(name, model, 
 BUDGETS = ("flops", "params", "activations", "latency")
 GOOD = {
     "seed": [0, 1, 2**32 - 1],
-    "method": ["dhp", "baseline"],
+    "method": ["dhp", "baseline", "uniform"],
+    "source": [None],  # for these
     "target": [0.5, 1, 1e-9],
     **{f"budget.{name}": [None, 1, 0.5, 1e-9] for name in BUDGETS},
     "budget.batch": [None, 1, 64],
@@ -160,7 +161,11 @@ CHANNELS = "an integer >= 1 and <= 32768"
 WORDS = [None, 1, "", "SGD", "dhp ", ["dhp"], {}]
 BAD = {
     "seed": ([*INTEGERS, -1, 2**32], "an integer >= 0 and <= 4294967295"),
-    "method": (WORDS, "one of dhp, baseline"),
+    "method": (WORDS, "one of dhp, baseline, uniform, random, l1_norm, scratch"),
+    "source": (
+        [3, ["somewhere"], "x" * 5000],
+        "a path, or None for a method that starts from no other run",
+    ),
     "target": ([*NUMBERS, 0, -0.5, 1.5], "a number > 0 and <= 1"),
     **{
         f"budget.{name}": (
@@ -316,6 +321,14 @@ def test_the_tables_of_good_and_bad_values_have_every_field():
 )
 def test_a_possible_value_passes(field, value):
     check(changed(field, value))
+
+
+@pytest.mark.parametrize("method", ["random", "l1_norm", "scratch"])
+@pytest.mark.parametrize("source", ["somewhere", Path("somewhere")])
+def test_a_method_that_starts_from_a_run_passes_with_one(method, source):
+    config = changed("method", method)
+    config.source = source
+    check(config)
 
 
 @pytest.mark.parametrize("field", BAD)
@@ -598,7 +611,7 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
             "3",
             "config.serch: unknown field: expected one of baseline, batch_size, budget, "
             "checkpoint, converge, data, dtype, log_every, mesh, method, model, multiple_of, "
-            "nonfinite, optimizer, search, seed, target, targets, task; got 'serch'; "
+            "nonfinite, optimizer, search, seed, source, target, targets, task; got 'serch'; "
             "did you mean 'search'?",
         ),
         (

@@ -25,6 +25,7 @@ from dhp_jax import config as dhp_config
 from dhp_jax import models, pipeline
 from dhp_jax.config import ConfigError
 from dhp_jax.data import digits
+from dhp_jax.methods import METHODS
 from dhp_jax.models import mobilenet
 from dhp_jax.models.blocks import MAX_CHANNELS
 from dhp_jax.names import shown
@@ -76,7 +77,8 @@ BUDGETS = [f"budget.{name}" for name in ("flops", "params", "activations", "late
 # Values that suit a field, so that what is right is not refused either.
 GOOD = {
     "seed": [0, 2**32 - 1],
-    "method": ["dhp", "baseline"],
+    "method": [*METHODS],
+    "source": [None, ".", "nowhere"],
     "target": [0.5, 0.9, 1],
     **{name: [None, 0.9, 1] for name in BUDGETS},
     "budget.batch": [None, 1, 64],
@@ -115,6 +117,7 @@ COUNTS = [1, 2, 100]  # suit every other number
 
 # Fields that a message may be about although others were changed, which they are measured by.
 MEASURED_BY = {
+    "source": ("method",),
     "target": ("model", "search.min_channels", "multiple_of", "task", "data"),
     "budget": ("target", "model", "search.min_channels", "multiple_of", "task", "data"),
     "multiple_of": ("model",),

@@ -1,0 +1,220 @@
+"""Methods of pruning at equal cost: a table of finished runs of several seeds, or the runs too.
+
+    python benchmarks/methods.py runs/methods --train --seeds 0 1 2 \
+        --config=experiments/configs/resnet20.py --config.converge.epochs=3
+    python benchmarks/methods.py runs/methods --name=resnet20_methods --out=benchmarks/results
+
+Runs lie in FOLDER/seed<N>/<method>. With --train all that are not finished are carried out, one
+after another; what follows --config is for experiments/main.py, and the same for all of them.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+import json
+from pathlib import Path
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+from record import progress, publish, table_of
+
+from dhp_jax.methods import METHODS
+from dhp_jax.report import SUMMARY, main_metric
+from dhp_jax.tasks import METRICS
+from dhp_jax.tasks.task import Metric
+from dhp_jax.wording import milliseconds, percent
+from dhp_jax.workdir import COMMANDS, CONFIG, MAY_CHANGE, MAY_CHANGE_GROUPS, MAY_MOVE, flat
+
+MAIN = Path(__file__).parents[1] / "experiments/main.py"
+ORDER = ("baseline", "dhp", "scratch", "l1_norm", "random", "uniform")  # sources come first
+DIFFER = ("seed", "method", "source", *MAY_CHANGE, *MAY_MOVE)  # between runs of one table
+NOTE = (
+    "Means over the seeds, with the least and the most. Metrics are of the last epoch on the test "
+    "data. Updates before are those of the search, or of the network whose weights go on."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of the runs")
+    parser.add_argument("--train", action="store_true", help="carry out what is not finished")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --train")
+    parser.add_argument("--name", default="methods", help="of the files in --out")
+    parser.add_argument("--title", default="Methods at equal cost")
+    parser.add_argument("--note", default="", help="put before the table")
+    parser.add_argument("--out", type=Path, help="folder for NAME.json and NAME.md")
+    options, overrides = parser.parse_known_args()
+    strange = [text for text in overrides if not text.startswith("--config")]
+    if strange or bool(overrides) != options.train:
+        given = (strange or overrides or ["none"])[0]
+        expected = "such as --config=FILE and --config.FIELD=VALUE with --train, and only then"
+        parser.error(f"expected arguments of experiments/main.py {expected}; got {given}")
+    if options.train:
+        train(options.folder, options.seeds, overrides)
+    try:
+        runs = runs_in(options.folder)
+    except ValueError as error:
+        parser.error(str(error))
+    rows = rows_of(runs)
+    note = f"{options.note} {NOTE}".strip()
+    publish(options.out, options.name, options.title, note, rows, as_table(rows))
+
+
+def train(folder: Path, seeds: Sequence[int], overrides: Sequence[str]) -> None:
+    """Carries out all methods for each seed; ends the program where one of the runs fails."""
+    for seed in seeds:
+        for method in ORDER:
+            run = folder / f"seed{seed}" / method
+            command = command_of(run, method, seed, overrides)
+            if is_finished(run, command):
+                progress(f"{run}: finished")
+                continue
+            progress(f"{run}: {shlex.join(command)}")
+            code = subprocess.run([sys.executable, *command], check=False).returncode
+            if code:
+                progress(f"error: {run} ended with code {code}; the same command goes on")
+                sys.exit(code)
+
+
+def command_of(run: Path, method: str, seed: int, overrides: Sequence[str]) -> list[str]:
+    """The arguments of a run, for Python."""
+    command = [str(MAIN), *overrides, f"--config.seed={seed}", f"--config.method={method}"]
+    if METHODS[method].source is not None:
+        command.append(f"--config.source={run.with_name(METHODS[method].source)}")
+    if method != "baseline":
+        command.append(f"--baseline={run.with_name('baseline')}")
+    return [*command, f"--workdir={run}"]
+
+
+def is_finished(run: Path, command: Sequence[str]) -> bool:
+    """Whether a run has come to its end, and was begun or taken up by this very command."""
+    if not (run / SUMMARY).is_file() or not (run / COMMANDS).is_file():
+        return False
+    given = f"&& {shlex.join(['python', *command])}"
+    return any(line.endswith(given) for line in (run / COMMANDS).read_text().splitlines())
+
+
+def runs_in(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """The summaries of finished runs, by method and seed.
+
+    Raises:
+      ValueError: there is none, or two differ in more than method and seed.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    first: tuple[Path, dict[str, Any]] | None = None
+    for path in sorted(folder.glob(f"seed*/*/{SUMMARY}")):
+        config = json.loads((path.parent / CONFIG).read_text())
+        first = first or (path.parent, config)
+        check_alike(*first, path.parent, config)
+        summary = json.loads(path.read_text())
+        found.setdefault(config["method"], {})[config["seed"]] = summary
+    if not found:
+        raise ValueError(
+            f"folder: expected runs in {folder}/seed0/dhp and so on; got none finished"
+        )
+    return {method: found[method] for method in ORDER if method in found}
+
+
+def check_alike(
+    run: Path, config: Mapping[str, Any], other: Path, others: Mapping[str, Any]
+) -> None:
+    """Raises unless two runs have the same network, data, budget and recipes."""
+    here, there = flat(config), flat(others)
+    for name in sorted({*here, *there}):
+        may = name in DIFFER or name.startswith(MAY_CHANGE_GROUPS)
+        if not may and here.get(name) != there.get(name):
+            raise ValueError(
+                f"folder: expected runs that differ in method and seed; config.{name} is "
+                f"{here.get(name)!r} in {run} and {there.get(name)!r} in {other}"
+            )
+
+
+def rows_of(runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """What is told of each method."""
+    rows = []
+    for method, by_seed in runs.items():
+        summaries = list(by_seed.values())
+        metric = main_metric(summaries[0]["test"]["last"])
+        values = {seed: run["test"]["last"][metric] for seed, run in by_seed.items()}
+        beside = {seed: run["test"]["last"][metric] for seed, run in runs.get("dhp", {}).items()}
+        differences = [values[seed] - beside[seed] for seed in values if seed in beside]
+        rows.append(
+            {
+                "method": method,
+                "seeds": list(by_seed),
+                "metric": metric,
+                "flops": over([run["flops"]["ratio"] for run in summaries]),
+                "params": over([run["params"]["ratio"] for run in summaries]),
+                "updates_before": over([before(run) for run in summaries]),
+                "updates": over([last_phase(run)["steps"] for run in summaries]),
+                "test": over(list(values.values())),
+                "beyond_dhp": over(differences) if method != "dhp" and differences else None,
+                "latency_ms": latency(summaries),
+                "runs": summaries,
+            }
+        )
+    return rows
+
+
+def over(values: Sequence[float]) -> dict[str, float]:
+    """The mean of some values, the least and the most."""
+    return {"mean": sum(values) / len(values), "low": min(values), "high": max(values)}
+
+
+def before(run: Mapping[str, Any]) -> int:
+    """Updates that were spent before a network converged."""
+    spent = run["phases"].get("search") or run["origin"]
+    return spent["steps"] if spent else 0
+
+
+def last_phase(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    return run["phases"][METHODS[run["method"]].phases[-1]]
+
+
+def latency(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Milliseconds of the largest batch that was measured, over the seeds."""
+    measured = [run["latency"]["batches"][-1] for run in summaries if run["latency"]]
+    if not measured:
+        return None
+    return {"batch": measured[0]["batch"], **over([row["after_ms"]["median"] for row in measured])}
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    metric = METRICS[rows[0]["metric"]]
+    columns = ["method", ">seeds", ">FLOPs", ">params", ">updates before", ">then"]
+    columns += [f">test {metric.label}", f">beyond DHP, {unit(metric)}", ">latency"]
+    return table_of(columns, [cells_of(row, metric) for row in rows])
+
+
+def cells_of(row: Mapping[str, Any], metric: Metric) -> list[str]:
+    low, high = (metric.text(row["test"][name]) for name in ("low", "high"))
+    return [
+        METHODS[row["method"]].title,
+        str(len(row["seeds"])),
+        *(percent(row[name]["mean"]) for name in ("flops", "params")),
+        *(f"{row[name]['mean']:,.0f}" for name in ("updates_before", "updates")),
+        f"{metric.text(row['test']['mean'])} ({low} to {high})",
+        beyond(row["beyond_dhp"], metric),
+        in_milliseconds(row["latency_ms"]),
+    ]
+
+
+def beyond(values: Mapping[str, float] | None, metric: Metric) -> str:
+    """How far a metric is from that of DHP with the same seed."""
+    if values is None:
+        return ""
+    shown = {name: f"{metric.factor * value:+.2f}" for name, value in values.items()}
+    return "{mean} ({low} to {high})".format(**shown)
+
+
+def unit(metric: Metric) -> str:
+    return "points" if metric.unit == "%" else metric.unit
+
+
+def in_milliseconds(values: Mapping[str, Any] | None) -> str:
+    return f"{milliseconds(values['mean'])} (batch {values['batch']})" if values else ""
+
+
+if __name__ == "__main__":
+    main()

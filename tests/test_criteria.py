@@ -1,0 +1,245 @@
+"""What decides which channels go: budgets hold, shares are one, scores are what they say."""
+
+import functools
+import re
+
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import MIXED_INPUT, MIXED_LATENTS, Mixed, filled, resnet20
+import numpy as np
+import pytest
+from test_config_fuzz import SMALL
+
+import dhp_jax as dhp
+from dhp_jax import models
+from dhp_jax.prune import removals, smallest_ratio, survivors_within
+from dhp_jax.widths import multiples
+
+
+@functools.cache
+def network(family):
+    """A small network of a family, of shapes alone, and its cost."""
+    arguments = SMALL[family] | {"min_channels": 2}
+    restores = models.task_of(family) != "classification"
+    arguments |= {"scale": 2} if models.task_of(family) == "super_resolution" else {}
+    model = models.build_abstract(family, **arguments)
+    return model, dhp.measure_cost(
+        model, (32, 32, 1 if restores and "scale" not in arguments else 3)
+    )
+
+
+@st.composite
+def asked(draw):
+    """A network, a multiple of widths, and budgets that can be reached."""
+    model, cost = network(draw(st.sampled_from(sorted(SMALL))))
+    multiple_of = draw(st.sampled_from([1, 1, 2]))
+    smallest = smallest_ratio(model, cost, multiple_of)
+    names = draw(st.sets(st.sampled_from(["flops", "params", "activations"]), min_size=1))
+    budget = {name: draw(st.floats(smallest[name], 1.0)) for name in sorted(names)}
+    return model, cost, multiple_of, budget
+
+
+def used(cost, masks):
+    return cost.shares({name: int(mask.sum()) for name, mask in masks.items()})
+
+
+def check_within(model, cost, multiple_of, budget, masks):
+    """Budgets hold, and every latent has a width that it may have."""
+    shares, steps = used(cost, masks), multiples(model, multiple_of)
+    assert all(shares[name] <= share for name, share in budget.items())
+    for name, z in dhp.latents(model).items():
+        assert z.size - masks[name].sum() in {0, *removals(z, steps.get(name, 1))}
+
+
+@given(asked())
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_uniform_shares_are_one_to_within_a_step_and_the_largest_that_fit(example):
+    model, cost, multiple_of, budget = example
+    masks = dhp.uniform_within(model, cost, multiple_of, **budget)
+    check_within(model, cost, multiple_of, budget, masks)
+    steps = multiples(model, multiple_of)
+    widths = {
+        name: sorted(z.size - gone for gone in {0, *removals(z, steps.get(name, 1))})
+        for name, z in dhp.latents(model).items()
+    }
+
+    def uniform(counts):
+        """Whether there is a share that every count is the width below or above."""
+        low, high = [0.0], [np.inf]
+        for name, count in counts.items():
+            place, size = widths[name].index(count), widths[name][-1]
+            low += [widths[name][place - 1] / size] if place else []
+            high += [widths[name][place + 1] / size] if place + 1 < len(widths[name]) else []
+        return max(low) < min(high)
+
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    assert uniform(counts)
+    for name, possible in widths.items():
+        for wider in [w for w in possible if w > counts[name]][:1]:
+            trial = counts | {name: wider}
+            if uniform(trial):
+                shares = cost.shares(trial)
+                assert any(shares[budgeted] > share for budgeted, share in budget.items())
+
+
+@given(asked(), st.integers(0, 2**32 - 1))
+@settings(derandomize=True, deadline=None, max_examples=30)
+def test_random_survivors_keep_the_budget_and_follow_from_the_seed(example, seed):
+    model, cost, multiple_of, budget = example
+    chosen = [
+        survivors_within(model, cost, multiple_of, scores=dhp.random_scores(model, seed), **budget)
+        for _ in range(2)
+    ]
+    check_within(model, cost, multiple_of, budget, chosen[0])
+    assert all(np.array_equal(mask, chosen[1][name]) for name, mask in chosen[0].items())
+    left = min(share - used(cost, chosen[0])[name] for name, share in budget.items())
+    for name, mask in chosen[0].items():  # no channel of another latent fits in what is left
+        if multiple_of == 1 and not mask.all():
+            counts = {other: int(m.sum()) for other, m in chosen[0].items()}
+            wider = cost.shares(counts | {name: counts[name] + 1})
+            assert left < max(wider[b] - cost.shares(counts)[b] for b in budget)
+
+
+def test_another_seed_draws_other_survivors():
+    model = network("resnet")[0]
+    one, other = (dhp.random_scores(model, seed) for seed in (0, 1))
+    prunable = {name for name, z in dhp.latents(model).items() if z.prunable}
+    assert one.keys() == other.keys() == prunable
+    assert all(not np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_no_latent_is_likelier_to_lose_entries_at_random():
+    model, cost = network("vgg")
+    sizes = {name: z.size for name, z in dhp.latents(model).items() if z.prunable and z.size > 16}
+    left = {name: [] for name in sizes}
+    for seed in range(100):
+        masks = survivors_within(model, cost, scores=dhp.random_scores(model, seed), flops=0.5)
+        for name in sizes:
+            left[name].append(masks[name].mean())
+    means = [np.mean(shares) for shares in left.values()]
+    assert max(means) - min(means) < 0.08  # cheap channels come back where they fit
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, True, "0", None])
+def test_a_seed_that_is_none_is_refused(seed):
+    with pytest.raises(ValueError, match=r"^seed: expected an integer of at least 0, got "):
+        dhp.random_scores(network("vgg")[0], seed)
+
+
+# The l1 norm
+
+
+def filter_norms(kernel):
+    """The l1 norm of each filter, one output channel at a time."""
+    return np.array(
+        [np.abs(kernel[..., o].astype(np.float64)).sum() for o in range(kernel.shape[-1])]
+    )
+
+
+def test_scores_of_a_residual_stage_add_up_over_all_layers_that_share_its_latent():
+    model = resnet20()
+    plain = dhp.prune(model)
+    scores = dhp.l1_scores(model)
+    blocks = plain.blocks
+    stage = [plain.stem.conv, *(block.layers[1].conv for block in blocks[:3])]
+    expected = sum(filter_norms(conv.kernel[...]) for conv in stage)
+    np.testing.assert_allclose(scores["stages.0"], expected / expected.mean(), rtol=1e-6)
+    stage = [*(block.layers[1].conv for block in blocks[3:6]), blocks[3].projection.conv]
+    expected = sum(filter_norms(conv.kernel[...]) for conv in stage)
+    np.testing.assert_allclose(scores["stages.1"], expected / expected.mean(), rtol=1e-6)
+    inside = filter_norms(blocks[0].layers[0].conv.kernel[...])
+    np.testing.assert_allclose(scores["blocks.0.hidden.0"], inside / inside.mean(), rtol=1e-6)
+    assert "stages.2" not in scores  # the classifier's input, which is not pruned
+
+
+def test_an_entry_that_stands_for_several_channels_rules_all_their_filters():
+    make = functools.partial(models.build, "edsr", scale=2, blocks=1, features=8)
+    model = filled(lambda rngs: make(rngs=rngs))
+    plain = dhp.prune(model)
+    kernels = [plain.head, plain.blocks[0].second, plain.last]
+    expected = sum(filter_norms(conv.kernel[...]) for conv in kernels)
+    shuffled = filter_norms(plain.upsampler.convs[0].kernel[...])
+    expected = expected + shuffled.reshape(8, 4).sum(1)
+    np.testing.assert_allclose(dhp.l1_scores(model)["body"], expected / expected.mean(), rtol=1e-6)
+
+
+def test_the_scale_of_a_layer_does_not_count():
+    model = filled(Mixed)
+    before = dhp.l1_scores(model)
+    for name in ("w2", "b2"):
+        variable = getattr(model.left, name)
+        variable.set_value(100 * variable[...])
+    after = dhp.l1_scores(model)
+    for name in before:
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-5)
+
+
+def test_filters_of_zeros_go_first():
+    model = filled(Mixed)
+    for name in ("w2", "b2"):
+        variable = getattr(model.left, name)
+        variable.set_value(variable[...].at[..., 2].set(0))
+    scores = dhp.l1_scores(model)
+    assert scores[MIXED_LATENTS["a"]][2] == 0
+    masks = survivors_within(model, dhp.measure_cost(model, MIXED_INPUT), scores=scores, flops=0.5)
+    assert not masks[MIXED_LATENTS["a"]][2]
+
+
+class Loose(nnx.Module):
+    """A prunable latent that no convolution makes."""
+
+    def __init__(self, rngs):
+        self.z = dhp.Latent(8, rngs=rngs)
+        self.head = dhp.Linear(self.z, 2, rngs=rngs)
+
+
+def test_a_latent_without_filters_is_refused():
+    with pytest.raises(ValueError, match=r"^model: expected convolutions whose output .* 'z' is"):
+        dhp.l1_scores(filled(Loose))
+
+
+# Pruning by them
+
+
+def test_prune_to_goes_by_scores_instead_of_latents():
+    model = filled(Mixed)
+    cost = dhp.measure_cost(model, MIXED_INPUT)
+    scores = {name: np.arange(z.size) for name, z in dhp.latents(model).items()}
+    small = dhp.prune_to(model, MIXED_INPUT, flops=0.5, by=scores)
+    masks = survivors_within(model, cost, scores=scores, flops=0.5)
+    kept = small.dhp_architecture.survivors
+    assert {name: list(np.flatnonzero(mask)) for name, mask in masks.items()} == {
+        name: list(indices) for name, indices in kept.items()
+    }
+    name = MIXED_LATENTS["c"]
+    size = dhp.latents(model)[name].size
+    assert kept[name] == tuple(range(size - len(kept[name]), size))  # the largest scores
+    narrow = dhp.prune_to(model, MIXED_INPUT, flops=0.5, by=dhp.uniform_within)
+    assert dhp.measure_cost(narrow, MIXED_INPUT).flops <= 0.5 * cost.flops
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda scores: scores.pop("join.z_out"), "scores: expected those of latent 'join.z_out'"),
+        (
+            lambda scores: scores.update({"join.z_out": np.ones(3)}),
+            "scores['join.z_out']: expected ",
+        ),
+        (lambda scores: scores["join.z_out"].fill(np.nan), "scores['join.z_out']: expected "),
+        (lambda scores: scores["join.z_out"].fill(-1), "scores['join.z_out']: expected "),
+    ],
+)
+def test_scores_that_do_not_suit_the_latents_are_refused(change, told):
+    model = filled(Mixed)
+    scores = {name: np.ones(z.size) for name, z in dhp.latents(model).items() if z.prunable}
+    change(scores)
+    with pytest.raises(ValueError, match="^" + re.escape(told)) as caught:
+        dhp.prune_to(model, MIXED_INPUT, flops=0.5, by=scores)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_decides_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"^by: expected scores by latent, .*; got 'l1'$"):
+        dhp.prune_to(filled(Mixed), MIXED_INPUT, flops=0.5, by="l1")

@@ -1,0 +1,406 @@
+"""Baselines at equal cost: each runs to its end, keeps the budget, and starts from what it says."""
+
+import functools
+import itertools
+import json
+import re
+import shutil
+
+from flax import nnx
+import numpy as np
+import pytest
+from runs import (
+    CONFIG,
+    Interrupter,
+    Stop,
+    carry_out,
+    check_same_end,
+    description,
+    leave_source,
+    of_digits,
+)
+
+import dhp_jax as dhp
+from dhp_jax import config as dhp_config
+from dhp_jax import journal, pipeline, report, targets
+from dhp_jax.config import ConfigError
+from dhp_jax.latent import walk
+from dhp_jax.methods import METHODS
+from dhp_jax.wording import start_text
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+SHAPE = (8, 8, 1)
+ARGUMENTS = {"depth": 20, "width": 0.25, "num_classes": 10, "channels": 1, "min_channels": 1}
+OTHERS = ("uniform", "random", "l1_norm", "scratch")
+
+
+OF_SECONDS = [  # whole runs; those of the other methods take long to compile
+    "l1_norm",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "random", "scratch")),
+]
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    """What is needed of a finished run of the unpruned network."""
+    workdir = tmp_path_factory.mktemp("sources") / "run-baseline"
+    leave_source(workdir, "baseline")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What is needed of a finished run that has searched."""
+    workdir = tmp_path_factory.mktemp("sources") / "run"
+    leave_source(workdir, "dhp")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def sources(baseline, found):
+    """The run that each method starts from."""
+    return {"uniform": None, "random": baseline, "l1_norm": baseline, "scratch": found}
+
+
+@pytest.fixture(scope="module")
+def finished_by(sources, compiled_once, tmp_path_factory):
+    """The directory of a finished run by method."""
+    folder = tmp_path_factory.mktemp("methods")
+
+    @functools.cache
+    def of(method):
+        carry_out(folder / method, method=method, source=path(sources[method]))
+        return folder / method
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def pruned(sources, finished_by, tmp_path_factory):
+    """The directory of a run of each method that has come to its pruned network."""
+    folder, runs = tmp_path_factory.mktemp("pruned"), {"l1_norm": finished_by("l1_norm")}
+    for method in set(OTHERS) - set(runs):
+        runs[method] = folder / method
+        interrupter = Interrupter("converge", 0)
+        with pytest.raises(Stop):
+            carry_out(runs[method], [interrupter], method=method, source=path(sources[method]))
+    return runs
+
+
+def path(folder):
+    return folder and str(folder)
+
+
+def kernels(model):
+    """The kernels of convolutions and linear layers by path."""
+    layers = ((name, layer) for name, _, layer in walk(model))
+    plain = nnx.Conv | nnx.Linear
+    return {
+        name: np.asarray(layer.kernel[...]) for name, layer in layers if isinstance(layer, plain)
+    }
+
+
+def survivors(workdir):
+    return description(workdir / "pruned")["survivors"]
+
+
+def masks(workdir, whole):
+    """The survivors of a run as masks for a network of latents."""
+    kept = survivors(workdir)
+    return {n: np.isin(np.arange(z.size), kept[n]) for n, z in dhp.latents(whole).items()}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_each_method_keeps_the_budget(pruned, method):
+    cost = dhp.measure_cost(dhp.models.build_abstract("resnet", **ARGUMENTS), SHAPE)
+    left = dhp.measure_cost(dhp.load(pruned[method] / "pruned"), SHAPE).flops / cost.flops
+    assert 0.49 < left <= 0.5
+    noted = description(pruned[method] / "pruned")["notes"]
+    assert noted["budget"]["predicted"]["flops"] == left
+    assert ("test" in noted) is not METHODS[method].fresh
+
+
+@pytest.mark.parametrize("method", OF_SECONDS)
+def test_each_method_runs_to_its_end(finished_by, method):
+    workdir = finished_by(method)
+    summary = json.loads((workdir / report.SUMMARY).read_text())
+    assert summary["method"] == method
+    assert 0.49 < summary["flops"]["ratio"] <= 0.5
+    assert list(summary["phases"]) == ["converge"]
+    assert summary["phases"]["converge"]["epochs"] == 1
+    assert {r["phase"] for r in journal.read(workdir / journal.RECORDS)} == {"converge"}
+    networks = sorted(folder.parent.name for folder in workdir.glob("*/model.json"))
+    assert networks == ["best", "model", "pruned"]
+    assert description(workdir / "model")["survivors"] == survivors(workdir)
+
+
+@pytest.mark.parametrize("method", ["random", "l1_norm"])
+def test_the_weights_that_go_on_are_those_of_the_trained_network_bit_for_bit(
+    pruned, baseline, method
+):
+    trained, small = dhp.load(baseline / "model"), dhp.load(pruned[method] / "pruned")
+    kept = survivors(pruned[method])
+    before, after = kernels(trained), kernels(small)
+    name, inside = "blocks.4.layers.0.conv", "blocks.4.hidden.0"
+    rows, columns = kept["stages.1"], kept[inside]
+    assert len(columns) < trained.blocks[4].layers[0].conv.out_features
+    assert np.array_equal(after[name], before[name][:, :, rows][..., columns])
+    norm, whole = (model.blocks[4].layers[0].norm for model in (small, trained))
+    for stored in ("scale", "bias", "mean", "var"):
+        value, full = (np.asarray(getattr(layer, stored)[...]) for layer in (norm, whole))
+        assert np.array_equal(value, full[columns]), stored
+    assert (
+        description(pruned[method] / "pruned")["notes"]["made_from"]
+        == (description(baseline / "model")["sha256"])
+    )
+
+
+def test_what_survives_by_norm_are_the_largest_filters_of_the_trained_network(pruned, baseline):
+    trained, kept = dhp.load(baseline / "model"), survivors(pruned["l1_norm"])
+    for number, block in enumerate(trained.blocks):
+        kernel = np.abs(np.asarray(block.layers[0].conv.kernel[...], np.float64))
+        order = np.argsort(-kernel.sum((0, 1, 2)))
+        indices = kept[f"blocks.{number}.hidden.0"]
+        assert sorted(indices) == sorted(order[: len(indices)])
+    assert kept != survivors(pruned["random"])
+
+
+def test_the_network_of_scratch_is_the_one_that_was_found_with_other_weights(pruned, found):
+    assert survivors(pruned["scratch"]) == survivors(found)
+    folders = found, pruned["scratch"]
+    searched, fresh = (kernels(dhp.load(folder / "pruned")) for folder in folders)
+    assert searched.keys() == fresh.keys()
+    for name, kernel in fresh.items():
+        assert kernel.shape == searched[name].shape
+        assert not np.array_equal(kernel, searched[name])
+
+
+@pytest.mark.parametrize("method", ["uniform", "scratch"])
+def test_fresh_weights_are_drawn_as_those_of_a_baseline(pruned, method):
+    fresh = dhp.load(pruned[method] / "pruned")
+    drawn = kernels(fresh)
+    scaled = [k.ravel() * np.sqrt(np.prod(k.shape[:-1]) / 2) for k in drawn.values()]
+    scaled = np.concatenate(scaled)  # of variance 1, cut off at two deviations before scaling
+    assert np.std(scaled) == pytest.approx(1, abs=0.03)
+    assert np.abs(scaled).max() == pytest.approx(2 / 0.8796, abs=0.01)
+    norms = [layer for _, _, layer in walk(fresh) if isinstance(layer, nnx.BatchNorm)]
+    for norm in norms:
+        for name, value in (("scale", 1), ("bias", 0), ("mean", 0), ("var", 1)):
+            assert np.all(np.asarray(getattr(norm, name)[...]) == value)
+
+
+def test_uniform_widths_are_one_share_to_within_a_channel(pruned):
+    whole = dhp.models.build_abstract("resnet", **ARGUMENTS)
+    bounds = [
+        ((mask.sum() - 1) / z.size, (mask.sum() + 1) / z.size)
+        for (_, z), mask in zip(
+            dhp.latents(whole).items(), masks(pruned["uniform"], whole).values(), strict=True
+        )
+        if z.prunable
+    ]
+    assert max(low for low, _ in bounds) < min(high for _, high in bounds)
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("random", "the weights of run-baseline, trained for 1 epoch, 20 updates"),
+        ("l1_norm", "the weights of run-baseline, trained for 1 epoch, 20 updates"),
+        (
+            "scratch",
+            "the channels kept by run, a search of 1 epoch, 20 updates; fresh weights",
+        ),
+        ("uniform", "fresh weights"),
+    ],
+)
+def test_what_a_run_started_from_is_told(pruned, method, told):
+    origin = report.read(pruned[method]).origin
+    assert start_text({"method": method, "origin": origin}) == told
+    if method != "uniform":
+        phase = "search" if method == "scratch" else "baseline"
+        assert (origin["method"], origin["phase"]) == (METHODS[method].source, phase)
+
+
+@pytest.mark.parametrize("method", OF_SECONDS)
+def test_the_page_of_a_method_has_no_search_and_does_not_call_it_dhp(finished_by, method):
+    workdir = finished_by(method)
+    page = (workdir / report.PAGE).read_text()
+    before, after = METHODS[method].lead.split("{left}")
+    assert re.search(rf"{before}[\d.]+ % of the FLOPs and [\d.]+ % of the params{after}: ", page)
+    assert "Channels kept" in page
+    for absent in ("How the latents died", "while searching", "after the search", "DHP"):
+        assert absent not in page
+    plots = {plot.name for plot in (workdir / report.PLOTS).iterdir()}
+    assert plots == {"channels.png", "error.png"}
+    summary = json.loads((workdir / report.SUMMARY).read_text())
+    assert f"Trained from {start_text(summary)}." in page
+    assert start_text(summary) in report.summary_text(summary)
+
+
+def test_the_unpruned_network_is_looked_for_beside_a_run_or_in_its_source():
+    for method, workdir in (("dhp", "runs/x"), ("uniform", "runs/x-uniform")):
+        config = {"method": method, "source": None}
+        assert report.beside(workdir, config) == "runs/x-baseline"
+    config = {"method": "random", "source": "elsewhere/trained"}
+    assert report.beside("runs/x-random", config) == "elsewhere/trained"
+
+
+def test_a_run_by_norm_that_died_in_converge_ends_with_the_same_bits(
+    finished_by, sources, tmp_path
+):
+    fields = {"method": "l1_norm", "source": path(sources["l1_norm"]), "checkpoint.seconds": 0}
+    with pytest.raises(Stop):
+        carry_out(tmp_path / "run", [Interrupter("converge", 7)], **fields)
+    assert not (tmp_path / "run/model").exists()
+    carry_out(tmp_path / "run", **fields)
+    check_same_end(tmp_path / "run", finished_by("l1_norm"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OTHERS)
+def test_a_damaged_network_just_after_pruning_is_made_again_with_the_same_bits(
+    finished_by, sources, tmp_path, method
+):
+    workdir = shutil.copytree(finished_by(method), tmp_path / "run")
+    arrays = workdir / "pruned/arrays.safetensors"
+    arrays.write_bytes(arrays.read_bytes()[:-100])
+    carry_out(workdir, method=method, source=path(sources[method]))
+    check_same_end(workdir, finished_by(method))
+
+
+@pytest.mark.slow
+def test_several_targets_of_a_method_are_a_run_each(tmp_path):
+    config = of_digits(method="uniform", targets=(0.8, 0.5))
+    runs = targets.prepare(config, tmp_path)
+    targets.execute(runs, tmp_path)
+    left = [json.loads((run.workdir / report.SUMMARY).read_text())["flops"] for run in runs]
+    assert 0.75 < left[0]["ratio"] <= 0.8
+    assert 0.45 < left[1]["ratio"] <= 0.5
+
+
+# Sources that do not suit
+
+
+def prepare(workdir, **fields):
+    return pipeline.prepare(of_digits(**fields), workdir)
+
+
+def refusal(tmp_path, **fields):
+    """The one line that a run is refused with, before its directory is made."""
+    with pytest.raises(ConfigError) as caught:
+        prepare(tmp_path / "refused", **fields)
+    assert not (tmp_path / "refused").exists()
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "needed"),
+    [("random", "baseline"), ("l1_norm", "baseline"), ("scratch", "dhp")],
+)
+def test_a_method_that_starts_from_a_run_is_refused_without_one(
+    tmp_path, sources, found, baseline, method, needed
+):
+    expected = (
+        f"config.source: expected the directory of a finished run with config.method={needed}, "
+        f"for config.method={method}; "
+    )
+    assert refusal(tmp_path, method=method) == f"{expected}got None"
+    (tmp_path / "empty").mkdir()
+    for folder in ("nowhere", "empty"):
+        told = refusal(tmp_path, method=method, source=str(tmp_path / folder))
+        assert told.startswith(f"{expected}got '{tmp_path / folder}' (")
+    other = baseline if needed == "dhp" else found
+    told = refusal(tmp_path, method=method, source=str(other))
+    has = "baseline" if needed == "dhp" else "dhp"
+    assert told == f"{expected}that in '{other}' has config.method={has}"
+    for lost in ("model", "model/arrays.safetensors"):
+        copy = shutil.copytree(sources[method], tmp_path / f"without-{lost.count('/')}")
+        shutil.rmtree(copy / lost) if (copy / lost).is_dir() else (copy / lost).unlink()
+        told = refusal(tmp_path, method=method, source=str(copy))
+        assert told == f"{expected}that in '{copy}' is not finished"
+
+
+@pytest.mark.parametrize("method", ["dhp", "baseline", "uniform"])
+def test_a_method_that_starts_from_no_run_is_refused_one(tmp_path, method):
+    told = refusal(tmp_path, method=method, source=".")
+    assert told == (
+        f"config.source: expected None, for config.method={method} starts from no other run; "
+        "got '.'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value", "there"),
+    [
+        ("l1_norm", "model.width", 0.5, "0.25"),
+        ("random", "model.depth", 32, "20"),
+        ("random", "data.flip", True, "None"),
+        ("scratch", "model.width", 0.5, "0.25"),
+        ("scratch", "target", 0.4, "0.5"),
+        ("scratch", "budget.params", 0.9, "None"),
+        ("scratch", "multiple_of", 2, "1"),
+        ("scratch", "search.min_channels", 2, "1"),
+    ],
+)
+def test_a_source_of_another_kind_is_refused(tmp_path, sources, method, field, value, there):
+    source = str(sources[method])
+    told = refusal(tmp_path, method=method, source=source, **{field: value})
+    assert told == (
+        f"config.source: expected a run with config.{field}={value!r}, as here; "
+        f"that in {source!r} has {there}"
+    )
+
+
+def changed(tmp_path, source, file, change):
+    """A copy of a run with another value in one of its JSON files."""
+    copy = shutil.copytree(source, tmp_path / "changed")
+    content = json.loads((copy / file).read_text())
+    change(content)
+    (copy / file).write_text(json.dumps(content))
+    return str(copy)
+
+
+def test_a_source_that_was_given_more_epochs_is_not_finished(tmp_path, baseline):
+    copy = changed(tmp_path, baseline, "config.json", lambda c: c["baseline"].update(epochs=2))
+    assert refusal(tmp_path, method="random", source=copy).endswith(" is not finished")
+
+
+def test_a_source_on_other_images_is_refused(tmp_path, baseline):
+    copy = changed(tmp_path, baseline, "data.json", lambda d: d["checksums"].update(train=1))
+    told = refusal(tmp_path, method="l1_norm", source=copy)
+    assert told.startswith("config.source: expected a run on the same images; that in ")
+
+
+def test_a_source_that_is_damaged_is_refused(tmp_path, baseline):
+    copy = shutil.copytree(baseline, tmp_path / "damaged")
+    arrays = copy / "model/arrays.safetensors"
+    content = bytearray(arrays.read_bytes())
+    content[-1] ^= 1
+    arrays.write_bytes(content)
+    told = refusal(tmp_path, method="random", source=str(copy))
+    assert "is not what was saved" in told
+
+
+def test_a_run_that_has_begun_keeps_its_source_which_may_move(tmp_path, pruned, baseline):
+    workdir = shutil.copytree(pruned["l1_norm"], tmp_path / "run")
+    moved = shutil.copytree(baseline, tmp_path / "moved")
+    prepare(workdir, method="l1_norm", source=str(moved))
+    other = dhp.load(moved / "model")
+    other.classifier.bias[...] = other.classifier.bias[...] + 1
+    notes = description(moved / "model")["notes"]
+    notes.pop("input_shape")
+    dhp.save(moved / "model", other, input_shape=SHAPE, **notes)
+    with pytest.raises(ConfigError, match=r"^config.source: expected the network that the run in"):
+        prepare(workdir, method="l1_norm", source=str(moved))
+
+
+def test_every_method_is_documented_and_carried_out():
+    assert set(METHODS) - {"baseline"} == set(pipeline.SMALLER)
+    guide = (CONFIG.parents[2] / "docs/methods.md").read_text()
+    for method in METHODS:
+        assert f"`{method}`" in guide
+    phases = {*itertools.chain(*(method.phases for method in METHODS.values()))}
+    assert phases == set(pipeline.PHASES)
+    assert dhp_config.default().source is None
