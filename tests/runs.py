@@ -17,6 +17,7 @@ from dhp_jax.problems import problem
 
 CONFIG = Path(__file__).parents[1] / "experiments/configs/digits_resnet20.py"
 FIELDS = {
+    "model.depth": 8,
     "model.width": 0.25,
     "log_every": 10,
     "search.epochs": 2,

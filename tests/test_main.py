@@ -37,7 +37,7 @@ def offline(monkeypatch):
 # is possible.
 WRONG = [
     ("--config.model.name=resnot", "config.model.name", "'resnot'", "resnet,", "mean 'resnet'?"),
-    ("--config.model.depth=21", "config.model", "depth", "got 21", "(20, 32, 44, 56)"),
+    ("--config.model.depth=21", "config.model", "depth", "got 21", "(8, 14, 20, 32, 44, 56)"),
     ("--config.model.width=0", "config.model", "width", "got 0", "a positive number"),
     ("--config.model.wdith=1", "config.model.wdith", "did you mean 'width'?"),
     ("--config.data.name=mnist", "config.data.name", "'mnist'", "digits, cifar10, cifar100"),

@@ -31,7 +31,7 @@ from dhp_jax.wording import start_text
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SHAPE = (8, 8, 1)
-ARGUMENTS = {"depth": 20, "width": 0.25, "num_classes": 10, "channels": 1, "min_channels": 1}
+ARGUMENTS = {"depth": 8, "width": 0.25, "num_classes": 10, "channels": 1, "min_channels": 1}
 OTHERS = ("uniform", "random", "l1_norm", "scratch")
 
 

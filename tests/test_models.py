@@ -13,7 +13,7 @@ import dhp_jax as dhp
 from dhp_jax.architecture import architecture_of
 from dhp_jax.models.resnet import Block
 
-BLOCKS = {20: 9, 32: 15, 44: 21, 56: 27, 110: 36, 164: 54}
+BLOCKS = {8: 3, 14: 6, 20: 9, 32: 15, 44: 21, 56: 27, 110: 36, 164: 54}
 
 
 def build(depth=20, **arguments):
@@ -55,7 +55,7 @@ def test_a_missing_argument_is_refused():
 
 @pytest.mark.parametrize("depth", [0, 17, 49, 21, "56", None, 20.5])
 def test_a_depth_that_is_not_of_the_family_is_refused(depth):
-    with pytest.raises(ValueError, match=r"^depth: expected one of \(20, 32, 44, 56\) .* got "):
+    with pytest.raises(ValueError, match=r"^depth: expected one of \(8, 14, 20, .*\) .* got "):
         build(depth)
 
 

@@ -94,7 +94,7 @@ def test_the_answer_comes_first(run, content):
     last = 100 * summary["test"]["last"]["error"]
     top = text[: text.index("Output channels")]
     for expected in (
-        "resnet (depth 20, width 0.25) on digits",
+        "resnet (depth 8, width 0.25) on digits",
         f"Pruned to {100 * summary['flops']['ratio']:.2f} % of the FLOPs",
         f"{last:.2f} %",
         "unpruned: not known",

@@ -98,7 +98,7 @@ def test_the_summary_tells_what_the_run_came_to(finished, result):
     summary = report.summarize(result, times=result.summary["latency"])
     assert summary["method"] == "dhp"
     assert summary["task"] == {"name": "classification"}
-    assert summary["model"] == {"name": "resnet", "depth": 20, "width": 0.25}
+    assert summary["model"] == {"name": "resnet", "depth": 8, "width": 0.25}
     assert (summary["data"], summary["seed"], summary["target"]) == ("digits", 0, 0.5)
     for name in ("flops", "params"):
         before, after = getattr(result.before, name), getattr(result.after, name)

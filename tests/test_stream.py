@@ -163,7 +163,7 @@ OFTEN = {"checkpoint.seconds": 0.0}
 
 
 def test_a_streamed_run_that_is_stopped_ends_with_the_bits_of_a_resident_one(tmp_path, finished):
-    for stop in (("search", 13), ("converge", 8)):
+    for stop in (("search", 6), ("converge", 8)):
         with pytest.raises(Stop):
             carry_out(tmp_path / "run", [Interrupter(*stop)], **STREAMED, **OFTEN)
     carry_out(tmp_path / "run", **STREAMED)

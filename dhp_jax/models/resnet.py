@@ -19,7 +19,7 @@ from dhp_jax.models.blocks import (
 from dhp_jax.names import shown
 
 # Blocks of each stage, by depth.
-CIFAR_BASIC = {depth: ((depth - 2) // 6,) * 3 for depth in (20, 32, 44, 56)}
+CIFAR_BASIC = {depth: ((depth - 2) // 6,) * 3 for depth in (8, 14, 20, 32, 44, 56)}
 CIFAR_BOTTLENECK = {depth: ((depth - 2) // 9,) * 3 for depth in (110, 164)}
 IMAGENET_BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 IMAGENET_BOTTLENECK = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -92,8 +92,8 @@ class ResNet(nnx.Module):
     groups: `depth=50, groups=32, group_width=4` is ResNeXt-50 32x4d.
 
     Args:
-      depth: of a CIFAR network 20, 32, 44 or 56 (basic blocks), 110 or 164 (bottleneck blocks); of
-        an ImageNet network 18 or 34 (basic blocks), 50 or 101 (bottleneck blocks).
+      depth: of a CIFAR network 8, 14, 20, 32, 44 or 56 (basic blocks), 110 or 164 (bottleneck
+        blocks); of an ImageNet network 18 or 34 (basic blocks), 50 or 101 (bottleneck blocks).
       num_classes: number of outputs.
       channels: channels of the input images.
       width: multiplies the widths of the stages (16, 32, 64, or 64, 128, 256, 512), and that of
