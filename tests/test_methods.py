@@ -142,11 +142,11 @@ def test_the_weights_that_go_on_are_those_of_the_trained_network_bit_for_bit(
     trained, small = dhp.load(baseline / "model"), dhp.load(pruned[method] / "pruned")
     kept = survivors(pruned[method])
     before, after = kernels(trained), kernels(small)
-    name, inside = "blocks.4.layers.0.conv", "blocks.4.hidden.0"
-    rows, columns = kept["stages.1"], kept[inside]
-    assert len(columns) < trained.blocks[4].layers[0].conv.out_features
+    name, inside = "blocks.1.layers.0.conv", "blocks.1.hidden.0"
+    rows, columns = kept["stages.0"], kept[inside]
+    assert len(columns) < trained.blocks[1].layers[0].conv.out_features
     assert np.array_equal(after[name], before[name][:, :, rows][..., columns])
-    norm, whole = (model.blocks[4].layers[0].norm for model in (small, trained))
+    norm, whole = (model.blocks[1].layers[0].norm for model in (small, trained))
     for stored in ("scale", "bias", "mean", "var"):
         value, full = (np.asarray(getattr(layer, stored)[...]) for layer in (norm, whole))
         assert np.array_equal(value, full[columns]), stored
@@ -335,7 +335,7 @@ def test_a_method_that_starts_from_no_run_is_refused_one(tmp_path, method):
     ("method", "field", "value", "there"),
     [
         ("l1_norm", "model.width", 0.5, "0.25"),
-        ("random", "model.depth", 32, "20"),
+        ("random", "model.depth", 32, "8"),
         ("random", "data.flip", True, "None"),
         ("scratch", "model.width", 0.5, "0.25"),
         ("scratch", "target", 0.4, "0.5"),
