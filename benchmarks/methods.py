@@ -21,9 +21,9 @@ from record import progress, publish, table_of
 
 from dhp_jax.methods import METHODS
 from dhp_jax.report import SUMMARY, main_metric
+from dhp_jax.report.wording import milliseconds, percent
 from dhp_jax.tasks import METRICS
 from dhp_jax.tasks.task import Metric
-from dhp_jax.wording import milliseconds, percent
 from dhp_jax.workdir import COMMANDS, CONFIG, MAY_CHANGE, MAY_CHANGE_GROUPS, MAY_MOVE, flat
 
 MAIN = Path(__file__).parents[1] / "experiments/main.py"

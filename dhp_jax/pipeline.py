@@ -45,12 +45,12 @@ from dhp_jax.prune import (
     prune,
     survivor_counts,
 )
+from dhp_jax.report.wording import in_words
 from dhp_jax.resume import Checkpoints
 from dhp_jax.reuse import carry_kernels
 from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Params
 from dhp_jax.train import Budget, Observer, OriginError, Outcome, Phase, Progress, train
-from dhp_jax.wording import in_words
 from dhp_jax.workdir import (
     CONFIG,
     data_choice,

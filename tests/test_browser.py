@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 
 from dhp_jax import report
-from dhp_jax.document import POLICY
+from dhp_jax.report.document import POLICY
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from dhp_jax import comparison, report, result
-from dhp_jax.page import Told
+from dhp_jax import report, result
+from dhp_jax.report.comparison import comparison, labels
+from dhp_jax.report.page import Told
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_runs_are_compared_by_error_cost_latency_and_losses(run, tmp_path):
         "test": test,
         "flops": {"before": 4, "after": 3_210_000, "ratio": 0.123},
     }
-    content = comparison.comparison([run, at(run, tmp_path / "other", summary=other)])
+    content = comparison([run, at(run, tmp_path / "other", summary=other)])
     for expected in ("2 runs compared", "50.00 %", "25.00 %", "3.21 M", "12.30 %"):
         assert expected in content
     titles = re.findall(r"<title>(other: [^<]*)</title>", content)
@@ -53,14 +54,14 @@ def test_runs_of_different_tasks_are_refused(run, tmp_path, task, shown):
         f"^run: expected runs of one task to compare; got classification in .* and {shown} in "
     )
     with pytest.raises(ValueError, match=message):
-        comparison.comparison([run, other])
+        comparison([run, other])
 
 
 def test_runs_of_different_data_are_compared_with_a_warning(run, tmp_path):
     config = {**run.result.config, "data": {"name": "cifar10"}}
     other = at(run, tmp_path, result={"config": config})
-    assert "different data (cifar10, digits)" in comparison.comparison([run, other])
-    assert "different data" not in comparison.comparison([run, run])
+    assert "different data (cifar10, digits)" in comparison([run, other])
+    assert "different data" not in comparison([run, run])
 
 
 def test_a_run_that_is_not_finished_stands_beside_one_that_is(finished, run, tmp_path, capsys):
@@ -84,14 +85,14 @@ def test_the_page_is_compare_html_if_no_other_is_named(finished, tmp_path, monke
 def test_runs_are_called_by_as_much_of_their_path_as_tells_them_apart(run, tmp_path):
     paths = [tmp_path / "a/run", tmp_path / "b/run", tmp_path / "a/other"]
     runs = [at(run, path) for path in paths]
-    assert comparison.labels(runs) == ["a/run", "b/run", "a/other"]
-    assert comparison.labels(runs[1:]) == ["run", "other"]
+    assert labels(runs) == ["a/run", "b/run", "a/other"]
+    assert labels(runs[1:]) == ["run", "other"]
 
 
 def test_the_latency_of_every_batch_has_a_column(run, tmp_path):
     rows = [{"batch": batch, "after_ms": {"median": 2.5 * batch}} for batch in (1, 7)]
     other = at(run, tmp_path, summary={**run.summary, "latency": {"batches": rows}})
-    content = comparison.comparison([run, other])
+    content = comparison([run, other])
     header = re.findall("<th>(latency, batch [^<]*)</th>", content)
     assert header == [f"latency, batch {batch}" for batch in (1, 7, 64)]
     assert "17.5 ms" in content

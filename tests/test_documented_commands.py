@@ -77,7 +77,8 @@ def test_a_command_of_the_documentation_is_accepted(main, monkeypatch, words):
 def module_file(arguments):
     """The file that `python FILE ...` or `python -m MODULE ...` runs."""
     if arguments[0] == "-m":
-        return ROOT / (arguments[1].replace(".", "/") + ".py")
+        module = ROOT / arguments[1].replace(".", "/")
+        return module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
     return ROOT / arguments[0]
 
 

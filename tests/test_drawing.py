@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from dhp_jax import drawing
-from dhp_jax.drawing import Line, Rule, Scale
+from dhp_jax.report import drawing
+from dhp_jax.report.drawing import Line, Rule, Scale
 
 finite = st.floats(-1e9, 1e9)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from dhp_jax.markup import Markup, element, joined
+from dhp_jax.report.markup import Markup, element, joined
 
 
 def parsed(markup):

@@ -26,7 +26,7 @@ from dhp_jax import journal, pipeline, report, targets
 from dhp_jax.config import ConfigError
 from dhp_jax.latent import walk
 from dhp_jax.methods import METHODS
-from dhp_jax.wording import start_text
+from dhp_jax.report.wording import start_text
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 

@@ -10,10 +10,11 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from dhp_jax import journal, page, result
-from dhp_jax.crops import Crop
-from dhp_jax.page import Told
-from dhp_jax.wording import compact, duration, milliseconds
+from dhp_jax import journal, result
+from dhp_jax.latent import latents
+from dhp_jax.report.crops import Crop
+from dhp_jax.report.page import Told, missing, page
+from dhp_jax.report.wording import compact, duration, milliseconds
 
 VOID = {"br", "img", "link", "meta"}
 
@@ -60,7 +61,7 @@ def run(finished):
 
 @pytest.fixture(scope="module")
 def content(run):
-    return page.page(run)
+    return page(run)
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_the_drawings_show_what_was_recorded(run, content):
 
 
 def latent_names(run):
-    return [name for name, z in page.latents(run.result.search).items() if z.prunable]
+    return [name for name, z in latents(run.result.search).items() if z.prunable]
 
 
 def test_how_to_load_it_and_how_it_was_made(finished, run, content):
@@ -163,7 +164,7 @@ def test_how_to_load_it_and_how_it_was_made(finished, run, content):
     assert "No command was noted" in text
     given = "cd '/a b' && python main.py --config=x.py"
     with_command = dataclasses.replace(run.result, commands=[given])
-    assert given in Page(page.page(Told(with_command, run.summary))).text
+    assert given in Page(page(Told(with_command, run.summary))).text
 
 
 def test_pictures_are_in_the_page(run):
@@ -172,7 +173,7 @@ def test_pictures_are_in_the_page(run):
         Crop("cat", {"input": gray, "original": gray}),
         Crop("dog", {"input": colours, "original": gray}),
     ]
-    images = Page(page.page(run, crops)).of("img")
+    images = Page(page(run, crops)).of("img")
     assert [image["alt"] for image in images] == [
         "cat: input",
         "cat: original",
@@ -187,7 +188,7 @@ def test_names_that_look_like_markup_stay_names(run):
     config = {**run.result.config, "model": {"name": evil, evil: 1}, "data": {"name": evil}}
     there = dataclasses.replace(run.result, config=config, commands=[evil])
     everything = Page(
-        page.page(
+        page(
             Told(there, {**run.summary, "hardware": evil}),
             [Crop(evil, {evil: np.zeros((4, 4), np.uint8)})],
         )
@@ -237,20 +238,20 @@ def test_the_page_of_an_unfinished_run_tells_what_is_missing(copy, gone, phases,
         lines = [json.dumps(r) + "\n" for r in records if r["phase"] in phases]
         (copy / "metrics.jsonl").write_text("".join(lines))
     there = result.read(copy)
-    everything = Page(page.page(Told(there, None)))
+    everything = Page(page(Told(there, None)))
     assert "This run is not finished. Missing are:" in everything.text
-    missing = page.missing(there)
-    assert len(missing) == len(told)
-    assert all(part in text for part, text in zip(told, missing, strict=True))
+    absent = missing(there)
+    assert len(absent) == len(told)
+    assert all(part in text for part, text in zip(told, absent, strict=True))
     assert everything.sections == sections
     assert ("Test error so far" in everything.text) == bool(phases)
 
 
 def test_a_finished_run_that_was_given_more_epochs_says_so(run):
-    assert page.missing(run.result) == []
+    assert missing(run.result) == []
     config = {**run.result.config, "converge": {"epochs": 5}}
     longer = dataclasses.replace(run.result, config=config)
-    assert page.missing(longer) == ["epochs 2 to 5: the run has since been given more of them"]
+    assert missing(longer) == ["epochs 2 to 5: the run has since been given more of them"]
 
 
 def test_records_of_earlier_versions_lack_the_latents_and_the_page_says_so(run):
@@ -259,14 +260,14 @@ def test_records_of_earlier_versions_lack_the_latents_and_the_page_says_so(run):
         for r in run.result.records
     ]
     old = dataclasses.replace(run.result, records=records)
-    text = Page(page.page(Told(old, {**run.summary, "latency": None}))).text
+    text = Page(page(Told(old, {**run.summary, "latency": None}))).text
     assert "How the latents died is not shown" in text
     assert "Latency was not measured" in text
 
 
 def test_losses_that_are_not_finite_are_left_out_of_the_drawings(run):
     records = [*run.result.records, {"phase": "converge", "step": 10**6, "loss": float("nan")}]
-    drawn = drawings(page.page(Told(dataclasses.replace(run.result, records=records), run.summary)))
+    drawn = drawings(page(Told(dataclasses.replace(run.result, records=records), run.summary)))
     assert "nan" not in ET.tostring(drawn["loss over step"], "unicode").lower()
 
 
@@ -285,7 +286,7 @@ def test_a_speed_up_within_the_noise_is_none(run, low, median, high, told):
     row = {"batch": 1, "rounds": 5, "before_ms": {"median": 2.0}, "after_ms": {"median": 1.0}}
     row["speedup"] = {"low": low, "median": median, "high": high}
     latency = {"batches": [row], "input_shape": [8, 8, 1], "hardware": "here"}
-    assert told in Page(page.page(Told(run.result, {**run.summary, "latency": latency}))).text
+    assert told in Page(page(Told(run.result, {**run.summary, "latency": latency}))).text
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import itertools
 import math
 
-from dhp_jax.markup import Markup, element, joined
+from dhp_jax.report.markup import Markup, element, joined
 
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 14, 40

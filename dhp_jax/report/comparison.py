@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dhp_jax import drawing
-from dhp_jax.document import document, notice, section, table
-from dhp_jax.drawing import Line
-from dhp_jax.markup import Markup, element, joined
-from dhp_jax.page import Told, curves, missing, network
+from dhp_jax.report import drawing
+from dhp_jax.report.document import document, notice, section, table
+from dhp_jax.report.drawing import Line
+from dhp_jax.report.markup import Markup, element, joined
+from dhp_jax.report.page import Told, curves, missing, network
+from dhp_jax.report.wording import compact, duration, milliseconds, percent
 from dhp_jax.tasks.task import METRICS, Metric
-from dhp_jax.wording import compact, duration, milliseconds, percent
 
 
 def comparison(runs: Sequence[Told]) -> str:

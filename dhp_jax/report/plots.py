@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from dhp_jax import checkpoint
-from dhp_jax.crops import Crop, crops
 from dhp_jax.latent import latents
+from dhp_jax.report.crops import Crop, crops
+from dhp_jax.report.wording import main_metric
 from dhp_jax.result import Result
 from dhp_jax.tasks.task import METRICS, Metric
-from dhp_jax.wording import main_metric
 
 BEFORE, AFTER, REMOVED, RULE = "#c3cad4", "#1f6fb2", "#d9603b", "#7a828c"
 

@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dhp_jax import drawing
 from dhp_jax.cost import Cost, LayerCost
-from dhp_jax.crops import Crop
-from dhp_jax.document import Card, cards, code, document, meter, notice, section, table
-from dhp_jax.drawing import Line, Rule
 from dhp_jax.latent import latents
-from dhp_jax.markup import Markup, element, joined
-from dhp_jax.result import Result
-from dhp_jax.tasks.task import METRICS, Metric
-from dhp_jax.wording import (
+from dhp_jax.report import drawing
+from dhp_jax.report.crops import Crop
+from dhp_jax.report.document import Card, cards, code, document, meter, notice, section, table
+from dhp_jax.report.drawing import Line, Rule
+from dhp_jax.report.markup import Markup, element, joined
+from dhp_jax.report.wording import (
     MEASURES,
     compact,
     duration,
@@ -30,6 +28,8 @@ from dhp_jax.wording import (
     percent,
     start_text,
 )
+from dhp_jax.result import Result
+from dhp_jax.tasks.task import METRICS, Metric
 
 STAGES = {  # of summary["test"], in the order of their becoming
     "without_network": "the input as it is",

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dhp_jax.report.wording import percent
 from dhp_jax.result import PICTURES, Result
-from dhp_jax.wording import percent
 
 
 @dataclass(frozen=True)

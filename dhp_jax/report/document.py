@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dhp_jax.markup import Markup, element
+from dhp_jax.report.markup import Markup, element
 
 # Nothing is fetched, whatever the page holds: pictures are in it, there are no scripts.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -17,15 +17,12 @@ import sys
 from typing import Any
 
 from dhp_jax import checkpoint, durable, journal
-from dhp_jax.comparison import comparison
-from dhp_jax.crops import crops
 from dhp_jax.methods import METHODS
-from dhp_jax.page import Told, page
-from dhp_jax.plots import plots
-from dhp_jax.result import PICTURES, SUMMARY, Result, configuration, read
-from dhp_jax.tasks.task import METRICS
-from dhp_jax.timing import hardware, measure_latency, quartiles
-from dhp_jax.wording import (
+from dhp_jax.report.comparison import comparison
+from dhp_jax.report.crops import crops
+from dhp_jax.report.page import Told, page
+from dhp_jax.report.plots import plots
+from dhp_jax.report.wording import (
     faster,
     layer_table,
     main_metric,
@@ -34,6 +31,9 @@ from dhp_jax.wording import (
     percent,
     start_text,
 )
+from dhp_jax.result import PICTURES, SUMMARY, Result, configuration, read
+from dhp_jax.tasks.task import METRICS
+from dhp_jax.timing import hardware, measure_latency, quartiles
 
 __all__ = [
     "LAYERS",
@@ -468,7 +468,3 @@ def _make(options: argparse.Namespace) -> Path:
 
 def _change(before: int, after: int) -> dict[str, Any]:
     return {"before": before, "after": after, "ratio": after / before}
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
