@@ -110,7 +110,9 @@ def test_seeds_make_the_same_block_and_other_seeds_another():
 # ResNets
 
 
-@pytest.mark.parametrize("depth", BLOCKS)
+@pytest.mark.parametrize(
+    "depth", [pytest.param(d, marks=[pytest.mark.slow] * (d in (56, 164))) for d in BLOCKS]
+)
 def test_every_depth_is_built_with_its_blocks_and_convolutions(depth):
     model = abstract(depth=depth)
     assert len(model.blocks) == BLOCKS[depth]

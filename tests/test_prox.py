@@ -14,7 +14,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax.prox import ProxState, shrink_norm, soft_threshold
 
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=30)
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=20)
 SHAPES = npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
 REAL = [jnp.float32, jnp.bfloat16, jnp.float16]
 
