@@ -10,13 +10,17 @@ after another; what follows --config is for experiments/main.py, and the same fo
 
 import argparse
 from collections.abc import Mapping, Sequence
+import graphlib
+import itertools
 import json
 from pathlib import Path
+import runpy
 import shlex
 import subprocess
 import sys
 from typing import Any
 
+from absl import flags
 from record import progress, publish, table_of
 
 from dhp_jax.methods import METHODS
@@ -24,14 +28,28 @@ from dhp_jax.report import SUMMARY, main_metric
 from dhp_jax.report.wording import milliseconds, percent
 from dhp_jax.tasks import METRICS
 from dhp_jax.tasks.task import Metric
-from dhp_jax.workdir import COMMANDS, CONFIG, MAY_CHANGE, MAY_CHANGE_GROUPS, MAY_MOVE, flat
+from dhp_jax.workdir import (
+    COMMANDS,
+    CONFIG,
+    MAY_CHANGE,
+    MAY_CHANGE_GROUPS,
+    MAY_GROW,
+    MAY_MOVE,
+    data_checksums,
+    flat,
+)
 
 MAIN = Path(__file__).parents[1] / "experiments/main.py"
-ORDER = ("baseline", "dhp", "scratch", "l1_norm", "random", "uniform")  # sources come first
+NEEDS = {  # all are compared with the baseline, and some start from another run
+    name: {"baseline", method.source} - {name, None} for name, method in METHODS.items()
+}
+ORDER = tuple(graphlib.TopologicalSorter(NEEDS).static_order())
 DIFFER = ("seed", "method", "source", *MAY_CHANGE, *MAY_MOVE)  # between runs of one table
 NOTE = (
     "Means over the seeds, with the least and the most. Metrics are of the last epoch on the test "
-    "data. Updates before are those of the search, or of the network whose weights go on."
+    "data. Updates before are those of the search, or of the network whose weights go on. Beyond "
+    "DHP is the metric less that of DHP with the same seed: above 0 is worse for an error, and "
+    "better for PSNR."
 )
 
 
@@ -50,12 +68,12 @@ def main() -> None:
         given = (strange or overrides or ["none"])[0]
         expected = "such as --config=FILE and --config.FIELD=VALUE with --train, and only then"
         parser.error(f"expected arguments of experiments/main.py {expected}; got {given}")
-    if options.train:
-        train(options.folder, options.seeds, overrides)
     try:
+        if options.train:
+            train(options.folder, options.seeds, overrides)
         runs = runs_in(options.folder)
-    except ValueError as error:
-        parser.error(str(error))
+    except (flags.Error, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
     rows = rows_of(runs)
     note = f"{options.note} {NOTE}".strip()
     publish(options.out, options.name, options.title, note, rows, as_table(rows))
@@ -63,11 +81,12 @@ def main() -> None:
 
 def train(folder: Path, seeds: Sequence[int], overrides: Sequence[str]) -> None:
     """Carries out all methods for each seed; ends the program where one of the runs fails."""
+    asked = runpy.run_path(str(MAIN))["parse"]([str(MAIN), *overrides]).config
     for seed in seeds:
         for method in ORDER:
             run = folder / f"seed{seed}" / method
             command = command_of(run, method, seed, overrides)
-            if is_finished(run, command):
+            if is_noted(run, command) and finished(run, asked):
                 progress(f"{run}: finished")
                 continue
             progress(f"{run}: {shlex.join(command)}")
@@ -87,47 +106,79 @@ def command_of(run: Path, method: str, seed: int, overrides: Sequence[str]) -> l
     return [*command, f"--workdir={run}"]
 
 
-def is_finished(run: Path, command: Sequence[str]) -> bool:
-    """Whether a run has come to its end, and was begun or taken up by this very command."""
-    if not (run / SUMMARY).is_file() or not (run / COMMANDS).is_file():
+def is_noted(run: Path, command: Sequence[str]) -> bool:
+    """Whether a run was begun or taken up by this very command."""
+    if not (run / COMMANDS).is_file():
         return False
     given = f"&& {shlex.join(['python', *command])}"
     return any(line.endswith(given) for line in (run / COMMANDS).read_text().splitlines())
+
+
+def finished(run: Path, asked: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The summary of a run, unless it has yet to train for longer.
+
+    Args:
+      run: its directory.
+      asked: a configuration whose epochs it must have reached, besides those of its own.
+    """
+    if not (run / SUMMARY).is_file():
+        return None
+    summary, config = (json.loads((run / name).read_text()) for name in (SUMMARY, CONFIG))
+    for phase in METHODS[config["method"]].phases:
+        reached = summary["phases"][phase]
+        epochs = max(given[phase]["epochs"] for given in (config, asked or config))
+        if not reached["met_budget"] and reached["epochs"] < epochs:
+            return None
+    return summary
 
 
 def runs_in(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """The summaries of finished runs, by method and seed.
 
     Raises:
-      ValueError: there is none, or two differ in more than method and seed.
+      ValueError: there is none, or two differ in more than method and seed, or in their data.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    first: tuple[Path, dict[str, Any]] | None = None
+    configs: dict[Path, dict[str, Any]] = {}
     for path in sorted(folder.glob(f"seed*/*/{SUMMARY}")):
-        config = json.loads((path.parent / CONFIG).read_text())
-        first = first or (path.parent, config)
-        check_alike(*first, path.parent, config)
-        summary = json.loads(path.read_text())
+        run, summary = path.parent, finished(path.parent)
+        if summary is None:
+            progress(f"{run}: not finished, left out")
+            continue
+        configs[run] = config = json.loads((run / CONFIG).read_text())
         found.setdefault(config["method"], {})[config["seed"]] = summary
     if not found:
         raise ValueError(
             f"folder: expected runs in {folder}/seed0/dhp and so on; got none finished"
         )
+    check_alike(configs)
     return {method: found[method] for method in ORDER if method in found}
 
 
-def check_alike(
-    run: Path, config: Mapping[str, Any], other: Path, others: Mapping[str, Any]
-) -> None:
-    """Raises unless two runs have the same network, data, budget and recipes."""
-    here, there = flat(config), flat(others)
-    for name in sorted({*here, *there}):
-        may = name in DIFFER or name.startswith(MAY_CHANGE_GROUPS)
-        if not may and here.get(name) != there.get(name):
+def check_alike(configs: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Raises unless runs have the same network, data, budget and recipes."""
+    for (run, config), (other, others) in itertools.combinations(configs.items(), 2):
+        here, there = flat(config), flat(others)
+        for name in sorted({*here, *there}):
+            may = may_differ(name, config["method"], others["method"])
+            if not may and here.get(name) != there.get(name):
+                raise ValueError(
+                    f"folder: expected runs that differ in method and seed; config.{name} is "
+                    f"{here.get(name)!r} in {run} and {there.get(name)!r} in {other}"
+                )
+    for run, other in itertools.pairwise(configs):
+        if data_checksums(run) != data_checksums(other):
             raise ValueError(
-                f"folder: expected runs that differ in method and seed; config.{name} is "
-                f"{here.get(name)!r} in {run} and {there.get(name)!r} in {other}"
+                f"folder: expected runs on the same images; those of {run} and {other} differ in "
+                "names, sizes or statistics"
             )
+
+
+def may_differ(name: str, *methods: str) -> bool:
+    """Whether a field may differ between runs of two methods."""
+    if name in MAY_GROW:  # it grows in the runs that train the phase, and stays in others
+        return any(name.split(".")[0] not in METHODS[method].phases for method in methods)
+    return name in DIFFER or name.startswith(MAY_CHANGE_GROUPS)
 
 
 def rows_of(runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -164,7 +215,7 @@ def over(values: Sequence[float]) -> dict[str, float]:
 
 def before(run: Mapping[str, Any]) -> int:
     """Updates that were spent before a network converged."""
-    spent = run["phases"].get("search") or run["origin"]
+    spent = run["phases"].get("search") or run.get("origin")
     return spent["steps"] if spent else 0
 
 

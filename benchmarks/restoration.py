@@ -16,6 +16,7 @@ from record import publish
 
 import dhp_jax as dhp
 from dhp_jax import problems, report
+from dhp_jax.methods import METHODS
 from dhp_jax.tasks import evaluate
 
 
@@ -64,9 +65,9 @@ def as_table(rows: list[dict], folders: list[str]) -> str:
     lines.append(f"| input, no network |  |  |  |  |  | {' | '.join(inputs)} |")
     for row in rows:
         model, flops, params = row["model"], row["flops"], row["params"]
-        name = "unpruned" if row["method"] == "baseline" else f"DHP, target {row['target']:.0%}"
+        target = f", target {row['target']:.0%}" if row["target"] else ""
         cells = [
-            f"{model['name']}, width {model['width']:g}, {name}",
+            f"{model['name']}, width {model['width']:g}, {METHODS[row['method']].title}{target}",
             f"{flops['after'] / 1e9:.2f} G",
             f"{flops['ratio']:.1%}",
             f"{params['after'] / 1e3:.1f} k",

@@ -24,10 +24,13 @@ def l1_scores(model: nnx.Module) -> Scores:
     all convolutions whose output its latent is, as of all that are added in a residual stage: their
     norms add up. Weight decay and BatchNorm leave layers of very different norms, so each latent's
     sums are divided by their mean: what counts is how small an entry is beside the others of its
-    latent, and no layer is wiped out for its scale.
+    latent, and no layer is wiped out for its scale. That makes latents equal in scale, but not in
+    spread: where filters are alike, as with a wide fan-in or where norms add up, a latent keeps
+    more or less of them than others.
 
     Args:
-      model: a network of latents; a trained network becomes one by `dhp.with_latents`.
+      model: a network of latents; one that `prune` or a baseline run has made becomes one by
+        `dhp.with_latents`.
 
     Returns:
       For each prunable latent by name an array of its size, of mean 1.
@@ -39,8 +42,9 @@ def l1_scores(model: nnx.Module) -> Scores:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=dhp.l1_scores(model))
 
     Reference: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017 (arXiv 1608.08710),
-    section 3.1; there within each layer, with ratios chosen by hand. Rescaling by layer to compare
-    across layers: Molchanov et al., ICLR 2017 (arXiv 1611.06440), section 2.2.
+    section 3.1; there within each layer, with ratios chosen by hand. Ranking across layers, and the
+    mean as the scale, are ours; Molchanov et al., ICLR 2017 (arXiv 1611.06440), divide by the l2
+    norm of a layer's scores.
     """
     sums = {z: np.zeros(z.size) for z in latents(model).values()}
     ruled = set()
@@ -69,6 +73,8 @@ def _of_mean_one(values: np.ndarray) -> np.ndarray:
 def random_scores(model: nnx.Module, seed: int) -> Scores:
     """Scores drawn at random, so that every entry of every latent is as likely to go.
 
+    What is left of a budget after that is filled up with entries that still fit.
+
     Args:
       model: a network of latents.
       seed: an integer of at least 0; the same one gives the same scores.
@@ -95,8 +101,8 @@ def uniform_within(
 
     The share is the largest that fits, rounded down in each latent to a width that it may have.
     What is left of the budget goes to single latents, one width more each, costly ones first. So a
-    width is off the common share by less than one step (but for `min_channels`), and no latent
-    below the share has room for its step.
+    width is off the common share by at most one step (but for `min_channels`), which is much of a
+    narrow latent with a large `multiple_of`, and no latent below the share has room for its step.
 
     Args:
       model: a network of latents; their values do not matter.

@@ -134,7 +134,8 @@ def define(arguments: Sequence[str]) -> flags.FlagValues:
         "baseline",
         None,
         "Directory of a finished run with --config.method=baseline, for comparison; "
-        "<workdir>-baseline (without -<method> before) if not given.",
+        "if not given the source of the run if that is a baseline, and otherwise "
+        "<workdir>-baseline (without -<method> before).",
         options,
     )
     flags.DEFINE_string(

@@ -16,6 +16,7 @@ from dhp_jax.report import hardware
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
+import methods  # noqa: E402
 from run import BENCHMARKS, run  # noqa: E402
 from zoo import NETWORKS  # noqa: E402
 
@@ -229,14 +230,22 @@ def test_finished_runs_are_put_side_by_side(
     assert row in text
 
 
-def leave_run(folder, method, seed, error, **fields):
+EPOCHS = {"search": {"epochs": 2}, "converge": {"epochs": 3}, "baseline": {"epochs": 4}}
+
+
+def leave_run(folder, method, seed, error, images=2, **fields):
     """What a finished run leaves of numbers."""
     run = folder / f"seed{seed}" / method
     run.mkdir(parents=True)
-    config = {"method": method, "seed": seed, "target": 0.5, "converge": {"epochs": 3}, **fields}
+    config = {"method": method, "seed": seed, "target": 0.5, **EPOCHS, **fields}
     (run / "config.json").write_text(json.dumps(config))
-    phases = {"baseline": {"baseline": {"steps": 600}}}.get(method, {"converge": {"steps": 400}})
-    phases |= {"search": {"steps": 150}} if method == "dhp" else {}
+    checksums = {"streamed": False, "checksums": {"train": 1, "test": images}}
+    (run / "data.json").write_text(json.dumps(checksums))
+    steps = {"search": 150, "converge": 400, "baseline": 600}
+    phases = {
+        phase: {"epochs": config[phase]["epochs"], "steps": steps[phase], "met_budget": False}
+        for phase in methods.METHODS[method].phases
+    }
     summary = {
         "method": method,
         "seed": seed,
@@ -248,6 +257,7 @@ def leave_run(folder, method, seed, error, **fields):
         "latency": {"batches": [{"batch": 64, "after_ms": {"median": 10.0 + seed}}]},
     }
     (run / "summary.json").write_text(json.dumps(summary))
+    return run
 
 
 def test_methods_are_compared_over_their_seeds(tmp_path):
@@ -283,18 +293,70 @@ def test_methods_are_compared_over_their_seeds(tmp_path):
         ),
         (["--train"], None, "and only then; got none"),
         (["--train", "--confg=x"], None, "; got --confg=x"),
+        (["--train", "--config=x.py"], None, "expected --config=FILE, such as "),
         ([], None, "folder: expected runs in "),
         ([], {"converge": {"epochs": 4}}, "config.converge.epochs is 3 in "),
     ],
 )
-def test_methods_that_cannot_be_compared_are_told_in_one_line(tmp_path, arguments, fields, told):
+def test_methods_that_cannot_be_compared_are_told_in_one_line(
+    tmp_path, monkeypatch, capsys, arguments, fields, told
+):
     if fields is not None:
         leave_run(tmp_path, "dhp", 0, 0.2)
         leave_run(tmp_path, "uniform", 0, 0.2, **fields)
-    process = begin("methods", tmp_path, *arguments)
-    _, errors = process.communicate()
-    assert process.returncode == 2
-    assert told in errors.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["methods.py", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        methods.main()
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_that_has_yet_to_train_for_longer_is_not_finished(tmp_path, capsys):
+    run = leave_run(tmp_path, "dhp", 0, 0.2)
+    assert methods.finished(run)["seed"] == 0
+    assert methods.finished(run, EPOCHS)
+    assert methods.finished(run, EPOCHS | {"baseline": {"epochs": 9}})
+    assert methods.finished(run, EPOCHS | {"converge": {"epochs": 5}}) is None
+    leave_run(tmp_path, "uniform", 0, 0.2)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"converge": {"epochs": 5}}))
+    assert list(methods.runs_in(tmp_path)) == ["uniform"]
+    assert capsys.readouterr().err == f"{run}: not finished, left out\n"
+
+
+def test_a_search_that_met_its_budget_early_is_finished(tmp_path):
+    run = leave_run(tmp_path, "dhp", 0, 0.2)
+    asked = EPOCHS | {"search": {"epochs": 50}}
+    assert methods.finished(run, asked) is None
+    summary = json.loads((run / "summary.json").read_text())
+    summary["phases"]["search"]["met_budget"] = True
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert methods.finished(run, asked)
+
+
+def test_epochs_are_compared_between_runs_that_train_the_phase(tmp_path):
+    leave_run(tmp_path, "baseline", 0, 0.1)
+    leave_run(tmp_path, "dhp", 0, 0.2, converge={"epochs": 5})
+    leave_run(tmp_path, "uniform", 0, 0.2, converge={"epochs": 5})
+    assert list(methods.runs_in(tmp_path)) == ["baseline", "dhp", "uniform"]
+    leave_run(tmp_path, "random", 0, 0.2)
+    with pytest.raises(ValueError, match=r"config\.converge\.epochs is 5 in .* and 3 in "):
+        methods.runs_in(tmp_path)
+
+
+def test_runs_on_other_images_are_not_compared(tmp_path):
+    leave_run(tmp_path, "dhp", 0, 0.2)
+    leave_run(tmp_path, "uniform", 0, 0.2, images=3)
+    with pytest.raises(ValueError, match=r"expected runs on the same images; those of .* differ"):
+        methods.runs_in(tmp_path)
+
+
+def test_all_methods_are_carried_out_after_those_that_they_need():
+    assert set(methods.ORDER) == set(methods.METHODS)
+    assert methods.ORDER[0] == "baseline"
+    for name, method in methods.METHODS.items():
+        if method.source is not None:
+            assert methods.ORDER.index(method.source) < methods.ORDER.index(name)
 
 
 @pytest.mark.slow

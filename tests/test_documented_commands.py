@@ -69,7 +69,11 @@ def test_a_command_of_the_documentation_is_accepted(main, monkeypatch, words):
             accept(main, arguments, monkeypatch)
     else:
         source = module_file(arguments)
+        passed = [word for word in arguments if word.startswith("--config")]  # to a run
+        if passed:
+            accept(main, ["experiments/main.py", *passed], monkeypatch)
         flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+        flags -= {word.partition("=")[0] for word in passed}
         shared = ROOT / SHARED[source.relative_to(ROOT).parts[0]]
         assert flags <= set(re.findall(r"\"(--[\w-]+)\"", source.read_text() + shared.read_text()))
 
