@@ -244,7 +244,7 @@ def test_scores_that_do_not_suit_the_latents_are_refused(change, told):
 @pytest.mark.parametrize("by", ["l1", dhp.l1_scores, dhp.random_scores])
 def test_what_decides_nothing_is_refused_before_any_work(by, monkeypatch):
     monkeypatch.setattr(budgets, "measure_cost", None)
-    with pytest.raises(ValueError, match="^by: expected scores by latent, .*; got ") as told:
+    with pytest.raises(ValueError, match=r"^by: expected scores by latent, .*; got ") as told:
         dhp.prune_to(filled(Mixed), MIXED_INPUT, flops=0.5, by=by)
     assert str(told.value).endswith(repr(by))
 
