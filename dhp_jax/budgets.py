@@ -5,20 +5,23 @@ pruned, compiled and timed against the whole network, the two in turn, and the l
 fast enough is found by bisection over its FLOPs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 import functools
+import inspect
 from typing import Any
 
 from flax import nnx
 import numpy as np
 
 from dhp_jax.cost import Cost, measure_cost
+from dhp_jax.names import shown
 from dhp_jax.prune import (
     BudgetError,
     Scores,
     check_axes,
     check_budget,
+    check_masks,
     check_share,
     prune,
     smallest_ratio,
@@ -58,15 +61,43 @@ Clock = Callable[[nnx.Module], Time]
 Selection = Callable[..., dict[str, np.ndarray]]  # takes what `survivors_within` does
 
 
-def selection(by: Scores | Selection | None) -> Selection:
-    """The function that chooses survivors: by scores, or the one that is given."""
+def selection(by: Scores | Selection | None, budget: Collection[str]) -> Selection:
+    """The function that chooses survivors: by scores, or the one that is given.
+
+    Args:
+      by: as for `prune_to`.
+      budget: names of the budgets that it is going to be given.
+
+    Raises:
+      ValueError: `by` is neither scores nor a function that can be called so.
+    """
     if by is None:
         return survivors_within
     if isinstance(by, Mapping):
         return functools.partial(survivors_within, scores=by)
-    if not callable(by):
-        raise ValueError(f"by: expected scores by latent, or such as uniform_within; got {by!r}")
-    return by
+    try:
+        inspect.signature(by).bind("model", "cost", "multiple_of", **dict.fromkeys(budget))
+    except (TypeError, ValueError):  # no function, or of something else, as `l1_scores` itself
+        raise ValueError(
+            "by: expected scores by latent, such as l1_scores(model), or a function such as "
+            f"uniform_within(model, cost, multiple_of, **budget); got {shown(by)}"
+        ) from None
+    return functools.partial(_held_to_budget, by)
+
+
+def _held_to_budget(
+    select: Selection, model: nnx.Module, cost: Cost, multiple_of: Multiples, **budget: float
+) -> dict[str, np.ndarray]:
+    """What a function chooses, if that is within the budget."""
+    masks = select(model, cost, multiple_of, **budget)
+    check_masks(model, masks)
+    used = _chosen(cost, masks).shares
+    if any(used[name] > share for name, share in budget.items()):
+        allowed, got = (
+            ", ".join(f"{name}={shares[name]:g}" for name in budget) for shares in (budget, used)
+        )
+        raise ValueError(f"by: expected survivors within {allowed}; got {got}")
+    return masks
 
 
 def clock(model: nnx.Module, input_shape: tuple[int, ...], batch: int = 1) -> Clock:
@@ -142,11 +173,12 @@ def choose(
     Raises:
       ValueError: as `survivors_within`; `BudgetError` if the smallest network is not fast enough.
     """
-    select = selection(by)
+    if latency is not None:
+        check_share("latency", latency)
+        budget = {"flops": 1.0, **budget}
+    select = selection(by, budget)
     if latency is None:
         return _chosen(cost, select(model, cost, multiple_of, **budget))
-    check_share("latency", latency)
-    budget = {"flops": 1.0, **budget}
     check_budget(model, cost, multiple_of, **budget)
     search = _Bisection(model, cost, multiple_of, select, budget, latency, timed)
     return search.result()
@@ -266,9 +298,10 @@ def prune_to(
 
     Raises:
       ValueError: a share outside (0, 1]; a `multiple_of` below 1 or above the size of its latents;
-        a `batch` below 1; scores that do not suit the latents; axes that meet in the forward pass
-        without being one latent; a share that is out of reach (`BudgetError`, with the smallest one
-        possible).
+        a `batch` below 1; scores that do not suit the latents; a function `by` that does not take
+        these arguments, or whose survivors are not within the budgets; axes that meet in the
+        forward pass without being one latent; a share that is out of reach (`BudgetError`, with the
+        smallest one possible).
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
@@ -279,6 +312,7 @@ def prune_to(
     if latency is not None:
         check_share("latency", latency)
         budget = {"flops": 1.0, **budget}
+    selection(by, budget)  # so that what it refuses is told before any work
     cost = measure_cost(model, input_shape)
     check_budget(model, cost, multiple_of, **budget)
     check_axes(model, input_shape)

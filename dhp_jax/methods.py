@@ -15,6 +15,7 @@ class Method:
       phases: of training, in order.
       source: the method of the finished run that it starts from, if it needs one.
       fresh: whether its network starts from fresh weights, those of a baseline's layers.
+      network: folder of the one of its networks that other runs start from.
     """
 
     title: str
@@ -22,12 +23,23 @@ class Method:
     phases: tuple[str, ...] = ("converge",)
     source: str | None = None
     fresh: bool = False
+    network: str = "pruned"
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it leaves a smaller network than the whole one."""
+        return "converge" in self.phases
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it chooses survivors, within budgets; some take those of their source."""
+        return self.prunes and (self.source is None or not METHODS[self.source].prunes)
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "dhp": Method("DHP", "Pruned to {left}", phases=("search", "converge")),
-        "baseline": Method("unpruned", "", phases=("baseline",), fresh=True),
+        "baseline": Method("unpruned", "", phases=("baseline",), fresh=True, network="model"),
         "uniform": Method(
             "uniform width", "Narrowed uniformly to {left}, from fresh weights", fresh=True
         ),

@@ -110,7 +110,8 @@ def prepare(
         of another configuration; the message names it, its value and what is possible.
     """
     check(config)
-    if config.targets is not None and config.method != "baseline":
+    method = METHODS[config.method]
+    if config.targets is not None and method.prunes:
         raise ConfigError(
             "config.targets: expected None for a single run, for `dhp_jax.targets` carries out "
             f"several; got {tuple(config.targets)}"
@@ -127,13 +128,13 @@ def prepare(
             )
     arguments |= known_arguments(config)
     _abstract(config, arguments)  # before the data, which may have to be downloaded
-    if METHODS[config.method].source is not None:
-        from_first(lambda: bool(source.read(config)))
+    if method.source is not None:
+        from_first(lambda: source.made_from(config, workdir))
     asked = _agreed_problem(config, workdir)
     arguments |= asked.arguments
     abstract = _abstract(config, arguments)
-    if METHODS[config.method].source is not None:
-        from_first(lambda: source.check(config, workdir, asked.checksums))
+    if method.source is not None:
+        from_first(lambda: source.check(config, workdir, asked.checksums, abstract))
     cost = measure_cost(abstract, asked.input_shape)
     try:
         check_budget(abstract, cost, config.multiple_of, **_counted(config))
@@ -152,7 +153,7 @@ def prepare(
         return models.build(name, **arguments, rngs=nnx.Rngs(config.seed))
 
     workdir = Path(workdir)
-    if config.method != "baseline" and config.budget.latency is not None:
+    if method.chooses and config.budget.latency is not None:
         from_first(lambda: _check_latency(config, workdir, build, cost, asked.input_shape))
     with _held_by_first(workdir, config):  # so that an error comes now
         from_first(lambda: settle_data(workdir, asked.streamed, asked.checksums))
@@ -269,10 +270,10 @@ def execute(
             note_command(run.workdir, command)
         work = _Work(run, stopping)
         try:
-            if run.config.method == "baseline":
-                work.train_baseline()
-            else:
+            if work.method.prunes:
                 work.converge(work.prune(work.start()))
+            else:
+                work.train_baseline()
         except OriginError as error:
             raise ConfigError(f"config.{error}; give another --workdir") from error
         return from_first(lambda: report.write(run.workdir, baseline=baseline))
@@ -330,7 +331,7 @@ class _Work:
             return self.search()
         if self.method.source is None:
             return ""
-        return from_first(lambda: source.read(self.config).sha256)
+        return from_first(lambda: source.made_from(self.config, self.run.workdir))
 
     def search(self) -> str:
         """Returns the digest of the network at the end of the search."""

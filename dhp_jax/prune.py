@@ -17,6 +17,7 @@ from dhp_jax.architecture import architecture_of, set_architecture
 from dhp_jax.cost import MEASURES, Cost, Counts, input_refused
 from dhp_jax.latent import Axis, Latent, latents, modules_in
 from dhp_jax.layers import Prunable
+from dhp_jax.names import unknown
 from dhp_jax.widths import Multiples, multiples
 
 Masks = Mapping[str, np.ndarray]
@@ -162,7 +163,7 @@ def survivors_within(
 
     Raises:
       ValueError: a share outside (0, 1]; `multiple_of` below 1, or above the size of every latent;
-        scores that are missing, of another size, or not finite;
+        scores that are missing, of another size, not finite, or of an unknown latent;
         `BudgetError`, a `ValueError`, if `min_channels`, `multiple_of` and latents that are not
         prunable make a share unreachable (it tells the smallest one).
     """
@@ -245,6 +246,8 @@ def _magnitudes(model: nnx.Module) -> Scores:
 def _removable(model: nnx.Module, multiple_of: Multiples, scores: Scores) -> list[Group]:
     """The groups of entries that may go, smallest score first; ties by name and order."""
     groups, steps = [], multiples(model, multiple_of)
+    for name in sorted(scores.keys() - latents(model).keys(), key=str):
+        raise ValueError(unknown("scores", name, latents(model)))
     for name, z in latents(model).items():
         if not z.prunable:
             continue
@@ -293,7 +296,7 @@ def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
     """
     if keep is None:
         keep = {name: np.ones(z.size, bool) for name, z in latents(model).items()}
-    _check_masks(model, keep)
+    check_masks(model, keep)
     model = nnx.clone(model)
     masks = {z: np.asarray(keep[name], bool) for name, z in latents(model).items()}
     architecture = architecture_of(model)
@@ -343,7 +346,8 @@ def replaced(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> Any:
     return of(module)
 
 
-def _check_masks(model: nnx.Module, keep: Masks) -> None:
+def check_masks(model: nnx.Module, keep: Masks) -> None:
+    """Raises unless there is a mask for every latent, of its size, that keeps what has to stay."""
     expected = latents(model)
     for name in expected.keys() ^ keep.keys():
         what = "has no mask for latent" if name in expected else "has a mask for unknown latent"

@@ -67,7 +67,7 @@ class Result:
     @property
     def prunes(self) -> bool:
         """Whether it is no run of the unpruned network."""
-        return "converge" in self.phases
+        return self.method.prunes
 
     @property
     def searches(self) -> bool:

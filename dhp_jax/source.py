@@ -1,28 +1,31 @@
 """The finished run that another one starts from: its weights, or the channels that it has kept."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
 from ml_collections import ConfigDict
 import numpy as np
 
 from dhp_jax import checkpoint, result
+from dhp_jax.architecture import architecture_of
 from dhp_jax.config import ConfigError
 from dhp_jax.methods import METHODS
 from dhp_jax.names import shown
 from dhp_jax.workdir import MAY_CHANGE, MAY_MOVE, data_checksums, flat, plain
 
-TAKEN = {"baseline": "model", "dhp": "pruned"}  # which network of a run, by its method
 SAME = ("task.", "model.", "data.")  # fields in which both runs agree
-SAME_BUDGET = (
+SAME_BUDGET = (  # where channels are taken
     "target",
     "budget.",
     "multiple_of",
     "search.min_channels",
-)  # where channels are taken
+)
+MAY_DIFFER = ("min_channels", "dtype")  # arguments of a network that say nothing of its channels
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class Source:
       path: its folder.
       description: what it says of itself.
       origin: JSON values that tell what it cost: `run`, `method`, `phase`, `epochs`, `steps`.
+      checksums: of the data that its run has seen.
     """
 
     path: Path
     description: Mapping[str, Any]
     origin: Mapping[str, Any]
+    checksums: Mapping[str, int]
 
     @property
     def sha256(self) -> str:
@@ -55,6 +60,11 @@ class Source:
         return {name: np.isin(np.arange(size), kept[name]) for name, size in sizes.items()}
 
 
+def folder_of(config: Mapping[str, Any]) -> Path:
+    """The directory of the run that one with this configuration starts from."""
+    return Path(config["source"]).expanduser()
+
+
 def read(config: ConfigDict) -> Source:
     """The source of a run whose method needs one.
 
@@ -62,7 +72,7 @@ def read(config: ConfigDict) -> Source:
       ConfigError: there is no such run, it is not finished, or it is of another network, task, data
         or budget; the message names `config.source` and what was expected.
     """
-    folder = Path(config.source).expanduser()
+    folder = folder_of(config)
     expected = f"expected the directory of a finished run with {_method(config)}"
     try:
         there = result.configuration(folder)
@@ -83,30 +93,82 @@ def read(config: ConfigDict) -> Source:
     return source
 
 
-def check(config: ConfigDict, workdir: str | os.PathLike, checksums: Mapping[str, int]) -> None:
-    """Raises unless the source suits a run: as `read`, and its data and network are the right ones.
+def made_from(config: ConfigDict, workdir: str | os.PathLike) -> str:
+    """The digest of the network that a run starts from.
+
+    A run that has made a network from its source no longer needs it: while that is whole, and
+    `config.source` as it was, the source may be changed or gone.
+
+    Raises:
+      ConfigError: as `read`, if the source is needed.
+    """
+    return _taken(config, workdir) or read(config).sha256
+
+
+def check(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    checksums: Mapping[str, int],
+    model: nnx.Module,
+) -> None:
+    """Raises if a run needs its source, and that does not suit: its data, its network.
 
     Args:
       config: of the run.
       workdir: its directory; if it has begun, the source must be the one that it began with.
       checksums: of its data.
+      model: its network, unpruned; may be abstract.
 
     Raises:
-      ConfigError: as `read`; other data, or another source than the run has begun with.
+      ConfigError: as `read`; other data, another network, or another source than the run has begun
+        with.
     """
+    if _taken(config, workdir):
+        return
     source = read(config)
-    if data_checksums(Path(config.source).expanduser()) != dict(checksums):
+    if source.checksums != dict(checksums):
         raise ConfigError(
             f"config.source: expected a run on the same images; that in {str(config.source)!r} has "
             "seen others (their names, sizes or statistics differ)"
         )
-    pruned = Path(workdir) / "pruned"
-    if checkpoint.exists(pruned):
-        began = checkpoint.read_description(pruned)["notes"].get("made_from")
-        if began != source.sha256:
+    _check_network(source, model)
+    began = _noted(workdir, checkpoint.read_description)
+    if began not in (None, source.sha256):
+        raise ConfigError(
+            f"config.source: expected the network that the run in {workdir} began with; "
+            f"{str(source.path)!r} is another one; give another --workdir"
+        )
+
+
+def _taken(config: ConfigDict, workdir: str | os.PathLike) -> str | None:
+    """The digest of what a run has taken from its source, if it is done with it."""
+    try:
+        given = result.configuration(workdir).get("source")
+    except ValueError:  # none yet, or a damaged one, of which `workdir.held` tells
+        return None
+    return _noted(workdir, checkpoint.verify) if given == str(config.source) else None
+
+
+def _noted(workdir: str | os.PathLike, read: Callable[[Path], dict[str, Any]]) -> str | None:
+    """The digest of what the network just after pruning was made from, if that can be read."""
+    path = Path(workdir) / "pruned"
+    try:
+        return read(path)["notes"].get("made_from") if checkpoint.exists(path) else None
+    except checkpoint.ArtifactError:  # it is made again
+        return None
+
+
+def _check_network(source: Source, model: nnx.Module) -> None:
+    """Raises if a source, other than its configuration says, is not of the network of a run."""
+    ours, made = architecture_of(model), source.description
+    pairs = {"family": (ours.family, made["family"])}
+    for name in sorted({*ours.arguments, *made["arguments"]} - {*MAY_DIFFER}):
+        pairs[name] = (ours.arguments.get(name), made["arguments"].get(name))
+    for name, (expected, got) in pairs.items():
+        if json.dumps(expected) != json.dumps(got):  # of which tuples are lists
             raise ConfigError(
-                f"config.source: expected the network that the run in {workdir} began with; "
-                f"{str(source.path)!r} is another one; give another --workdir"
+                f"config.source: expected a network of {name}={shown(expected)}, as here; that in "
+                f"{str(source.path)!r} has {shown(got)}"
             )
 
 
@@ -119,7 +181,7 @@ def _source(folder: Path, there: Mapping[str, Any]) -> Source | None:
     """The network of a run; `None` if it is not finished."""
     method = there["method"]
     phase, trained = METHODS[method].phases[0], METHODS[method].phases[-1]
-    if not all(checkpoint.exists(folder / name) for name in ("model", TAKEN[method])):
+    if not all(checkpoint.exists(folder / name) for name in ("model", METHODS[method].network)):
         return None
     last = checkpoint.verify(folder / "model")["notes"]["phase"]
     if last["epochs"] < there[trained]["epochs"]:
@@ -128,14 +190,14 @@ def _source(folder: Path, there: Mapping[str, Any]) -> Source | None:
     reached = checkpoint.read_description(folder / of_phase)["notes"]["phase"]
     origin = {"run": folder.name, "method": method, "phase": phase}
     origin |= {name: reached[name] for name in ("epochs", "steps")}
-    path = folder / TAKEN[method]
-    return Source(path, checkpoint.verify(path), origin)
+    path = folder / METHODS[method].network
+    return Source(path, checkpoint.verify(path), origin, data_checksums(folder))
 
 
 def _check_same(config: ConfigDict, there: Mapping[str, Any], folder: Path) -> None:
     """Raises unless both runs agree in all that makes their networks comparable."""
     ours, theirs = flat(plain(config)), flat(there)
-    same = SAME + SAME_BUDGET * (METHODS[config.method].source == "dhp")
+    same = SAME if METHODS[config.method].chooses else SAME + SAME_BUDGET
     for name in sorted({**ours, **theirs}):
         matters = name.startswith(same) and name not in (*MAY_CHANGE, *MAY_MOVE)
         if matters and ours.get(name) != theirs.get(name):

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dhp_jax import checkpoint, pipeline, report
 from dhp_jax.config import ConfigError, check
+from dhp_jax.methods import METHODS
 from dhp_jax.pipeline import CHECKPOINTS, Run
 from dhp_jax.processes import from_first
 from dhp_jax.resume import Checkpoints
@@ -23,11 +24,6 @@ from dhp_jax.train import Observer
 from dhp_jax.workdir import CONFIG
 
 logger = logging.getLogger(__name__)
-
-
-def are_several(config: ConfigDict) -> bool:
-    """Whether a configuration is of several networks."""
-    return config.get("targets") is not None and config.method != "baseline"
 
 
 def prepare(
@@ -43,9 +39,15 @@ def prepare(
     Returns:
       A run for each target, the largest first.
     """
-    if not are_several(config):
-        return [pipeline.prepare(config, workdir, observers)]
     check(config)
+    method = METHODS[config.method]
+    if config.targets is None or not method.prunes:
+        return [pipeline.prepare(config, workdir, observers)]
+    if not method.chooses:
+        raise ConfigError(
+            f"config.targets: expected None with config.method={config.method!r}, whose source has "
+            f"a single target; got {tuple(config.targets)}"
+        )
     if (Path(workdir) / CONFIG).is_file():
         raise ConfigError(
             f"workdir: {workdir} holds a run of a single target; give another --workdir"

@@ -94,9 +94,9 @@ def data_checksums(workdir: str | os.PathLike) -> dict[str, int]:
     """What tells the training and the test images of a run from others.
 
     Raises:
-      ConfigError: the directory does not tell.
+      KeyError, OSError, TypeError, ValueError: the directory does not tell.
     """
-    return _data(Path(workdir) / DATA)["checksums"]
+    return _read_data(Path(workdir) / DATA)["checksums"]
 
 
 def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[str, int]) -> None:
@@ -134,12 +134,16 @@ def note_command(workdir: str | os.PathLike, command: Sequence[str]) -> None:
 
 def _data(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-        return {"streamed": bool(found["streamed"]), "checksums": dict(found["checksums"])}
+        return _read_data(path)
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
             f"workdir: cannot read {path}: {error}; delete it if the data are those it began with"
         ) from error
+
+
+def _read_data(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    return {"streamed": bool(found["streamed"]), "checksums": dict(found["checksums"])}
 
 
 @contextlib.contextmanager

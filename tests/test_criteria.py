@@ -12,7 +12,7 @@ import pytest
 from test_config_fuzz import SMALL
 
 import dhp_jax as dhp
-from dhp_jax import models
+from dhp_jax import budgets, models
 from dhp_jax.prune import removals, smallest_ratio, survivors_within
 from dhp_jax.widths import multiples
 
@@ -227,6 +227,7 @@ def test_prune_to_goes_by_scores_instead_of_latents():
             lambda scores: scores.update({"join.z_out": np.ones(3)}),
             "scores['join.z_out']: expected ",
         ),
+        (lambda scores: scores.update(join=np.ones(3)), "scores: expected one of "),
         (lambda scores: scores["join.z_out"].fill(np.nan), "scores['join.z_out']: expected "),
         (lambda scores: scores["join.z_out"].fill(-1), "scores['join.z_out']: expected "),
     ],
@@ -240,6 +241,18 @@ def test_scores_that_do_not_suit_the_latents_are_refused(change, told):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_what_decides_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"^by: expected scores by latent, .*; got 'l1'$"):
-        dhp.prune_to(filled(Mixed), MIXED_INPUT, flops=0.5, by="l1")
+@pytest.mark.parametrize("by", ["l1", dhp.l1_scores, dhp.random_scores])
+def test_what_decides_nothing_is_refused_before_any_work(by, monkeypatch):
+    monkeypatch.setattr(budgets, "measure_cost", None)
+    with pytest.raises(ValueError, match=r"^by: expected scores by latent, .*; got ") as told:
+        dhp.prune_to(filled(Mixed), MIXED_INPUT, flops=0.5, by=by)
+    assert str(told.value).endswith(repr(by))
+
+
+def test_a_function_that_decides_is_held_to_the_budget():
+    def generous(model, cost, multiple_of, *, flops):
+        return dhp.uniform_within(model, cost, multiple_of, flops=1.2 * flops)
+
+    told = r"^by: expected survivors within flops=0\.5; got flops=0\.5\d+$"
+    with pytest.raises(ValueError, match=told):
+        dhp.prune_to(filled(Mixed), MIXED_INPUT, flops=0.5, by=generous)

@@ -238,12 +238,17 @@ def test_the_page_of_a_method_has_no_search_and_does_not_call_it_dhp(finished_by
     assert start_text(summary) in report.summary_text(summary)
 
 
-def test_the_unpruned_network_is_looked_for_beside_a_run_or_in_its_source():
+def test_the_unpruned_network_is_looked_for_in_the_source_of_a_run_or_beside_it(
+    tmp_path, monkeypatch
+):
     for method, workdir in (("dhp", "runs/x"), ("uniform", "runs/x-uniform")):
         config = {"method": method, "source": None}
         assert report.beside(workdir, config) == "runs/x-baseline"
-    config = {"method": "random", "source": "elsewhere/trained"}
-    assert report.beside("runs/x-random", config) == "elsewhere/trained"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = {"method": "random", "source": "~/trained"}
+    assert report.beside("runs/x-random", config) == "runs/x-baseline"
+    (tmp_path / "trained").mkdir()
+    assert report.beside("runs/x-random", config) == str(tmp_path / "trained")
 
 
 def test_a_run_by_norm_that_died_in_converge_ends_with_the_same_bits(
@@ -255,6 +260,38 @@ def test_a_run_by_norm_that_died_in_converge_ends_with_the_same_bits(
     assert not (tmp_path / "run/model").exists()
     carry_out(tmp_path / "run", **fields)
     check_same_end(tmp_path / "run", finished_by("l1_norm"))
+
+
+def test_a_network_whose_description_is_damaged_is_made_again_with_the_same_bits(
+    finished_by, sources, tmp_path
+):
+    workdir = shutil.copytree(finished_by("l1_norm"), tmp_path / "run")
+    text = workdir / "pruned/model.json"
+    text.write_bytes(text.read_bytes()[:-100])
+    carry_out(workdir, method="l1_norm", source=path(sources["l1_norm"]))
+    check_same_end(workdir, finished_by("l1_norm"))
+
+
+def test_a_run_that_has_taken_its_network_goes_on_without_its_source(
+    finished_by, baseline, tmp_path
+):
+    source = shutil.copytree(baseline, tmp_path / "source")
+    fields = {"method": "l1_norm", "source": str(source)}
+    with pytest.raises(Stop):
+        carry_out(tmp_path / "run", [Interrupter("converge", 0)], **fields)
+    settings = json.loads((source / "config.json").read_text())
+    settings["baseline"]["epochs"] = 2  # no longer finished
+    (source / "config.json").write_text(json.dumps(settings))
+    prepare(tmp_path / "run", **fields)
+    shutil.rmtree(source)
+    carry_out(tmp_path / "run", **fields)
+    expected = finished_by("l1_norm")
+    for name in ("pruned", "model"):
+        digests = {description(run / name)["sha256"] for run in (tmp_path / "run", expected)}
+        assert len(digests) == 1, name
+    (tmp_path / "run/pruned/model.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"^config.source: expected the directory of a finished"):
+        prepare(tmp_path / "run", **fields)
 
 
 @pytest.mark.slow
@@ -373,6 +410,46 @@ def test_a_source_on_other_images_is_refused(tmp_path, baseline):
     assert told.startswith("config.source: expected a run on the same images; that in ")
 
 
+def test_a_source_without_a_note_of_its_data_is_refused(tmp_path, baseline):
+    copy = shutil.copytree(baseline, tmp_path / "without")
+    (copy / "data.json").unlink()
+    told = refusal(tmp_path, method="l1_norm", source=str(copy))
+    assert told.startswith("config.source: expected the directory of a finished run with ")
+    assert "data.json" in told
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value", "expected"),
+    [("l1_norm", "width", 0.5, "0.25"), ("scratch", "family", "vgg", "'resnet'")],
+)
+def test_a_source_of_another_network_than_it_says_is_refused(
+    tmp_path, sources, method, name, value, expected
+):
+    def change(content):
+        (content if name == "family" else content["arguments"])[name] = value
+
+    file = f"{METHODS[METHODS[method].source].network}/model.json"
+    copy = changed(tmp_path, sources[method], file, change)
+    told = refusal(tmp_path, method=method, source=copy)
+    assert told.startswith(f"config.source: expected a network of {name}={expected}, as here; ")
+
+
+def test_a_method_that_takes_the_channels_of_a_run_takes_no_targets(tmp_path, found):
+    config = of_digits(method="scratch", source=str(found), targets=(0.8, 0.5))
+    with pytest.raises(ConfigError) as caught:
+        targets.prepare(config, tmp_path / "refused")
+    assert str(caught.value) == (
+        "config.targets: expected None with config.method='scratch', whose source has a single "
+        "target; got (0.8, 0.5)"
+    )
+
+
+def test_nothing_is_measured_where_nothing_is_chosen(tmp_path, found, monkeypatch):
+    source = changed(tmp_path, found, "config.json", lambda c: c["budget"].update(latency=0.01))
+    monkeypatch.setattr(pipeline, "clock", None)
+    prepare(tmp_path / "run", method="scratch", source=source, **{"budget.latency": 0.01})
+
+
 def test_a_source_that_is_damaged_is_refused(tmp_path, baseline):
     copy = shutil.copytree(baseline, tmp_path / "damaged")
     arrays = copy / "model/arrays.safetensors"
@@ -385,15 +462,15 @@ def test_a_source_that_is_damaged_is_refused(tmp_path, baseline):
 
 def test_a_run_that_has_begun_keeps_its_source_which_may_move(tmp_path, pruned, baseline):
     workdir = shutil.copytree(pruned["l1_norm"], tmp_path / "run")
-    moved = shutil.copytree(baseline, tmp_path / "moved")
+    moved, another = (shutil.copytree(baseline, tmp_path / name) for name in ("moved", "another"))
     prepare(workdir, method="l1_norm", source=str(moved))
-    other = dhp.load(moved / "model")
+    other = dhp.load(another / "model")
     other.classifier.bias[...] = other.classifier.bias[...] + 1
-    notes = description(moved / "model")["notes"]
+    notes = description(another / "model")["notes"]
     notes.pop("input_shape")
-    dhp.save(moved / "model", other, input_shape=SHAPE, **notes)
+    dhp.save(another / "model", other, input_shape=SHAPE, **notes)
     with pytest.raises(ConfigError, match=r"^config.source: expected the network that the run in"):
-        prepare(workdir, method="l1_norm", source=str(moved))
+        prepare(workdir, method="l1_norm", source=str(another))
 
 
 def test_every_method_is_documented_and_carried_out():

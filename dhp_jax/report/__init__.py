@@ -32,6 +32,7 @@ from dhp_jax.report.wording import (
     start_text,
 )
 from dhp_jax.result import PICTURES, SUMMARY, Result, configuration, read
+from dhp_jax.source import folder_of
 from dhp_jax.tasks.task import METRICS
 from dhp_jax.timing import hardware, measure_latency, quartiles
 
@@ -225,11 +226,12 @@ def beside(workdir: str | os.PathLike, config: Mapping[str, Any]) -> str:
       config: its configuration.
 
     Returns:
-      Its source if that is a baseline, and otherwise `runs/NAME-baseline`.
+      Its source if that is a baseline that is there, and otherwise `runs/NAME-baseline`.
     """
     method = config["method"]
-    if METHODS[method].source == "baseline":
-        return config["source"]
+    begun = METHODS[method].source
+    if begun is not None and not METHODS[begun].prunes and folder_of(config).is_dir():
+        return str(folder_of(config))
     return f"{os.path.normpath(workdir).removesuffix(f'-{method}')}-baseline"
 
 
@@ -308,7 +310,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     rows = []
     if "without_network" in test:
         rows.append((f"test {metric.label}, input", metrics_text(test["without_network"])))
-    if summary["method"] != "baseline":
+    if METHODS[summary["method"]].prunes:
         epochs = summary["unpruned_epochs"]
         unpruned = (
             "unknown" if epochs is None else f"{metrics_text(test['unpruned'])} (epoch {epochs})"
@@ -332,7 +334,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     for name, label in (("flops", "FLOPs"), ("params", "params")):
         change = summary[name]
         text = f"{change['after']:,}"
-        if summary["method"] != "baseline":
+        if METHODS[summary["method"]].prunes:
             text = f"{change['before']:,} -> {text} ({percent(change['ratio'])})"
         rows.append((label, text))
     rows += _budget_rows(summary.get("budgets", {}))
@@ -381,11 +383,11 @@ def _latency_rows(latency: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
     """What to tell at the end of a run: the layers, the summary, and where everything is."""
-    workdir = Path(workdir)
+    workdir, prunes = Path(workdir), METHODS[summary["method"]].prunes
     paths = [
         ("report", str(workdir / PAGE)),
         (
-            "network" if summary["method"] == "baseline" else "pruned network",
+            "pruned network" if prunes else "network",
             f'{workdir / "model"}   (dhp.load("{workdir / "model"}"))',
         ),
         ("of best epoch", str(workdir / "best")),
@@ -397,7 +399,7 @@ def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             "",
-            *([(workdir / LAYERS).read_text()] if summary["method"] != "baseline" else []),
+            *([(workdir / LAYERS).read_text()] if prunes else []),
             summary_text(summary),
             "",
             *(f"{label:<16} {path}" for label, path in paths),

@@ -35,7 +35,7 @@ def start_text(summary: Mapping[str, Any]) -> str:
     """What the smaller network of a run started from; nothing where its phases tell."""
     method, origin = METHODS[summary["method"]], summary.get("origin")
     if origin is None:
-        return "fresh weights" if method.fresh and summary["method"] != "baseline" else ""
+        return "fresh weights" if method.fresh and method.prunes else ""
     count = origin["epochs"]
     spent = f"{count} epoch{'s' * (count != 1)}, {origin['steps']:,} updates"
     if method.fresh:
