@@ -346,7 +346,8 @@ class _Loop:
     def run_epoch(self) -> tuple[dict[str, Any], bool]:
         """Trains to the end of an epoch, or until the budget is met.
 
-        Returns what it last measured, and whether the budget is met.
+        Returns what it last measured, and whether the budget is met. A state is saved before a test
+        that takes long.
         """
         epoch = self.progress.epochs + 1
         begin, end = ((epoch - k) * self.steps_per_epoch for k in (1, 0))
@@ -354,12 +355,14 @@ class _Loop:
         self.clock = time.perf_counter(), self.progress.steps
         while True:
             steps, met_budget = self.progress.steps, self._meets_budget()
+            if steps == end or met_budget:
+                # Before its measures are read: one that goes on from here reads them again.
+                if self.test_seconds > LONG_TEST:
+                    self.save()
+                return self._measure(epoch), met_budget
             # A state is saved before it is looked at, so that a long test cannot keep it from that.
-            if steps == end or met_budget or (steps > begin and steps % self.log_every == 0):
-                values = self._measure(epoch)
-                if steps == end or met_budget:
-                    return values, met_budget
-                self._record(values)
+            if steps > begin and steps % self.log_every == 0:
+                self._record(self._measure(epoch))
             self._advance(min(end, steps + self.log_every - steps % self.log_every))
             self._attend()
 
@@ -382,9 +385,7 @@ class _Loop:
             self.clock, self.compiling = (time.perf_counter(), self.progress.steps), False
 
     def test(self, evaluate: Evaluation) -> dict[str, float]:
-        """Metrics on the test data; a state is saved before a test that takes long."""
-        if self.test_seconds > LONG_TEST:
-            self.save()
+        """Metrics on the test data."""
         params, rest = whole((self.state.params, self.state.rest))
         began = time.perf_counter()
         metrics, self.test_seconds = from_first(

@@ -449,6 +449,52 @@ def test_a_state_is_saved_before_a_test_that_takes_long(net, tmp_path, monkeypat
     assert [bool(steps) for steps in found] == [False, True, True]  # the first is not yet known
 
 
+@pytest.mark.parametrize("budget", [False, True])
+def test_a_run_that_dies_within_a_long_test_goes_on_with_the_same_bits(
+    net, tmp_path, monkeypatch, budget
+):
+    monkeypatch.setattr("dhp_jax.train.LONG_TEST", 0.0)
+    tests = []
+
+    class Dying(Classification):
+        def evaluation(self, *arguments, **options):
+            evaluate = super().evaluation(*arguments, **options)
+
+            def dying(*state):
+                tests.append(None)
+                if len(tests) == 2:
+                    raise KeyboardInterrupt
+                return evaluate(*state)
+
+            return dying
+
+    def end(kind, folder=None):
+        checkpoints = folder and Checkpoints(folder, seconds=1e6)
+        options = {"examples": EXAMPLES, "batch_size": BATCH, "log_every": 2}
+        data, witness = (labelled(EXAMPLES, 0), labelled(11, 1)), Witness()
+        task = kind((128.0,) * 3, (64.0,) * 3)
+        try:
+            return train(
+                *(net, phase_of(net, budget), task, *data),
+                **options,
+                key=jax.random.key(0),
+                observers=[witness],
+                checkpoints=checkpoints,
+            ), witness
+        finally:
+            if checkpoints:
+                checkpoints.close()
+
+    expected, seen = end(Classification)
+    with pytest.raises(KeyboardInterrupt):
+        end(Dying, tmp_path)
+    assert Checkpoints(tmp_path, seconds=1e6).steps() == [2 * STEPS]
+    found, after = end(Classification, tmp_path)
+    check_same_outcome(found, expected)
+    assert after.records == seen.records[-len(after.records) :]
+    assert "step" in after.events
+
+
 def test_a_phase_that_had_ended_takes_no_step_again(net, undisturbed, tmp_path):
     phase, expected, _ = undisturbed
     trained(net, phase, tmp_path)

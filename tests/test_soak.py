@@ -25,19 +25,13 @@ LONG = {
     "converge.epochs": 150,
     "converge.drops": (100.0,),
 }
+SHORT = {**LONG, "search.epochs": 4, "converge.epochs": 8}  # every epoch starts reading processes
 
 
 def finish(process):
     """Waits for a process to end by itself, and well."""
     _, told = process.communicate(timeout=1200)
     assert process.returncode == 0, told
-
-
-@pytest.fixture(scope="module")
-def undisturbed(compiled_once, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(begin(workdir, **LONG))
-    return workdir
 
 
 def place(workdir):
@@ -52,18 +46,22 @@ def place(workdir):
     return "before the search"
 
 
-@pytest.mark.parametrize(("number", "fields"), [(50, {}), (20, STREAMED)])
+@pytest.mark.parametrize(
+    ("number", "longest", "length", "fields"), [(50, 12, LONG, {}), (20, 30, SHORT, STREAMED)]
+)
 def test_a_run_killed_many_times_ends_with_the_bits_of_one_that_was_not(
-    undisturbed, tmp_path, number, fields
+    tmp_path, number, longest, length, fields
 ):
+    undisturbed = tmp_path / "undisturbed"
+    finish(begin(undisturbed, **length))
     instants, kills, runs = random.Random(0), collections.Counter(), 0
     while sum(kills.values()) < number:  # a fast machine ends a run before
         runs += 1
         workdir = tmp_path / f"run{runs}"
         while sum(kills.values()) < number:
-            process = begin(workdir, **LONG, **fields)
+            process = begin(workdir, **length, **fields)
             try:
-                process.communicate(timeout=instants.uniform(1, 12))
+                process.communicate(timeout=instants.uniform(1, longest))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
@@ -71,7 +69,7 @@ def test_a_run_killed_many_times_ends_with_the_bits_of_one_that_was_not(
             if process.returncode == 0:
                 break
             assert process.returncode == -signal.SIGKILL
-        finish(begin(workdir, **LONG, **fields))
+        finish(begin(workdir, **length, **fields))
         check_same_end(workdir, undisturbed)
     print(f"\n{sum(kills.values())} kills of {runs} runs: {dict(kills)}")
 
@@ -154,7 +152,7 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True
     )
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
