@@ -41,6 +41,14 @@ def compiled_once(tmp_path_factory, worker_id):
     cache.reset_cache()
 
 
+@pytest.fixture(scope="module")
+def fast_compilation():
+    """Compiles in less time to slower programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """What commands read of a run on digits, without the training: networks, configuration."""

@@ -4,7 +4,6 @@ import ast
 from pathlib import Path
 import runpy
 
-import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -72,14 +71,6 @@ def tiny(path, folders):
     config.converge.update(epochs=1, learning_rate=1e-3)
     config.target = 0.9
     return config
-
-
-@pytest.fixture(scope="module")
-def fast_compilation():
-    """Compiles in less time to slower programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.usefixtures("fast_compilation")

@@ -14,7 +14,6 @@ import io
 from pathlib import Path
 import re
 
-import jax
 import pytest
 
 import dhp_jax as dhp
@@ -60,14 +59,6 @@ def compare(printed, shown, numbers):
     if not numbers:
         printed, shown = NUMBER.sub("#", printed), NUMBER.sub("#", shown)
     assert doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS), printed
-
-
-@pytest.fixture(scope="module")
-def fast_compilation():
-    """Compiles in less time to slower programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.usefixtures("fast_compilation")
