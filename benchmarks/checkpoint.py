@@ -14,7 +14,7 @@ import time
 
 import jax
 from record import parser, publish, table_of
-from zoo import NETWORKS, search_step
+from zoo import NETWORKS, QUICK, search_step
 
 from dhp_jax.config import default
 from dhp_jax.resume import Checkpoints
@@ -31,7 +31,7 @@ NOTE = (
 def main() -> None:
     options = parser(__doc__, NAMES, 5, "stretches of each kind").parse_args()
     if options.quick:
-        options.networks, options.rounds = ["resnet20"], 2
+        options.networks, options.rounds = [QUICK], 2
     rows = [measure(name, options.rounds, options.quick) for name in options.networks]
     publish(options.out, "checkpoint", "What checkpoints cost", NOTE, rows, as_table(rows))
 

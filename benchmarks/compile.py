@@ -15,7 +15,7 @@ import time
 
 import jax
 from record import parser, progress, publish, table_of
-from zoo import NETWORKS, search_step
+from zoo import NETWORKS, QUICK, search_step
 
 NOTE = (
     "Seconds, each network in a fresh process, one run. State: parameters of network and "
@@ -26,7 +26,7 @@ NOTE = (
 def main() -> None:
     options = parser(__doc__, NETWORKS).parse_args()
     rows = []
-    for name in ["resnet20"] if options.quick else options.networks:
+    for name in [QUICK] if options.quick else options.networks:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             rows.append(fresh.submit(measure, name, options.quick).result())
         progress(as_table(rows[-1:]).splitlines()[-1])

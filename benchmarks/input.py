@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from PIL import Image
 from record import parser, positive, progress, publish, spread, table_of
-from zoo import NETWORKS, Network, search_step, task_on
+from zoo import NETWORKS, QUICK, Network, search_step, task_on
 
 from dhp_jax.data import Stream
 from dhp_jax.data import load as load_data
@@ -46,7 +46,7 @@ def main() -> None:
     arguments.add_argument("--images", type=positive, default=512, help="in the folder")
     options = arguments.parse_args()
     if options.quick:
-        options.networks, options.rounds, options.images = ["resnet20"], 3, 24
+        options.networks, options.rounds, options.images = [QUICK], 3, 24
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder), options.images)

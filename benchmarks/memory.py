@@ -20,7 +20,7 @@ from flax import nnx
 import jax
 from programs import activation_bytes, peak_bytes, size
 from record import parser, progress, publish, table_of
-from zoo import NETWORKS, Network, search_step, task_on
+from zoo import NETWORKS, QUICK, Network, search_step, task_on
 
 import dhp_jax as dhp
 
@@ -35,7 +35,7 @@ Plain peak: of the step of the same network without latents."""
 def main() -> None:
     options = parser(__doc__, NAMES).parse_args()
     rows = []
-    for name in ["resnet20"] if options.quick else options.networks:
+    for name in [QUICK] if options.quick else options.networks:
         network = NETWORKS[name]
         model = network.build(width=0.25) if options.quick else network.build()
         rows.append(measure(network, model, 4 if options.quick else network.batch))

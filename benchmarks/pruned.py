@@ -23,7 +23,7 @@ from flax import nnx
 import jax
 import numpy as np
 from record import parser, positive, progress, publish, spread, table_of
-from zoo import NETWORKS, Network
+from zoo import NETWORKS, QUICK, Network
 
 import dhp_jax as dhp
 from dhp_jax import timing
@@ -47,7 +47,7 @@ def main() -> None:
     arguments.add_argument("--runtime", choices=FORWARD, default="xla")
     options = arguments.parse_args()
     if options.quick:
-        options.networks, options.rounds = ["resnet20"], 3
+        options.networks, options.rounds = [QUICK], 3
         options.flops, options.multiples = [0.5], [1, 2]
     rows = []
     for name in options.networks:

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 
-from zoo import NETWORKS
+from zoo import NETWORKS, QUICK
 
 from dhp_jax.report import hardware, versions
 
@@ -27,7 +27,11 @@ def parser(
     """
     arguments = argparse.ArgumentParser(description=about.splitlines()[0])
     arguments.add_argument(
-        "--networks", nargs="+", choices=NETWORKS, default=list(networks), metavar="NETWORK"
+        "--networks",
+        nargs="+",
+        choices=NETWORKS,
+        default=[name for name in networks if name != QUICK],
+        metavar="NETWORK",
     )
     if rounds is not None:
         arguments.add_argument("--rounds", type=positive, default=rounds, help=what)

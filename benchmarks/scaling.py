@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from programs import Collective, activation_bytes, collectives, host_transfers, size
 from record import parser, positive, progress, publish, table_of
-from zoo import NETWORKS, search_step, task_on
+from zoo import NETWORKS, QUICK, search_step, task_on
 
 import dhp_jax as dhp
 from dhp_jax.mesh import make_mesh
@@ -79,7 +79,7 @@ def main() -> None:
     )
     options = arguments.parse_args()
     if options.quick:
-        options.networks, options.devices = ["resnet20"], [4]
+        options.networks, options.devices = [QUICK], [4]
     rows = []
     for name in options.networks:
         for devices in options.devices:

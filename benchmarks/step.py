@@ -16,7 +16,7 @@ from collections.abc import Callable
 from flax import nnx
 import jax
 from record import parser, positive, progress, publish, spread, table_of
-from zoo import NETWORKS, Network, search_step
+from zoo import NETWORKS, QUICK, Network, search_step
 
 import dhp_jax as dhp
 from dhp_jax.timing import in_turn, quartiles
@@ -32,7 +32,7 @@ def main() -> None:
     options = arguments.parse_args()
     check_torch(arguments, options)
     if options.quick:
-        options.networks, options.batches, options.rounds = ["resnet20"], [4], 3
+        options.networks, options.batches, options.rounds = [QUICK], [4], 3
     rows = []
     for name in options.networks:
         for batch in options.batches:

@@ -16,7 +16,7 @@ import statistics
 
 import jax
 from record import parser, positive, progress, publish, spread, table_of
-from zoo import NETWORKS, Network
+from zoo import NETWORKS, QUICK, Network
 
 import dhp_jax as dhp
 from dhp_jax import timing
@@ -40,7 +40,7 @@ def main() -> None:
     arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = arguments.parse_args()
     if options.quick:
-        options.networks, options.rounds = ["resnet20"], 3
+        options.networks, options.rounds = [QUICK], 3
         options.multiples, options.dtypes = [2], ["float32"]
     rows = []
     for dtype in options.dtypes:

@@ -50,7 +50,9 @@ class Network:
 
 CIFAR, TINY, IMAGENET = (32, 32, 3), (64, 64, 3), (224, 224, 3)
 RGB, GRAY = (128, 128, 3), (128, 128, 1)
+QUICK = "resnet8"  # for smoke runs
 NETWORKS = {
+    QUICK: Network("ResNet-8", "resnet", {"depth": 8}, CIFAR),
     "resnet20": Network("ResNet-20", "resnet", {"depth": 20}, CIFAR),
     "resnet56": Network("ResNet-56", "resnet", {"depth": 56}, CIFAR),
     "resnet110": Network("ResNet-110", "resnet", {"depth": 110}, CIFAR),

@@ -46,8 +46,13 @@ def convolutions(draw):
 
 def with_gradients(convolve, x, kernel, seed):
     """The output, and the gradients for a drawn gradient of the output."""
-    y, pull = jax.vjp(convolve, x, kernel)
-    return y, *pull(drawn(y.shape, seed))
+
+    @jax.jit
+    def of(x, kernel):
+        y, pull = jax.vjp(convolve, x, kernel)
+        return y, *pull(drawn(y.shape, seed))
+
+    return of(x, kernel)
 
 
 def drawn(shape, seed):

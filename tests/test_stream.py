@@ -197,7 +197,7 @@ def test_other_images_are_refused_at_every_start(tmp_path):
     fields = {"data.name": "image_folder", "data.dir": str(tmp_path / "pictures")}
     fields |= {"batch_size": 4, **OFTEN}
     with pytest.raises(Stop):
-        carry_out(tmp_path / "run", [Interrupter("converge", 0)], **fields)
+        carry_out(tmp_path / "run", [Interrupter("search", 2)], **fields)
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures/test/a/1.png")
     with pytest.raises(ConfigError, match=r"config\.data: expected the test images that the run"):
         carry_out(tmp_path / "run", **fields)
