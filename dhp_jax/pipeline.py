@@ -52,6 +52,7 @@ from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Params
 from dhp_jax.train import Budget, Observer, OriginError, Outcome, Phase, Progress, train
 from dhp_jax.workdir import (
+    CHECKPOINTS,
     CONFIG,
     data_choice,
     grow,
@@ -63,7 +64,6 @@ from dhp_jax.workdir import (
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 PICTURES = 4  # test examples shown in the report, where a task has something to show
 PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
 MOST_STEPS = 2**31 - 1  # they are counted in int32
@@ -223,13 +223,9 @@ def _agreed_problem(config: ConfigDict, workdir: str | os.PathLike) -> Problem:
 
 
 def _problem(config: ConfigDict, streamed: bool | None) -> Problem:
-    """The task on its data; an error about a field of `data` names it as one of `config`."""
-    try:
+    """The task on its data."""
+    with _fields_of_config():
         found = problem(config, streamed)
-    except ValueError as error:
-        if not str(error).startswith("data."):
-            raise
-        raise type(error)(f"config.{error}") from error
     steps = found.epoch // config.batch_size
     for phase in PHASES:
         if config[phase].epochs * steps > MOST_STEPS:
@@ -240,6 +236,18 @@ def _problem(config: ConfigDict, streamed: bool | None) -> Problem:
     return found
 
 
+@contextlib.contextmanager
+def _fields_of_config() -> Iterator[None]:
+    """An error about a field of `data` names it as one of `config`."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("data."):
+            raise
+        raise type(error)(f"config.{error}") from error
+
+
+@_fields_of_config()
 def execute(
     run: Run,
     *,
@@ -263,6 +271,7 @@ def execute(
       FloatingPointError: a loss or a latent is not finite.
       OSError: `workdir` can no longer be written.
       ConfigError: another process is at work there.
+      DataNotFoundError: an image cannot be decoded.
       ProcessError: another of the processes that carry out this run has failed.
     """
     with _held_by_first(run.workdir, run.config):

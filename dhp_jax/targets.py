@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from dhp_jax import checkpoint, pipeline, report
 from dhp_jax.config import ConfigError, check
 from dhp_jax.methods import METHODS
-from dhp_jax.pipeline import CHECKPOINTS, Run
+from dhp_jax.pipeline import Run
 from dhp_jax.processes import from_first
 from dhp_jax.resume import Checkpoints
 from dhp_jax.train import Observer
-from dhp_jax.workdir import CONFIG
+from dhp_jax.workdir import CHECKPOINTS, CONFIG
 
 logger = logging.getLogger(__name__)
 

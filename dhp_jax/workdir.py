@@ -15,6 +15,7 @@ from dhp_jax import durable
 from dhp_jax.config import ConfigError
 
 CONFIG, LOCK, COMMANDS = "config.json", ".lock", "command.txt"
+CHECKPOINTS = "checkpoints"  # a folder for each phase
 DATA = "data.json"  # what the data were when it began
 # What may differ when a run is started again in its directory.
 MAY_CHANGE = (
@@ -102,11 +103,13 @@ def data_checksums(workdir: str | os.PathLike) -> dict[str, int]:
 def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[str, int]) -> None:
     """Notes what the data of a run are when it begins, and later checks that they still are.
 
+    They may change as long as nothing has been learnt from them, as when a damaged file is mended.
+
     Raises:
       ConfigError: they differ.
     """
     path, here = Path(workdir) / DATA, {"streamed": streamed, "checksums": dict(checksums)}
-    if not path.is_file():
+    if not path.is_file() or not any(path.parent.glob(f"{CHECKPOINTS}/*/[0-9]*")):
         durable.write(path, json.dumps(here))
         return
     there = _data(path)
@@ -114,7 +117,8 @@ def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[s
         if checksums[split] != checksum:
             raise ConfigError(
                 f"config.data: expected the {split} images that the run in {workdir} began with; "
-                "got others (their names, sizes or statistics differ); give another --workdir"
+                "got others (their names, sizes or statistics differ); give another --workdir, or "
+                f"delete {path} to go on with these"
             )
     if there["streamed"] != streamed:
         raise ConfigError(

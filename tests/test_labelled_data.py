@@ -287,13 +287,29 @@ def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_line(folder, damag
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "webp"])
-def test_a_truncated_image_is_named_when_it_is_decoded(folder, extension):
+@pytest.mark.parametrize("missing", [1, 60])
+def test_a_truncated_image_is_named_before_any_is_asked_for(folder, extension, missing):
     (folder / "test/dog/1.png").unlink()
     file = folder / f"test/dog/1.{extension}"
     rng = np.random.default_rng(0)
     save(file, rng.integers(0, 256, (6, 8, 3)).astype(np.uint8))
-    file.write_bytes(file.read_bytes()[:-60])
-    one_line_error("data.dir", file, load=lambda: data.load("image_folder", folder).read("test"))
+    file.write_bytes(file.read_bytes()[:-missing])
+    try:
+        decode.decode(file, "RGB")
+    except data.DataNotFoundError:
+        one_line_error("data.dir", file, load=lambda: data.load("image_folder", folder))
+    else:  # Pillow needs no end of a JPEG file whose pixels are all there
+        assert (extension, missing) != ("png", 60)
+        data.load("image_folder", folder).read("test")
+
+
+def test_an_image_with_damage_inside_is_named_when_it_is_decoded(folder):
+    file = folder / "test/dog/1.png"
+    content = file.read_bytes()
+    middle = content.index(b"IDAT") + 10
+    file.write_bytes(content[:middle] + bytes(8) + content[middle + 8 :])
+    source = data.load("image_folder", folder)
+    one_line_error("data.dir", file, load=lambda: source.read("test"))
 
 
 def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(folder, monkeypatch):

@@ -185,21 +185,25 @@ def test_a_run_goes_on_as_it_began_even_if_memory_has_become_less(tmp_path, monk
     check_same_end(tmp_path / "run", finished)
 
 
-def test_other_images_are_refused_at_every_start(tmp_path):
+def test_a_damaged_image_may_be_mended_as_long_as_nothing_has_been_learnt(tmp_path):
     rng = np.random.default_rng(0)
-
-    def draw(path):
+    for split, label, i in itertools.product(("train", "test"), "ab", range(8)):
+        path = tmp_path / f"pictures/{split}/{label}/{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
-
-    for split, label, i in itertools.product(("train", "test"), "ab", range(8)):
-        draw(tmp_path / f"pictures/{split}/{label}/{i}.png")
+    file = tmp_path / "pictures/test/b/3.png"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:60] + bytes(20) + whole[80:])
     fields = {"data.name": "image_folder", "data.dir": str(tmp_path / "pictures")}
     fields |= {"batch_size": 4, **OFTEN}
+    with pytest.raises(data.DataNotFoundError, match=r"^config\.data\.dir: .*b/3\.png"):
+        carry_out(tmp_path / "run", **fields)
+    Image.new("RGB", (8, 8)).save(file)
+    assert file.stat().st_size != len(whole)
     with pytest.raises(Stop):
         carry_out(tmp_path / "run", [Interrupter("search", 2)], **fields)
-    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/test/a/1.png")
-    with pytest.raises(ConfigError, match=r"config\.data: expected the test images that the run"):
+    file.write_bytes(whole)
+    with pytest.raises(ConfigError, match=r"expected the test images .* delete .*data\.json"):
         carry_out(tmp_path / "run", **fields)
 
 

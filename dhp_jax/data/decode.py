@@ -15,6 +15,7 @@ from dhp_jax.data.source import DataNotFoundError
 # What Pillow calls images of 8 bits or less a channel.
 GRAY = ("1", "L", "LA")
 COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # of files that are not truncated
 CHUNK = 100  # images that one thread decodes in a row
 
 
@@ -69,6 +70,20 @@ def opened(
         raise DataNotFoundError(f"{argument}: cannot read {str(name)!r}: it is no image") from error
     except Exception as error:  # a broken file makes Pillow raise errors of many kinds
         raise DataNotFoundError(f"{argument}: cannot read {str(name)!r}: {error}") from error
+
+
+def check_whole(image: Image.Image) -> None:
+    """Raises what decoding would, if a file is truncated; one with its format's end is not decoded.
+
+    Args:
+      image: as `opened` gives it.
+    """
+    end = ENDS.get(image.format)
+    if end is not None:
+        image.fp.seek(-len(end), os.SEEK_END)
+        if image.fp.read() == end:
+            return
+    image.load()
 
 
 def empty_images(shape: tuple[int, int, int, int], name: str) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dhp_jax.data.decode import COLOUR, GRAY, decode, empty_images, in_chunks, opened
+from dhp_jax.data.decode import COLOUR, GRAY, check_whole, decode, empty_images, in_chunks, opened
 from dhp_jax.data.source import DataNotFoundError, Source
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
@@ -154,6 +154,7 @@ def _header(file: Path) -> tuple[str, tuple[int, int]]:
     """The mode to decode an image to, and its height and width."""
     with opened(file) as image:
         mode, (w, h) = image.mode, image.size
+        check_whole(image)
     if mode not in GRAY + COLOUR:
         raise ValueError(f"data.dir: {file} has mode {mode}, expected at most 8 bits a channel")
     return ("L" if mode in GRAY else "RGB"), (h, w)

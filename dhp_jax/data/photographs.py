@@ -15,7 +15,7 @@ import zlib
 from jaxtyping import UInt8
 import numpy as np
 
-from dhp_jax.data.decode import COLOUR, GRAY, decode, opened
+from dhp_jax.data.decode import COLOUR, GRAY, check_whole, decode, opened
 from dhp_jax.data.pixel_file import Pixels, ReadPatches, pixel_bytes, store
 from dhp_jax.data.resize import bicubic
 from dhp_jax.data.source import DataNotFoundError
@@ -259,6 +259,7 @@ def _file(argument: str, name: str, path: Path, low: Path | None = None) -> _Fil
     """Reads the header of an image."""
     with opened(path, argument=argument) as image:
         mode, (width, height) = image.mode, image.size
+        check_whole(image)
     if mode not in GRAY + COLOUR:
         raise DataNotFoundError(
             f"{argument}: expected images of 8 bits a channel; "
