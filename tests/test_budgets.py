@@ -115,6 +115,18 @@ def test_a_latency_out_of_reach_tells_the_smallest_one(mixed):
     check_latency(model, cost, smallest, timed)  # not clearly out of reach
 
 
+def test_one_slow_reading_of_the_smallest_network_does_not_end_a_search(mixed):
+    model, cost = mixed
+    calls = []
+
+    def timed(small):
+        calls.append(dhp.measure_cost(small, MIXED_INPUT).flops / cost.flops)
+        return took(0.9 if len(calls) == 1 else calls[-1])
+
+    chosen = choose(model, cost, latency=0.7, timed=timed)
+    assert calls[0] == calls[1] < chosen.shares["flops"] <= 0.7
+
+
 @pytest.mark.parametrize("latency", [0, -0.5, 1.5, True, "half", float("nan")])
 def test_a_latency_that_is_no_share_is_refused_before_anything_is_timed(mixed, latency):
     with pytest.raises(ValueError, match=r"^latency: expected a share in \(0, 1\], got "):
