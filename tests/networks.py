@@ -1,6 +1,8 @@
 """Tiny networks, drawn values and a jitted forward pass that several test modules share."""
 
+import contextlib
 import functools
+from unittest import mock
 
 from flax import nnx
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dhp_jax as dhp
+from dhp_jax.models import mobilenet, resnet
 
 
 class Mixed(nnx.Module):
@@ -30,6 +33,17 @@ class Mixed(nnx.Module):
         c = mask("c", nnx.relu(self.join_norm(self.join(jnp.concatenate([a, b], -1)))))
         c = mask("c", c + self.refine(c))
         return self.classifier(c.reshape(len(c), -1))
+
+
+@contextlib.contextmanager
+def short():
+    """Deep networks are built with fewer blocks, some of every kind; so they compile quickly."""
+    with (
+        mock.patch.dict(resnet.BLOCKS, {50: (2, 1, 1, 1)}),
+        mock.patch.object(mobilenet, "V1_BLOCKS", mobilenet.V1_BLOCKS[:4]),
+        mock.patch.object(mobilenet, "V2_GROUPS", mobilenet.V2_GROUPS[:3]),
+    ):
+        yield
 
 
 MIXED_LATENTS = {"image": "left.z_in", "a": "left.z_out", "b": "right.z_out", "c": "join.z_out"}

@@ -1,21 +1,18 @@
 """Families for classification: what they cost, which axes are one, and that pruning is exact."""
 
-import contextlib
 import functools
 import itertools
 import math
 from types import SimpleNamespace
-from unittest import mock
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from networks import arrays, drawn_masks, filled, images, keep_all, run
+from networks import arrays, drawn_masks, filled, images, keep_all, run, short
 import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.models import mobilenet, resnet
 from dhp_jax.models.densenet import NormConv
 from dhp_jax.models.mobilenet import InvertedResidual
 
@@ -50,17 +47,6 @@ SMALL = {  # family, arguments, input: of odd widths, and see `short`
 }
 RNGS = SimpleNamespace(params=lambda: jax.random.key(0))  # `nnx.Rngs` takes seconds to trace
 small_networks = pytest.mark.parametrize("name", SMALL)
-
-
-@contextlib.contextmanager
-def short():
-    """Deep networks are built with fewer blocks, some of every kind; so they compile quickly."""
-    with (
-        mock.patch.dict(resnet.BLOCKS, {50: (2, 1, 1, 1)}),
-        mock.patch.object(mobilenet, "V1_BLOCKS", mobilenet.V1_BLOCKS[:4]),
-        mock.patch.object(mobilenet, "V2_GROUPS", mobilenet.V2_GROUPS[:3]),
-    ):
-        yield
 
 
 @functools.cache
