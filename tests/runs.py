@@ -19,6 +19,7 @@ CONFIG = Path(__file__).parents[1] / "experiments/configs/digits_resnet20.py"
 FIELDS = {
     "model.depth": 8,
     "model.width": 0.25,
+    "multiple_of": 1,
     "log_every": 10,
     "search.epochs": 2,
     "search.strength": 0.3,  # meets the budget within these epochs

@@ -368,6 +368,7 @@ def test_all_methods_are_trained_for_a_seed_and_what_is_finished_is_left_alone(t
     fields = ["--config.model.width=0.25", "--config.search.min_channels=1"]
     fields += ["--config.search.strength=0.3", "--config.search.epochs=2"]
     fields += ["--config.converge.epochs=1", "--config.baseline.epochs=1"]
+    fields += ["--config.multiple_of=1"]
     given = [tmp_path / "runs", "--train", "--seeds", 3]
     given += [f"--config={ROOT / 'experiments/configs/digits_resnet20.py'}", *fields]
     process = begin("methods", *given)
