@@ -1,9 +1,7 @@
 """Photographs from scikit-image and from folders: pairs, gray and color, every wrong input."""
 
 from fractions import Fraction
-import importlib.util
 import re
-import sys
 
 import numpy as np
 from PIL import Image
@@ -48,13 +46,6 @@ def refused(error, *parts):
 # The photographs of scikit-image
 
 
-@pytest.fixture(scope="module")
-def skimage_is_there():
-    if importlib.util.find_spec("skimage") is None:
-        pytest.skip("scikit-image is not installed")
-
-
-@pytest.mark.usefixtures("skimage_is_there")
 @pytest.mark.parametrize(("channels", "sizes"), [(1, (9, 3)), (3, (5, 2))])
 def test_shipped_photographs_are_gray_only_if_that_is_asked_for(channels, sizes):
     data = load("photographs", channels=channels, patch=64)
@@ -70,7 +61,6 @@ def test_shipped_photographs_are_gray_only_if_that_is_asked_for(channels, sizes)
         assert all((p.target[..., 0] != p.target[..., 2]).mean() > 0.3 for p in train + test)
 
 
-@pytest.mark.usefixtures("skimage_is_there")
 def test_no_scene_is_in_both_splits_of_the_shipped_photographs():
     data = load("photographs", channels=1, patch=64)
     scenes = [
@@ -80,24 +70,16 @@ def test_no_scene_is_in_both_splits_of_the_shipped_photographs():
     assert not scenes[0] & scenes[1]
 
 
-@pytest.mark.usefixtures("skimage_is_there")
 def test_smallest_is_the_smallest_height_and_width_of_the_training_targets():
     data = load("photographs", scale=4, patch=64)
     shapes = np.array([photograph.target.shape[:2] for photograph in data.read("train")])
     assert data.smallest == tuple(shapes.min(axis=0))
 
 
-@pytest.mark.usefixtures("skimage_is_there")
 def test_shipped_photographs_are_degraded_by_bicubic_downscaling():
     chelsea = load("photographs", scale=4, patch=64).read("test")[0]
     assert chelsea.target.shape == (300, 448, 3)
     np.testing.assert_array_equal(chelsea.degraded, bicubic(chelsea.target, Fraction(1, 4)))
-
-
-def test_missing_scikit_image_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    with refused(DataNotFoundError, "data.name: 'photographs'", "pip install"):
-        load("photographs", patch=64)
 
 
 # Folders

@@ -124,7 +124,7 @@ def load(
         smaller than a patch, a pair that is incomplete or does not have sizes in the ratio of
         `scale`.
       DataNotFoundError: a folder is missing or empty, or a file is no image that can be read (that
-        it is cut off is found out by `read`), or scikit-image is missing.
+        it is cut off is found out by `read`).
 
     Example:
       >>> load("photographs", scale=4, patch=96).read("test")[0].degraded.shape
@@ -184,11 +184,6 @@ class _File(NamedTuple):
 def _shipped(channels: int) -> dict[str, list[_File]]:
     """The photographs of scikit-image; those that are gray only if that is asked for."""
     package = importlib.util.find_spec("skimage")  # no import: that takes a second
-    if package is None:
-        raise DataNotFoundError(
-            "data.name: 'photographs' needs scikit-image, which is not installed; "
-            "run: pip install scikit-image"
-        )
     folder = Path(package.origin).parent / "data"
     return {
         split: [
