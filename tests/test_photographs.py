@@ -1,8 +1,12 @@
 """Photographs from scikit-image and from folders: pairs, gray and color, every wrong input."""
 
 from fractions import Fraction
+from pathlib import Path
 import re
+import tempfile
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import numpy as np
 from PIL import Image
 import pytest
@@ -142,6 +146,48 @@ def test_pairs_are_found(tmp_path, high, low, name):
     np.testing.assert_array_equal(photograph.degraded, degraded)
 
 
+CASES = [f"{h}{r}" for h in "Hh" for r in "Rr"]
+
+
+@settings(deadline=None)
+@given(
+    high=st.sampled_from(CASES),
+    low=st.sampled_from([case.replace("H", "L").replace("h", "l") for case in CASES]),
+    in_folders=st.booleans(),
+)
+def test_pairs_are_found_whatever_the_case_of_their_marks(high, low, in_folders):
+    places = (f"{high}/a.png", f"{low}/a.png") if in_folders else (f"a_{high}.png", f"a_{low}.png")
+    with tempfile.TemporaryDirectory() as folder:
+        for place, size in zip(places, ((24, 32), (6, 8)), strict=True):
+            save(Path(folder) / place, *size)
+        for scale, low_shape in ((4, (6, 8, 3)), (1, None)):
+            data = load("photo_folder", folder, folder, scale=scale, patch=8)
+            (photograph,) = data.read("test")
+            assert (photograph.name, photograph.target.shape) == ("a", (24, 32, 3))
+            assert getattr(photograph.degraded, "shape", None) == low_shape
+
+
+@pytest.mark.parametrize(
+    ("what", "first", "second"),
+    [
+        ("photograph", "a_HR.png", "a_hr.png"),
+        ("photograph", "a.png", "hr/a.png"),
+        ("low-resolution image", "a_LR.png", "a_lr.png"),
+        ("low-resolution image", "a_LR.png", "a_LR.bmp"),
+        ("low-resolution image", "LR/a.png", "lr/a.png"),
+    ],
+)
+def test_two_files_for_one_image_of_a_pair_are_refused(tmp_path, what, first, second):
+    for name in {first, second, "a_HR.png" if "LR" in first else "a_LR.png"}:
+        save(tmp_path / name)
+    if (tmp_path / first).samefile(tmp_path / second):
+        pytest.skip("this file system does not tell upper from lower case")
+    names = sorted([str(tmp_path / first), str(tmp_path / second)])
+    expected = f"data.dir: expected one {what} of the name 'a', got {names[0]!r} and {names[1]!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        load("photo_folder", tmp_path, tmp_path, scale=4, patch=8)
+
+
 @pytest.mark.parametrize(("high", "low", "name"), PAIRS.values(), ids=PAIRS)
 def test_low_resolution_images_are_ignored_at_scale_1(tmp_path, high, low, name):
     save(tmp_path / high)
@@ -213,6 +259,10 @@ WRONG = {
     "smaller than the scale": (
         lambda root: save(root / "test" / "c.png", 3, 40), {"scale": 4}, ValueError,
         ["data.test_dir: ", "metrics need, 4x4", "c.png' of 3x40"],
+    ),
+    "two test images of a name": (
+        lambda root: save(root / "test" / "b_hr.png"), {}, ValueError,
+        ["data.test_dir: expected one photograph of the name 'b'", "test/b.png'", "b_hr.png'"],
     ),
     "gray among color": (
         lambda root: save(root / "train" / "c.png", channels=1), {}, ValueError,
