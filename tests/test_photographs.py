@@ -1,5 +1,6 @@
 """Photographs from scikit-image and from folders: pairs, gray and color, every wrong input."""
 
+import contextlib
 from fractions import Fraction
 from pathlib import Path
 import re
@@ -149,7 +150,7 @@ def test_pairs_are_found(tmp_path, high, low, name):
 CASES = [f"{h}{r}" for h in "Hh" for r in "Rr"]
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True, max_examples=32)
 @given(
     high=st.sampled_from(CASES),
     low=st.sampled_from([case.replace("H", "L").replace("h", "l") for case in CASES]),
@@ -301,6 +302,25 @@ def test_wrong_folders_are_refused_before_anything_is_decoded(
     with refused(error, *parts) as caught:
         load_folders(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "what"),
+    [
+        (1, 3, ["test/LR/b.png' in gray, as", "test/b.png' is; got it in color"]),
+        (3, 1, ["test/LR/b.png' in color, as", "test/b.png' is; got it in gray"]),
+        (1, 1, None),
+        (3, 3, None),
+    ],
+)
+def test_the_images_of_a_pair_are_both_gray_or_both_in_color(folders, high, low, what):
+    root, load_folders = folders
+    save(root / "test" / "b.png", channels=high)
+    save(root / "test" / "LR" / "b.png", 6, 8, channels=low)
+    expected = refused(ValueError, "data.test_dir: ", *what) if what else contextlib.nullcontext()
+    with expected:
+        assert load_folders(scale=4).read("test")[0].degraded.shape == (6, 8, 3)
+    assert load_folders(scale=4, channels=1).read("test")[0].degraded.shape == (6, 8, 1)
 
 
 @pytest.mark.parametrize("missing", ["data.dir", "data.test_dir"])

@@ -122,8 +122,8 @@ def load(
 
     Raises:
       ValueError: an argument is out of range, or the photographs do not suit it: gray among color,
-        smaller than a patch, a pair that is incomplete, has two files for one image or does not
-        have sizes in the ratio of `scale`.
+        smaller than a patch, a pair that is incomplete, has two files for one image, is of gray
+        and color where there are 3 channels, or does not have sizes in the ratio of `scale`.
       DataNotFoundError: a folder is missing or empty, or a file is no image that can be read (that
         it is cut off is found out by `read`).
 
@@ -150,7 +150,7 @@ def load(
     _check_sizes(files["train"], scale, patch, "a patch")
     _check_sizes(files["test"], scale, max(scale, smallest_test), "metrics need")
     for file in files["train"] + files["test"]:
-        _check_pair(file, scale)
+        _check_pair(file, channels, scale)
     names = [(file.name, file.path) for file in files["test"]]  # what is made is stored under them
     _check_names(files["test"][0].argument, "photograph", names)
     sizes = [_target_size(file, scale) for file in files["train"]]
@@ -315,7 +315,7 @@ def _check_names(argument: str, what: str, files: list[tuple[str, Path]]) -> Non
         seen[name] = path
 
 
-def _check_pair(file: _File, scale: int) -> None:
+def _check_pair(file: _File, channels: int, scale: int) -> None:
     if file.low is None:
         return
     low = _file(file.argument, file.name, file.low)
@@ -326,6 +326,15 @@ def _check_pair(file: _File, scale: int) -> None:
             f"{file.argument}: expected {str(file.low)!r} of {_pixels(expected)}, for a scale of "
             f"{scale} to {str(file.path)!r} of {_pixels(file.size)}; got {_pixels(low.size)}"
         )
+    if channels == 3 and low.gray != file.gray:
+        raise ValueError(
+            f"{file.argument}: expected {str(file.low)!r} {_kind(file.gray)}, as "
+            f"{str(file.path)!r} is; got it {_kind(low.gray)}"
+        )
+
+
+def _kind(gray: bool) -> str:
+    return "in gray" if gray else "in color"
 
 
 def _target_size(file: _File, scale: int) -> tuple[int, int]:
