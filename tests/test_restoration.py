@@ -4,8 +4,11 @@ import collections
 import functools
 import logging
 import math
+import types
 
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 from networks import arrays, filled
@@ -17,7 +20,7 @@ from dhp_jax.data.photographs import Photograph
 from dhp_jax.data.resize import bicubic
 from dhp_jax.tasks import Denoising, SuperResolution, evaluate, metrics, patches
 from dhp_jax.tasks.restoration import turned
-from dhp_jax.tasks.whole import MAX_SHAPES, restore, tile_for
+from dhp_jax.tasks.whole import MAX_SHAPES, OVERLAP, restore, tile_for, tiling
 
 SIZES = ((9, 12), (7, 8), (8, 6))  # in cells; a patch is 4 by 4 of them
 SIDE = 4
@@ -405,14 +408,36 @@ def test_tiles_give_what_the_whole_image_gives_everywhere(name, size):
     model, forward = network(name, **arguments)
     image = np.random.default_rng(0).normal(size=(*size, 1)).astype(np.float32)
     whole = restore(forward, image)
-    multiple = getattr(model, "multiple", 1)
-    tiled = restore(forward, image, tile=(31, 33), overlap=reach, multiple=multiple)
+    overlap, multiple = tiling(model, reach)
+    tiled = restore(forward, image, tile=(31, 33), overlap=overlap, multiple=multiple)
     assert tiled.shape == whole.shape == (scale * size[0], scale * size[1], 1)
     assert np.ptp(whole) > 0.1
     np.testing.assert_allclose(tiled, whole, atol=1e-4 * np.abs(whole).max(), rtol=0)
     if name == "dncnn":
         seam = restore(forward, image, tile=(31, 33), overlap=1)
         assert np.abs(seam - whole).max() > 1e-2 * np.abs(whole).max()
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    reach=st.none() | st.integers(0, 200),
+    multiple=st.none() | st.integers(1, 32),
+    asked=st.none() | st.integers(0, 200),
+)
+def test_tiles_overlap_by_what_is_asked_for_or_the_reach_rounded_up(reach, multiple, asked):
+    told = {"reach": reach, "multiple": multiple}
+    model = types.SimpleNamespace(
+        **{name: value for name, value in told.items() if value is not None}
+    )
+    found = tiling(model, asked)
+    least = next(value for value in (asked, reach, OVERLAP) if value is not None)
+    assert found.multiple == (multiple or 1)
+    assert found.overlap % found.multiple == 0
+    assert least <= found.overlap < least + found.multiple
+    found.check("tile", 2 * found.overlap + 1)
+    found.check("tile", None)
+    with pytest.raises(ValueError, match=f"^--tile: .* {2 * found.overlap}, .*; got 0$"):
+        found.check("--tile", 0)
 
 
 CUTS = [  # size, tile, overlap, multiple

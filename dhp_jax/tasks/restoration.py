@@ -19,7 +19,7 @@ from dhp_jax.data.resize import bicubic
 from dhp_jax.latent import LatentVector
 from dhp_jax.tasks.metrics import compare, pixels
 from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
-from dhp_jax.tasks.whole import OVERLAP, restore, tile_for
+from dhp_jax.tasks.whole import restore, tile_for, tiling
 
 PEAK = 255.0
 BLOCK = 1024  # cells, so that no index needs more than 32 bits
@@ -202,7 +202,7 @@ class Restoration:
         model = nnx.clone(model)
         model.eval()
         graphdef = nnx.graphdef(model)
-        multiple, overlap = getattr(model, "multiple", 1), self._overlap(model)
+        overlap, multiple = tiling(model, self.overlap)
         if self.tile is None:
             sizes = (photo.target.shape[:2] for photo in data)
             tile = tile_for(((h // self.scale, w // self.scale) for h, w in sizes), overlap)
@@ -221,17 +221,7 @@ class Restoration:
         return restored
 
     def check(self, model: nnx.Module) -> None:
-        overlap = self._overlap(model)
-        if self.tile is not None and self.tile <= 2 * overlap:
-            raise ValueError(
-                f"tile: expected more than {2 * overlap}, twice the overlap; got {self.tile}"
-            )
-
-    def _overlap(self, model: nnx.Module) -> int:
-        """The overlap of tiles, a multiple of what tiles of this network begin at."""
-        multiple = getattr(model, "multiple", 1)
-        overlap = getattr(model, "reach", OVERLAP) if self.overlap is None else self.overlap
-        return -(-overlap // multiple) * multiple
+        tiling(model, self.overlap).check("tile", self.tile)
 
     def without_network(self, data: Sequence[Photograph]) -> dict[str, float]:
         return _means(

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator
 import logging
+from typing import NamedTuple
 
+from flax import nnx
 from jaxtyping import Array, Float
 import numpy as np
 
@@ -11,6 +13,45 @@ logger = logging.getLogger(__name__)
 MAX_SHAPES = 16  # so many image shapes are compiled for before images are cut into tiles
 OVERLAP = 48  # pixels of a tile's border that are not used; DnCNN and SRResNet see less far
 Forward = Callable[[Float[Array, "1 h w c"]], Float[Array, "1 h2 w2 c"]]
+
+
+class Tiling(NamedTuple):
+    """Where the tiles of a network may lie.
+
+    Attributes:
+      overlap: pixels of a tile's border that are not used, a multiple of `multiple`.
+      multiple: tiles begin at multiples of it.
+    """
+
+    overlap: int
+    multiple: int
+
+    def check(self, argument: str, side: int | None) -> None:
+        """Raises a `ValueError` that names the argument if tiles of a side are too small."""
+        if side is not None and side <= 2 * self.overlap:
+            raise ValueError(
+                f"{argument}: expected more than {2 * self.overlap}, twice the overlap; got {side}"
+            )
+
+
+def tiling(model: nnx.Module, overlap: int | None = None) -> Tiling:
+    """Where the tiles of a network may lie.
+
+    Args:
+      model: its `reach` is how many pixels away an output depends on the input, and its `multiple`
+        where tiles begin; 48 and 1 where it does not tell.
+      overlap: in pixels, instead of its reach.
+
+    Returns:
+      The overlap, rounded up to a multiple, and the multiple.
+
+    Example:
+      >>> tiling(dhp.models.build_abstract("dncnn", depth=17))
+      Tiling(overlap=17, multiple=1)
+    """
+    multiple = getattr(model, "multiple", 1)
+    overlap = getattr(model, "reach", OVERLAP) if overlap is None else overlap
+    return Tiling(_rounded_up(overlap, multiple), multiple)
 
 
 def restore(
@@ -44,8 +85,8 @@ def restore(
     if tile is None or (image.shape[0] <= tile[0] and image.shape[1] <= tile[1]):
         return np.asarray(forward(image[None])[0])
     height, width, _ = image.shape
-    tile = tuple(-(-side // multiple) * multiple for side in tile)
-    overlap = -(-overlap // multiple) * multiple
+    tile = tuple(_rounded_up(side, multiple) for side in tile)
+    overlap = _rounded_up(overlap, multiple)
     if min(tile) <= 2 * overlap:
         raise ValueError(f"tile: expected sides of more than {2 * overlap}, got {tile}")
     padding = (-height % multiple, -width % multiple)
@@ -68,6 +109,10 @@ def restore(
                 scale * columns.start : scale * columns.stop,
             ] = inside
     return result[: scale * height, : scale * width]
+
+
+def _rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _pieces(size: int, tile: int, overlap: int, multiple: int) -> Iterator[tuple[int, range]]:
