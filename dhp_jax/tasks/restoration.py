@@ -1,6 +1,6 @@
 """Restoration: super-resolution and denoising of photographs, on pixels from 0 to 255."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import functools
@@ -201,17 +201,11 @@ class Restoration:
         """Prepares `(parameters, rest, index) -> output` for whole test photographs."""
         model = nnx.clone(model)
         model.eval()
-        graphdef = nnx.graphdef(model)
+        forward = _forward(_Structure(nnx.graphdef(model)))
         overlap, multiple = tiling(model, self.overlap)
-        if self.tile is None:
-            sizes = (photo.target.shape[:2] for photo in data)
-            tile = tile_for(((h // self.scale, w // self.scale) for h, w in sizes), overlap)
-        else:
-            tile = (self.tile, self.tile)
-
-        @functools.partial(jax.jit, compiler_options=compiler_options())
-        def forward(params: Params, rest: nnx.State, x: Array) -> Array:
-            return tune(nnx.merge(graphdef, *params, rest))(x).astype(jnp.float32)
+        sizes = (photo.target.shape[:2] for photo in data)
+        shapes = ((height // self.scale, width // self.scale) for height, width in sizes)
+        tile = tile_for(shapes, overlap, multiple, self.tile)
 
         def restored(params: Params, rest: nnx.State, index: int) -> np.ndarray:
             image = self.test_input(data[index], index)
@@ -234,9 +228,7 @@ class Restoration:
     def pictures(
         self, model: nnx.Module, data: Sequence[Photograph], count: int
     ) -> Sequence[tuple[str, Mapping[str, np.ndarray]]]:
-        data = data[:count]
         restored = self._restorer(model, data)
-
         _, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
         return [
             (
@@ -247,8 +239,30 @@ class Restoration:
                     "target": photo.target,
                 },
             )
-            for i, photo in enumerate(data)
+            for i, photo in enumerate(data[:count])
         ]
+
+
+class _Structure:
+    """What of a network is no array, as the key of a cache: equal ones compute the same."""
+
+    def __init__(self, graphdef: nnx.GraphDef):
+        self.graphdef = graphdef
+
+    def __eq__(self, other: "_Structure") -> bool:
+        return self.graphdef == other.graphdef
+
+    def __hash__(self) -> int:
+        return 0  # attributes of a network may be lists, which have none
+
+
+@functools.lru_cache(maxsize=1)  # the network at hand: its pictures share programs with its tests
+def _forward(network: _Structure) -> Callable[[Params, nnx.State, Array], Array]:
+    @functools.partial(jax.jit, compiler_options=compiler_options())
+    def forward(params: Params, rest: nnx.State, x: Array) -> Array:
+        return tune(nnx.merge(network.graphdef, *params, rest))(x).astype(jnp.float32)
+
+    return forward
 
 
 @dataclass(frozen=True)
