@@ -36,6 +36,7 @@ from dhp_jax.latent import walk
 from dhp_jax.problems import problem
 from dhp_jax.tasks import Classification
 from dhp_jax.tasks.task import Data
+from dhp_jax.tasks.whole import tiling
 from dhp_jax.workdir import CONFIG
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -125,7 +126,7 @@ def export(
     model.eval()
     write = WRITERS[format] if build is None else functools.partial(_safetensors, build=build)
     path.parent.mkdir(parents=True, exist_ok=True)
-    multiple = getattr(model, "multiple", 1)
+    multiple = tiling(model).multiple
     shapes = list(_shapes(input_shape, multiple))
     if format == "safetensors":  # read as the network that it is, with all its freedom
         shapes = shapes[-1:]

@@ -434,11 +434,13 @@ def reinitialize(model: nnx.Module, *, gain: float = 2.0, rngs: nnx.Rngs) -> Non
 
     Args:
       model: a pruned or ordinary network; changed in place.
-      gain: 2 is He's, for networks of ReLUs; 1/3 is PyTorch's default.
+      gain: of a network that has no `initial_gain`, which is taken otherwise. 2 is He's, for
+        networks of ReLUs; 1/3 is PyTorch's default.
       rngs: the `params` stream draws the kernels.
 
     Reference: He et al., Delving deep into rectifiers, 2015, equation 10.
     """
+    gain = getattr(model, "initial_gain", gain)
     for _, _, layer in walk(model):
         ordinary = isinstance(layer, nnx.Conv | nnx.ConvTranspose | nnx.Linear)
         if ordinary and isinstance(layer.kernel, nnx.Param):

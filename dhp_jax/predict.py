@@ -19,7 +19,7 @@ from dhp_jax.backend import inference
 from dhp_jax.command import Saved
 from dhp_jax.data.decode import COLOUR, GRAY, decode, opened
 from dhp_jax.tasks.metrics import pixels
-from dhp_jax.tasks.whole import OVERLAP, restore
+from dhp_jax.tasks.whole import restore, tiling
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -125,7 +125,7 @@ def restored_files(
         if target.resolve() == file.resolve():
             raise ValueError(f"--out: expected a folder other than the images', got {folder}")
     channels = getattr(saved.model, "channels", None) or _input_shape(saved)[-1]
-    _check_tile(saved, tile)
+    tiling(saved.model).check("--tile", tile)
     for file in files:  # before the first is run
         _check_mode(file, channels)
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,28 +136,17 @@ def restored_files(
     return targets
 
 
-def _check_tile(saved: Saved, tile: int | None) -> None:
-    least = 2 * _overlap(saved)
-    if tile is not None and tile <= least:
-        raise ValueError(f"--tile: expected more than {least}, twice the overlap; got {tile}")
-
-
-def _overlap(saved: Saved) -> int:
-    """How far the network sees, as a multiple of what its tiles begin at."""
-    multiple = getattr(saved.model, "multiple", 1)
-    return -(-getattr(saved.model, "reach", OVERLAP) // multiple) * multiple
-
-
 def restored(
     saved: Saved, network, image: UInt8[np.ndarray, "h w c"], *, tile: int | None = None
 ) -> Float[np.ndarray, "h2 w2 c"]:
     """What a restoration network makes of an image, whole or in tiles without a seam."""
+    overlap, multiple = tiling(saved.model)
     return restore(
         lambda x: np.asarray(network(x), np.float32),
         saved.inputs(image),
         tile=None if tile is None else (tile, tile),
-        overlap=_overlap(saved),
-        multiple=getattr(saved.model, "multiple", 1),
+        overlap=overlap,
+        multiple=multiple,
     )
 
 

@@ -561,6 +561,25 @@ def test_reinitialize_draws_kernels_by_he_and_zeroes_biases():
     assert len(np.unique(draws)) == 1000
 
 
+class Mild(nnx.Module):
+    """A network whose fresh kernels have a variance of a quarter over their inputs."""
+
+    initial_gain = 0.25
+
+    def __init__(self):
+        self.layer = filled(lambda rngs: nnx.Conv(20, 10, (3, 3), rngs=rngs))
+
+
+@pytest.mark.parametrize("told", [{}, {"gain": 2.0}, {"gain": 7.0}])
+def test_reinitialize_draws_with_the_gain_that_a_network_carries(told):
+    carrying, without = Mild(), nnx.Dict(layer=Mild().layer)
+    reinitialize(carrying, **told, rngs=nnx.Rngs(0))
+    reinitialize(without, gain=0.25, rngs=nnx.Rngs(0))
+    for name, array in arrays(carrying).items():
+        np.testing.assert_array_equal(array, arrays(without)[name])
+    np.testing.assert_allclose(np.var(carrying.layer.kernel[...]), 0.25 / 180, rtol=0.05)
+
+
 def test_reinitialize_leaves_kernels_that_are_not_trained():
     layer = filled(lambda rngs: nnx.Conv(3, 3, (1, 1), rngs=rngs))
     layer.kernel = nnx.Variable(layer.kernel[...])

@@ -1,10 +1,13 @@
 """Photographs from scikit-image and from folders: pairs, gray and color, every wrong input."""
 
+import contextlib
 from fractions import Fraction
-import importlib.util
+from pathlib import Path
 import re
-import sys
+import tempfile
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import numpy as np
 from PIL import Image
 import pytest
@@ -48,13 +51,6 @@ def refused(error, *parts):
 # The photographs of scikit-image
 
 
-@pytest.fixture(scope="module")
-def skimage_is_there():
-    if importlib.util.find_spec("skimage") is None:
-        pytest.skip("scikit-image is not installed")
-
-
-@pytest.mark.usefixtures("skimage_is_there")
 @pytest.mark.parametrize(("channels", "sizes"), [(1, (9, 3)), (3, (5, 2))])
 def test_shipped_photographs_are_gray_only_if_that_is_asked_for(channels, sizes):
     data = load("photographs", channels=channels, patch=64)
@@ -70,7 +66,6 @@ def test_shipped_photographs_are_gray_only_if_that_is_asked_for(channels, sizes)
         assert all((p.target[..., 0] != p.target[..., 2]).mean() > 0.3 for p in train + test)
 
 
-@pytest.mark.usefixtures("skimage_is_there")
 def test_no_scene_is_in_both_splits_of_the_shipped_photographs():
     data = load("photographs", channels=1, patch=64)
     scenes = [
@@ -80,24 +75,16 @@ def test_no_scene_is_in_both_splits_of_the_shipped_photographs():
     assert not scenes[0] & scenes[1]
 
 
-@pytest.mark.usefixtures("skimage_is_there")
 def test_smallest_is_the_smallest_height_and_width_of_the_training_targets():
     data = load("photographs", scale=4, patch=64)
     shapes = np.array([photograph.target.shape[:2] for photograph in data.read("train")])
     assert data.smallest == tuple(shapes.min(axis=0))
 
 
-@pytest.mark.usefixtures("skimage_is_there")
 def test_shipped_photographs_are_degraded_by_bicubic_downscaling():
     chelsea = load("photographs", scale=4, patch=64).read("test")[0]
     assert chelsea.target.shape == (300, 448, 3)
     np.testing.assert_array_equal(chelsea.degraded, bicubic(chelsea.target, Fraction(1, 4)))
-
-
-def test_missing_scikit_image_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    with refused(DataNotFoundError, "data.name: 'photographs'", "pip install"):
-        load("photographs", patch=64)
 
 
 # Folders
@@ -158,6 +145,48 @@ def test_pairs_are_found(tmp_path, high, low, name):
     assert photograph.name == name
     np.testing.assert_array_equal(photograph.target, target[:24])
     np.testing.assert_array_equal(photograph.degraded, degraded)
+
+
+CASES = [f"{h}{r}" for h in "Hh" for r in "Rr"]
+
+
+@settings(deadline=None, derandomize=True, max_examples=32)
+@given(
+    high=st.sampled_from(CASES),
+    low=st.sampled_from([case.replace("H", "L").replace("h", "l") for case in CASES]),
+    in_folders=st.booleans(),
+)
+def test_pairs_are_found_whatever_the_case_of_their_marks(high, low, in_folders):
+    places = (f"{high}/a.png", f"{low}/a.png") if in_folders else (f"a_{high}.png", f"a_{low}.png")
+    with tempfile.TemporaryDirectory() as folder:
+        for place, size in zip(places, ((24, 32), (6, 8)), strict=True):
+            save(Path(folder) / place, *size)
+        for scale, low_shape in ((4, (6, 8, 3)), (1, None)):
+            data = load("photo_folder", folder, folder, scale=scale, patch=8)
+            (photograph,) = data.read("test")
+            assert (photograph.name, photograph.target.shape) == ("a", (24, 32, 3))
+            assert getattr(photograph.degraded, "shape", None) == low_shape
+
+
+@pytest.mark.parametrize(
+    ("what", "first", "second"),
+    [
+        ("photograph", "a_HR.png", "a_hr.png"),
+        ("photograph", "a.png", "hr/a.png"),
+        ("low-resolution image", "a_LR.png", "a_lr.png"),
+        ("low-resolution image", "a_LR.png", "a_LR.bmp"),
+        ("low-resolution image", "LR/a.png", "lr/a.png"),
+    ],
+)
+def test_two_files_for_one_image_of_a_pair_are_refused(tmp_path, what, first, second):
+    for name in {first, second, "a_HR.png" if "LR" in first else "a_LR.png"}:
+        save(tmp_path / name)
+    if (tmp_path / first).samefile(tmp_path / second):
+        pytest.skip("this file system does not tell upper from lower case")
+    names = sorted([str(tmp_path / first), str(tmp_path / second)])
+    expected = f"data.dir: expected one {what} of the name 'a', got {names[0]!r} and {names[1]!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        load("photo_folder", tmp_path, tmp_path, scale=4, patch=8)
 
 
 @pytest.mark.parametrize(("high", "low", "name"), PAIRS.values(), ids=PAIRS)
@@ -232,6 +261,10 @@ WRONG = {
         lambda root: save(root / "test" / "c.png", 3, 40), {"scale": 4}, ValueError,
         ["data.test_dir: ", "metrics need, 4x4", "c.png' of 3x40"],
     ),
+    "two test images of a name": (
+        lambda root: save(root / "test" / "b_hr.png"), {}, ValueError,
+        ["data.test_dir: expected one photograph of the name 'b'", "test/b.png'", "b_hr.png'"],
+    ),
     "gray among color": (
         lambda root: save(root / "train" / "c.png", channels=1), {}, ValueError,
         ["data.dir: expected color", "c.png' is gray, and", "a.png' is in color"],
@@ -269,6 +302,25 @@ def test_wrong_folders_are_refused_before_anything_is_decoded(
     with refused(error, *parts) as caught:
         load_folders(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "what"),
+    [
+        (1, 3, ["test/LR/b.png' in gray, as", "test/b.png' is; got it in color"]),
+        (3, 1, ["test/LR/b.png' in color, as", "test/b.png' is; got it in gray"]),
+        (1, 1, None),
+        (3, 3, None),
+    ],
+)
+def test_the_images_of_a_pair_are_both_gray_or_both_in_color(folders, high, low, what):
+    root, load_folders = folders
+    save(root / "test" / "b.png", channels=high)
+    save(root / "test" / "LR" / "b.png", 6, 8, channels=low)
+    expected = refused(ValueError, "data.test_dir: ", *what) if what else contextlib.nullcontext()
+    with expected:
+        assert load_folders(scale=4).read("test")[0].degraded.shape == (6, 8, 3)
+    assert load_folders(scale=4, channels=1).read("test")[0].degraded.shape == (6, 8, 1)
 
 
 @pytest.mark.parametrize("missing", ["data.dir", "data.test_dir"])

@@ -4,8 +4,11 @@ import collections
 import functools
 import logging
 import math
+import types
 
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 from networks import arrays, filled
@@ -17,7 +20,7 @@ from dhp_jax.data.photographs import Photograph
 from dhp_jax.data.resize import bicubic
 from dhp_jax.tasks import Denoising, SuperResolution, evaluate, metrics, patches
 from dhp_jax.tasks.restoration import turned
-from dhp_jax.tasks.whole import MAX_SHAPES, restore, tile_for
+from dhp_jax.tasks.whole import MAX_SHAPES, OVERLAP, logger, restore, tile_for, tiling
 
 SIZES = ((9, 12), (7, 8), (8, 6))  # in cells; a patch is 4 by 4 of them
 SIDE = 4
@@ -405,14 +408,36 @@ def test_tiles_give_what_the_whole_image_gives_everywhere(name, size):
     model, forward = network(name, **arguments)
     image = np.random.default_rng(0).normal(size=(*size, 1)).astype(np.float32)
     whole = restore(forward, image)
-    multiple = getattr(model, "multiple", 1)
-    tiled = restore(forward, image, tile=(31, 33), overlap=reach, multiple=multiple)
+    overlap, multiple = tiling(model, reach)
+    tiled = restore(forward, image, tile=(31, 33), overlap=overlap, multiple=multiple)
     assert tiled.shape == whole.shape == (scale * size[0], scale * size[1], 1)
     assert np.ptp(whole) > 0.1
     np.testing.assert_allclose(tiled, whole, atol=1e-4 * np.abs(whole).max(), rtol=0)
     if name == "dncnn":
         seam = restore(forward, image, tile=(31, 33), overlap=1)
         assert np.abs(seam - whole).max() > 1e-2 * np.abs(whole).max()
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    reach=st.none() | st.integers(0, 200),
+    multiple=st.none() | st.integers(1, 32),
+    asked=st.none() | st.integers(0, 200),
+)
+def test_tiles_overlap_by_what_is_asked_for_or_the_reach_rounded_up(reach, multiple, asked):
+    told = {"reach": reach, "multiple": multiple}
+    model = types.SimpleNamespace(
+        **{name: value for name, value in told.items() if value is not None}
+    )
+    found = tiling(model, asked)
+    least = next(value for value in (asked, reach, OVERLAP) if value is not None)
+    assert found.multiple == (multiple or 1)
+    assert found.overlap % found.multiple == 0
+    assert least <= found.overlap < least + found.multiple
+    found.check("tile", 2 * found.overlap + 1)
+    found.check("tile", None)
+    with pytest.raises(ValueError, match=f"^--tile: .* {2 * found.overlap}, .*; got 0$"):
+        found.check("--tile", 0)
 
 
 CUTS = [  # size, tile, overlap, multiple
@@ -485,7 +510,12 @@ SHAPES = [(200 + i, 300 - i) for i in range(MAX_SHAPES + 1)]
         (5 * SHAPES[:-1], 48, None, False),
         (SHAPES, 48, (200, 284), False),
         (SHAPES, 66, (200, 284), False),
-        (SHAPES, 67, None, True),
+        (SHAPES, 67, (202, 284), False),  # 200 and 201 rows are not cut
+        ([(40 + i % 2, 300 + i) for i in range(17)], 48, (145, 300), False),  # no rows are
+        (SHAPES, 80, None, True),  # to cut columns would leave as many
+        (SHAPES, 100, None, True),
+        ([(30, 40), *SHAPES], 48, (200, 284), False),
+        ([(side, side) for side in range(20, 100)], 48, None, True),
     ],
 )
 def test_many_shapes_are_cut_into_tiles_of_the_smallest_sides(
@@ -493,7 +523,47 @@ def test_many_shapes_are_cut_into_tiles_of_the_smallest_sides(
 ):
     with caplog.at_level(logging.WARNING):
         assert tile_for(shapes, overlap) == tile
-    assert [f"{MAX_SHAPES + 1} shapes" in message for message in caplog.messages] == [True] * warned
+    assert len(caplog.messages) == warned
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    shapes=st.sets(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=10, max_size=40),
+    overlap=st.integers(0, 12),
+    multiple=st.sampled_from([1, 4]),
+    side=st.none() | st.integers(33, 50),
+)
+def test_as_many_shapes_are_run_as_is_told(shapes, overlap, multiple, side):
+    overlap, run = multiple * -(-overlap // multiple), set()
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logger, "warning", lambda text, count, *_: told.append(count))
+        tile = tile_for(shapes, overlap, multiple, side)
+    for shape in shapes:
+        image = np.zeros((*shape, 1), np.float32)
+        restore(
+            lambda x: run.add(x.shape) or x, image, tile=tile, overlap=overlap, multiple=multiple
+        )
+    assert told == ([len(run)] if len(run) > MAX_SHAPES else [])
+    assert side or len(run) <= len(shapes)
+    if side is None and len(shapes) <= MAX_SHAPES:
+        assert tile is None
+    if side is None and min(map(min, shapes)) > 3 * overlap and len(shapes) > MAX_SHAPES:
+        assert len(run) <= 2  # a tile of the smallest sides, and an image of just its size
+
+
+@pytest.mark.parametrize("odd", [(20, 70), (70, 20), (20, 21), (24, 24)])
+def test_images_of_many_shapes_and_small_ones_among_them_share_compilations(odd):
+    sizes = [odd, *((30 + i, 50 - i) for i in range(MAX_SHAPES + 1))]
+    data = [Photograph(str(i), picture(*size, 1, i), None) for i, size in enumerate(sizes)]
+    model, forward = network("dncnn", depth=3, features=4, channels=1)
+    shapes, task = [], Denoising(patch=8, overlap=8, sigma=20.0)
+    model = Counted(model, shapes)
+    assert 0 < evaluate(model, task, data)["psnr"] < 100
+    for i, (_, images) in enumerate(task.pictures(model, data, 2)):
+        expected = metrics.pixels(np.asarray(forward(task.test_input(data[i], i)[None])[0]))
+        np.testing.assert_allclose(images["output"].astype(int), expected, atol=1)
+    assert len(shapes) == 2
 
 
 # Tests of networks
@@ -594,6 +664,22 @@ def test_a_test_image_too_small_to_compare_is_refused_before_any_work():
     task = SuperResolution(patch=8, scale=2, on_luminance=False)
     with pytest.raises(ValueError, match=r"at least 27 pixels a side .* \(40, 26, 3\)$"):
         task.evaluation(model, data, batch_size=1)
+
+
+@pytest.mark.parametrize("count", [3, MAX_SHAPES + 1])
+def test_pictures_need_no_compilation_beyond_those_of_the_test(count):
+    targets = [picture(30 + i, 40 - i, 1, i) for i in range(count)]
+    data = [Photograph(str(i), target, None) for i, target in enumerate(targets)]
+    model, _ = network("dncnn", depth=3, features=4, channels=1)
+    shapes, task = [], Denoising(patch=8, overlap=6)
+    model = Counted(model, shapes)
+    model.listed = [1, 2]  # an attribute that has no hash
+    evaluate(model, task, data)
+    tested = list(shapes)
+    graphdef, state = nnx.split(model)
+    assert len(task.pictures(nnx.merge(graphdef, state, copy=True), data, 2)) == 2
+    assert shapes == tested
+    assert len(tested) == (count if count <= MAX_SHAPES else 1)
 
 
 def test_pictures_are_the_input_the_output_and_the_target_of_the_first_test_images():

@@ -23,6 +23,7 @@ from dhp_jax.data.stream import Stream
 from dhp_jax.names import unknown
 
 NAMES = ("photographs", "photo_folder")
+MARKS = ("HR", "LR")  # of the two images of a pair, in upper or lower case
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Files in skimage/data. The stereo pair motorcycle_left, motorcycle_right is not divided.
 SHIPPED = {
@@ -99,10 +100,10 @@ def load(
     """Finds photographs and checks the header of every file, without decoding them.
 
     A folder holds images, or pairs of a photograph and its low-resolution image: files `*_HR.png`
-    and `*_LR.png`, or folders `HR/` and `LR/` of the same names (or `0801.png` and `0801x4.png`).
-    Low-resolution images of a folder without pairs are made by `bicubic`; at scale 1 those of
-    pairs are not looked at. Targets lose what exceeds a multiple of the scale at the bottom and
-    on the right.
+    and `*_LR.png`, or folders `HR/` and `LR/` of the same names (or `0801.png` and `0801x4.png`);
+    `HR` and `LR` may be in lower case. Low-resolution images of a folder without pairs are made by
+    `bicubic`; at scale 1 those of pairs are not looked at. Targets lose what exceeds a multiple of
+    the scale at the bottom and on the right.
 
     Args:
       name: one of `NAMES`. "photographs" is a handful that ships with scikit-image; "photo_folder"
@@ -121,10 +122,10 @@ def load(
 
     Raises:
       ValueError: an argument is out of range, or the photographs do not suit it: gray among color,
-        smaller than a patch, a pair that is incomplete or does not have sizes in the ratio of
-        `scale`.
+        smaller than a patch, a pair that is incomplete, has two files for one image, is of gray
+        and color where there are 3 channels, or does not have sizes in the ratio of `scale`.
       DataNotFoundError: a folder is missing or empty, or a file is no image that can be read (that
-        it is cut off is found out by `read`), or scikit-image is missing.
+        it is cut off is found out by `read`).
 
     Example:
       >>> load("photographs", scale=4, patch=96).read("test")[0].degraded.shape
@@ -149,8 +150,9 @@ def load(
     _check_sizes(files["train"], scale, patch, "a patch")
     _check_sizes(files["test"], scale, max(scale, smallest_test), "metrics need")
     for file in files["train"] + files["test"]:
-        _check_pair(file, scale)
-    _check_names(files["test"])
+        _check_pair(file, channels, scale)
+    names = [(file.name, file.path) for file in files["test"]]  # what is made is stored under them
+    _check_names(files["test"][0].argument, "photograph", names)
     sizes = [_target_size(file, scale) for file in files["train"]]
     heights, widths = zip(*sizes, strict=True)
     return Photographs(
@@ -184,11 +186,6 @@ class _File(NamedTuple):
 def _shipped(channels: int) -> dict[str, list[_File]]:
     """The photographs of scikit-image; those that are gray only if that is asked for."""
     package = importlib.util.find_spec("skimage")  # no import: that takes a second
-    if package is None:
-        raise DataNotFoundError(
-            "data.name: 'photographs' needs scikit-image, which is not installed; "
-            "run: pip install scikit-image"
-        )
     folder = Path(package.origin).parent / "data"
     return {
         split: [
@@ -211,7 +208,7 @@ def _folder(argument: str, folder: str | os.PathLike | None, scale: int) -> list
     except OSError as error:
         raise DataNotFoundError(f"{argument}: cannot read {str(folder)!r}: {error}") from error
     targets = [(name, path) for name, mark, path in images if mark != "LR"]
-    lows = {name: path for name, mark, path in images if mark == "LR"}
+    lows = [(name, path) for name, mark, path in images if mark == "LR"]
     if scale > 1 and any(mark for _, mark, _ in images):
         counterparts = _match(argument, targets, lows, scale)
     else:
@@ -228,17 +225,21 @@ def _folder(argument: str, folder: str | os.PathLike | None, scale: int) -> list
 
 def _images(folder: Path) -> Iterator[tuple[str, str, Path]]:
     """The images of a folder: name without mark, mark ("HR", "LR" or none) and path."""
-    for part, part_mark in ((folder, ""), (folder / "HR", "HR"), (folder / "LR", "LR")):
-        for path in sorted(part.iterdir()) if part.is_dir() else ():
+    marked = [part for part in folder.iterdir() if part.name.upper() in MARKS and part.is_dir()]
+    for part in (folder, *sorted(marked, key=lambda part: (part.name.upper(), part.name))):
+        part_mark = "" if part is folder else part.name
+        for path in sorted(part.iterdir()):
             if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-                name, mark = re.fullmatch(r"(.*?)(?:_(HR|LR))?", path.stem).groups()
-                yield name, mark or part_mark, path
+                name, mark = re.fullmatch(r"(.*?)(?:_(HR|LR))?", path.stem, re.IGNORECASE).groups()
+                yield name, (mark or part_mark).upper(), path
 
 
 def _match(
-    argument: str, targets: list[tuple[str, Path]], lows: dict[str, Path], scale: int
+    argument: str, targets: list[tuple[str, Path]], lows: list[tuple[str, Path]], scale: int
 ) -> list[Path]:
     """The low-resolution image of every target; none may be missing or left."""
+    _check_names(argument, "photograph", targets)
+    _check_names(argument, "low-resolution image", lows)
     lows, matched = dict(lows), []
     for name, path in targets:
         low = lows.pop(name, None) or lows.pop(f"{name}x{scale}", None)
@@ -303,19 +304,19 @@ def _check_sizes(files: list[_File], scale: int, least: int, what: str) -> None:
             )
 
 
-def _check_names(files: list[_File]) -> None:
-    """Raises if two files have one name: what is made of them would be stored in one place."""
-    seen: dict[str, _File] = {}
-    for file in files:
-        if file.name in seen:
+def _check_names(argument: str, what: str, files: list[tuple[str, Path]]) -> None:
+    """Raises if two files have one name, whatever their marks and suffixes."""
+    seen: dict[str, Path] = {}
+    for name, path in files:
+        if name in seen:
             raise ValueError(
-                f"{file.argument}: expected names that differ in more than the suffix, got "
-                f"{str(seen[file.name].path)!r} and {str(file.path)!r}"
+                f"{argument}: expected one {what} of the name {name!r}, got {str(seen[name])!r} "
+                f"and {str(path)!r}"
             )
-        seen[file.name] = file
+        seen[name] = path
 
 
-def _check_pair(file: _File, scale: int) -> None:
+def _check_pair(file: _File, channels: int, scale: int) -> None:
     if file.low is None:
         return
     low = _file(file.argument, file.name, file.low)
@@ -326,6 +327,15 @@ def _check_pair(file: _File, scale: int) -> None:
             f"{file.argument}: expected {str(file.low)!r} of {_pixels(expected)}, for a scale of "
             f"{scale} to {str(file.path)!r} of {_pixels(file.size)}; got {_pixels(low.size)}"
         )
+    if channels == 3 and low.gray != file.gray:
+        raise ValueError(
+            f"{file.argument}: expected {str(file.low)!r} {_kind(file.gray)}, as "
+            f"{str(file.path)!r} is; got it {_kind(low.gray)}"
+        )
+
+
+def _kind(gray: bool) -> str:
+    return "in gray" if gray else "in color"
 
 
 def _target_size(file: _File, scale: int) -> tuple[int, int]:

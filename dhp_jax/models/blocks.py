@@ -11,6 +11,8 @@ from dhp_jax.latent import Axis
 from dhp_jax.layers import BatchNorm, Bias, HyperConv
 from dhp_jax.names import shown
 
+# The `initial_gain` of restoration networks, PyTorch's; He's takes far longer without BatchNorm.
+SMALL_GAIN = 1 / 3
 MAX_CHANNELS = 32_768  # of a layer; one with as many on both sides has billions of parameters
 
 

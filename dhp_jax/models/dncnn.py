@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from dhp_jax.latent import Latent
 from dhp_jax.layers import HyperConv
 from dhp_jax.models.blocks import (
+    SMALL_GAIN,
     ConvBiasNorm,
     check_images,
     check_positive_integer,
@@ -40,6 +41,8 @@ class DnCNN(nnx.Module):
 
     References: Zhang et al., Beyond a Gaussian denoiser, 2017; DHP, section 4.4.
     """
+
+    initial_gain = SMALL_GAIN
 
     def __init__(
         self,

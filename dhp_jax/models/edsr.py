@@ -10,7 +10,7 @@ import numpy as np
 
 from dhp_jax.latent import Latent
 from dhp_jax.layers import Bias, HyperConv
-from dhp_jax.models.blocks import check_images, check_positive, scaled
+from dhp_jax.models.blocks import SMALL_GAIN, check_images, check_positive, scaled
 from dhp_jax.models.upsampler import Upsampler, check_arguments
 
 MEAN = (114.4, 111.5, 103.0)  # of red, green and blue in DIV2K's training images
@@ -60,6 +60,8 @@ class EDSR(nnx.Module):
 
     References: Lim et al., Enhanced deep residual networks, 2017; DHP, section 4.3.
     """
+
+    initial_gain = SMALL_GAIN
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from dhp_jax.latent import Latent
 from dhp_jax.layers import HyperConv
-from dhp_jax.models.blocks import ConvBiasNorm, check_images, scaled
+from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, check_images, scaled
 from dhp_jax.models.upsampler import Upsampler, check_arguments
 
 
@@ -47,6 +47,8 @@ class SRResNet(nnx.Module):
 
     References: Ledig et al., Photo-realistic single image super-resolution, 2017; DHP, section 4.3.
     """
+
+    initial_gain = SMALL_GAIN
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from dhp_jax.latent import Axis, Latent, concat
 from dhp_jax.layers import HyperConv, HyperConvTranspose
 from dhp_jax.models.blocks import (
     MAX_CHANNELS,
+    SMALL_GAIN,
     ConvNorm,
     check_images,
     check_positive_integer,
@@ -73,6 +74,8 @@ class UNet(nnx.Module):
 
     References: Ronneberger et al., U-Net, 2015; DHP, section 4.4.
     """
+
+    initial_gain = SMALL_GAIN
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Restoration: super-resolution and denoising of photographs, on pixels from 0 to 255."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import functools
@@ -19,7 +19,7 @@ from dhp_jax.data.resize import bicubic
 from dhp_jax.latent import LatentVector
 from dhp_jax.tasks.metrics import compare, pixels
 from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
-from dhp_jax.tasks.whole import OVERLAP, restore, tile_for
+from dhp_jax.tasks.whole import restore, tile_for, tiling
 
 PEAK = 255.0
 BLOCK = 1024  # cells, so that no index needs more than 32 bits
@@ -108,7 +108,7 @@ class Restoration:
     tile: int | None = None
     overlap: int | None = None
     metric: ClassVar[Metric] = METRICS["psnr"]
-    initial_gain: ClassVar[float] = 1 / 3  # He's takes far longer where there is no BatchNorm
+    initial_gain: ClassVar[float] = 2.0
 
     def examples(self, key: Key[Array, ""], data: Patches, chosen: Int[Array, " n"]) -> Cut:
         image_key, place_key, *_ = jax.random.split(key, 4)
@@ -201,17 +201,11 @@ class Restoration:
         """Prepares `(parameters, rest, index) -> output` for whole test photographs."""
         model = nnx.clone(model)
         model.eval()
-        graphdef = nnx.graphdef(model)
-        multiple, overlap = getattr(model, "multiple", 1), self._overlap(model)
-        if self.tile is None:
-            sizes = (photo.target.shape[:2] for photo in data)
-            tile = tile_for(((h // self.scale, w // self.scale) for h, w in sizes), overlap)
-        else:
-            tile = (self.tile, self.tile)
-
-        @functools.partial(jax.jit, compiler_options=compiler_options())
-        def forward(params: Params, rest: nnx.State, x: Array) -> Array:
-            return tune(nnx.merge(graphdef, *params, rest))(x).astype(jnp.float32)
+        forward = _forward(_Structure(nnx.graphdef(model)))
+        overlap, multiple = tiling(model, self.overlap)
+        sizes = (photo.target.shape[:2] for photo in data)
+        shapes = ((height // self.scale, width // self.scale) for height, width in sizes)
+        tile = tile_for(shapes, overlap, multiple, self.tile)
 
         def restored(params: Params, rest: nnx.State, index: int) -> np.ndarray:
             image = self.test_input(data[index], index)
@@ -221,17 +215,7 @@ class Restoration:
         return restored
 
     def check(self, model: nnx.Module) -> None:
-        overlap = self._overlap(model)
-        if self.tile is not None and self.tile <= 2 * overlap:
-            raise ValueError(
-                f"tile: expected more than {2 * overlap}, twice the overlap; got {self.tile}"
-            )
-
-    def _overlap(self, model: nnx.Module) -> int:
-        """The overlap of tiles, a multiple of what tiles of this network begin at."""
-        multiple = getattr(model, "multiple", 1)
-        overlap = getattr(model, "reach", OVERLAP) if self.overlap is None else self.overlap
-        return -(-overlap // multiple) * multiple
+        tiling(model, self.overlap).check("tile", self.tile)
 
     def without_network(self, data: Sequence[Photograph]) -> dict[str, float]:
         return _means(
@@ -244,9 +228,7 @@ class Restoration:
     def pictures(
         self, model: nnx.Module, data: Sequence[Photograph], count: int
     ) -> Sequence[tuple[str, Mapping[str, np.ndarray]]]:
-        data = data[:count]
         restored = self._restorer(model, data)
-
         _, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
         return [
             (
@@ -257,8 +239,30 @@ class Restoration:
                     "target": photo.target,
                 },
             )
-            for i, photo in enumerate(data)
+            for i, photo in enumerate(data[:count])
         ]
+
+
+class _Structure:
+    """What of a network is no array, as the key of a cache: equal ones compute the same."""
+
+    def __init__(self, graphdef: nnx.GraphDef):
+        self.graphdef = graphdef
+
+    def __eq__(self, other: "_Structure") -> bool:
+        return self.graphdef == other.graphdef
+
+    def __hash__(self) -> int:
+        return 0  # attributes of a network may be lists, which have none
+
+
+@functools.lru_cache(maxsize=1)  # the network at hand: its pictures share programs with its tests
+def _forward(network: _Structure) -> Callable[[Params, nnx.State, Array], Array]:
+    @functools.partial(jax.jit, compiler_options=compiler_options())
+    def forward(params: Params, rest: nnx.State, x: Array) -> Array:
+        return tune(nnx.merge(network.graphdef, *params, rest))(x).astype(jnp.float32)
+
+    return forward
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Task(Protocol):
 
     Attributes:
       metric: the one that tells which of two networks is better.
-      initial_gain: of the kernels of an unpruned network before training; see `reinitialize`.
+      initial_gain: of fresh kernels of a network that does not tell its own; see `reinitialize`.
     """
 
     metric: Metric

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator
 import logging
+from typing import NamedTuple
 
+from flax import nnx
 from jaxtyping import Array, Float
 import numpy as np
 
@@ -11,6 +13,45 @@ logger = logging.getLogger(__name__)
 MAX_SHAPES = 16  # so many image shapes are compiled for before images are cut into tiles
 OVERLAP = 48  # pixels of a tile's border that are not used; DnCNN and SRResNet see less far
 Forward = Callable[[Float[Array, "1 h w c"]], Float[Array, "1 h2 w2 c"]]
+
+
+class Tiling(NamedTuple):
+    """Where the tiles of a network may lie.
+
+    Attributes:
+      overlap: pixels of a tile's border that are not used, a multiple of `multiple`.
+      multiple: tiles begin at multiples of it.
+    """
+
+    overlap: int
+    multiple: int
+
+    def check(self, argument: str, side: int | None) -> None:
+        """Raises a `ValueError` that names the argument if tiles of a side are too small."""
+        if side is not None and side <= 2 * self.overlap:
+            raise ValueError(
+                f"{argument}: expected more than {2 * self.overlap}, twice the overlap; got {side}"
+            )
+
+
+def tiling(model: nnx.Module, overlap: int | None = None) -> Tiling:
+    """Where the tiles of a network may lie.
+
+    Args:
+      model: its `reach` is how many pixels away an output depends on the input, and its `multiple`
+        where tiles begin; 48 and 1 where it does not tell.
+      overlap: in pixels, instead of its reach.
+
+    Returns:
+      The overlap, rounded up to a multiple, and the multiple.
+
+    Example:
+      >>> tiling(dhp.models.build_abstract("dncnn", depth=17))
+      Tiling(overlap=17, multiple=1)
+    """
+    multiple = getattr(model, "multiple", 1)
+    overlap = getattr(model, "reach", OVERLAP) if overlap is None else overlap
+    return Tiling(_rounded_up(overlap, multiple), multiple)
 
 
 def restore(
@@ -41,11 +82,11 @@ def restore(
     Raises:
       ValueError: a tile that is not larger than twice the overlap.
     """
-    if tile is None or (image.shape[0] <= tile[0] and image.shape[1] <= tile[1]):
+    if _fits(image.shape[:2], tile):
         return np.asarray(forward(image[None])[0])
     height, width, _ = image.shape
-    tile = tuple(-(-side // multiple) * multiple for side in tile)
-    overlap = -(-overlap // multiple) * multiple
+    tile = tuple(_rounded_up(side, multiple) for side in tile)
+    overlap = _rounded_up(overlap, multiple)
     if min(tile) <= 2 * overlap:
         raise ValueError(f"tile: expected sides of more than {2 * overlap}, got {tile}")
     padding = (-height % multiple, -width % multiple)
@@ -70,6 +111,14 @@ def restore(
     return result[: scale * height, : scale * width]
 
 
+def _fits(shape: tuple[int, int], tile: tuple[int, int] | None) -> bool:
+    return tile is None or (shape[0] <= tile[0] and shape[1] <= tile[1])
+
+
+def _rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
 def _pieces(size: int, tile: int, overlap: int, multiple: int) -> Iterator[tuple[int, range]]:
     """Where tiles begin along a side, and the pixels that are taken from each."""
     if size <= tile:
@@ -83,22 +132,63 @@ def _pieces(size: int, tile: int, overlap: int, multiple: int) -> Iterator[tuple
         taken = end
 
 
-def tile_for(shapes: Iterable[tuple[int, int]], overlap: int = OVERLAP) -> tuple[int, int] | None:
-    """The tile to cut images of these heights and widths into; `None` to run them whole.
+def tile_for(
+    shapes: Iterable[tuple[int, int]],
+    overlap: int = OVERLAP,
+    multiple: int = 1,
+    side: int | None = None,
+) -> tuple[int, int] | None:
+    """The tile to cut images into, so that few shapes are compiled for.
 
-    A few shapes are run whole, each compiled for once; more of them are cut into tiles of the
-    smallest height and width.
+    Up to 16 shapes are run whole. For more, the tile has the smallest height and the smallest width
+    above `3 * overlap`. Images that are no larger than the tile in a direction are not cut in it,
+    nor padded to it, which would change what is computed at their border: each of their sizes is
+    compiled for, and a warning tells if that leaves more than 16 shapes.
+
+    Args:
+      shapes: heights and widths of the images.
+      overlap, multiple: as for `restore`.
+      side: of a square tile that was asked for, whatever the shapes are.
+
+    Returns:
+      Height and width, or `None` to run all whole, as where cutting would leave as many shapes.
+
+    Example:
+      >>> tile_for([(200 + i, 300) for i in range(17)])
+      (200, 300)
     """
     shapes = set(shapes)
+    tile = _smallest(shapes, overlap) if side is None else (side, side)
+    run = {_run(shape, tile, multiple) for shape in shapes}
+    if side is None and len(run) == len(shapes):
+        tile = None
+    if len(run) > MAX_SHAPES:
+        logger.warning(
+            "the test images are run in %d shapes, each of which is compiled for; "
+            "sides of up to %d pixels are not cut",
+            len(run),
+            3 * overlap if side is None else side,
+        )
+    return tile
+
+
+def _smallest(shapes: set[tuple[int, int]], overlap: int) -> tuple[int, int] | None:
+    """The smallest sides above `3 * overlap`, or that which no image has; `None` for few shapes."""
     if len(shapes) <= MAX_SHAPES:
         return None
-    tile = min(height for height, _ in shapes), min(width for _, width in shapes)
-    if min(tile) <= 3 * overlap:
-        logger.warning(
-            "the test images have %d shapes, each of which is compiled for, and are too small for "
-            "tiles with an overlap of %d pixels",
-            len(shapes),
-            overlap,
-        )
-        return None
-    return tile
+    least = 3 * overlap + 1
+    height, width = (
+        min((side for side in sides if side >= least), default=least)
+        for sides in zip(*shapes, strict=True)
+    )
+    return height, width
+
+
+def _run(shape: tuple[int, int], tile: tuple[int, int] | None, multiple: int) -> tuple[int, int]:
+    """Height and width of what is run of an image: all of it, or its tiles."""
+    if _fits(shape, tile):
+        return shape
+    height, width = (
+        _rounded_up(min(size, side), multiple) for size, side in zip(shape, tile, strict=True)
+    )
+    return height, width
