@@ -330,8 +330,7 @@ class _Work:
 
     def _renewed(self, model: nnx.Module) -> nnx.Module:
         """An ordinary network that nothing was trained of, with the fresh weights of a baseline."""
-        gain = self.run.problem.task.initial_gain
-        reinitialize(model, gain=gain, rngs=nnx.Rngs(self.config.seed))
+        reinitialize(model, rngs=nnx.Rngs(self.config.seed))
         return model
 
     def start(self) -> str:

@@ -36,7 +36,6 @@ class Classification:
     crop_padding: int = 0
     flip: bool = False
     metric: ClassVar[Metric] = METRICS["error"]
-    initial_gain: ClassVar[float] = 2.0
 
     def examples(self, key: Key[Array, ""], data: Images, chosen: Int[Array, " n"]) -> Images:
         del key

@@ -108,7 +108,6 @@ class Restoration:
     tile: int | None = None
     overlap: int | None = None
     metric: ClassVar[Metric] = METRICS["psnr"]
-    initial_gain: ClassVar[float] = 2.0
 
     def examples(self, key: Key[Array, ""], data: Patches, chosen: Int[Array, " n"]) -> Cut:
         image_key, place_key, *_ = jax.random.split(key, 4)

@@ -59,11 +59,9 @@ class Task(Protocol):
 
     Attributes:
       metric: the one that tells which of two networks is better.
-      initial_gain: of fresh kernels of a network that does not tell its own; see `reinitialize`.
     """
 
     metric: Metric
-    initial_gain: float
 
     def examples(self, key: Key[Array, ""], data: Data, chosen: Int[Array, " n"]) -> Examples:
         """Some examples of training data that are on the device, as they are stored; jitted."""
