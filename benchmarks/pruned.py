@@ -21,7 +21,7 @@ import tempfile
 
 from flax import nnx
 import jax
-import numpy as np
+import onnx_files
 from record import parser, positive, progress, publish, spread, table_of
 from zoo import NETWORKS, QUICK, Network
 
@@ -62,7 +62,7 @@ def main() -> None:
         import onnxruntime
 
         name, title = "pruned_onnxruntime", f"{title} in onnxruntime"
-        note = f"onnxruntime {onnxruntime.__version__} on the CPU, its default options. {NOTE}"
+        note = f"onnxruntime {onnxruntime.__version__} on the CPU. {onnx_files.SPINNING} {NOTE}"
     publish(options.out, name, title, note, rows, as_table(rows))
 
 
@@ -119,14 +119,10 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> list[d
 
 def in_onnxruntime(model: nnx.Module, input_shape: Sequence[int], batch: int) -> Callable[[], None]:
     """A function that runs a network over a batch in onnxruntime."""
-    import onnxruntime
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "network.onnx")
         export(model, path, tuple(input_shape), format="onnx")
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    x = np.full((batch, *input_shape), 0.5, np.float32)
-    return lambda: session.run(None, {"images": x})
+        return onnx_files.forward(path, batch, input_shape)
 
 
 FORWARD = {"xla": timing.forward, "onnxruntime": in_onnxruntime}

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.export import export
 from dhp_jax.report import hardware
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +129,25 @@ def test_pruned_networks_are_timed_in_onnxruntime(tmp_path):
     text = (tmp_path / "pruned_onnxruntime.md").read_text()
     assert printed.strip() in text
     assert "in onnxruntime" in text.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_exported_files_are_timed_in_turn(tmp_path):
+    for package in ("jax2onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    model = NETWORKS[QUICK].build(width=0.5, min_channels=1)
+    networks = {"full": dhp.prune(model), "small": dhp.prune_to(model, (32, 32, 3), flops=0.5)}
+    for name, network in networks.items():
+        notes = {"input_shape": [32, 32, 3]}
+        export(network, tmp_path / f"{name}.onnx", (32, 32, 3), format="onnx", notes=notes)
+    files = [tmp_path / f"{name}.onnx" for name in networks]
+    process = begin("onnx_files", *files, "--batches", 2, "--rounds", 5, "--out", tmp_path)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    full, small = json.loads((tmp_path / "onnx_files.json").read_text())["rows"]
+    assert set(full["speedup"].values()) == {1}
+    assert (full["file"], small["file"]) == tuple(map(str, files))
+    assert printed.strip() in (tmp_path / "onnx_files.md").read_text()
 
 
 def test_the_input_benchmark_relates_what_is_given_to_what_is_taken(results):
