@@ -22,7 +22,7 @@ import dhp_jax
 from dhp_jax import models
 from dhp_jax.architecture import architecture_of
 from dhp_jax.cost import measure_cost
-from dhp_jax.durable import sync, write
+from dhp_jax.durable import put, unfinished, write
 from dhp_jax.fold import contracted
 from dhp_jax.latent import latents
 from dhp_jax.names import shown, unknown
@@ -81,9 +81,7 @@ def save(
       >>> dhp.save("out/", small, input_shape=(32, 32, 3), test_error=8.46)
     """
     path = Path(os.path.realpath(path))
-    if path.is_file() or (
-        path.exists() and not {item.name for item in path.iterdir()} <= {DESCRIPTION, ARRAYS}
-    ):
+    if not may_hold(path):
         raise FileExistsError(
             f"path: expected no or an empty folder, or one with a network only, got {path}"
         )
@@ -100,12 +98,12 @@ def save(
     text = json.dumps(description, indent=1)
     _check_text(text.encode(), path / DESCRIPTION)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    write(unfinished / ARRAYS, content)
-    write(unfinished / DESCRIPTION, text)
-    _put(unfinished, path)
+    part = unfinished(path)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    write(part / ARRAYS, content)
+    write(part / DESCRIPTION, text)
+    put(part, path)
 
 
 def load(
@@ -192,6 +190,14 @@ def exists(path: str | os.PathLike) -> bool:
     return all((Path(path) / name).is_file() for name in (DESCRIPTION, ARRAYS))
 
 
+def may_hold(path: str | os.PathLike) -> bool:
+    """Whether `save` may write there: nothing is there, an empty folder, or a network only."""
+    path = Path(path)
+    if not path.is_dir():
+        return not path.exists()
+    return {item.name for item in path.iterdir()} <= {DESCRIPTION, ARRAYS}
+
+
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON side of an artifact: family, arguments, survivors, arrays and notes.
 
@@ -251,22 +257,6 @@ def _provenance() -> dict[str, str]:
 
 def _entry(array: np.ndarray | jax.ShapeDtypeStruct) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype)}
-
-
-def _put(unfinished: Path, path: Path) -> None:
-    """Gives a finished folder its name; what had it goes."""
-    replaced = path.with_name(f".{path.name}.replaced")
-    if path.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        path.rename(replaced)
-    try:
-        unfinished.rename(path)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(path)
-        raise
-    sync(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 # Reading
