@@ -46,6 +46,7 @@ __all__ = ["ArtifactError", "exists", "load", "read_description", "save", "verif
 
 DESCRIPTION = "model.json"
 ARRAYS = "arrays.safetensors"
+MODEL = "model"  # of the folders in a run's, the one that it ends with
 
 
 def save(
@@ -74,12 +75,14 @@ def save(
     Raises:
       OSError: the folder cannot be written, or holds something else than a network.
       TypeError: a note that JSON cannot hold.
-      ValueError: an array holds NaN or infinity, or `load` would refuse what the network says of
-        itself (see `dhp_jax.schema`). What was there before is left as it was.
+      ValueError: `model` is no module, an array holds NaN or infinity, or `load` would refuse what
+        the network says of itself (see `dhp_jax.schema`). What was there before is left as it was.
 
     Example:
       >>> dhp.save("out/", small, input_shape=(32, 32, 3), test_error=8.46)
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"model: expected an nnx.Module, got {shown(model)}")
     path = Path(os.path.realpath(path))
     if not may_hold(path):
         raise FileExistsError(
@@ -209,8 +212,9 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
         try:
             mode = os.lstat(path / name).st_mode
         except (OSError, ValueError):
+            hint = f"; {path / MODEL} is one" if exists(path / MODEL) else ""
             raise ArtifactError(
-                f"path: expected a folder with {DESCRIPTION} and {ARRAYS}, got {path}"
+                f"path: expected a folder with {DESCRIPTION} and {ARRAYS}, got {path}{hint}"
             ) from None
         if not stat.S_ISREG(mode):
             what = "a link" if stat.S_ISLNK(mode) else "something else"
@@ -333,10 +337,21 @@ def _of_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
 
 def _of_function(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     """The unpruned network that the reader's own function makes, abstractly."""
-    whole = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    if not isinstance(whole, nnx.Module):
-        raise ArtifactError(f"build: expected a function that makes an nnx.Module, got {whole!r}")
-    return whole
+
+    def made() -> nnx.Module:
+        model = build(nnx.Rngs(0))
+        if not isinstance(model, nnx.Module):
+            raise TypeError(f"it returns {shown(model)}")
+        return model
+
+    try:
+        return nnx.eval_shape(made)
+    except Exception as error:  # whatever the function raises, or what is none
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(
+            "build: expected a function build(rngs) that makes the unpruned network, an "
+            f"nnx.Module; got {shown(build)}: {what}"
+        ) from error
 
 
 def _masks(
