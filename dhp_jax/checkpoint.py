@@ -190,7 +190,7 @@ def verify(path: str | os.PathLike) -> dict[str, Any]:
 
 def exists(path: str | os.PathLike) -> bool:
     """Whether a folder holds a network."""
-    return all((Path(path) / name).is_file() for name in (DESCRIPTION, ARRAYS))
+    return all(os.path.isfile(Path(path) / name) for name in (DESCRIPTION, ARRAYS))
 
 
 def may_hold(path: str | os.PathLike) -> bool:

@@ -29,6 +29,7 @@ LONGEST_INTEGER = 20  # digits
 LONGEST_TEXT = 1024  # characters of a name
 LARGEST_NUMBER = 2**20  # among arguments, and the largest index of a survivor
 LONGEST_LIST = 64  # of an argument
+LARGEST_EXAMPLE = 2**28  # numbers in an input of the network
 SMALLEST_SCALE = 1e-6  # that pixels are divided by
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # characters that a terminal may obey
 
@@ -165,7 +166,11 @@ def check_notes(notes: Mapping[str, Any], where: str) -> None:
     of_scale = f"{SMALLEST_SCALE} .. {LARGEST_NUMBER}"
     for name, fits, expected in (
         ("task", lambda task: isinstance(task, str), "a text"),
-        ("input_shape", _is_input_shape, "a list of positive integers, height, width, channels"),
+        (
+            "input_shape",
+            _is_input_shape,
+            f"a list of positive integers, of at most {LARGEST_EXAMPLE} as their product",
+        ),
         (
             "mean",
             lambda mean: _are_numbers(mean, -LARGEST_NUMBER, channels),
@@ -188,7 +193,7 @@ def check_notes(notes: Mapping[str, Any], where: str) -> None:
 
 
 def _is_input_shape(value: Any) -> bool:
-    return bool(value) and _is_shape(value) and min(value) > 0
+    return bool(value) and _is_shape(value) and 0 < math.prod(value) <= LARGEST_EXAMPLE
 
 
 def _are_numbers(values: Any, least: float, count: int | None = None) -> bool:
