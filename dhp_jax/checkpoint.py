@@ -22,7 +22,7 @@ import dhp_jax
 from dhp_jax import models
 from dhp_jax.architecture import architecture_of
 from dhp_jax.cost import measure_cost
-from dhp_jax.durable import sync, write
+from dhp_jax.durable import put, unfinished, write
 from dhp_jax.fold import contracted
 from dhp_jax.latent import latents
 from dhp_jax.names import shown, unknown
@@ -46,6 +46,7 @@ __all__ = ["ArtifactError", "exists", "load", "read_description", "save", "verif
 
 DESCRIPTION = "model.json"
 ARRAYS = "arrays.safetensors"
+MODEL = "model"  # of the folders in a run's, the one that it ends with
 
 
 def save(
@@ -74,16 +75,16 @@ def save(
     Raises:
       OSError: the folder cannot be written, or holds something else than a network.
       TypeError: a note that JSON cannot hold.
-      ValueError: an array holds NaN or infinity, or `load` would refuse what the network says of
-        itself (see `dhp_jax.schema`). What was there before is left as it was.
+      ValueError: `model` is no module, an array holds NaN or infinity, or `load` would refuse what
+        the network says of itself (see `dhp_jax.schema`). What was there before is left as it was.
 
     Example:
       >>> dhp.save("out/", small, input_shape=(32, 32, 3), test_error=8.46)
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"model: expected an nnx.Module, got {shown(model)}")
     path = Path(os.path.realpath(path))
-    if path.is_file() or (
-        path.exists() and not {item.name for item in path.iterdir()} <= {DESCRIPTION, ARRAYS}
-    ):
+    if not may_hold(path):
         raise FileExistsError(
             f"path: expected no or an empty folder, or one with a network only, got {path}"
         )
@@ -100,12 +101,12 @@ def save(
     text = json.dumps(description, indent=1)
     _check_text(text.encode(), path / DESCRIPTION)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    write(unfinished / ARRAYS, content)
-    write(unfinished / DESCRIPTION, text)
-    _put(unfinished, path)
+    part = unfinished(path)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    write(part / ARRAYS, content)
+    write(part / DESCRIPTION, text)
+    put(part, path)
 
 
 def load(
@@ -189,7 +190,15 @@ def verify(path: str | os.PathLike) -> dict[str, Any]:
 
 def exists(path: str | os.PathLike) -> bool:
     """Whether a folder holds a network."""
-    return all((Path(path) / name).is_file() for name in (DESCRIPTION, ARRAYS))
+    return all(os.path.isfile(Path(path) / name) for name in (DESCRIPTION, ARRAYS))
+
+
+def may_hold(path: str | os.PathLike) -> bool:
+    """Whether `save` may write there: nothing is there, an empty folder, or a network only."""
+    path = Path(path)
+    if not path.is_dir():
+        return not path.exists()
+    return {item.name for item in path.iterdir()} <= {DESCRIPTION, ARRAYS}
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
@@ -203,8 +212,9 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
         try:
             mode = os.lstat(path / name).st_mode
         except (OSError, ValueError):
+            hint = f"; {path / MODEL} is one" if exists(path / MODEL) else ""
             raise ArtifactError(
-                f"path: expected a folder with {DESCRIPTION} and {ARRAYS}, got {path}"
+                f"path: expected a folder with {DESCRIPTION} and {ARRAYS}, got {path}{hint}"
             ) from None
         if not stat.S_ISREG(mode):
             what = "a link" if stat.S_ISLNK(mode) else "something else"
@@ -251,22 +261,6 @@ def _provenance() -> dict[str, str]:
 
 def _entry(array: np.ndarray | jax.ShapeDtypeStruct) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype)}
-
-
-def _put(unfinished: Path, path: Path) -> None:
-    """Gives a finished folder its name; what had it goes."""
-    replaced = path.with_name(f".{path.name}.replaced")
-    if path.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        path.rename(replaced)
-    try:
-        unfinished.rename(path)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(path)
-        raise
-    sync(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 # Reading
@@ -343,10 +337,21 @@ def _of_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
 
 def _of_function(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     """The unpruned network that the reader's own function makes, abstractly."""
-    whole = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    if not isinstance(whole, nnx.Module):
-        raise ArtifactError(f"build: expected a function that makes an nnx.Module, got {whole!r}")
-    return whole
+
+    def made() -> nnx.Module:
+        model = build(nnx.Rngs(0))
+        if not isinstance(model, nnx.Module):
+            raise TypeError(f"it returns {shown(model)}")
+        return model
+
+    try:
+        return nnx.eval_shape(made)
+    except Exception as error:  # whatever the function raises, or what is none
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(
+            "build: expected a function build(rngs) that makes the unpruned network, an "
+            f"nnx.Module; got {shown(build)}: {what}"
+        ) from error
 
 
 def _masks(

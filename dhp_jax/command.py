@@ -16,7 +16,9 @@ import numpy as np
 from dhp_jax import checkpoint, models
 from dhp_jax.data.augment import normalize
 from dhp_jax.latent import latents
+from dhp_jax.names import shown
 from dhp_jax.prune import prune
+from dhp_jax.schema import check_notes
 
 WHICH = ("model", "best", "pruned", "search")  # what a run leaves
 
@@ -32,7 +34,7 @@ def parser(description: str) -> Parser:
     """A parser of the arguments that tell which network is meant."""
     made = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("model", type=Path, help="a run's folder, or one that dhp.save wrote")
-    made.add_argument("--which", choices=WHICH, default="model", help="of a run's networks")
+    made.add_argument("--which", choices=WHICH, help="of a run's networks; model by default")
     made.add_argument("--build", help="module:function that builds a network of your own class")
     return made
 
@@ -95,30 +97,36 @@ class Saved:
         return normalize(scale * pixels, self.notes["mean"], self.notes["std"])
 
 
-def opened(path: str | os.PathLike, which: str = "model", build: str | None = None) -> Saved:
+def opened(path: str | os.PathLike, which: str | None = None, build: str | None = None) -> Saved:
     """Loads a network from a run's folder, or one that `dhp.save` wrote.
 
     Args:
       path: the folder.
-      which: one of a run's networks.
+      which: one of a run's networks, its `model` if `None`.
       build: "module:function" that makes a network of the user's own class.
 
     Raises:
-      ValueError: no network is there, it cannot be loaded, or `build` leads to no function.
+      ValueError: no network is there, it cannot be loaded, commands cannot use what is noted of it,
+        or `build` leads to no function.
     """
     folder = find(path, which)
+    notes = checkpoint.read_description(folder)["notes"]
+    check_notes(notes, str(folder / checkpoint.DESCRIPTION))
     model = checkpoint.load(folder, build=None if build is None else imported(build))
     if latents(model):
         model = prune(model)
         model.eval()
-    return Saved(folder, model, checkpoint.read_description(folder)["notes"])
+    return Saved(folder, model, notes)
 
 
-def find(path: str | os.PathLike, which: str = "model") -> Path:
+def find(path: str | os.PathLike, which: str | None = None) -> Path:
     """The folder of a network: `path` itself, or the one in a run's folder."""
     path = Path(path)
     if checkpoint.exists(path):
+        if which is not None:
+            raise ValueError(f"--which: expected none, for {path} is one network; got {which}")
         return path
+    which = which or "model"
     if checkpoint.exists(path / which):
         return path / which
     others = [name for name in WHICH if checkpoint.exists(path / name)]
@@ -134,8 +142,11 @@ def imported(text: str) -> Callable[..., nnx.Module]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(importlib.import_module(module), name)
+        if not callable(found):
+            raise TypeError(f"it is {shown(found)}")
+    except Exception as error:  # a module of the user's may raise anything
         raise ValueError(
             f"build: expected module:function, such as networks:Net; got {text!r}: {error}"
         ) from error
+    return found

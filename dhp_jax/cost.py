@@ -317,7 +317,8 @@ def _trace(model, input_shape):
 
 def input_refused(input_shape: tuple[int, ...], error: Exception) -> str:
     """One line for a forward pass that fails on an input of some shape."""
-    message = f"input_shape: the model does not take {input_shape}: {str(error).splitlines()[0]}"
+    what = (str(error).splitlines() or [type(error).__name__])[0]
+    message = f"input_shape: the model does not take {input_shape}: {what}"
     if "incompatible shapes" in message:
         message = message.rstrip(".") + "; axes that are added must be one latent"
     return message

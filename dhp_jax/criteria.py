@@ -11,7 +11,7 @@ from flax import nnx
 import numpy as np
 
 from dhp_jax.cost import Cost
-from dhp_jax.latent import latents, walk
+from dhp_jax.latent import latents, latents_to_prune, walk
 from dhp_jax.layers import Hyper
 from dhp_jax.prune import Scores, check_budget, removals, slack
 from dhp_jax.widths import Multiples, multiples
@@ -36,7 +36,8 @@ def l1_scores(model: nnx.Module) -> Scores:
       For each prunable latent by name an array of its size, of mean 1.
 
     Raises:
-      ValueError: a prunable latent is the output of no convolution on latents.
+      ValueError: a network without latents; a prunable latent is the output of no convolution on
+        latents.
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=dhp.l1_scores(model))
@@ -46,7 +47,7 @@ def l1_scores(model: nnx.Module) -> Scores:
     mean as the scale, are ours; Molchanov et al., ICLR 2017 (arXiv 1611.06440), divide by the l2
     norm of a layer's scores.
     """
-    sums = {z: np.zeros(z.size) for z in latents(model).values()}
+    sums = {z: np.zeros(z.size) for z in latents_to_prune(model).values()}
     ruled = set()
     for _, _, layer in walk(model):
         if isinstance(layer, Hyper):
@@ -83,7 +84,7 @@ def random_scores(model: nnx.Module, seed: int) -> Scores:
       For each prunable latent by name an array of its size, from U(0, 1).
 
     Raises:
-      ValueError: a seed that is none.
+      ValueError: a network without latents, or a seed that is none.
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=dhp.random_scores(model, 0))
@@ -91,7 +92,8 @@ def random_scores(model: nnx.Module, seed: int) -> Scores:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed: expected an integer of at least 0, got {seed!r}")
     rng = np.random.default_rng(seed)
-    return {name: rng.random(z.size) for name, z in latents(model).items() if z.prunable}
+    found = latents_to_prune(model)
+    return {name: rng.random(z.size) for name, z in found.items() if z.prunable}
 
 
 def uniform_within(

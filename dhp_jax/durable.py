@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+import shutil
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
@@ -32,6 +33,30 @@ def user_cache(name: str) -> Path:
 def unfinished(path: Path) -> Path:
     """Where a file is while it is written; what is left of it after a death means nothing."""
     return path.with_name(f".{path.name}.unfinished")
+
+
+def put(part: Path, path: Path) -> None:
+    """Gives a finished file or folder its name; what had it goes.
+
+    Raises:
+      OSError: it cannot have it; what was there before is still there.
+    """
+    if not part.is_dir():
+        part.replace(path)
+        sync(path.parent)
+        return
+    replaced = path.with_name(f".{path.name}.replaced")
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    try:
+        part.rename(path)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
+    sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sync(path: str | os.PathLike) -> None:

@@ -94,7 +94,8 @@ def export(
 
     Args:
       model: an ordinary or pruned network; left as it was.
-      path: the file to write, or the folder for safetensors; replaced if it is there.
+      path: the file to write, or the folder for safetensors; a file, or a folder with a network
+        only, is replaced once what was written has been tried.
       input_shape: of one example, `(height, width, channels)`.
       format: "stablehlo" (for cpu, cuda and tpu; `jax.export.deserialize` reads it), "onnx" (in
         float32) or "safetensors" (a folder that `dhp.load` reads).
@@ -108,15 +109,17 @@ def export(
       What was written, and how far its outputs were from the network's.
 
     Raises:
-      ValueError: an unknown format or one whose packages are missing, a network with latents, or
-        one that cannot be written in this format.
-      ExportError: outputs differ by more than rounding; what was written is removed.
+      ValueError: an unknown format or one whose packages are missing, a path where something else
+        is, a network with latents, or one that cannot be written in this format. What was at `path`
+        before is left as it was.
+      ExportError: outputs differ by more than rounding; what was at `path` is left as it was.
 
     Example:
       >>> export(small, "small.onnx", (32, 32, 3), format="onnx").differences
       {'random': 1.4e-06, 'another size': 1.9e-06}
     """
     check_format(format)
+    check_path(path, format)
     _check_build(model, format, build)
     path, input_shape = Path(path), tuple(input_shape)
     if inputs is None:
@@ -124,8 +127,10 @@ def export(
         inputs = {"random": random.astype(np.float32)}
     model = nnx.clone(model)
     model.eval()
-    write = WRITERS[format] if build is None else functools.partial(_safetensors, build=build)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write = WRITERS[format] if build is None else functools.partial(WRITERS[format], build=build)
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = durable.unfinished(target)
     multiple = tiling(model).multiple
     shapes = list(_shapes(input_shape, multiple))
     if format == "safetensors":  # read as the network that it is, with all its freedom
@@ -136,14 +141,15 @@ def export(
             tried["another size"] = _enlarged(next(iter(inputs.values())), multiple)
         try:
             folded = fold(model, input_shape if format == "safetensors" else _sizes(shape))
-            run = write(folded, path, shape, notes or {})
-            differences, largest = _compared(model, run, tried)
+            with _removed(part):
+                run = write(folded, part, shape, notes or {})
+                differences, largest = _compared(model, run, tried)
+                durable.put(part, target)
         except Exception as error:  # whatever a forward pass or a converter may raise
             failure = error
             continue
         count = sum(isinstance(module, Identity) for _, _, module in walk(folded))
         return Exported(path, shape, count, differences, largest)
-    _remove(path)
     if isinstance(failure, ExportError):
         raise failure
     what = f"{type(failure).__name__}: {failure}".splitlines()[0]
@@ -162,6 +168,18 @@ def check_format(format: str) -> None:
             f"format: {format!r} needs {' and '.join(missing)}, not installed here; "
             f'run: pip install "dhp_jax[{format}]"'
         )
+
+
+def check_path(path: str | os.PathLike, format: str, argument: str = "path") -> None:
+    """Raises a `ValueError` where something is that an export must not replace."""
+    path = Path(path)
+    if format == "safetensors" and not checkpoint.may_hold(path):
+        raise ValueError(
+            f"{argument}: expected no or an empty folder, or one with a network only, got {path}"
+        )
+    if format != "safetensors" and path.exists() and not path.is_file():
+        what = "the folder" if path.is_dir() else "something else:"
+        raise ValueError(f"{argument}: expected a file, or nothing there yet, got {what} {path}")
 
 
 def _check_build(model: nnx.Module, format: str, build: Build) -> None:
@@ -191,11 +209,21 @@ def _enlarged(x: Float[np.ndarray, "n h w c"], multiple: int) -> Float[np.ndarra
     return np.pad(x, ((0, 0), (0, multiple), (0, 2 * multiple), (0, 0)), mode="wrap")
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
+@contextlib.contextmanager
+def _removed(part: Path) -> Iterator[None]:
+    """Removes an unfinished file or folder, before and after."""
+    _remove(part)
+    try:
+        yield
+    finally:
+        _remove(part)
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir() and not part.is_symlink():
+        shutil.rmtree(part)
     else:
-        path.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 # Writing, and reading what was written
@@ -297,7 +325,7 @@ def _compared(
         if not differences[name] <= _tolerance(model) * max(1.0, peak):
             raise ExportError(
                 f"export: outputs on {name} differ from the network's by up to "
-                f"{differences[name]:.3g}, where they are up to {peak:.3g}; nothing is left of it"
+                f"{differences[name]:.3g}, where they are up to {peak:.3g}; it is not kept"
             )
     return differences, largest
 
@@ -319,7 +347,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--input-shape", type=_shape_of, help="32,32,3, if none is noted")
     options = parser.parse_args(arguments)
     check_format(options.format)
+    if options.out is not None:
+        check_path(options.out, options.format, "--out")
     saved = command.opened(options.model, options.which, options.build)
+    if options.out is not None and options.out.resolve() == saved.path.resolve():
+        raise ValueError(f"--out: expected another folder than the network's, got {options.out}")
     shape = options.input_shape or saved.input_shape
     if shape is None:
         raise ValueError(f"--input-shape: expected one, for {saved.path} notes none; got none")

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from dhp_jax.draw import normal
+from dhp_jax.names import shown
 
 
 class LatentVector(nnx.Param):
@@ -218,6 +219,23 @@ def latents(model: nnx.Module) -> dict[str, Latent]:
       >>> {name: z.size for name, z in dhp.latents(model).items() if z.prunable}
     """
     return {path: m for path, _, m in walk(model) if isinstance(m, Latent)}
+
+
+def latents_to_prune(model: nnx.Module) -> dict[str, Latent]:
+    """The latents of a network that is to be pruned.
+
+    Raises:
+      ValueError: it has none, as one that was pruned before.
+    """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"model: expected a network with latents, got {shown(model)}")
+    found = latents(model)
+    if not found:
+        raise ValueError(
+            f"model: expected a network with latents, got a {type(model).__name__} that has none; "
+            "dhp.with_latents makes one of a pruned network"
+        )
+    return found
 
 
 def walk(model: nnx.Module) -> Iterator[tuple[str, nnx.Module | None, nnx.Module]]:

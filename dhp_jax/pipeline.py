@@ -58,6 +58,7 @@ from dhp_jax.workdir import (
     grow,
     held,
     note_command,
+    plain,
     settle_data,
     stored,
 )
@@ -532,9 +533,19 @@ class _Work:
         path = self.run.workdir / name
         phase = None if progress is None else dataclasses.asdict(progress)
         shape = self.run.problem.input_shape
-        noted = {**self.run.problem.notes, **notes}
+        noted = {**self.run.problem.notes, **notes, "run": self._asked()}
         checkpoint.save(path, model, input_shape=shape, phase=phase, **noted)
         return checkpoint.read_description(path)["sha256"]
+
+    def _asked(self) -> dict[str, Any]:
+        """What was asked of the run, by the names of the configuration: it tells a network's origin
+        where the run's directory is not at hand."""
+        fields = ("method", "seed")
+        if self.method.chooses:
+            fields += ("target", "budget", "multiple_of")
+        config = plain(self.config)
+        data = {"name": config["data"]["name"], "checksums": dict(self.run.problem.checksums)}
+        return {name: config[name] for name in fields} | {"data": data}
 
     def _trained(self, phase: str, source: str) -> bool:
         """Whether both networks of the last phase are there."""

@@ -4,47 +4,78 @@ python -m dhp_jax.predict runs/digits_resnet20 digit.png
 python -m dhp_jax.predict runs/dncnn_s70 noisy.png --out=clean/
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 import sys
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, UInt8
 import numpy as np
 from PIL import Image
 
-from dhp_jax import command
+from dhp_jax import command, models
+from dhp_jax.architecture import architecture_of
 from dhp_jax.backend import inference
+from dhp_jax.checkpoint import DESCRIPTION
 from dhp_jax.command import Saved
+from dhp_jax.cost import input_refused
 from dhp_jax.data.decode import COLOUR, GRAY, decode, opened
+from dhp_jax.names import unknown
 from dhp_jax.tasks.metrics import pixels
 from dhp_jax.tasks.whole import restore, tiling
+
+LABELS = "classification"
+TASKS = (LABELS, "super_resolution", "denoising")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the arguments, and prints a line for each image."""
     parser = command.parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, help="image files")
-    parser.add_argument("--top", type=int, default=3, help="how many classes are shown")
+    parser.add_argument("--top", type=int, help="how many classes are shown; 3 by default")
     parser.add_argument("--resize", action="store_true", help="to the size the network takes")
     parser.add_argument("--out", type=Path, help="folder for restored images")
     parser.add_argument("--tile", type=int, help="side of the tiles of images that do not fit")
     options = parser.parse_args(arguments)
     saved = command.opened(options.model, options.which, options.build)
-    if saved.task is None:
-        raise ValueError(f"{saved.path}: expected a note task; dhp.save(path, model, task=...)")
-    if saved.task == "classification":
-        if options.out is not None:
-            raise ValueError(f"--out: expected none, for {saved.path} labels images")
-        ranked = label(saved, options.images, top=options.top, resize=options.resize)
+    _check_task(saved)
+    if saved.task == LABELS:
+        _check_unused(options, ("out", "tile"), f"{saved.path} labels images")
+        top = 3 if options.top is None else options.top
+        ranked = label(saved, options.images, top=top, resize=options.resize)
         for file, ranking in zip(options.images, ranked, strict=True):
             print(f"{file}: {', '.join(f'{name} {share:.1%}' for name, share in ranking)}")
         return
+    _check_unused(options, ("top", "resize"), f"{saved.path} restores images")
     if options.out is None:
         raise ValueError(f"--out: expected a folder, for {saved.path} restores images; got none")
     for file in restored_files(saved, options.images, options.out, tile=options.tile):
         print(file)
+
+
+def _check_task(saved: Saved) -> None:
+    """Raises unless a network is for one of the tasks, and may be."""
+    if saved.task is None:
+        raise ValueError(f"{saved.path}: expected a note task; dhp.save(path, model, task=...)")
+    where = f"{saved.path / DESCRIPTION}: notes.task"
+    if saved.task not in TASKS:
+        raise ValueError(unknown(where, saved.task, TASKS))
+    family = architecture_of(saved.model).family
+    expected = saved.task if family is None else models.task_of(family)
+    if (expected == LABELS) != (saved.task == LABELS):
+        raise ValueError(
+            f"{where}: expected {expected!r}, as of family {family!r}; got {saved.task!r}"
+        )
+
+
+def _check_unused(options: Namespace, names: Sequence[str], why: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value is not False:
+            raise ValueError(f"--{name}: expected none, for {why}; got {value}")
 
 
 def label(
@@ -64,26 +95,23 @@ def label(
 
     Raises:
       ValueError: an image that cannot be read, or of another size or number of channels than the
-        network takes; a network whose notes do not tell how its data were normalised.
+        network takes; a network whose notes do not tell how its data were normalised, or do not
+        suit it.
 
     Example:
       >>> label(command.opened("runs/digits_resnet20"), [Path("digit.png")])
     """
     if top < 1:
         raise ValueError(f"--top: expected at least 1, got {top}")
-    height, width, channels = _input_shape(saved)
-    if resize and height != width:
-        raise ValueError(f"--resize: expected a network of square images, got {height}x{width}")
-    images = [_read(file, channels, height if resize else None) for file in files]
-    for file, image in zip(files, images, strict=True):
-        if image.shape[:2] != (height, width):
-            raise ValueError(
-                f"{file}: expected {width} pixels wide and {height} high, got {image.shape[1]} "
-                f"and {image.shape[0]}; --resize brings images to that size"
-            )
-    logits = inference(saved.model)(saved.inputs(np.stack(images)))
+    shape = _input_shape(saved)
+    if resize and shape[0] != shape[1]:
+        raise ValueError(
+            f"--resize: expected a network of square images, got {shape[0]}x{shape[1]}"
+        )
+    names = _class_names(saved, shape)
+    images = np.stack([_of_shape(file, shape, resize) for file in files])
+    logits = inference(saved.model)(saved.inputs(images))
     shares = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)))
-    names = saved.notes.get("class_names") or [str(number) for number in range(shares.shape[-1])]
     best = np.argsort(-shares, axis=-1, kind="stable")[:, :top]
     return [[(names[i], float(row[i])) for i in of] for row, of in zip(shares, best, strict=True)]
 
@@ -97,6 +125,41 @@ def _input_shape(saved: Saved) -> tuple[int, ...]:
     return saved.input_shape
 
 
+def _class_names(saved: Saved, shape: tuple[int, ...]) -> list[str]:
+    """A name for each output of the network: those noted, or numbers."""
+    graphdef, state = nnx.split(saved.model)
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    try:
+        made = jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), state, images)
+    except Exception as error:  # whatever a forward pass may raise
+        raise ValueError(
+            f"{saved.path / DESCRIPTION}: notes.{input_refused(shape, error)}"
+        ) from error
+    if not isinstance(made, jax.ShapeDtypeStruct) or made.ndim != 2:
+        raise ValueError(
+            f"{saved.path}: expected a network that gives each class a number; got {made}"
+        )
+    names = saved.notes.get("class_names") or [str(number) for number in range(made.shape[-1])]
+    if len(names) != made.shape[-1]:
+        raise ValueError(
+            f"{saved.path / DESCRIPTION}: notes.class_names: expected {made.shape[-1]} names, as "
+            f"many as the network has outputs, got {len(names)}"
+        )
+    return names
+
+
+def _of_shape(file: Path, shape: tuple[int, ...], resize: bool) -> UInt8[np.ndarray, "h w c"]:
+    """The pixels of an image file, of the height and width that the network takes."""
+    height, width, channels = shape
+    image = _read(file, channels, height if resize else None)
+    if image.shape[:2] != (height, width):
+        raise ValueError(
+            f"{file}: expected {width} pixels wide and {height} high, got {image.shape[1]} "
+            f"and {image.shape[0]}; --resize brings images to that size"
+        )
+    return image
+
+
 def restored_files(
     saved: Saved, files: Sequence[Path], folder: Path, *, tile: int | None = None
 ) -> list[Path]:
@@ -105,7 +168,7 @@ def restored_files(
     Args:
       saved: a network that denoises or enlarges.
       files: image files, of 8 bits a channel or less.
-      folder: made if it is not there.
+      folder: made if it is not there, once all images have been decoded.
       tile: side of the tiles that larger images are cut into; `None` runs them whole.
 
     Returns:
@@ -127,8 +190,13 @@ def restored_files(
     channels = getattr(saved.model, "channels", None) or _input_shape(saved)[-1]
     tiling(saved.model).check("--tile", tile)
     for file in files:  # before the first is run
-        _check_mode(file, channels)
-    folder.mkdir(parents=True, exist_ok=True)
+        _read(file, channels)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out: expected a folder that can be made, got {folder} ({error.strerror})"
+        ) from error
     network = inference(saved.model)
     for file, target in zip(files, targets, strict=True):
         image = pixels(restored(saved, network, _read(file, channels), tile=tile))
@@ -151,9 +219,9 @@ def restored(
 
 
 def _read(file: Path, channels: int, size: int | None = None) -> UInt8[np.ndarray, "h w c"]:
-    """The pixels of an image file, if it has as many channels as the network."""
+    """The pixels of an image file, upright, if it has as many channels as the network."""
     mode = _check_mode(file, channels)
-    return decode(file, mode, argument="images", resize=size, crop=size)
+    return decode(file, mode, argument="images", upright=True, resize=size, crop=size)
 
 
 def _check_mode(file: Path, channels: int) -> str:

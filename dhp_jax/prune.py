@@ -15,7 +15,7 @@ import numpy as np
 
 from dhp_jax.architecture import architecture_of, set_architecture
 from dhp_jax.cost import MEASURES, Cost, Counts, input_refused
-from dhp_jax.latent import Axis, Latent, latents, modules_in
+from dhp_jax.latent import Axis, Latent, latents, latents_to_prune, modules_in
 from dhp_jax.layers import Prunable
 from dhp_jax.names import unknown
 from dhp_jax.widths import Multiples, multiples
@@ -109,7 +109,9 @@ def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: Multiples = 1) ->
 def check_budget(
     model: nnx.Module, cost: Cost, multiple_of: Multiples = 1, **budget: float
 ) -> None:
-    """Raises unless each budget is in (0, 1] and can be reached; see `survivors_within`."""
+    """Raises unless there are latents, and each budget is in (0, 1] and can be reached; see
+    `survivors_within`."""
+    latents_to_prune(model)
     multiples(model, multiple_of)
     if not budget or not set(budget) <= set(MEASURES):
         expected = "expected some of flops=, params=, activations="
@@ -162,8 +164,9 @@ def survivors_within(
       A boolean mask for each latent by name.
 
     Raises:
-      ValueError: a share outside (0, 1]; `multiple_of` below 1, or above the size of every latent;
-        scores that are missing, of another size, not finite, or of an unknown latent;
+      ValueError: a network without latents; a share outside (0, 1]; `multiple_of` below 1, or above
+        the size of every latent; scores that are missing, of another size, not finite, or of an
+        unknown latent;
         `BudgetError`, a `ValueError`, if `min_channels`, `multiple_of` and latents that are not
         prunable make a share unreachable (it tells the smallest one).
     """
@@ -289,7 +292,8 @@ def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
       `model`: copy it before donating its buffers, if you still need `model`.
 
     Raises:
-      ValueError: a mask that is missing, unknown, of another length, or keeps nothing.
+      ValueError: a mask that is missing, unknown, of another length, or keeps nothing; masks for a
+        network without latents.
 
     Example:
       >>> small = dhp.prune(model, dhp.survivors(model, threshold=5e-3))
@@ -348,7 +352,7 @@ def replaced(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> Any:
 
 def check_masks(model: nnx.Module, keep: Masks) -> None:
     """Raises unless there is a mask for every latent, of its size, that keeps what has to stay."""
-    expected = latents(model)
+    expected = latents_to_prune(model) if keep else latents(model)
     for name in expected.keys() ^ keep.keys():
         what = "has no mask for latent" if name in expected else "has a mask for unknown latent"
         raise ValueError(f"keep: {what} {name!r}; the model's latents are {sorted(expected)}")

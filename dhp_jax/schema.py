@@ -29,6 +29,9 @@ LONGEST_INTEGER = 20  # digits
 LONGEST_TEXT = 1024  # characters of a name
 LARGEST_NUMBER = 2**20  # among arguments, and the largest index of a survivor
 LONGEST_LIST = 64  # of an argument
+LARGEST_EXAMPLE = 2**28  # numbers in an input of the network
+SMALLEST_SCALE = 1e-6  # that pixels are divided by
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # characters that a terminal may obey
 
 FIELDS = {  # of model.json, with what they hold
     "format": (str,),
@@ -145,6 +148,68 @@ def check_description(description: Any, where: str) -> None:
     _check_survivors(description["survivors"] or {}, where)
     _check_table(description["arrays"], where)
     _check_folded(description.get("folded", []), where)
+
+
+def check_notes(notes: Mapping[str, Any], where: str) -> None:
+    """Raises unless commands can use what they read of the notes; others may be any JSON.
+
+    Args:
+      notes: of a description that has been checked.
+      where: what an error calls the file.
+
+    Raises:
+      ArtifactError: it names the field, its value and what was expected.
+    """
+    shape = notes.get("input_shape")
+    channels = shape[-1] if _is_input_shape(shape) else None
+    a_channel = "a list of numbers" if channels is None else f"a list of {channels} numbers"
+    of_scale = f"{SMALLEST_SCALE} .. {LARGEST_NUMBER}"
+    for name, fits, expected in (
+        ("task", lambda task: isinstance(task, str), "a text"),
+        (
+            "input_shape",
+            _is_input_shape,
+            f"a list of positive integers, of at most {LARGEST_EXAMPLE} as their product",
+        ),
+        (
+            "mean",
+            lambda mean: _are_numbers(mean, -LARGEST_NUMBER, channels),
+            f"{a_channel} of at most {LARGEST_NUMBER}, one for each channel",
+        ),
+        (
+            "std",
+            lambda std: _are_numbers(std, SMALLEST_SCALE, channels),
+            f"{a_channel} in {of_scale}, one for each channel",
+        ),
+        ("peak", lambda peak: _are_numbers([peak], SMALLEST_SCALE), f"a number in {of_scale}"),
+        (
+            "class_names",
+            _are_names,
+            f"a list of texts of at most {LONGEST_TEXT} characters, none of them a control one",
+        ),
+    ):
+        if name in notes and not fits(notes[name]):
+            _refuse(where, f"notes.{name}", expected, notes[name])
+
+
+def _is_input_shape(value: Any) -> bool:
+    return bool(value) and _is_shape(value) and 0 < math.prod(value) <= LARGEST_EXAMPLE
+
+
+def _are_numbers(values: Any, least: float, count: int | None = None) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == (count or len(values)) > 0
+        and all(type(value) in (int, float) for value in values)
+        and all(least <= value <= LARGEST_NUMBER for value in values)
+    )
+
+
+def _are_names(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(name, str) and len(name) <= LONGEST_TEXT and not CONTROL.search(name)
+        for name in values
+    )
 
 
 def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:

@@ -215,6 +215,50 @@ def test_a_network_that_is_there_is_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("model", [None, Mixed, {"a": 1}])
+def test_only_networks_are_saved(tmp_path, model):
+    with pytest.raises(ValueError, match=r"^model: expected an nnx\.Module, got "):
+        dhp.save(tmp_path / "out", model)
+    assert not list(tmp_path.iterdir())
+
+
+def nothing(rngs):
+    """Forgets to return what it makes."""
+
+
+def wrong(rngs):
+    raise KeyError
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (5, "got 5: 'int' object is not callable"),
+        (os.getcwd, "got <built-in function getcwd>: "),
+        (nothing, "got <function nothing at .*>: it returns None$"),
+        (wrong, "got <function wrong at .*>: KeyError$"),
+    ],
+)
+def test_what_builds_no_network_is_told_in_one_line(tmp_path, build, message):
+    dhp.save(tmp_path, Bare())
+    with pytest.raises(checkpoint.ArtifactError, match=message) as caught:
+        dhp.load(tmp_path, build=build)
+    assert str(caught.value).startswith("build: expected a function build(rngs) that makes the ")
+    assert "\n" not in str(caught.value)
+
+
+class Bare(nnx.Module):
+    def __init__(self):
+        self.factor = nnx.Param(jnp.ones(1))
+
+
+def test_the_network_in_a_runs_folder_is_pointed_to(tmp_path):
+    dhp.save(tmp_path / "model", Bare())
+    with pytest.raises(checkpoint.ArtifactError) as caught:
+        dhp.load(tmp_path)
+    assert str(caught.value).endswith(f", got {tmp_path}; {tmp_path / 'model'} is one")
+
+
 @pytest.mark.parametrize("fails", ["write", "rename", "note"])
 def test_a_save_that_fails_leaves_the_network_that_was_there(tmp_path, monkeypatch, fails):
     model = filled(Mixed)

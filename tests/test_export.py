@@ -17,7 +17,7 @@ import pytest
 from runs import commanded
 
 import dhp_jax as dhp
-from dhp_jax import command
+from dhp_jax import command, durable
 
 exporting = importlib.import_module("dhp_jax.export")
 ROOT = Path(__file__).parents[1]
@@ -130,7 +130,7 @@ def test_safetensors_are_a_folded_network_that_load_reads(tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_file_that_computes_something_else_is_removed(tmp_path, monkeypatch, format):
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, format):
     small, shape = pruned("dncnn")
 
     def wrong(model, *arguments, **options):
@@ -144,6 +144,94 @@ def test_a_file_that_computes_something_else_is_removed(tmp_path, monkeypatch, f
     ):
         exporting.export(small, tmp_path / "out", shape, format=format)
     assert list(tmp_path.iterdir()) == []
+
+
+class Doubling(nnx.Module):
+    """The smallest network that can be exported."""
+
+    def __init__(self, rngs):
+        self.factor = nnx.Param(jnp.full(1, 2.0))
+
+    def __call__(self, x):
+        return self.factor[...] * x
+
+
+def lay(path, there):
+    """Puts something where an export is to be written."""
+    if there == "file":
+        path.write_bytes(b"an earlier one")
+    elif there == "link":
+        path.with_name("earlier").write_bytes(b"an earlier one")
+        path.symlink_to("earlier")
+    elif there == "network":
+        dhp.save(path, Doubling(nnx.Rngs(1)), seed=1)
+    elif there != "nothing":
+        path.mkdir()
+        if there == "thesis":
+            (path / "thesis.txt").write_text("years of work")
+
+
+def tree(folder):
+    """Every path below a folder, with the content of files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def raising(model, path, *arguments, **options):
+    """A writer that fails in the middle."""
+    path.write_bytes(b"half")
+    raise RuntimeError("the converter fails")
+
+
+def killed(model, path, *arguments, **options):
+    path.mkdir()
+    (path / "half").write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+def computing(factor):
+    """A writer of a file that computes multiples of its inputs."""
+
+    def write(model, path, *arguments, **options):
+        path.write_bytes(b"whole")
+        return lambda x: factor * x
+
+    return write
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty", "thesis", "network", "file", "link"])
+@pytest.mark.parametrize("format", exporting.NEEDS)
+def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch, format, there):
+    monkeypatch.setitem(exporting.NEEDS, format, ())
+    lay(tmp_path / "out", there)
+    (tmp_path / "beside.txt").write_text("of somebody else")
+    before = tree(tmp_path)
+    folder = format == "safetensors"
+    options = {"format": format, "build": Doubling if folder else None}
+    fit = ("nothing", "empty", "network") if folder else ("nothing", "file", "link")
+    for write in (raising, killed, computing(3)):
+        monkeypatch.setitem(exporting.WRITERS, format, write)
+        with pytest.raises((ValueError, KeyboardInterrupt, exporting.ExportError)) as caught:
+            exporting.export(Doubling(nnx.Rngs(0)), tmp_path / "out", (2, 2, 3), **options)
+        assert (there not in fit) == str(caught.value).startswith("path: expected ")
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("there", ["nothing", "file", "link"])
+def test_a_file_that_was_tried_replaces_the_earlier_one(tmp_path, monkeypatch, there):
+    monkeypatch.setitem(exporting.NEEDS, "stablehlo", ())
+    monkeypatch.setitem(exporting.WRITERS, "stablehlo", computing(2))
+    lay(tmp_path / "out", there)
+    part = durable.unfinished(Path(os.path.realpath(tmp_path / "out")))
+    part.mkdir()  # of a process that was killed
+    model = Doubling(nnx.Rngs(0))
+    made = exporting.export(model, tmp_path / "out", (2, 2, 3), format="stablehlo")
+    assert made.path == tmp_path / "out"
+    assert made.path.read_bytes() == b"whole"
+    assert made.path.is_symlink() == (there == "link")
+    assert not part.exists()
 
 
 class Sorting(nnx.Module):
@@ -250,6 +338,25 @@ def test_a_network_of_ones_own_is_exported_with_build(tmp_path, capsys):
     assert (code, "a class of its own; expected load(path, build=...)" in err) == (2, True)
     code, _, err = told(capsys, *arguments, "--build=networks:Nobody")
     assert (code, "error: build: expected module:function" in err) == (2, True)
+
+
+def test_the_command_writes_over_nothing_but_earlier_exports(tmp_path, capsys):
+    dhp.save(tmp_path / "own", Doubling(nnx.Rngs(0)), input_shape=(2, 2, 3))
+    lay(tmp_path / "mine", "thesis")
+    before = tree(tmp_path)
+    arguments = (tmp_path / "own", "--format=safetensors", "--build=test_export:Doubling")
+    code, _, err = told(capsys, *arguments, f"--out={tmp_path / 'mine'}")
+    assert (code, err) == (
+        2,
+        "error: --out: expected no or an empty folder, or one with a network only, got "
+        f"{tmp_path / 'mine'}\n",
+    )
+    code, _, err = told(capsys, *arguments, f"--out={tmp_path / 'own'}")
+    assert (code, err) == (
+        2,
+        f"error: --out: expected another folder than the network's, got {tmp_path / 'own'}\n",
+    )
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -536,6 +536,24 @@ def test_what_was_predicted_and_measured_is_told(quick):
     assert "50.00 %" in page
 
 
+def test_every_network_tells_what_was_asked_of_its_run_wherever_it_is_copied_to(quick, tmp_path):
+    checksums = json.loads((quick.workdir / "data.json").read_text())["checksums"]
+    asked = {
+        "method": "dhp",
+        "seed": quick.config.seed,
+        "target": 0.6,
+        "budget": {
+            "flops": None, "params": 0.55, "activations": 0.8, "latency": 0.5, "batch": 3,
+        },
+        "multiple_of": 1,
+        "data": {"name": "digits", "checksums": checksums},
+    }  # fmt: skip
+    assert checksums.keys() == {"train", "test"}
+    for name in NETWORKS:
+        shutil.copytree(quick.workdir / name, tmp_path / name)
+        assert dhp.checkpoint.verify(tmp_path / name)["notes"]["run"] == asked
+
+
 def test_a_run_that_goes_on_measures_nothing_once_its_network_is_pruned(
     quick, tmp_path, monkeypatch
 ):
@@ -591,6 +609,7 @@ def test_a_budget_out_of_reach_is_told_by_its_field(tmp_path, changes, field):
 def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finished, tmp_path):
     workdir = tmp_path / "baseline"
     summary = pipeline.execute(pipeline.prepare(tiny(method="baseline"), workdir))
+    assert description(workdir, "model")["notes"]["run"].keys() == {"method", "seed", "data"}
     assert {path.name for path in workdir.iterdir()} == {
         *("best", "model", "config.json", "metrics.jsonl"),
         *("tensorboard", "summary.json", "layers.md", "plots", "checkpoints", "data.json", ".lock"),

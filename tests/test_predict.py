@@ -1,11 +1,14 @@
 """Images from files are labelled and restored, or refused in one line."""
 
+import json
+import shutil
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from networks import MIXED_INPUT, Mixed, filled
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 import pytest
 from runs import commanded
 
@@ -88,7 +91,66 @@ def test_images_of_another_size_are_resized_if_told_so(digits_run, tmp_path, cap
     assert (code, out.count("%")) == (0, 3)
 
 
+def turned(path):
+    """A colour image file that lies on its side; returns its pixels as they are to be seen."""
+    lying = write(path, 4, 6, 3)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # its top is on the right
+    Image.fromarray(lying).save(path, exif=exif)
+    return np.rot90(lying, -1)
+
+
+def test_a_photograph_that_lies_on_its_side_is_labelled_upright(tmp_path):
+    dhp.save(
+        tmp_path / "own", Averaging(), input_shape=(6, 4, 3),
+        task="classification", mean=[0.0] * 3, std=[64.0] * 3,
+    )  # fmt: skip
+    upright = turned(tmp_path / "a.png")
+    saved = command.opened(tmp_path / "own", build="test_predict:Averaging")
+    (ranking,) = predict.label(saved, [tmp_path / "a.png"])
+    expected = np.asarray(jax.nn.softmax(upright[0].mean(0) / 64))  # of its first row
+    found = {int(name): share for name, share in ranking}
+    np.testing.assert_allclose([found[i] for i in range(3)], expected, rtol=1e-5)
+
+
+class Averaging(nnx.Module):
+    """Scores are the means of the first row, by channel."""
+
+    def __init__(self, rngs=None):
+        self.factor = nnx.Param(jnp.ones(1))
+
+    def __call__(self, x):
+        return self.factor[...] * x[:, 0].mean(1)
+
+
 # Restored images
+
+
+def test_a_photograph_that_lies_on_its_side_is_restored_upright(restorers, tmp_path):
+    upright = turned(tmp_path / "a.png")
+    Image.fromarray(upright).save(tmp_path / "b.png")
+    saved = command.opened(restorers / "edsr")
+    files = predict.restored_files(
+        saved, [tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out"
+    )
+    one, other = (Image.open(file) for file in files)
+    assert one.size == (8, 12)
+    np.testing.assert_array_equal(one, other)
+    assert not one.getexif()
+
+
+def test_no_image_is_written_unless_all_can_be_decoded(restorers, tmp_path, capsys):
+    write(tmp_path / "whole.png", 9, 9)
+    write(tmp_path / "cut.png", 90, 90)
+    content = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    code, out, err = told(
+        capsys, restorers / "dncnn", tmp_path / "whole.png", tmp_path / "cut.png",
+        f"--out={tmp_path / 'out'}",
+    )  # fmt: skip
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: images: cannot read '{tmp_path / 'cut.png'}': ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_image_is_denoised_whole_and_in_tiles_without_a_seam(restorers, tmp_path, capsys):
@@ -140,7 +202,36 @@ def test_an_image_is_enlarged(restorers, tmp_path):
         (["{digits}", "{tmp}/deep.png"], "error: {tmp}/deep.png: expected a gray image of at most"),
         (["{digits}", "{tmp}/gray.png", "--top=0"], "error: --top: expected at least 1, got 0"),
         (["{digits}", "{tmp}/gray.png", "--out=x"], "error: --out: expected none, for {digits}"),
+        (
+            ["{digits}", "{tmp}/gray.png", "--tile=64"],
+            "error: --tile: expected none, for {digits}/model labels images; got 64",
+        ),
         (["{restorers}/dncnn", "{tmp}/gray.png"], "error: --out: expected a folder, for "),
+        (
+            ["{restorers}/dncnn", "{tmp}/gray.png", "--out={tmp}/text.png"],
+            "error: --out: expected a folder that can be made, got {tmp}/text.png (File exists)",
+        ),
+        (
+            ["{restorers}/dncnn", "{tmp}/gray.png", "--out={tmp}/out", "--top=3"],
+            "error: --top: expected none, for {restorers}/dncnn restores images; got 3",
+        ),
+        (
+            ["{restorers}/dncnn", "{tmp}/gray.png", "--out={tmp}/out", "--resize"],
+            "error: --resize: expected none, for {restorers}/dncnn restores images; got True",
+        ),
+        (
+            ["{restorers}/dncnn", "{tmp}/gray.png", "--out={tmp}/out", "--which=best"],
+            "error: --which: expected none, for {restorers}/dncnn is one network; got best",
+        ),
+        (
+            ["{restorers}/dncnn", "{tmp}/gray.png", "--build=os:sep"],
+            "error: build: expected module:function, such as networks:Net; got 'os:sep': it is '",
+        ),
+        (
+            ["{restorers}/dncnn", "{tmp}/gray.png", "--build=os:getcwd"],
+            "error: build: expected a function build(rngs) that makes the unpruned network, an "
+            "nnx.Module; got <built-in function getcwd>: ",
+        ),
         (
             ["{restorers}/edsr", "{tmp}/gray.png", "--out={tmp}/out"],
             "error: {tmp}/gray.png: expected a colour image",
@@ -181,7 +272,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
         ({}, "expected a note task; dhp.save"),
         ({"task": "classification"}, "expected a note input_shape; dhp.save"),
         (
-            {"task": "classification", "input_shape": MIXED_INPUT, "mean": [1.0]},
+            {"task": "classification", "input_shape": MIXED_INPUT, "mean": [1.0] * 3},
             "expected notes std of the pixels it was trained on; dhp.save",
         ),
     ],
@@ -193,6 +284,99 @@ def test_what_is_not_noted_is_asked_for(tmp_path, capsys, notes, message):
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+DIGITS = {
+    "task": "classification",
+    "input_shape": [8, 8, 1],
+    "mean": [5],
+    "std": [6.0],
+    "peak": 16,
+    "class_names": list("0123456789"),
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("task", 5, "a text, got 5"),
+        ("task", "nonsense", "one of classification, denoising, super_resolution; got 'nonsense'"),
+        ("task", "denoising", "'classification', as of family 'resnet'; got 'denoising'"),
+        (
+            "input_shape",
+            5,
+            "a list of positive integers, of at most 268435456 as their product, got",
+        ),
+        (
+            "input_shape",
+            [8, 0, 1],
+            "a list of positive integers, of at most 268435456 as their product, got",
+        ),
+        (
+            "input_shape",
+            [8, True, 1],
+            "a list of positive integers, of at most 268435456 as their product, got",
+        ),
+        ("input_shape", [2**16, 2**16, 1], "a list of positive integers, of at most 268435456 as"),
+        (
+            "input_shape",
+            [],
+            "a list of positive integers, of at most 268435456 as their product, got",
+        ),
+        (
+            "input_shape",
+            None,
+            "a list of positive integers, of at most 268435456 as their product, got",
+        ),
+        ("mean", "abc", "a list of 1 numbers of at most 1048576, one for each channel, got 'abc'"),
+        ("mean", [1, 2], "a list of 1 numbers of at most 1048576, one for each channel, got [1, 2"),
+        ("mean", [1e300], "a list of 1 numbers of at most 1048576, one for each channel, got [1e"),
+        ("mean", [True], "a list of 1 numbers of at most 1048576, one for each channel, got [True"),
+        ("std", [0], "a list of 1 numbers in 1e-06 .. 1048576, one for each channel, got [0]"),
+        ("std", [-1.0], "a list of 1 numbers in 1e-06 .. 1048576, one for each channel, got [-1.0"),
+        ("std", [], "a list of 1 numbers in 1e-06 .. 1048576, one for each channel, got []"),
+        ("peak", "x", "a number in 1e-06 .. 1048576, got 'x'"),
+        ("peak", 0, "a number in 1e-06 .. 1048576, got 0"),
+        ("class_names", 5, "a list of texts of at most 1024 characters, none of them a control"),
+        ("class_names", [5] * 10, "a list of texts of at most 1024 characters, none of them a con"),
+        ("class_names", ["\x1b[2J"], "a list of texts of at most 1024 characters, none of them a"),
+        ("class_names", ["a"], "10 names, as many as the network has outputs, got 1"),
+    ],
+)
+def test_notes_from_elsewhere_are_checked(classifier, tmp_path, capsys, field, value, expected):
+    path = noting(classifier, tmp_path / "net", {field: value})
+    write(tmp_path / "a.png", 8, 8)
+    code, out, err = told(capsys, tmp_path / "net", tmp_path / "a.png")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{path}: notes.{field}: expected {expected}" in err
+
+
+def test_an_input_that_the_network_does_not_take_is_told(classifier, tmp_path, capsys):
+    notes = {"input_shape": [8, 8, 3], "mean": [5] * 3, "std": [6] * 3}
+    path = noting(classifier, tmp_path / "net", notes)
+    code, _, err = told(capsys, tmp_path / "net", tmp_path / "none.png")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{path}: notes.input_shape: the model does not take (8, 8, 3): " in err
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """The folder of a network that labels gray images of 8 x 8."""
+    arguments = {"depth": 8, "width": 0.25, "channels": 1}
+    model = filled(lambda rngs: dhp.models.build("resnet", rngs=rngs, **arguments))
+    folder = tmp_path_factory.mktemp("classifier")
+    dhp.save(folder, dhp.prune(model), **DIGITS)
+    return folder
+
+
+def noting(network, folder, notes):
+    """Copies a network, and edits its notes; returns the file that holds them."""
+    shutil.copytree(network, folder)
+    path = folder / "model.json"
+    description = json.loads(path.read_text())
+    description["notes"] |= notes
+    path.write_text(json.dumps(description))
+    return path
 
 
 def test_a_network_of_latents_is_used_as_an_ordinary_one(tmp_path):

@@ -8,7 +8,7 @@ import os
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dhp_jax.data.source import DataNotFoundError
 
@@ -25,6 +25,7 @@ def decode(
     *,
     argument: str = "data.dir",
     name: object = None,
+    upright: bool = False,
     resize: int | None = None,
     crop: int | None = None,
 ) -> np.ndarray:
@@ -35,6 +36,8 @@ def decode(
       mode: "L" for gray or "RGB".
       argument: what an error says is to be changed.
       name: what an error calls the file; its path if `None`.
+      upright: whether to turn it as its EXIF orientation says, as a phone's photograph. Data sets
+        are read as they lie, as elsewhere.
       resize: the shorter side after a resize (bicubic, antialiased) that keeps the proportions;
         `None` keeps the size.
       crop: side of the square that is cut out of the centre; `None` keeps everything.
@@ -46,7 +49,7 @@ def decode(
       DataNotFoundError: the file cannot be decoded.
     """
     with opened(file, argument=argument, name=name) as encoded:
-        image = encoded.convert(mode)
+        image = (ImageOps.exif_transpose(encoded) if upright else encoded).convert(mode)
     if resize is not None and min(image.size) != resize:
         scale = resize / min(image.size)
         size = tuple(round(scale * side) for side in image.size)
