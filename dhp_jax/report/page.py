@@ -19,7 +19,7 @@ from dhp_jax.report.document import Card, cards, code, document, meter, notice, 
 from dhp_jax.report.drawing import Line, Rule
 from dhp_jax.report.markup import Markup, element, joined
 from dhp_jax.report.wording import (
-    MEASURES,
+    LABELS,
     compact,
     duration,
     faster,
@@ -297,10 +297,10 @@ def _budgets(result: Result) -> Markup | None:
         return None
     cells = [
         [
-            MEASURES.get(name, "latency"),
+            LABELS.get(name, "latency"),
             percent(row["asked"]),
             percent(row["predicted"]),
-            percent(row["counted"]) if name in MEASURES else _ratio_of_times(row["ratio"]),
+            percent(row["counted"]) if name in LABELS else _ratio_of_times(row["ratio"]),
         ]
         for name, row in rows.items()
     ]
@@ -332,16 +332,16 @@ def _training(result: Result, summary: Mapping[str, Any] | None) -> Markup | Non
 def _ratio(result: Result) -> Markup | None:
     records = [r for r in result.records if r["phase"] == "search"]
     asked = result.asked
-    shown = [name for name in MEASURES if name in {"flops", "params", *asked}]
+    shown = [name for name in LABELS if name in {"flops", "params", *asked}]
     lines = [
-        Line(MEASURES[name], [(0, 100.0), *points], colour)
+        Line(LABELS[name], [(0, 100.0), *points], colour)
         for colour, name in enumerate(shown)
         if (points := _points(records, f"{name}_ratio", factor=100))
     ]
     if not lines:
         return None
     rules = [
-        Rule(f"{f'{MEASURES[name]}: ' * (len(asked) > 1)}search ends at {stop:g} %", stop)
+        Rule(f"{f'{LABELS[name]}: ' * (len(asked) > 1)}search ends at {stop:g} %", stop)
         for name, share in asked.items()
         for stop in [100 * share + 100 * result.config["search"]["stop_limit"]]
     ]
@@ -360,7 +360,7 @@ def _ratio(result: Result) -> Markup | None:
 
 
 def _percents(asked: Mapping[str, float]) -> str:
-    return " and ".join(f"{100 * share:g} % of the {MEASURES[n]}" for n, share in asked.items())
+    return " and ".join(f"{100 * share:g} % of the {LABELS[n]}" for n, share in asked.items())
 
 
 def _loss(result: Result) -> Markup | None:
