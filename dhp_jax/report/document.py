@@ -51,10 +51,11 @@ svg { display: block; width: 100%; height: auto; font: 12px system-ui, "DejaVu S
 svg text { fill: var(--soft); } svg .small { font-size: 10px; }
 svg .rule text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 svg .over text { stroke: none; fill: var(--ink); }
- svg .axis, svg .strong { fill: var(--ink); }
+svg .axis, svg .strong { fill: var(--ink); }
 .grid { stroke: var(--edge); stroke-width: 1; }
 .line { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
 circle { fill: currentColor; }
+.spread { stroke: currentColor; stroke-width: 2; opacity: .55; }
 .rule line { stroke: var(--soft); stroke-dasharray: 4 3; }
 .over line { stroke: var(--ink); }
 .area polygon { fill: var(--c0); }
