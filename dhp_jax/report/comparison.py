@@ -122,11 +122,16 @@ def _scores(run: Told, metric: Metric) -> list[str]:
     return [metric.text(test[which][metric.name]) for which in ("last", "best")]
 
 
-def _costs(run: Told) -> list[str]:
+def _costs(run: Told) -> list[Markup | str]:
     if not run.summary:
         return ["", ""]
     changes = [run.summary[name] for name in ("flops", "params")]
-    return [f"{compact(change['after'])} ({percent(change['ratio'])})" for change in changes]
+    return [_with(compact(change["after"]), percent(change["ratio"])) for change in changes]
+
+
+def _with(value: str, more: str) -> Markup:
+    """A number and what belongs to it, below it where there is no room beside it."""
+    return joined(f"{value} ", element("span", f"({more})", class_="aside"))
 
 
 def _latencies(run: Told) -> list[dict[str, Any]]:
@@ -142,13 +147,13 @@ def _speedup(run: Told, batch: int) -> dict[str, float] | None:
     return None
 
 
-def _faster(run: Told, batch: int) -> str:
+def _faster(run: Told, batch: int) -> Markup | str:
     speedup = _speedup(run, batch)
     if speedup is None:
         return ""
     if not run.result.prunes:
         return "1"
-    return "{median:.2f} ({low:.2f} to {high:.2f})".format(**speedup)
+    return _with(f"{speedup['median']:.2f}", "{low:.2f} to {high:.2f}".format(**speedup))
 
 
 def _cost(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:

@@ -7,12 +7,13 @@ import math
 
 from dhp_jax.report.markup import Markup, element, joined
 
-WIDTH, HEIGHT = 440, 250
+WIDTH, HEIGHT = 360, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 14, 40
 DECADES = 6  # of values beside 0 on one axis, at most
 MOST_POINTS = 400  # of a line
 MARKED = 60  # a line of so many points or fewer shows each
-NAMED = 48  # layers or latents of which each has its name beside it
+NAMED = 48  # layers of which each has its name beside it
+MOST_LATENTS = 32  # that are drawn, each with its name
 
 Point = tuple[float, float]
 
@@ -158,7 +159,7 @@ def silhouette(layers: Sequence[tuple[str, int, int]], details: Sequence[str]) -
     """
     named = len(layers) <= NAMED
     step = max(19, 430 / len(layers)) if named else max(6, 900 / len(layers))
-    foot = 12 + 5.2 * max(len(name) + 8 for name, _, _ in layers) if named else 24
+    foot = 12 + 5.7 * max(len(name) + 8 for name, _, _ in layers) if named else 24
     width, tall = 16 + step * len(layers), 150
     middle, widest = 8 + tall / 2, max(before for _, before, _ in layers)
     drawn = []
@@ -191,7 +192,7 @@ def silhouette(layers: Sequence[tuple[str, int, int]], details: Sequence[str]) -
         drawn.append(element("g", element("title", detail), *bars, label))
     if not named:
         drawn.append(_groups([name for name, _, _ in layers], step, tall + 22))
-    limits = f"min-width:{0.78 * width:.0f}px;max-width:{(1.6 if named else 1.3) * width:.0f}px"
+    limits = f"min-width:{width:.0f}px;max-width:{(1.6 if named else 1.3) * width:.0f}px"
     label = "Channels of every layer, before and after"
     return svg(width, tall + 16 + foot, label, *drawn, style=limits)
 
@@ -206,10 +207,9 @@ def decline(
       rows: name of each latent, its size, and the entries left at each of those times.
       x: name of the time axis.
     """
-    named = len(rows) <= NAMED
-    high, gap = (15, 3) if named else (6, 1)
-    left = 14 + 6.1 * max(len(name) for name, _, _ in rows) if named else 10
-    width, right = max(WIDTH, left + 300), 62
+    high, gap, right = 15, 3, 66
+    left = 14 + 6.1 * max(len(name) for name, _, _ in rows)
+    width = max(WIDTH, left + right + 160)
     across = Scale.over(times, left, width - right)
     drawn = []
     for place, (name, size, counts) in enumerate(rows):
@@ -232,21 +232,17 @@ def decline(
                     class_="before",
                 ),
                 element("polygon", points=path, class_="after"),
-                element("text", name, x=left - 6, y=bottom - 4, text_anchor="end")
-                if named
-                else None,
-                element("text", f"{counts[-1]} of {size}", x=width - right + 6, y=bottom - 4)
-                if named
-                else None,
+                element("text", name, x=left - 6, y=bottom - 4, text_anchor="end"),
+                element("text", f"{counts[-1]} of {size}", x=width - right + 6, y=bottom - 4),
             )
         )
     bottom = 4 + len(rows) * (high + gap)
     drawn += [
         element("text", f"{times[0]:g}", x=left, y=bottom + 13),
         element("text", f"{times[-1]:g}", x=width - right, y=bottom + 13, text_anchor="end"),
-        element("text", x, x=(left + width - right) / 2, y=bottom + 13, text_anchor="middle"),
+        element("text", x, x=(left + width - right) / 2, y=bottom + 28, text_anchor="middle"),
     ]
-    return svg(width, bottom + 20, "Entries of every latent that are left over time", *drawn)
+    return svg(width, bottom + 34, "Entries of every latent that are left over time", *drawn)
 
 
 def svg(

@@ -112,7 +112,7 @@ def milliseconds(value: float) -> str:
     return f"{value:#.3g} ms" if value < 99.95 else f"{value:,.0f} ms"
 
 
-def loss(value: float) -> str:
+def loss_text(value: float) -> str:
     """A loss for people: "0.0478", "2,839", "1.10e+06"."""
     if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.2e}"
