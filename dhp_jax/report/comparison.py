@@ -78,7 +78,7 @@ def labels(runs: Sequence[Told]) -> list[str]:
 def _table(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
     batches = sorted({row["batch"] for run in runs for row in _latencies(run)})
     header = ["run", f"test {metric.label}", "best epoch", "FLOPs", "params"]
-    header += [f"speed-up, batch {batch}" for batch in batches] + ["time", "seed"]
+    header += [f"speed-up, batch\u00a0{batch}" for batch in batches] + ["time", "seed"]
     rows = []
     for place, (name, run) in enumerate(zip(names, runs, strict=True)):
         swatch = element("i", class_=f"swatch c{place % 8}")

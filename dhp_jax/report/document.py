@@ -96,8 +96,8 @@ code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, mono
 pre.long { max-height: 24rem; }
 pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 30rem) { th, td { padding: .25rem .4rem; } .aside { display: block; }
-  .facts td:first-child, .facts th:first-child { position: sticky; left: 0; max-width: 8rem;
-    white-space: normal; overflow-wrap: anywhere; background: var(--paper); }
+  .facts td:first-child, .facts th:first-child { position: sticky; left: 0; min-width: 7rem;
+    max-width: 9rem; white-space: normal; overflow-wrap: anywhere; background: var(--paper); }
   .card { padding: .6rem .75rem; }
   .cards { grid-template-columns: 1fr 1fr; } .card b { font-size: 1.35rem; } }
 @media print {

@@ -8,7 +8,7 @@ import math
 from dhp_jax.report.markup import Markup, element, joined
 
 WIDTH, HEIGHT = 360, 240
-LEFT, RIGHT, TOP, BOTTOM = 56, 10, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 18, 40
 DECADES = 6  # of values beside 0 on one axis, at most
 MOST_POINTS = 400  # of a line
 MARKED = 60  # a line of so many points or fewer shows each
@@ -159,7 +159,7 @@ def silhouette(layers: Sequence[tuple[str, int, int]], details: Sequence[str]) -
     """
     named = len(layers) <= NAMED
     step = max(19, 430 / len(layers)) if named else max(6, 900 / len(layers))
-    foot = 12 + 5.7 * max(len(name) + 8 for name, _, _ in layers) if named else 24
+    foot = 12 + 5.9 * max(len(name) + 8 for name, _, _ in layers) if named else 24
     width, tall = 16 + step * len(layers), 150
     middle, widest = 8 + tall / 2, max(before for _, before, _ in layers)
     drawn = []
@@ -359,7 +359,7 @@ def _rule(
     if rule.upright:
         at = across(rule.at)
         ends = {"x1": at, "x2": at, "y1": TOP, "y2": HEIGHT - BOTTOM}
-        label = element("text", rule.label, x=at + 4, y=TOP + 9)
+        label = element("text", rule.label, x=at, y=TOP - 5)
     else:
         at, middle = up(rule.at), (LEFT + WIDTH - RIGHT) / 2
         ends = {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": at, "y2": at}
