@@ -100,7 +100,7 @@ def compared(finished, tmp_path):
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize(
     ("page", "images", "drawings"),
-    [("pictured", 6, 6), ("unfinished", 0, 5), ("compared", 0, 4)],
+    [("pictured", 6, 6), ("unfinished", 0, 5), ("compared", 0, 5)],
 )
 def test_a_page_opens_without_errors_and_with_all_its_pictures(
     request, browse, page, images, drawings, width

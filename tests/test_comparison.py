@@ -102,7 +102,7 @@ def test_the_speed_up_of_every_batch_has_a_column_with_its_quartiles(run, tmp_pa
     one = at(run, tmp_path / "one", summary=timed(run, b64=(1.5, 1.6, 1.75)))
     other = at(run, tmp_path / "other", summary=timed(run, b1=(0.9, 1.1, 1.3), b7=(2, 3, 4)))
     content = comparison([one, other])
-    header = re.findall("<th>(speed-up, batch [^<]*)</th>", content)
+    header = re.findall("<th>(speed-up, batch[^<]*)</th>", content)
     assert header == [f"speed-up, batch\u00a0{batch}" for batch in (1, 7, 64)]
     cells = re.sub("</?span[^>]*>", "", content)
     for expected in ("1.60 (1.50 to 1.75)", "1.10 (0.90 to 1.30)", "3.00 (2.00 to 4.00)"):
