@@ -24,6 +24,16 @@ logger = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 PICTURES = "pictures"
 NETWORKS = ("search", "pruned", "model")
+IN_SUMMARY = {  # what no summary is without
+    **dict.fromkeys(("method", "data", "hardware"), str),
+    **dict.fromkeys(("task", "model", "phases", "versions"), Mapping),
+    **{
+        f"{cost}.{name}": int | float
+        for cost in ("flops", "params")
+        for name in ("before", "after", "ratio")
+    },
+    "seconds": int | float,
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class Result:
         noted = self.notes.get("pruned", {}).get("budget")
         if not noted or not self.pruned:
             return {}
-        budget = self.config["budget"]
+        budget = self.config.get("budget", {})
         asked = budget | limits({**budget, "latency": None}, self.config["target"])
         predicted, found = noted["predicted"], {}
         for name in MEASURES:
@@ -107,8 +117,8 @@ class Result:
             row = {"asked": asked.get(name), "predicted": predicted[name], "counted": counted}
             found[name] = row
         if "time" in noted:
-            row = {"asked": asked["latency"], "predicted": predicted["flops"]}
-            found["latency"] = row | {"batch": asked["batch"] or 1, **noted["time"]}
+            row = {"asked": asked.get("latency"), "predicted": predicted["flops"]}
+            found["latency"] = row | {"batch": asked.get("batch") or 1, **noted["time"]}
         return {name: row for name, row in found.items() if row["asked"] is not None}
 
     @property
@@ -184,9 +194,38 @@ def configuration(workdir: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """What a run came to, with everything that tables and pages are made of.
+
+    Raises:
+      ValueError: the file is damaged, or something is missing in it.
+    """
+    summary = _read_json(path)
+    for place, kind in IN_SUMMARY.items():
+        _require(path, summary, place, kind)
+    if summary["method"] not in METHODS:
+        raise ValueError(f"run: {path}: {unknown('method', summary['method'], METHODS)}")
+    metric = "error" if summary["task"].get("name") == "classification" else "psnr"
+    for which in ("last", "best"):
+        _require(path, summary, f"test.{which}.{metric}", int | float)
+    for phase in [*summary["phases"], METHODS[summary["method"]].phases[-1]]:
+        for name in ("epochs", "steps", "seconds", "met_budget", "best_epoch"):
+            _require(path, summary, f"phases.{phase}.{name}", int | float)
+    return summary
+
+
+def _require(path: Path, summary: Mapping[str, Any], place: str, kind: Any) -> None:
+    """Refuses a summary that has nothing of a kind at a place such as "flops.ratio"."""
+    value = summary
+    for name in place.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"run: {path} is no summary of a run: it has no {place!r}")
+
+
 def _summary(path: Path) -> dict[str, Any] | None:
     try:
-        return _read_json(path) if path.is_file() else None
+        return read_summary(path) if path.is_file() else None
     except ValueError as error:  # as of a disk that was full; it can be made again
         logger.warning("%s; left out", error)
         return None

@@ -69,7 +69,7 @@ def test_a_run_that_is_not_finished_stands_beside_one_that_is(finished, run, tmp
     for name in ("model", "best"):
         shutil.rmtree(copy / name)
     out = tmp_path / "both.html"
-    assert report.main([str(finished), str(copy), f"--out={out}"]) == 0
+    report.main([str(finished), str(copy), f"--out={out}"])
     assert capsys.readouterr().out == f"{out}\n"
     content = out.read_text()
     assert "begun: the trained network: the converge phase has not ended" in content
@@ -78,7 +78,7 @@ def test_a_run_that_is_not_finished_stands_beside_one_that_is(finished, run, tmp
 
 def test_the_page_is_compare_html_if_no_other_is_named(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert report.main([str(finished), str(finished)]) == 0
+    report.main([str(finished), str(finished)])
     assert (tmp_path / "compare.html").is_file()
 
 
@@ -89,10 +89,45 @@ def test_runs_are_called_by_as_much_of_their_path_as_tells_them_apart(run, tmp_p
     assert labels(runs[1:]) == ["run", "other"]
 
 
-def test_the_latency_of_every_batch_has_a_column(run, tmp_path):
-    rows = [{"batch": batch, "after_ms": {"median": 2.5 * batch}} for batch in (1, 7)]
-    other = at(run, tmp_path, summary={**run.summary, "latency": {"batches": rows}})
-    content = comparison([run, other])
-    header = re.findall("<th>(latency, batch [^<]*)</th>", content)
-    assert header == [f"latency, batch {batch}" for batch in (1, 7, 64)]
-    assert "17.5 ms" in content
+def timed(run, hardware="here", **speedups):
+    """A summary with the quartiles of the speed-up of batches, each after a "b"."""
+    rows = [
+        {"batch": int(name[1:]), "speedup": dict(zip(("low", "median", "high"), of, strict=True))}
+        for name, of in speedups.items()
+    ]
+    return {**run.summary, "latency": {"batches": rows, "hardware": hardware}}
+
+
+def test_the_speed_up_of_every_batch_has_a_column_with_its_quartiles(run, tmp_path):
+    one = at(run, tmp_path / "one", summary=timed(run, b64=(1.5, 1.6, 1.75)))
+    other = at(run, tmp_path / "other", summary=timed(run, b1=(0.9, 1.1, 1.3), b7=(2, 3, 4)))
+    content = comparison([one, other])
+    header = re.findall("<th>(speed-up, batch[^<]*)</th>", content)
+    assert header == [f"speed-up, batch\u00a0{batch}" for batch in (1, 7, 64)]
+    cells = re.sub("</?span[^>]*>", "", content)
+    for expected in ("1.60 (1.50 to 1.75)", "1.10 (0.90 to 1.30)", "3.00 (2.00 to 4.00)"):
+        assert f"<td>{expected}</td>" in cells
+    assert "against speed-up" not in content  # no batch is of both
+
+
+def test_an_unpruned_run_is_as_fast_as_itself_and_bars_show_the_quartiles(run, tmp_path):
+    config = {**run.result.config, "method": "baseline"}
+    whole = at(run, tmp_path / "whole", result={"config": config}, summary=timed(run, b8=(9, 9, 9)))
+    small = at(run, tmp_path / "small", summary=timed(run, b8=(1.0, 2.0, 3.0)))
+    content = comparison([whole, small])
+    (chart,) = re.findall("<h3>Error against speed-up, batch 8</h3>.*?</svg>", content, re.DOTALL)
+    spreads = [
+        (float(low), float(high))
+        for low, high in re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)" [^>]*class="spread"', chart)
+    ]
+    points = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', chart)]
+    assert spreads[0] == (points[0], points[0])
+    assert sum(spreads[1]) / 2 == pytest.approx(points[1], abs=0.01)
+    assert spreads[1][0] == pytest.approx(points[0], abs=0.01)
+
+
+def test_hardware_that_differs_is_told(run, tmp_path):
+    one = at(run, tmp_path / "one", summary=timed(run, "a phone", b1=(1, 2, 3)))
+    other = at(run, tmp_path / "other", summary=timed(run, "a clock", b1=(1, 2, 3)))
+    assert "The hardware differs: one on a phone; other on a clock." in comparison([one, other])
+    assert "hardware differs" not in comparison([one, at(one, tmp_path / "more")])

@@ -34,11 +34,21 @@ def test_ticks_are_round(values, options, ticks):
     assert Scale.over(values, 0, 1, **options).ticks == pytest.approx(ticks)
 
 
-def test_an_axis_that_is_bent_shows_zero_and_powers_of_ten():
+def test_an_axis_that_is_bent_shows_zero_and_round_values():
     scale = Scale.bent(2.0, 0.001, 0, 100)
     assert scale(0) == 0
     assert scale(2.0) == pytest.approx(100)
-    assert scale.ticks == pytest.approx([0, 0.001, 0.01, 0.1, 1])
+    assert scale.ticks == pytest.approx([0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1])
+
+
+def test_a_zero_bends_a_logarithmic_axis_and_the_axis_says_so():
+    scale = Scale.over([0, 0.1, 80], 0, 100, log=True)
+    assert scale.linear == 0.1
+    assert scale(0) == 0
+    assert scale(1) > 40  # on a linear axis 1.25
+    drawn = drawing.chart([Line("a", [(0, 80.0), (1, 0.1), (2, 0.0)])], x="x", y="error", log=True)
+    assert ">error, linear below 0.1<" in drawn
+    assert Scale.over([0.01, 0.1, 80], 0, 100, log=True).linear is None
 
 
 def test_a_pen_that_is_lifted_leaves_a_gap_and_points_by_themselves_have_no_line():

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from dhp_jax import journal, result
+from dhp_jax.command import opened
 from dhp_jax.latent import latents
 from dhp_jax.report.crops import Crop
-from dhp_jax.report.page import Told, missing, page
-from dhp_jax.report.wording import compact, duration, milliseconds
+from dhp_jax.report.page import Told, _most_pruned, missing, page
+from dhp_jax.report.wording import compact, duration, loss_text, milliseconds
 
 VOID = {"br", "img", "link", "meta"}
 
@@ -157,7 +158,8 @@ def latent_names(run):
 def test_how_to_load_it_and_how_it_was_made(finished, run, content):
     text = Page(content).text
     assert f'dhp.load("{finished / "model"}")' in text
-    assert "x: (n, 8, 8, 1), float32" in text
+    assert f"python -m dhp_jax.predict {finished} image.png" in text
+    assert f"python -m dhp_jax.export {finished} --format=onnx" in text
     assert json.dumps(run.result.config, indent=1) in text
     for name, version in run.summary["versions"].items():
         assert re.search(f"^{name}\n{re.escape(version)}$", text, re.MULTILINE)
@@ -165,6 +167,31 @@ def test_how_to_load_it_and_how_it_was_made(finished, run, content):
     given = "cd '/a b' && python main.py --config=x.py"
     with_command = dataclasses.replace(run.result, commands=[given])
     assert given in Page(page(Told(with_command, run.summary))).text
+
+
+def test_the_code_to_load_it_runs_and_feeds_what_training_fed(finished, content):
+    (shown,) = [text for text in Page(content).texts if text.startswith("import numpy")]
+    assert "images = np.zeros((1, 8, 8, 1), np.uint8)  # yours: gray pixels" in shown
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
+    known = {}
+    given = re.sub(r"np\.zeros\(.*\)", f"np.uint8({images.tolist()})", shown)
+    exec(given, known)
+    np.testing.assert_allclose(known["x"], opened(finished).inputs(images), atol=1e-6)
+    assert known["labels"].shape == (5,)
+
+
+def test_a_network_that_restores_is_fed_pixels(run):
+    task = {"name": "super_resolution", "scale": 4}
+    there = dataclasses.replace(run.result, config={**run.result.config, "task": task})
+    text = Page(page(Told(there, None))).text
+    assert "y = run(np.float32(images))  # 0 to 255, 4 times as large" in text
+    assert "image.png --out=restored" in text
+
+
+def test_of_many_latents_those_are_shown_that_lost_most():
+    rows = [(f"z{i}", 100, [100, i]) for i in range(60)]
+    shown = _most_pruned(rows[::-1])
+    assert [name for name, _, _ in shown] == [f"z{i}" for i in range(31, -1, -1)]
 
 
 def test_pictures_are_in_the_page(run):
@@ -303,7 +330,13 @@ def test_a_speed_up_within_the_noise_is_none(run, low, median, high, told):
         (duration(1200), "20 min"),
         (duration(12_000), "3 h 20 min"),
         (milliseconds(0.51849), "0.518 ms"),
+        (milliseconds(1.0023), "1.00 ms"),
+        (milliseconds(99.97), "100 ms"),
         (milliseconds(1234.5), "1,234 ms"),
+        (loss_text(0.047781), "0.04778"),
+        (loss_text(0.0), "0"),
+        (loss_text(2838.6), "2,839"),
+        (loss_text(1_103_192.32), "1.10e+06"),
     ],
 )
 def test_numbers_for_people(shown, expected):

@@ -14,12 +14,21 @@ import pytest
 from runs import description
 
 import dhp_jax as dhp
-from dhp_jax import journal, report
+from dhp_jax import command, journal, report
+from dhp_jax.result import read_summary
 
 PLOTS = ("channels", "ratio", "latents", "error")
 UNPRUNED = {
     "test": {"last": {"loss": 0.3, "error": 0.0846}, "best": {"loss": 0.2, "error": 0.08}},
-    "phases": {"baseline": {"epochs": 300}},
+    "phases": {
+        "baseline": {
+            "epochs": 300,
+            "steps": 9000,
+            "seconds": 7.0,
+            "met_budget": False,
+            "best_epoch": 9,
+        }
+    },
 }
 
 
@@ -211,15 +220,41 @@ def test_a_report_compares_with_an_unpruned_run_of_the_same_network_and_data(
     run = shutil.copytree(finished, tmp_path / "run")
     of_run = json.loads((run / "summary.json").read_text())
     of_baseline = {**of_run, "method": "baseline", **UNPRUNED, **changes}
+    if "method" in changes:
+        of_baseline["phases"] = of_run["phases"]
     (tmp_path / "summary.json").write_text(json.dumps(of_baseline))
     monkeypatch.setattr(report, "plots", lambda *arguments: {})
     test = report.write(run, baseline=tmp_path)["test"]
     unpruned = UNPRUNED["test"]["last"] if compared else None
     assert test == of_run["test"] | {"unpruned": unpruned}
     told = [r.getMessage() for r in caplog.records if r.name == "dhp_jax.report"]
-    another = not compared and "method" not in changes
     expected = f"baseline: {tmp_path} is of another network or other data; left out"
-    assert told == [expected] * another
+    if "method" in changes:
+        expected = (
+            "baseline: expected the directory of a finished run with config.method=baseline; "
+            f"got '{tmp_path}'; left out"
+        )
+    elif "task" in changes:
+        lacks = "is no summary of a run: it has no 'test.last.psnr'"
+        expected = f"run: {tmp_path}/summary.json {lacks}; left out"
+    assert told == ([] if compared else [expected])
+
+
+def test_a_page_made_again_compares_with_a_baseline_that_was_trained_later(copy, tmp_path):
+    before = json.loads((copy / "summary.json").read_text())
+    assert before["test"]["unpruned"] is None
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "summary.json").write_text(json.dumps({**before, "method": "baseline", **UNPRUNED}))
+    drawn = (copy / "plots/error.png").read_bytes()
+    report.main([str(copy), f"--baseline={base}"])
+    content = (copy / "report.html").read_text()
+    assert "unpruned, 8.46 %" in content
+    assert "not known" not in content
+    after = json.loads((copy / "summary.json").read_text())
+    test = before["test"] | {"unpruned": UNPRUNED["test"]["last"]}
+    assert after == before | {"test": test, "unpruned_epochs": 300}
+    assert (copy / "plots/error.png").read_bytes() != drawn
 
 
 def test_a_run_without_a_trained_network_has_no_summary(finished, tmp_path):
@@ -276,7 +311,7 @@ def test_the_text_of_a_summary_tells_the_latency(result):
     }
     text = report.summary_text(report.summarize(result, times={"batches": [row]}))
     assert re.search(
-        r"^latency, batch 64 +20 ms -> 12.5 ms; 1.60 times as fast \(1.50 to 1.75\)$", text, re.M
+        r"^latency, batch 64 +20.0 ms -> 12.5 ms; 1.60 times as fast \(1.50 to 1.75\)$", text, re.M
     )
 
 
@@ -292,7 +327,7 @@ def test_the_page_is_made_again_without_measuring(copy, capsys, monkeypatch):
     monkeypatch.setattr(report, "measure_latency", lambda *args: pytest.fail("measured"))
     (copy / "report.html").unlink()
     summary = (copy / "summary.json").read_bytes()
-    assert report.main([str(copy)]) == 0
+    report.main([str(copy)])
     assert capsys.readouterr().out == f"{copy / 'report.html'}\n"
     assert (copy / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert (copy / "summary.json").read_bytes() == summary
@@ -302,7 +337,7 @@ def test_a_summary_that_was_cut_short_is_made_again(copy, monkeypatch):
     monkeypatch.setattr(report, "plots", lambda *arguments: {})
     before = json.loads((copy / "summary.json").read_text())
     (copy / "summary.json").write_text('{"method": "dh')
-    assert report.main([str(copy)]) == 0
+    report.main([str(copy)])
     after = json.loads((copy / "summary.json").read_text())
     assert after == before | {"latency": None}
     assert "Latency was not measured" in (copy / "report.html").read_text()
@@ -312,10 +347,10 @@ def test_latency_that_is_asked_for_is_noted(copy, monkeypatch):
     monkeypatch.setattr(
         report, "measure_latency", lambda networks, *rest: {name: [7.0, 7.0] for name in networks}
     )
-    assert report.main([str(copy), "--latency", f"--out={copy / 'other.html'}"]) == 0
+    report.main([str(copy), "--latency", f"--out={copy / 'other.html'}"])
     rows = json.loads((copy / "summary.json").read_text())["latency"]["batches"]
     assert [row["after_ms"]["median"] for row in rows] == [7.0, 7.0]
-    assert "7 ms" in (copy / "other.html").read_text()
+    assert "7.00 ms" in (copy / "other.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -336,18 +371,52 @@ def test_latency_that_is_asked_for_is_noted(copy, monkeypatch):
             ["{run}", "--out={tmp}/none/page.html"],
             "--out: expected a file in a folder that is there; got '{tmp}",
         ),
+        (["{run}", "--out={tmp}"], "--out: expected a file; got the folder '{tmp}'"),
     ],
 )
-def test_wrong_input_is_one_line(finished, tmp_path, capsys, arguments, message):
+def test_wrong_input_is_one_line(finished, tmp_path, capsys, monkeypatch, arguments, message):
     for name, content in (("text", "{"), ("list", "[1]"), ("other", '{"method": 3}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(content)
     places = {"tmp": tmp_path, "run": finished}
-    code = report.main([argument.format(**places) for argument in arguments])
+    arguments = [argument.format(**places) for argument in arguments]
+    monkeypatch.setattr("sys.argv", ["dhp_jax.report", *arguments])
+    assert command.run(report.main) == 2
     told = capsys.readouterr().err
-    assert code == 2
     assert told.count("\n") == 1
     assert told.startswith("error: " + message.format(**places))
+
+
+def test_a_command_without_arguments_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        report.main([])
+    assert end.value.code == 2
+    told = "error: the following arguments are required: RUN\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    "place", ["flops", "params.ratio", "test.last.error", "phases.converge.epochs", "hardware"]
+)
+def test_a_summary_that_lacks_something_names_it(finished, tmp_path, place):
+    summary = json.loads((finished / "summary.json").read_text())
+    *parts, last = place.split(".")
+    inner = summary
+    for part in parts:
+        inner = inner[part]
+    del inner[last]
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({**summary, "method": "dhp"}))
+    message = rf"^run: {path} is no summary of a run: it has no '{place}[\w.]*'$"
+    with pytest.raises(ValueError, match=message):
+        read_summary(path)
+
+
+def test_a_configuration_of_before_budgets_is_read(copy):
+    config = json.loads((copy / "config.json").read_text())
+    del config["budget"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert report.read(copy).budgets.keys() == {"flops"}
 
 
 # Plots

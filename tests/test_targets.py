@@ -75,9 +75,9 @@ def test_every_size_keeps_its_target(sizes):
 
 
 @pytest.mark.slow
-def test_the_page_of_all_sizes_has_each_against_flops_params_and_latency(sizes):
+def test_the_page_of_all_sizes_has_each_against_flops_params_and_speed_up(sizes):
     page = (sizes[0] / "compare.html").read_text()
-    for text in ("0.8", "against FLOPs", "against params", "against latency, batch 64"):
+    for text in ("0.8", "against FLOPs", "against params", "against speed-up, batch 64"):
         assert text in page
 
 

@@ -13,10 +13,9 @@ import json
 import logging
 import os
 from pathlib import Path
-import sys
 from typing import Any
 
-from dhp_jax import checkpoint, durable, journal
+from dhp_jax import checkpoint, command, durable, journal
 from dhp_jax.methods import METHODS
 from dhp_jax.report.comparison import comparison
 from dhp_jax.report.crops import crops
@@ -31,7 +30,7 @@ from dhp_jax.report.wording import (
     percent,
     start_text,
 )
-from dhp_jax.result import PICTURES, SUMMARY, Result, configuration, read
+from dhp_jax.result import PICTURES, SUMMARY, Result, configuration, read, read_summary
 from dhp_jax.source import folder_of
 from dhp_jax.tasks.task import METRICS
 from dhp_jax.timing import hardware, measure_latency, quartiles
@@ -105,12 +104,16 @@ def _write(
     durable.write(result.workdir / SUMMARY, json.dumps(summary, indent=1) + "\n")
     (result.workdir / LAYERS).write_text(layer_table(result.before, result.after))
     pictured = None if unpruned is None else Path(baseline)
+    _save_plots(result, unpruned, pictured)
+    durable.write(result.workdir / PAGE, page(Told(result, summary), crops(result, pictured)))
+    return summary
+
+
+def _save_plots(result: Result, unpruned: Mapping[str, Any] | None, pictured: Path | None) -> None:
     for name, figure in plots(result, unpruned, pictured).items():
         folder = result.workdir / PLOTS
         folder.mkdir(exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-    durable.write(result.workdir / PAGE, page(Told(result, summary), crops(result, pictured)))
-    return summary
 
 
 def write_page(
@@ -126,7 +129,8 @@ def write_page(
 
     Args:
       workdir: directory of the run.
-      baseline: directory of a finished run of the unpruned network; left out if there is none.
+      baseline: directory of a finished run of the unpruned network, whose test metrics are then
+        those in `summary.json` too; left out if there is none.
       measure: whether to measure the latency, here and now, and note it in `summary.json`.
       out: the file; `report.html` in `workdir` if not given.
 
@@ -155,10 +159,24 @@ def _told(
     unpruned: Mapping[str, Any] | None = None,
     baseline: str | os.PathLike | None = None,
 ) -> Told:
-    """A run with its summary, which is made if a finished run lacks it."""
+    """A run with its summary, which is made if it lacks it, and brought up to the baseline."""
     if not result.finished:
         return Told(result, None)
-    return Told(result, result.summary or _write(result, unpruned, baseline, None))
+    if not result.summary:
+        return Told(result, _write(result, unpruned, baseline, None))
+    beside = result.summary if unpruned is None else result.summary | _unpruned(result, unpruned)
+    if beside != result.summary:
+        durable.write(result.workdir / SUMMARY, json.dumps(beside, indent=1) + "\n")
+        _save_plots(result, unpruned, Path(baseline))
+    return Told(result, beside)
+
+
+def _unpruned(result: Result, unpruned: Mapping[str, Any]) -> dict[str, Any]:
+    """What a summary says of the run of the unpruned network."""
+    return {
+        "test": result.summary["test"] | {"unpruned": unpruned["test"]["last"]},
+        "unpruned_epochs": unpruned["phases"]["baseline"]["epochs"],
+    }
 
 
 def write_comparison(
@@ -239,10 +257,10 @@ def read_baseline(directory: str | os.PathLike) -> dict[str, Any]:
     """The summary of a finished run of the unpruned network.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or it lacks something.
     """
     path = Path(directory) / SUMMARY
-    summary = json.loads(path.read_text()) if path.is_file() else {}
+    summary = read_summary(path) if path.is_file() else {}
     if summary.get("method") != "baseline":
         raise ValueError(
             "baseline: expected the directory of a finished run with config.method=baseline; "
@@ -411,9 +429,12 @@ def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] |
     """The summary of a finished run of the same network, unpruned, on the same data; or `None`."""
     if not result.prunes:
         return None
+    if not (Path(baseline) / SUMMARY).is_file():
+        return None
     try:
         summary = read_baseline(baseline)
-    except ValueError:
+    except ValueError as error:
+        logger.warning("%s; left out", error)
         return None
     config = result.config
     network = config["task"], config["model"], config["data"]["name"]
@@ -425,9 +446,9 @@ def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] |
     return summary
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Makes pages as the command line says; returns the exit code, 2 for wrong input."""
-    parser = argparse.ArgumentParser(
+def main(arguments: Sequence[str]) -> None:
+    """Makes pages as the command line says, and prints where they are."""
+    parser = command.Parser(
         prog="python -m dhp_jax.report",
         description=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -439,23 +460,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--baseline",
         metavar="RUN",
-        help="run of the unpruned network, of which pictures are shown; RUN-baseline if not given",
+        help="run of the unpruned network to compare with; RUN-baseline if not given",
     )
     parser.add_argument(
         "--latency", action="store_true", help="measure the latency here and now, and note it"
     )
-    options = parser.parse_args(arguments)
-    try:
-        print(_make(options))
-    except (OSError, ValueError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    print(_make(parser.parse_args(arguments)))
 
 
 def _make(options: argparse.Namespace) -> Path:
-    if options.out is not None and not Path(options.out).parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that is there; got {options.out!r}")
+    if options.out is not None:
+        if Path(options.out).is_dir():
+            raise ValueError(f"--out: expected a file; got the folder {options.out!r}")
+        if not Path(options.out).parent.is_dir():
+            raise ValueError(
+                f"--out: expected a file in a folder that is there; got {options.out!r}"
+            )
     if len(options.runs) > 1:
         for name in ("baseline", "latency"):
             if getattr(options, name):

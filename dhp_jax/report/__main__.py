@@ -2,6 +2,7 @@
 
 import sys
 
+from dhp_jax import command
 from dhp_jax.report import main
 
-sys.exit(main(sys.argv[1:]))
+sys.exit(command.run(main))

@@ -5,11 +5,13 @@ from typing import Any
 
 from dhp_jax.report import drawing
 from dhp_jax.report.document import document, notice, section, table
-from dhp_jax.report.drawing import Line
+from dhp_jax.report.drawing import Line, Rule
 from dhp_jax.report.markup import Markup, element, joined
 from dhp_jax.report.page import Told, curves, missing, network
-from dhp_jax.report.wording import compact, duration, milliseconds, percent
+from dhp_jax.report.wording import compact, duration, percent
 from dhp_jax.tasks.task import METRICS, Metric
+
+QUARTILES = ("low", "median", "high")
 
 
 def comparison(runs: Sequence[Told]) -> str:
@@ -76,7 +78,7 @@ def labels(runs: Sequence[Told]) -> list[str]:
 def _table(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
     batches = sorted({row["batch"] for run in runs for row in _latencies(run)})
     header = ["run", f"test {metric.label}", "best epoch", "FLOPs", "params"]
-    header += [f"latency, batch {batch}" for batch in batches] + ["time", "seed"]
+    header += [f"speed-up, batch\u00a0{batch}" for batch in batches] + ["time", "seed"]
     rows = []
     for place, (name, run) in enumerate(zip(names, runs, strict=True)):
         swatch = element("i", class_=f"swatch c{place % 8}")
@@ -85,13 +87,32 @@ def _table(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup
                 joined(swatch, name),
                 *_scores(run, metric),
                 *_costs(run),
-                *(_latency(run, batch) for batch in batches),
+                *(_faster(run, batch) for batch in batches),
                 duration(run.summary["seconds"]) if run.summary else "",
                 run.result.config.get("seed", ""),
             ]
         )
-    note = "Latencies compare where they were measured on one machine."
-    return joined(table(header, rows), element("p", note, class_="soft") if batches else None)
+    note = element("p", _timed(names, runs), class_="soft") if batches else None
+    return joined(table(header, rows), note)
+
+
+def _timed(names: Sequence[str], runs: Sequence[Told]) -> str:
+    """What a reader must know of the speed-ups."""
+    text = (
+        "Speed-up: how many times as fast a network is as its own run's unpruned network, both "
+        "timed in turn, with the quartiles of pairs; where these lie on both sides of 1 there is "
+        "no difference beyond the noise. Milliseconds are in the report of each run: those of "
+        "different runs were measured at different times, and do not compare."
+    )
+    measured = [(name, run) for name, run in zip(names, runs, strict=True) if _latencies(run)]
+    places = {name: run.summary["latency"]["hardware"] for name, run in measured}
+    if len(set(places.values())) > 1:
+        where = "; ".join(f"{name} on {hardware}" for name, hardware in places.items())
+        text += f" The hardware differs: {where}."
+    networks = {network(run.result) for run in runs}
+    if len(networks) > 1:
+        text += f" The unpruned networks differ: {'; '.join(sorted(networks))}."
+    return text
 
 
 def _scores(run: Told, metric: Metric) -> list[str]:
@@ -101,11 +122,16 @@ def _scores(run: Told, metric: Metric) -> list[str]:
     return [metric.text(test[which][metric.name]) for which in ("last", "best")]
 
 
-def _costs(run: Told) -> list[str]:
+def _costs(run: Told) -> list[Markup | str]:
     if not run.summary:
         return ["", ""]
     changes = [run.summary[name] for name in ("flops", "params")]
-    return [f"{compact(change['after'])} ({percent(change['ratio'])})" for change in changes]
+    return [_with(compact(change["after"]), percent(change["ratio"])) for change in changes]
+
+
+def _with(value: str, more: str) -> Markup:
+    """A number and what belongs to it, below it where there is no room beside it."""
+    return joined(f"{value} ", element("span", f"({more})", class_="aside"))
 
 
 def _latencies(run: Told) -> list[dict[str, Any]]:
@@ -113,9 +139,21 @@ def _latencies(run: Told) -> list[dict[str, Any]]:
     return latency["batches"] if latency else []
 
 
-def _latency(run: Told, batch: int) -> str:
-    found = [row["after_ms"]["median"] for row in _latencies(run) if row["batch"] == batch]
-    return milliseconds(found[0]) if found else ""
+def _speedup(run: Told, batch: int) -> dict[str, float] | None:
+    """Quartiles of pairs of passes; an unpruned network is as fast as itself."""
+    for row in _latencies(run):
+        if row["batch"] == batch:
+            return row.get("speedup") if run.result.prunes else dict.fromkeys(QUARTILES, 1.0)
+    return None
+
+
+def _faster(run: Told, batch: int) -> Markup | str:
+    speedup = _speedup(run, batch)
+    if speedup is None:
+        return ""
+    if not run.result.prunes:
+        return "1"
+    return _with(f"{speedup['median']:.2f}", "{low:.2f} to {high:.2f}".format(**speedup))
 
 
 def _cost(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
@@ -135,26 +173,37 @@ def _cost(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
         drawn = drawing.chart(lines, x=axis, y=y, x_low=0, log=not metric.higher_is_better)
         title = f"{_title(metric)} against {label}"
         charts.append(drawing.figure(title, drawn, legend=drawing.legend(lines)))
-    return element("div", *charts, _against_latency(names, finished, metric), class_="charts")
+    return element("div", *charts, _against_speedup(names, finished, metric), class_="charts")
 
 
-def _against_latency(
+def _against_speedup(
     names: Sequence[str], finished: Sequence[tuple[int, Told]], metric: Metric
 ) -> Markup | None:
-    """The metric against the time of the largest batch that was measured in all runs."""
-    batches = [{row["batch"] for row in _latencies(run)} for _, run in finished]
+    """The metric against the speed-up with the largest batch that was measured in all runs."""
+    batches = [
+        {row["batch"] for row in _latencies(run) if _speedup(run, row["batch"])}
+        for _, run in finished
+    ]
     common = set.intersection(*batches)
     if not common:
         return None
     batch, lines = max(common), []
     for i, run in finished:
-        (row,) = (row for row in _latencies(run) if row["batch"] == batch)
+        speedup = _speedup(run, batch)
         value = metric.factor * run.summary["test"]["last"][metric.name]
-        lines.append(Line(names[i], [(row["after_ms"]["median"], value)], i, joined=False))
-    y = f"test {metric.label}, {metric.unit}"
-    drawn = drawing.chart(lines, x="milliseconds", y=y, x_low=0, log=not metric.higher_is_better)
-    title = f"{_title(metric)} against latency, batch {batch}"
-    return drawing.figure(title, drawn, legend=drawing.legend(lines))
+        spread = (speedup["low"], speedup["high"])
+        point = (speedup["median"], value)
+        lines.append(Line(names[i], [point], i, joined=False, spreads=[spread]))
+    drawn = drawing.chart(
+        lines,
+        x="times as fast as unpruned",
+        y=f"test {metric.label}, {metric.unit}",
+        rules=[Rule("unpruned", 1.0, upright=True)],
+        log=not metric.higher_is_better,
+    )
+    title = f"{_title(metric)} against speed-up, batch {batch}"
+    note = "Bars are the quartiles of pairs of passes of the pruned and the unpruned network."
+    return drawing.figure(title, drawn, legend=drawing.legend(lines), note=note)
 
 
 def _training(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:

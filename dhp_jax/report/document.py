@@ -12,10 +12,12 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b2026; --soft: #59636e; --paper: #fff; --card: #f5f7f9;
   --edge: #dde2e8; --before: #ccd4de; --after: #1f6fb2; --warn: #fdf3e4; --warn-edge: #e0a64a;
+  --more: #0004;
   --c0: #1f6fb2; --c1: #d9603b; --c2: #2a9d6f; --c3: #8a5bc4; --c4: #b8860b; --c5: #c2457f;
   --c6: #4c8ea6; --c7: #6b7280; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #9aa5b1; --paper: #14181d;
   --card: #1d232a; --edge: #313a44; --before: #404b58; --after: #5aa9e6; --warn: #33291a;
+  --more: #fff6;
   --c0: #5aa9e6; --c1: #f08a65; --c2: #56c596; --c3: #b592e6; --c4: #dcae3c; --c5: #ec7fb0;
   --c6: #7fbdd4; --c7: #a3acb8; } }
 * { box-sizing: border-box; }
@@ -46,15 +48,19 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .9rem; margin
 .charts { display: grid; gap: 1.5rem 2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0 0 1rem; min-width: 0; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; background:  /* a shadow where there is more to the right */
+  linear-gradient(to left, var(--paper) 40%, transparent) right / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--more), transparent) right / .75rem 100% no-repeat scroll; }
 svg { display: block; width: 100%; height: auto; font: 12px system-ui, "DejaVu Sans", sans-serif; }
-svg text { fill: var(--soft); } svg .small { font-size: 10px; }
+svg text { fill: var(--soft); } svg .small { font-size: 11px; }
+.charts svg { max-width: 27.5rem; }
 svg .rule text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 svg .over text { stroke: none; fill: var(--ink); }
- svg .axis, svg .strong { fill: var(--ink); }
+svg .axis, svg .strong { fill: var(--ink); }
 .grid { stroke: var(--edge); stroke-width: 1; }
 .line { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
 circle { fill: currentColor; }
+.spread { stroke: currentColor; stroke-width: 2; opacity: .55; }
 .rule line { stroke: var(--soft); stroke-dasharray: 4 3; }
 .over line { stroke: var(--ink); }
 .area polygon { fill: var(--c0); }
@@ -70,12 +76,13 @@ i.before { background: var(--before); } i.after { background: var(--after); }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--edge); }
-th { color: var(--soft); font-weight: 600; }
+th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: .25rem; }
 tr.total td { font-weight: 650; }
 .long { max-height: 34rem; overflow: auto; border: 1px solid var(--edge); border-radius: .25rem; }
-.long table { width: 100%; } .long th { position: sticky; top: 0; background: var(--card); }
-.meter { display: inline-block; width: 3rem; height: .55rem; margin-left: .5rem;
+.long table { width: 100%; font-size: .8125rem; } .long td, .long th { padding: .25rem .4rem; }
+ .long th { position: sticky; top: 0; background: var(--card); }
+.meter { display: inline-block; width: 2.25rem; height: .55rem; margin-left: .5rem;
   background: var(--before); border-radius: 2px; overflow: hidden; }
 .meter i { display: block; height: 100%; background: var(--after); }
 .crops { width: 100%; max-width: 50rem; table-layout: fixed; }
@@ -88,7 +95,10 @@ pre { background: var(--card); border: 1px solid var(--edge); border-radius: .35
 code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 pre.long { max-height: 24rem; }
 pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (max-width: 30rem) { th, td { padding: .25rem .5rem; } .card { padding: .6rem .75rem; }
+@media (max-width: 30rem) { th, td { padding: .25rem .4rem; } .aside { display: block; }
+  .facts td:first-child, .facts th:first-child { position: sticky; left: 0; min-width: 7rem;
+    max-width: 9rem; white-space: normal; overflow-wrap: anywhere; background: var(--paper); }
+  .card { padding: .6rem .75rem; }
   .cards { grid-template-columns: 1fr 1fr; } .card b { font-size: 1.35rem; } }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --card: #f5f7f9;
@@ -99,7 +109,8 @@ pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
   body { max-width: none; padding: 0; font-size: 10.5pt; } nav { display: none; }
   h2 { margin-top: 1.25rem; }
   .long { max-height: none; overflow: visible; border: 0; } .long th { position: static; }
-  .scroll, pre { overflow: visible; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  .scroll, pre { overflow: visible; }
+  .scroll { background: none; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   svg { min-width: 0 !important; } #channels svg { max-height: 85mm; }
   table { font-size: 8pt; } th, td { padding: .15rem .4rem; }
   .crops { max-width: 150mm; } pre.long { columns: 2; max-height: none;
@@ -166,7 +177,7 @@ def table(
         body.append(element("tr", *(element("td", cell) for cell in total), class_="total"))
     head = element("thead", element("tr", *(element("th", name) for name in header)))
     whole = element("table", head, element("tbody", *body))
-    return element("div", whole, class_="scroll long" if long else "scroll")
+    return element("div", whole, class_="scroll long" if long else "scroll facts")
 
 
 def notice(first: str, points: Sequence[str]) -> Markup | None:

@@ -7,11 +7,13 @@ import math
 
 from dhp_jax.report.markup import Markup, element, joined
 
-WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 56, 10, 14, 40
+WIDTH, HEIGHT = 360, 240
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 18, 40
+DECADES = 6  # of values beside 0 on one axis, at most
 MOST_POINTS = 400  # of a line
 MARKED = 60  # a line of so many points or fewer shows each
-NAMED = 48  # layers or latents of which each has its name beside it
+NAMED = 48  # layers of which each has its name beside it
+MOST_LATENTS = 32  # that are drawn, each with its name
 
 Point = tuple[float, float]
 
@@ -25,12 +27,14 @@ class Line:
       points: finite `(x, y)`; `None` is where the pen is lifted.
       colour: number of its colour, from 0.
       joined: whether points are connected.
+      spreads: for each point the ends of a bar through it, along x; none if empty.
     """
 
     label: str
     points: Sequence[Point | None]
     colour: int = 0
     joined: bool = True
+    spreads: Sequence[Point] = ()
 
 
 @dataclass(frozen=True)
@@ -83,17 +87,22 @@ def chart(
       lines: at least one of them has a point.
       x, y: names of the axes.
       rules: lines across it.
-      log: a logarithmic y axis, where values are positive and differ enough for it.
+      log: a logarithmic y axis, where values differ enough for it and none is negative; one that
+        is linear down to 0 where some are 0.
       low, x_low: where the axes begin, if not at the smallest value.
       text: a y value for people, shown when pointed at.
     """
     points = [point for line in lines for point in line.points if point]
     level = [rule.at for rule in rules if not rule.upright]
-    across = Scale.over([p[0] for p in points], LEFT, WIDTH - RIGHT, low=x_low)
+    wide = [end for line in lines for spread in line.spreads for end in spread]
+    wide += [rule.at for rule in rules if rule.upright]
+    room = 0.05 * any(line.spreads for line in lines)
+    across = Scale.over([p[0] for p in points] + wide, LEFT, WIDTH - RIGHT, low=x_low, margin=room)
     up = Scale.over(
         [p[1] for p in points] + level, HEIGHT - BOTTOM, TOP, log=log, low=low, margin=0.05
     )
-    drawn = [_axes(across, up, x, y)]
+    bent = f", linear below {up.linear:.2g}" if up.linear else ""
+    drawn = [_axes(across, up, x, y + bent)]
     drawn += [_rule(rule, across, up, points) for rule in rules]
     for line in lines:
         path = _path(line.points, across, up) if line.joined else None
@@ -102,7 +111,8 @@ def chart(
             _mark(p, across, up, f"{line.label}: {text(p[1])} at {p[0]:g}", line.joined)
             for p in (shown if len(shown) <= MARKED or not line.joined else [])
         ]
-        drawn.append(element("g", path, *marks, class_=f"c{line.colour % 8}"))
+        bars = [_bar(p, ends, across, up) for p, ends in zip(shown, line.spreads, strict=False)]
+        drawn.append(element("g", path, *bars, *marks, class_=f"c{line.colour % 8}"))
     return svg(WIDTH, HEIGHT, f"{y} over {x}", *drawn)
 
 
@@ -149,7 +159,7 @@ def silhouette(layers: Sequence[tuple[str, int, int]], details: Sequence[str]) -
     """
     named = len(layers) <= NAMED
     step = max(19, 430 / len(layers)) if named else max(6, 900 / len(layers))
-    foot = 12 + 5.2 * max(len(name) + 8 for name, _, _ in layers) if named else 24
+    foot = 12 + 5.9 * max(len(name) + 8 for name, _, _ in layers) if named else 24
     width, tall = 16 + step * len(layers), 150
     middle, widest = 8 + tall / 2, max(before for _, before, _ in layers)
     drawn = []
@@ -182,7 +192,7 @@ def silhouette(layers: Sequence[tuple[str, int, int]], details: Sequence[str]) -
         drawn.append(element("g", element("title", detail), *bars, label))
     if not named:
         drawn.append(_groups([name for name, _, _ in layers], step, tall + 22))
-    limits = f"min-width:{0.78 * width:.0f}px;max-width:{(1.6 if named else 1.3) * width:.0f}px"
+    limits = f"min-width:{width:.0f}px;max-width:{(1.6 if named else 1.3) * width:.0f}px"
     label = "Channels of every layer, before and after"
     return svg(width, tall + 16 + foot, label, *drawn, style=limits)
 
@@ -197,10 +207,9 @@ def decline(
       rows: name of each latent, its size, and the entries left at each of those times.
       x: name of the time axis.
     """
-    named = len(rows) <= NAMED
-    high, gap = (15, 3) if named else (6, 1)
-    left = 14 + 6.1 * max(len(name) for name, _, _ in rows) if named else 10
-    width, right = max(WIDTH, left + 300), 62
+    high, gap, right = 15, 3, 66
+    left = 14 + 6.1 * max(len(name) for name, _, _ in rows)
+    width = max(WIDTH, left + right + 160)
     across = Scale.over(times, left, width - right)
     drawn = []
     for place, (name, size, counts) in enumerate(rows):
@@ -223,21 +232,17 @@ def decline(
                     class_="before",
                 ),
                 element("polygon", points=path, class_="after"),
-                element("text", name, x=left - 6, y=bottom - 4, text_anchor="end")
-                if named
-                else None,
-                element("text", f"{counts[-1]} of {size}", x=width - right + 6, y=bottom - 4)
-                if named
-                else None,
+                element("text", name, x=left - 6, y=bottom - 4, text_anchor="end"),
+                element("text", f"{counts[-1]} of {size}", x=width - right + 6, y=bottom - 4),
             )
         )
     bottom = 4 + len(rows) * (high + gap)
     drawn += [
         element("text", f"{times[0]:g}", x=left, y=bottom + 13),
         element("text", f"{times[-1]:g}", x=width - right, y=bottom + 13, text_anchor="end"),
-        element("text", x, x=(left + width - right) / 2, y=bottom + 13, text_anchor="middle"),
+        element("text", x, x=(left + width - right) / 2, y=bottom + 28, text_anchor="middle"),
     ]
-    return svg(width, bottom + 20, "Entries of every latent that are left over time", *drawn)
+    return svg(width, bottom + 34, "Entries of every latent that are left over time", *drawn)
 
 
 def svg(
@@ -250,10 +255,17 @@ def svg(
 
 @dataclass(frozen=True)
 class Scale:
-    """From values to places on an axis, and the values that are written at it."""
+    """From values to places on an axis, and the values that are written at it.
+
+    Attributes:
+      place: of a value.
+      ticks: values that are written.
+      linear: below which an axis that is logarithmic above is linear, if it is such a one.
+    """
 
     place: Callable[[float], float]
     ticks: Sequence[float]
+    linear: float | None = None
 
     def __call__(self, value: float) -> float:
         return self.place(value)
@@ -271,6 +283,9 @@ class Scale:
     ) -> "Scale":
         """A linear axis over some values, or a logarithmic one where that shows more."""
         smallest, largest = min(values), max(values)
+        least = max(min((v for v in values if v > 0), default=largest), largest / 10**DECADES)
+        if log and smallest == 0 and largest > 5 * least:
+            return cls.bent((1 + margin) * largest, least, start, end)
         log = log and smallest > 0 and largest > 5 * smallest
         smallest = smallest if low is None or log else min(low, smallest)
         bend = math.log10 if log else float
@@ -289,12 +304,12 @@ class Scale:
     def bent(cls, largest: float, linear: float, start: float, end: float) -> "Scale":
         """From 0: linear up to about `linear`, and logarithmic above."""
         whole = math.asinh(largest / linear)
-        powers = range(math.ceil(math.log10(linear)), math.floor(math.log10(largest)) + 1)
+        ticks = _log_ticks(math.log10(linear), math.log10(largest))
 
         def place(value: float) -> float:
             return start + (end - start) * math.asinh(value / linear) / whole
 
-        return cls(place, [0.0, *(10.0**power for power in powers)])
+        return cls(place, [0.0, *ticks], linear)
 
 
 def _ticks(first: float, last: float) -> list[float]:
@@ -311,7 +326,7 @@ def _log_ticks(first: float, last: float) -> list[float]:
     for digits in ((1, 2, 5), (1, 3), (1,)):
         powers = range(math.floor(first), math.ceil(last) + 1)
         ticks = [m * 10.0**p for p in powers for m in digits]
-        ticks = [t for t in ticks if first - 1e-9 <= math.log10(t) <= last + 1e-9]
+        ticks = [t for t in ticks if t and first - 1e-9 <= math.log10(t) <= last + 1e-9]
         if len(ticks) <= 8:
             break
     return ticks
@@ -344,7 +359,7 @@ def _rule(
     if rule.upright:
         at = across(rule.at)
         ends = {"x1": at, "x2": at, "y1": TOP, "y2": HEIGHT - BOTTOM}
-        label = element("text", rule.label, x=at + 4, y=TOP + 9)
+        label = element("text", rule.label, x=at, y=TOP - 5)
     else:
         at, middle = up(rule.at), (LEFT + WIDTH - RIGHT) / 2
         ends = {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": at, "y2": at}
@@ -374,6 +389,12 @@ def _path(points: Sequence[Point | None], across: Scale, up: Scale) -> Markup:
 def _mark(point: Point, across: Scale, up: Scale, title: str, joined: bool) -> Markup:
     x, y = across(point[0]), up(point[1])
     return element("circle", element("title", title), cx=x, cy=y, r=2.5 if joined else 5.0)
+
+
+def _bar(point: Point, ends: Point, across: Scale, up: Scale) -> Markup:
+    """The spread of a point along x."""
+    at = up(point[1])
+    return element("line", x1=across(ends[0]), x2=across(ends[1]), y1=at, y2=at, class_="spread")
 
 
 def _thinned(items: list, most: int) -> list:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import io
 import json
 import math
+import shlex
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from dhp_jax.report.document import Card, cards, code, document, meter, notice, 
 from dhp_jax.report.drawing import Line, Rule
 from dhp_jax.report.markup import Markup, element, joined
 from dhp_jax.report.wording import (
-    MEASURES,
+    LABELS,
     compact,
     duration,
     faster,
+    loss_text,
     main_metric,
     milliseconds,
     percent,
@@ -262,10 +264,14 @@ def _stages(summary: Mapping[str, Any] | None) -> Markup | None:
     metrics = sorted({m for _, values in rows for m in values}, key=list(METRICS).index)
     header = ["test data", *(f"{METRICS[m].label}" for m in metrics)]
     cells = [
-        [STAGES[name], *(METRICS[m].text(values[m]) if m in values else "" for m in metrics)]
+        [STAGES[name], *(_text(m, values[m]) if m in values else "" for m in metrics)]
         for name, values in rows
     ]
     return table(header, cells)
+
+
+def _text(metric: str, value: float) -> str:
+    return loss_text(value) if metric == "loss" else METRICS[metric].text(value)
 
 
 # Drawings
@@ -297,10 +303,10 @@ def _budgets(result: Result) -> Markup | None:
         return None
     cells = [
         [
-            MEASURES.get(name, "latency"),
+            LABELS.get(name, "latency"),
             percent(row["asked"]),
             percent(row["predicted"]),
-            percent(row["counted"]) if name in MEASURES else _ratio_of_times(row["ratio"]),
+            percent(row["counted"]) if name in LABELS else _ratio_of_times(row["ratio"]),
         ]
         for name, row in rows.items()
     ]
@@ -332,16 +338,16 @@ def _training(result: Result, summary: Mapping[str, Any] | None) -> Markup | Non
 def _ratio(result: Result) -> Markup | None:
     records = [r for r in result.records if r["phase"] == "search"]
     asked = result.asked
-    shown = [name for name in MEASURES if name in {"flops", "params", *asked}]
+    shown = [name for name in LABELS if name in {"flops", "params", *asked}]
     lines = [
-        Line(MEASURES[name], [(0, 100.0), *points], colour)
+        Line(LABELS[name], [(0, 100.0), *points], colour)
         for colour, name in enumerate(shown)
         if (points := _points(records, f"{name}_ratio", factor=100))
     ]
     if not lines:
         return None
     rules = [
-        Rule(f"{f'{MEASURES[name]}: ' * (len(asked) > 1)}search ends at {stop:g} %", stop)
+        Rule(f"{f'{LABELS[name]}: ' * (len(asked) > 1)}search ends at {stop:g} %", stop)
         for name, share in asked.items()
         for stop in [100 * share + 100 * result.config["search"]["stop_limit"]]
     ]
@@ -360,7 +366,7 @@ def _ratio(result: Result) -> Markup | None:
 
 
 def _percents(asked: Mapping[str, float]) -> str:
-    return " and ".join(f"{100 * share:g} % of the {MEASURES[n]}" for n, share in asked.items())
+    return " and ".join(f"{100 * share:g} % of the {LABELS[n]}" for n, share in asked.items())
 
 
 def _loss(result: Result) -> Markup | None:
@@ -449,12 +455,31 @@ def _latents(result: Result) -> Markup:
     rows = [
         (name, size, counts[:, i].tolist()) for i, (name, size) in enumerate(_sizes(result, counts))
     ]
+    shown = _most_pruned(rows)
+    note = "Layers whose outputs are added share a latent. Pale is what the latent began with."
+    if result.pruned:
+        note += (
+            " The numbers are of the end of the search; the network was then pruned to its budget, "
+            "and the channels above are what that left."
+        )
+    if len(shown) < len(rows):
+        note += (
+            f" Shown are the {len(shown)} of {len(rows)} latents that lost the largest share of "
+            "their entries, in the order of the network."
+        )
     strips = drawing.figure(
-        "Entries left of every latent",
-        drawing.decline(steps, rows, x="step of the search"),
-        note="Layers whose outputs are added share a latent. Pale is what the latent began with.",
+        f"Entries left of {'every latent' if len(shown) == len(rows) else 'latents'}",
+        drawing.decline(steps, shown, x="step of the search"),
+        note=note,
     )
     return element("div", bands, strips, class_="charts")
+
+
+def _most_pruned(rows: Sequence[tuple[str, int, list[int]]]) -> list[tuple[str, int, list[int]]]:
+    """As many latents as have room, those that lost the largest share, in the order given."""
+    left = [counts[-1] / size for _, size, counts in rows]
+    chosen = sorted(range(len(rows)), key=left.__getitem__)[: drawing.MOST_LATENTS]
+    return [rows[i] for i in sorted(chosen)]
 
 
 def _sizes(result: Result, counts: np.ndarray) -> list[tuple[str, int]]:
@@ -530,14 +555,17 @@ def _image(pixels: np.ndarray, text: str) -> Markup:
 def _load(result: Result) -> Markup | None:
     if result.after is None:
         return None
-    folder = result.workdir / ("model" if result.finished else "pruned")
-    shape = ", ".join(map(str, result.input_shape))
+    which = "model" if result.finished else "pruned"
+    folder = result.workdir / which
+    inputs, note = _inputs(result, which)
     lines = [
+        "import numpy as np",
+        "",
         "import dhp_jax as dhp",
         "",
         f"network = dhp.load({json.dumps(str(folder))})",
         "run = dhp.inference(network)  # compiled, in evaluation mode",
-        f"y = run(x)  # x: (n, {shape}), float32",
+        *inputs,
     ]
     others = {
         "best": "the network after its best epoch on the test data",
@@ -550,7 +578,57 @@ def _load(result: Result) -> Markup | None:
         if (result.workdir / name).is_dir() and name != folder.name
     ]
     beside = element("ul", *(element("li", text) for text in there)) if there else None
-    return joined(code("\n".join(lines)), element("p", "Beside it:") if there else None, beside)
+    return joined(
+        element("p", note),
+        code("\n".join(lines)),
+        element("p", "On image files, and for use without this library:"),
+        code("\n".join(_commands(result, which)), kind="command"),
+        element("p", "Beside it:") if there else None,
+        beside,
+    )
+
+
+def _inputs(result: Result, which: str) -> tuple[list[str], str]:
+    """Code from images of 0 .. 255 to what the network returns, and what must be known of it."""
+    task, noted = result.config["task"], result.notes[which]
+    shape, kind = result.input_shape, {1: "gray", 3: "RGB"}.get(result.input_shape[-1], "")
+    pixels = f"{kind} pixels from 0 to 255".strip()
+    images = f"images = np.zeros({(1, *shape)}, np.uint8)  # yours: {pixels}"
+    if task.get("name") != "classification":
+        times = f", {task['scale']} times as large" if "scale" in task else ""
+        lines = [f"{images}, of any size", f"y = run(np.float32(images))  # 0 to 255{times}"]
+        return lines, "The network takes and returns pixels from 0 to 255; round and clip them."
+    if "mean" not in noted or "std" not in noted:
+        lines = [f"x = np.zeros({(1, *shape)}, np.float32)  # yours", "y = run(x)  # class scores"]
+        return lines, (
+            "The network takes pixels that are normalised as in training: less their mean, by "
+            "their standard deviation. This run is of an earlier version, which has noted neither."
+        )
+    peak = noted.get("peak", 255)
+    mean, std = (", ".join(f"{value:.9g}" for value in noted[name]) for name in ("mean", "std"))
+    stored = "images" if peak == 255 else f"images * np.float32({peak} / 255)"
+    lines = [
+        images,
+        f"mean, std = np.float32([{mean}]), np.float32([{std}])",
+        f"x = ({stored} - mean) / std",
+        "y = run(x)  # a score for each class",
+        "labels = y.argmax(-1)",
+    ]
+    note = "The network takes normalised pixels, as in training; others it labels wrongly."
+    if peak != 255:
+        note += f" The training data store pixels from 0 to {peak}."
+    return lines, note
+
+
+def _commands(result: Result, which: str) -> list[str]:
+    """What a shell can do with the network."""
+    run = shlex.quote(str(result.workdir))
+    run += "" if which == "model" else f" --which={which}"
+    labels = result.config["task"].get("name") == "classification"
+    return [
+        f"python -m dhp_jax.predict {run} image.png {'--resize' if labels else '--out=restored'}",
+        f"python -m dhp_jax.export {run} --format=onnx",
+    ]
 
 
 def _made(result: Result, summary: Mapping[str, Any] | None) -> Markup:

@@ -23,12 +23,12 @@ def metrics_text(values: Mapping[str, float]) -> str:
     )
 
 
-MEASURES = {"flops": "FLOPs", "params": "params", "activations": "activations"}
+LABELS = {"flops": "FLOPs", "params": "params", "activations": "activations"}
 
 
 def in_words(shares: Mapping[str, float]) -> str:
     """Shares of a network's cost: "0.52 of the FLOPs and 0.6 of the params"."""
-    return " and ".join(f"{share:g} of the {MEASURES[name]}" for name, share in shares.items())
+    return " and ".join(f"{share:g} of the {LABELS[name]}" for name, share in shares.items())
 
 
 def start_text(summary: Mapping[str, Any]) -> str:
@@ -108,8 +108,15 @@ def compact(count: int) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """A time for people: "1.92 ms"."""
-    return f"{value:.3g} ms" if value < 100 else f"{value:,.0f} ms"
+    """A time for people, to three digits or the whole: "1.92 ms"."""
+    return f"{value:#.3g} ms" if value < 99.95 else f"{value:,.0f} ms"
+
+
+def loss_text(value: float) -> str:
+    """A loss for people: "0.0478", "2,839", "1.10e+06"."""
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:
