@@ -1,5 +1,6 @@
 """Families for classification: what they cost, which axes are one, and that pruning is exact."""
 
+import contextlib
 import functools
 import itertools
 import math

@@ -71,7 +71,7 @@ def tiny(path, folders):
         del config.model["width"]
     config.search.update(epochs=1, min_channels=1, learning_rate=1e-3)
     config.converge.update(epochs=1, learning_rate=1e-3)
-    config.target = 0.9
+    config.update(target=0.9, multiple_of=1)
     return config
 
 
