@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 from flax import nnx
 import jax
