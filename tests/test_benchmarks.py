@@ -1,5 +1,6 @@
 """The benchmarks run, and write what a reader needs to judge and repeat them."""
 
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -35,37 +36,44 @@ def begin(name, *arguments):
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | fast, text=True, **pipes)
 
 
+SLOW = ("compile", "widths", "checkpoint")  # what they call is called by others too
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in BENCHMARKS]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The folder of the benchmarks' results, and what each has printed."""
+    """A function of a benchmark's name: the folder of its results, and what it has printed."""
     folder = tmp_path_factory.mktemp("results") / "inner"
-    running = {name: begin(name, "--quick", "--out", folder) for name in BENCHMARKS}
-    printed = {}
-    for name, process in running.items():
-        printed[name], errors = process.communicate()
+
+    @functools.cache
+    def of(name):
+        process = begin(name, "--quick", "--out", folder)
+        printed, errors = process.communicate()
         assert process.returncode == 0, errors
-    return folder, printed
+        return folder, printed
+
+    return of
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_tells_on_what_it_ran_and_how_to_repeat_it(results, name):
-    folder, printed = results
+    folder, printed = results(name)
     about = json.loads((folder / f"{name}.json").read_text())["about"]
     assert about["hardware"] == hardware()
     assert about["versions"]["jax"] == importlib.metadata.version("jax")
     assert about["command"] == f"python benchmarks/{name}.py --quick --out {folder}"
     text = (folder / f"{name}.md").read_text()
     assert text.startswith("# ")
-    assert printed[name].strip() in text
+    assert printed.strip() in text
     for part in (about["hardware"], f"jax {about['versions']['jax']}", about["date"]):
         assert part in text
     assert text.endswith(f"\n    {about['command']}\n")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_table_of_a_benchmark_has_a_row_for_each_network(results, name):
-    folder, printed = results
-    header, ruler, *rows = printed[name].strip().splitlines()
+    folder, printed = results(name)
+    header, ruler, *rows = printed.strip().splitlines()
     assert len(rows) == len(json.loads((folder / f"{name}.json").read_text())["rows"])
     assert len(rows) == {"pruned": 4, "widths": 3}.get(name, 1)
     assert all(row.startswith(("| ResNet-8 | ", "| geometric mean | ")) for row in rows)
@@ -73,21 +81,23 @@ def test_the_table_of_a_benchmark_has_a_row_for_each_network(results, name):
 
 
 def test_the_step_benchmark_gives_medians_and_quartiles(results):
-    (row,) = json.loads((results[0] / "step.json").read_text())["rows"]
+    (row,) = json.loads((results("step")[0] / "step.json").read_text())["rows"]
     assert (row["batch"], row["rounds"]) == (4, 3)
     for name in ("search_ms", "plain_ms", "search_to_plain"):
         assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_benchmark_relates_what_is_lost_to_the_time_between_two(results):
-    (row,) = json.loads((results[0] / "checkpoint.json").read_text())["rows"]
+    (row,) = json.loads((results("checkpoint")[0] / "checkpoint.json").read_text())["rows"]
     assert row["share"] == row["lost_s"] / row["apart_s"]
     assert row["apart_s"] >= 60
     assert min(row["waited_s"], row["written_s"]) > 0
 
 
+@pytest.mark.slow
 def test_the_compile_benchmark_gives_seconds_of_each_part(results):
-    (row,) = json.loads((results[0] / "compile.json").read_text())["rows"]
+    (row,) = json.loads((results("compile")[0] / "compile.json").read_text())["rows"]
     assert (row["network"], row["batch"]) == ("ResNet-8", 4)
     assert all(row[name] > 0 for name in PARTS)
     assert row["total_s"] >= sum(row[name] for name in PARTS)
@@ -97,7 +107,7 @@ def test_the_compile_benchmark_gives_seconds_of_each_part(results):
 
 
 def test_the_benchmark_of_pruned_networks_relates_speed_to_the_ideal(results):
-    rows = json.loads((results[0] / "pruned.json").read_text())["rows"]
+    rows = json.loads((results("pruned")[0] / "pruned.json").read_text())["rows"]
     assert [(row["batch"], row["multiple_of"]) for row in rows] == [(1, 1), (1, 2), (4, 1), (4, 2)]
     for row in rows:
         assert 0.4 < row["flops_ratio"] <= 0.5
@@ -106,8 +116,9 @@ def test_the_benchmark_of_pruned_networks_relates_speed_to_the_ideal(results):
             assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_widths_relates_rounded_networks_to_any_width(results):
-    *rows, mean = json.loads((results[0] / "widths.json").read_text())["rows"]
+    *rows, mean = json.loads((results("widths")[0] / "widths.json").read_text())["rows"]
     assert [(row["batch"], row["multiple_of"]) for row in rows] == [(1, 2), (4, 2)]
     for row in rows:
         assert 0.4 < row["flops_ratio"] <= 0.5
@@ -151,7 +162,7 @@ def test_exported_files_are_timed_in_turn(tmp_path):
 
 
 def test_the_input_benchmark_relates_what_is_given_to_what_is_taken(results):
-    (row,) = json.loads((results[0] / "input.json").read_text())["rows"]
+    (row,) = json.loads((results("input")[0] / "input.json").read_text())["rows"]
     assert row["consumed_per_second"] == pytest.approx(4e3 / row["step_ms"]["median"])
     assert all(name in row for name in ("share", "input_ms"))
     for streamed in row["streamed"].values():
@@ -160,7 +171,7 @@ def test_the_input_benchmark_relates_what_is_given_to_what_is_taken(results):
 
 
 def test_a_search_step_needs_little_more_memory_than_training_cannot_do_without(results):
-    (row,) = json.loads((results[0] / "memory.json").read_text())["rows"]
+    (row,) = json.loads((results("memory")[0] / "memory.json").read_text())["rows"]
     parts = ("parameters", "optimizer", "gradients", "activations")
     assert row["ratio"] == row["peak_bytes"] / sum(row[f"{part}_bytes"] for part in parts)
     assert row["peak_bytes"] > row["parameters_bytes"] + row["optimizer_bytes"]
@@ -168,7 +179,7 @@ def test_a_search_step_needs_little_more_memory_than_training_cannot_do_without(
 
 
 def test_four_devices_exchange_the_gradients_and_the_batchnorm_statistics_once(results):
-    (row,) = json.loads((results[0] / "scaling.json").read_text())["rows"]
+    (row,) = json.loads((results("scaling")[0] / "scaling.json").read_text())["rows"]
     assert row["devices"] == 4
     assert list(row["operations"]) == ["all-reduce"]
     assert 0 <= row["exchanged_bytes"] - row["needed_bytes"] <= 16  # the loss, the errors

@@ -18,6 +18,7 @@ import dhp_jax as dhp
 from dhp_jax.models.densenet import NormConv
 from dhp_jax.models.mobilenet import InvertedResidual
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 IMAGENET, CIFAR, TINY = (224, 224, 3), (32, 32, 3), (64, 64, 3)
 RESNEXT = {"depth": 50, "groups": 32, "group_width": 4, "num_classes": 1000}
 

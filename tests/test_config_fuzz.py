@@ -434,7 +434,7 @@ def mentioned(field, message):
 
 
 @given(command_lines())
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(derandomize=True, deadline=None, max_examples=250)
 def test_a_command_line_is_parsed_or_one_line_names_a_field_that_was_given(parse, example):
     path, overrides = example
     given = [

@@ -17,6 +17,8 @@ from dhp_jax import pipeline
 CONFIGS = sorted((Path(__file__).parents[1] / "experiments/configs").glob("*.py"))
 # As deep as they are, for their short networks would be the same as another's.
 WHOLE = ("resnet56", "resnet56_38", "resnet110", "resnet164", "mobilenet_v1_x2", "mobilenet_v2_x2")
+# What other tests train, or a network much like another's.
+NEAR = ("digits_resnet20", "resnet20", "photographs_dncnn", "photographs_edsr", "mobilenet_v1")
 SIZES = {"digits": 8, "cifar10": 32, "tiny_imagenet": 64}
 SHORT = {
     "resnet": {"depth": 8},
@@ -79,7 +81,7 @@ def tiny(path, folders):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in WHOLE), id=path.stem)
+        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in WHOLE + NEAR), id=path.stem)
         for path in CONFIGS
     ],
 )

@@ -135,7 +135,8 @@ def test_two_processes_give_the_losses_and_survivors_of_one_and_the_first_writes
     assert not (tmp_path / "nothing").exists()
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_dies_the_other_ends_and_both_go_on_when_started_again(
     victim, one, tmp_path
 ):

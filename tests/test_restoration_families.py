@@ -19,6 +19,7 @@ from dhp_jax.layers import ChannelBias, Hyper, reinitialize
 from dhp_jax.models.edsr import MEAN, Constant
 from dhp_jax.models.upsampler import pixel_shuffle
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 COSTS = [  # family, arguments, channels, FLOPs, params and latents at 128x128
     ("srresnet", {"scale": 4}, 3, 32_822_525_952, 1_535_637, 19),
     ("edsr", {"scale": 4}, 3, 90_356_203_520, 3_696_667, 11),

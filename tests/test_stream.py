@@ -177,6 +177,7 @@ def test_a_phase_goes_on_with_data_as_it_began(tmp_path):
         carry_out(tmp_path / "run", **STREAMED)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_it_began_even_if_memory_has_become_less(tmp_path, monkeypatch, finished):
     with pytest.raises(Stop):
         carry_out(tmp_path / "run", [Interrupter("search", 3)], **OFTEN)
