@@ -512,7 +512,9 @@ def test_a_phase_of_more_epochs_goes_on_as_if_it_had_had_them_from_the_start(
     _, before = trained(net, phase, tmp_path)
     outcome, after = trained(net, longer, tmp_path)
     check_same_outcome(outcome, expected)
-    assert before.records + after.records == seen.records
+    kept = after.events[0][-1]  # the last state may be of just before the last test
+    assert len(before.records) - kept in (0, 1)
+    assert before.records[:kept] + after.records == seen.records
 
 
 def test_the_time_before_a_stop_counts(net, undisturbed, tmp_path):
