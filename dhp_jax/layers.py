@@ -425,7 +425,7 @@ class Linear(nnx.Linear):
         return super().__call__(x, *args, **kwargs)
 
 
-def reinitialize(model: nnx.Module, *, gain: float = 2.0, rngs: nnx.Rngs) -> None:
+def reinitialize(model: nnx.Module, *, gain: float | None = None, rngs: nnx.Rngs) -> None:
     """Gives an ordinary network fresh kernels, as if it had never had hypernetworks.
 
     Kernels of convolutions and `nnx.Linear` are drawn from a normal distribution of variance
@@ -434,13 +434,13 @@ def reinitialize(model: nnx.Module, *, gain: float = 2.0, rngs: nnx.Rngs) -> Non
 
     Args:
       model: a pruned or ordinary network; changed in place.
-      gain: of a network that has no `initial_gain`, which is taken otherwise. 2 is He's, for
-        networks of ReLUs; 1/3 is PyTorch's default.
+      gain: the network's `initial_gain` if `None`, or He's 2 where it has none; 1/3 is PyTorch's
+        default.
       rngs: the `params` stream draws the kernels.
 
     Reference: He et al., Delving deep into rectifiers, 2015, equation 10.
     """
-    gain = getattr(model, "initial_gain", gain)
+    gain = getattr(model, "initial_gain", 2.0) if gain is None else gain
     for _, _, layer in walk(model):
         ordinary = isinstance(layer, nnx.Conv | nnx.ConvTranspose | nnx.Linear)
         if ordinary and isinstance(layer.kernel, nnx.Param):
