@@ -16,6 +16,7 @@ from dhp_jax.config import ConfigError
 
 CONFIG, LOCK, COMMANDS = "config.json", ".lock", "command.txt"
 CHECKPOINTS = "checkpoints"  # a folder for each phase
+LEARNT = (f"{CHECKPOINTS}/*/[0-9]*", "search", "best", "model")  # what is there after training
 DATA = "data.json"  # what the data were when it began
 # What may differ when a run is started again in its directory.
 MAY_CHANGE = (
@@ -109,7 +110,8 @@ def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[s
       ConfigError: they differ.
     """
     path, here = Path(workdir) / DATA, {"streamed": streamed, "checksums": dict(checksums)}
-    if not path.is_file() or not any(path.parent.glob(f"{CHECKPOINTS}/*/[0-9]*")):
+    learnt = any(any(path.parent.glob(pattern)) for pattern in LEARNT)
+    if not path.is_file() or not learnt:
         durable.write(path, json.dumps(here))
         return
     there = _data(path)

@@ -22,6 +22,7 @@ from dhp_jax.data.order import epoch_order
 from dhp_jax.data.stream import Stream, StreamError
 from dhp_jax.mesh import rows_here, spread
 from dhp_jax.tasks import Classification, evaluate
+from dhp_jax.workdir import settle_data
 
 EXAMPLES, BATCH = 11, 3
 STEPS = EXAMPLES // BATCH
@@ -206,6 +207,16 @@ def test_a_damaged_image_may_be_mended_as_long_as_nothing_has_been_learnt(tmp_pa
     file.write_bytes(whole)
     with pytest.raises(ConfigError, match=r"expected the test images .* delete .*data\.json"):
         carry_out(tmp_path / "run", **fields)
+
+
+@pytest.mark.parametrize("left", ["checkpoints/search/5", "search", "best", "model"])
+def test_data_are_those_of_the_run_once_something_has_been_learnt_from_them(tmp_path, left):
+    settle_data(tmp_path, False, {"train": 1, "test": 2})
+    settle_data(tmp_path, False, {"train": 1, "test": 3})
+    (tmp_path / left).mkdir(parents=True)
+    settle_data(tmp_path, False, {"train": 1, "test": 3})
+    with pytest.raises(ConfigError, match=r"^config\.data: expected the test images"):
+        settle_data(tmp_path, False, {"train": 1, "test": 4})
 
 
 def readers(process):
