@@ -13,7 +13,7 @@ import tempfile
 import time
 
 import jax
-from record import parser, publish, table_of
+from record import parser, publish_each, table_of
 from zoo import NETWORKS, QUICK, search_step
 
 from dhp_jax.config import default
@@ -32,8 +32,8 @@ def main() -> None:
     options = parser(__doc__, NAMES, 5, "stretches of each kind").parse_args()
     if options.quick:
         options.networks, options.rounds = [QUICK], 2
-    rows = [measure(name, options.rounds, options.quick) for name in options.networks]
-    publish(options.out, "checkpoint", "What checkpoints cost", NOTE, rows, as_table(rows))
+    rows = (measure(name, options.rounds, options.quick) for name in options.networks)
+    publish_each(options.out, "checkpoint", "What checkpoints cost", NOTE, rows, as_table)
 
 
 def measure(name: str, rounds: int, quick: bool) -> dict:

@@ -11,10 +11,11 @@ Every network is measured in a process of its own, so that none profits from ano
 
 from concurrent.futures import ProcessPoolExecutor
 import multiprocessing
+import os
 import time
 
 import jax
-from record import parser, progress, publish, table_of
+from record import parser, publish_each, table_of
 from zoo import NETWORKS, QUICK, search_step
 
 NOTE = (
@@ -25,13 +26,16 @@ NOTE = (
 
 def main() -> None:
     options = parser(__doc__, NETWORKS).parse_args()
-    rows = []
-    for name in [QUICK] if options.quick else options.networks:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            rows.append(fresh.submit(measure, name, options.quick).result())
-        progress(as_table(rows[-1:]).splitlines()[-1])
-    title = "Time to the first search step"
-    publish(options.out, "compile", title, NOTE, rows, as_table(rows))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share a GPU
+    names = [QUICK] if options.quick else options.networks
+    rows = (in_fresh_process(name, options.quick) for name in names)
+    publish_each(options.out, "compile", "Time to the first search step", NOTE, rows, as_table)
+
+
+def in_fresh_process(name: str, quick: bool) -> dict:
+    """`measure` where nothing has been compiled yet."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(measure, name, quick).result()
 
 
 def measure(name: str, quick: bool) -> dict:

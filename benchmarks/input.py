@@ -21,7 +21,7 @@ import time
 import jax
 import numpy as np
 from PIL import Image
-from record import parser, positive, progress, publish, spread, table_of
+from record import parser, positive, publish_each, spread, table_of
 from zoo import NETWORKS, QUICK, Network, search_step, task_on
 
 from dhp_jax.data import Stream
@@ -47,14 +47,10 @@ def main() -> None:
     options = arguments.parse_args()
     if options.quick:
         options.networks, options.rounds, options.images = [QUICK], 3, 24
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder), options.images)
-        for name in options.networks:
-            rows.append(measure(NETWORKS[name], folder, options))
-            progress(as_table(rows[-1:]).splitlines()[-1])
-            jax.clear_caches()
-    publish(options.out, "input", "What the input costs", NOTE, rows, as_table(rows))
+        rows = (measure(NETWORKS[name], folder, options) for name in options.networks)
+        publish_each(options.out, "input", "What the input costs", NOTE, rows, as_table)
 
 
 def draw(folder: Path, count: int) -> None:

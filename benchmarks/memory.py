@@ -16,10 +16,8 @@ take an argument's place, and temporary arrays. It is compared with the sum of
     python benchmarks/memory.py --quick                # a smoke run of a few seconds
 """
 
-from flax import nnx
-import jax
 from programs import activation_bytes, peak_bytes, size
-from record import parser, progress, publish, table_of
+from record import parser, publish_each, table_of
 from zoo import NETWORKS, QUICK, Network, search_step, task_on
 
 import dhp_jax as dhp
@@ -34,18 +32,15 @@ Plain peak: of the step of the same network without latents."""
 
 def main() -> None:
     options = parser(__doc__, NAMES).parse_args()
-    rows = []
-    for name in [QUICK] if options.quick else options.networks:
-        network = NETWORKS[name]
-        model = network.build(width=0.25) if options.quick else network.build()
-        rows.append(measure(network, model, 4 if options.quick else network.batch))
-        progress(as_table(rows[-1:]).splitlines()[-1])
-        jax.clear_caches()
-    publish(options.out, "memory", "Memory of a search step", NOTE, rows, as_table(rows))
+    names = [QUICK] if options.quick else options.networks
+    rows = (measure(NETWORKS[name], options.quick) for name in names)
+    publish_each(options.out, "memory", "Memory of a search step", NOTE, rows, as_table)
 
 
-def measure(network: Network, model: nnx.Module, batch: int) -> dict:
+def measure(network: Network, quick: bool) -> dict:
     """Bytes at the peak of the search step, and of each part of what it is compared with."""
+    model = network.build(width=0.25) if quick else network.build()
+    batch = 4 if quick else network.batch
     plain = dhp.prune(model)
     advance, state, inputs = search_step(network, model, batch)
     needed = {

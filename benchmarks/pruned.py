@@ -20,9 +20,8 @@ from pathlib import Path
 import tempfile
 
 from flax import nnx
-import jax
 import onnx_files
-from record import parser, positive, progress, publish, spread, table_of
+from record import parser, positive, progress, publish_each, spread, table_of
 from zoo import NETWORKS, QUICK, Network
 
 import dhp_jax as dhp
@@ -49,21 +48,18 @@ def main() -> None:
     if options.quick:
         options.networks, options.rounds = [QUICK], 3
         options.flops, options.multiples = [0.5], [1, 2]
-    rows = []
-    for name in options.networks:
-        network = NETWORKS[name]
-        large = 4 if options.quick or network.patch or network.input_shape[0] > 64 else 64
-        for batch in (1, large):
-            rows += measure(network, batch, options)
-            progress("\n".join(as_table(rows).splitlines()[2:][-2:]))
-        jax.clear_caches()
     name, title, note = "pruned", "Speed of pruned networks", NOTE
     if options.runtime == "onnxruntime":
         import onnxruntime
 
         name, title = "pruned_onnxruntime", f"{title} in onnxruntime"
         note = f"onnxruntime {onnxruntime.__version__} on the CPU. {onnx_files.SPINNING} {NOTE}"
-    publish(options.out, name, title, note, rows, as_table(rows))
+    rows = itertools.chain.from_iterable(
+        measure(NETWORKS[network], batch, options)
+        for network in options.networks
+        for batch in NETWORKS[network].forward_batches(options.quick)
+    )
+    publish_each(options.out, name, title, note, rows, as_table)
 
 
 def share(text: str) -> float:

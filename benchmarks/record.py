@@ -1,14 +1,16 @@
 """What benchmarks have in common: arguments, tables, and the files they write."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import datetime
 import json
 from pathlib import Path
 import shlex
 import subprocess
 import sys
+from typing import Any
 
+import jax
 from zoo import NETWORKS, QUICK
 
 from dhp_jax.report import hardware, versions
@@ -48,7 +50,7 @@ def positive(text: str) -> int:
 
 
 def progress(line: str) -> None:
-    """Tells of a row that has been measured."""
+    """Tells how far a benchmark is."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -78,18 +80,57 @@ def publish(
     They tell hardware, versions, commit, date and command.
     """
     print(table)
-    if folder is None:
-        return
+    write(folder, name, title, note, rows, table, circumstances())
+
+
+def publish_each(
+    folder: Path | None,
+    name: str,
+    title: str,
+    note: str,
+    rows: Iterable[dict],
+    as_table: Callable[[list[dict]], str],
+) -> None:
+    """`publish` of rows that take long: each is told and written as soon as it has been measured.
+
+    So a benchmark that is ended early keeps what it has.
+    """
+    about, measured, table = circumstances(), [], ""
+    for row in rows:
+        measured.append(row)
+        before, table = table, as_table(measured)
+        progress(table.splitlines()[-1] if before else table)
+        jax.clear_caches()  # programs of this row, which take memory
+        write(folder, name, title, note, measured, table, about)
+    print(table)
+
+
+def circumstances() -> dict[str, Any]:
+    """With what, by which command and when something is measured."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
-    about = {
+    return {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit.stdout.strip(),
         "hardware": hardware(),
         "versions": versions(),
     }
+
+
+def write(
+    folder: Path | None,
+    name: str,
+    title: str,
+    note: str,
+    rows: list[dict],
+    table: str,
+    about: Mapping[str, Any],
+) -> None:
+    """The files of `publish`."""
+    if folder is None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(
         json.dumps({"about": about, "rows": rows}, indent=1) + "\n"

@@ -7,12 +7,13 @@ Each run is tested as its own configuration says (task, scale, noise), on each f
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 import shutil
 
 from ml_collections import ConfigDict
-from record import publish
+from record import publish_each
 
 import dhp_jax as dhp
 from dhp_jax import problems, report
@@ -30,15 +31,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for NAME.json, NAME.md and NAME.png")
     options = parser.parse_args()
     folders = dict(test.split("=", 1) for test in options.test)
-    rows = [row_of(run, folders) for run in options.runs]
+    rows = (row_of(run, folders) for run in options.runs)
     note = options.note
     crops = options.runs[-1] / report.PLOTS / "crops.png"
     if options.out is not None and crops.is_file():
         options.out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(crops, options.out / f"{options.name}.png")
         note += f"\n\n![Details of test images]({options.name}.png)"
-    table = as_table(rows, list(folders))
-    publish(options.out, options.name, options.title, note.strip(), rows, table)
+    table = functools.partial(as_table, folders=list(folders))
+    publish_each(options.out, options.name, options.title, note.strip(), rows, table)
 
 
 def row_of(run: Path, folders: dict[str, str]) -> dict:

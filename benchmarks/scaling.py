@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from programs import Collective, activation_bytes, collectives, host_transfers, size
-from record import parser, positive, progress, publish, table_of
+from record import parser, positive, publish_each, table_of
 from zoo import NETWORKS, QUICK, search_step, task_on
 
 import dhp_jax as dhp
@@ -80,12 +80,12 @@ def main() -> None:
     options = arguments.parse_args()
     if options.quick:
         options.networks, options.devices = [QUICK], [4]
-    rows = []
-    for name in options.networks:
-        for devices in options.devices:
-            rows.append(simulated(name, devices, options.quick))
-            progress(as_table(rows[-1:]).splitlines()[-1])
-    publish(options.out, "scaling", "Communication of a step", NOTE, rows, as_table(rows))
+    rows = (
+        simulated(name, devices, options.quick)
+        for name in options.networks
+        for devices in options.devices
+    )
+    publish_each(options.out, "scaling", "Communication of a step", NOTE, rows, as_table)
 
 
 def simulated(name: str, devices: int, quick: bool) -> dict:

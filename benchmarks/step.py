@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from flax import nnx
 import jax
-from record import parser, positive, progress, publish, spread, table_of
+from record import parser, positive, publish_each, spread, table_of
 from zoo import NETWORKS, QUICK, Network, search_step
 
 import dhp_jax as dhp
@@ -33,13 +33,13 @@ def main() -> None:
     check_torch(arguments, options)
     if options.quick:
         options.networks, options.batches, options.rounds = [QUICK], [4], 3
-    rows = []
-    for name in options.networks:
-        for batch in options.batches:
-            rows.append(measure(NETWORKS[name], batch, options))
-            progress(as_table(rows[-1:]).splitlines()[-1])
     title = "Search step against the plain network's step"
-    publish(options.out, "step", title, NOTE, rows, as_table(rows))
+    rows = (
+        measure(NETWORKS[name], batch, options)
+        for name in options.networks
+        for batch in options.batches
+    )
+    publish_each(options.out, "step", title, NOTE, rows, as_table)
 
 
 def check_torch(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -11,11 +11,12 @@ numbers that are best here are what `multiple_of="auto"` chooses (`dhp_jax/width
 """
 
 import argparse
+from collections.abc import Iterator
 import math
 import statistics
 
 import jax
-from record import parser, positive, progress, publish, spread, table_of
+from record import parser, positive, progress, publish_each, spread, table_of
 from zoo import NETWORKS, QUICK, Network
 
 import dhp_jax as dhp
@@ -42,17 +43,19 @@ def main() -> None:
     if options.quick:
         options.networks, options.rounds = [QUICK], 3
         options.multiples, options.dtypes = [2], ["float32"]
+    publish_each(options.out, "widths", "Widths that hardware likes", NOTE, told(options), as_table)
+
+
+def told(options: argparse.Namespace) -> Iterator[dict]:
+    """The rows of all networks, and at the end those of their means."""
     rows = []
     for dtype in options.dtypes:
-        for name in options.networks:
-            network = NETWORKS[name]
-            large = 4 if options.quick or network.patch or network.input_shape[0] > 64 else 64
-            for batch in (1, large):
-                rows += measure(network, batch, dtype, options)
-                progress("\n".join(as_table(rows).splitlines()[-len(options.multiples) :]))
-            jax.clear_caches()
-    rows += means(rows)
-    publish(options.out, "widths", "Widths that hardware likes", NOTE, rows, as_table(rows))
+        for network in (NETWORKS[name] for name in options.networks):
+            for batch in network.forward_batches(options.quick):
+                found = measure(network, batch, dtype, options)
+                rows += found
+                yield from found
+    yield from means(rows)
 
 
 def measure(network: Network, batch: int, dtype: str, options: argparse.Namespace) -> list[dict]:

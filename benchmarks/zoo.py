@@ -44,6 +44,10 @@ class Network:
         side = self.patch // self.arguments.get("scale", 1)
         return (side, side, self.input_shape[-1]) if side else self.input_shape
 
+    def forward_batches(self, quick: bool) -> tuple[int, int]:
+        """Of how many images forward passes are timed: one, and many."""
+        return 1, 4 if quick or self.patch or self.input_shape[0] > 64 else 64
+
     def build(self, **changes: Any) -> nnx.Module:
         return dhp.models.build(self.family, rngs=nnx.Rngs(0), **self.arguments, **changes)
 

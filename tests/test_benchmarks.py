@@ -20,6 +20,7 @@ from dhp_jax.report import hardware
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import methods  # noqa: E402
+from record import publish_each  # noqa: E402
 from run import BENCHMARKS, run  # noqa: E402
 from zoo import NETWORKS, QUICK  # noqa: E402
 
@@ -193,6 +194,25 @@ def test_a_benchmark_that_fails_is_told_and_stops_no_other(tmp_path, capfd):
     works.write_text("import sys; print(*sys.argv[1:])")
     assert run([fails, works], ["--quick"]) == ["fails"]
     assert capfd.readouterr().out.split() == ["fails", "works", "--quick"]
+
+
+def test_a_benchmark_that_is_ended_keeps_the_rows_that_it_has_measured(tmp_path, capsys):
+    def rows():
+        yield {"network": "first", "ms": 1.5}
+        raise KeyboardInterrupt
+
+    def as_table(rows):
+        lines = [f"| {row['network']} | {row['ms']} |" for row in rows]
+        return "\n".join(["| network | ms |", "|---|---|", *lines])
+
+    with pytest.raises(KeyboardInterrupt):
+        publish_each(tmp_path, "ended", "Ended", "A note.", rows(), as_table)
+    written = json.loads((tmp_path / "ended.json").read_text())
+    assert written["rows"] == [{"network": "first", "ms": 1.5}]
+    assert written["about"]["hardware"] == hardware()
+    table = as_table(written["rows"])
+    assert table in (tmp_path / "ended.md").read_text()
+    assert table in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
