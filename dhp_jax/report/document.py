@@ -113,7 +113,7 @@ pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
   .scroll { background: none; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   svg { min-width: 0 !important; } #channels svg { max-height: 85mm; }
   table { font-size: 8pt; } th, td { padding: .15rem .4rem; }
-  .crops { max-width: 150mm; } pre.long { columns: 2; max-height: none;
+  .crops { max-width: 150mm; } pre.long { columns: 3; max-height: none;
     font-size: 7.5pt; }
   h2, h3 { break-after: avoid; } figure, .card, .notice, tr { break-inside: avoid; }
   .charts { grid-template-columns: 1fr 1fr; } .cards { grid-template-columns: repeat(5, 1fr); }
