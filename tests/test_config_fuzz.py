@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from dhp_jax import config as dhp_config
-from dhp_jax import models, pipeline
+from dhp_jax import models, pipeline, preparation
 from dhp_jax.config import ConfigError
 from dhp_jax.data import digits
 from dhp_jax.methods import METHODS
@@ -208,9 +208,11 @@ def cached():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "build_abstract", build_abstract)
-        patch.setattr(pipeline, "measure_cost", functools.cache(pipeline.measure_cost))
-        patch.setattr(pipeline, "check_axes", functools.cache(pipeline.check_axes))
-        patch.setattr(pipeline, "_check_latency", lambda *arguments: None)  # it compiles networks
+        patch.setattr(preparation, "measure_cost", functools.cache(preparation.measure_cost))
+        patch.setattr(preparation, "check_axes", functools.cache(preparation.check_axes))
+        patch.setattr(
+            preparation, "_check_latency", lambda *arguments: None
+        )  # it compiles networks
         patch.setattr(digits, "load", functools.cache(digits.load))
         patch.setattr(mobilenet, "V1_BLOCKS", mobilenet.V1_BLOCKS[:3])  # the shape of all others
         patch.setattr(mobilenet, "V2_GROUPS", mobilenet.V2_GROUPS[:3])

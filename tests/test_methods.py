@@ -22,7 +22,7 @@ from runs import (
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
-from dhp_jax import journal, pipeline, report, targets
+from dhp_jax import journal, pipeline, preparation, report, targets
 from dhp_jax.config import ConfigError
 from dhp_jax.latent import walk
 from dhp_jax.methods import METHODS
@@ -446,7 +446,7 @@ def test_a_method_that_takes_the_channels_of_a_run_takes_no_targets(tmp_path, fo
 
 def test_nothing_is_measured_where_nothing_is_chosen(tmp_path, found, monkeypatch):
     source = changed(tmp_path, found, "config.json", lambda c: c["budget"].update(latency=0.01))
-    monkeypatch.setattr(pipeline, "clock", None)
+    monkeypatch.setattr(preparation, "clock", None)
     prepare(tmp_path / "run", method="scratch", source=source, **{"budget.latency": 0.01})
 
 
@@ -479,5 +479,5 @@ def test_every_method_is_documented_and_carried_out():
     for method in METHODS:
         assert f"`{method}`" in guide
     phases = {*itertools.chain(*(method.phases for method in METHODS.values()))}
-    assert phases == set(pipeline.PHASES)
+    assert phases == set(preparation.PHASES)
     assert dhp_config.default().source is None

@@ -16,7 +16,7 @@ from runs import NETWORKS, Interrupter, Stop, check_same_end, without_times
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
-from dhp_jax import data, journal, pipeline, workdir
+from dhp_jax import data, journal, pipeline, preparation, workdir
 from dhp_jax.budgets import Time
 from dhp_jax.config import ConfigError
 from dhp_jax.train import Stopped
@@ -468,6 +468,12 @@ class Clocks:
         return timed
 
 
+def time_by(patch, clocks):
+    """Has clocks time networks, before a run and in it."""
+    for module in (preparation, pipeline):
+        patch.setattr(module, "clock", clocks)
+
+
 QUICK = {"budget.latency": 0.5, "budget.batch": 3, "target": 0.6, "converge.epochs": 1}
 
 
@@ -478,7 +484,7 @@ def quick(tmp_path_factory, compiled_once):
     clocks = Clocks(floor=0.1)
     config = tiny(**QUICK, **{"budget.params": 0.55, "budget.activations": 0.8})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "clock", clocks)
+        time_by(patch, clocks)
         run = pipeline.prepare(config, folder)
         before = len(clocks.measured)
         summary = pipeline.execute(run)
@@ -559,7 +565,7 @@ def test_a_run_that_goes_on_measures_nothing_once_its_network_is_pruned(
 ):
     """Clocks tell other times now: what is on disk counts."""
     expected, clocks = contents(quick.workdir / "pruned"), Clocks(floor=0.3)
-    monkeypatch.setattr(pipeline, "clock", clocks)
+    time_by(monkeypatch, clocks)
     shutil.copytree(quick.workdir, tmp_path / "run")
     for name in ("best", "model", "checkpoints/converge"):
         shutil.rmtree(tmp_path / "run" / name)
@@ -570,7 +576,7 @@ def test_a_run_that_goes_on_measures_nothing_once_its_network_is_pruned(
 
 
 def test_a_latency_below_what_is_reachable_is_refused_before_work_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "clock", Clocks(floor=0.7))
+    time_by(monkeypatch, Clocks(floor=0.7))
     expected = r"^config.budget.latency: 0.5 cannot be reached: the smallest possible network takes"
     with pytest.raises(ValueError, match=expected):
         pipeline.prepare(tiny(**QUICK), tmp_path / "run")
@@ -581,7 +587,7 @@ def test_a_latency_below_what_is_reachable_is_refused_before_work_is_done(tmp_pa
 def test_a_latency_that_is_out_of_reach_after_the_search_ends_the_run_in_one_line(
     quick, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(pipeline, "clock", Clocks(floor=0.7))
+    time_by(monkeypatch, Clocks(floor=0.7))
     shutil.copytree(quick.workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/pruned")
     with pytest.raises(ValueError, match=r"^config.budget.latency: 0.5 cannot .*/search, for"):
@@ -649,7 +655,7 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
     ],
 )
 def test_an_error_names_the_field(tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(pipeline, "MOST_STEPS", 10**9)
+    monkeypatch.setattr(preparation, "MOST_STEPS", 10**9)
     with pytest.raises(ValueError, match=message):
         pipeline.prepare(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
