@@ -80,7 +80,7 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> list[d
     for flops, multiple in itertools.product(options.flops, options.multiples):
         try:
             small = dhp.prune_to(model, network.input_shape, multiple, flops=flops)
-        except dhp.BudgetError as error:
+        except ValueError as error:  # too wide for its latents, or for the budget
             progress(f"{network.label}: left out: {error}")
         else:
             smaller[flops, multiple] = small

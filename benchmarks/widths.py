@@ -66,7 +66,7 @@ def measure(network: Network, batch: int, dtype: str, options: argparse.Namespac
     for multiple in (1, *options.multiples):
         try:
             small[multiple] = dhp.prune_to(model, network.input_shape, multiple, flops=FLOPS)
-        except dhp.BudgetError as error:
+        except ValueError as error:  # too wide for its latents, or for the budget
             progress(f"{network.label}: left out: {error}")
     passes = {m: timing.forward(net, network.input_shape, batch) for m, net in small.items()}
     seconds = timing.in_turn(passes, options.rounds)

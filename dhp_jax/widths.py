@@ -50,8 +50,7 @@ def multiples(model: nnx.Module, multiple_of: Multiples) -> dict[str, int]:
         measured.
 
     Raises:
-      ValueError: a number below 1; one that is larger than the latent that is named, or than all of
-        them; a name that fits no prunable latent.
+      ValueError: a number below 1; one that is larger than a latent that it is for; a name that fits no prunable latent.
     """
     prunable = {name: z for name, z in latents(model).items() if z.prunable}
     if isinstance(multiple_of, str) and multiple_of == AUTO:
@@ -61,11 +60,13 @@ def multiples(model: nnx.Module, multiple_of: Multiples) -> dict[str, int]:
     if isinstance(multiple_of, Mapping):
         return _by_name(prunable, multiple_of)
     _check_number("", multiple_of)
-    widest = max((z.size for z in prunable.values()), default=1)
-    if multiple_of > widest:
+    narrow = [name for name, z in prunable.items() if z.size < multiple_of]
+    if narrow:
+        others = f" and {len(narrow) - 1} more" if len(narrow) > 1 else ""
         raise ValueError(
-            f"multiple_of: expected at most {widest}, the size of the largest prunable latent, "
-            f"got {multiple_of}"
+            f"multiple_of: expected at most {min(prunable[name].size for name in narrow)}, the "
+            f"size of the smallest prunable latent; got {multiple_of}, which {narrow[0]!r}{others} "
+            f"cannot keep; {AUTO!r} and numbers by name leave such latents at 1"
         )
     return dict.fromkeys(prunable, multiple_of)
 

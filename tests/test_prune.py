@@ -531,7 +531,7 @@ def test_no_larger_network_of_the_same_kind_fits_a_budget(mixed):
         assert larger == []
 
 
-@given(st.integers(0, 1000), BUDGETS, st.integers(1, 7))
+@given(st.integers(0, 1000), BUDGETS, st.integers(1, 5))
 @settings(deadline=None, derandomize=True, max_examples=60)
 def test_rounded_widths_keep_the_budget_and_go_by_magnitude(mixed, seed, budget, multiple_of):
     model, cost = with_ties(mixed[0], seed), mixed[1]
@@ -562,10 +562,11 @@ def test_the_smallest_rounded_widths_are_multiples_above_min_channels(mixed):
         assert smallest_ratio(model, cost, multiple_of) == shares
         masks = survivors_within(model, cost, multiple_of, **shares)
         assert {name: int(mask.sum()) for name, mask in masks.items()} == counts
-    whole = smallest_ratio(model, cost, 7)
+    sizes = {name: z.size for name, z in dhp.latents(model).items() if z.prunable}
+    whole = smallest_ratio(model, cost, sizes)
     assert whole == {"flops": 1, "params": 1, "activations": 1}
-    with pytest.raises(dhp.BudgetError, match=r", up to a multiple of 6$"):
-        survivors_within(model, cost, 6, flops=0.2)
+    with pytest.raises(dhp.BudgetError, match=r", up to a multiple of 5$"):
+        survivors_within(model, cost, 5, flops=0.2)
 
 
 NUMBER = "an integer of at least 1, 'auto' or such by latent"
@@ -575,7 +576,18 @@ NUMBER = "an integer of at least 1, 'auto' or such by latent"
     ("multiple_of", "told"),
     [
         *((value, f"{NUMBER}, got {value!r}") for value in (0, 2.0, True)),
-        (8, "at most 7, the size of the largest prunable latent, got 8"),
+        (
+            6,
+            "at most 5, the size of the smallest prunable latent; got 6, which "
+            f"{MIXED_LATENTS['b']!r} cannot keep; 'auto' and numbers by name leave such latents "
+            "at 1",
+        ),
+        (
+            8,
+            "at most 5, the size of the smallest prunable latent; got 8, which "
+            f"{MIXED_LATENTS['c']!r} and 2 more cannot keep; 'auto' and numbers by name leave such "
+            "latents at 1",
+        ),
     ],
 )
 def test_what_widths_cannot_be_rounded_to_is_refused(mixed, multiple_of, told):

@@ -324,7 +324,7 @@ def _tried(row: Mapping[str, Any]) -> Markup:
         f"Latency: the time of the pruned network as a share of the whole one's, both in turn, "
         f"{row['rounds']} passes of batch {row['batch']} each, with the quartiles of pairs, on "
         f"{row['hardware']}. The upper quartile is within the budget. It was predicted to be the "
-        "share of the FLOPs. The candidates that were compiled and measured, the last one again:"
+        "share of the FLOPs. All measurements in turn; two of three have to be within the budget:"
     )
     cells = [[percent(tried["flops"]), _ratio_of_times(tried)] for tried in row["tried"]]
     return joined(element("p", text, class_="soft"), table(("FLOPs", "time"), cells))
