@@ -5,12 +5,7 @@ import json
 import os
 from pathlib import Path
 import shutil
-import time
 from typing import Any
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.summary import scalar
 
 from dhp_jax import durable
 
@@ -19,8 +14,6 @@ RECORDS = "metrics.jsonl"
 
 class Journal:
     """Writes every record of a phase to `metrics.jsonl` and to TensorBoard; an `Observer`.
-
-    TensorBoard gets the numbers, and not the vectors: `survivors` and `magnitudes` of a search.
 
     A phase that begins, anew or again, first drops what it had written before, but for the records
     of the steps that it goes on from.
@@ -33,18 +26,19 @@ class Journal:
     def __init__(self, workdir: str | os.PathLike, phases: Sequence[str] = ()):
         self.phases = phases
         self.records = Path(workdir) / RECORDS
-        self.events = Path(workdir) / "tensorboard"
+        self.tensorboard = Path(workdir) / "tensorboard"
 
     def begin(self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]) -> None:
+        from dhp_jax.events import Events  # here, because it is slow, and reports only read
+
         self._replace(phase, records)
-        folder = self.events / phase
+        folder = self.tensorboard / phase
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.file = self.records.open("a")
-        # Not SummaryWriter: its thread dies of a full disk, and whoever writes then waits for ever.
-        self.writer = EventsWriter(str(folder / "events"))
+        self.events = Events(folder)
         for record in records:
-            self._show(record)
+            self.events.write(record)
 
     def step(self, count: int) -> None:
         pass
@@ -52,11 +46,11 @@ class Journal:
     def record(self, values: dict[str, Any]) -> None:
         self.file.write(_line(values))
         self.file.flush()
-        self._show(values)
+        self.events.write(values)
 
     def end(self) -> None:
         self.file.close()
-        self.writer.close()
+        self.events.close()
         self._write(read(self.records))
 
     def mend(self, phase: str, records: Sequence[dict[str, Any]]) -> None:
@@ -72,14 +66,6 @@ class Journal:
         order = {phase: place for place, phase in enumerate(self.phases)}
         records = sorted(records, key=lambda record: order.get(record["phase"], len(order)))
         durable.write(self.records, "".join(map(_line, records)))
-
-    def _show(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if name not in ("phase", "step") and not isinstance(value, list):
-                event = Event(summary=scalar(name, value), step=values["step"])
-                event.wall_time = time.time()
-                self.writer.write_event(event)
-        self.writer.flush()
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:

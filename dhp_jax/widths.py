@@ -50,7 +50,8 @@ def multiples(model: nnx.Module, multiple_of: Multiples) -> dict[str, int]:
         measured.
 
     Raises:
-      ValueError: a number below 1; one that is larger than a latent that it is for; a name that fits no prunable latent.
+      ValueError: a number below 1; one that is larger than a latent that it is for; a name
+        that fits no prunable latent.
     """
     prunable = {name: z for name, z in latents(model).items() if z.prunable}
     if isinstance(multiple_of, str) and multiple_of == AUTO:

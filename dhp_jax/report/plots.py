@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 import numpy as np
 
 from dhp_jax import checkpoint
@@ -16,6 +14,10 @@ from dhp_jax.report.wording import main_metric
 from dhp_jax.result import Result
 from dhp_jax.tasks.task import METRICS, Metric
 
+if TYPE_CHECKING:  # it is slow, and pages do without
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 BEFORE, AFTER, REMOVED, RULE = "#c3cad4", "#1f6fb2", "#d9603b", "#7a828c"
 
 
@@ -23,7 +25,7 @@ def plots(
     result: Result,
     unpruned: Mapping[str, Any] | None = None,
     baseline: Path | None = None,
-) -> dict[str, Figure]:
+) -> dict[str, "Figure"]:
     """The figures of a run by name; `unpruned` is the summary of the run in `baseline`."""
     metric = main_metric(result.notes["model"]["phase"]["last"])
     figures = {metric: _figure(_plot_metric, result, METRICS[metric], unpruned)}
@@ -39,8 +41,8 @@ def plots(
     return figures
 
 
-def _figure(plot, *arguments, width: float = 7) -> Figure:
-    figure = Figure(figsize=(width, 3.8), layout="constrained")
+def _figure(plot, *arguments, width: float = 7) -> "Figure":
+    figure = _empty(width, 3.8)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e9ed")
@@ -49,7 +51,13 @@ def _figure(plot, *arguments, width: float = 7) -> Figure:
     return figure
 
 
-def _plot_channels(axes: Axes, result: Result) -> None:
+def _empty(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plot_channels(axes: "Axes", result: Result) -> None:
     pairs = zip(result.before.layers, result.after.layers, strict=True)
     convs = [(b, a) for b, a in pairs if "Conv" in b.kind]
     positions = np.arange(len(convs))
@@ -67,7 +75,7 @@ def _plot_channels(axes: Axes, result: Result) -> None:
     axes.legend(frameon=False, ncols=2, loc="upper left")
 
 
-def _plot_ratio(axes: Axes, result: Result) -> None:
+def _plot_ratio(axes: "Axes", result: Result) -> None:
     records = [r for r in result.records if "flops_ratio" in r]
     steps = [0, *(r["step"] for r in records)]
     for name, label, color in (
@@ -88,7 +96,7 @@ def _plot_ratio(axes: Axes, result: Result) -> None:
 
 
 def _plot_latents(
-    axes: Axes, result: Result, search: nnx.Module, survivors: Mapping[str, Sequence[int]]
+    axes: "Axes", result: Result, search: nnx.Module, survivors: Mapping[str, Sequence[int]]
 ) -> None:
     magnitudes, kept = [], []
     for name, z in latents(search).items():
@@ -115,7 +123,7 @@ def _plot_latents(
 
 
 def _plot_metric(
-    axes: Axes, result: Result, metric: Metric, unpruned: Mapping[str, Any] | None
+    axes: "Axes", result: Result, metric: Metric, unpruned: Mapping[str, Any] | None
 ) -> None:
     start = 0
     for name in dict.fromkeys(record["phase"] for record in result.records):
@@ -143,10 +151,10 @@ def _plot_metric(
         axes.legend(frameon=False)
 
 
-def _crops(rows: Sequence[Crop]) -> Figure:
+def _crops(rows: Sequence[Crop]) -> "Figure":
     """Details of test pictures: the input, what networks make of it, and the original."""
     columns = len(rows[0].images)
-    figure = Figure(figsize=(2.2 * columns, 2.2 * len(rows) + 0.3), layout="constrained")
+    figure = _empty(2.2 * columns, 2.2 * len(rows) + 0.3)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for row, line in zip(rows, grid, strict=True):
         for axes, (title, image) in zip(line, row.images.items(), strict=True):

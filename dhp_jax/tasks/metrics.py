@@ -2,7 +2,6 @@
 
 from jaxtyping import Float, Shaped, UInt8
 import numpy as np
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 WINDOW = 11  # pixels on each side of SSIM's Gaussian windows
 BEST_PSNR = 100.0  # dB, of equal images: means and records of infinity tell nothing
@@ -46,6 +45,9 @@ def compare(
 
     Reference: Wang et al., Image quality assessment, 2004.
     """
+    # Here, because it is slow, and labels need none of it.
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
     if output.shape != target.shape:
         raise ValueError(f"output: expected shape {target.shape}, got {output.shape}")
     if min(output.shape[:2]) < WINDOW + 2 * shave:

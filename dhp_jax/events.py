@@ -1,0 +1,33 @@
+"""Numbers of a phase as TensorBoard shows them."""
+
+from collections.abc import Mapping
+import os
+import time
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
+
+
+class Events:
+    """Writes the numbers of records, and not their vectors: `survivors`, `magnitudes`.
+
+    Args:
+      folder: where they are written.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        # Not SummaryWriter: its thread dies of a full disk, and whoever writes then waits for ever.
+        self.writer = EventsWriter(os.path.join(folder, "events"))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if name not in ("phase", "step") and not isinstance(value, list):
+                event = Event(summary=scalar(name, value), step=record["step"])
+                event.wall_time = time.time()
+                self.writer.write_event(event)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
