@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+ONNX := .venv-onnx
 
-.PHONY: demo demo-denoise demo-sr test test-slow lint format bench docs clean
+.PHONY: demo demo-denoise demo-sr test test-slow test-onnx lint format bench docs clean
 
 demo: $(VENV)/installed
 	$(RUN) experiments/main.py --config=experiments/configs/digits_resnet20.py --config.method=baseline
@@ -22,6 +23,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest -m slow
+
+test-onnx: $(ONNX)/installed
+	$(ONNX)/bin/python -m pytest -m onnx
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
@@ -47,5 +51,12 @@ $(VENV)/documents: $(VENV)/installed
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
+# A place of its own, because jax2onnx asks for an older orbax-checkpoint; all else is the same.
+$(ONNX)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ONNX)
+	grep -v "^orbax-checkpoint==" constraints.txt > $(ONNX)/constraints.txt
+	$(ONNX)/bin/python -m pip install --quiet --constraint $(ONNX)/constraints.txt --editable ".[dev,onnx]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(ONNX) build *.egg-info

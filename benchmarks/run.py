@@ -1,4 +1,4 @@
-"""Runs all benchmarks, one after another.
+"""Runs the benchmarks that need nothing but the library, one after another.
 
 python benchmarks/run.py --out=benchmarks/results
 python benchmarks/run.py --only memory scaling

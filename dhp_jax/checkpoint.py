@@ -121,7 +121,9 @@ def load(
 
     Args:
       path: the folder; the two files in it may not be links.
-      build: for a network of your own class: makes the unpruned network, as `build(rngs)`.
+      build: for a network of your own class: makes the unpruned network, as `build(rngs)`. Random
+        state that the file lacks, of a layer of dropout that is new, is that of
+        `build(nnx.Rngs(0))`.
 
     Returns:
       The network, in evaluation mode and ready to call; `.train()` makes it ready for fine-tuning.
@@ -151,7 +153,11 @@ def load(
         graphdef, abstract = nnx.eval_shape(make, whole)
     except (ValueError, KeyError) as error:  # such as layers that are not there
         raise ArtifactError(f"path: {path / DESCRIPTION}: {error}") from error
-    model = nnx.merge(graphdef, _filled(abstract, description["arrays"], path))
+    gained, known = nnx.split_state(abstract, _random_besides(description["arrays"]), ...)
+    state = _filled(known, description["arrays"], path)
+    if gained:
+        state = nnx.merge_state(state, _drawn(lambda: make(build(nnx.Rngs(0)))[1], gained))
+    model = nnx.merge(graphdef, state)
     model.eval()
     return model
 
@@ -230,8 +236,8 @@ def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     """Every array of a network by its path."""
     # safetensors writes memory as it lies, and device layouts need not be row-major.
     return {
-        ".".join(map(str, name)): np.asarray(_stored(_value(leaf)), order="C")
-        for name, leaf in nnx.to_flat_state(nnx.state(model))
+        _name(location): np.asarray(_stored(_value(leaf)), order="C")
+        for location, leaf in nnx.to_flat_state(nnx.state(model))
     }
 
 
@@ -379,9 +385,31 @@ def _masks(
     return masks
 
 
+def _random_besides(arrays: Mapping[str, Any]) -> Callable[[tuple, Any], bool]:
+    """A filter for the states of random generators that are not among these arrays."""
+    return lambda location, leaf: isinstance(leaf, nnx.RngState) and _name(location) not in arrays
+
+
+def _drawn(make: Callable[[], nnx.State], like: nnx.State) -> nnx.State:
+    """What `make` has in the places of `like`; nothing else of it is computed."""
+    places = dict(nnx.to_flat_state(like))
+
+    @jax.jit
+    def chosen() -> nnx.State:
+        found = nnx.to_flat_state(make())
+        return nnx.from_flat_state([(place, leaf) for place, leaf in found if place in places])
+
+    return chosen()
+
+
 def _filled(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> nnx.State:
     """A state with arrays in place of abstract ones; none may be missing, left over or unlike."""
-    leaves = {".".join(map(str, name)): (name, leaf) for name, leaf in nnx.to_flat_state(abstract)}
+    leaves = {_name(location): (location, leaf) for location, leaf in nnx.to_flat_state(abstract)}
+    if leaves.keys() > arrays.keys():
+        raise ArtifactError(
+            f"path: {path / ARRAYS} lacks array {shown(min(leaves.keys() - arrays.keys()))}; the "
+            "class of the network has gained arrays that the file does not have"
+        )
     check_names(arrays, leaves, str(path / ARRAYS))
     for name, (_, leaf) in leaves.items():
         check_like(name, _entry(_as_stored(_value(leaf))), arrays[name], str(path / ARRAYS))
@@ -410,6 +438,10 @@ def _read(file: BinaryIO, arrays: Mapping[str, Any], where: Path) -> dict[str, n
 
 
 # Arrays
+
+
+def _name(location: tuple) -> str:
+    return ".".join(map(str, location))
 
 
 def _value(leaf: nnx.Variable | jax.Array) -> jax.Array:

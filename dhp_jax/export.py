@@ -69,6 +69,8 @@ class Exported:
       differences: by the name of the inputs it was tried on, the largest absolute difference of its
         outputs to the network's.
       largest: the largest absolute value among the network's outputs.
+      fixed: why height and width are fixed, in one line; `None` where they are free, or were not
+        to be.
     """
 
     path: Path
@@ -76,6 +78,7 @@ class Exported:
     folded: int
     differences: Mapping[str, float]
     largest: float
+    fixed: str | None = None
 
 
 def export(
@@ -135,6 +138,7 @@ def export(
     shapes = list(_shapes(input_shape, multiple))
     if format == "safetensors":  # read as the network that it is, with all its freedom
         shapes = shapes[-1:]
+    failure = None
     for shape in shapes:
         tried = dict(inputs)
         if "batch" not in shape[1:] and shape[1:] != input_shape:
@@ -149,13 +153,21 @@ def export(
             failure = error
             continue
         count = sum(isinstance(module, Identity) for _, _, module in walk(folded))
-        return Exported(path, shape, count, differences, largest)
+        fixed = _reason(failure) if failure is not None and shape == shapes[-1] else None
+        return Exported(path, shape, count, differences, largest, fixed)
     if isinstance(failure, ExportError):
         raise failure
-    what = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    what = _reason(failure)
     if "_DimExpr" in what:
         what += "; the batch size is symbolic, so write x.shape[0] for len(x)"
     raise ValueError(f"model: it cannot be written as {format}: {what}") from failure
+
+
+def _reason(failure: Exception) -> str:
+    """Why a shape was not written, in one line."""
+    if isinstance(failure, ExportError):
+        return str(failure).removeprefix("export: ")
+    return f"{type(failure).__name__}: {failure}".splitlines()[0].rstrip(": ")
 
 
 def check_format(format: str) -> None:
@@ -251,6 +263,7 @@ def _onnx(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any])
         )
     # jax2onnx 0.17 moves transpositions about, but not the shapes noted of what lies between them.
     del made.graph.value_info[:]
+    _round_down(made.graph)
     for name, value in notes.items():
         made.metadata_props.add(key=name, value=json.dumps(value))
     durable.write(path, made.SerializeToString())
@@ -260,6 +273,23 @@ def _onnx(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any])
         path.read_bytes(), options, providers=["CPUExecutionProvider"]
     )
     return lambda images: session.run(None, {"images": np.asarray(images)})
+
+
+def _round_down(graph: Any) -> None:
+    """Quotients of sizes are rounded down, as in JAX: jax2onnx 0.17 has those below 0 rounded up.
+
+    One below 0 is in the size that a convolution with strides and padding "SAME" puts out, by which
+    a mean divides: -(-height // 2).
+    """
+    from onnx import helper
+
+    for place, node in reversed(list(enumerate(graph.node))):
+        if node.op_type == "Div" and node.output[0].startswith("dimexpr"):
+            size, divisor = node.input
+            rest, whole = f"{node.output[0]}_rest", f"{node.output[0]}_whole"
+            graph.node.insert(place, helper.make_node("Sub", [size, rest], [whole]))
+            graph.node.insert(place, helper.make_node("Mod", [size, divisor], [rest]))
+            node.input[0] = whole
 
 
 def _safetensors(
@@ -324,8 +354,8 @@ def _compared(
         largest = max(largest, peak)
         if not differences[name] <= _tolerance(model) * max(1.0, peak):
             raise ExportError(
-                f"export: outputs on {name} differ from the network's by up to "
-                f"{differences[name]:.3g}, where they are up to {peak:.3g}; it is not kept"
+                f"export: outputs on {name}, of shape {x.shape}, differ from the network's by up "
+                f"to {differences[name]:.3g}, where they are up to {peak:.3g}"
             )
     return differences, largest
 
@@ -367,6 +397,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     sizes = ", ".join(map(str, made.shape))
     print(f"{made.path}: takes ({sizes}) in float32; {made.folded} layers folded into others")
+    if made.fixed is not None:
+        print(f"height and width are fixed, because with free ones: {made.fixed}")
     told = ", ".join(f"{value:.2g} on {name}" for name, value in made.differences.items())
     print(f"largest difference to the network: {told}; its outputs are up to {made.largest:.4g}")
 

@@ -131,6 +131,11 @@ def check_description(description: Any, where: str) -> None:
             f"path: expected format {FORMAT!r} version {VERSION}, got {shown(found[0])} version "
             f"{shown(found[1])} in {where}"
         )
+    if "sha256" not in description:
+        raise ArtifactError(
+            f"path: {where} lacks 'sha256': it was written by an earlier version of dhp_jax, that "
+            "this one does not read; make the network again"
+        )
     for name in FIELDS:
         if name not in description:
             raise ArtifactError(f"path: {where} lacks {name!r}")

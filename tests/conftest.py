@@ -1,11 +1,24 @@
 """What test modules share that is no network; see networks.py for those."""
 
+import importlib.util
 import os
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache as cache
 import pytest
 from runs import carry_out, leave
+
+from dhp_jax.export import NEEDS
+
+
+def pytest_runtest_setup(item):
+    """Without their packages tests of ONNX are skipped, but fail if they are what is asked for."""
+    if not item.get_closest_marker("onnx"):
+        return
+    missing = [name for name in NEEDS["onnx"] if importlib.util.find_spec(name) is None]
+    if missing:
+        end = pytest.fail if item.config.option.markexpr == "onnx" else pytest.skip
+        end(f"{' and '.join(missing)} not installed; `make test-onnx` runs this")
 
 
 @pytest.fixture(scope="session", autouse=True)

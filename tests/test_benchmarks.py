@@ -129,10 +129,9 @@ def test_the_benchmark_of_widths_relates_rounded_networks_to_any_width(results):
     assert (mean["multiple_of"], mean["dtype"], mean["of"]) == (2, "float32", 2)
 
 
+@pytest.mark.onnx
 @pytest.mark.slow
 def test_pruned_networks_are_timed_in_onnxruntime(tmp_path):
-    for package in ("jax2onnx", "onnxruntime"):
-        pytest.importorskip(package)
     process = begin("pruned", "--quick", "--runtime=onnxruntime", "--out", tmp_path)
     printed, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -143,10 +142,9 @@ def test_pruned_networks_are_timed_in_onnxruntime(tmp_path):
     assert "in onnxruntime" in text.splitlines()[0]
 
 
+@pytest.mark.onnx
 @pytest.mark.slow
 def test_exported_files_are_timed_in_turn(tmp_path):
-    for package in ("jax2onnx", "onnxruntime"):
-        pytest.importorskip(package)
     model = NETWORKS[QUICK].build(width=0.5, min_channels=1)
     networks = {"full": dhp.prune(model), "small": dhp.prune_to(model, (32, 32, 3), flops=0.5)}
     for name, network in networks.items():

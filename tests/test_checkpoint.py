@@ -1,5 +1,6 @@
 """Networks on disk: what is saved is what is loaded; see test_untrusted.py for what is refused."""
 
+import functools
 import hashlib
 import json
 import os
@@ -105,6 +106,50 @@ def test_random_generators_and_constant_arrays_are_kept(tmp_path):
     model.eval()
     np.testing.assert_array_equal(loaded(x), model(x))
     assert np.any(np.asarray(loaded(x)) != expected)  # dropout had an effect
+
+
+class Gained(Mixed):
+    """A class with a new field; what it is, is given with `functools.partial`."""
+
+    def __init__(self, rngs, make):
+        super().__init__(rngs)
+        self.gained = make(rngs)
+
+    def __call__(self, x):
+        return super().__call__(self.gained(x))
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_a_class_that_has_gained_dropout_reads_what_was_saved_before(tmp_path, renewed):
+    model = filled(Mixed)
+    small = dhp.prune(model, drawn_masks(model, 0))
+    if renewed:
+        small = dhp.with_latents(small, rngs=nnx.Rngs(1), build=Mixed)
+    dhp.save(tmp_path, small)
+    build = functools.partial(Gained, make=lambda rngs: nnx.Dropout(0.5, rngs=rngs))
+    loaded, x = dhp.load(tmp_path, build=build), images(2, *MIXED_INPUT)
+    np.testing.assert_array_equal(run(loaded, x)[0], run(small, x)[0])
+    fresh = build(nnx.Rngs(0)).gained
+    fresh.train()
+    loaded.train()
+    for _ in range(2):
+        np.testing.assert_array_equal(loaded.gained(x), fresh(x))
+    dhp.save(tmp_path, loaded)  # from now on its random state is kept
+    count = dhp.load(tmp_path, build=build).gained.rngs.count
+    np.testing.assert_array_equal(count[...], fresh.rngs.count[...])
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda rngs: nnx.LayerNorm(3, rngs=rngs), "gained.bias"),
+        (lambda rngs: nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.PReLU()), "gained.layers.1."),
+    ],
+)
+def test_a_class_that_has_gained_weights_is_refused(tmp_path, make, name):
+    dhp.save(tmp_path, dhp.prune(filled(Mixed)))
+    with pytest.raises(ArtifactError, match=rf"lacks array '{name}.*; the class .* has gained arr"):
+        dhp.load(tmp_path, build=functools.partial(Gained, make=make))
 
 
 def test_a_network_in_bfloat16_is_loaded_bit_for_bit(tmp_path):

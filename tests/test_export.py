@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import conftest
 from flax import nnx
 from jax import export as jax_export
 import jax.numpy as jnp
@@ -42,6 +44,8 @@ FAMILIES = {  # arguments, input, and the sizes that are free in StableHLO and i
 
 
 def needs(format):
+    if format == "onnx":
+        return pytest.mark.onnx
     missing = [name for name in exporting.NEEDS[format] if importlib.util.find_spec(name) is None]
     return pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
 
@@ -77,6 +81,7 @@ def test_every_family_is_exported_for_sizes_as_free_as_it_takes_them(tmp_path, n
     assert made.differences.keys() == tried
     exact = max(1.0, made.largest) * (0.05 if "v2" in name else 1e-5)
     assert max(made.differences.values()) <= exact
+    assert (made.fixed is None) == (format == "safetensors" or free[1] != shape[0])
     assert (made.folded == 0) == (name == "densenet")
 
 
@@ -116,6 +121,24 @@ def test_onnx_has_one_convolution_a_layer_and_the_notes(tmp_path):
     onnx.checker.check_model(read)
 
 
+class Averaging(nnx.Module):
+    """The mean of an image that a convolution has halved, in the padding that is Flax's default."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(1, 3, (3, 3), strides=2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.conv(x).mean(axis=(1, 2))
+
+
+@needs("onnx")
+def test_onnx_files_divide_a_halved_image_by_its_size_where_that_is_odd(tmp_path):
+    made = exporting.export(filled(Averaging), tmp_path / "out", (8, 8, 1), format="onnx")
+    assert made.shape == (*FREE, 1)  # tried on 9x10 pixels too
+    assert max(made.differences.values()) < 1e-5
+    assert made.fixed is None
+
+
 def test_safetensors_are_a_folded_network_that_load_reads(tmp_path):
     model = filled(Mixed)
     small = dhp.prune(model, drawn_masks(model, 0))
@@ -140,7 +163,8 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, 
     exporting_writer = exporting.WRITERS[format]
     monkeypatch.setitem(exporting.WRITERS, format, wrong)
     with pytest.raises(
-        exporting.ExportError, match=r"^export: outputs on random differ .* up to 1"
+        exporting.ExportError,
+        match=r"^export: outputs on random, of shape \(2, \S+ \S+ 1\), differ .* up to 1",
     ):
         exporting.export(small, tmp_path / "out", shape, format=format)
     assert list(tmp_path.iterdir()) == []
@@ -257,6 +281,24 @@ def test_a_network_of_one_size_is_exported_for_it(tmp_path):
     made = exporting.export(filled(Sorting), tmp_path / "out", (6, 6, 3), format="stablehlo")
     assert made.shape == ("batch", 6, 6, 3)
     assert made.differences.keys() == {"random"}
+    assert made.fixed.startswith("AssertionError")
+
+
+def test_the_command_tells_why_height_and_width_are_fixed(tmp_path, capsys, monkeypatch):
+    def write(model, path, *arguments, **options):
+        path.write_bytes(b"right for one size")
+        return lambda x: (2 if x.shape[1] == 2 else 3) * x
+
+    monkeypatch.setitem(exporting.NEEDS, "onnx", ())
+    monkeypatch.setitem(exporting.WRITERS, "onnx", write)
+    dhp.save(tmp_path / "own", Doubling(nnx.Rngs(0)), input_shape=(2, 2, 3))
+    code, out, _ = told(capsys, tmp_path / "own", "--format=onnx", "--build=test_export:Doubling")
+    takes, fixed, _ = out.splitlines()
+    assert (code, " takes (batch, 2, 2, 3) in float32" in takes) == (0, True)
+    assert fixed.startswith(
+        "height and width are fixed, because with free ones: outputs on another size, of shape "
+        "(2, 3, 4, 3), differ from the network's by up to "
+    )
 
 
 @pytest.mark.parametrize(
@@ -290,6 +332,19 @@ def test_a_format_whose_packages_are_missing_names_the_extra(tmp_path, monkeypat
     monkeypatch.setitem(exporting.NEEDS, "onnx", ("jax2onnx", "no_such_package"))
     with pytest.raises(ValueError, match=r'needs .*no_such_package.*pip install "dhp_jax\[onnx\]"'):
         exporting.export(filled(Sorting), tmp_path / "out", (6, 6, 3), format="onnx")
+
+
+@pytest.mark.parametrize(
+    ("asked", "outcome"), [("onnx", pytest.fail.Exception), ("not slow", pytest.skip.Exception)]
+)
+def test_tests_of_onnx_are_never_skipped_where_they_are_asked_for(monkeypatch, asked, outcome):
+    monkeypatch.setitem(exporting.NEEDS, "onnx", ("no_such_package",))
+    option = SimpleNamespace(markexpr=asked)
+    item = SimpleNamespace(
+        config=SimpleNamespace(option=option), get_closest_marker={"onnx": pytest.mark.onnx}.get
+    )
+    with pytest.raises(outcome, match=r"^no_such_package not installed"):
+        conftest.pytest_runtest_setup(item)
 
 
 # The command

@@ -4,7 +4,7 @@ The Python blocks of a guide run one after another in one fresh namespace, in a 
 What a block prints is compared with the block right after it, if that is one of output:
 `output` is what is printed, but for what `...` stands for; in `text`, numbers may be others. A
 guide names what it needs besides the library, and says if it takes long, in comments that are not
-shown: `<!-- needs: jax2onnx onnxruntime -->` (names of modules) and `<!-- slow -->`.
+shown: `<!-- needs: sklearn -->` (names of modules), `<!-- onnx -->` and `<!-- slow -->`.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ def guides():
     for path in sorted(GUIDES.glob("*.md")):
         text = path.read_text()
         if BLOCK.search(text):
-            marks = [pytest.mark.slow] if "<!-- slow -->" in text else []
-            yield pytest.param(path, id=path.stem, marks=marks)
+            marks = [name for name in ("onnx", "slow") if f"<!-- {name} -->" in text]
+            yield pytest.param(path, id=path.stem, marks=[getattr(pytest.mark, m) for m in marks])
 
 
 def run(path, folder):
