@@ -18,6 +18,7 @@ from dhp_jax import processes, report, targets
 from dhp_jax.compilation import keep_compiled, long_compilations
 from dhp_jax.config import ConfigError, check_overrides
 from dhp_jax.data import DataNotFoundError, StreamError
+from dhp_jax.methods import METHODS
 from dhp_jax.pipeline import Run
 from dhp_jax.preemption import EXIT_CODE, asked_to_stop, ended_at_once
 from dhp_jax.progress import ProgressBar
@@ -97,7 +98,21 @@ def prepare(options: flags.FlagValues) -> list[Run]:
         report.read_baseline(options.baseline)
     keep_compiled(options.compilation_cache)
     bar = [ProgressBar()] if processes.is_first() else []
-    return targets.prepare(options.config, options.workdir, bar)
+    runs = targets.prepare(options.config, options.workdir, bar)
+    if processes.is_first():
+        tell_target(options.config)
+    return runs
+
+
+def tell_target(config: ConfigDict) -> None:
+    """A line where the FLOPs have a budget beside others, which need not have been asked for."""
+    others = [name for name in ("params", "activations", "latency") if config.budget[name]]
+    if others and METHODS[config.method].chooses and config.targets is None and config.target < 1:
+        print(
+            f"config.target={config.target:g} of the FLOPs holds besides {', '.join(others)}; "
+            "--config.target=1 leaves it out",
+            file=sys.stderr,
+        )
 
 
 def join(options: flags.FlagValues) -> None:
