@@ -355,12 +355,13 @@ def _axes(across: Scale, up: Scale, x: str, y: str) -> Markup:
 
 @dataclass(frozen=True)
 class _Label:
-    """A line of text by the place of its foot, at its left or right end."""
+    """A line of text by its left or right end, and how many lines it is away from what it names."""
 
     text: str
     x: float
     y: float
     anchor: str = "start"
+    away: int = 0
 
     @property
     def left(self) -> float:
@@ -376,10 +377,11 @@ class _Label:
         aside = self.left > other.left + other.width or other.left > self.left + self.width
         return not aside and abs(self.y - other.y) < LINE
 
-    def crossings(self, trace: Sequence[Point]) -> int:
-        """How many places of a line it covers."""
-        right, top = self.left + self.width, self.y - LINE
-        return sum(self.left <= x <= right and top <= y <= self.y + 3 for x, y in trace)
+    def hidden(self, traces: Sequence[Sequence[Point]]) -> int:
+        """How much of lines it covers, or what being away from its place is held to be worth."""
+        right, top, bottom = self.left + self.width, self.y - LINE, self.y + 3
+        covered = (self.left <= x <= right and top <= y <= bottom for t in traces for x, y in t)
+        return sum(covered) + 6 * self.away
 
 
 def _rules(
@@ -396,14 +398,13 @@ def _rules(
         if rule.upright:
             at = across(rule.at)
             ends = {"x1": at, "x2": at, "y1": TOP, "y2": HEIGHT - BOTTOM}
-            places = [[_Label(rule.label, at, TOP - 5)]]
+            places = [_Label(rule.label, at, TOP - 5)]
         else:
             at = up(rule.at)
             ends = {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": at, "y2": at}
             places = _places(rule.label, at)
-        free = ([place for place in row if not any(map(place.meets, taken))] for row in places)
-        row = next(filter(None, free), places[0])
-        label = min(row, key=lambda place: sum(map(place.crossings, traces)))
+        free = [place for place in places if not any(map(place.meets, taken))]
+        label = min(free or places, key=lambda place: place.hidden(traces))
         taken.append(label)
         text = element("text", label.text, x=label.x, y=label.y, text_anchor=label.anchor)
         line = element("line", **ends)
@@ -411,16 +412,14 @@ def _rules(
     return drawn
 
 
-def _places(text: str, at: float) -> list[list[_Label]]:
-    """Where the label of a level rule may be: beside it, then one line further, and so on."""
+def _places(text: str, at: float) -> list[_Label]:
+    """Where the label of a level rule may be, the best first if nothing is in the way."""
     return [
-        [
-            _Label(text, x, y, anchor)
-            for y in (at - 4 - away, at + LINE + away)
-            if LINE <= y < HEIGHT - BOTTOM
-            for x, anchor in ((WIDTH - RIGHT - 2, "end"), (LEFT + 4, "start"))
-        ]
-        for away in range(0, 4 * LINE, LINE)
+        _Label(text, x, y, anchor, away)
+        for away in range(4)
+        for y in (at - 4 - away * LINE, at + (1 + away) * LINE)
+        if LINE <= y < HEIGHT - BOTTOM
+        for x, anchor in ((WIDTH - RIGHT - 2, "end"), (LEFT + 4, "start"))
     ]
 
 
