@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 import numpy as np
 
-from dhp_jax import checkpoint, models
+from dhp_jax import checkpoint, models, sizes
 from dhp_jax.data.augment import normalize
 from dhp_jax.latent import latents
 from dhp_jax.names import shown
@@ -130,7 +130,7 @@ def find(path: str | os.PathLike, which: str | None = None) -> Path:
     if checkpoint.exists(path / which):
         return path / which
     others = [name for name in WHICH if checkpoint.exists(path / name)]
-    hint = f"; it has {', '.join(others)}, see --which" if others else ""
+    hint = f"; it has {', '.join(others)}, see --which" if others else sizes.hint(path)
     raise ValueError(
         f"model: expected a folder that dhp.save wrote or a run's with {which}/, got {path}{hint}"
     )

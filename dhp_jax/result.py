@@ -10,7 +10,7 @@ from typing import Any
 
 from flax import nnx
 
-from dhp_jax import checkpoint, journal, models
+from dhp_jax import checkpoint, journal, models, sizes
 from dhp_jax.architecture import architecture_of
 from dhp_jax.budgets import limits
 from dhp_jax.cost import MEASURES, Cost, measure_cost
@@ -182,6 +182,7 @@ def configuration(workdir: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(
             f"run: expected the directory of a run, which has a {CONFIG}; got {str(workdir)!r}"
+            + sizes.hint(workdir)
         )
     config = _read_json(path)
     kinds = {"method": str, "target": int | float}

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dhp_jax import checkpoint, pipeline, report
+from dhp_jax import checkpoint, pipeline, report, sizes
 from dhp_jax.config import ConfigError, check
 from dhp_jax.methods import METHODS
 from dhp_jax.pipeline import Run
@@ -57,7 +57,7 @@ def prepare(
         one = config.copy_and_resolve_references()
         one.update(target=target, targets=None)
         try:
-            runs.append(pipeline.prepare(one, Path(workdir) / f"{target:g}", observers))
+            runs.append(pipeline.prepare(one, Path(workdir) / sizes.folder_name(target), observers))
         except ConfigError as error:
             told = str(error)
             if told.startswith("config.target: "):
@@ -74,7 +74,7 @@ def execute(
     stopping: Callable[[], bool] = lambda: False,
     command: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Carries out runs, or what is left of them, and writes `compare.html` if they are several.
+    """Carries out runs, or what is left of them, and with `targets` writes `compare.html`.
 
     Args:
       runs: from `prepare`.
@@ -87,6 +87,9 @@ def execute(
     Raises:
       As `pipeline.execute`.
     """
+    sized = runs[0].workdir != Path(workdir)
+    if sized:
+        from_first(lambda: sizes.note(workdir, [run.config.target for run in runs]))
     summaries = []
     for place, run in enumerate(runs):
         if place:
@@ -95,9 +98,8 @@ def execute(
         summaries.append(
             pipeline.execute(run, baseline=baseline, stopping=stopping, command=command)
         )
-    if len(runs) > 1:
-        folders, page = [run.workdir for run in runs], Path(workdir) / report.COMPARED
-        from_first(lambda: report.write_comparison(folders, page))
+    if sized:
+        from_first(lambda: str(report.write_sizes(workdir, baseline=baseline)))
     return summaries
 
 

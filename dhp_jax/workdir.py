@@ -47,7 +47,7 @@ def held(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[None]:
     workdir = Path(workdir)
     _check(workdir, config)
     with contextlib.ExitStack() as stack:
-        with _written(workdir):
+        with written(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(filelock.FileLock(workdir / LOCK, timeout=0))
@@ -153,7 +153,8 @@ def _read_data(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _written(workdir: Path) -> Iterator[None]:
+def written(workdir: Path) -> Iterator[None]:
+    """Tells of a directory that cannot be written by a `ConfigError`."""
     try:
         yield
     except OSError as error:

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     if processes.is_first():
         for run, summary in zip(runs, summaries, strict=True):
             print(report.text(run.workdir, summary))
-        if len(runs) > 1:
+        if runs[0].workdir != Path(options.workdir):
             print(f"{'all sizes':<16} {Path(options.workdir) / report.COMPARED}")
     return 0
 

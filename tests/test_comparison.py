@@ -8,7 +8,7 @@ import pytest
 
 from dhp_jax import report, result
 from dhp_jax.report.comparison import comparison, labels
-from dhp_jax.report.page import Told
+from dhp_jax.report.page import Told, last_tested
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,33 @@ def test_a_run_that_is_not_finished_stands_beside_one_that_is(finished, run, tmp
     assert capsys.readouterr().out == f"{out}\n"
     content = out.read_text()
     assert "begun: the trained network: the converge phase has not ended" in content
-    assert "not finished" in content
+    test = last_tested(run.result)["test_error"]
+    row = content[content.index("</i>begun") :].split("</tr>")[0]
+    cells = re.findall("<td>(.*?)</td>", re.sub("</?span[^>]*>", "", row))
+    for name, cell in (("flops", cells[2]), ("params", cells[3])):
+        assert cell.endswith(f"({100 * run.summary[name]['ratio']:.2f} %)")
+    assert cells[0] == f"{100 * test:.2f} % so far (converge phase, epoch 1)"
+    assert "<title>begun, so far: " in content
+
+
+def test_one_run_is_no_comparison_and_those_that_have_not_begun_are_told(run):
+    content = comparison([run], ["0.25"])
+    assert "<h1>1 run</h1>" in content
+    assert "<li>0.25: has not begun</li>" in content
+
+
+def test_a_run_in_its_search_shows_what_would_survive_so_far(run, tmp_path):
+    records = [r for r in run.result.records if r["phase"] == "search"]
+    there = {"records": records, "notes": {}, "search": None, "before": None, "after": None}
+    begun = at(run, tmp_path / "begun", result=there, summary=None)
+    content = comparison([run, begun])
+    last = records[-1]
+    for name in ("flops_ratio", "params_ratio"):
+        assert f"<td>{100 * last[name]:.2f} % so far <span" in content
+    assert f"(after step {last['step']})" in content
+    assert "begun, so far" not in content
+    records.clear()
+    assert "<td>not finished</td>" in comparison([run, begun])
 
 
 def test_the_page_is_compare_html_if_no_other_is_named(finished, tmp_path, monkeypatch):
@@ -92,20 +118,34 @@ def test_runs_are_called_by_as_much_of_their_path_as_tells_them_apart(run, tmp_p
 def timed(run, hardware="here", **speedups):
     """A summary with the quartiles of the speed-up of batches, each after a "b"."""
     rows = [
-        {"batch": int(name[1:]), "speedup": dict(zip(("low", "median", "high"), of, strict=True))}
+        {
+            "batch": int(name[1:]),
+            "after_ms": {"median": of[1] + 0.25},
+            "speedup": dict(zip(("low", "median", "high"), of, strict=True)),
+        }
         for name, of in speedups.items()
     ]
     return {**run.summary, "latency": {"batches": rows, "hardware": hardware}}
 
 
-def test_the_speed_up_of_every_batch_has_a_column_with_its_quartiles(run, tmp_path):
+def test_every_batch_has_columns_of_milliseconds_and_of_the_speed_up_with_its_quartiles(
+    run, tmp_path
+):
     one = at(run, tmp_path / "one", summary=timed(run, b64=(1.5, 1.6, 1.75)))
     other = at(run, tmp_path / "other", summary=timed(run, b1=(0.9, 1.1, 1.3), b7=(2, 3, 4)))
     content = comparison([one, other])
-    header = re.findall("<th>(speed-up, batch[^<]*)</th>", content)
-    assert header == [f"speed-up, batch\u00a0{batch}" for batch in (1, 7, 64)]
+    header = re.findall("<th>([^<]*, batch[^<]*)</th>", content)
+    columns = [(what, batch) for batch in (1, 7, 64) for what in ("latency", "speed-up")]
+    assert header == [f"{what}, batch\u00a0{batch}" for what, batch in columns]
     cells = re.sub("</?span[^>]*>", "", content)
-    for expected in ("1.60 (1.50 to 1.75)", "1.10 (0.90 to 1.30)", "3.00 (2.00 to 4.00)"):
+    for expected in (
+        "1.85 ms",
+        "1.35 ms",
+        "3.25 ms",
+        "1.60 (1.50 to 1.75)",
+        "1.10 (0.90 to 1.30)",
+        "3.00 (2.00 to 4.00)",
+    ):
         assert f"<td>{expected}</td>" in cells
     assert "against speed-up" not in content  # no batch is of both
 

@@ -1,5 +1,6 @@
 """Axes, lines and thinning of the drawings."""
 
+import itertools
 import math
 import re
 
@@ -77,6 +78,17 @@ def test_long_lines_are_thinned_and_keep_their_end():
 def test_the_label_of_a_rule_keeps_away_from_the_lines(points, anchor):
     drawn = drawing.chart([Line("a", points)], x="x", y="y", rules=[Rule("limit", 1.0)])
     assert re.search(rf'text-anchor="{anchor}">limit<', drawn)
+
+
+@pytest.mark.parametrize("levels", [(92, 91.9), (92, 91, 90), (0, 1), (100, 99, 98, 3, 1)])
+def test_labels_of_near_rules_do_not_lie_on_each_other(levels):
+    rules = [Rule("a label that takes half of it", level) for level in levels]
+    drawn = drawing.chart([Line("a", [(0, 100.0), (9, 0.0)])], x="x", y="y", rules=rules)
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">a label', drawn)
+    for (_, one, anchor), (_, other, of_other) in itertools.combinations(found, 2):
+        assert anchor != of_other or abs(float(one) - float(other)) > 12
+    assert len(found) == len(levels)
+    assert all(0 < float(y) < drawing.HEIGHT - drawing.BOTTOM for _, y, _ in found)
 
 
 def test_deep_networks_have_names_of_groups_instead_of_layers():

@@ -217,7 +217,8 @@ def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
         *("report.html", "model", "best", "summary.json", "layers.md", "plots"),
         *("metrics.jsonl", "tensorboard"),
     }
-    assert Path(paths[0]).name == "report.html"
+    assert printed.out.endswith(f" {paths[-1]}\n")
+    assert Path(paths[-1]).name == "report.html"
     assert all(Path(path).exists() for path in paths)
     assert "converge: epoch 1, step 20 of 20: loss " in printed.err
     assert "search" not in printed.err

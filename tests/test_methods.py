@@ -244,6 +244,7 @@ def test_the_unpruned_network_is_looked_for_in_the_source_of_a_run_or_beside_it(
     for method, workdir in (("dhp", "runs/x"), ("uniform", "runs/x-uniform")):
         config = {"method": method, "source": None}
         assert report.beside(workdir, config) == "runs/x-baseline"
+        assert report.beside(f"{workdir}/0.5", config) == "runs/x-baseline"
     monkeypatch.setenv("HOME", str(tmp_path))
     config = {"method": "random", "source": "~/trained"}
     assert report.beside("runs/x-random", config) == "runs/x-baseline"

@@ -151,6 +151,22 @@ def test_the_drawings_show_what_was_recorded(run, content):
     assert all(strip.startswith(name) for strip, name in zip(strips, names, strict=True))
 
 
+def test_budgets_that_end_the_search_at_one_share_have_one_line(run):
+    def rules(**budget):
+        there = dataclasses.replace(run.result, config={**run.result.config, "budget": budget})
+        (drawn,) = [
+            svg
+            for name, svg in drawings(page(Told(there, run.summary))).items()
+            if name == "% of the unpruned network over step of the search"
+        ]
+        groups = [group for group in drawn.iter("g") if group.get("class") == "rule"]
+        return [group.find("text").text for group in groups]
+
+    assert rules() == ["search ends at 52 %"]
+    assert rules(params=0.5) == ["search ends at 52 %"]
+    assert rules(params=0.9, activations=0.9) == ["params and activations 92 %", "FLOPs 52 %"]
+
+
 def latent_names(run):
     return [name for name, z in latents(run.result.search).items() if z.prunable]
 

@@ -191,6 +191,7 @@ def test_the_text_of_a_run_names_paths_that_exist(finished):
     text = report.text(finished, summary)
     assert (finished / "layers.md").read_text() in text
     assert report.summary_text(summary) in text
+    assert re.fullmatch(f"report +{re.escape(str(finished))}/report.html", text.splitlines()[-1])
     paths = set(re.findall(re.escape(str(finished)) + r"[\w./-]*", text))
     assert all(Path(path).exists() for path in paths)
     names = {str(Path(path).relative_to(finished)) for path in paths}

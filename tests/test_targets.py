@@ -1,5 +1,6 @@
 """Several sizes from one search: each is what a run of its target alone would leave."""
 
+import json
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from test_pipeline import tiny
 
 import dhp_jax as dhp
 from dhp_jax import checkpoint, pipeline, targets
+from dhp_jax import sizes as sizes_of
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -103,6 +105,23 @@ def test_a_directory_of_a_single_run_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"^workdir: .* holds a run of a single target; give "):
         targets.prepare(several(), tmp_path)
+
+
+def test_targets_that_differ_little_have_different_directories(tmp_path):
+    runs = targets.prepare(several(targets=(0.7500001, 0.75)), tmp_path)
+    assert [run.workdir.name for run in runs] == ["0.7500001", "0.75"]
+
+
+def test_the_targets_are_noted_before_work_is_done(tmp_path, monkeypatch):
+    runs = targets.prepare(several(), tmp_path / "run")
+
+    def stopped(run, **options):
+        raise Stop
+
+    monkeypatch.setattr(pipeline, "execute", stopped)
+    with pytest.raises(Stop):
+        targets.execute(runs, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / sizes_of.TARGETS).read_text()) == [0.8, 0.5]
 
 
 def test_several_targets_are_no_single_run(tmp_path):

@@ -2,7 +2,8 @@
 
 Makes the page of a run again, finished or not, or one page that compares several runs.
 
-    python -m dhp_jax.report runs/resnet20                 # writes runs/resnet20/report.html
+    python -m dhp_jax.report runs/resnet20                 # writes runs/resnet20/report.html;
+        # with targets, the pages of all sizes and runs/resnet20/compare.html
     python -m dhp_jax.report runs/resnet20 runs/resnet56   # writes compare.html
 """
 
@@ -15,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dhp_jax import checkpoint, command, durable, journal
+from dhp_jax import checkpoint, command, durable, journal, sizes
 from dhp_jax.methods import METHODS
 from dhp_jax.report.comparison import comparison
 from dhp_jax.report.crops import crops
@@ -58,6 +59,7 @@ __all__ = [
     "write",
     "write_comparison",
     "write_page",
+    "write_sizes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -144,6 +146,14 @@ def write_page(
     if measure and not result.finished:
         raise ValueError(f"latency: expected a run that is finished; got {str(workdir)!r}")
     path = Path(out) if out is not None else result.workdir / PAGE
+    _renew(result, path, baseline=baseline, measure=measure)
+    return path
+
+
+def _renew(
+    result: Result, path: Path, *, baseline: str | os.PathLike | None, measure: bool
+) -> Told:
+    """Writes the page of a run; returns what it tells."""
     unpruned = None if baseline is None else _comparable(result, baseline)
     run = _told(result, unpruned, baseline)
     if measure:
@@ -151,7 +161,7 @@ def write_page(
         durable.write(result.workdir / SUMMARY, json.dumps(run.summary, indent=1) + "\n")
     pictured = None if unpruned is None else Path(baseline)
     durable.write(path, page(run, crops(result, pictured)))
-    return path
+    return run
 
 
 def _told(
@@ -199,6 +209,54 @@ def write_comparison(
     return Path(out)
 
 
+def write_sizes(
+    workdir: str | os.PathLike,
+    *,
+    baseline: str | os.PathLike | None = None,
+    measure: bool = False,
+    out: str | os.PathLike | None = None,
+) -> Path:
+    """Writes the pages of a run of several targets again, and one that compares its sizes.
+
+    Args:
+      workdir: directory of the run; not all of its sizes need be finished, or have begun.
+      baseline: directory of a finished run of the unpruned network, which is compared with them;
+        left out if there is none.
+      measure: whether to measure the latency of those that are finished, here and now, and note it
+        in their `summary.json`.
+      out: the file; `compare.html` in `workdir` if not given.
+
+    Returns:
+      The file.
+
+    Raises:
+      ValueError: no size has begun, or there is nothing yet to be measured.
+    """
+    results = [read(folder) for folder in sizes.begun(workdir) or [workdir]]
+    if measure and not any(result.finished for result in results):
+        raise ValueError(f"latency: expected a size that is finished; got {str(workdir)!r}")
+    runs = [
+        _renew(
+            result,
+            result.workdir / PAGE,
+            baseline=baseline,
+            measure=measure and result.finished,
+        )
+        for result in results
+    ]
+    path = Path(out) if out is not None else Path(workdir) / COMPARED
+    content = comparison([*_whole(results[0], baseline), *runs], sizes.absent(workdir))
+    durable.write(path, content)
+    return path
+
+
+def _whole(result: Result, baseline: str | os.PathLike | None) -> list[Told]:
+    """The run of the unpruned network, if there is one that compares with a run."""
+    if baseline is None or _comparable(result, baseline) is None:
+        return []
+    return [_told(read(baseline))]
+
+
 def latency(result: Result, *, again: bool = False) -> dict[str, Any]:
     """Times of the forward pass of a finished run's network, and of the unpruned one.
 
@@ -240,7 +298,8 @@ def beside(workdir: str | os.PathLike, config: Mapping[str, Any]) -> str:
     """Where the run of the unpruned network lies if no other place is given.
 
     Args:
-      workdir: directory of a run, such as `runs/NAME` or `runs/NAME-METHOD`.
+      workdir: directory of a run, such as `runs/NAME` or `runs/NAME-METHOD`, or of one of its
+        sizes, such as `runs/NAME/0.5`.
       config: its configuration.
 
     Returns:
@@ -250,7 +309,12 @@ def beside(workdir: str | os.PathLike, config: Mapping[str, Any]) -> str:
     begun = METHODS[method].source
     if begun is not None and not METHODS[begun].prunes and folder_of(config).is_dir():
         return str(folder_of(config))
-    return f"{os.path.normpath(workdir).removesuffix(f'-{method}')}-baseline"
+    whole = Path(os.path.abspath(workdir))
+    own, of_all = (
+        f"{str(folder).removesuffix(f'-{method}')}-baseline" for folder in (whole, whole.parent)
+    )
+    found = of_all if sizes.is_size(whole) and not Path(own).is_dir() else own
+    return found if os.path.isabs(workdir) else os.path.relpath(found)
 
 
 def read_baseline(directory: str | os.PathLike) -> dict[str, Any]:
@@ -403,7 +467,6 @@ def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
     """What to tell at the end of a run: the layers, the summary, and where everything is."""
     workdir, prunes = Path(workdir), METHODS[summary["method"]].prunes
     paths = [
-        ("report", str(workdir / PAGE)),
         (
             "pruned network" if prunes else "network",
             f'{workdir / "model"}   (dhp.load("{workdir / "model"}"))',
@@ -413,6 +476,7 @@ def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
         ("layers", str(workdir / LAYERS)),
         ("plots", str(workdir / PLOTS)),
         ("records", f"{workdir / journal.RECORDS}, {workdir / 'tensorboard'}"),
+        ("report", str(workdir / PAGE)),
     ]
     return "\n".join(
         [
@@ -438,9 +502,11 @@ def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] |
         return None
     config = result.config
     network = config["task"], config["model"], config["data"]["name"]
-    inputs = result.notes["model"]["without_network"] or None  # tells test images apart
     same = (summary["task"], summary["model"], summary["data"]) == network
-    if not same or summary["test"].get("without_network") != inputs:
+    if result.finished:
+        inputs = result.notes["model"]["without_network"] or None  # tells test images apart
+        same = same and summary["test"].get("without_network") == inputs
+    if not same:
         logger.warning("baseline: %s is of another network or other data; left out", baseline)
         return None
     return summary
@@ -455,7 +521,10 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
     parser.add_argument(
-        "--out", metavar="FILE", help=f"RUN/{PAGE}, or for several runs {COMPARED}, if not given"
+        "--out",
+        metavar="FILE",
+        help=f"RUN/{PAGE}, for a run with targets RUN/{COMPARED}, for several runs {COMPARED}, if "
+        "not given",
     )
     parser.add_argument(
         "--baseline",
@@ -480,12 +549,16 @@ def _make(options: argparse.Namespace) -> Path:
         for name in ("baseline", "latency"):
             if getattr(options, name):
                 raise ValueError(f"--{name}: expected one run with it; got {len(options.runs)}")
-        return write_comparison(options.runs, options.out or COMPARED)
+        runs = [run for workdir in options.runs for run in sizes.begun(workdir) or [workdir]]
+        return write_comparison(runs, options.out or COMPARED)
     (workdir,) = options.runs
     if options.baseline is not None:
         read_baseline(options.baseline)
-    baseline = options.baseline or beside(workdir, configuration(workdir))
-    return write_page(workdir, baseline=baseline, measure=options.latency, out=options.out)
+    several = sizes.begun(workdir)
+    config = configuration(several[0] if several else workdir)
+    baseline = options.baseline or beside(workdir, config)
+    make = write_sizes if several else write_page
+    return make(workdir, baseline=baseline, measure=options.latency, out=options.out)
 
 
 def _change(before: int, after: int) -> dict[str, Any]:

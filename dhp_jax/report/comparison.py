@@ -1,24 +1,25 @@
 """The page of several runs of one task, compared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dhp_jax.report import drawing
 from dhp_jax.report.document import document, notice, section, table
 from dhp_jax.report.drawing import Line, Rule
 from dhp_jax.report.markup import Markup, element, joined
-from dhp_jax.report.page import Told, curves, missing, network
-from dhp_jax.report.wording import compact, duration, percent
+from dhp_jax.report.page import Told, curves, last_ratio, last_tested, missing, network, when
+from dhp_jax.report.wording import compact, duration, milliseconds, percent
 from dhp_jax.tasks.task import METRICS, Metric
 
 QUARTILES = ("low", "median", "high")
 
 
-def comparison(runs: Sequence[Told]) -> str:
+def comparison(runs: Sequence[Told], absent: Sequence[str] = ()) -> str:
     """The page as HTML.
 
     Args:
-      runs: two or more, with what they came to.
+      runs: at least one, with what they came to.
+      absent: names of runs that belong to them and have not begun.
 
     Raises:
       ValueError: the runs are not of the same task.
@@ -31,14 +32,16 @@ def comparison(runs: Sequence[Told]) -> str:
         for name, run in zip(names, runs, strict=True)
         for what in missing(run.result)
     ]
+    unfinished += [f"{name}: has not begun" for name in absent]
     data = {run.result.config["data"].get("name") for run in runs}
     differing = (
         f"the runs are of different data ({', '.join(sorted(map(str, data)))}): their "
         f"{metric.label} does not compare"
     )
+    title = f"{len(runs)} runs compared" if len(runs) > 1 else "1 run"
     return document(
-        f"{len(runs)} runs compared",
-        element("header", element("h1", f"{len(runs)} runs compared")),
+        title,
+        element("header", element("h1", title)),
         notice("Note:", [differing] if len(data) > 1 else []),
         notice("Not finished:", unfinished),
         _table(names, runs, metric),
@@ -78,7 +81,9 @@ def labels(runs: Sequence[Told]) -> list[str]:
 def _table(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
     batches = sorted({row["batch"] for run in runs for row in _latencies(run)})
     header = ["run", f"test {metric.label}", "best epoch", "FLOPs", "params"]
-    header += [f"speed-up, batch\u00a0{batch}" for batch in batches] + ["time", "seed"]
+    for batch in batches:
+        header += [f"{what}, batch\u00a0{batch}" for what in ("latency", "speed-up")]
+    header += ["time", "seed"]
     rows = []
     for place, (name, run) in enumerate(zip(names, runs, strict=True)):
         swatch = element("i", class_=f"swatch c{place % 8}")
@@ -87,7 +92,7 @@ def _table(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup
                 joined(swatch, name),
                 *_scores(run, metric),
                 *_costs(run),
-                *(_faster(run, batch) for batch in batches),
+                *(cell(run, batch) for batch in batches for cell in (_latency, _faster)),
                 duration(run.summary["seconds"]) if run.summary else "",
                 run.result.config.get("seed", ""),
             ]
@@ -99,10 +104,11 @@ def _table(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup
 def _timed(names: Sequence[str], runs: Sequence[Told]) -> str:
     """What a reader must know of the speed-ups."""
     text = (
-        "Speed-up: how many times as fast a network is as its own run's unpruned network, both "
-        "timed in turn, with the quartiles of pairs; where these lie on both sides of 1 there is "
-        "no difference beyond the noise. Milliseconds are in the report of each run: those of "
-        "different runs were measured at different times, and do not compare."
+        "Latency: the median, measured at the end of each run or when that was asked for. What "
+        "was measured on different occasions does not compare; speed-ups do: how many times as "
+        "fast a network is as its own run's unpruned network, both timed in turn, with the "
+        "quartiles of pairs. Where these lie on both sides of 1 there is no difference beyond the "
+        "noise."
     )
     measured = [(name, run) for name, run in zip(names, runs, strict=True) if _latencies(run)]
     places = {name: run.summary["latency"]["hardware"] for name, run in measured}
@@ -115,18 +121,48 @@ def _timed(names: Sequence[str], runs: Sequence[Told]) -> str:
     return text
 
 
-def _scores(run: Told, metric: Metric) -> list[str]:
-    if not run.summary:
+def _scores(run: Told, metric: Metric) -> list[Markup | str]:
+    if run.summary:
+        test = run.summary["test"]
+        return [metric.text(test[which][metric.name]) for which in ("last", "best")]
+    last = last_tested(run.result)
+    if last is None:
         return ["not finished", ""]
-    test = run.summary["test"]
-    return [metric.text(test[which][metric.name]) for which in ("last", "best")]
+    return [_with(f"{metric.text(last[f'test_{metric.name}'])} so far", when(last)), ""]
 
 
 def _costs(run: Told) -> list[Markup | str]:
-    if not run.summary:
-        return ["", ""]
-    changes = [run.summary[name] for name in ("flops", "params")]
-    return [_with(compact(change["after"]), percent(change["ratio"])) for change in changes]
+    cells = []
+    for name in ("flops", "params"):
+        change, last = _change(run, name), last_ratio(run.result)
+        if change:
+            cells.append(_with(compact(change["after"]), percent(change["ratio"])))
+        elif last:
+            ratio = percent(last[f"{name}_ratio"])
+            cells.append(_with(f"{ratio} so far", f"after step {last['step']}"))
+        else:
+            cells.append("")
+    return cells
+
+
+def _change(run: Told, name: str) -> Mapping[str, Any] | None:
+    """What a run's network costs, once it has been pruned."""
+    if run.summary:
+        return run.summary[name]
+    if run.result.before is None or run.result.after is None:
+        return None
+    before, after = (getattr(cost, name) for cost in (run.result.before, run.result.after))
+    return {"after": after, "ratio": after / before}
+
+
+def _value(run: Told, metric: Metric) -> float | None:
+    """What the network that a run leaves came to on the test data, so far if it is not finished."""
+    if run.summary:
+        return metric.factor * run.summary["test"]["last"][metric.name]
+    last = last_tested(run.result)
+    if last is None or run.result.after is None or last["phase"] != run.result.phases[-1]:
+        return None
+    return metric.factor * last[f"test_{metric.name}"]
 
 
 def _with(value: str, more: str) -> Markup:
@@ -147,6 +183,11 @@ def _speedup(run: Told, batch: int) -> dict[str, float] | None:
     return None
 
 
+def _latency(run: Told, batch: int) -> str:
+    (row,) = [row for row in _latencies(run) if row["batch"] == batch] or [{}]
+    return milliseconds(row["after_ms"]["median"]) if "after_ms" in row else ""
+
+
 def _faster(run: Told, batch: int) -> Markup | str:
     speedup = _speedup(run, batch)
     if speedup is None:
@@ -157,22 +198,25 @@ def _faster(run: Told, batch: int) -> Markup | str:
 
 
 def _cost(names: Sequence[str], runs: Sequence[Told], metric: Metric) -> Markup:
-    finished = [(i, run) for i, run in enumerate(runs) if run.summary]
-    if not finished:
-        return element("p", "None of the runs is finished.")
+    placed = [
+        (i, run, value) for i, run in enumerate(runs) if (value := _value(run, metric)) is not None
+    ]
+    if not placed:
+        return element("p", "None of the networks has been tested after pruning.")
     charts = []
     for name, label in (("flops", "FLOPs"), ("params", "params")):
-        unit, size = _unit(max(run.summary[name]["after"] for _, run in finished))
+        unit, size = _unit(max(_change(run, name)["after"] for _, run, _ in placed))
         lines = []
-        for i, run in finished:
-            value = metric.factor * run.summary["test"]["last"][metric.name]
-            point = (run.summary[name]["after"] / size, value)
-            lines.append(Line(names[i], [point], i, joined=False))
+        for i, run, value in placed:
+            point = (_change(run, name)["after"] / size, value)
+            shown = names[i] if run.summary else f"{names[i]}, so far"
+            lines.append(Line(shown, [point], i, joined=False))
         axis = f"{label}, {unit}" if unit else label
         y = f"test {metric.label}, {metric.unit}"
         drawn = drawing.chart(lines, x=axis, y=y, x_low=0, log=not metric.higher_is_better)
         title = f"{_title(metric)} against {label}"
         charts.append(drawing.figure(title, drawn, legend=drawing.legend(lines)))
+    finished = [(i, run) for i, run in enumerate(runs) if run.summary]
     return element("div", *charts, _against_speedup(names, finished, metric), class_="charts")
 
 
@@ -184,13 +228,13 @@ def _against_speedup(
         {row["batch"] for row in _latencies(run) if _speedup(run, row["batch"])}
         for _, run in finished
     ]
-    common = set.intersection(*batches)
+    common = set.intersection(*batches) if batches else None
     if not common:
         return None
     batch, lines = max(common), []
     for i, run in finished:
         speedup = _speedup(run, batch)
-        value = metric.factor * run.summary["test"]["last"][metric.name]
+        value = _value(run, metric)
         spread = (speedup["low"], speedup["high"])
         point = (speedup["median"], value)
         lines.append(Line(names[i], [point], i, joined=False, spreads=[spread]))

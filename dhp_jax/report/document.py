@@ -79,6 +79,7 @@ th, td { padding: .25rem .75rem; text-align: right; white-space: nowrap;
 th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: .25rem; }
 tr.total td { font-weight: 650; }
+.aside { display: block; color: var(--soft); }
 .long { max-height: 34rem; overflow: auto; border: 1px solid var(--edge); border-radius: .25rem; }
 .long table { width: 100%; font-size: .8125rem; } .long td, .long th { padding: .25rem .4rem; }
  .long th { position: sticky; top: 0; background: var(--card); }
@@ -95,7 +96,7 @@ pre { background: var(--card); border: 1px solid var(--edge); border-radius: .35
 code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 pre.long { max-height: 24rem; }
 pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (max-width: 30rem) { th, td { padding: .25rem .4rem; } .aside { display: block; }
+@media (max-width: 30rem) { th, td { padding: .25rem .4rem; }
   .facts td:first-child, .facts th:first-child { position: sticky; left: 0; min-width: 7rem;
     max-width: 9rem; white-space: normal; overflow-wrap: anywhere; background: var(--paper); }
   .card { padding: .6rem .75rem; }

@@ -12,6 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 10, 18, 40
 DECADES = 6  # of values beside 0 on one axis, at most
 MOST_POINTS = 400  # of a line
 MARKED = 60  # a line of so many points or fewer shows each
+LETTER, LINE = 6.2, 13  # of a label: the width of a letter, the height of the line
 NAMED = 48  # layers of which each has its name beside it
 MOST_LATENTS = 32  # that are drawn, each with its name
 
@@ -103,7 +104,7 @@ def chart(
     )
     bent = f", linear below {up.linear:.2g}" if up.linear else ""
     drawn = [_axes(across, up, x, y + bent)]
-    drawn += [_rule(rule, across, up, points) for rule in rules]
+    drawn += _rules(rules, across, up, [_trace(line, across, up) for line in lines])
     for line in lines:
         path = _path(line.points, across, up) if line.joined else None
         shown = [p for p in line.points if p]
@@ -147,7 +148,7 @@ def fan(
         drawn.append(element("polygon", title, points=corners, fill_opacity=opacity))
     rule = Rule(f"threshold {threshold:g}", threshold)
     area = element("g", *drawn[1:], class_="area")
-    return svg(WIDTH, HEIGHT, y, drawn[0], area, _rule(rule, across, up, [], over=True))
+    return svg(WIDTH, HEIGHT, y, drawn[0], area, *_rules([rule], across, up, [], over=True))
 
 
 def silhouette(layers: Sequence[tuple[str, int, int]], details: Sequence[str]) -> Markup:
@@ -352,28 +353,88 @@ def _axes(across: Scale, up: Scale, x: str, y: str) -> Markup:
     return element("g", *drawn)
 
 
-def _rule(
-    rule: Rule, across: Scale, up: Scale, points: Sequence[Point], *, over: bool = False
-) -> Markup:
-    """A rule, with its label at the end that is further from the points of lines."""
-    if rule.upright:
-        at = across(rule.at)
-        ends = {"x1": at, "x2": at, "y1": TOP, "y2": HEIGHT - BOTTOM}
-        label = element("text", rule.label, x=at, y=TOP - 5)
-    else:
-        at, middle = up(rule.at), (LEFT + WIDTH - RIGHT) / 2
-        ends = {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": at, "y2": at}
-        left, right = (
-            min((abs(up(b) - at) for a, b in points if (across(a) > middle) == later), default=0)
-            for later in (False, True)
-        )
-        place = (
-            {"x": LEFT + 4, "text_anchor": "start"}
-            if left > right
-            else {"x": WIDTH - RIGHT - 2, "text_anchor": "end"}
-        )
-        label = element("text", rule.label, y=at - 4, **place)
-    return element("g", element("line", **ends), label, class_="rule over" if over else "rule")
+@dataclass(frozen=True)
+class _Label:
+    """A line of text by its left or right end, and how many lines it is away from what it names."""
+
+    text: str
+    x: float
+    y: float
+    anchor: str = "start"
+    away: int = 0
+
+    @property
+    def left(self) -> float:
+        return self.x - (self.width if self.anchor == "end" else 0)
+
+    @property
+    def width(self) -> float:
+        """About as wide as it is drawn."""
+        return LETTER * len(self.text)
+
+    def meets(self, other: "_Label") -> bool:
+        """Whether one lies on the other."""
+        aside = self.left > other.left + other.width or other.left > self.left + self.width
+        return not aside and abs(self.y - other.y) < LINE
+
+    def hidden(self, traces: Sequence[Sequence[Point]]) -> int:
+        """How much of lines it covers, or what being away from its place is held to be worth."""
+        right, top, bottom = self.left + self.width, self.y - LINE, self.y + 3
+        covered = (self.left <= x <= right and top <= y <= bottom for t in traces for x, y in t)
+        return sum(covered) + 6 * self.away
+
+
+def _rules(
+    rules: Sequence[Rule],
+    across: Scale,
+    up: Scale,
+    traces: Sequence[Sequence[Point]],
+    *,
+    over: bool = False,
+) -> list[Markup]:
+    """Rules, the topmost first, with labels that keep clear of each other and of lines."""
+    drawn, taken = [], []
+    for rule in sorted(rules, key=lambda rule: (not rule.upright, -rule.at)):
+        if rule.upright:
+            at = across(rule.at)
+            ends = {"x1": at, "x2": at, "y1": TOP, "y2": HEIGHT - BOTTOM}
+            places = [_Label(rule.label, at, TOP - 5)]
+        else:
+            at = up(rule.at)
+            ends = {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": at, "y2": at}
+            places = _places(rule.label, at)
+        free = [place for place in places if not any(map(place.meets, taken))]
+        label = min(free or places, key=lambda place: place.hidden(traces))
+        taken.append(label)
+        text = element("text", label.text, x=label.x, y=label.y, text_anchor=label.anchor)
+        line = element("line", **ends)
+        drawn.append(element("g", line, text, class_="rule over" if over else "rule"))
+    return drawn
+
+
+def _places(text: str, at: float) -> list[_Label]:
+    """Where the label of a level rule may be, the best first if nothing is in the way."""
+    return [
+        _Label(text, x, y, anchor, away)
+        for away in range(4)
+        for y in (at - 4 - away * LINE, at + (1 + away) * LINE)
+        if LINE <= y < HEIGHT - BOTTOM
+        for x, anchor in ((WIDTH - RIGHT - 2, "end"), (LEFT + 4, "start"))
+    ]
+
+
+def _trace(line: Line, across: Scale, up: Scale) -> list[Point]:
+    """Places along a line, a few pixels from each other."""
+    found = []
+    for there, part in itertools.groupby(line.points, key=lambda point: point is not None):
+        places = [(across(a), up(b)) for a, b in _thinned(list(part), MOST_POINTS)] if there else []
+        for (x, y), (to_x, to_y) in itertools.pairwise(places if line.joined else []):
+            count = math.ceil(math.hypot(to_x - x, to_y - y) / 4)
+            found += [
+                (x + k / count * (to_x - x), y + k / count * (to_y - y)) for k in range(count)
+            ]
+        found += places
+    return found
 
 
 def _path(points: Sequence[Point | None], across: Scale, up: Scale) -> Markup:

@@ -24,6 +24,7 @@ from dhp_jax.report.wording import (
     compact,
     duration,
     faster,
+    in_row,
     loss_text,
     main_metric,
     milliseconds,
@@ -122,7 +123,7 @@ def missing(result: Result) -> list[str]:
         found.append("the pruned network: no channels, layers, FLOPs and params to show")
     last = result.phases[-1]
     began = "has not ended" if last in recorded else "has not begun"
-    found.append(f"the trained network: the {last} phase {began}, so no error of it, no latency")
+    found.append(f"the trained network: the {last} phase {began}, so no final result, no latency")
     return found
 
 
@@ -170,13 +171,12 @@ def answer(result: Result, summary: Mapping[str, Any] | None) -> list[Card]:
 
 def _metric_card(result: Result, summary: Mapping[str, Any] | None) -> Card | None:
     if summary is None:
-        tested = [r for r in result.records if _tested(r)]
-        if not tested:
+        last = last_tested(result)
+        if last is None:
             return None
-        last = tested[-1]
         metric = _metric(_tested(last))
-        where = f"{last['phase']} phase, epoch {last.get('epoch')}"
-        return Card(f"Test {metric.label} so far", metric.text(_tested(last)[metric.name]), [where])
+        value = metric.text(_tested(last)[metric.name])
+        return Card(f"Test {metric.label} so far", value, [when(last)])
     test, metric = summary["test"], _metric(summary["test"]["last"])
     value, unpruned = test["last"][metric.name], test.get("unpruned")
     details = []
@@ -200,10 +200,9 @@ def _cost_card(label: str, before: int, after: int) -> Card:
 
 def _ratio_cards(result: Result) -> list[Card]:
     """What would survive of the network so far."""
-    searched = [r for r in result.records if _number(r.get("flops_ratio")) is not None]
-    if not searched:
+    last = last_ratio(result)
+    if last is None:
         return []
-    last = searched[-1]
     return [
         Card(label, percent(last[name]), [f"would survive after step {last['step']}"])
         for name, label in (("flops_ratio", "FLOPs"), ("params_ratio", "Params"))
@@ -237,6 +236,22 @@ def _noise(summary: Mapping[str, Any]) -> str:
         + (", the networks in turn, with the quartiles of pairs. " if row_pairs else ". ")
         + "So few tell large differences from none, no more; benchmarks/pruned.py takes longer."
     )
+
+
+def last_tested(result: Result) -> Mapping[str, Any] | None:
+    """The last record with metrics on the test data."""
+    return next((r for r in reversed(result.records) if _tested(r)), None)
+
+
+def last_ratio(result: Result) -> Mapping[str, Any] | None:
+    """The last record that tells what would survive."""
+    found = (r for r in reversed(result.records) if _number(r.get("flops_ratio")) is not None)
+    return next(found, None)
+
+
+def when(record: Mapping[str, Any]) -> str:
+    """When in a run it was tested."""
+    return f"{record['phase']} phase, epoch {record.get('epoch')}"
 
 
 def _begun(summary: Mapping[str, Any]) -> str | None:
@@ -346,10 +361,13 @@ def _ratio(result: Result) -> Markup | None:
     ]
     if not lines:
         return None
+    stops = {}
+    for name, share in asked.items():
+        stop = f"{100 * share + 100 * result.config['search']['stop_limit']:g}"
+        stops.setdefault(stop, []).append(LABELS[name])
     rules = [
-        Rule(f"{f'{LABELS[name]}: ' * (len(asked) > 1)}search ends at {stop:g} %", stop)
-        for name, share in asked.items()
-        for stop in [100 * share + 100 * result.config["search"]["stop_limit"]]
+        Rule(f"{'search ends at' if len(stops) == 1 else in_row(names)} {stop} %", float(stop))
+        for stop, names in stops.items()
     ]
     drawn = drawing.chart(
         lines,
@@ -360,6 +378,8 @@ def _ratio(result: Result) -> Markup | None:
         text="{:.2f} %".format,
     )
     note = f"The network is then pruned to {_percents(asked)}."
+    if len(stops) > 1:
+        note = f"The search ends when each share is within its dashed line. {note}"
     return drawing.figure(
         "What would survive, while searching", drawn, legend=drawing.legend(lines), note=note
     )

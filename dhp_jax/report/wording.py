@@ -31,6 +31,11 @@ def in_words(shares: Mapping[str, float]) -> str:
     return " and ".join(f"{share:g} of the {LABELS[name]}" for name, share in shares.items())
 
 
+def in_row(names: Sequence[str]) -> str:
+    """Names one after the other: "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def start_text(summary: Mapping[str, Any]) -> str:
     """What the smaller network of a run started from; nothing where its phases tell."""
     method, origin = METHODS[summary["method"]], summary.get("origin")
