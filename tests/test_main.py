@@ -4,13 +4,14 @@ import html
 import importlib.util
 from pathlib import Path
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
-from runs import CONFIG, FIELDS, contents
+from runs import CONFIG, FIELDS, contents, of_digits
 
 import dhp_jax as dhp
 from dhp_jax.data import cifar
@@ -236,3 +237,21 @@ def test_a_training_that_diverges_ends_with_one_line_and_exit_code_1(main, tmp_p
     assert re.match(r"error: search: the (loss is|latent .* is not finite)", last)
     assert ", at a learning rate of 1e+30; " in last
     assert last.endswith("; --config.nonfinite=skip leaves such batches out")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (
+            {"target": 0.5, "budget.latency": 0.6},
+            "config.target=0.5 of the FLOPs holds besides latency; --config.target=1 leaves it out",
+        ),
+        ({"target": 0.5}, ""),
+        ({"target": 1.0, "budget.params": 0.6}, ""),
+        ({"targets": (0.75, 0.5), "budget.params": 0.6}, ""),
+        ({"method": "baseline", "budget.params": 0.6}, ""),
+    ],
+)
+def test_a_target_that_holds_besides_other_budgets_is_told(capsys, fields, told):
+    runpy.run_path(str(MAIN))["tell_target"](of_digits(**fields))
+    assert capsys.readouterr().err.strip() == told
