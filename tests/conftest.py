@@ -56,10 +56,12 @@ def compiled_once(tmp_path_factory, worker_id):
 
 @pytest.fixture(scope="module")
 def fast_compilation():
-    """Compiles in less time to slower programs."""
+    """Compiles in less time to slower programs, which round differently: none of them is kept."""
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
