@@ -12,9 +12,11 @@ and for which share of the time a search that streams them waits for its input.
 
 import argparse
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import os
 from pathlib import Path
+import sys
 import tempfile
 import time
 
@@ -32,10 +34,10 @@ from dhp_jax.timing import in_turn, quartiles
 NOTE = (
     "On the device: median of interleaved calls, quartiles in parentheses; the share is that of "
     "the input in the search step. Streamed: images a second that the reading processes give, and "
-    "that the search step takes; waiting is the share of the time of a search of so many steps, "
-    "after the first few, in which it has no batch."
+    "that the search step takes; waiting is the share of a search's time in which the device has "
+    "done a step before the next batch is there. Both begin when what was read ahead is used up."
 )
-WARM_UP = 3  # steps before the waiting is measured
+READ_AHEAD = 4  # batches of a reading process, and more
 
 
 def main() -> None:
@@ -45,8 +47,10 @@ def main() -> None:
     )
     arguments.add_argument("--images", type=positive, default=512, help="in the folder")
     options = arguments.parse_args()
+    options.seconds = 5.0  # of each measurement of a stream
     if options.quick:
         options.networks, options.rounds, options.images = [QUICK], 3, 24
+        options.seconds = 0.2
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder), options.images)
         rows = (measure(NETWORKS[name], folder, options) for name in options.networks)
@@ -76,9 +80,14 @@ def measure(network: Network, folder: str, options: argparse.Namespace) -> dict:
     data = data, np.arange(batch)
     take = jax.jit(lambda key, data: task.augmented(key, task.examples(key, *data)))
 
-    def step() -> None:
+    def begin() -> jax.Array:
+        """Begins a step; its number is there when it is done."""
         nonlocal state
-        state = jax.block_until_ready(advance(state, *inputs))
+        state = advance(state, *inputs)
+        return state.step
+
+    def step() -> None:
+        jax.block_until_ready(begin())
 
     def given() -> None:
         jax.block_until_ready(take(jax.random.key(0), data))
@@ -91,8 +100,8 @@ def measure(network: Network, folder: str, options: argparse.Namespace) -> dict:
     for workers in options.workers:
         stream = source.stream("train", workers)
         streamed[workers] = {
-            "images_per_second": rate(stream, batch, options.rounds),
-            "waiting": waiting(stream, batch, options.rounds, step),
+            "images_per_second": rate(stream, batch, options.seconds),
+            "waiting": waiting(stream, batch, options.seconds, begin),
         }
     return {
         "network": network.label,
@@ -106,39 +115,41 @@ def measure(network: Network, folder: str, options: argparse.Namespace) -> dict:
     }
 
 
-def batches(
-    stream: Stream, batch: int, steps: int
-) -> contextlib.AbstractContextManager[Iterator[Batch]]:
-    return stream.training(
-        (0,), examples=stream.size, batch_size=batch, first=0, last=WARM_UP + steps
-    )
-
-
-def rate(stream: Stream, batch: int, steps: int) -> float:
-    """Images a second, once the processes have started."""
-    with batches(stream, batch, steps) as given:
-        for _ in range(WARM_UP):
+@contextlib.contextmanager
+def batches(stream: Stream, batch: int) -> Iterator[Iterator[Batch]]:
+    """Batches of a stream without end, after as many as processes may have read ahead."""
+    settings = {"examples": stream.size, "batch_size": batch, "first": 0, "last": sys.maxsize}
+    with stream.training((0,), **settings) as given:
+        for _ in range(READ_AHEAD * (stream.workers + 1)):
             next(given)
-        started = time.perf_counter()
-        for _ in range(steps):
+        yield given
+
+
+def rate(stream: Stream, batch: int, seconds: float) -> float:
+    """Images a second, in so many seconds."""
+    with batches(stream, batch) as given:
+        steps, began = 0, time.perf_counter()
+        while (passed := time.perf_counter() - began) < seconds:
             next(given)
-        return steps * batch / (time.perf_counter() - started)
+            steps += 1
+        return steps * batch / passed
 
 
-def waiting(stream: Stream, batch: int, steps: int, step: Callable[[], None]) -> float:
-    """The share of the time in which training steps have no batch."""
-    with batches(stream, batch, steps) as given:
+def waiting(stream: Stream, batch: int, seconds: float, begin: Callable[[], jax.Array]) -> float:
+    """The share of so many seconds of training in which the device has no batch."""
+
+    def end_of(number: jax.Array) -> float:
+        jax.block_until_ready(number)
+        return time.perf_counter()
+
+    with batches(stream, batch) as given, ThreadPoolExecutor(1) as watcher:
         put = map(jax.device_put, given)
-        for _ in range(WARM_UP):
-            next(put)
-            step()
         began, waited = time.perf_counter(), 0.0
-        for _ in range(steps):
-            started = time.perf_counter()
-            next(put)
-            waited += time.perf_counter() - started
-            step()
-    return waited / (time.perf_counter() - began)
+        while (passed := time.perf_counter() - began) < seconds:
+            done = watcher.submit(end_of, begin())
+            jax.block_until_ready(next(put))
+            waited += max(0.0, time.perf_counter() - done.result())
+    return waited / passed
 
 
 def as_table(rows: list[dict]) -> str:

@@ -1,9 +1,10 @@
-"""How much do the hypernetworks and the proximal step add to a training step?
+"""How much do hypernetworks, proximal step and budget check add to a training step?
 
 Times the search step against the step of the same network without latents: interleaved, in one
-process, on the same data. Both are the library's own `make_step`, augmentation included. With
-`--torch` also against the search step in PyTorch (see torch_search.py), which has to be installed;
-`--torch compiled` needs what `torch.compile` needs, on CPU a C++ compiler.
+process, on the same data. Both are the library's own `make_step`, augmentation included, with as
+many steps a dispatch as runs take on the device. With `--torch` also against the search step in
+PyTorch (see torch_search.py), which has to be installed, checks no budget, and waits for its device
+as often; `--torch compiled` needs what `torch.compile` needs, on CPU a C++ compiler.
 
     python benchmarks/step.py                # ResNet-20 and ResNet-56, batch 64
     python benchmarks/step.py --torch eager --networks mobilenet_v2 dncnn --batches 64 256
@@ -19,17 +20,23 @@ from record import parser, positive, publish_each, spread, table_of
 from zoo import NETWORKS, QUICK, Network, search_step
 
 import dhp_jax as dhp
+from dhp_jax.backend import steps_per_dispatch
 from dhp_jax.timing import in_turn, quartiles
 
 KINDS = ("plain", "torch eager", "torch compiled")
-NOTE = "Median of interleaved steps, quartiles in parentheses; the ratio is that of each pair."
+NOTE = (
+    "Median of interleaved dispatches, each divided by its steps, quartiles in parentheses; the "
+    "ratio is that of each pair. The search step checks its budget, PyTorch's does not."
+)
 
 
 def main() -> None:
-    arguments = parser(__doc__, ["resnet20", "resnet56"], 20, "steps of each kind that count")
+    arguments = parser(__doc__, ["resnet20", "resnet56"], 20, "dispatches of each kind that count")
     arguments.add_argument("--torch", nargs="+", choices=("eager", "compiled"), default=[])
     arguments.add_argument("--batches", nargs="+", type=positive, default=[64])
+    arguments.add_argument("--steps", type=positive, help="a dispatch; as in runs if not given")
     options = arguments.parse_args()
+    options.steps = options.steps or steps_per_dispatch()
     check_torch(arguments, options)
     if options.quick:
         options.networks, options.batches, options.rounds = [QUICK], [4], 3
@@ -60,33 +67,36 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> dict:
     """Milliseconds of the steps, run in turn, and the ratios of those of each round."""
     model = network.build(width=0.25) if options.quick else network.build()
     steps = {
-        "search": stepper(network, model, batch),
-        "plain": stepper(network, dhp.prune(model), batch),
+        "search": stepper(network, model, batch, options.steps),
+        "plain": stepper(network, dhp.prune(model), batch, options.steps),
     }
     for how in options.torch:
         import torch_search
 
         compiled = how == "compiled"
-        steps[f"torch {how}"] = torch_search.stepper(network, batch, compiled=compiled)
+        steps[f"torch {how}"] = torch_search.stepper(
+            network, batch, options.steps, compiled=compiled
+        )
     seconds = in_turn(steps, options.rounds)
-    row = {"network": network.label, "batch": batch, "rounds": options.rounds}
+    row = {"network": network.label, "batch": batch}
+    row |= {"steps_per_dispatch": options.steps, "rounds": options.rounds}
     for kind, values in seconds.items():
         ratios = [s / other for s, other in zip(seconds["search"], values, strict=True)]
         name = kind.replace(" ", "_")
-        row[f"{name}_ms"] = quartiles([1e3 * s for s in values])
+        row[f"{name}_ms"] = quartiles([1e3 * s / options.steps for s in values])
         row[f"search_to_{name}"] = quartiles(ratios)
     return row
 
 
-def stepper(network: Network, model: nnx.Module, batch: int) -> Callable[[], None]:
-    """A function that takes one training step, and waits for it."""
-    advance, state, inputs = search_step(network, model, batch)
+def stepper(network: Network, model: nnx.Module, batch: int, steps: int) -> Callable[[], None]:
+    """A function that takes so many training steps in one dispatch, and waits for them."""
+    advance, state, inputs = search_step(network, model, batch, steps=steps)
 
-    def step() -> None:
+    def dispatch() -> None:
         nonlocal state
         state = jax.block_until_ready(advance(state, *inputs))
 
-    return step
+    return dispatch
 
 
 def as_table(rows: list[dict]) -> str:

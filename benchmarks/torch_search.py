@@ -217,8 +217,10 @@ def build(network: Network) -> nn.Module:
     return MAKERS[network.family, tuple(network.arguments)](**network.arguments)
 
 
-def stepper(network: Network, batch: int, *, compiled: bool = False) -> Callable[[], None]:
-    """A function that takes one search step on random data, and waits for it."""
+def stepper(
+    network: Network, batch: int, steps: int = 1, *, compiled: bool = False
+) -> Callable[[], None]:
+    """A function that takes so many search steps on random data, and waits for them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(network).to(device)
     latents = {
@@ -272,7 +274,11 @@ def stepper(network: Network, batch: int, *, compiled: bool = False) -> Callable
         with torch.no_grad():
             for z in latents.values():
                 z.copy_(z.sign() * (z.abs() - rate * strength).clamp(min=0))
+
+    def several() -> None:
+        for _ in range(steps):
+            step()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return step
+    return several

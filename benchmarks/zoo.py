@@ -13,10 +13,14 @@ import optax
 
 import dhp_jax as dhp
 from dhp_jax.data.photographs import Photograph
+from dhp_jax.latent import latents
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.prune import survivor_counts
 from dhp_jax.tasks import Classification, Denoising, SuperResolution, patches
 from dhp_jax.tasks.task import Data, Task
-from dhp_jax.train import TrainState, make_step, start
+from dhp_jax.train import Budget, TrainState, make_step, start
+
+THRESHOLD = 5e-3  # below which entries of latents are gone
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,18 @@ NETWORKS = {
 
 
 def search_step(
-    network: Network, model: nnx.Module, batch: int | None = None, mesh: Mesh | None = None
+    network: Network,
+    model: nnx.Module,
+    batch: int | None = None,
+    mesh: Mesh | None = None,
+    *,
+    steps: int = 1,
 ) -> tuple[Callable[..., TrainState], TrainState, tuple]:
     """The jitted step of the search, its first state, and what else it takes; data are random.
 
-    A model without latents shrinks none. What goes to a mesh has still to be placed there.
+    With more than one of `steps`, so many in a loop on the device, as runs on accelerators take
+    them. Every step counts what would survive, for a budget that it never meets. A model without
+    latents shrinks none and counts nothing. What goes to a mesh has still to be placed there.
     """
     batch = batch or network.batch
     if network.patch:
@@ -102,13 +113,29 @@ def search_step(
         strength = 2e-4
 
     def make_optimizer(params):
-        shrink = shrink_latents(params, strength=strength, schedule=schedule, threshold=5e-3)
+        shrink = shrink_latents(params, strength=strength, schedule=schedule, threshold=THRESHOLD)
         return optax.chain(plain, shrink)
 
     task, data = task_on(network, batch)
     graphdef, transformation, state = start(model, make_optimizer)
-    advance = make_step(graphdef, transformation, task, batch, mesh=mesh)
-    return advance, state, (data, jnp.arange(batch), 0, jax.random.key(0))
+    advance = make_step(
+        graphdef,
+        transformation,
+        task,
+        batch,
+        budget=never_met(network, model) if latents(model) else None,
+        mesh=mesh,
+        many=steps > 1,
+    )
+    order = jnp.tile(jnp.arange(batch), steps)
+    count = (steps,) * (steps > 1)
+    return advance, state, (data, order, 0, *count, jax.random.key(0))
+
+
+def never_met(network: Network, model: nnx.Module) -> Budget:
+    """A stop rule that has its shares computed and ends nothing."""
+    cost = dhp.measure_cost(model, network.input_shape)
+    return Budget(lambda model: cost.shares(survivor_counts(model, THRESHOLD)), {"flops": 0.0})
 
 
 def task_on(network: Network, batch: int) -> tuple[Task, Data]:
