@@ -79,15 +79,16 @@ def inference(model: nnx.Module) -> Callable[[Float[Array, "*batch"]], Float[Arr
     model = nnx.clone(model)
     model.eval()
     graphdef, state = nnx.split(model)
+    arrays, structure = jax.tree.flatten(state)  # a list is taken apart faster, at every call
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def compiled(state: nnx.State, x: Array) -> Array:
-        return tune(nnx.merge(graphdef, state))(x)
+    def compiled(arrays: list[Array], x: Array) -> Array:
+        return tune(nnx.merge(graphdef, jax.tree.unflatten(structure, arrays)))(x)
 
     def run(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         if isinstance(x, jax.core.Tracer):  # options are for functions that are not in others
             return nnx.merge(graphdef, state)(x)
-        return compiled(state, x)
+        return compiled(arrays, x)
 
     return run
 
