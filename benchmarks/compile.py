@@ -45,13 +45,14 @@ def measure(name: str, quick: bool) -> dict:
     model = network.build(width=0.25) if quick else network.build()
     constructed = time.perf_counter()
     advance, state, inputs = search_step(network, model, batch)
-    size = sum(array.nbytes for array in jax.tree.leaves(state))
+    arrays = jax.tree.leaves(state)
+    size = sum(array.nbytes for array in arrays)
     begun = time.perf_counter()
-    traced = advance.lower(state, *inputs)
+    traced = advance.lower(arrays, *inputs)
     lowered = time.perf_counter()
     compiled = traced.compile()
     ready = time.perf_counter()
-    jax.block_until_ready(compiled(state, *inputs))
+    jax.block_until_ready(compiled(arrays, *inputs))
     ended = time.perf_counter()
     return {
         "network": network.label,

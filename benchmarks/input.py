@@ -76,15 +76,16 @@ def measure(network: Network, folder: str, options: argparse.Namespace) -> dict:
     model = network.build(width=0.25) if options.quick else network.build()
     batch = 4 if options.quick else network.batch
     advance, state, inputs = search_step(network, model, batch)
+    arrays = jax.tree.leaves(state)
     task, data = task_on(network, batch)
     data = data, np.arange(batch)
     take = jax.jit(lambda key, data: task.augmented(key, task.examples(key, *data)))
 
     def begin() -> jax.Array:
         """Begins a step; its number is there when it is done."""
-        nonlocal state
-        state = advance(state, *inputs)
-        return state.step
+        nonlocal arrays
+        arrays, ticket = advance(arrays, *inputs)
+        return ticket.step
 
     def step() -> None:
         jax.block_until_ready(begin())

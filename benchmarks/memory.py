@@ -16,6 +16,7 @@ take an argument's place, and temporary arrays. It is compared with the sum of
     python benchmarks/memory.py --quick                # a smoke run of a few seconds
 """
 
+import jax
 from programs import activation_bytes, peak_bytes, size
 from record import parser, publish_each, table_of
 from zoo import NETWORKS, QUICK, Network, search_step, task_on
@@ -49,7 +50,7 @@ def measure(network: Network, quick: bool) -> dict:
         "gradients": size(state.params),
         "activations": activation_bytes(plain, *task_on(network, batch), batch),
     }
-    peak = peak_bytes(advance.lower(state, *inputs).compile())
+    peak = peak_bytes(advance.lower(jax.tree.leaves(state), *inputs).compile())
     advance, state, inputs = search_step(network, plain, batch)
     return {
         "network": network.label,
@@ -57,7 +58,7 @@ def measure(network: Network, quick: bool) -> dict:
         **{f"{name}_bytes": value for name, value in needed.items()},
         "peak_bytes": peak,
         "ratio": peak / sum(needed.values()),
-        "plain_peak_bytes": peak_bytes(advance.lower(state, *inputs).compile()),
+        "plain_peak_bytes": peak_bytes(advance.lower(jax.tree.leaves(state), *inputs).compile()),
     }
 
 

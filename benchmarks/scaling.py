@@ -110,7 +110,7 @@ def measure(name: str, quick: bool) -> dict:
             ),
             (state, inputs),
         )
-    text = advance.lower(state, *inputs).compile().as_text()
+    text = advance.lower(jax.tree.leaves(state), *inputs).compile().as_text()
     exchanged = collectives(text)
     plain = dhp.prune(model)
     gradients = size(nnx.state(plain, nnx.Param))

@@ -91,10 +91,11 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> dict:
 def stepper(network: Network, model: nnx.Module, batch: int, steps: int) -> Callable[[], None]:
     """A function that takes so many training steps in one dispatch, and waits for them."""
     advance, state, inputs = search_step(network, model, batch, steps=steps)
+    arrays = jax.tree.leaves(state)
 
     def dispatch() -> None:
-        nonlocal state
-        state = jax.block_until_ready(advance(state, *inputs))
+        nonlocal arrays
+        arrays, _ = jax.block_until_ready(advance(arrays, *inputs))
 
     return dispatch
 

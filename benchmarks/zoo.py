@@ -18,7 +18,7 @@ from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.prune import survivor_counts
 from dhp_jax.tasks import Classification, Denoising, SuperResolution, patches
 from dhp_jax.tasks.task import Data, Task
-from dhp_jax.train import Budget, TrainState, make_step, start
+from dhp_jax.train import Budget, Ticket, TrainState, make_step, start
 
 THRESHOLD = 5e-3  # below which entries of latents are gone
 
@@ -95,8 +95,8 @@ def search_step(
     mesh: Mesh | None = None,
     *,
     steps: int = 1,
-) -> tuple[Callable[..., TrainState], TrainState, tuple]:
-    """The jitted step of the search, its first state, and what else it takes; data are random.
+) -> tuple[Callable[..., tuple[list[jax.Array], Ticket]], TrainState, tuple]:
+    """The jitted step of the search, a state, and what it takes after its arrays; data are random.
 
     With more than one of `steps`, so many in a loop on the device, as runs on accelerators take
     them. Every step counts what would survive, for a budget that it never meets. A model without
@@ -119,6 +119,7 @@ def search_step(
     task, data = task_on(network, batch)
     graphdef, transformation, state = start(model, make_optimizer)
     advance = make_step(
+        jax.tree.structure(state),
         graphdef,
         transformation,
         task,

@@ -16,6 +16,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 import optax
@@ -32,6 +33,7 @@ from dhp_jax.tasks.task import Data, Evaluation, Examples, Params, Task
 
 LONG_TEST = 5.0  # seconds after which the next test is worth a checkpoint before it
 AHEAD = 2  # dispatches, and batches of a stream, that the device is given before it needs them
+BLOCK = 4  # steps between two looks of the device at whether more are wanted
 
 
 class Stopped(Exception):
@@ -167,6 +169,13 @@ class Remains(NamedTuple):
         return cls(*[jnp.ones(())] * len(MEASURES), jnp.zeros((), bool))
 
 
+class Ticket(NamedTuple):
+    """What a dispatch tells when it is done; no later one takes it away."""
+
+    step: Int[Array, ""]
+    within: Bool[Array, ""]  # the budget
+
+
 class TrainState(NamedTuple):
     """All that a step changes."""
 
@@ -268,13 +277,15 @@ class _Loop:
         self, model, phase, task, data, examples, batch_size, log_every, key, observers, mesh
     ):
         self.graphdef, optimizer, state = start(model, phase.optimizer)
-        self.mesh, self.state = mesh, place(mesh, state)
+        state = place(mesh, state)
+        self.mesh, self.structure = mesh, jax.tree.structure(state)
+        self.state = state
         self.phase, self.batch_size = phase, batch_size
         self.log_every, self.observers, self.metric = log_every, observers, task.metric
         self.steps_per_epoch = examples // batch_size
         self.last_step = phase.epochs * self.steps_per_epoch
         self.progress, self.records = Progress(), []
-        self.in_flight: collections.deque[Array] = collections.deque()
+        self.in_flight: collections.deque[Ticket] = collections.deque()
         self.best_state: tuple[Params, nnx.State] | None = None
         self.compiling, self.test_seconds = True, 0.0
         order_key, step_key = jax.random.split(key)
@@ -284,7 +295,11 @@ class _Loop:
         self.inputs = kind(data, seed, examples, batch_size, mesh)
         self.origin = {"examples": examples, "batch_size": batch_size}
         self.origin["data"] = self.inputs.checksum
+        # On a CPU it would cost a pass over the state that steps may come after the last.
+        lasts = phase.budget is not None and steps_per_dispatch() == 1
+        self.ahead = 0 if lasts else AHEAD
         self.advance = make_step(
+            self.structure,
             self.graphdef,
             optimizer,
             task,
@@ -294,11 +309,21 @@ class _Loop:
             mesh=mesh,
             streamed=isinstance(data, Stream),
             many=self.inputs.steps_at_once > 1,
+            ends=phase.budget is not None and self.ahead > 0,
         )
         if phase.budget is not None:
             self.history = jax.jit(
-                lambda p, r: phase.budget.history(nnx.merge(self.graphdef, *p, r))
+                lambda p, r: settled(mesh, phase.budget.history(nnx.merge(self.graphdef, *p, r)))
             )
+
+    @property
+    def state(self) -> TrainState:
+        """What the steps that were dispatched make of the state."""
+        return jax.tree.unflatten(self.structure, self.arrays)
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self.arrays = jax.tree.leaves(state)
 
     def keep(self, checkpoints: Checkpoints | None, stopping: Callable[[], bool]) -> None:
         """Goes on from the newest checkpoint, if there is one."""
@@ -310,6 +335,8 @@ class _Loop:
             self.state, self.best_state = _copy(place(self.mesh, saved))
             self.progress, self.records = Progress(**notes["progress"]), notes["records"]
             self.began -= self.progress.seconds
+        self.told = self.progress.steps
+        self.met_budget = self.phase.budget is not None and bool(self.state.remains.within)
 
     def _newest(self) -> tuple[tuple[TrainState, tuple | None] | None, dict[str, Any] | None]:
         """The newest checkpoint, which the first process reads, and its notes."""
@@ -354,14 +381,17 @@ class _Loop:
         self.inputs.begin_epoch(epoch)
         self.clock = time.perf_counter(), self.progress.steps
         while True:
-            steps, met_budget = self.progress.steps, self._meets_budget()
-            if steps == end or met_budget:
+            steps = self.progress.steps
+            to_record = steps > begin and steps % self.log_every == 0
+            if to_record or steps == end:
+                self._wait()
+            if self.met_budget or steps == end:
                 # Before its measures are read: one that goes on from here reads them again.
                 if self.test_seconds > LONG_TEST:
                     self.save()
-                return self._measure(epoch), met_budget
+                return self._measure(epoch), self.met_budget
             # A state is saved before it is looked at, so that a long test cannot keep it from that.
-            if steps > begin and steps % self.log_every == 0:
+            if to_record:
                 self._record(self._measure(epoch))
             self._advance(min(end, steps + self.log_every - steps % self.log_every))
             self._attend()
@@ -370,19 +400,33 @@ class _Loop:
         """Takes a step or, where that is faster, several; waits for those before the last."""
         before = self.progress.steps
         steps = min(before + self.inputs.steps_at_once, until)
-        self.state = self.advance(self.state, *self.inputs.of(before, steps), self.step_key)
+        inputs = self.inputs.of(before, steps)
+        self.arrays, ticket = self.advance(self.arrays, *inputs, self.step_key)
         self.inputs.look_ahead()
-        self.in_flight.append(_ticket(self.state.step))
-        if len(self.in_flight) > AHEAD:
-            jax.block_until_ready(self.in_flight.popleft())
-        if self._meets_budget():
-            steps = int(self.state.step)
+        self.in_flight.append(ticket)
         self.progress = dataclasses.replace(self.progress, steps=steps)
-        for observer in self.observers:
-            observer.step(steps - before)
+        self._wait(0 if self.compiling else self.ahead)
+        if self.phase.budget is None:
+            self._tell(steps)
         if self.compiling:  # what that takes is not the speed of training
-            jax.block_until_ready(self.state)
             self.clock, self.compiling = (time.perf_counter(), self.progress.steps), False
+
+    def _wait(self, ahead: int = 0) -> None:
+        """Waits for all dispatches but the last few; with one of them a search may have ended."""
+        while len(self.in_flight) > ahead:
+            step, within = jax.device_get(self.in_flight.popleft())
+            if self.phase.budget is not None and within:
+                self.met_budget = True
+                self.progress = dataclasses.replace(self.progress, steps=int(step))
+                self.in_flight.clear()  # they have changed nothing
+            self._tell(int(step))
+
+    def _tell(self, steps: int) -> None:
+        """Tells observers how many steps there were, once none of them can be one too many."""
+        if steps > self.told:
+            for observer in self.observers:
+                observer.step(steps - self.told)
+            self.told = steps
 
     def test(self, evaluate: Evaluation) -> dict[str, float]:
         """Metrics on the test data."""
@@ -443,13 +487,9 @@ class _Loop:
         if self.phase.budget is not None:
             remains = jax.device_get(self.state.remains)
             values |= {f"{name}_ratio": float(getattr(remains, name)) for name in MEASURES}
-            params, rest = whole((self.state.params, self.state.rest))
-            values |= from_first(lambda: _rounded(self.history(params, rest)))
+            values |= _rounded(self.history(self.state.params, self.state.rest))
         self.clock = time.perf_counter(), steps
         return values
-
-    def _meets_budget(self) -> bool:
-        return self.phase.budget is not None and bool(self.state.remains.within)
 
     def _record(self, values: dict[str, Any]) -> None:
         record = {"phase": self.phase.name, "step": self.progress.steps, **values}
@@ -488,6 +528,7 @@ class _Loop:
             self.stopping, lambda: bool(self.checkpoints and self.checkpoints.due())
         )
         if stop:
+            self._wait()
             self.save(wait=True)
             raise Stopped(f"{self.phase.name}: stopped after step {self.progress.steps}")
         if due:
@@ -497,6 +538,7 @@ class _Loop:
         """Saves the state, unless it is faulty."""
         if not self.checkpoints:
             return
+        self._wait()
         self._check_fault()
         notes = {
             "progress": dataclasses.asdict(self._timed()),
@@ -589,6 +631,7 @@ def start(
 
 
 def make_step(
+    structure: PyTreeDef,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     task: Task,
@@ -599,22 +642,27 @@ def make_step(
     mesh: Mesh | None = None,
     streamed: bool = False,
     many: bool = False,
-) -> Callable[..., TrainState]:
-    """The jitted step `(state, data, order, position, key) -> state`; its state is donated.
+    ends: bool = False,
+) -> Callable[..., tuple[list[Array], Ticket]]:
+    """The jitted step `(arrays, data, order, position, key) -> (arrays, ticket)`.
 
-    It takes the `position`-th batch of the `data` in the given `order`, augments it, and steps.
-    With a mesh, what it is given has been placed there.
+    The arrays are the leaves of a `TrainState`, as a list because JAX takes that apart in a
+    fraction of the time at every call; they are donated. The step takes the `position`-th batch of
+    the `data` in the given `order`, augments it, and steps. With a mesh, what it is given has been
+    placed there.
 
     Args:
+      structure: of the state.
       graphdef, optimizer: from `start`.
       task: losses, and how examples become inputs.
       batch_size: examples in a step.
       skip_faulty: whether a batch after which anything would not be finite only counts as a step.
       budget: of which the state tells after every step whether it is met.
       mesh: of devices.
-      streamed: whether the step is given the examples of its batch, `(state, examples, key)`.
-      many: whether it is `(state, data, order, position, count, key)` and takes up to `count` steps
-        in a loop on the device, which ends when the budget is met.
+      streamed: whether the step is given the examples of its batch, `(arrays, examples, key)`.
+      many: whether it is `(arrays, data, order, position, count, key)` and takes up to `count`
+        steps in a loop on the device, which ends when the budget is met.
+      ends: whether it changes nothing once the budget is met; `many` never do.
     """
 
     def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any):
@@ -664,7 +712,8 @@ def make_step(
         return step(state, over_data(mesh, task.examples(step_key, data, chosen)), step_key)
 
     def of_streamed(state: TrainState, examples: Examples, key) -> TrainState:
-        return step(state, examples, jax.random.fold_in(key, state.step))
+        stepped = step(state, examples, jax.random.fold_in(key, state.step))
+        return _where(state.remains.within, state, stepped) if ends else stepped
 
     def many_of_resident(state: TrainState, data: Data, order, position, count, key) -> TrainState:
         begin = state.step
@@ -672,13 +721,22 @@ def make_step(
         def unfinished(state: TrainState) -> Bool[Array, ""]:
             return (state.step < begin + count) & ~state.remains.within
 
-        def body(state: TrainState) -> TrainState:
-            return of_resident(state, data, order, position + state.step - begin, key)
+        def one(state: TrainState, _: None) -> tuple[TrainState, None]:
+            stepped = of_resident(state, data, order, position + state.step - begin, key)
+            return _where(unfinished(state), stepped, state), None
 
-        return jax.lax.while_loop(unfinished, body, state)
+        # A GPU asks the host before each turn of a loop whose length it does not know.
+        return jax.lax.while_loop(
+            unfinished, lambda state: jax.lax.scan(one, state, length=BLOCK)[0], state
+        )
 
     function = of_streamed if streamed else many_of_resident if many else of_resident
-    return jax.jit(function, donate_argnums=0, compiler_options=compiler_options())
+
+    def on_arrays(arrays: list[Array], *given: Any) -> tuple[list[Array], Ticket]:
+        state = function(jax.tree.unflatten(structure, arrays), *given)
+        return jax.tree.leaves(state), Ticket(state.step, state.remains.within)
+
+    return jax.jit(on_arrays, donate_argnums=0, compiler_options=compiler_options())
 
 
 def _or_skipped(stepped: TrainState, state: TrainState, usable: Array) -> TrainState:
@@ -724,5 +782,4 @@ def _checksum(data: Data) -> int:
     return checksum
 
 
-_ticket = jax.jit(lambda step: step + 0)  # something to wait for that no later step takes away
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

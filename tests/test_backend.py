@@ -301,8 +301,9 @@ def test_training_steps_and_evaluation_are_tuned(monkeypatch):
     task = Classification((0.0,) * 3, (1.0,) * 3, crop_padding=0, flip=False)
     data = np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32)
     graphdef, optimizer, state = start(model, lambda params: optax.sgd(0.1))
-    step = make_step(graphdef, optimizer, task, batch_size=4)
-    lowered = step.lower(state, data, jnp.arange(4), 0, jax.random.key(0)).as_text()
+    arrays, structure = jax.tree.flatten(state)
+    step = make_step(structure, graphdef, optimizer, task, batch_size=4)
+    lowered = step.lower(arrays, data, jnp.arange(4), 0, jax.random.key(0)).as_text()
     convolutions = sum(isinstance(m, dhp.HyperConv) for _, _, m in walk(model))
     assert lowered.count("call @_kernel_gradient") == convolutions
     tuned = []
