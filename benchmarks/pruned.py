@@ -22,7 +22,7 @@ import tempfile
 from flax import nnx
 import onnx_files
 from record import parser, positive, progress, publish_each, spread, table_of
-from zoo import NETWORKS, QUICK, Network
+from zoo import NETWORKS, QUICK, Network, queued
 
 import dhp_jax as dhp
 from dhp_jax import timing
@@ -43,6 +43,7 @@ def main() -> None:
     arguments.add_argument(
         "--multiples", nargs="+", type=positive, default=[1, 8], help="of pruned widths"
     )
+    arguments.add_argument("--batches", nargs="+", type=positive, help="of images: one, and many")
     arguments.add_argument("--runtime", choices=FORWARD, default="xla")
     options = arguments.parse_args()
     if options.quick:
@@ -57,7 +58,7 @@ def main() -> None:
     rows = itertools.chain.from_iterable(
         measure(NETWORKS[network], batch, options)
         for network in options.networks
-        for batch in NETWORKS[network].forward_batches(options.quick)
+        for batch in options.batches or NETWORKS[network].forward_batches(options.quick)
     )
     publish_each(options.out, name, title, note, rows, as_table)
 
@@ -86,9 +87,9 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> list[d
             smaller[flops, multiple] = small
     networks = {"whole": dhp.prune(model), **smaller}
     cost = {name: dhp.measure_cost(m, network.input_shape).flops for name, m in networks.items()}
-    forward = FORWARD[options.runtime]
-    passes = {name: forward(m, network.input_shape, batch) for name, m in networks.items()}
-    seconds = timing.in_turn(passes, options.rounds)
+    forward, each = FORWARD[options.runtime], queued(batch)
+    passes = {name: forward(m, network.input_shape, batch, each) for name, m in networks.items()}
+    seconds = timing.in_turn(passes, options.rounds, each=each)
     rows = []
     for flops, multiple in smaller:
         times = seconds[flops, multiple]
@@ -113,12 +114,20 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> list[d
     return rows
 
 
-def in_onnxruntime(model: nnx.Module, input_shape: Sequence[int], batch: int) -> Callable[[], None]:
-    """A function that runs a network over a batch in onnxruntime."""
+def in_onnxruntime(
+    model: nnx.Module, input_shape: Sequence[int], batch: int, times: int
+) -> Callable[[], None]:
+    """A function that runs a network so many times over a batch in onnxruntime."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "network.onnx")
         export(model, path, tuple(input_shape), format="onnx")
-        return onnx_files.forward(path, batch, input_shape)
+        run = onnx_files.forward(path, batch, input_shape)
+
+    def several() -> None:
+        for _ in range(times):
+            run()
+
+    return several
 
 
 FORWARD = {"xla": timing.forward, "onnxruntime": in_onnxruntime}

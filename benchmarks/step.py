@@ -13,6 +13,7 @@ as often; `--torch compiled` needs what `torch.compile` needs, on CPU a C++ comp
 
 import argparse
 from collections.abc import Callable
+import os
 
 from flax import nnx
 import jax
@@ -36,6 +37,8 @@ def main() -> None:
     arguments.add_argument("--batches", nargs="+", type=positive, default=[64])
     arguments.add_argument("--steps", type=positive, help="a dispatch; as in runs if not given")
     options = arguments.parse_args()
+    if options.torch:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two share a GPU
     options.steps = options.steps or steps_per_dispatch()
     check_torch(arguments, options)
     if options.quick:
@@ -102,8 +105,9 @@ def stepper(network: Network, model: nnx.Module, batch: int, steps: int) -> Call
 
 def as_table(rows: list[dict]) -> str:
     others = {k: k.replace(" ", "_") for k in KINDS if f"{k.replace(' ', '_')}_ms" in rows[0]}
-    columns = {"search step, ms": ("search_ms", ".0f")}
-    columns |= {f"{kind} step, ms": (f"{name}_ms", ".0f") for kind, name in others.items()}
+    digits = ".0f" if rows[0]["search_ms"]["median"] >= 100 else ".2f"
+    columns = {"search step, ms": ("search_ms", digits)}
+    columns |= {f"{kind} step, ms": (f"{name}_ms", digits) for kind, name in others.items()}
     columns |= {f"search / {kind}": (f"search_to_{name}", ".3f") for kind, name in others.items()}
     cells = [
         (row["network"], row["batch"], *(spread(row[n], form) for n, form in columns.values()))

@@ -265,7 +265,10 @@ def stepper(
             return distance(outputs, targets)
         return functional.cross_entropy(outputs, targets)
 
-    compute = torch.compile(compute) if compiled else compute
+    if compiled:  # for this shape alone, whatever was compiled before; never eager instead
+        torch._dynamo.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        compute = torch.compile(compute, dynamic=False)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

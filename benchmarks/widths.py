@@ -17,7 +17,7 @@ import statistics
 
 import jax
 from record import parser, positive, progress, publish_each, spread, table_of
-from zoo import NETWORKS, QUICK, Network
+from zoo import NETWORKS, QUICK, Network, queued
 
 import dhp_jax as dhp
 from dhp_jax import timing
@@ -68,8 +68,9 @@ def measure(network: Network, batch: int, dtype: str, options: argparse.Namespac
             small[multiple] = dhp.prune_to(model, network.input_shape, multiple, flops=FLOPS)
         except ValueError as error:  # too wide for its latents, or for the budget
             progress(f"{network.label}: left out: {error}")
-    passes = {m: timing.forward(net, network.input_shape, batch) for m, net in small.items()}
-    seconds = timing.in_turn(passes, options.rounds)
+    each = queued(batch)
+    passes = {m: timing.forward(net, network.input_shape, batch, each) for m, net in small.items()}
+    seconds = timing.in_turn(passes, options.rounds, each=each)
     whole = dhp.measure_cost(model, network.input_shape).flops
     return [
         {

@@ -50,7 +50,8 @@ class Network:
 
     def forward_batches(self, quick: bool) -> tuple[int, int]:
         """Of how many images forward passes are timed: one, and many."""
-        return 1, 4 if quick or self.patch or self.input_shape[0] > 64 else 64
+        many = 4 if quick or self.patch or self.input_shape[0] > 64 else 64
+        return 1, many if jax.default_backend() == "cpu" else 16 * many
 
     def build(self, **changes: Any) -> nnx.Module:
         return dhp.models.build(self.family, rngs=nnx.Rngs(0), **self.arguments, **changes)
@@ -86,6 +87,15 @@ NETWORKS = {
     "dncnn": Network("DnCNN", "dncnn", {}, GRAY, patch=64),
     "unet": Network("U-Net", "unet", {}, GRAY, batch=16, patch=128),
 }
+
+
+def queued(batch: int) -> int:
+    """How many forward passes over a batch are given to the device at once.
+
+    What a pass over one image takes includes what the host does for it. An accelerator works on
+    many images while the host is at the next batch.
+    """
+    return 1 if batch == 1 or jax.default_backend() == "cpu" else 8
 
 
 def search_step(

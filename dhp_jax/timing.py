@@ -16,7 +16,10 @@ FEWEST = 3  # rounds
 
 
 def in_turn(
-    passes: Mapping[str, Callable[[], None]], rounds: int, seconds: float = float("inf")
+    passes: Mapping[str, Callable[[], None]],
+    rounds: int,
+    seconds: float = float("inf"),
+    each: int = 1,
 ) -> dict[str, list[float]]:
     """Times functions that run in turn, so that what else a machine does meets all of them.
 
@@ -24,6 +27,7 @@ def in_turn(
       passes: by name; each runs twice before it counts.
       rounds: how many times each counts, at most.
       seconds: after which no round begins, once three have counted; they may take longer than that.
+      each: how many times each does the same, of which one's time is wanted.
 
     Returns:
       The seconds that each took, by name: the i-th ones belong to one round.
@@ -39,15 +43,17 @@ def in_turn(
         for name, run in passes.items():
             started = time.perf_counter()
             run()
-            taken[name].append(time.perf_counter() - started)
+            taken[name].append((time.perf_counter() - started) / each)
     return taken
 
 
-def forward(model: nnx.Module, input_shape: Sequence[int], batch: int) -> Callable[[], None]:
-    """A function that runs a network over a batch of inputs `input_shape`, and waits for it."""
+def forward(
+    model: nnx.Module, input_shape: Sequence[int], batch: int, queued: int = 1
+) -> Callable[[], None]:
+    """A function that runs a network over so many batches of inputs, and waits for the last one."""
     run = inference(model)
     x = jnp.full((batch, *input_shape), 0.5)
-    return lambda: jax.block_until_ready(run(x))
+    return lambda: jax.block_until_ready([run(x) for _ in range(queued)])
 
 
 def measure_latency(
