@@ -6,13 +6,14 @@ BatchNorm statistics and gradients are those of the whole batch. Where there is 
 no mesh, and nothing of this module does anything.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 import numpy as np
 
 from dhp_jax.config import ConfigError
@@ -53,16 +54,22 @@ def axis_sizes(data: int, model: int, devices: int, processes: int = 1) -> tuple
     return data, model
 
 
-def check_batch(batch_size: int, data: int) -> None:
-    """Raises a `ConfigError` unless a batch can be divided among the devices along `data`."""
+def check_batch(batch_size: int, data: int, processes: int = 1) -> None:
+    """Raises a `ConfigError` unless a batch can be divided among the devices along `data`.
+
+    Args:
+      batch_size: `config.batch_size`.
+      data: how many devices there are along `data`.
+      processes: among which they are divided. Several of them cannot leave any out.
+    """
     if batch_size % data:
         below = batch_size - batch_size % data
         sizes = " or ".join(str(size) for size in (below, below + data) if size)
         near = _nearest([n for n in range(1, data) if batch_size % n == 0], data)
+        fewer = f", for which config.mesh.data={near} works" if processes == 1 else ""
         raise ConfigError(
             f"config.batch_size: expected a multiple of {data}, the devices along "
-            f"config.mesh.data, such as {sizes}; got {batch_size}, for which "
-            f"config.mesh.data={near} works"
+            f"config.mesh.data, such as {sizes}; got {batch_size}{fewer}"
         )
 
 
@@ -87,7 +94,25 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh | None:
     if count == 1:
         return None
     auto = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh(sizes, (DATA, MODEL), auto, devices=jax.devices()[:count])
+    return Mesh(arrange(jax.devices()[:count], sizes), (DATA, MODEL), axis_types=auto)
+
+
+def arrange(devices: Sequence[jax.Device], sizes: tuple[int, int]) -> np.ndarray:
+    """Devices in the shape of a mesh, neighbours in it being neighbours in the hardware.
+
+    Where slices (of TPUs, or of GPUs with fast connections) are joined by a slower network, `data`
+    goes from slice to slice. Devices that cannot be arranged so, as those that are no rectangle of
+    a TPU's topology, come in the order of their numbers.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(sizes, **options)
+        within = sizes[0] // slices, sizes[1]
+        return mesh_utils.create_hybrid_device_mesh(within, (slices, 1), **options)
+    except (AssertionError, ValueError):  # what JAX raises if it finds no arrangement
+        return np.array(sorted(devices, key=lambda device: device.id)).reshape(sizes)
 
 
 def over_data(mesh: Mesh | None, batch: PyTree) -> PyTree:
@@ -97,13 +122,17 @@ def over_data(mesh: Mesh | None, batch: PyTree) -> PyTree:
     return jax.lax.with_sharding_constraint(batch, _over_data(mesh))
 
 
-def rows_here(mesh: Mesh | None, batch_size: int) -> slice:
-    """The examples of a batch that the devices of this process hold."""
+def rows_here(mesh: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:
+    """The examples of a batch that the devices of this process hold: ascending, each once.
+
+    They need not follow each other, as the order of devices is that of their connections.
+    """
     if mesh is None:
-        return slice(None)
-    parts = _over_data(mesh).addressable_devices_indices_map((batch_size,)).values()
-    bounds = [rows.indices(batch_size)[:2] for (rows,) in parts]
-    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+        return np.arange(batch_size)
+    held = np.zeros(batch_size, bool)
+    for index in _over_data(mesh).addressable_devices_indices_map((batch_size,)).values():
+        held[index] = True
+    return np.flatnonzero(held)
 
 
 def spread(mesh: Mesh | None, batch: PyTree, batch_size: int) -> PyTree:
@@ -113,17 +142,18 @@ def spread(mesh: Mesh | None, batch: PyTree, batch_size: int) -> PyTree:
 
     Args:
       mesh: of devices.
-      batch: NumPy arrays.
+      batch: NumPy arrays, whose first axis is that of `rows_here`.
       batch_size: examples in the batch of all processes.
     """
     if mesh is None:
         return jax.tree.map(lambda array: jax.device_put(array, may_alias=False), batch)
-    sharding, begin = _over_data(mesh), rows_here(mesh, batch_size).start
+    sharding, rows = _over_data(mesh), rows_here(mesh, batch_size)
 
     def put(array: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
-            return array[start - begin : stop - begin].copy()
+            begin = np.searchsorted(rows, start)
+            return array[begin : begin + stop - start].copy()
 
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -76,7 +77,7 @@ def prepare(
         )
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     if mesh is not None:
-        check_batch(config.batch_size, mesh.shape[DATA])
+        check_batch(config.batch_size, mesh.shape[DATA], jax.process_count())
     arguments = dict(config.model)
     name = arguments.pop("name")
     for argument, field in origins(config).items():

@@ -118,10 +118,11 @@ def check_one_by_one(source):
         stream = source.stream(split, workers=0)
         read = cloudpickle.loads(cloudpickle.dumps(stream.read))
         chosen = np.random.default_rng(0).permutation(np.repeat(np.arange(stream.size), 2))
-        images, labels = read(chosen, slice(1, None), np.random.default_rng(0))
+        rows = np.arange(1, len(chosen), 2)
+        images, labels = read(chosen, rows, np.random.default_rng(0))
         expected_images, expected_labels = source.read(split)
-        np.testing.assert_array_equal(images, expected_images[chosen[1:]])
-        np.testing.assert_array_equal(labels, expected_labels[chosen[1:]])
+        np.testing.assert_array_equal(images, expected_images[chosen[rows]])
+        np.testing.assert_array_equal(labels, expected_labels[chosen[rows]])
         assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
 
 

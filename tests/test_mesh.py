@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,17 @@ from runs import ROOT
 
 from dhp_jax import journal
 from dhp_jax.config import ConfigError
-from dhp_jax.mesh import axis_sizes, check_batch, make_mesh, over_data, place, settled, whole
+from dhp_jax.mesh import (
+    arrange,
+    axis_sizes,
+    check_batch,
+    make_mesh,
+    over_data,
+    place,
+    rows_here,
+    settled,
+    whole,
+)
 from dhp_jax.preemption import EXIT_CODE
 from dhp_jax.processes import ProcessError, Turns, from_first, join
 
@@ -49,12 +60,15 @@ def begin(workdir, *options, devices=1, **fields):
     )
 
 
-def begin_pair(workdir, **fields):
-    """The same run, begun as two processes on this machine."""
+def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together = f"--coordinator=127.0.0.1:{port}", "--processes=2"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def begin_pair(workdir, **fields):
+    """The same run, begun as two processes on this machine."""
+    together = f"--coordinator={free_address()}", "--processes=2"
     # Only the first sees the directory.
     places = workdir, workdir.with_name("nothing")
     return [begin(place, *together, f"--process={i}", **fields) for i, place in enumerate(places)]
@@ -209,6 +223,11 @@ def test_a_batch_that_the_mesh_cannot_divide_is_refused_with_what_works(batch, d
         check_batch(batch, data)
 
 
+def test_several_processes_are_not_told_of_a_mesh_that_leaves_devices_out():
+    with pytest.raises(ConfigError, match=r"multiple of 8, .* such as 56 or 64; got 60$"):
+        check_batch(60, 8, processes=2)
+
+
 def test_wrong_meshes_are_told_in_one_line_before_any_work(tmp_path):
     process = begin(tmp_path / "run", devices=3, batch_size=64)
     code, told = end(process)
@@ -258,6 +277,123 @@ assert jax.tree.map(np.shape, whole(placed)) == shapes
 def test_hypernetworks_and_their_momentum_are_divided_along_output_channels_where_that_works():
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run([sys.executable, "-c", DIVIDED], env=os.environ | flags, check=True)
+
+
+class Device(SimpleNamespace):
+    """What JAX tells of a device that is not here."""
+
+    __hash__ = object.__hash__
+
+
+def tpus(across, down, host=(1, 1), here=0):
+    """The devices of a TPU v5e, host by host, as JAX tells them to the process `here`."""
+    client = SimpleNamespace(process_index=lambda: here)
+    kind = {"platform": "tpu", "device_kind": "TPU v5 lite", "core_on_chip": 0, "client": client}
+    hosts = [(x, y) for y in range(0, down, host[1]) for x in range(0, across, host[0])]
+    places = [
+        {"process_index": process, "coords": (x + dx, y + dy, 0)}
+        for process, (x, y) in enumerate(hosts)
+        for dy in range(host[1])
+        for dx in range(host[0])
+    ]
+    return [Device(id=i, **place, **kind) for i, place in enumerate(places)]
+
+
+def gpus(hosts, each):
+    """The devices of hosts with GPUs, which are numbered host by host from the last one."""
+    kind = {"platform": "gpu", "device_kind": "NVIDIA H200"}
+    return [
+        Device(id=(hosts - 1 - host) * each + i, slice_index=hosts - 1 - host, **kind)
+        for host in range(hosts)
+        for i in range(each)
+    ]
+
+
+@pytest.mark.parametrize("process", [0, 13, 31])
+def test_a_host_of_a_tpu_slice_reads_the_rows_of_its_devices_and_no_more(process):
+    devices = arrange(tpus(16, 16, host=(4, 2), here=process), (256, 1))
+    (places,) = np.nonzero([device.process_index == process for device in devices[:, 0]])
+    assert np.ptp(places) > len(places) == 8  # others lie between them
+    rows = rows_here(jax.sharding.Mesh(devices, ("data", "model")), 512)
+    np.testing.assert_array_equal(rows, np.arange(512).reshape(256, 2)[places].ravel())
+
+
+@pytest.mark.parametrize(
+    ("topology", "sizes", "rows"),
+    [((4, 2), (4, 2), [0, 1, 6, 7]), ((4, 4), (4, 4), [0, 1, 2, 3])],
+)
+def test_rows_that_several_devices_of_a_process_hold_are_read_once(topology, sizes, rows):
+    devices = arrange(tpus(*topology, host=(2, 2)), sizes)
+    assert rows_here(jax.sharding.Mesh(devices, ("data", "model")), 8).tolist() == rows
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (5, 1), (7, 1), (1, 3)])
+def test_devices_that_are_no_rectangle_come_in_the_order_of_their_numbers(sizes):
+    devices = tpus(2, 4)[: sizes[0] * sizes[1]]
+    found = arrange(devices[::-1], sizes)
+    assert found.shape == sizes
+    assert found.ravel().tolist() == devices
+
+
+@pytest.mark.parametrize("sizes", [(6, 1), (3, 2), (1, 6)])
+def test_gpus_of_several_hosts_make_a_mesh_host_by_host(sizes):
+    assert [device.id for device in arrange(gpus(3, 2), sizes).flat] == list(range(6))
+
+
+def test_the_topology_orders_the_devices_where_it_can():
+    assert [device.id for device in arrange(tpus(2, 4), (8, 1)).flat] == [0, 1, 2, 3, 7, 6, 5, 4]
+
+
+SHARED = """
+import sys, jax, numpy as np
+from jax.sharding import Mesh
+from dhp_jax.data.stream import Stream
+from dhp_jax.mesh import rows_here, spread, whole
+from dhp_jax.processes import join
+
+def read(chosen, rows, random):
+    return chosen[rows], random.random((len(chosen), 2))[rows]
+
+def batches(rows=None):
+    settings = {"examples": 40, "batch_size": 16, "first": 0, "last": 3, "rows": rows}
+    with Stream(40, read, 0, 0).training((1,), **settings) as given:
+        return list(given)
+
+join(sys.argv[1], 2, int(sys.argv[2]))
+devices = np.array(sorted(jax.devices(), key=lambda device: device.process_index))
+for order in [[0], [4], [5], [1], [2], [3], [6], [7]], [[0, 5], [4, 6], [1, 2], [3, 7]]:
+    mesh = Mesh(devices[np.array(order)], ("data", "model"))
+    here = [any(device in jax.local_devices() for device in row) for row in mesh.devices]
+    rows = rows_here(mesh, 16)
+    assert rows.tolist() == np.arange(16).reshape(len(here), -1)[here].ravel().tolist()
+    for part, batch in zip(batches(rows), batches(), strict=True):
+        given = spread(mesh, part, 16)
+        for found, expected in zip(given, batch, strict=True):
+            for shard in found.addressable_shards:
+                np.testing.assert_array_equal(shard.data, expected[shard.index])
+        for found, expected in zip(whole(given), batch, strict=True):
+            np.testing.assert_array_equal(found, expected)
+"""
+
+
+def test_processes_whose_devices_lie_apart_read_their_rows_and_make_whole_batches_of_them():
+    flags = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": "1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    address = free_address()
+    finish(
+        *(
+            subprocess.Popen(
+                [sys.executable, "-c", SHARED, address, str(process)],
+                env=os.environ | flags,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for process in range(2)
+        )
+    )
 
 
 def test_one_process_asks_itself_after_every_step():

@@ -32,8 +32,9 @@ def loaded(folder, scale=1, patch=8):
     return photographs.load("photo_folder", folder, folder, scale=scale, patch=patch)
 
 
-def read(stream, n=200, rows=slice(None), seed=0):
+def read(stream, n=200, rows=None, seed=0):
     function = cloudpickle.loads(cloudpickle.dumps(stream.read))  # as in another process
+    rows = np.arange(n) if rows is None else rows
     return function(np.arange(n), rows, np.random.default_rng(seed))
 
 
@@ -67,7 +68,7 @@ def test_patches_are_cut_from_all_places_of_all_photographs(folder, tmp_path, sc
 def test_rows_are_parts_of_the_same_batch(folder, tmp_path):
     stream = loaded(folder, 2).stream(8, 0, tmp_path / "cache")
     whole = read(stream, n=10)
-    for rows in (slice(0, 4), slice(4, 10)):
+    for rows in np.array([0, 1, 6, 7]), np.array([2, 3, 4, 5, 8, 9]):
         for part, array in zip(read(stream, n=10, rows=rows), whole, strict=True):
             np.testing.assert_array_equal(part, array[rows])
 

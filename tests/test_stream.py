@@ -47,7 +47,7 @@ class Read:
         return chosen[rows], drawn[rows]
 
 
-def read_all(workers=0, first=0, last=3 * STEPS, rows=slice(None), seed=(1, 2), read=None):
+def read_all(workers=0, first=0, last=3 * STEPS, rows=None, seed=(1, 2), read=None):
     stream = Stream(EXAMPLES, read or Read(), 0, workers)
     with stream.training(
         seed, examples=EXAMPLES, batch_size=BATCH, first=first, last=last, rows=rows
@@ -91,12 +91,9 @@ def test_a_stream_that_begins_later_gives_the_same(first):
 
 
 def test_rows_are_parts_of_the_same_batches():
-    parts = [read_all(rows=rows) for rows in (slice(0, 1), slice(1, 3))]
-    joined = [
-        tuple(np.concatenate(pair) for pair in zip(*halves, strict=True))
-        for halves in zip(*parts, strict=True)
-    ]
-    check_equal(joined, read_all())
+    for rows in np.array([0, 2]), np.array([1]):
+        expected = [tuple(part[rows] for part in batch) for batch in read_all()]
+        check_equal(read_all(rows=rows), expected)
 
 
 def test_processes_read_what_threads_read_and_a_failure_of_theirs_is_told():
@@ -128,7 +125,7 @@ def test_tests_read_every_example_once_and_count_no_other(batch_size):
 
 
 def test_without_a_mesh_a_process_reads_whole_batches():
-    assert rows_here(None, 8) == slice(None)
+    np.testing.assert_array_equal(rows_here(None, 8), np.arange(8))
     batch = (None, np.arange(6, dtype=np.uint8))
     degraded, targets = spread(None, batch, 6)
     assert degraded is None

@@ -46,7 +46,10 @@ class ReadPatches:
     patch: int
 
     def __call__(
-        self, chosen: Int[np.ndarray, " n"], rows: slice, random: np.random.Generator
+        self,
+        chosen: Int[np.ndarray, " n"],
+        rows: Int[np.ndarray, " rows"],
+        random: np.random.Generator,
     ) -> Batch:
         # Not `chosen`: an epoch is a number of patches, whatever the number of photographs.
         images = random.integers(len(self.sizes), size=len(chosen))[rows]

@@ -40,12 +40,15 @@ class Read(Protocol):
 
     Args:
       chosen: numbers of the examples of the whole batch.
-      rows: which of them to read.
+      rows: which of them to read, and in which order: positions in `chosen`.
       random: draws for the whole batch, whatever the rows.
     """
 
     def __call__(
-        self, chosen: Int[np.ndarray, " n"], rows: slice, random: np.random.Generator
+        self,
+        chosen: Int[np.ndarray, " n"],
+        rows: Int[np.ndarray, " rows"],
+        random: np.random.Generator,
     ) -> Batch: ...
 
 
@@ -73,7 +76,7 @@ class Stream:
         batch_size: int,
         first: int,
         last: int,
-        rows: slice = slice(None),
+        rows: Int[np.ndarray, " rows"] | None = None,
     ) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         """The batches of some steps of training, each epoch in an order of its own.
 
@@ -82,8 +85,9 @@ class Stream:
           examples: how many make an epoch.
           batch_size: examples in a step.
           first, last: numbers of the steps, from 0; `last` is not read any more.
-          rows: the part of each batch that is wanted.
+          rows: positions in each batch of the examples that are wanted; all if not given.
         """
+        rows = np.arange(batch_size) if rows is None else rows
         batches = _Training(self.read, tuple(seed), examples, batch_size, rows)
         return _reading(batches, range(first, last), self.workers)
 
@@ -98,7 +102,7 @@ class Stream:
         return _reading(batches, range(-(-self.size // batch_size)), self.workers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Training:
     """The batch of a step."""
 
@@ -106,7 +110,7 @@ class _Training:
     seed: tuple[int, ...]
     examples: int
     batch_size: int
-    rows: slice
+    rows: Int[np.ndarray, " rows"]
 
     def __call__(self, step: int) -> Batch:
         epoch, position = divmod(step, self.examples // self.batch_size)
@@ -126,7 +130,7 @@ class _InOrder:
     def __call__(self, number: int) -> tuple[Batch, int]:
         start = number * self.batch_size
         chosen = np.minimum(np.arange(start, start + self.batch_size), self.size - 1)
-        batch = self.read(chosen, slice(None), np.random.default_rng(0))
+        batch = self.read(chosen, np.arange(self.batch_size), np.random.default_rng(0))
         return batch, min(self.batch_size, self.size - start)
 
 
@@ -214,7 +218,10 @@ class ReadLabelled:
     images: Labelled
 
     def __call__(
-        self, chosen: Int[np.ndarray, " n"], rows: slice, random: np.random.Generator
+        self,
+        chosen: Int[np.ndarray, " n"],
+        rows: Int[np.ndarray, " rows"],
+        random: np.random.Generator,
     ) -> Batch:
         del random  # images are drawn from on the device
         pixels, labels = zip(*(self.images[int(i)] for i in chosen[rows]), strict=True)
