@@ -35,6 +35,12 @@ def main() -> None:
     arguments = parser(__doc__, ["resnet20", "resnet56"], 20, "dispatches of each kind that count")
     arguments.add_argument("--torch", nargs="+", choices=("eager", "compiled"), default=[])
     arguments.add_argument("--batches", nargs="+", type=positive, default=[64])
+    arguments.add_argument(
+        "--seconds",
+        type=positive,
+        default=60,
+        help="after which a network has no more rounds than three",
+    )
     arguments.add_argument("--steps", type=positive, help="a dispatch; as in runs if not given")
     options = arguments.parse_args()
     if options.torch:
@@ -43,13 +49,14 @@ def main() -> None:
     check_torch(arguments, options)
     if options.quick:
         options.networks, options.batches, options.rounds = [QUICK], [4], 3
-    title = "Search step against the plain network's step"
+    name = "_".join(["step", *(["torch"] * bool(options.torch)), *options.torch])
+    title = " and PyTorch's ".join(["Search step against the plain network's", *options.torch])
     rows = (
         measure(NETWORKS[name], batch, options)
         for name in options.networks
         for batch in options.batches
     )
-    publish_each(options.out, "step", title, NOTE, rows, as_table)
+    publish_each(options.out, name, f"{title} step", NOTE, rows, as_table)
 
 
 def check_torch(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -80,9 +87,9 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> dict:
         steps[f"torch {how}"] = torch_search.stepper(
             network, batch, options.steps, compiled=compiled
         )
-    seconds = in_turn(steps, options.rounds)
+    seconds = in_turn(steps, options.rounds, options.seconds)
     row = {"network": network.label, "batch": batch}
-    row |= {"steps_per_dispatch": options.steps, "rounds": options.rounds}
+    row |= {"steps_per_dispatch": options.steps, "rounds": len(seconds["search"])}
     for kind, values in seconds.items():
         ratios = [s / other for s, other in zip(seconds["search"], values, strict=True)]
         name = kind.replace(" ", "_")
