@@ -295,9 +295,9 @@ class _Loop:
         self.inputs = kind(data, seed, examples, batch_size, mesh)
         self.origin = {"examples": examples, "batch_size": batch_size}
         self.origin["data"] = self.inputs.checksum
-        # On a CPU it would cost a pass over the state that steps may come after the last.
-        lasts = phase.budget is not None and steps_per_dispatch() == 1
-        self.ahead = 0 if lasts else AHEAD
+        # That steps may follow a search's last one, and change nothing, costs a CPU much.
+        waits = phase.budget is not None and steps_per_dispatch() == 1
+        self.ahead = 0 if waits else AHEAD
         self.advance = make_step(
             self.structure,
             self.graphdef,
