@@ -19,12 +19,14 @@ from pathlib import Path
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from record import parser, positive, publish_each, spread, table_of
-from zoo import NETWORKS, QUICK, Network, search_step, task_on
+from zoo import NETWORKS, QUICK, Network, queued, search_step, task_on
 
 from dhp_jax.data import Stream
 from dhp_jax.data import load as load_data
@@ -78,8 +80,8 @@ def measure(network: Network, folder: str, options: argparse.Namespace) -> dict:
     advance, state, inputs = search_step(network, model, batch)
     arrays = jax.tree.leaves(state)
     task, data = task_on(network, batch)
-    data = data, np.arange(batch)
-    take = jax.jit(lambda key, data: task.augmented(key, task.examples(key, *data)))
+    given, each = (jax.random.key(0), data, jnp.arange(batch)), queued(batch)
+    take = jax.jit(lambda key, *data: task.augmented(key, task.examples(key, *data)))
 
     def begin() -> jax.Array:
         """Begins a step; its number is there when it is done."""
@@ -87,13 +89,11 @@ def measure(network: Network, folder: str, options: argparse.Namespace) -> dict:
         arrays, ticket = advance(arrays, *inputs)
         return ticket.step
 
-    def step() -> None:
-        jax.block_until_ready(begin())
+    def several(call: Callable[[], Any]) -> Callable[[], None]:
+        return lambda: jax.block_until_ready([call() for _ in range(each)][-1])
 
-    def given() -> None:
-        jax.block_until_ready(take(jax.random.key(0), data))
-
-    times = in_turn({"input": given, "step": step}, options.rounds)
+    passes = {"input": several(lambda: take(*given)), "step": several(begin)}
+    times = in_turn(passes, options.rounds, each=each)
     pairs = zip(times["input"], times["step"], strict=True)
     size, *_ = network.input_shape
     source = load_data("image_folder", folder, image_size=size)

@@ -90,7 +90,7 @@ NETWORKS = {
 
 
 def queued(batch: int) -> int:
-    """How many forward passes over a batch are given to the device at once.
+    """How many passes over a batch, or steps, are given to the device before they are waited for.
 
     What a pass over one image takes includes what the host does for it. An accelerator works on
     many images while the host is at the next batch.
