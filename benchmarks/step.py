@@ -27,7 +27,7 @@ from dhp_jax.timing import in_turn, quartiles
 KINDS = ("plain", "torch eager", "torch compiled")
 NOTE = (
     "Median of interleaved dispatches, each divided by its steps, quartiles in parentheses; the "
-    "ratio is that of each pair. The search step checks its budget, PyTorch's does not."
+    "ratio is that of each round. The search step checks its budget, PyTorch's does not."
 )
 
 

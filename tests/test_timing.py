@@ -31,10 +31,14 @@ def clock(monkeypatch):
     return clock
 
 
-def test_functions_run_in_turn_after_two_runs_that_do_not_count(clock):
-    passes = {"a": clock.taking("a", 1.0), "b": clock.taking("b", 2.0)}
-    assert timing.in_turn(passes, 2) == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
-    assert "".join(clock.order) == "aabb" + "abab"
+def test_functions_run_to_and_fro_after_two_runs_that_do_not_count(clock):
+    passes = {name: clock.taking(name, ord(name) - 96.0) for name in "abc"}
+    assert timing.in_turn(passes, 2) == {"a": [1.0, 1.0], "b": [2.0, 2.0], "c": [3.0, 3.0]}
+    assert "".join(clock.order) == "aabbcc" + "abc" + "cba"
+
+
+def test_functions_that_do_the_same_several_times_are_timed_for_one(clock):
+    assert timing.in_turn({"a": clock.taking("a", 6.0)}, 2, each=3) == {"a": [2.0, 2.0]}
 
 
 @pytest.mark.parametrize(("each", "rounds"), [(0.01, 25), (0.1, 11), (10.0, 3)])
