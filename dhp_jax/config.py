@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from absl.flags import BooleanParser
 from ml_collections import ConfigDict, config_dict
 
 from dhp_jax import models, optimizer
@@ -23,6 +24,12 @@ SHARES = f"up to {MOST_TARGETS} shares > 0 and <= 1 in descending order, such as
 MOST_DROPS = 100  # each makes the compiled step larger
 MOST_WORKERS = 1024
 MOST_EXAMPLES = 2**28  # of an epoch; their order takes 4 bytes each
+OR_NONE = ", or None"
+READERS = {  # of the text of a flag, by the type of its field
+    int: (int, "an integer"),
+    float: (float, "a number"),
+    bool: (BooleanParser().parse, "True or False"),
+}
 
 
 class ConfigError(ValueError):
@@ -216,7 +223,7 @@ def _check_examples(config: ConfigDict) -> None:
 
 
 def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> None:
-    """Raises a `ConfigError` for the first name that is no field, or number that is none.
+    """Raises a `ConfigError` for the first name that is no field, or text that is no value of it.
 
     Args:
       config: the configuration whose fields are to be overridden.
@@ -224,7 +231,7 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
         `None` where there is no "=".
     """
     for name, text in overrides.items():
-        value, rule, path = config, _fields(config), "config"
+        value, kind, rule, path = config, None, _fields(config), "config"
         for part in name.split(".")[1:]:
             if not isinstance(value, ConfigDict):
                 raise ConfigError(f"{name}: {path} has no fields, its value is {shown(value)}")
@@ -236,6 +243,7 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
                         * (path == "config.model")
                     )
                 )
+            kind = value.get_type(part)
             try:
                 value = value[part]
             except config_dict.RequiredValueError:
@@ -245,8 +253,8 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
         if text is None:
             raise ConfigError(f"{name}: expected --{name}=<value>; got none")
         suits = isinstance(rule, tuple) and rule[0](text)
-        if type(value) in (int, float) and not _reads_as(type(value), text) and not suits:
-            expected = rule[1] if rule else {int: "an integer", float: "a number"}[type(value)]
+        if kind in READERS and not _reads_as(READERS[kind][0], text) and not suits:
+            expected, _, _ = (rule or READERS[kind])[1].partition(OR_NONE)  # which is no text
             raise ConfigError(f"{name}: expected {expected}; got {shown(text)}")
 
 
@@ -318,9 +326,9 @@ def _path(value: Any) -> bool:
     return True
 
 
-def _reads_as(number: type, text: str) -> bool:
+def _reads_as(read: Callable[[str], Any], text: str) -> bool:
     try:
-        number(text)
+        read(text)
     except ValueError:
         return False
     return True
@@ -328,7 +336,7 @@ def _reads_as(number: type, text: str) -> bool:
 
 def _or_none(rule: Rule, meaning: str) -> Rule:
     possible, expected = rule
-    return (lambda value: value is None or possible(value)), f"{expected}, or None {meaning}"
+    return (lambda value: value is None or possible(value)), f"{expected}{OR_NONE} {meaning}"
 
 
 _PATH: Rule = (_path, "a path")

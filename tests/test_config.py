@@ -543,6 +543,7 @@ def check_one(field, value):
         {"config.search.strength": "1e-3", "config.model.depth": "56"},
         {"config.search.drops": "(1, 2)", "config.data.dir": "", "config.method": "baseline"},
         {"config.search": "{'epochs': 3}"},
+        {"config.budget.latency": "0.6", "config.data.streamed": "true", "config.data.flip": "0"},
     ],
 )
 def test_overrides_of_fields_pass(overrides):
@@ -606,6 +607,22 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
         ("config.model.depth", "x", "config.model.depth: expected an integer; got 'x'"),
         ("config.model.width", "x", "config.model.width: expected a number; got 'x'"),
         ("config.target", None, "config.target: expected --config.target=<value>; got none"),
+        (
+            "config.budget.latency",
+            "abc",
+            "config.budget.latency: expected a number > 0 and <= 1; got 'abc'",
+        ),
+        (
+            "config.data.streamed",
+            "maybe",
+            "config.data.streamed: expected True or False; got 'maybe'",
+        ),
+        ("config.data.flip", "2", "config.data.flip: expected True or False; got '2'"),
+        (
+            "config.data.workers",
+            "few",
+            "config.data.workers: expected an integer >= 0 and <= 1024; got 'few'",
+        ),
         (
             "config.serch.epochs",
             "3",
