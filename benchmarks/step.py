@@ -87,13 +87,13 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> dict:
         steps[f"torch {how}"] = torch_search.stepper(
             network, batch, options.steps, compiled=compiled
         )
-    seconds = in_turn(steps, options.rounds, options.seconds)
+    seconds = in_turn(steps, options.rounds, options.seconds, each=options.steps)
     row = {"network": network.label, "batch": batch}
     row |= {"steps_per_dispatch": options.steps, "rounds": len(seconds["search"])}
     for kind, values in seconds.items():
         ratios = [s / other for s, other in zip(seconds["search"], values, strict=True)]
         name = kind.replace(" ", "_")
-        row[f"{name}_ms"] = quartiles([1e3 * s / options.steps for s in values])
+        row[f"{name}_ms"] = quartiles([1e3 * s for s in values])
         row[f"search_to_{name}"] = quartiles(ratios)
     return row
 

@@ -76,9 +76,10 @@ def survivor_counts(model: nnx.Module, threshold: float) -> dict[str, Array]:
     Latents that are alike are counted together, which is one small piece of work for an accelerator
     and not one for each.
     """
-    counts: dict[str, Array | int] = {name: z.size for name, z in latents(model).items()}
+    named = latents(model)
+    counts: dict[str, Array | int] = {name: z.size for name, z in named.items()}
     alike = defaultdict(dict)
-    for name, z in latents(model).items():
+    for name, z in named.items():
         if z.prunable:
             alike[z.size, z.min_channels][name] = z.value()
     for (_, min_channels), vectors in alike.items():

@@ -277,9 +277,7 @@ class _Loop:
         self, model, phase, task, data, examples, batch_size, log_every, key, observers, mesh
     ):
         self.graphdef, optimizer, state = start(model, phase.optimizer)
-        state = place(mesh, state)
-        self.mesh, self.structure = mesh, jax.tree.structure(state)
-        self.state = state
+        self.mesh, self.state = mesh, place(mesh, state)
         self.phase, self.batch_size = phase, batch_size
         self.log_every, self.observers, self.metric = log_every, observers, task.metric
         self.steps_per_epoch = examples // batch_size
@@ -323,7 +321,7 @@ class _Loop:
 
     @state.setter
     def state(self, state: TrainState) -> None:
-        self.arrays = jax.tree.leaves(state)
+        self.arrays, self.structure = jax.tree.flatten(state)
 
     def keep(self, checkpoints: Checkpoints | None, stopping: Callable[[], bool]) -> None:
         """Goes on from the newest checkpoint, if there is one."""
