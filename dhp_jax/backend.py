@@ -5,6 +5,7 @@ the measurements): convolutions that use all cores, kernel gradients whose opera
 compute again, and another form for depthwise convolutions and the gradients of grouped ones.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 import contextlib
 import functools
@@ -19,11 +20,13 @@ from jax.experimental.xla_metadata import set_xla_metadata
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dhp_jax.hypernet import hyper_kernels
 from dhp_jax.latent import walk
-from dhp_jax.layers import BatchNorm, Bias, ChannelBias
+from dhp_jax.layers import BatchNorm, Bias, ChannelBias, Hyper
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 MOST_TAPS = 49  # of a depthwise kernel that is written out
+MOST_TOGETHER = 2**20  # numbers of an array for which copying it is next to nothing
 Pads = tuple[tuple[int, int], ...]
 
 
@@ -107,6 +110,8 @@ def tune(model: nnx.Module) -> nnx.Module:
       The same object.
     """
     on_cpu = jax.default_backend() == "cpu"
+    if jax.default_backend() == "gpu":
+        generate_together(model)
     for _, _, layer in walk(model):
         if type(layer) in QUICK and layer.axis_name is None:
             layer.__class__ = QUICK[type(layer)]
@@ -116,6 +121,29 @@ def tune(model: nnx.Module) -> nnx.Module:
         if on_cpu and is_convolution:
             layer.conv_general_dilated = convolution
     return model
+
+
+def generate_together(model: nnx.Module) -> None:
+    """Has small kernels of one shape generated in one computation; in place, same numbers.
+
+    What that saves is the start of many programs a step, which takes a GPU longer than to copy
+    small arrays. Layers that generate their kernel in a way of their own are left out.
+
+    Args:
+      model: merged within a jitted function. Its kernels stay as they are then.
+    """
+    alike = defaultdict(list)
+    for _, _, layer in walk(model):
+        if isinstance(layer, Hyper) and type(layer).kernel is Hyper.kernel:
+            inputs = layer.kernel_axis().value(), layer.z_out.value(), layer.arrays()
+            if inputs[-1].w2.size <= MOST_TOGETHER:
+                shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(inputs))
+                alike[shapes].append((layer, inputs))
+    for group in alike.values():
+        if len(group) > 1:
+            layers, inputs = zip(*group, strict=True)
+            for layer, kernel in zip(layers, hyper_kernels(list(inputs)), strict=True):
+                layer.kernel = functools.partial(kernel.astype, layer.param_dtype)
 
 
 def convolution(

@@ -30,6 +30,9 @@ class HypernetArrays(NamedTuple):
     b2: Float[Array, "*k in out"]
 
 
+Inputs = tuple[Float[Array, " in"], Float[Array, " out"], HypernetArrays]
+
+
 def hyper_kernel(
     z_in: Float[Array, " in"] | Axis,
     z_out: Float[Array, " out"] | Axis,
@@ -94,35 +97,85 @@ def _embedding(z_in: Array, z_out: Array, arrays: HypernetArrays) -> tuple[Array
     return pairs, pairs * arrays.w1 + arrays.b1
 
 
-@jax.custom_vjp
-def _generate(z_in: Array, z_out: Array, arrays: HypernetArrays) -> Array:
+def _kernel(z_in: Array, z_out: Array, arrays: HypernetArrays) -> Array:
     _, embedding = _embedding(z_in, z_out, arrays)
     return _sum_of_products(arrays.w2, embedding, (-3,)) + arrays.b2
 
 
-def _generate_forward(z_in, z_out, arrays):
-    return _generate(z_in, z_out, arrays), (z_in, z_out, arrays)
+class _Parts(NamedTuple):
+    """What the gradients of one hypernetwork are made of."""
+
+    pairs: Array
+    embedding: Array
+    grad_embedding: Array
+    grad_pairs: Array
+    grad_in: Array
+    grad_out: Array
 
 
-def _generate_backward(inputs, grad_kernel):
-    """Only the inputs are kept: the embedding is cheaper to compute again than to store."""
-    z_in, z_out, arrays = inputs
+def _parts(z_in: Array, z_out: Array, arrays: HypernetArrays, grad_kernel: Array) -> _Parts:
     pairs, embedding = _embedding(z_in, z_out, arrays)
-    grad = grad_kernel[..., None, :, :]
-    grad_embedding = _sum_of_products(arrays.w2, grad, tuple(range(arrays.w2.ndim - 3)))
+    taps = tuple(range(arrays.w2.ndim - 3))
+    grad_embedding = _sum_of_products(arrays.w2, grad_kernel[..., None, :, :], taps)
     grad_pairs = _sum_of_products(grad_embedding, arrays.w1, (0,))
-    grads = HypernetArrays(
-        b0=grad_pairs,
-        w1=grad_embedding * pairs,
-        b1=grad_embedding,
-        w2=embedding * grad,
-        b2=grad_kernel,
-    )
     # Sums, not matrix products: accelerators round the inputs of those.
     grad_in = jnp.sum(grad_pairs * z_out, axis=1)
     grad_out = jnp.sum(grad_pairs * z_in[:, None], axis=0)
-    grads = grad_in, grad_out, grads
+    return _Parts(pairs, embedding, grad_embedding, grad_pairs, grad_in, grad_out)
+
+
+def _gradients(inputs: Inputs, grad_kernel: Array, parts: _Parts) -> Inputs:
+    arrays = HypernetArrays(
+        b0=parts.grad_pairs,
+        w1=parts.grad_embedding * parts.pairs,
+        b1=parts.grad_embedding,
+        w2=parts.embedding * grad_kernel[..., None, :, :],
+        b2=grad_kernel,
+    )
+    grads = parts.grad_in, parts.grad_out, arrays
     return jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, inputs)
+
+
+# Backward passes keep the inputs alone: the embedding is cheaper to compute again than to store.
+_generate = jax.custom_vjp(_kernel)
+_generate.defvjp(
+    lambda *inputs: (_kernel(*inputs), inputs),
+    lambda inputs, grad_kernel: _gradients(inputs, grad_kernel, _parts(*inputs, grad_kernel)),
+)
+_generate_jitted = jax.jit(_generate, inline=True)
+
+
+@jax.custom_vjp
+def hyper_kernels(inputs: list[Inputs]) -> list[Float[Array, "*k in out"]]:
+    """The kernels of hypernetworks of one shape, in one computation.
+
+    The numbers are those of `hyper_kernel`, up to rounding. A GPU, for which small arrays are work
+    too little, starts a fraction of the programs; the arrays are copied for it.
+
+    Args:
+      inputs: latent vectors of input and output channels, and arrays, of each hypernetwork.
+
+    Returns:
+      A kernel of each.
+    """
+    return list(jnp.unstack(jax.vmap(_kernel)(*_stacked(inputs))))
+
+
+def _together_backward(inputs: list[Inputs], grads: list[Array]) -> tuple[list[Inputs]]:
+    grads = jnp.stack(grads)
+    parts = jax.vmap(_parts)(*_stacked(inputs), grads)
+    # As one with the optimizer's steps, each array would be copied for the gradients of others
+    # before it is overwritten.
+    parts, grads = jax.lax.optimization_barrier((parts, grads))
+    each = zip(inputs, jnp.unstack(grads), zip(*map(jnp.unstack, parts), strict=True), strict=True)
+    return ([_gradients(given, grad, _Parts(*own)) for given, grad, own in each],)
+
+
+def _stacked(inputs: list[Inputs]) -> Inputs:
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *inputs)
+
+
+hyper_kernels.defvjp(lambda inputs: (hyper_kernels(inputs), inputs), _together_backward)
 
 
 def _sum_of_products(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
@@ -142,10 +195,6 @@ def _sum_of_products(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     ]
     wide = jnp.promote_types(a.dtype, jnp.float32)
     return sum((a[place] * b[place]).astype(wide) for place in places).astype(a.dtype)
-
-
-_generate.defvjp(_generate_forward, _generate_backward)
-_generate_jitted = jax.jit(_generate, inline=True)
 
 
 def init_hypernet(

@@ -77,9 +77,12 @@ class Hyper(nnx.Module):
 
     def kernel(self) -> Float[Array, "*k in out"]:
         """The generated kernel."""
-        arrays = {name: getattr(self, name)[...] for name in HypernetArrays._fields}
-        kernel = hyper_kernel(self.kernel_axis(), self.z_out, **arrays)
+        kernel = hyper_kernel(self.kernel_axis(), self.z_out, **self.arrays()._asdict())
         return kernel.astype(self.param_dtype)
+
+    def arrays(self) -> HypernetArrays:
+        """Those of the hypernetwork."""
+        return HypernetArrays(*(getattr(self, name)[...] for name in HypernetArrays._fields))
 
     def _plain_arguments(self, keep: Keep | None) -> dict[str, Any]:
         """Arguments of the plain layer with the kernel and bias of the channels in `keep`."""

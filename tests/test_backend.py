@@ -17,6 +17,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax import backend
 from dhp_jax.backend import LAYOUT, convolution, tune
+from dhp_jax.hypernet import hyper_kernels
 from dhp_jax.latent import walk
 from dhp_jax.tasks import Classification, classification, evaluate
 from dhp_jax.train import make_step, start
@@ -226,6 +227,50 @@ def test_a_tuned_network_trains_like_the_original(pruned):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+class Alike(nnx.Module):
+    """Convolutions of one shape, others, and one that generates its kernel in its own way."""
+
+    def __init__(self, rngs):
+        image = dhp.Latent(3, prunable=False, rngs=rngs)
+        first, second = (dhp.Latent(6, rngs=rngs) for _ in range(2))
+        axes = [(image, first), (first, second), (second, first), (first, first), (first, second)]
+        kinds = [dhp.HyperConv] * 4 + [Doubled]
+        self.layers = nnx.List(
+            [kind(*ends, (3, 3), rngs=rngs) for kind, ends in zip(kinds, axes, strict=True)]
+        )
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = jnp.tanh(layer(x) / 64)
+        return x
+
+
+class Doubled(dhp.HyperConv):
+    def kernel(self):
+        return 2 * super().kernel()
+
+
+def test_a_gpu_generates_small_kernels_of_one_shape_together(monkeypatch):
+    model, x, together = filled(Alike), drawn((4, 8, 8, 3), 0), []
+
+    def counted(inputs):
+        together.append(len(inputs))
+        return hyper_kernels(inputs)
+
+    monkeypatch.setattr(backend, "hyper_kernels", counted)
+    theirs = losses_and_gradients(model, x, tuned=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ours = losses_and_gradients(model, x, tuned=True)
+    assert together == [3]
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+    monkeypatch.setattr(backend, "MOST_TOGETHER", 9 * 8 * 6 * 6 - 1)
+    losses_and_gradients(model, x, tuned=True)
+    assert together == [3]
 
 
 def test_a_batch_norm_in_low_precision_keeps_its_statistics_in_float32():

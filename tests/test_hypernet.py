@@ -12,7 +12,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax import hypernet
-from dhp_jax.hypernet import HypernetArrays, hyper_kernel, init_hypernet
+from dhp_jax.hypernet import HypernetArrays, hyper_kernel, hyper_kernels, init_hypernet
 
 SHAPES = [
     ((3, 3), 4, 5, 8),
@@ -103,6 +103,22 @@ def test_gradients_are_those_of_finite_differences():
     check_grads(generated, drawn((2, 2), 2, 3, 4), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_and_gradients_made_together_are_those_of_each(shape):
+    several = [drawn(*shape, seed=seed) for seed in range(3)]
+    several[2] = (several[0][0], *several[2][1:])  # a latent that two of them share
+    grads = [drawn(*shape, seed=seed)[-1].b2 for seed in (7, 8, 9)]
+    kernels, pull = jax.vjp(jax.jit(hyper_kernels), several)
+    (found,) = pull(grads)
+    assert jax.tree.structure(found) == jax.tree.structure(several)
+    for inputs, kernel, own, grad in zip(several, kernels, found, grads, strict=True):
+        expected, pull = jax.vjp(generated, *inputs)
+        np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-5)
+        for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(pull(grad)), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_have_the_dtypes_of_what_they_are_gradients_of():
     z_in, z_out, arrays = drawn((1, 1), 2, 3, 4)
     arrays = jax.tree.map(lambda array: array.astype(jnp.bfloat16), arrays)
@@ -128,9 +144,11 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward_pass(capsys):
     assert kept_besides_inputs(generated) == []
     embedding = "f32[8,4,5]"
     assert any(embedding in line for line in kept_besides_inputs(straightforward))
-    _, pullback = jax.vjp(generated, *inputs)
-    kept = sum(array.size for array in jax.tree.leaves(pullback))
-    assert kept <= sum(array.size for array in jax.tree.leaves(inputs))
+    together = lambda *inputs: hyper_kernels([inputs, inputs])  # noqa: E731
+    for kernel_of in (generated, together):
+        _, pullback = jax.vjp(kernel_of, *inputs)
+        kept = {id(array): array.size for array in jax.tree.leaves(pullback)}
+        assert sum(kept.values()) <= sum(array.size for array in jax.tree.leaves(inputs))
 
 
 @given(st.integers(0, 2**6 - 1), st.integers(0, 2**7 - 1), st.sampled_from([(1, 1), (3, 3)]))

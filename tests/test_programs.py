@@ -77,7 +77,7 @@ def test_the_backward_pass_keeps_no_embedding(name, monkeypatch):
     task, data = task_on(network, 4)
     assert not embedded(model, residuals(model, task, data, 4))
     # What JAX keeps of the same formula without a backward pass of its own is found.
-    monkeypatch.setattr(hypernet, "_generate_jitted", hypernet._generate.fun)
+    monkeypatch.setattr(hypernet, "_generate_jitted", hypernet._kernel)
     assert embedded(model, residuals(model, task, data, 4))
 
 
