@@ -16,12 +16,14 @@ take an argument's place, and temporary arrays. It is compared with the sum of
     python benchmarks/memory.py --quick                # a smoke run of a few seconds
 """
 
+from flax import nnx
 import jax
 from programs import activation_bytes, peak_bytes, size
 from record import parser, publish_each, table_of
 from zoo import NETWORKS, QUICK, Network, search_step, task_on
 
 import dhp_jax as dhp
+from dhp_jax.train import TrainState
 
 MOST = 1.25  # what the peak may be of the sum
 NAMES = ("resnet20", "resnet56", "resnet110", "mobilenet_v2", "dncnn", "srresnet_x4", "unet")
@@ -44,12 +46,7 @@ def measure(network: Network, quick: bool) -> dict:
     batch = 4 if quick else network.batch
     plain = dhp.prune(model)
     advance, state, inputs = search_step(network, model, batch)
-    needed = {
-        "parameters": size(state.params),
-        "optimizer": size(state.opt_state),
-        "gradients": size(state.params),
-        "activations": activation_bytes(plain, *task_on(network, batch), batch),
-    }
+    needed = needed_bytes(network, plain, state, batch)
     peak = peak_bytes(advance.lower(jax.tree.leaves(state), *inputs).compile())
     advance, state, inputs = search_step(network, plain, batch)
     return {
@@ -59,6 +56,18 @@ def measure(network: Network, quick: bool) -> dict:
         "peak_bytes": peak,
         "ratio": peak / sum(needed.values()),
         "plain_peak_bytes": peak_bytes(advance.lower(jax.tree.leaves(state), *inputs).compile()),
+    }
+
+
+def needed_bytes(
+    network: Network, plain: nnx.Module, state: TrainState, batch: int
+) -> dict[str, int]:
+    """Bytes of each part of what training in this state cannot do without."""
+    return {
+        "parameters": size(state.params),
+        "optimizer": size(state.opt_state),
+        "gradients": size(state.params),
+        "activations": activation_bytes(plain, *task_on(network, batch), batch),
     }
 
 

@@ -20,6 +20,7 @@ from dhp_jax.tasks.task import Data, Task
 from dhp_jax.train import start
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+NAMES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")  # of what is there
 TO_HOST = ("infeed", "outfeed", "send", "recv")
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "c64": 64, "c128": 128}
 
@@ -28,6 +29,8 @@ _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<given>.*?)\)",
     re.MULTILINE,
 )
+_COMPUTATION = re.compile(r"^(ENTRY )?(%[\w.\-]+) .*? \{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
 
@@ -66,6 +69,26 @@ def host_transfers(text: str) -> list[str]:
     operations = [op for op in found if op.removesuffix("-done") in TO_HOST]
     targets = [t for t in _TARGET.findall(text) if re.search("callback|host", t, re.IGNORECASE)]
     return operations + targets
+
+
+def operations(text: str) -> list[str]:
+    """The operations that a device starts in a step: fusions, calls of libraries, copies, others.
+
+    A step is the program or, if that has more of them, the body of a loop.
+    """
+    return [op for op in (i["op"] for i in _INSTRUCTION.finditer(_step(text))) if op not in NAMES]
+
+
+def estimated_cycles(text: str) -> int:
+    """What XLA's compiler for TPUs expects the operations of a step to take, in cycles."""
+    return sum(map(int, _CYCLES.findall(_step(text))))
+
+
+def _step(text: str) -> str:
+    """The instructions of a step; see `operations`."""
+    bodies = set(re.findall(r"\bbody=(%[\w.\-]+)", text))
+    found = [body for entry, name, body in _COMPUTATION.findall(text) if entry or name in bodies]
+    return max(found, key=lambda body: body.count("\n"))
 
 
 def _bytes(shape: str) -> int:

@@ -1,7 +1,9 @@
 """What do several devices send each other in a step, and how well will many of them do?
 
-Compiles the search step for 1 to 256 simulated devices, each with the batch of one device, and
-reads from the program what its collective operations exchange. It does not run it.
+Compiles the search step for 1 to 256 devices, each with the batch of one device, and reads from the
+program what its collective operations exchange. It does not run it, and no device has to be there:
+without `--target` they are simulated on the CPU, with it the compiler is the accelerator's own (see
+`targets.py` for what has to be installed).
 
 From that, the efficiency on real devices is predicted (`predict`): the time of one device, divided
 by that of a step on many. The time of one device is a roofline, the longer of
@@ -12,16 +14,21 @@ by that of a step on many. The time of one device is a roofline, the longer of
 
 Every collective operation adds its steps' latency, and its bytes through the links as a ring moves
 them. Nothing is taken to overlap, and devices compute at their full rate: both make the prediction
-lower than what is to be expected. XLA may merge operations in another way on an accelerator.
+lower than what is to be expected. Compilers for accelerators merge other operations than that for
+CPUs does.
 
     python benchmarks/scaling.py
+    python benchmarks/scaling.py --target h200 --devices 1 4 8
+    python benchmarks/scaling.py --devices 4 --model 2    # 2 along each axis of the mesh
     python benchmarks/scaling.py --networks dncnn --devices 4 16
     python benchmarks/scaling.py --quick      # a smoke run of a few seconds
 """
 
+import argparse
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+import contextlib
 from dataclasses import dataclass
 import math
 import multiprocessing
@@ -29,14 +36,15 @@ import os
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.stages import Compiled
 from programs import Collective, activation_bytes, collectives, host_transfers, size
 from record import parser, positive, publish_each, table_of
-from zoo import NETWORKS, QUICK, search_step, task_on
+from zoo import NETWORKS, QUICK, Network, search_step, shaped, task_on
 
 import dhp_jax as dhp
-from dhp_jax.mesh import make_mesh
+from dhp_jax.mesh import make_mesh, shardings
+from dhp_jax.train import TrainState
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,12 @@ HARDWARE = (
     Hardware("H200", 494.5e12, 4.8e12, ((8, 450e9, 2.5e-6), (256, 50e9, 5e-6))),
 )
 NOTE = """Search step, float32, the same batch on each device. Exchanged: what each device brings to
-the step's collective operations, read from the program compiled for so many simulated CPU devices
+the step's collective operations, read from the program compiled for so many {}
 (not run); needed: the gradients of the plain network and the BatchNorm statistics. The rest is the
 predicted efficiency, by a roofline without any overlap, from published peak rates and estimated
 latencies (benchmarks/scaling.py spells it out): predictions, not measurements."""
+
+HOW = {True: "simulated CPU devices", False: "devices of the kind, which were not there"}
 
 
 def main() -> None:
@@ -77,40 +87,43 @@ def main() -> None:
     arguments.add_argument(
         "--devices", nargs="+", type=positive, default=[1, 4, 8, 32, 256], help="numbers of devices"
     )
+    arguments.add_argument(
+        "--model", type=positive, default=1, help="devices along which hypernetworks are divided"
+    )
+    arguments.add_argument("--target", choices=("h200", "v5e"), help="compile for these devices")
     options = arguments.parse_args()
     if options.quick:
         options.networks, options.devices = [QUICK], [4]
+    for devices in options.devices:
+        if devices % options.model:
+            arguments.error(f"--model: expected a divisor of {devices} devices")
     rows = (
-        simulated(name, devices, options.quick)
+        in_process(name, devices, options)
         for name in options.networks
         for devices in options.devices
     )
-    publish_each(options.out, "scaling", "Communication of a step", NOTE, rows, as_table)
+    parts = ("scaling", options.target, f"model{options.model}" if options.model > 1 else None)
+    name, note = "_".join(filter(None, parts)), NOTE.format(HOW[options.target is None])
+    publish_each(options.out, name, "Communication of a step", note, rows, as_table)
 
 
-def simulated(name: str, devices: int, quick: bool) -> dict:
-    """`measure` in a process of its own, that has so many CPU devices."""
+def in_process(name: str, devices: int, options: argparse.Namespace) -> dict:
+    """`measure` in a process of its own, which has so many CPU devices if they are simulated."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    if options.target is None:
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-        return fresh.submit(measure, name, quick).result()
+        given = name, devices, options.model, options.target, options.quick
+        return fresh.submit(measure, *given).result()
 
 
-def measure(name: str, quick: bool) -> dict:
+def measure(name: str, devices: int, model_axis: int, target: str | None, quick: bool) -> dict:
     """What the step on all devices exchanges, and the efficiency that follows."""
-    network, devices = NETWORKS[name], jax.device_count()
+    network = NETWORKS[name]
     model = network.build(width=0.25) if quick else network.build()
     batch = 4 if quick else network.batch
-    mesh = make_mesh()
-    advance, state, inputs = search_step(network, model, batch * devices, mesh)
-    if mesh is not None:  # lowering needs shapes and places, not arrays
-        state, inputs = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                jnp.shape(x), jnp.asarray(x).dtype, sharding=NamedSharding(mesh, PartitionSpec())
-            ),
-            (state, inputs),
-        )
-    text = advance.lower(jax.tree.leaves(state), *inputs).compile().as_text()
+    program, state = compiled(network, model, batch, devices, model_axis, target)
+    text = program.as_text()
     exchanged = collectives(text)
     plain = dhp.prune(model)
     gradients = size(nnx.state(plain, nnx.Param))
@@ -123,6 +136,7 @@ def measure(name: str, quick: bool) -> dict:
     return {
         "network": network.label,
         "devices": devices,
+        "model_axis": model_axis,
         "batch": batch,
         "exchanged_bytes": sum(c.bytes for c in exchanged),
         "needed_bytes": gradients + size(nnx.state(plain, nnx.BatchStat)),
@@ -130,6 +144,32 @@ def measure(name: str, quick: bool) -> dict:
         "host_transfers": len(host_transfers(text)),
         "efficiency": {h.name: predict(h, devices, work, exchanged) for h in HARDWARE},
     }
+
+
+def compiled(
+    network: Network,
+    model: nnx.Module,
+    batch: int,
+    devices: int,
+    model_axis: int,
+    target: str | None,
+) -> tuple[Compiled, TrainState]:
+    """The program of a step on so many devices, and the state it takes."""
+    batch *= devices // model_axis
+    if target is None:
+        mesh, doing_so = make_mesh(devices // model_axis, model_axis), contextlib.nullcontext()
+    else:
+        from targets import TARGETS, compiling_for, mesh_of  # reads the environment
+
+        there, doing_so = TARGETS[target].devices(devices), compiling_for(TARGETS[target])
+        mesh = mesh_of(there, model_axis)
+    with doing_so:
+        advance, state, inputs = search_step(network, model, batch, mesh)
+        arrays = jax.tree.leaves(state)
+        if mesh is not None:  # lowering needs shapes and places, not arrays
+            arrays = jax.tree.leaves(shaped(state, shardings(mesh, state)))
+            inputs = shaped(inputs, NamedSharding(mesh, PartitionSpec()))
+        return advance.lower(arrays, *inputs).compile(), state
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,22 @@ def search_step(
     return advance, state, (data, order, 0, *count, jax.random.key(0))
 
 
+def shaped(tree: Any, sharding: jax.sharding.Sharding | Any) -> Any:
+    """Shapes and places of arrays, which suffice to compile for them.
+
+    Args:
+      tree: of arrays and numbers.
+      sharding: of all of them, or a tree of those of each.
+    """
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(jnp.shape(x), jnp.asarray(x).dtype, sharding=at),
+        tree,
+        sharding,
+    )
+
+
 def never_met(network: Network, model: nnx.Module) -> Budget:
     """A stop rule that has its shares computed and ends nothing."""
     cost = dhp.measure_cost(model, network.input_shape)

@@ -164,14 +164,21 @@ def settled(mesh: Mesh | None, state: PyTree) -> PyTree:
     """A training state that stays where `place` has put it; within a jitted function."""
     if mesh is None:
         return state
-    return jax.lax.with_sharding_constraint(state, _shardings(mesh, state))
+    return jax.lax.with_sharding_constraint(state, shardings(mesh, state))
+
+
+def shardings(mesh: Mesh, state: PyTree) -> PyTree:
+    """Where on the mesh the arrays of a training state lie, of which shapes suffice."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: NamedSharding(mesh, _spec(mesh, path, array)), state
+    )
 
 
 def place(mesh: Mesh | None, tree: PyTree) -> PyTree:
     """Takes arrays, which are the same in all processes, to the devices of the mesh."""
     if mesh is None:
         return tree
-    return jax.tree.map(_put, tree, _shardings(mesh, tree))
+    return jax.tree.map(_put, tree, shardings(mesh, tree))
 
 
 def whole(tree: PyTree) -> PyTree:
@@ -184,12 +191,6 @@ def whole(tree: PyTree) -> PyTree:
 
 def _over_data(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
-
-
-def _shardings(mesh: Mesh, state: PyTree) -> PyTree:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, array: NamedSharding(mesh, _spec(mesh, path, array)), state
-    )
 
 
 def _spec(mesh: Mesh, path: tuple[Any, ...], array: jax.Array) -> PartitionSpec:
