@@ -6,18 +6,22 @@ BatchNorm statistics and gradients are those of the whole batch. Where there is 
 no mesh, and nothing of this module does anything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
+from flax import nnx
 import jax
 from jax.experimental import mesh_utils, multihost_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int, PyTree
+from jaxtyping import Array, Int, PyTree
 import numpy as np
 
 from dhp_jax.config import ConfigError
 from dhp_jax.hypernet import HypernetArrays
+from dhp_jax.latent import walk
+from dhp_jax.layers import Hyper
 
 DATA, MODEL = "data", "model"
 
@@ -120,6 +124,31 @@ def over_data(mesh: Mesh | None, batch: PyTree) -> PyTree:
     if mesh is None:
         return batch
     return jax.lax.with_sharding_constraint(batch, _over_data(mesh))
+
+
+def gather_kernels(mesh: Mesh | None, model: nnx.Module) -> nnx.Module:
+    """Has every device use whole kernels of hypernetworks that lie in parts; in place.
+
+    Left to itself the compiler divides the channels of activations like the kernels, and sends
+    activations, which are many times larger.
+
+    Args:
+      mesh: of devices.
+      model: merged within a jitted function.
+
+    Returns:
+      The same object.
+    """
+    if mesh is not None and mesh.shape[MODEL] > 1:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        for _, _, layer in walk(model):
+            if isinstance(layer, Hyper):
+                layer.kernel = functools.partial(_at, everywhere, layer.kernel)
+    return model
+
+
+def _at(sharding: NamedSharding, make: Callable[[], Array]) -> Array:
+    return jax.lax.with_sharding_constraint(make(), sharding)
 
 
 def rows_here(mesh: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:

@@ -26,7 +26,7 @@ from dhp_jax.cost import MEASURES
 from dhp_jax.data.order import epoch_order
 from dhp_jax.data.stream import Stream
 from dhp_jax.latent import LatentVector
-from dhp_jax.mesh import over_data, place, rows_here, settled, spread, whole
+from dhp_jax.mesh import gather_kernels, over_data, place, rows_here, settled, spread, whole
 from dhp_jax.processes import Turns, arrays_from_first, from_first, is_first
 from dhp_jax.resume import Checkpoints
 from dhp_jax.tasks.task import Data, Evaluation, Examples, Params, Task
@@ -664,7 +664,7 @@ def make_step(
     """
 
     def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any):
-        model = tune(nnx.merge(graphdef, *params, rest, copy=True))
+        model = gather_kernels(mesh, tune(nnx.merge(graphdef, *params, rest, copy=True)))
         outputs = model(inputs)
         rest = nnx.state(model, nnx.Not(nnx.Param))
         return jnp.mean(task.loss(outputs, targets)), (task.score(outputs, targets), rest)
