@@ -91,7 +91,9 @@ def compiled(
     """A program of as many steps as runs give the device at once, and the state it takes."""
     (device,) = target.devices(1)
     with compiling_for(target):
-        advance, state, inputs = search_step(network, model, batch, steps=steps_per_dispatch())
+        advance, state, inputs = search_step(
+            network, model, batch, steps=steps_per_dispatch(), images=network.examples
+        )
         given = shaped((jax.tree.leaves(state), inputs), SingleDeviceSharding(device))
         return advance.lower(given[0], *given[1]).compile(), state
 

@@ -22,7 +22,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from record import parser, positive, publish_each, spread, table_of
@@ -77,10 +76,12 @@ def draw(folder: Path, count: int) -> None:
 def measure(network: Network, folder: str, options: argparse.Namespace) -> dict:
     model = network.build(width=0.25) if options.quick else network.build()
     batch = 4 if options.quick else network.batch
-    advance, state, inputs = search_step(network, model, batch)
+    images = 4 * batch if options.quick else network.examples
+    advance, state, inputs = search_step(network, model, batch, images=images)
     arrays = jax.tree.leaves(state)
-    task, data = task_on(network, batch)
-    given, each = (jax.random.key(0), data, jnp.arange(batch)), queued(batch)
+    task, _ = task_on(network, 1)
+    data, order, *_ = inputs
+    given, each = (jax.random.key(0), data, order), queued(batch)
     take = jax.jit(lambda key, *data: task.augmented(key, task.examples(key, *data)))
 
     def begin() -> jax.Array:
@@ -108,6 +109,7 @@ def measure(network: Network, folder: str, options: argparse.Namespace) -> dict:
         "network": network.label,
         "batch": batch,
         "input_shape": network.input_shape,
+        "examples": images,
         "input_ms": quartiles([1e3 * s for s in times["input"]]),
         "step_ms": quartiles([1e3 * s for s in times["step"]]),
         "share": quartiles([taken / whole for taken, whole in pairs]),

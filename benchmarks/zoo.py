@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+import math
 from typing import Any
 
 from flax import nnx
@@ -13,6 +14,7 @@ import optax
 
 import dhp_jax as dhp
 from dhp_jax.data.photographs import Photograph
+from dhp_jax.data.rows import Rows
 from dhp_jax.latent import latents
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.prune import survivor_counts
@@ -43,6 +45,11 @@ class Network:
     patch: int = 0
 
     @property
+    def examples(self) -> int:
+        """Of a training set that is on the device."""
+        return min(EXAMPLES, BYTES // math.prod(self.input_shape))
+
+    @property
     def trained_shape(self) -> tuple[int, int, int]:
         """Of one example in training, which for restoration is a patch."""
         side = self.patch // self.arguments.get("scale", 1)
@@ -57,6 +64,7 @@ class Network:
         return dhp.models.build(self.family, rngs=nnx.Rngs(0), **self.arguments, **changes)
 
 
+EXAMPLES, BYTES = 50_000, 2**28  # at most, of a training set that is on the device
 CIFAR, TINY, IMAGENET = (32, 32, 3), (64, 64, 3), (224, 224, 3)
 RGB, GRAY = (128, 128, 3), (128, 128, 1)
 QUICK = "resnet8"  # for smoke runs
@@ -105,12 +113,14 @@ def search_step(
     mesh: Mesh | None = None,
     *,
     steps: int = 1,
+    images: int | None = None,
 ) -> tuple[Callable[..., tuple[list[jax.Array], Ticket]], TrainState, tuple]:
     """The jitted step of the search, a state, and what it takes after its arrays; data are random.
 
     With more than one of `steps`, so many in a loop on the device, as runs on accelerators take
     them. Every step counts what would survive, for a budget that it never meets. A model without
     latents shrinks none and counts nothing. What goes to a mesh has still to be placed there.
+    Data are of so many `images`, or of one batch.
     """
     batch = batch or network.batch
     if network.patch:
@@ -126,7 +136,7 @@ def search_step(
         shrink = shrink_latents(params, strength=strength, schedule=schedule, threshold=THRESHOLD)
         return optax.chain(plain, shrink)
 
-    task, data = task_on(network, batch)
+    task, data = task_on(network, images or batch)
     graphdef, transformation, state = start(model, make_optimizer)
     advance = make_step(
         jax.tree.structure(state),
@@ -138,7 +148,8 @@ def search_step(
         mesh=mesh,
         many=steps > 1,
     )
-    order = jnp.tile(jnp.arange(batch), steps)
+    order = np.random.default_rng(0).permutation(images or batch)
+    order = jnp.asarray(np.resize(order, batch * steps), jnp.int32)
     count = (steps,) * (steps > 1)
     return advance, state, (data, order, 0, *count, jax.random.key(0))
 
@@ -165,14 +176,15 @@ def never_met(network: Network, model: nnx.Module) -> Budget:
     return Budget(lambda model: cost.shares(survivor_counts(model, THRESHOLD)), {"flops": 0.0})
 
 
-def task_on(network: Network, batch: int) -> tuple[Task, Data]:
-    """The network's task, and random training data."""
+def task_on(network: Network, images: int) -> tuple[Task, Data]:
+    """The network's task, and random training data of so many images, or of one photograph."""
     random = np.random.default_rng(0)
     *_, channels = network.input_shape
     if not network.patch:
-        images = random.integers(0, 256, (batch, *network.input_shape), np.uint8)
+        pixels = random.integers(0, 256, (images, *network.input_shape), np.uint8)
         task = Classification((125.0,) * channels, (63.0,) * channels, crop_padding=4, flip=True)
-        return task, jax.device_put((images, random.integers(0, 10, batch, np.int32)))
+        labels = random.integers(0, 10, images, np.int32)
+        return task, jax.device_put((Rows.of(pixels), labels))
     scale = network.arguments.get("scale", 1)
     kind = Denoising if scale == 1 else SuperResolution
     task = kind(patch=network.patch, scale=scale)

@@ -449,7 +449,8 @@ def _of_run(folder: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"
 
 def _first_images(data: Data) -> UInt8[np.ndarray, "n h w c"]:
     if not isinstance(data, Stream):
-        return data[0][:REAL]
+        images, _ = data
+        return images[np.arange(min(REAL, len(images)))]
     with dataclasses.replace(data, workers=0).in_order(min(REAL, data.size)) as batches:
         (images, _), _ = next(batches)
         return np.array(images)

@@ -14,6 +14,7 @@ from dhp_jax import durable
 from dhp_jax.config import ConfigError
 from dhp_jax.data import photographs, sources
 from dhp_jax.data.decode import memory_available
+from dhp_jax.data.rows import Rows
 from dhp_jax.tasks import Classification, Denoising, Restoration, SuperResolution, Task, patches
 from dhp_jax.tasks.metrics import WINDOW
 from dhp_jax.tasks.task import Data
@@ -97,6 +98,12 @@ def _classification(config: ConfigDict, streamed: bool | None) -> Problem:
     batch_bytes = config.batch_size * source.bytes("train") // source.train_size
     workers = _workers(config, batch_bytes) if streamed else 0
 
+    def read(split: str) -> Data:
+        if streamed:
+            return source.stream(split, workers)
+        images, labels = source.read(split)
+        return Rows.of(images), labels
+
     return Problem(
         task=Classification(
             source.mean,
@@ -116,7 +123,7 @@ def _classification(config: ConfigDict, streamed: bool | None) -> Problem:
         },
         streamed=streamed,
         checksums={split: source.checksum(split) for split in ("train", "test")},
-        read=lambda split: source.stream(split, workers) if streamed else source.read(split),
+        read=read,
     )
 
 

@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from networks import arrays
 import numpy as np
@@ -277,7 +278,7 @@ def test_other_data_are_refused_in_the_middle_of_a_phase(tmp_path):
 
     def changed(split):
         images, labels = read(split)
-        return images + 1, labels
+        return jax.tree.map(lambda pixels: pixels + 1, images), labels
 
     other = dataclasses.replace(run.problem, read=changed)
     with pytest.raises(ValueError, match=r"^config\.data: checksum .*; give another --workdir$"):

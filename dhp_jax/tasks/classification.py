@@ -15,10 +15,11 @@ import optax
 
 from dhp_jax.backend import compiler_options, tune
 from dhp_jax.data.augment import augment, normalize
+from dhp_jax.data.rows import Rows
 from dhp_jax.data.stream import Stream
 from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
 
-Images = tuple[UInt8[Array, "n h w c"], Int[Array, " n"]]  # with their labels
+Images = tuple[UInt8[Array, "n h w c"] | Rows, Int[Array, " n"]]  # with their labels
 
 
 @dataclass(frozen=True)
