@@ -6,7 +6,7 @@ a device that need not be there, and reads from the programs
 - how many operations a step starts on a GPU: kernels of XLA's, calls of cuDNN and cuBLAS, copies.
   Each takes a microsecond or more, however small; where many are small, that is what a step takes,
 - how many cycles the TPU's compiler expects a step to take, by its own model of the device,
-- the peak of memory, as `memory.py` does, and as a share of what that script says is needed,
+- the peak of memory, as a share of what `memory.py` says is needed, and a training set,
 - the operations that ask the host for something, or tell it.
 
 The compilers come with JAX's plug-ins: `pip install -e ".[cuda]"`, `".[tpu]"` or both; they need no
@@ -26,19 +26,21 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from jax.stages import Compiled
 from memory import needed_bytes
-from programs import estimated_cycles, host_transfers, operations, peak_bytes
+from programs import estimated_cycles, host_transfers, operations, peak_bytes, size
 from record import parser, positive, publish_each, table_of
 from zoo import NETWORKS, QUICK, Network, search_step, shaped
 
 import dhp_jax as dhp
 from dhp_jax.backend import steps_per_dispatch
+from dhp_jax.tasks.task import Data
 from dhp_jax.train import TrainState
 
 NAMES = ("resnet20", "resnet56", "resnet110", "mobilenet_v2", "dncnn", "srresnet_x4")
 NOTE = """Programs compiled for a device that was not there, and not run. Started: operations that
 one step of the loop starts, each of which takes a GPU a microsecond or more; or, on a TPU, millions
-of cycles of a step as its compiler expects them. Peak: memory of the search in MB, and its share of
-what training cannot do without (see memory.md). To host: operations that talk to the host."""
+of cycles of a step as its compiler expects them. Peak: memory in MB, with a training set on the
+device, and that of the search as a share of what training cannot do without (see memory.md) and the
+training set. To host: operations that talk to the host."""
 
 
 def main() -> None:
@@ -73,29 +75,29 @@ def measure(network: Network, batch: int, target: Target, quick: bool) -> dict:
     plain = dhp.prune(model)
     row = {"network": network.label, "batch": batch, "target": target.label}
     for kind, trained in (("search", model), ("plain", plain)):
-        program, state = compiled(network, trained, batch, target)
-        text = program.as_text()
+        program, state, data = compiled(network, trained, batch, target)
+        text, needed = program.as_text(), needed_bytes(network, plain, state, batch)
         row |= {
             f"{kind}_operations": len(operations(text)),
             f"{kind}_cycles": estimated_cycles(text),
             f"{kind}_peak_bytes": peak_bytes(program),
             f"{kind}_host_transfers": len(host_transfers(text)),
-            f"{kind}_needed_bytes": sum(needed_bytes(network, plain, state, batch).values()),
+            f"{kind}_needed_bytes": sum(needed.values()) + size(data),
         }
     return row
 
 
 def compiled(
     network: Network, model: nnx.Module, batch: int, target: Target
-) -> tuple[Compiled, TrainState]:
-    """A program of as many steps as runs give the device at once, and the state it takes."""
+) -> tuple[Compiled, TrainState, Data]:
+    """A program of as many steps as runs give the device at once, the state and data it takes."""
     (device,) = target.devices(1)
     with compiling_for(target):
         advance, state, inputs = search_step(
             network, model, batch, steps=steps_per_dispatch(), images=network.examples
         )
         given = shaped((jax.tree.leaves(state), inputs), SingleDeviceSharding(device))
-        return advance.lower(given[0], *given[1]).compile(), state
+        return advance.lower(given[0], *given[1]).compile(), state, inputs[0]
 
 
 def as_table(rows: list[dict]) -> str:

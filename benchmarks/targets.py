@@ -14,6 +14,7 @@ from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks the network which TPU this host has
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 # Which of several algorithms is fastest is found out on the device.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 
