@@ -186,6 +186,19 @@ def test_four_devices_exchange_the_gradients_and_the_batchnorm_statistics_once(r
     assert all(0 < share < 1 for share in row["efficiency"].values())
 
 
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_programs_for_accelerators_need_their_plugin_or_are_made_without_them(target, tmp_path):
+    process = begin("compiled", "--quick", "--target", target, "--out", tmp_path)
+    _, errors = process.communicate()
+    if process.returncode == 0:  # it is installed
+        (row,) = json.loads((tmp_path / f"compiled_{target}.json").read_text())["rows"]
+        assert row["search_operations"] > row["plain_operations"] > 0
+        assert row["search_host_transfers"] == 0
+    else:
+        assert process.returncode == 2
+        assert "--target: expected one whose plug-in is installed" in errors
+
+
 def test_a_benchmark_that_fails_is_told_and_stops_no_other(tmp_path, capfd):
     fails, works = tmp_path / "fails.py", tmp_path / "works.py"
     fails.write_text("raise SystemExit(3)")

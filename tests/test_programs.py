@@ -17,7 +17,15 @@ from dhp_jax import hypernet
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 sys.path.append(BENCHMARKS)
 from memory import measure  # noqa: E402
-from programs import Collective, collectives, host_transfers, residuals, size  # noqa: E402
+from programs import (  # noqa: E402
+    Collective,
+    collectives,
+    estimated_cycles,
+    host_transfers,
+    operations,
+    residuals,
+    size,
+)
 from zoo import NETWORKS, search_step, task_on  # noqa: E402
 
 TEXT = """
@@ -143,3 +151,51 @@ def test_a_chunk_of_steps_exchanges_gradients_and_statistics_and_does_not_ask_th
         env=os.environ | flags | {"PYTHONPATH": paths},
         check=True,
     )
+
+
+PROGRAM = """HloModule jit_steps, is_scheduled=true, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
+
+%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %add = f32[4]{0} add(%p, %p)
+}
+
+%step (carry: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %carry = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[4]{0} get-tuple-element(%carry), index=1
+  %fusion = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"70"}
+  %call = (f32[4]{0}, u8[0]{0}) custom-call(%fusion), custom_call_target="__cudnn$convForward"
+  %y = f32[4]{0} get-tuple-element(%call), index=0
+  %copy = s32[] copy(%i), backend_config={"window_config":{},"estimated_cycles":"5"}
+  ROOT %result = (s32[], f32[4]{0}) tuple(%copy, %y)
+}
+
+%more (carry.1: (s32[], f32[4])) -> pred[] {
+  %carry.1 = (s32[], f32[4]{0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (x.1: f32[4]) -> f32[4] {
+  %x.1 = f32[4]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %begin = (s32[], f32[4]{0}) tuple(%zero, %x.1)
+  %while = (s32[], f32[4]{0}) while(%begin), condition=%more, body=%step
+  ROOT %end = f32[4]{0} get-tuple-element(%while), index=1
+}
+"""
+
+
+def test_operations_of_a_step_are_those_that_a_turn_of_the_loop_starts():
+    assert operations(PROGRAM) == ["fusion", "custom-call", "copy"]
+    assert estimated_cycles(PROGRAM) == 75
+    without_loop = PROGRAM.replace("body=%step", "body=%gone")
+    assert operations(without_loop) == ["while"]
+    assert estimated_cycles(without_loop) == 0
+
+
+def test_operations_of_a_program_without_a_loop_are_all_that_it_starts():
+    text = jax.jit(lambda x: jnp.sort(jnp.cumsum(x, 0) @ x)[::2]).lower(jnp.ones((8, 8))).compile()
+    started = operations(text.as_text())
+    assert started
+    assert not set(started) & {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
