@@ -6,7 +6,7 @@ a device that need not be there, and reads from the programs
 - how many operations a step starts on a GPU: kernels of XLA's, calls of cuDNN and cuBLAS, copies.
   Each takes a microsecond or more, however small; where many are small, that is what a step takes,
 - how many cycles the TPU's compiler expects a step to take, by its own model of the device,
-- the peak of memory, as a share of what `memory.py` says is needed, and a training set,
+- the peak of memory, and as a share of what `memory.py` says is needed,
 - the operations that ask the host for something, or tell it.
 
 The compilers come with JAX's plug-ins: `pip install -e ".[cuda]"`, `".[tpu]"` or both; they need no
@@ -17,10 +17,6 @@ driver. Algorithms of cuDNN are not chosen by trying them out, which takes a GPU
     python benchmarks/compiled.py --target h200 --quick               # a smoke run of a minute
 """
 
-import argparse
-
-from targets import TARGETS, Target, compiling_for  # isort: skip  # before anything of JAX
-
 from flax import nnx
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -28,6 +24,7 @@ from jax.stages import Compiled
 from memory import needed_bytes
 from programs import estimated_cycles, host_transfers, operations, peak_bytes, size
 from record import parser, positive, publish_each, table_of
+from targets import TARGETS, Target, compiling_for, prepare
 from zoo import NETWORKS, QUICK, Network, search_step, shaped
 
 import dhp_jax as dhp
@@ -36,11 +33,12 @@ from dhp_jax.tasks.task import Data
 from dhp_jax.train import TrainState
 
 NAMES = ("resnet20", "resnet56", "resnet110", "mobilenet_v2", "dncnn", "srresnet_x4")
-NOTE = """Programs compiled for a device that was not there, and not run. Started: operations that
-one step of the loop starts, each of which takes a GPU a microsecond or more; or, on a TPU, millions
-of cycles of a step as its compiler expects them. Peak: memory in MB, with a training set on the
-device, and that of the search as a share of what training cannot do without (see memory.md) and the
-training set. To host: operations that talk to the host."""
+NOTE = """Programs compiled for a device that was not there, and not run. {} Peak: memory in
+MB, with 50,000 small images or a photograph to train on; peak / needed: without these, of what the
+search cannot do without (see memory.md). To host: transfers to and from it and calls of it, but not
+the question whether a loop goes on."""
+STARTED = "Started: operations that a step starts, each of which takes a GPU a microsecond or more."
+CYCLES = "Mcycles: millions of cycles that the compiler expects a step to take."
 
 
 def main() -> None:
@@ -50,23 +48,20 @@ def main() -> None:
     options = arguments.parse_args()
     if options.quick:
         options.networks, options.batches = [QUICK], [4]
+    prepare()
     target = TARGETS[options.target]
-    check_plugin(arguments, target)
+    try:
+        target.devices(1)
+    except ValueError as error:
+        arguments.error(f"--target: {error}")
     rows = (
         measure(NETWORKS[name], batch, target, options.quick)
         for name in options.networks
         for batch in options.batches
     )
     name, title = f"compiled_{options.target}", f"The search step, compiled for one {target.label}"
-    publish_each(options.out, name, title, NOTE, rows, as_table)
-
-
-def check_plugin(arguments: argparse.ArgumentParser, target: Target) -> None:
-    """Ends with an error if nothing can be compiled for a target."""
-    try:
-        target.devices(1)
-    except ValueError as error:
-        arguments.error(f"--{error}")
+    note = NOTE.format(CYCLES if target.platform == "tpu" else STARTED)
+    publish_each(options.out, name, title, note, rows, as_table)
 
 
 def measure(network: Network, batch: int, target: Target, quick: bool) -> dict:
@@ -82,7 +77,8 @@ def measure(network: Network, batch: int, target: Target, quick: bool) -> dict:
             f"{kind}_cycles": estimated_cycles(text),
             f"{kind}_peak_bytes": peak_bytes(program),
             f"{kind}_host_transfers": len(host_transfers(text)),
-            f"{kind}_needed_bytes": sum(needed.values()) + size(data),
+            f"{kind}_needed_bytes": sum(needed.values()),
+            f"{kind}_data_bytes": size(data),
         }
     return row
 
@@ -102,24 +98,25 @@ def compiled(
 
 def as_table(rows: list[dict]) -> str:
     cycles = bool(rows[0]["search_cycles"])
-    kind = "cycles" if cycles else "operations"
     columns = ("batch", f"search, {'Mcycles' if cycles else 'started'}", "plain", "search / plain")
     more = ("peak", "plain peak", "peak / needed", "to host")
-    cells = [
-        (
-            row["network"],
-            row["batch"],
-            *(
-                f"{row[f'{which}_{kind}'] / 1e6:.2f}" if cycles else row[f"{which}_{kind}"]
-                for which in ("search", "plain")
-            ),
-            f"{row[f'search_{kind}'] / row[f'plain_{kind}']:.2f}",
-            *(f"{row[f'{which}_peak_bytes'] / 1e6:,.1f}" for which in ("search", "plain")),
-            f"{row['search_peak_bytes'] / row['search_needed_bytes']:.2f}",
-            row["search_host_transfers"],
+    cells = []
+    for row in rows:
+        search, plain = (
+            row[f"{kind}_{'cycles' if cycles else 'operations'}"] for kind in ("search", "plain")
         )
-        for row in rows
-    ]
+        without_data = row["search_peak_bytes"] - row["search_data_bytes"]
+        cells.append(
+            (
+                row["network"],
+                row["batch"],
+                *(f"{n / 1e6:.2f}" if cycles else n for n in (search, plain)),
+                f"{search / plain:.2f}",
+                *(f"{row[f'{kind}_peak_bytes'] / 1e6:,.1f}" for kind in ("search", "plain")),
+                f"{without_data / row['search_needed_bytes']:.2f}",
+                row["search_host_transfers"],
+            )
+        )
     return table_of(["network", *(f">{c}" for c in (*columns, *more))], cells)
 
 

@@ -3,7 +3,8 @@
 Compiles the search step for 1 to 256 devices, each with the batch of one device, and reads from the
 program what its collective operations exchange. It does not run it, and no device has to be there:
 without `--target` they are simulated on the CPU, with it the compiler is the accelerator's own (see
-`targets.py` for what has to be installed).
+`targets.py` for what has to be installed). With `--model` so many devices divide the hypernetworks
+and have the same batch.
 
 From that, the efficiency on real devices is predicted (`predict`): the time of one device, divided
 by that of a step on many. The time of one device is a roofline, the longer of
@@ -14,8 +15,8 @@ by that of a step on many. The time of one device is a roofline, the longer of
 
 Every collective operation adds its steps' latency, and its bytes through the links as a ring moves
 them. Nothing is taken to overlap, and devices compute at their full rate: both make the prediction
-lower than what is to be expected. Compilers for accelerators merge other operations than that for
-CPUs does.
+lower than what is to be expected. With `--model` nothing is predicted: collective operations are
+among some devices then, and others repeat what these compute.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --target h200 --devices 1 4 8
@@ -26,20 +27,22 @@ CPUs does.
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 import contextlib
 from dataclasses import dataclass
 import math
 import multiprocessing
 import os
+from typing import Any
 
 from flax import nnx
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.stages import Compiled
 from programs import Collective, activation_bytes, collectives, host_transfers, size
 from record import parser, positive, publish_each, table_of
+from targets import TARGETS, compiling_for, prepare
 from zoo import NETWORKS, QUICK, Network, search_step, shaped, task_on
 
 import dhp_jax as dhp
@@ -73,56 +76,85 @@ HARDWARE = (
     Hardware("H100", 494.5e12, 3.35e12, ((8, 450e9, 2.5e-6), (256, 50e9, 5e-6))),
     Hardware("H200", 494.5e12, 4.8e12, ((8, 450e9, 2.5e-6), (256, 50e9, 5e-6))),
 )
-NOTE = """Search step, float32, the same batch on each device. Exchanged: what each device brings to
-the step's collective operations, read from the program compiled for so many {}
-(not run); needed: the gradients of the plain network and the BatchNorm statistics. The rest is the
-predicted efficiency, by a roofline without any overlap, from published peak rates and estimated
-latencies (benchmarks/scaling.py spells it out): predictions, not measurements."""
-
-HOW = {True: "simulated CPU devices", False: "devices of the kind, which were not there"}
+NOTE = """Search step, float32, the same batch on each device{}. Exchanged: what each device brings
+to the step's collective operations, read from the program compiled for so many {} (not run);
+needed: the gradients of the plain network and the BatchNorm statistics.{}"""
+PREDICTED = """ The rest is the predicted
+efficiency, by a roofline without any overlap, from published peak rates and estimated latencies
+(benchmarks/scaling.py spells it out): predictions, not measurements."""
+DEVICES = (1, 4, 8, 32, 256)
 
 
 def main() -> None:
     arguments = parser(__doc__, ["resnet20", "resnet56", "mobilenet_v2"])
-    arguments.add_argument(
-        "--devices", nargs="+", type=positive, default=[1, 4, 8, 32, 256], help="numbers of devices"
-    )
+    arguments.add_argument("--devices", nargs="+", type=positive, help="numbers of devices")
     arguments.add_argument(
         "--model", type=positive, default=1, help="devices along which hypernetworks are divided"
     )
-    arguments.add_argument("--target", choices=("h200", "v5e"), help="compile for these devices")
+    arguments.add_argument("--target", choices=TARGETS, help="compile for these devices")
     options = arguments.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     if options.quick:
         options.networks, options.devices = [QUICK], [4]
-    for devices in options.devices:
-        if devices % options.model:
-            arguments.error(f"--model: expected a divisor of {devices} devices")
+    options.devices = options.devices or [n for n in DEVICES if n % options.model == 0]
+    check(arguments, options)
     rows = (
-        in_process(name, devices, options)
+        in_process(measure, devices, name, devices, options.model, options.target, options.quick)
         for name in options.networks
         for devices in options.devices
     )
-    parts = ("scaling", options.target, f"model{options.model}" if options.model > 1 else None)
-    name, note = "_".join(filter(None, parts)), NOTE.format(HOW[options.target is None])
+    along = f"model{options.model}" if options.model > 1 else None
+    name = "_".join(filter(None, ("scaling", options.target, along)))
+    kind = TARGETS[options.target].label if options.target else "simulated CPU devices"
+    each = f" along `data`, hypernetworks divided among {options.model}" if along else ""
+    note = NOTE.format(each, kind, "" if along else PREDICTED)
     publish_each(options.out, name, "Communication of a step", note, rows, as_table)
 
 
-def in_process(name: str, devices: int, options: argparse.Namespace) -> dict:
-    """`measure` in a process of its own, which has so many CPU devices if they are simulated."""
+def check(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends with an error where nothing can be compiled or predicted for what is asked for."""
+    most = max(most for hardware in HARDWARE for most, _, _ in hardware.links)
+    for devices in options.devices:
+        if devices > most:
+            arguments.error(f"--devices: expected at most {most}, got {devices}")
+        if devices % options.model:
+            arguments.error(
+                f"--model: expected a divisor of {devices}, which is one of --devices; "
+                f"got {options.model}"
+            )
+    if options.target:
+        # In a process of its own: a plug-in may serve one at a time.
+        reason = in_process(refusal, 1, options.target, max(options.devices))
+        if reason:
+            arguments.error(f"--target: {reason}")
+
+
+def refusal(target: str, devices: int) -> str | None:
+    """Why nothing can be compiled for so many devices, if so."""
+    prepare()
+    try:
+        TARGETS[target].devices(devices)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def in_process(function: Callable[..., Any], devices: int, *given: Any) -> Any:
+    """What a function returns in a process of its own, which has so many CPU devices."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if options.target is None:
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-        given = name, devices, options.model, options.target, options.quick
-        return fresh.submit(measure, *given).result()
+        return fresh.submit(function, *given).result()
 
 
 def measure(name: str, devices: int, model_axis: int, target: str | None, quick: bool) -> dict:
     """What the step on all devices exchanges, and the efficiency that follows."""
+    if target:
+        prepare()
     network = NETWORKS[name]
     model = network.build(width=0.25) if quick else network.build()
     batch = 4 if quick else network.batch
-    program, state = compiled(network, model, batch, devices, model_axis, target)
+    program, state = program_of(network, model, batch, devices, model_axis, target)
     text = program.as_text()
     exchanged = collectives(text)
     plain = dhp.prune(model)
@@ -133,20 +165,26 @@ def measure(name: str, devices: int, model_axis: int, target: str | None, quick:
         state=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state)),
         gradients=gradients,
     )
+    of_interest = [
+        hardware
+        for hardware in HARDWARE
+        if model_axis == 1 and (target is None or hardware.name == TARGETS[target].label)
+    ]
     return {
         "network": network.label,
         "devices": devices,
         "model_axis": model_axis,
+        "target": target and TARGETS[target].label,
         "batch": batch,
         "exchanged_bytes": sum(c.bytes for c in exchanged),
         "needed_bytes": gradients + size(nnx.state(plain, nnx.BatchStat)),
         "operations": dict(Counter(c.kind for c in exchanged)),
         "host_transfers": len(host_transfers(text)),
-        "efficiency": {h.name: predict(h, devices, work, exchanged) for h in HARDWARE},
+        "efficiency": {h.name: predict(h, devices, work, exchanged) for h in of_interest},
     }
 
 
-def compiled(
+def program_of(
     network: Network,
     model: nnx.Module,
     batch: int,
@@ -155,21 +193,19 @@ def compiled(
     target: str | None,
 ) -> tuple[Compiled, TrainState]:
     """The program of a step on so many devices, and the state it takes."""
-    batch *= devices // model_axis
-    if target is None:
-        mesh, doing_so = make_mesh(devices // model_axis, model_axis), contextlib.nullcontext()
-    else:
-        from targets import TARGETS, compiling_for, mesh_of  # reads the environment
-
-        there, doing_so = TARGETS[target].devices(devices), compiling_for(TARGETS[target])
-        mesh = mesh_of(there, model_axis)
-    with doing_so:
-        advance, state, inputs = search_step(network, model, batch, mesh)
-        arrays = jax.tree.leaves(state)
-        if mesh is not None:  # lowering needs shapes and places, not arrays
-            arrays = jax.tree.leaves(shaped(state, shardings(mesh, state)))
-            inputs = shaped(inputs, NamedSharding(mesh, PartitionSpec()))
-        return advance.lower(arrays, *inputs).compile(), state
+    along_data = devices // model_axis
+    there = TARGETS[target].devices(devices) if target else jax.devices()[:devices]
+    mesh = make_mesh(along_data, model_axis, there)
+    with compiling_for(TARGETS[target]) if target else contextlib.nullcontext():
+        advance, state, inputs = search_step(network, model, batch * along_data, mesh)
+        if mesh is None:
+            everywhere = in_place = SingleDeviceSharding(there[0])
+        else:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            in_place = shardings(mesh, state)
+        # Lowering needs shapes and places, not arrays.
+        arrays = jax.tree.leaves(shaped(state, in_place))
+        return advance.lower(arrays, *shaped(inputs, everywhere)).compile(), state
 
 
 @dataclass(frozen=True)
@@ -200,7 +236,7 @@ def sent(collective: Collective, devices: int) -> float:
 
 
 def as_table(rows: list[dict]) -> str:
-    names = [hardware.name for hardware in HARDWARE]
+    names = list(rows[0]["efficiency"])
     cells = [
         (
             row["network"],

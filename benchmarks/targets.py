@@ -1,8 +1,7 @@
 """Accelerators that need not be there: their compilers run on any host, and tell what they make.
 
 The package of the plug-in has to be installed, `dhp_jax[cuda]` or `dhp_jax[tpu]`; programs are
-compiled and cannot be run. Importing this file before anything of JAX is used keeps the plug-ins
-from looking for their devices.
+compiled and cannot be run. A process calls `prepare` before it computes anything.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,17 +11,10 @@ import os
 from typing import Any
 from unittest import mock
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks the network which TPU this host has
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-# Which of several algorithms is fastest is found out on the device.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-
 import jax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
-from dhp_jax.mesh import DATA, MODEL, arrange
+from dhp_jax.backend import compiler_options
 
 # NVIDIA's data sheet and CUDA's programming guide (compute capability 9.0); clock: the highest.
 H200 = """
@@ -64,10 +56,10 @@ class Target:
         """So many of them, for which programs can be compiled.
 
         Raises:
-          ValueError: there are no such slices, or the plug-in is not installed.
+          ValueError: there are no such slices, or the plug-in is not there.
         """
         if self.shapes and count > max(self.shapes):
-            raise ValueError(f"devices: expected at most {max(self.shapes)}, got {count}")
+            raise ValueError(f"expected at most {max(self.shapes)} of {self.label}, got {count}")
         size = min((n for n in self.shapes if n >= count), default=count)
         name = self.shapes.get(size, f"1x1x{size}")
         options = self.options | ({} if self.shapes else {"topology": name})
@@ -75,8 +67,8 @@ class Target:
             topology = topologies.get_topology_desc(name, platform=self.plugin, **options)
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
-                f"target: expected one whose plug-in is installed, such as with "
-                f"`pip install -e '.[{self.plugin}]'`; got {self.label} ({error})"
+                f"expected a target whose plug-in is installed, such as with `pip install -e "
+                f"'.[{self.plugin}]'`, and used by no other process; got {self.label} ({error})"
             ) from error
         return topology.devices[:count]
 
@@ -88,14 +80,20 @@ TARGETS = {
 }
 
 
+def prepare() -> None:
+    """Keeps JAX to the host, so that no plug-in looks for its devices."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of a driver
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks the network which TPU this host has
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Which of several algorithms is fastest is found out on the device.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+
+
 @contextlib.contextmanager
 def compiling_for(target: Target) -> Iterator[None]:
     """The library does as it would on the accelerator."""
+    compiler_options.cache_clear()
     with mock.patch.object(jax, "default_backend", return_value=target.platform):
         yield
-
-
-def mesh_of(devices: Sequence[jax.Device], model: int = 1) -> Mesh:
-    """Devices as the library arranges them."""
-    sizes = len(devices) // model, model
-    return Mesh(arrange(devices, sizes), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+    compiler_options.cache_clear()

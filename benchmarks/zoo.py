@@ -46,8 +46,8 @@ class Network:
 
     @property
     def examples(self) -> int:
-        """Of a training set that is on the device."""
-        return min(EXAMPLES, BYTES // math.prod(self.input_shape))
+        """Of a training set that is on the device: labelled images, or one photograph."""
+        return 1 if self.patch else min(EXAMPLES, BYTES // math.prod(self.input_shape))
 
     @property
     def trained_shape(self) -> tuple[int, int, int]:
@@ -120,7 +120,7 @@ def search_step(
     With more than one of `steps`, so many in a loop on the device, as runs on accelerators take
     them. Every step counts what would survive, for a budget that it never meets. A model without
     latents shrinks none and counts nothing. What goes to a mesh has still to be placed there.
-    Data are of so many `images`, or of one batch.
+    Labelled images are so many, or those of one batch.
     """
     batch = batch or network.batch
     if network.patch:
@@ -154,12 +154,12 @@ def search_step(
     return advance, state, (data, order, 0, *count, jax.random.key(0))
 
 
-def shaped(tree: Any, sharding: jax.sharding.Sharding | Any) -> Any:
+def shaped(tree: Any, sharding: Any) -> Any:
     """Shapes and places of arrays, which suffice to compile for them.
 
     Args:
       tree: of arrays and numbers.
-      sharding: of all of them, or a tree of those of each.
+      sharding: a `jax.sharding.Sharding` for all of them, or a tree of those of each.
     """
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, tree)

@@ -1,8 +1,9 @@
 """What makes XLA run convolutional networks fast on the platform at hand.
 
-On GPU and TPU that is what it does by itself. XLA:CPU needs three things (docs/architecture.md has
-the measurements): convolutions that use all cores, kernel gradients whose operands it does not
-compute again, and another form for depthwise convolutions and the gradients of grouped ones.
+XLA:CPU needs three things (docs/architecture.md has the measurements): convolutions that use all
+cores, kernel gradients whose operands it does not compute again, and another form for depthwise
+convolutions and the gradients of grouped ones. On a GPU small hypernetworks are computed together,
+and everywhere BatchNorm keeps less for the backward pass. All else is what XLA does by itself.
 """
 
 from collections import defaultdict
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import math
 from typing import Any
+import weakref
 
 from flax import nnx
 from flax.nnx.nn import dtypes
@@ -26,7 +28,7 @@ from dhp_jax.layers import BatchNorm, Bias, ChannelBias, Hyper
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 MOST_TAPS = 49  # of a depthwise kernel that is written out
-MOST_TOGETHER = 2**20  # numbers of an array for which copying it is next to nothing
+MOST_TOGETHER = 2**20  # numbers of an array that is small work for a GPU
 Pads = tuple[tuple[int, int], ...]
 
 
@@ -126,24 +128,65 @@ def tune(model: nnx.Module) -> nnx.Module:
 def generate_together(model: nnx.Module) -> None:
     """Has small kernels of one shape generated in one computation; in place, same numbers.
 
-    What that saves is the start of many programs a step, which takes a GPU longer than to copy
-    small arrays. Layers that generate their kernel in a way of their own are left out.
+    What that saves is the start of many programs a step, which takes a GPU longer than the work in
+    them. A layer of which a parameter is another one when it is called, as within a transformation
+    of its own or after noise was added to a latent, generates its kernel then, as ever.
 
     Args:
-      model: merged within a jitted function. Its kernels stay as they are then.
+      model: merged within a jitted function.
     """
     alike = defaultdict(list)
     for _, _, layer in walk(model):
-        if isinstance(layer, Hyper) and type(layer).kernel is Hyper.kernel:
+        if isinstance(layer, Hyper) and _generates_by_itself(layer):
             inputs = layer.kernel_axis().value(), layer.z_out.value(), layer.arrays()
-            if inputs[-1].w2.size <= MOST_TOGETHER:
+            w2 = inputs[-1].w2
+            if w2.size <= MOST_TOGETHER and w2.ndim == len(layer.kernel_size) + 3:  # not stacked
                 shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(inputs))
                 alike[shapes].append((layer, inputs))
     for group in alike.values():
         if len(group) > 1:
             layers, inputs = zip(*group, strict=True)
             for layer, kernel in zip(layers, hyper_kernels(list(inputs)), strict=True):
-                layer.kernel = functools.partial(kernel.astype, layer.param_dtype)
+                layer.made = _Made(layer, kernel.astype(layer.param_dtype))
+                layer.__class__ = _with_made(type(layer))
+
+
+def _generates_by_itself(layer: Hyper) -> bool:
+    """Whether a layer has no way of its own to generate its kernel."""
+    return type(layer).kernel is Hyper.kernel and "kernel" not in vars(layer)
+
+
+class _Made:
+    """A kernel that was generated together with others, and what from."""
+
+    def __init__(self, layer: Hyper, kernel: Array):
+        self.layer, self.sources, self.kernel = weakref.ref(layer), _sources(layer), kernel
+
+    def is_of(self, layer: Hyper) -> bool:
+        """Whether it is that of a layer as the layer is now."""
+        if self.layer() is not layer:  # but a copy within a transformation
+            return False
+        return all(a is b for a, b in zip(self.sources, _sources(layer), strict=True))
+
+    def __eq__(self, other: object) -> bool:  # no part of what tells one network from another
+        return isinstance(other, _Made)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _sources(layer: Hyper) -> list[Array]:
+    """All arrays that the kernel follows from."""
+    latents = {*layer.kernel_axis().multiplicity(), *layer.z_out.multiplicity()}
+    return [*layer.arrays(), *(z.value() for z in sorted(latents, key=id))]
+
+
+@functools.cache
+def _with_made(kind: type[Hyper]) -> type[Hyper]:
+    def kernel(self: Hyper) -> Array:
+        return self.made.kernel if self.made.is_of(self) else kind.kernel(self)
+
+    return type(kind.__name__, (kind,), {"kernel": kernel})
 
 
 def convolution(

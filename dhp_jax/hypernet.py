@@ -30,7 +30,7 @@ class HypernetArrays(NamedTuple):
     b2: Float[Array, "*k in out"]
 
 
-Inputs = tuple[Float[Array, " in"], Float[Array, " out"], HypernetArrays]
+HyperInputs = tuple[Float[Array, " in"], Float[Array, " out"], HypernetArrays]
 
 
 def hyper_kernel(
@@ -124,7 +124,7 @@ def _parts(z_in: Array, z_out: Array, arrays: HypernetArrays, grad_kernel: Array
     return _Parts(pairs, embedding, grad_embedding, grad_pairs, grad_in, grad_out)
 
 
-def _gradients(inputs: Inputs, grad_kernel: Array, parts: _Parts) -> Inputs:
+def _gradients(inputs: HyperInputs, grad_kernel: Array, parts: _Parts) -> HyperInputs:
     arrays = HypernetArrays(
         b0=parts.grad_pairs,
         w1=parts.grad_embedding * parts.pairs,
@@ -146,11 +146,12 @@ _generate_jitted = jax.jit(_generate, inline=True)
 
 
 @jax.custom_vjp
-def hyper_kernels(inputs: list[Inputs]) -> list[Float[Array, "*k in out"]]:
+def hyper_kernels(inputs: list[HyperInputs]) -> list[Float[Array, "*k in out"]]:
     """The kernels of hypernetworks of one shape, in one computation.
 
-    The numbers are those of `hyper_kernel`, up to rounding. A GPU, for which small arrays are work
-    too little, starts a fraction of the programs; the arrays are copied for it.
+    The numbers are those of `hyper_kernel`, up to rounding. A GPU starts a fraction of the
+    programs, which counts where arrays are small; embeddings and their gradients are in memory for
+    a while.
 
     Args:
       inputs: latent vectors of input and output channels, and arrays, of each hypernetwork.
@@ -161,7 +162,7 @@ def hyper_kernels(inputs: list[Inputs]) -> list[Float[Array, "*k in out"]]:
     return list(jnp.unstack(jax.vmap(_kernel)(*_stacked(inputs))))
 
 
-def _together_backward(inputs: list[Inputs], grads: list[Array]) -> tuple[list[Inputs]]:
+def _together_backward(inputs: list[HyperInputs], grads: list[Array]) -> tuple[list[HyperInputs]]:
     grads = jnp.stack(grads)
     parts = jax.vmap(_parts)(*_stacked(inputs), grads)
     # As one with the optimizer's steps, each array would be copied for the gradients of others
@@ -171,7 +172,7 @@ def _together_backward(inputs: list[Inputs], grads: list[Array]) -> tuple[list[I
     return ([_gradients(given, grad, _Parts(*own)) for given, grad, own in each],)
 
 
-def _stacked(inputs: list[Inputs]) -> Inputs:
+def _stacked(inputs: list[HyperInputs]) -> HyperInputs:
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *inputs)
 
 

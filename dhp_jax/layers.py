@@ -81,7 +81,7 @@ class Hyper(nnx.Module):
         return kernel.astype(self.param_dtype)
 
     def arrays(self) -> HypernetArrays:
-        """Those of the hypernetwork."""
+        """The arrays of the hypernetwork."""
         return HypernetArrays(*(getattr(self, name)[...] for name in HypernetArrays._fields))
 
     def _plain_arguments(self, keep: Keep | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ BatchNorm statistics and gradients are those of the whole batch. Where there is 
 no mesh, and nothing of this module does anything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import functools
 from typing import Any
 
@@ -84,21 +84,25 @@ def _nearest(possible: list[int], value: int) -> str:
     return " or ".join(map(str, below + above))
 
 
-def make_mesh(data: int = -1, model: int = 1) -> Mesh | None:
+def make_mesh(
+    data: int = -1, model: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh | None:
     """The mesh of the devices of all processes; `None` if it would have one device.
 
     Args:
       data, model: see `axis_sizes`.
+      devices: those of all processes if not given.
 
     Raises:
       ConfigError: the devices at hand cannot be arranged so.
     """
-    sizes = axis_sizes(data, model, jax.device_count(), jax.process_count())
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(data, model, len(devices), jax.process_count())
     count = sizes[0] * sizes[1]
     if count == 1:
         return None
     auto = (AxisType.Auto, AxisType.Auto)
-    return Mesh(arrange(jax.devices()[:count], sizes), (DATA, MODEL), axis_types=auto)
+    return Mesh(arrange(devices[:count], sizes), (DATA, MODEL), axis_types=auto)
 
 
 def arrange(devices: Sequence[jax.Device], sizes: tuple[int, int]) -> np.ndarray:
@@ -143,12 +147,16 @@ def gather_kernels(mesh: Mesh | None, model: nnx.Module) -> nnx.Module:
         everywhere = NamedSharding(mesh, PartitionSpec())
         for _, _, layer in walk(model):
             if isinstance(layer, Hyper):
-                layer.kernel = functools.partial(_at, everywhere, layer.kernel)
+                layer.__class__ = _gathering(type(layer), everywhere)
     return model
 
 
-def _at(sharding: NamedSharding, make: Callable[[], Array]) -> Array:
-    return jax.lax.with_sharding_constraint(make(), sharding)
+@functools.cache
+def _gathering(kind: type[Hyper], everywhere: NamedSharding) -> type[Hyper]:
+    def kernel(self: Hyper) -> Array:
+        return jax.lax.with_sharding_constraint(kind.kernel(self), everywhere)
+
+    return type(kind.__name__, (kind,), {"kernel": kernel})
 
 
 def rows_here(mesh: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:

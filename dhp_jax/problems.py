@@ -38,8 +38,8 @@ class Problem:
       notes: JSON values that `dhp_jax.predict` needs of a network, see `dhp_jax.save`.
       streamed: whether the data are read while they are used.
       checksums: of the training and the test data tell them from others, by "train" and "test".
-      read: `read("train")` and `read("test")` give the data that the task reads examples from, as
-        NumPy arrays or a stream.
+      read: `read("train")` and `read("test")` give the data that the task reads examples from: a
+        stream, or trees of NumPy arrays (`Rows` of images and their labels; `Patches`).
     """
 
     task: Task

@@ -273,6 +273,102 @@ def test_a_gpu_generates_small_kernels_of_one_shape_together(monkeypatch):
     assert together == [3]
 
 
+class Square(nnx.Module):
+    """Three convolutions of one shape."""
+
+    def __init__(self, rngs):
+        self.z = dhp.Latent(6, rngs=rngs)
+        self.layers = nnx.List([dhp.HyperConv(self.z, self.z, (3, 3), rngs=rngs) for _ in range(3)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = jnp.tanh(layer(x) / 64)
+        return x
+
+
+class Scaled(Square):
+    """Changes a latent before its layers are called."""
+
+    def __call__(self, x):
+        self.z.vector.set_value(2 * self.z.vector[...])
+        return super().__call__(x)
+
+
+class Zeroed(Square):
+    """One layer was given a function for its kernel."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.layers[1].kernel = lambda: jnp.zeros((3, 3, 6, 6))
+
+
+class Penalised(Square):
+    """Takes the gradient of a layer on its way."""
+
+    def __call__(self, x):
+        slope = nnx.grad(lambda layer, x: jnp.mean(layer(x) ** 2))(self.layers[0], x)
+        return super().__call__(x) + jnp.mean(slope["w1"][...] ** 2)
+
+
+class Repeated(Square):
+    """Calls a layer in a loop and one that is computed again for the backward pass."""
+
+    def __call__(self, x):
+        loop = nnx.scan(
+            lambda layer, x, _: jnp.tanh(layer(x) / 64),
+            in_axes=(None, nnx.Carry, 0),
+            out_axes=nnx.Carry,
+        )
+        x = loop(self.layers[0], x, jnp.arange(2))
+        return nnx.remat(lambda layer, x: layer(x) / 64)(self.layers[1], x)
+
+
+class Stacked(nnx.Module):
+    """Two stages of layers that lie on each other, as a scan takes them."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stage(rngs):
+            z = dhp.Latent(6, rngs=rngs)
+            return dhp.HyperConv(z, z, (3, 3), rngs=rngs)
+
+        self.stages = nnx.List([stage(rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def through(layer, x):
+            return jnp.tanh(layer(x) / 64)
+
+        for stage in self.stages:
+            x = through(stage, x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Scaled, Zeroed, Penalised, Repeated, Stacked])
+def test_on_a_gpu_networks_that_do_more_than_call_their_layers_compute_the_same(kind, monkeypatch):
+    model, x = filled(kind), drawn((4, 8, 8, 6), 0)
+    theirs = losses_and_gradients(model, x, tuned=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ours = losses_and_gradients(model, x, tuned=True)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_between_gradients_made_together_and_what_follows_is_a_barrier(monkeypatch):
+    model, x = filled(Square), drawn((4, 8, 8, 6), 0)
+    graphdef, params = nnx.split(model)
+
+    def program():
+        loss = lambda params: jnp.sum(tune(nnx.merge(graphdef, params, copy=True))(x))  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(params))
+
+    assert "optimization_barrier" not in program()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert program().count("optimization_barrier") == 1
+
+
 def test_a_batch_norm_in_low_precision_keeps_its_statistics_in_float32():
     model = nnx.BatchNorm(5, dtype=jnp.bfloat16, momentum=0.9, rngs=nnx.Rngs(0))
     x = drawn((16, 3, 3, 5), 0)

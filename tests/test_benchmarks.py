@@ -27,7 +27,11 @@ from zoo import NETWORKS, QUICK  # noqa: E402
 PARTS = ("construct_s", "trace_s", "compile_s", "first_step_s")
 
 
-OF_PROGRAMS = ("memory", "scaling")  # what they tell is of programs as they are optimized
+OF_PROGRAMS = (
+    "memory",
+    "scaling",
+    "compiled",
+)  # what they tell is of programs as they are optimized
 
 
 def begin(name, *arguments):
@@ -187,16 +191,34 @@ def test_four_devices_exchange_the_gradients_and_the_batchnorm_statistics_once(r
 
 
 @pytest.mark.parametrize("target", ["h200", "v5e"])
-def test_programs_for_accelerators_need_their_plugin_or_are_made_without_them(target, tmp_path):
-    process = begin("compiled", "--quick", "--target", target, "--out", tmp_path)
+@pytest.mark.parametrize("name", ["compiled", "scaling"])
+def test_programs_for_accelerators_need_their_plugin_or_are_made_without_them(
+    name, target, tmp_path
+):
+    process = begin(name, "--quick", "--target", target, "--out", tmp_path)
     _, errors = process.communicate()
     if process.returncode == 0:  # it is installed
-        (row,) = json.loads((tmp_path / f"compiled_{target}.json").read_text())["rows"]
-        assert row["search_operations"] > row["plain_operations"] > 0
-        assert row["search_host_transfers"] == 0
+        (row,) = json.loads((tmp_path / f"{name}_{target}.json").read_text())["rows"]
+        if name == "compiled":
+            assert row["search_operations"] > row["plain_operations"] > 0
+            assert row["search_host_transfers"] == 0
+        else:
+            assert row["exchanged_bytes"] == pytest.approx(row["needed_bytes"], rel=0.02)
     else:
         assert process.returncode == 2
-        assert "--target: expected one whose plug-in is installed" in errors
+        assert f"{name}.py: error: --target: expected a target whose plug-in" in errors
+
+
+def test_communication_is_told_of_devices_that_can_share_the_work_only():
+    for arguments, told in {
+        ("--devices", 512): "--devices: expected at most 256, got 512",
+        ("--devices", 4, "--model", 3): "--model: expected a divisor of 4, which is one of "
+        "--devices; got 3",
+    }.items():
+        process = begin("scaling", *arguments)
+        _, errors = process.communicate()
+        assert process.returncode == 2
+        assert errors.endswith(f"scaling.py: error: {told}\n")
 
 
 def test_a_benchmark_that_fails_is_told_and_stops_no_other(tmp_path, capfd):

@@ -153,7 +153,7 @@ def test_a_chunk_of_steps_exchanges_gradients_and_statistics_and_does_not_ask_th
     )
 
 
-PROGRAM = """HloModule jit_steps, is_scheduled=true, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
+PROGRAM = """HloModule jit_steps, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
 
 %fused (p: f32[4]) -> f32[4] {
   %p = f32[4]{0} parameter(0)

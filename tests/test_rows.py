@@ -21,7 +21,7 @@ def test_images_are_taken_from_rows_as_they_were(shape):
     taken = jax.jit(lambda rows, chosen: rows[chosen])(jax.device_put(rows), jnp.asarray(chosen))
     assert taken.dtype == jnp.uint8
     np.testing.assert_array_equal(taken, images[chosen])
-    assert jax.tree.map(jnp.copy, rows).shape == shape
+    assert jax.tree.map(jnp.copy, rows).image_shape == shape
 
 
 def test_a_step_sees_the_same_examples_of_rows_and_of_images():

@@ -8,29 +8,31 @@ import jax
 from jaxtyping import Array, Int, Shaped
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["pixels"], meta_fields=["shape"])
-@dataclass(frozen=True)
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["pixels"], meta_fields=["image_shape"]
+)
+@dataclass(frozen=True, eq=False)
 class Rows:
-    """Images of one shape, each a row of numbers; indexed by numbers of images.
+    """Images of one shape, each a row of pixels; indexed by an array of their numbers alone.
 
     A TPU lays out arrays with few channels so that images lie interleaved, and a program that takes
     some of them copies all first. Rows lie one after the other everywhere.
 
     Attributes:
       pixels: of all images.
-      shape: of one.
+      image_shape: of one of them.
 
     Example:
       >>> Rows.of(np.zeros((5, 4, 4, 3), np.uint8))[np.array([0, 3])].shape
       (2, 4, 4, 3)
     """
 
-    pixels: Shaped[Array, "n numbers"]
-    shape: tuple[int, ...]
+    pixels: Shaped[Array, "n pixels"]
+    image_shape: tuple[int, ...]
 
     @classmethod
     def of(cls, images: Shaped[Array, "n *shape"]) -> "Rows":
-        """Images as rows; nothing is copied."""
+        """Images as rows."""
         shape = images.shape[1:]
         return cls(images.reshape(len(images), math.prod(shape)), shape)
 
@@ -38,4 +40,4 @@ class Rows:
         return len(self.pixels)
 
     def __getitem__(self, chosen: Int[Array, " k"]) -> Shaped[Array, "k *shape"]:
-        return self.pixels[chosen].reshape(len(chosen), *self.shape)
+        return self.pixels[chosen].reshape(-1, *self.image_shape)
