@@ -19,6 +19,7 @@ from dhp_jax import config as dhp_config
 from dhp_jax import data, problems
 from dhp_jax.config import ConfigError
 from dhp_jax.data.order import epoch_order
+from dhp_jax.data.rows import Rows
 from dhp_jax.data.stream import Stream, StreamError
 from dhp_jax.mesh import rows_here, spread
 from dhp_jax.tasks import Classification, evaluate
@@ -298,6 +299,8 @@ def test_what_does_not_fit_is_streamed(monkeypatch, room, asked, streamed):
     monkeypatch.setattr(problems, "free_memory", lambda: room)
     found = problem(**({} if asked is None else {"data.streamed": asked})).read("train")
     assert isinstance(found, Stream) == streamed
+    if not streamed:
+        assert isinstance(found[0], Rows)
 
 
 def test_what_does_not_fit_is_not_put_on_the_device(monkeypatch):
