@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import dhp_jax as dhp
+from dhp_jax.backend import packed
 from dhp_jax.data.photographs import Photograph
 from dhp_jax.data.rows import Rows
 from dhp_jax.latent import latents
@@ -138,6 +139,7 @@ def search_step(
 
     task, data = task_on(network, images or batch)
     graphdef, transformation, state = start(model, make_optimizer)
+    state = packed(state)
     advance = make_step(
         jax.tree.structure(state),
         graphdef,

@@ -5,7 +5,7 @@ latent vector removes exactly one slice of the kernel. That is the whole pruning
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,8 @@ def hyper_kernel(
       z_in: latent vector of the input channels, or its `Latent`.
       z_out: latent vector of the output channels, or its `Latent`.
       w1, b0, b1, w2, b2: the hypernetwork's arrays; `m` is the embedding size. Any number of
-        spatial axes may come first in `w2` and `b2`.
+        spatial axes may come first in `w2` and `b2`. All may have the two channel axes as one,
+        `in * out`.
 
     Returns:
       The kernel, in the layout that `nnx.Conv` expects.
@@ -74,8 +75,10 @@ def hyper_kernel(
     """
     z_in, z_out = (z.value() if isinstance(z, Axis) else jnp.asarray(z) for z in (z_in, z_out))
     pair = (*z_in.shape, *z_out.shape)
-    spatial = w2.shape[:-3]
-    m = w2.shape[-3] if w2.ndim >= 3 else 0
+    if b0.shape == (math.prod(pair),):
+        pair = b0.shape
+    at = w2.ndim - len(pair) - 1
+    spatial, m = w2.shape[: max(0, at)], w2.shape[at] if at >= 0 else 0
     expected = {
         "b0": (b0, pair),
         "w1": (w1, (m, *pair)),
@@ -93,13 +96,15 @@ def hyper_kernel(
 
 
 def _embedding(z_in: Array, z_out: Array, arrays: HypernetArrays) -> tuple[Array, Array]:
-    pairs = z_in[:, None] * z_out[None, :] + arrays.b0
+    pairs = (z_in[:, None] * z_out[None, :]).reshape(arrays.b0.shape) + arrays.b0
     return pairs, pairs * arrays.w1 + arrays.b1
 
 
 def _kernel(z_in: Array, z_out: Array, arrays: HypernetArrays) -> Array:
     _, embedding = _embedding(z_in, z_out, arrays)
-    return _sum_of_products(arrays.w2, embedding, (-3,)) + arrays.b2
+    kernel = _sum_of_products(arrays.w2, embedding, (-1 - arrays.b0.ndim,)) + arrays.b2
+    taps = arrays.b2.shape[: arrays.b2.ndim - arrays.b0.ndim]
+    return kernel.reshape(*taps, *z_in.shape, *z_out.shape)
 
 
 class _Parts(NamedTuple):
@@ -115,13 +120,18 @@ class _Parts(NamedTuple):
 
 def _parts(z_in: Array, z_out: Array, arrays: HypernetArrays, grad_kernel: Array) -> _Parts:
     pairs, embedding = _embedding(z_in, z_out, arrays)
-    taps = tuple(range(arrays.w2.ndim - 3))
-    grad_embedding = _sum_of_products(arrays.w2, grad_kernel[..., None, :, :], taps)
+    taps = tuple(range(arrays.w2.ndim - 1 - arrays.b0.ndim))
+    grad_embedding = _sum_of_products(arrays.w2, _for_each_m(grad_kernel, arrays), taps)
     grad_pairs = _sum_of_products(grad_embedding, arrays.w1, (0,))
     # Sums, not matrix products: accelerators round the inputs of those.
-    grad_in = jnp.sum(grad_pairs * z_out, axis=1)
-    grad_out = jnp.sum(grad_pairs * z_in[:, None], axis=0)
+    apart = grad_pairs.reshape(*z_in.shape, *z_out.shape)
+    grad_in = jnp.sum(apart * z_out, axis=1)
+    grad_out = jnp.sum(apart * z_in[:, None], axis=0)
     return _Parts(pairs, embedding, grad_embedding, grad_pairs, grad_in, grad_out)
+
+
+def _for_each_m(grad_kernel: Array, arrays: HypernetArrays) -> Array:
+    return jnp.expand_dims(grad_kernel.reshape(arrays.b2.shape), -1 - arrays.b0.ndim)
 
 
 def _gradients(inputs: HyperInputs, grad_kernel: Array, parts: _Parts) -> HyperInputs:
@@ -129,8 +139,8 @@ def _gradients(inputs: HyperInputs, grad_kernel: Array, parts: _Parts) -> HyperI
         b0=parts.grad_pairs,
         w1=parts.grad_embedding * parts.pairs,
         b1=parts.grad_embedding,
-        w2=parts.embedding * grad_kernel[..., None, :, :],
-        b2=grad_kernel,
+        w2=parts.embedding * _for_each_m(grad_kernel, inputs[-1]),
+        b2=grad_kernel.reshape(inputs[-1].b2.shape),
     )
     grads = parts.grad_in, parts.grad_out, arrays
     return jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, inputs)
@@ -196,6 +206,15 @@ def _sum_of_products(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     ]
     wide = jnp.promote_types(a.dtype, jnp.float32)
     return sum((a[place] * b[place]).astype(wide) for place in places).astype(a.dtype)
+
+
+def of_hypernetwork(path: tuple[Any, ...]) -> bool:
+    """Whether a path in a training state leads to an array of a hypernetwork.
+
+    What belongs to these, as momentum does, has their name in its path.
+    """
+    names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
+    return not names.isdisjoint(HypernetArrays._fields)
 
 
 def init_hypernet(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 import optax
 
-from dhp_jax.backend import compiler_options, steps_per_dispatch, tune
+from dhp_jax.backend import compiler_options, packed, steps_per_dispatch, tune
 from dhp_jax.cost import MEASURES
 from dhp_jax.data.order import epoch_order
 from dhp_jax.data.stream import Stream
@@ -277,7 +277,8 @@ class _Loop:
         self, model, phase, task, data, examples, batch_size, log_every, key, observers, mesh
     ):
         self.graphdef, optimizer, state = start(model, phase.optimizer)
-        self.mesh, self.state = mesh, place(mesh, state)
+        self.mesh, self.shapes = mesh, jax.eval_shape(lambda state: state, state)
+        self.state = place(mesh, packed(state))
         self.phase, self.batch_size = phase, batch_size
         self.log_every, self.observers, self.metric = log_every, observers, task.metric
         self.steps_per_epoch = examples // batch_size
@@ -330,7 +331,7 @@ class _Loop:
         self.began = time.perf_counter()
         if notes:
             self._check_origin(notes["origin"])
-            self.state, self.best_state = _copy(place(self.mesh, saved))
+            self.state, self.best_state = _copy(place(self.mesh, packed(saved)))
             self.progress, self.records = Progress(**notes["progress"]), notes["records"]
             self.began -= self.progress.seconds
         self.told = self.progress.steps
@@ -349,8 +350,8 @@ class _Loop:
         return notes and arrays_from_first(saved, self._like(notes)), notes
 
     def _like(self, notes: dict[str, Any]) -> tuple[TrainState, tuple | None]:
-        best = (self.state.params, self.state.rest) if notes["has_best"] else None
-        return self.state, best
+        best = (self.shapes.params, self.shapes.rest) if notes["has_best"] else None
+        return self.shapes, best
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
         """Makes the examples of the steps that are left ready to be used."""
@@ -458,6 +459,7 @@ class _Loop:
 
     def _model(self, params: Params, rest: nnx.State) -> nnx.Module:
         params, rest = whole((params, rest))
+        params = _in_shape(params, self.shapes.params)
         return nnx.merge(self.graphdef, *params, rest, copy=True)
 
     def _timed(self) -> Progress:
@@ -544,7 +546,10 @@ class _Loop:
             "has_best": self.best_state is not None,
             "origin": self.origin,
         }
-        arrays, steps = whole((self.state, self.best_state)), self.progress.steps
+        (state, best), steps = whole((self.state, self.best_state)), self.progress.steps
+        if best is not None:
+            best = _in_shape(best, (self.shapes.params, self.shapes.rest))
+        arrays = _in_shape(state, self.shapes), best
         try:
             from_first(lambda: self.checkpoints.save(steps, arrays, notes, wait=wait))
         except FloatingPointError as error:
@@ -778,6 +783,11 @@ def _checksum(data: Data) -> int:
     for leaf in jax.tree.leaves(data):
         checksum = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), checksum)
     return checksum
+
+
+def _in_shape(arrays: Any, like: Any) -> Any:
+    """Arrays that were `packed`, with the shapes that networks have."""
+    return jax.tree.map(lambda x, s: x if x.shape == s.shape else x.reshape(s.shape), arrays, like)
 
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

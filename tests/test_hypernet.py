@@ -104,6 +104,23 @@ def test_gradients_are_those_of_finite_differences():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_arrays_with_both_channel_axes_as_one_give_the_same_kernel_and_gradients(shape):
+    z_in, z_out, arrays = drawn(*shape)
+    as_one = jax.tree.map(lambda array: array.reshape(*array.shape[:-2], -1), arrays)
+    expected, pull = jax.vjp(generated, z_in, z_out, arrays)
+    found, pull_as_one = jax.vjp(generated, z_in, z_out, as_one)
+    grad = drawn(*shape, seed=4)[-1].b2
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for a, b, x in zip(
+        *(jax.tree.leaves(p(grad)) for p in (pull_as_one, pull)),
+        jax.tree.leaves((z_in, z_out, as_one)),
+        strict=True,
+    ):
+        assert a.shape == x.shape
+        np.testing.assert_allclose(a, b.reshape(a.shape), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_and_gradients_made_together_are_those_of_each(shape):
     several = [drawn(*shape, seed=seed) for seed in range(3)]
     several[2] = (several[0][0], *several[2][1:])  # a latent that two of them share

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from test_train import BATCH, EXAMPLES, SHAPE, STEPS, THRESHOLD, Net, Witness, c
 from test_train import Climb as Tables
 
 import dhp_jax as dhp
+from dhp_jax.backend import packed
 from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.prune import survivor_counts
 from dhp_jax.resume import CheckpointError, Checkpoints
@@ -493,6 +495,34 @@ def test_a_run_that_dies_within_a_long_test_goes_on_with_the_same_bits(
     check_same_outcome(found, expected)
     assert after.records == seen.records[-len(after.records) :]
     assert "step" in after.events
+
+
+@pytest.mark.parametrize("first_packed", [True, False])
+def test_a_phase_goes_on_in_the_form_that_another_platform_keeps_its_state_in(
+    net, undisturbed, tmp_path, monkeypatch, first_packed
+):
+    phase, expected, seen = undisturbed
+    forms = []
+
+    def as_a_tpu_does(state):
+        with mock.patch.object(jax, "default_backend", return_value="tpu"):
+            state = packed(state)
+        forms.append({x.ndim for x in jax.tree.leaves(state)})
+        return state
+
+    for is_packed in (first_packed, not first_packed):
+        with monkeypatch.context() as changed:
+            if is_packed:
+                changed.setattr("dhp_jax.train.packed", as_a_tpu_does)
+            found, witness = trained(net, phase, tmp_path, 4 if is_packed == first_packed else None)
+    assert 4 in set.union(*forms)  # (kh, kw, m, in * out)
+    assert 5 not in set.union(*forms)
+    assert witness.records[-1].keys() == seen.records[-1].keys()
+    for name in ("model", "best_model"):
+        ours, theirs = (arrays(getattr(outcome, name)) for outcome in (found, expected))
+        assert ours.keys() == theirs.keys()
+        for path, array in theirs.items():
+            np.testing.assert_allclose(ours[path], array, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
 def test_a_phase_that_had_ended_takes_no_step_again(net, undisturbed, tmp_path):
