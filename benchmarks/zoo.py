@@ -138,8 +138,7 @@ def search_step(
         return optax.chain(plain, shrink)
 
     task, data = task_on(network, images or batch)
-    graphdef, transformation, state = start(model, make_optimizer)
-    state = packed(state)
+    graphdef, transformation, state = start(packed(model), make_optimizer)
     advance = make_step(
         jax.tree.structure(state),
         graphdef,

@@ -20,9 +20,9 @@ import jax
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
-from dhp_jax.hypernet import hyper_kernels, of_hypernetwork
+from dhp_jax.hypernet import hyper_kernels
 from dhp_jax.latent import walk
 from dhp_jax.layers import BatchNorm, Bias, ChannelBias, Hyper
 
@@ -66,24 +66,27 @@ def steps_per_dispatch() -> int:
     return 1 if jax.default_backend() == "cpu" else 32
 
 
-def packed(state: PyTree) -> PyTree:
-    """A training state in the form in which the platform's memory holds it best.
+def packed(model: nnx.Module) -> nnx.Module:
+    """A network with its arrays in the form in which the platform's memory holds them best.
 
     A TPU pads the last axis of an array to 128 numbers, and arrays of 16 channels take 8 times the
     memory, and the time to read it. There the arrays of hypernetworks have both channel axes as
-    one. Layers compute with either.
+    one, but for layers that generate their kernel in a way of their own.
 
     Args:
-      state: with arrays as networks have them, latent vectors too.
+      model: any network; left as it was.
 
     Returns:
-      The same tree.
+      The same network elsewhere; on a TPU a copy, which computes the same.
     """
     if jax.default_backend() != "tpu":
-        return state
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.reshape(*x.shape[:-2], -1) if of_hypernetwork(path) else x, state
-    )
+        return model
+    model = nnx.clone(model)
+    for _, _, layer in walk(model):
+        if isinstance(layer, Hyper) and _generates_by_itself(layer) and layer.b0[...].ndim == 2:
+            for name, x in layer.arrays()._asdict().items():
+                getattr(layer, name).set_value(x.reshape(*x.shape[:-2], -1))
+    return model
 
 
 def inference(model: nnx.Module) -> Callable[[Float[Array, "*batch"]], Float[Array, "*batch"]]:

@@ -5,7 +5,7 @@ latent vector removes exactly one slice of the kernel. That is the whole pruning
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -206,15 +206,6 @@ def _sum_of_products(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     ]
     wide = jnp.promote_types(a.dtype, jnp.float32)
     return sum((a[place] * b[place]).astype(wide) for place in places).astype(a.dtype)
-
-
-def of_hypernetwork(path: tuple[Any, ...]) -> bool:
-    """Whether a path in a training state leads to an array of a hypernetwork.
-
-    What belongs to these, as momentum does, has their name in its path.
-    """
-    names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
-    return not names.isdisjoint(HypernetArrays._fields)
 
 
 def init_hypernet(

@@ -19,7 +19,6 @@ from jaxtyping import Array, Int, PyTree
 import numpy as np
 
 from dhp_jax.config import ConfigError
-from dhp_jax.hypernet import of_hypernetwork
 from dhp_jax.latent import walk
 from dhp_jax.layers import Hyper
 

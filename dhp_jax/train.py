@@ -278,7 +278,13 @@ class _Loop:
     ):
         self.graphdef, optimizer, state = start(model, phase.optimizer)
         self.mesh, self.shapes = mesh, jax.eval_shape(lambda state: state, state)
-        self.state = place(mesh, packed(state))
+        if (form := packed(model)) is not model:
+            *_, other = start(form, phase.optimizer)
+            sizes, before = ([x.size for x in jax.tree.leaves(tree)] for tree in (other, state))
+            if sizes == before:  # else the optimizer looks at rows and columns
+                state = other
+        self.here = jax.eval_shape(lambda state: state, state)
+        self.state = place(mesh, state)
         self.phase, self.batch_size = phase, batch_size
         self.log_every, self.observers, self.metric = log_every, observers, task.metric
         self.steps_per_epoch = examples // batch_size
@@ -331,7 +337,10 @@ class _Loop:
         self.began = time.perf_counter()
         if notes:
             self._check_origin(notes["origin"])
-            self.state, self.best_state = _copy(place(self.mesh, packed(saved)))
+            state, best = saved
+            state = _in_shape(state, self.here)
+            best = best and _in_shape(best, (self.here.params, self.here.rest))
+            self.state, self.best_state = _copy(place(self.mesh, (state, best)))
             self.progress, self.records = Progress(**notes["progress"]), notes["records"]
             self.began -= self.progress.seconds
         self.told = self.progress.steps
@@ -547,8 +556,7 @@ class _Loop:
             "origin": self.origin,
         }
         (state, best), steps = whole((self.state, self.best_state)), self.progress.steps
-        if best is not None:
-            best = _in_shape(best, (self.shapes.params, self.shapes.rest))
+        best = best and _in_shape(best, (self.shapes.params, self.shapes.rest))
         arrays = _in_shape(state, self.shapes), best
         try:
             from_first(lambda: self.checkpoints.save(steps, arrays, notes, wait=wait))
@@ -786,7 +794,7 @@ def _checksum(data: Data) -> int:
 
 
 def _in_shape(arrays: Any, like: Any) -> Any:
-    """Arrays that were `packed`, with the shapes that networks have."""
+    """Arrays in the shapes that networks have, or in those that they have where `packed`."""
     return jax.tree.map(lambda x, s: x if x.shape == s.shape else x.reshape(s.shape), arrays, like)
 
 

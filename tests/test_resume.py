@@ -7,6 +7,7 @@ import logging
 import shutil
 from unittest import mock
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from networks import arrays, filled
@@ -504,11 +505,11 @@ def test_a_phase_goes_on_in_the_form_that_another_platform_keeps_its_state_in(
     phase, expected, seen = undisturbed
     forms = []
 
-    def as_a_tpu_does(state):
+    def as_a_tpu_does(model):
         with mock.patch.object(jax, "default_backend", return_value="tpu"):
-            state = packed(state)
-        forms.append({x.ndim for x in jax.tree.leaves(state)})
-        return state
+            model = packed(model)
+        forms.append({x.ndim for x in jax.tree.leaves(nnx.state(model))})
+        return model
 
     for is_packed in (first_packed, not first_packed):
         with monkeypatch.context() as changed:
@@ -523,6 +524,21 @@ def test_a_phase_goes_on_in_the_form_that_another_platform_keeps_its_state_in(
         assert ours.keys() == theirs.keys()
         for path, array in theirs.items():
             np.testing.assert_allclose(ours[path], array, rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def test_an_optimizer_that_looks_at_rows_and_columns_gets_them_on_every_platform(net, monkeypatch):
+    def as_a_tpu_does(model):
+        with mock.patch.object(jax, "default_backend", return_value="tpu"):
+            return packed(model)
+
+    phase = dataclasses.replace(
+        phase_of(net, budget=False),
+        optimizer=lambda params: optax.adafactor(0.1, min_dim_size_to_factor=2),
+    )
+    expected, _ = trained(net, phase)
+    monkeypatch.setattr("dhp_jax.train.packed", as_a_tpu_does)
+    found, _ = trained(net, phase)
+    check_same_outcome(found, expected)
 
 
 def test_a_phase_that_had_ended_takes_no_step_again(net, undisturbed, tmp_path):
