@@ -16,7 +16,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax import backend
-from dhp_jax.backend import LAYOUT, convolution, tune
+from dhp_jax.backend import LAYOUT, convolution, packed, tune
 from dhp_jax.hypernet import hyper_kernels
 from dhp_jax.latent import walk
 from dhp_jax.tasks import Classification, classification, evaluate
@@ -271,6 +271,18 @@ def test_a_gpu_generates_small_kernels_of_one_shape_together(monkeypatch):
     monkeypatch.setattr(backend, "MOST_TOGETHER", 9 * 8 * 6 * 6 - 1)
     losses_and_gradients(model, x, tuned=True)
     assert together == [3]
+
+
+def test_a_tpu_has_both_channel_axes_of_ordinary_hypernetworks_as_one(monkeypatch):
+    model, x = filled(Alike), drawn((4, 8, 8, 3), 0)
+    expected, before = model(x), jax.tree.map(jnp.shape, nnx.state(model))
+    assert packed(model) is model
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    found = packed(model)
+    assert [layer.w2[...].ndim for layer in found.layers] == [4, 4, 4, 4, 5]
+    np.testing.assert_allclose(found(x), expected, rtol=1e-4, atol=1e-4)
+    assert jax.tree.map(jnp.shape, nnx.state(model)) == before
+    assert [layer.w2[...].ndim for layer in packed(found).layers] == [4, 4, 4, 4, 5]
 
 
 class Square(nnx.Module):
