@@ -19,6 +19,7 @@ from jaxtyping import Array, Int, PyTree
 import numpy as np
 
 from dhp_jax.config import ConfigError
+from dhp_jax.hypernet import HypernetArrays
 from dhp_jax.latent import walk
 from dhp_jax.layers import Hyper
 
@@ -230,9 +231,13 @@ def _over_data(mesh: Mesh) -> NamedSharding:
 
 
 def _spec(mesh: Mesh, path: tuple[Any, ...], array: jax.Array) -> PartitionSpec:
-    """Along which axis of the mesh an array of a training state is divided: its last, or none."""
-    large = array.ndim >= 2 and of_hypernetwork(path)
-    if large and array.shape[-1] % mesh.shape[MODEL] == 0:
+    """Along which axis of the mesh an array of a training state is divided: its last, or none.
+
+    What belongs to the arrays of a hypernetwork, as momentum does, has their name in its path.
+    """
+    names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
+    of_hypernetwork = array.ndim >= 2 and not names.isdisjoint(HypernetArrays._fields)
+    if of_hypernetwork and array.shape[-1] % mesh.shape[MODEL] == 0:
         return PartitionSpec(*[None] * (array.ndim - 1), MODEL)
     return PartitionSpec()
 
