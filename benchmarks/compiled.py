@@ -34,7 +34,7 @@ from dhp_jax.train import TrainState
 
 NAMES = ("resnet20", "resnet56", "resnet110", "mobilenet_v2", "dncnn", "srresnet_x4")
 NOTE = """Programs compiled for a device that was not there, and not run. {} Peak: memory in
-MB, with 50,000 small images or a photograph to train on; peak / needed: without these, of what the
+MB, with up to 50,000 images or a photograph to train on; peak / needed: without these, of what the
 search cannot do without (see memory.md). To host: transfers to and from it and calls of it, but not
 the question whether a loop goes on."""
 STARTED = "Started: operations that a step starts, each of which takes a GPU a microsecond or more."

@@ -200,8 +200,8 @@ class _Made:
 
 def _sources(layer: Hyper) -> list[Array]:
     """All arrays that the kernel follows from."""
-    latents = {*layer.kernel_axis().multiplicity(), *layer.z_out.multiplicity()}
-    return [*layer.arrays(), *(z.value() for z in sorted(latents, key=id))]
+    latents = layer.kernel_axis().multiplicity() | layer.z_out.multiplicity()
+    return [*layer.arrays(), *(z.value() for z in latents)]
 
 
 @functools.cache
