@@ -3,6 +3,7 @@ with the same bits."""
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import shutil
 from unittest import mock
@@ -417,16 +418,22 @@ def test_training_that_was_stopped_again_and_again_ends_with_the_same_bits(
     check_same_outcome(outcome, expected)
 
 
-def test_many_steps_a_dispatch_go_on_with_the_same_bits(net, tmp_path, monkeypatch):
+@pytest.mark.parametrize("saves", [True, False, "before the second test"])
+def test_many_steps_a_dispatch_go_on_with_the_same_bits(net, tmp_path, monkeypatch, saves):
     monkeypatch.setattr("dhp_jax.train.steps_per_dispatch", lambda: 4)
     phase = phase_of(net, budget=True)
     expected, seen = trained(net, phase, log_every=5)
+    looks = itertools.count(1)  # after steps 4 and 5, the test, steps 9 and 10, the test ...
+    due = (lambda _: next(looks) == 5) if isinstance(saves, str) else lambda _: saves
+    monkeypatch.setattr(Checkpoints, "due", due)
     outcome, before = trained(net, phase, tmp_path, stop_after=6, log_every=5)
     assert outcome is None
     outcome, after = trained(net, phase, tmp_path, log_every=5)
     check_same_outcome(outcome, expected)
     assert before.events.count("step") + after.events.count("step") == 15
-    assert before.records + after.records == seen.records
+    kept = after.events[0][-1]  # without that of a test that was not saved, which is made again
+    assert kept == len(before.records) - (saves == "before the second test")
+    assert before.records[:kept] + after.records == seen.records
 
 
 def test_a_state_is_saved_before_a_test_that_takes_long(net, tmp_path, monkeypatch):
