@@ -114,6 +114,11 @@ def main() -> None:
 def check(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends with an error where nothing can be compiled or predicted for what is asked for."""
     most = max(most for hardware in HARDWARE for most, _, _ in hardware.links)
+    if not options.devices:
+        arguments.error(
+            f"--model: expected a divisor of {DEVICES[1]} to {DEVICES[-1]} devices, or --devices; "
+            f"got {options.model}"
+        )
     for devices in options.devices:
         if devices > most:
             arguments.error(f"--devices: expected at most {most}, got {devices}")

@@ -6,7 +6,7 @@ convolutions and the gradients of grouped ones. On a GPU small hypernetworks are
 and everywhere BatchNorm keeps less for the backward pass. All else is what XLA does by itself.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 import contextlib
 import functools
@@ -22,8 +22,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dhp_jax.hypernet import hyper_kernels
-from dhp_jax.latent import walk
+from dhp_jax.hypernet import HypernetArrays, hyper_kernels
+from dhp_jax.latent import Axis, Concat, Latent, Repeat, walk
 from dhp_jax.layers import BatchNorm, Bias, ChannelBias, Hyper
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -71,7 +71,7 @@ def packed(model: nnx.Module) -> nnx.Module:
 
     A TPU pads the last axis of an array to 128 numbers, and arrays of 16 channels take 8 times the
     memory, and the time to read it. There the arrays of hypernetworks have both channel axes as
-    one, but for layers that generate their kernel in a way of their own.
+    one, but for layers that share some of them, or generate their kernel in a way of their own.
 
     Args:
       model: any network; left as it was.
@@ -82,10 +82,15 @@ def packed(model: nnx.Module) -> nnx.Module:
     if jax.default_backend() != "tpu":
         return model
     model = nnx.clone(model)
-    for _, _, layer in walk(model):
-        if isinstance(layer, Hyper) and _generates_by_itself(layer) and layer.b0[...].ndim == 2:
-            for name, x in layer.arrays()._asdict().items():
-                getattr(layer, name).set_value(x.reshape(*x.shape[:-2], -1))
+    layers = [layer for _, _, layer in walk(model) if isinstance(layer, Hyper)]
+    of_each = [[getattr(layer, name) for name in HypernetArrays._fields] for layer in layers]
+    uses = Counter(id(variable) for variables in of_each for variable in variables)
+    for layer, variables in zip(layers, of_each, strict=True):
+        is_shared = any(uses[id(variable)] > 1 for variable in variables)
+        if _is_ordinary(layer) and not is_shared and layer.b0[...].ndim == 2:
+            for variable in variables:
+                x = variable[...]
+                variable.set_value(x.reshape(*x.shape[:-2], -1))
     return model
 
 
@@ -152,62 +157,67 @@ def generate_together(model: nnx.Module) -> None:
     """Has small kernels of one shape generated in one computation; in place, same numbers.
 
     What that saves is the start of many programs a step, which takes a GPU longer than the work in
-    them. A layer of which a parameter is another one when it is called, as within a transformation
-    of its own or after noise was added to a latent, generates its kernel then, as ever.
+    them. A layer that is called with other parameters or axes than those it has now, as within a
+    transformation of its own or after noise was added to a latent, generates its kernel then, as
+    ever; so does one with a latent or an arithmetic of its own.
 
     Args:
       model: merged within a jitted function.
     """
     alike = defaultdict(list)
     for _, _, layer in walk(model):
-        if isinstance(layer, Hyper) and _generates_by_itself(layer):
+        if isinstance(layer, Hyper) and _is_ordinary(layer) and _is_small(layer):
             inputs = layer.kernel_axis().value(), layer.z_out.value(), layer.arrays()
-            w2 = inputs[-1].w2
-            if w2.size <= MOST_TOGETHER and w2.ndim == len(layer.kernel_size) + 3:  # not stacked
-                shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(inputs))
-                alike[shapes].append((layer, inputs))
+            shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(inputs))
+            alike[shapes].append((layer, inputs))
     for group in alike.values():
         if len(group) > 1:
             layers, inputs = zip(*group, strict=True)
             for layer, kernel in zip(layers, hyper_kernels(list(inputs)), strict=True):
-                layer.made = _Made(layer, kernel.astype(layer.param_dtype))
+                _MADE[layer] = _sources(layer), kernel.astype(layer.param_dtype)
                 layer.__class__ = _with_made(type(layer))
 
 
-def _generates_by_itself(layer: Hyper) -> bool:
-    """Whether a layer has no way of its own to generate its kernel."""
-    return type(layer).kernel is Hyper.kernel and "kernel" not in vars(layer)
+def _is_ordinary(layer: Hyper) -> bool:
+    """Whether the kernel follows from the layer's arrays and ordinary latents, in the usual way."""
+    own = any(
+        getattr(type(layer), name) is not getattr(Hyper, name) or name in vars(layer)
+        for name in ("kernel", "arrays")
+    )
+    return not own and all(type(axis) in (Latent, Concat, Repeat) for axis in _axes(layer))
 
 
-class _Made:
-    """A kernel that was generated together with others, and what from."""
-
-    def __init__(self, layer: Hyper, kernel: Array):
-        self.layer, self.sources, self.kernel = weakref.ref(layer), _sources(layer), kernel
-
-    def is_of(self, layer: Hyper) -> bool:
-        """Whether it is that of a layer as the layer is now."""
-        if self.layer() is not layer:  # but a copy within a transformation
-            return False
-        return all(a is b for a, b in zip(self.sources, _sources(layer), strict=True))
-
-    def __eq__(self, other: object) -> bool:  # no part of what tells one network from another
-        return isinstance(other, _Made)
-
-    def __hash__(self) -> int:
-        return 0
+def _is_small(layer: Hyper) -> bool:
+    """Whether the work of a hypernetwork, if it is a single one and not stacked, is small."""
+    w2 = layer.w2[...]
+    return w2.ndim == len(layer.kernel_size) + 3 and w2.size <= MOST_TOGETHER
 
 
-def _sources(layer: Hyper) -> list[Array]:
-    """All arrays that the kernel follows from."""
-    latents = layer.kernel_axis().multiplicity() | layer.z_out.multiplicity()
-    return [*layer.arrays(), *(z.value() for z in latents)]
+def _axes(layer: Hyper) -> list[Axis]:
+    """The axes of the kernel, each with those that it consists of."""
+    parts = (part for axis in (layer.kernel_axis(), layer.z_out) for _, _, part in walk(axis))
+    return [part for part in parts if isinstance(part, Axis)]
+
+
+def _sources(layer: Hyper) -> list[Any]:
+    """All objects that an ordinary kernel follows from."""
+    axes = _axes(layer)
+    vectors = [axis.value() for axis in axes if isinstance(axis, Latent)]
+    return [*axes, *vectors, *layer.arrays()]
+
+
+# Kernels that were generated together, and what from, while their network is traced.
+_MADE: weakref.WeakKeyDictionary[Hyper, tuple[list[Any], Array]] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
 def _with_made(kind: type[Hyper]) -> type[Hyper]:
     def kernel(self: Hyper) -> Array:
-        return self.made.kernel if self.made.is_of(self) else kind.kernel(self)
+        if self in _MADE:  # and not a copy within a transformation
+            (before, made), now = _MADE[self], _sources(self)
+            if len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True)):
+                return made
+        return kind.kernel(self)
 
     return type(kind.__name__, (kind,), {"kernel": kernel})
 

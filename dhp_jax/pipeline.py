@@ -275,6 +275,7 @@ class _Work:
             optimizer=self._optimizer(name, schedule, proximal=budget is not None),
             budget=budget,
             skip_faulty=config.nonfinite == "skip",
+            elementwise=True,
         )
         with contextlib.closing(self._checkpoints(name, source)) as checkpoints:
             return train(

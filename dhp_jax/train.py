@@ -86,6 +86,8 @@ class Phase:
       budget: a rule that ends the phase early.
       skip_faulty: whether a batch is left out, and counted, after which anything would not be
         finite; otherwise a loss or latent that is not finite ends training.
+      elementwise: whether the optimizer treats each number by itself, whatever the shape of its
+        array, as SGD and Adam do. Then a TPU holds hypernetworks in a shape that it reads faster.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Phase:
     optimizer: Callable[[Params], optax.GradientTransformation]
     budget: Budget | None = None
     skip_faulty: bool = False
+    elementwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -276,14 +279,12 @@ class _Loop:
     def __init__(
         self, model, phase, task, data, examples, batch_size, log_every, key, observers, mesh
     ):
-        self.graphdef, optimizer, state = start(model, phase.optimizer)
-        self.mesh, self.shapes = mesh, jax.eval_shape(lambda state: state, state)
-        if (form := packed(model)) is not model:
-            *_, other = start(form, phase.optimizer)
-            sizes, before = ([x.size for x in jax.tree.leaves(tree)] for tree in (other, state))
-            if sizes == before:  # else the optimizer looks at rows and columns
-                state = other
-        self.here = jax.eval_shape(lambda state: state, state)
+        form = packed(model) if phase.elementwise else model
+        self.graphdef, optimizer, state = start(form, phase.optimizer)
+        self.mesh, self.here = mesh, jax.eval_shape(lambda state: state, state)
+        self.shapes = self.here  # of the arrays that networks have, and files
+        if form is not model:
+            self.shapes = jax.eval_shape(lambda: start(model, phase.optimizer)[-1])
         self.state = place(mesh, state)
         self.phase, self.batch_size = phase, batch_size
         self.log_every, self.observers, self.metric = log_every, observers, task.metric
@@ -468,7 +469,7 @@ class _Loop:
 
     def _model(self, params: Params, rest: nnx.State) -> nnx.Module:
         params, rest = whole((params, rest))
-        params = _in_shape(params, self.shapes.params)
+        params = jax.tree.map(jnp.asarray, _in_shape(params, self.shapes.params))
         return nnx.merge(self.graphdef, *params, rest, copy=True)
 
     def _timed(self) -> Progress:
@@ -555,11 +556,16 @@ class _Loop:
             "has_best": self.best_state is not None,
             "origin": self.origin,
         }
-        (state, best), steps = whole((self.state, self.best_state)), self.progress.steps
-        best = best and _in_shape(best, (self.shapes.params, self.shapes.rest))
-        arrays = _in_shape(state, self.shapes), best
+        arrays, steps = whole((self.state, self.best_state)), self.progress.steps
+
+        def write() -> None:
+            state, best = arrays
+            best = best and _in_shape(best, (self.shapes.params, self.shapes.rest))
+            shaped = _in_shape(state, self.shapes), best
+            self.checkpoints.save(steps, shaped, notes, wait=wait)
+
         try:
-            from_first(lambda: self.checkpoints.save(steps, arrays, notes, wait=wait))
+            from_first(write)
         except FloatingPointError as error:
             raise self._fault(f"state is not finite ({error})", steps) from error
 
@@ -794,8 +800,13 @@ def _checksum(data: Data) -> int:
 
 
 def _in_shape(arrays: Any, like: Any) -> Any:
-    """Arrays in the shapes that networks have, or in those that they have where `packed`."""
-    return jax.tree.map(lambda x, s: x if x.shape == s.shape else x.reshape(s.shape), arrays, like)
+    """Arrays in the shapes that networks have, or in those that they have where `packed`.
+
+    Those that have another one come from the device first, which need not hold both.
+    """
+    return jax.tree.map(
+        lambda x, s: x if x.shape == s.shape else np.asarray(x).reshape(s.shape), arrays, like
+    )
 
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

@@ -1,7 +1,9 @@
 """What makes networks fast on a platform computes the same numbers as what it replaces."""
 
 import functools
+import gc
 import re
+from unittest import mock
 
 from flax import nnx
 from hypothesis import given, settings
@@ -273,6 +275,26 @@ def test_a_gpu_generates_small_kernels_of_one_shape_together(monkeypatch):
     assert together == [3]
 
 
+def test_layers_on_axes_that_consist_of_others_are_generated_together(monkeypatch):
+    class Dense(nnx.Module):
+        def __init__(self, rngs):
+            z = dhp.Latent(6, rngs=rngs)
+            both = dhp.concat(dhp.repeat(dhp.Latent(3, rngs=rngs), 2), z)
+            self.layers = nnx.List([dhp.HyperConv(both, z, (3, 3), rngs=rngs) for _ in range(2)])
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = jnp.tanh(layer(jnp.concatenate([x, x], axis=-1)) / 64)
+            return x
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    made = mock.Mock(wraps=hyper_kernels)
+    monkeypatch.setattr(backend, "hyper_kernels", made)
+    losses_and_gradients(filled(Dense), drawn((4, 8, 8, 6), 0), tuned=True)
+    (inputs,), _ = made.call_args
+    assert len(inputs) == 2
+
+
 def test_a_tpu_has_both_channel_axes_of_ordinary_hypernetworks_as_one(monkeypatch):
     model, x = filled(Alike), drawn((4, 8, 8, 3), 0)
     expected, before = model(x), jax.tree.map(jnp.shape, nnx.state(model))
@@ -342,22 +364,122 @@ class Stacked(nnx.Module):
         @nnx.split_rngs(splits=2)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stage(rngs):
-            z = dhp.Latent(6, rngs=rngs)
-            return dhp.HyperConv(z, z, (3, 3), rngs=rngs)
+            z, wide = dhp.Latent(6, rngs=rngs), dhp.Latent(4, rngs=rngs)
+            both = dhp.concat(z, wide)
+            axes = [(z, wide), (both, z), (z, wide), (both, z)]
+            return nnx.List([dhp.HyperConv(*ends, (3, 3), rngs=rngs) for ends in axes])
 
         self.stages = nnx.List([stage(rngs) for _ in range(2)])
 
     def __call__(self, x):
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def through(layer, x):
-            return jnp.tanh(layer(x) / 64)
+        def through(layers, x):
+            for widen, narrow in zip(layers[::2], layers[1::2], strict=True):
+                x = jnp.tanh(narrow(jnp.concatenate([x, widen(x)], axis=-1)) / 64)
+            return x
 
         for stage in self.stages:
             x = through(stage, x)
         return x
 
 
-@pytest.mark.parametrize("kind", [Scaled, Zeroed, Penalised, Repeated, Stacked])
+class Exchanged(Square):
+    """Gives its layers other axes before they are called."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        half = dhp.Latent(3, rngs=rngs)
+        self.doubled, self.others = dhp.repeat(half, 2), dhp.concat(half, half)
+        for layer in self.layers:
+            layer.z_in = self.others
+        self.layers[0].z_in = self.z
+
+    def __call__(self, x):
+        self.layers[0].z_out = self.others
+        self.layers[1].z_in = self.doubled
+        return super().__call__(x)
+
+
+class Gain(dhp.Axis):
+    """Another axis with a factor for each channel."""
+
+    def __init__(self, base):
+        self.base, self.size, self.factors = base, base.size, nnx.Param(jnp.ones(base.size))
+
+    def value(self):
+        return self.base.value() * self.factors[...]
+
+    def multiplicity(self):
+        return self.base.multiplicity()
+
+    def keep(self, masks):
+        return self.base.keep(masks)
+
+
+class Amplified(Square):
+    """Has an axis with a parameter of its own, which it changes before its layers are called."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.gain = Gain(self.z)
+        for layer in self.layers:
+            layer.z_in = self.gain
+
+    def __call__(self, x):
+        self.gain.factors.set_value(3 * self.gain.factors[...])
+        return super().__call__(x)
+
+
+class Counting(dhp.Latent):
+    """Another value whenever it is asked for, as noise is."""
+
+    def __init__(self, size, *, rngs):
+        super().__init__(size, rngs=rngs)
+        self.asked = nnx.BatchStat(jnp.zeros(()))
+
+    def value(self):
+        self.asked.set_value(self.asked[...] + 1)
+        return super().value() + jnp.sin(self.asked[...])
+
+
+class Shaken(Square):
+    """Has a latent that changes when it is looked at."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        counting = Counting(6, rngs=rngs)
+        for layer in self.layers:
+            layer.z_in = counting
+
+
+class Bounded(dhp.HyperConv):
+    """The arrays of its hypernetwork are those of another one's range."""
+
+    def arrays(self):
+        return jax.tree.map(jnp.tanh, super().arrays())
+
+
+class Limited(Square):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.layers = nnx.List([Bounded(self.z, self.z, (3, 3), rngs=rngs) for _ in range(2)])
+
+
+class Tied(Square):
+    """Two layers have one array between them."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.layers[1].w2 = self.layers[0].w2
+
+
+PECULIAR = [
+    *(Scaled, Zeroed, Penalised, Repeated, Stacked, Exchanged),
+    *(Amplified, Shaken, Limited, Tied),
+]
+
+
+@pytest.mark.parametrize("kind", PECULIAR)
 def test_on_a_gpu_networks_that_do_more_than_call_their_layers_compute_the_same(kind, monkeypatch):
     model, x = filled(kind), drawn((4, 8, 8, 6), 0)
     theirs = losses_and_gradients(model, x, tuned=False)
@@ -366,6 +488,29 @@ def test_on_a_gpu_networks_that_do_more_than_call_their_layers_compute_the_same(
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", PECULIAR)
+def test_on_a_tpu_networks_that_do_more_than_call_their_layers_compute_the_same(kind, monkeypatch):
+    model, x = filled(kind), drawn((4, 8, 8, 6), 0)
+    (expected, (theirs, _)), grads = losses_and_gradients(model, x, tuned=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    (found, (ours, _)), packed_grads = losses_and_gradients(packed(model), x, tuned=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a.reshape(b.shape), b, rtol=2e-3, atol=2e-3)
+
+
+def test_no_kernel_made_for_a_gpu_outlives_its_network(monkeypatch):
+    class Jitted(Square):
+        def __call__(self, x):
+            return nnx.jit(lambda layers, x: layers[1](layers[0](x)))(self.layers, x)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    losses_and_gradients(filled(Jitted), drawn((4, 8, 8, 6), 0), tuned=True)
+    gc.collect()
+    assert not backend._MADE
 
 
 def test_between_gradients_made_together_and_what_follows_is_a_barrier(monkeypatch):

@@ -8,7 +8,6 @@ import logging
 import shutil
 from unittest import mock
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from networks import arrays, filled
@@ -25,7 +24,7 @@ from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.prune import survivor_counts
 from dhp_jax.resume import CheckpointError, Checkpoints
 from dhp_jax.tasks import Classification
-from dhp_jax.train import Budget, OriginError, Phase, Stopped, train
+from dhp_jax.train import Budget, OriginError, Phase, Stopped, make_step, train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -505,46 +504,72 @@ def test_a_run_that_dies_within_a_long_test_goes_on_with_the_same_bits(
     assert "step" in after.events
 
 
+def as_on_a_tpu(patch):
+    """Has states in the form of a TPU from here on; returns how many axes their arrays have."""
+    dimensions = set()
+
+    def packed_there(model):
+        with mock.patch.object(jax, "default_backend", return_value="tpu"):
+            return packed(model)
+
+    def stepping(structure, *given, **named):
+        step = make_step(structure, *given, **named)
+
+        def observed(arrays, *inputs):
+            dimensions.update(array.ndim for array in arrays)
+            return step(arrays, *inputs)
+
+        return observed
+
+    patch.setattr("dhp_jax.train.packed", packed_there)
+    patch.setattr("dhp_jax.train.make_step", stepping)
+    return dimensions
+
+
+@pytest.mark.parametrize("step", [4, 7])
 @pytest.mark.parametrize("first_packed", [True, False])
 def test_a_phase_goes_on_in_the_form_that_another_platform_keeps_its_state_in(
-    net, undisturbed, tmp_path, monkeypatch, first_packed
+    net, tmp_path, monkeypatch, first_packed, step
 ):
-    phase, expected, seen = undisturbed
-    forms = []
-
-    def as_a_tpu_does(model):
-        with mock.patch.object(jax, "default_backend", return_value="tpu"):
-            model = packed(model)
-        forms.append({x.ndim for x in jax.tree.leaves(nnx.state(model))})
-        return model
-
+    phase = dataclasses.replace(phase_of(net, budget=False), elementwise=True)
+    expected, seen = trained(net, phase)
     for is_packed in (first_packed, not first_packed):
         with monkeypatch.context() as changed:
+            dimensions = as_on_a_tpu(changed) if is_packed else set()
+            found, witness = trained(
+                net, phase, tmp_path, step if is_packed == first_packed else None
+            )
             if is_packed:
-                changed.setattr("dhp_jax.train.packed", as_a_tpu_does)
-            found, witness = trained(net, phase, tmp_path, 4 if is_packed == first_packed else None)
-    assert 4 in set.union(*forms)  # (kh, kw, m, in * out)
-    assert 5 not in set.union(*forms)
+                assert 4 in dimensions  # (kh, kw, m, in * out)
+                assert 5 not in dimensions
     assert witness.records[-1].keys() == seen.records[-1].keys()
     for name in ("model", "best_model"):
         ours, theirs = (arrays(getattr(outcome, name)) for outcome in (found, expected))
         assert ours.keys() == theirs.keys()
         for path, array in theirs.items():
+            assert isinstance(ours[path], type(array))
             np.testing.assert_allclose(ours[path], array, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
-def test_an_optimizer_that_looks_at_rows_and_columns_gets_them_on_every_platform(net, monkeypatch):
-    def as_a_tpu_does(model):
-        with mock.patch.object(jax, "default_backend", return_value="tpu"):
-            return packed(model)
+def kernels_only(params):
+    return jax.tree.map(lambda array: array.ndim > 1, params)
 
-    phase = dataclasses.replace(
-        phase_of(net, budget=False),
-        optimizer=lambda params: optax.adafactor(0.1, min_dim_size_to_factor=2),
-    )
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: optax.adafactor(0.1, min_dim_size_to_factor=2),
+        lambda params: optax.adamw(0.01, weight_decay=1.0, mask=kernels_only),
+    ],
+)
+def test_an_optimizer_that_looks_at_shapes_gets_those_of_the_network_everywhere(
+    net, monkeypatch, make
+):
+    phase = dataclasses.replace(phase_of(net, budget=False), optimizer=make)
     expected, _ = trained(net, phase)
-    monkeypatch.setattr("dhp_jax.train.packed", as_a_tpu_does)
+    dimensions = as_on_a_tpu(monkeypatch)
     found, _ = trained(net, phase)
+    assert 5 in dimensions
     check_same_outcome(found, expected)
 
 
