@@ -315,7 +315,11 @@ def prune_to(
         budget = {"flops": 1.0, **budget}
     selection(by, budget)  # so that what it refuses is told before any work
     cost = measure_cost(model, input_shape)
-    check_budget(model, cost, multiple_of, **budget)
+    try:
+        check_budget(model, cost, multiple_of, **budget)
+    except BudgetError:
+        check_axes(model, input_shape)  # a layer that cannot be pruned is told as that
+        raise
     check_axes(model, input_shape)
     timed = None if latency is None else clock(model, input_shape, batch)
     chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)

@@ -276,7 +276,7 @@ def check_axis(argument: str, axis: Axis) -> None:
     """Raises a `ValueError` that names `argument` unless `axis` is an axis."""
     if not isinstance(axis, Axis):
         raise ValueError(
-            f"{argument}: expected a Latent, or a concat or repeat of latents, got {axis!r}"
+            f"{argument}: expected a Latent, or a concat or repeat of latents, got {shown(axis)}"
         )
 
 

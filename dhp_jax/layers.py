@@ -394,7 +394,8 @@ class Linear(nnx.Linear):
       **options: as in `nnx.Linear`.
 
     Raises:
-      ValueError: `z_in` is no axis; when called, an input with another feature count.
+      ValueError: `z_in` is no axis, or `out_features` is one; when called, an input with another
+        feature count.
 
     Example:
       >>> classifier = dhp.Linear(z, 10, rngs=rngs)
@@ -402,6 +403,11 @@ class Linear(nnx.Linear):
 
     def __init__(self, z_in: Axis, out_features: int, **options: Any):
         check_axis("Linear: z_in", z_in)
+        if isinstance(out_features, Axis):
+            raise ValueError(
+                "Linear: out_features: expected a number, for outputs are never pruned; got a "
+                f"{type(out_features).__name__}: a hidden layer is HyperConv(z_in, z_out, (1, 1))"
+            )
         super().__init__(z_in.size, out_features, **options)
         self.z_in = z_in
 

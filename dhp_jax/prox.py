@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
+import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG  # optax's own error text has no public name
 
@@ -91,7 +92,8 @@ def prox_l1(
       `ProxState` with one. Updates keep their dtype, unless the parameter's is wider.
 
     Raises:
-      ValueError: a negative number; from `update`, `params` missing.
+      ValueError: a negative number, or neither number nor schedule; from `update`, `params`
+        missing.
 
     Example:
       >>> tx = optax.chain(optax.sgd(0.1), prox_l1(strength=1.0, learning_rate=0.1))
@@ -103,6 +105,9 @@ def prox_l1(
     References:
       Parikh, Boyd, Proximal Algorithms, 2014, section 6.5.2; DHP (arXiv 2003.13683), equation 8.
     """
+
+    if where is not None and not callable(where):
+        raise ValueError(f"prox_l1: where: expected a function or None, got {where!r}")
 
     def shrink(target: Array, amount: Array) -> Array:
         shrunk = soft_threshold(target, amount)
@@ -135,7 +140,8 @@ def prox_l2(
       A transformation whose `update` needs `params`; state and dtypes as in `prox_l1`.
 
     Raises:
-      ValueError: a negative number; from `update`, `params` missing.
+      ValueError: a negative number, or neither number nor schedule; from `update`, `params`
+        missing.
 
     Example:
       >>> tx = optax.chain(optax.sgd(0.1), prox_l2(strength=1.0, learning_rate=0.1))
@@ -160,8 +166,10 @@ def _proximal(
     learning_rate: ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     for argument, value in (("strength", strength), ("learning_rate", learning_rate)):
-        if isinstance(value, Real) and not value >= 0:
-            raise ValueError(f"{name}: {argument}: expected a number >= 0, got {value!r}")
+        negative = isinstance(value, Real) and not value >= 0
+        if negative or not (callable(value) or isinstance(value, Real | np.ndarray | jax.Array)):
+            schedule = "" if negative else " or a schedule"
+            raise ValueError(f"{name}: {argument}: expected a number >= 0{schedule}, got {value!r}")
     scheduled = callable(strength) or callable(learning_rate)
 
     def init(params: optax.Params) -> optax.OptState:

@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
-from functools import partial
 import math
 from numbers import Real
 from typing import Any
@@ -16,9 +15,9 @@ import numpy as np
 
 from dhp_jax.architecture import architecture_of, set_architecture
 from dhp_jax.cost import MEASURES, Cost, Counts, input_refused
-from dhp_jax.latent import Axis, Latent, latents, latents_to_prune, modules_in
+from dhp_jax.latent import Axis, Latent, latents, latents_to_prune, modules_in, walk
 from dhp_jax.layers import Prunable
-from dhp_jax.names import unknown
+from dhp_jax.names import shown, unknown
 from dhp_jax.widths import Multiples, multiples
 
 Masks = Mapping[str, np.ndarray]
@@ -35,10 +34,13 @@ class BudgetError(ValueError):
 def survivor_mask(
     vector: Float[Array, " size"], threshold: float, min_channels: int
 ) -> Bool[Array, " size"]:
-    """The entries with `|z| >= min(threshold, the min_channels-th largest |z|)`; usable in jit."""
+    """The entries with `|z| >= threshold`, and the `min_channels` largest; usable in jit.
+
+    Of equal ones, as those that the proximal step has made zero, the first are the larger.
+    """
     magnitude = jnp.abs(vector)
-    smallest_kept = jnp.sort(magnitude)[vector.size - min(min_channels, vector.size)]
-    return magnitude >= jnp.minimum(threshold, smallest_kept)
+    _, largest = jax.lax.top_k(magnitude, min(min_channels, vector.size))
+    return (magnitude >= threshold).at[largest].set(True)
 
 
 def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarray]:
@@ -47,21 +49,25 @@ def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarra
     Args:
       model: a network of latents.
       threshold: entries of smaller magnitude go, except that every latent keeps its
-        `min_channels` largest; latents that are not prunable keep everything.
+        `min_channels` largest (the first of those that are equal); latents that are not prunable
+        keep everything.
 
     Returns:
       A boolean mask for each latent by name (see `dhp.latents`).
 
     Raises:
-      ValueError: a negative threshold.
+      ValueError: a threshold that is no number of at least 0; a latent that is not finite.
 
     Example:
       >>> {name: int(mask.sum()) for name, mask in dhp.survivors(model, threshold=5e-3).items()}
 
     Reference: DHP (arXiv 2003.13683), section 3.3.
     """
-    if not threshold >= 0:
+    if not isinstance(threshold, Real | np.ndarray | jax.Array) or not threshold >= 0:
         raise ValueError(f"threshold: expected a number >= 0, got {threshold!r}")
+    for name, z in latents(model).items():
+        if not np.isfinite(z.value()).all():
+            raise ValueError(f"model: expected finite latents, got NaN or infinity in {name!r}")
     return {
         name: np.asarray(survivor_mask(z.value(), threshold, z.min_channels))
         if z.prunable
@@ -71,7 +77,7 @@ def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarra
 
 
 def survivor_counts(model: nnx.Module, threshold: float) -> dict[str, Array]:
-    """How many entries of each latent survive a threshold; usable in jit.
+    """How many entries of each latent survive a threshold, as of `survivor_mask`; usable in jit.
 
     Latents that are alike are counted together, which is one small piece of work for an accelerator
     and not one for each.
@@ -82,9 +88,9 @@ def survivor_counts(model: nnx.Module, threshold: float) -> dict[str, Array]:
     for name, z in named.items():
         if z.prunable:
             alike[z.size, z.min_channels][name] = z.value()
-    for (_, min_channels), vectors in alike.items():
-        mask = partial(survivor_mask, threshold=threshold, min_channels=min_channels)
-        kept = jnp.sum(jax.vmap(mask)(jnp.stack(list(vectors.values()))), axis=1)
+    for (size, min_channels), vectors in alike.items():
+        reach_it = jnp.abs(jnp.stack(list(vectors.values()))) >= threshold
+        kept = jnp.maximum(jnp.sum(reach_it, axis=1), min(min_channels, size))
         counts |= dict(zip(vectors, kept, strict=True))
     return counts
 
@@ -365,7 +371,7 @@ def replaced(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> Any:
 def check_masks(model: nnx.Module, keep: Masks) -> None:
     """Raises unless there is a mask for every latent, of its size, that keeps what has to stay."""
     expected = latents_to_prune(model) if keep else latents(model)
-    for name in expected.keys() ^ keep.keys():
+    for name in [*(n for n in keep if n not in expected), *(n for n in expected if n not in keep)]:
         what = "has no mask for latent" if name in expected else "has a mask for unknown latent"
         raise ValueError(f"keep: {what} {name!r}; the model's latents are {sorted(expected)}")
     for name, z in expected.items():
@@ -387,19 +393,22 @@ def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
 
     Prunes the model in several ways, so that any two latents lose different numbers of channels in
     at least one of them, and each loses some, and traces the forward passes; nothing is computed.
-    It sees numbers of channels, not their order, and no latents of 1 or 2 channels.
+    It sees numbers of channels, not their order, and no latents of 1 or 2 channels; nor that the
+    network's own outputs, if their latent is prunable, become fewer.
 
     Args:
       model: a network of latents; left as it was.
       input_shape: shape of one example, `(height, width, channels)`.
 
     Raises:
-      ValueError: axes of different latents meet (it tells which), or the model does not take such
-        an input.
+      ValueError: no network; axes of different latents meet, or one and something of fixed width
+        (it tells which); or the model does not take such an input.
 
     Example:
       >>> dhp.check_axes(model, (32, 32, 3))
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"model: expected a network, got {shown(model)}")
     sizes = {name: z.size for name, z in latents(model).items()}
     prunable = [name for name, z in latents(model).items() if z.prunable and z.size > 2]
     numbers = {name: number for number, name in enumerate(prunable, start=1)}  # 0: not pruned
@@ -412,16 +421,35 @@ def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
             whole_error = _forward_error(model, input_shape, sizes, {})
             if whole_error is not None:
                 raise ValueError(input_refused(input_shape, whole_error))
-            clashing = [
-                f"{name!r} ({sizes[name]} channels)"
-                for name in numbers
-                if _forward_error(model, input_shape, sizes, {name: 1}) is not None
-            ]
+            alone = {n: _forward_error(model, input_shape, sizes, {n: 1}) for n in numbers}
+            clashing = [name for name in numbers if alone[name] is not None]
+            if len(clashing) == 1:
+                error = alone[clashing[0]]
+                fixed = [*_of_fixed_width(model, sizes[clashing[0]]), "a number in its code"]
+                what = f"an axis meets something of fixed width, such as {' or '.join(fixed)}"
+            else:
+                what = "axes that meet are not the same latent"
+            names = " or ".join(f"{name!r} ({sizes[name]} channels)" for name in clashing)
             raise ValueError(
-                f"model: axes that meet are not the same latent; pruning {' or '.join(clashing)} "
-                f"alone breaks the forward pass: {str(error).splitlines()[0]}"
+                f"model: {what}; pruning {names} alone breaks the forward pass: "
+                f"{str(error).splitlines()[0]}"
             )
         place *= base
+
+
+def _of_fixed_width(model: nnx.Module, width: int) -> list[str]:
+    """What in a model has an axis of so many numbers that pruning does not change."""
+    named = latents(model).items()
+    found = [f"latent {name!r}" for name, z in named if z.size == width and not z.prunable]
+    for path, _, module in walk(model):
+        if not isinstance(module, Axis | Prunable):
+            own = {name: v for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
+            names = [name for name, v in own.items() if width in jnp.shape(v.get_value())]
+            if names and path:
+                found.append(f"{path!r} ({type(module).__name__})")
+            else:
+                found += [f"{name!r} ({type(own[name]).__name__})" for name in names]
+    return found
 
 
 def _forward_error(model, input_shape, sizes, removed) -> Exception | None:

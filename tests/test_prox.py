@@ -241,6 +241,20 @@ def test_missing_params_raise_the_error_of_optax(make):
 
 
 @pytest.mark.parametrize("make", [dhp.prox_l1, dhp.prox_l2])
+@pytest.mark.parametrize("value", ["0.5", None, [0.1]])
+def test_what_is_neither_number_nor_schedule_is_refused(make, value):
+    for name in ("strength", "learning_rate"):
+        with pytest.raises(ValueError, match="expected a number >= 0 or a schedule") as raised:
+            make(**{"strength": 1.0, name: value})
+        assert str(raised.value).startswith(f"{make.__name__}: {name}: ")
+
+
+def test_a_condition_that_is_no_function_is_refused():
+    with pytest.raises(ValueError, match=r"^prox_l1: where: expected a function or None, got 3$"):
+        dhp.prox_l1(1.0, where=3)
+
+
+@pytest.mark.parametrize("make", [dhp.prox_l1, dhp.prox_l2])
 @pytest.mark.parametrize("value", [-1, -0.5, float("nan"), np.float32(-1), np.int64(-2)])
 def test_negative_numbers_are_refused(make, value):
     expected = f"expected a number >= 0, got {value!r}"

@@ -33,6 +33,7 @@ from dhp_jax.prune import (
     check_budget,
     latent_history,
     smallest_ratio,
+    survivor_counts,
     survivor_mask,
     survivors_within,
 )
@@ -85,12 +86,32 @@ def test_the_history_of_a_search_counts_prunable_latents_only():
 @settings(deadline=None, derandomize=True, max_examples=30)
 def test_survivors_are_those_of_the_definition(vector, threshold, min_channels):
     magnitude = np.abs(vector)
-    nth_largest = sorted(magnitude, reverse=True)[min(min_channels, len(vector)) - 1]
-    expected = magnitude >= min(np.float32(threshold), nth_largest)
+    largest = sorted(range(len(vector)), key=lambda i: (-magnitude[i], i))[:min_channels]
+    expected = magnitude >= np.float32(threshold)
+    expected[largest] = True
     found = np.asarray(survivor_mask(jnp.asarray(vector), threshold, min_channels))
     np.testing.assert_array_equal(found, expected)
-    assert found.sum() >= min(min_channels, len(vector))
-    assert found[magnitude >= threshold].all()
+
+
+def test_a_latent_that_is_not_finite_has_no_survivors():
+    model = resnet20()
+    name, z = next((name, z) for name, z in dhp.latents(model).items() if z.prunable)
+    z.vector.set_value(z.vector[...].at[1].set(jnp.nan))
+    with pytest.raises(ValueError, match=f"finite latents, got NaN or infinity in '{name}'"):
+        dhp.survivors(model)
+
+
+@pytest.mark.parametrize("left", range(6))
+def test_of_channels_that_are_all_gone_no_more_survive_than_have_to(left):
+    class Alone(nnx.Module):
+        def __init__(self, rngs):
+            self.z = dhp.Latent(16, rngs=rngs)
+
+    model = filled(Alone)
+    model.z.vector.set_value(jnp.where(jnp.arange(16) >= 16 - left, 1.0, 0.0))
+    kept = dhp.survivors(model)["z"]
+    assert kept[16 - left :].all()
+    assert kept.sum() == survivor_counts(model, 5e-3)["z"] == max(4, left)
 
 
 def test_survivors_are_the_same_inside_jit():
@@ -401,6 +422,10 @@ def test_layers_in_every_kind_of_container_are_pruned(container):
     [
         (lambda m: m.pop("left.z_out"), "keep: has no mask for latent 'left.z_out'; the model's"),
         (lambda m: m.update(other=np.ones(2, bool)), "keep: has a mask for unknown latent 'other'"),
+        (
+            lambda m: m.update({"lefty": m.pop("left.z_out")}),
+            "keep: has a mask for unknown latent 'lefty'",
+        ),
         (lambda m: m.update({"left.z_out": np.ones(6, bool)}), "got bool of shape (6,) that keeps"),
         (
             lambda m: m.update({"left.z_out": np.zeros(7, bool)}),
@@ -669,8 +694,11 @@ def test_an_addition_of_two_latents_is_found_and_both_are_named():
 
 
 def test_an_addition_to_a_latent_that_is_not_prunable_is_found():
-    with pytest.raises(ValueError, match=r"pruning 'a\.z_out' \(8 channels\) alone breaks"):
+    with pytest.raises(
+        ValueError, match=r"pruning 'a\.z_out' \(8 channels\) alone breaks"
+    ) as raised:
         dhp.check_axes(added(8, fixed=True), (4, 4, 3))
+    assert "fixed width, such as latent 'b.z_out' or a number in its code;" in str(raised.value)
 
 
 def test_an_addition_to_an_ordinary_layer_is_found():
@@ -679,8 +707,27 @@ def test_an_addition_to_an_ordinary_layer_is_found():
         ordinary = nnx.Conv(3, 8, (1, 1), rngs=rngs)
         return Net(lambda net, x: net.a(x) + net.b(x), a=conv(image, a, rngs), b=ordinary)
 
-    with pytest.raises(ValueError, match=r"pruning 'a\.z_out' \(8 channels\) alone breaks"):
+    with pytest.raises(
+        ValueError, match=r"pruning 'a\.z_out' \(8 channels\) alone breaks"
+    ) as raised:
         dhp.check_axes(filled(make), (4, 4, 3))
+    assert "fixed width, such as 'b' (Conv) or a number in its code;" in str(raised.value)
+
+
+def test_a_parameter_that_was_forgotten_is_found_before_a_budget_is_refused():
+    def make(rngs):
+        image, a = image_and(8, rngs=rngs)
+        net = Net(lambda net, x: net.a(x) * net.scale[...], a=conv(image, a, rngs))
+        net.scale = nnx.Param(jnp.ones(8))
+        return net
+
+    with pytest.raises(ValueError, match=r"fixed width, such as 'scale' \(Param\) or a number"):
+        dhp.prune_to(filled(make), (4, 4, 3), flops=0.01)
+
+
+def test_only_the_axes_of_networks_can_be_checked():
+    with pytest.raises(ValueError, match=r"^model: expected a network, got <class"):
+        dhp.check_axes(Net, (4, 4, 3))
 
 
 def test_an_axis_that_lacks_a_part_of_a_concatenation_is_found():
