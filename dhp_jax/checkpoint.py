@@ -27,7 +27,7 @@ from dhp_jax.fold import contracted
 from dhp_jax.latent import latents
 from dhp_jax.names import shown, unknown
 from dhp_jax.prune import prune
-from dhp_jax.reuse import narrowed
+from dhp_jax.reuse import built, narrowed
 from dhp_jax.schema import (
     DTYPES,
     FORMAT,
@@ -121,9 +121,9 @@ def load(
 
     Args:
       path: the folder; the two files in it may not be links.
-      build: for a network of your own class: makes the unpruned network, as `build(rngs)`. Random
-        state that the file lacks, of a layer of dropout that is new, is that of
-        `build(nnx.Rngs(0))`.
+      build: for a network of your own class: makes the unpruned network, as `build(rngs)` or
+        `build(rngs=rngs)`, whichever it takes. Random state that the file lacks, of a layer of
+        dropout that is new, is that of `build(nnx.Rngs(0))`.
 
     Returns:
       The network, in evaluation mode and ready to call; `.train()` makes it ready for fine-tuning.
@@ -156,7 +156,7 @@ def load(
     gained, known = nnx.split_state(abstract, _random_besides(description["arrays"]), ...)
     state = _filled(known, description["arrays"], path)
     if gained:
-        state = nnx.merge_state(state, _drawn(lambda: make(build(nnx.Rngs(0)))[1], gained))
+        state = nnx.merge_state(state, _drawn(lambda: make(built(build, nnx.Rngs(0)))[1], gained))
     model = nnx.merge(graphdef, state)
     model.eval()
     return model
@@ -345,7 +345,7 @@ def _of_function(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     """The unpruned network that the reader's own function makes, abstractly."""
 
     def made() -> nnx.Module:
-        model = build(nnx.Rngs(0))
+        model = built(build, nnx.Rngs(0))
         if not isinstance(model, nnx.Module):
             raise TypeError(f"it returns {shown(model)}")
         return model

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+import inspect
 
 from flax import nnx
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def with_latents(
             f"build: expected {'a function' if made.family is None else 'none'} for a network of "
             f"{'your own class' if made.family is None else f'family {made.family!r}'}"
         )
-    whole = build(rngs) if build else models.build(made.family, rngs=rngs, **made.arguments)
+    whole = built(build, rngs) if build else models.build(made.family, rngs=rngs, **made.arguments)
     fresh = narrowed(whole, made.survivors)
     _take_over(model, fresh)
     fresh.train()
@@ -200,3 +201,13 @@ def with_classes(model: nnx.Module, num_classes: int, *, rngs: nnx.Rngs) -> nnx.
     arguments = {**made.arguments, "num_classes": num_classes}
     set_architecture(model, replace(made, arguments=arguments))
     return model
+
+
+def built(build: Callable[..., nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """What a function or class makes that takes `rngs`, by name alone as families do or not."""
+    try:
+        given = inspect.signature(build).parameters.get("rngs")
+    except (TypeError, ValueError):  # nothing that is called, or a builtin
+        given = None
+    by_name = given is not None and given.kind is inspect.Parameter.KEYWORD_ONLY
+    return build(rngs=rngs) if by_name else build(rngs)

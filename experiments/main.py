@@ -61,7 +61,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except FloatingPointError as error:
         in_training = options.config.nonfinite == "stop" and "the test" not in str(error)
-        hint = "; --config.nonfinite=skip leaves such batches out" if in_training else ""
+        rate = f"--config.{str(error).split(':')[0]}.learning_rate"
+        hint = f"; try a smaller {rate}; --config.nonfinite=skip leaves such batches out"
+        hint = hint if in_training else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return 1
     except OSError as error:

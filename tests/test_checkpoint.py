@@ -64,7 +64,8 @@ def test_a_network_of_ones_own_is_loaded_with_the_function_that_builds_it(tmp_pa
     model = filled(Mixed)
     model = dhp.prune(model, drawn_masks(model, 0)) if pruned else model
     dhp.save(tmp_path, model)
-    check_same_network(dhp.load(tmp_path, build=Mixed), model, images(2, *MIXED_INPUT))
+    for build in (Mixed, lambda *, rngs: Mixed(rngs)):
+        check_same_network(dhp.load(tmp_path, build=build), model, images(2, *MIXED_INPUT))
 
 
 def test_a_loaded_network_can_be_saved_and_loaded_again(tmp_path):

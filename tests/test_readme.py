@@ -30,7 +30,7 @@ def test_the_quick_start_prunes_a_network_of_the_reader_in_30_lines(in_tmp_path,
     still = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
     optimizer.update(model, still)  # a step without a gradient: what moves is shrunk
     for name, z in dhp.latents(model).items():
-        amount = 0.5 * 1e-2 if z.prunable else 0.0
+        amount = 0.5 * 1e-3 if z.prunable else 0.0
         expected = np.sign(latents[name]) * np.maximum(np.abs(latents[name]) - amount, 0)
         np.testing.assert_allclose(z.value(), expected, atol=1e-7)
     before, after, small = names["before"], names["after"], names["small"]

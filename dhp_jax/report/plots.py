@@ -72,7 +72,7 @@ def _plot_channels(axes: "Axes", result: Result) -> None:
     axes.margins(x=0.01)
     axes.set_ylabel("output channels")
     axes.set_title("Channels kept per layer", loc="left")
-    axes.legend(frameon=False, ncols=2, loc="upper left")
+    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def _plot_ratio(axes: "Axes", result: Result) -> None:
