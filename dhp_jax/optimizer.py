@@ -60,7 +60,7 @@ def prunable_latents(params: PyTree) -> PyTree:
       A tree of booleans, one a variable.
 
     Raises:
-      ValueError: a tree of arrays without variables.
+      ValueError: a tree of arrays without variables, or a model.
 
     Example:
       >>> mask = dhp.prunable_latents(nnx.state(model, nnx.Param))
@@ -68,6 +68,11 @@ def prunable_latents(params: PyTree) -> PyTree:
       >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), shrink)
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     """
+    if isinstance(params, nnx.Module):
+        raise ValueError(
+            "prunable_latents: expected a state, such as nnx.state(model, nnx.Param); "
+            f"got a {type(params).__name__}"
+        )
     leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, nnx.Variable))
     if leaves and not any(isinstance(leaf, nnx.Variable) for leaf in leaves):
         raise ValueError(

@@ -185,9 +185,8 @@ def parse(arguments: Sequence[str]) -> flags.FlagValues:
     given = {name: value if equals else None for name, equals, value in named}
     path = Path(given.get("config") or "")
     if not path.is_file():
-        raise ValueError(
-            f"--config: expected --config=FILE, such as {EXAMPLE}; got {given.get('config')!r}"
-        )
+        got = repr(given.get("config")) + (given.get("config") is not None) * ", which is no file"
+        raise ValueError(f"--config: expected --config=FILE, such as {EXAMPLE}; got {got}")
     try:
         module = runpy.run_path(str(path))
     except Exception as error:  # whatever a file that is no configuration may raise

@@ -96,8 +96,8 @@ def test_wrong_input_is_refused_in_one_line_before_any_work(
     ("arguments", "got"),
     [
         ([], "None"),
-        (["--config="], "''"),
-        (["--config=missing.py"], "'missing.py'"),
+        (["--config="], "'', which is no file"),
+        (["--config=missing.py"], "'missing.py', which is no file"),
         (["--config.target=0.4"], "None"),
     ],
 )

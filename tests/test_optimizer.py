@@ -209,3 +209,5 @@ def test_shrinking_is_the_same_inside_jit():
 def test_a_mask_of_bare_arrays_is_refused_rather_than_empty():
     with pytest.raises(ValueError, match=r"prunable_latents: expected a state of nnx\.Variables"):
         dhp.prunable_latents({"z": jnp.ones(4)})
+    with pytest.raises(ValueError, match=r"such as nnx\.state\(model, nnx\.Param\); got a Mixed"):
+        dhp.prunable_latents(filled(Mixed))
