@@ -30,6 +30,7 @@ from dhp_jax.layers import (
     HyperConvTranspose,
     Linear,
 )
+from dhp_jax.names import shown
 
 logger = logging.getLogger(__name__)
 
@@ -192,14 +193,15 @@ def measure_cost(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
       `.amounts(counts)` or `.shares(counts)` of what survives, by these names.
 
     Raises:
-      ValueError: the forward pass fails on such an input, for instance because it adds axes of
-        latents of different lengths.
+      ValueError: no shape of an example; the forward pass fails on such an input, for instance
+        because it adds axes of latents of different lengths.
 
     Example:
       >>> cost = dhp.measure_cost(model, (32, 32, 3))
       >>> cost.flops, cost.params, cost.activations
       (41214592, 272474, 1605672)
     """
+    check_input_shape(input_shape)
     calls, names = _trace(model, input_shape)
     layers, seen = [], set()
     for path, layer, output in calls:
@@ -313,6 +315,16 @@ def _trace(model, input_shape):
             kinds,
         )
     return calls, names
+
+
+def check_input_shape(input_shape: tuple[int, ...]) -> None:
+    """Raises unless it may be the shape of one example."""
+    listed = isinstance(input_shape, tuple | list) and len(input_shape) > 0
+    if not listed or not all(isinstance(n, int | np.integer) and n >= 1 for n in input_shape):
+        raise ValueError(
+            "input_shape: expected positive integers, such as (height, width, channels); got "
+            f"{shown(input_shape)}"
+        )
 
 
 def input_refused(input_shape: tuple[int, ...], error: Exception) -> str:

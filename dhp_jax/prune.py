@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 import numpy as np
 
 from dhp_jax.architecture import architecture_of, set_architecture
-from dhp_jax.cost import MEASURES, Cost, Counts, input_refused
+from dhp_jax.cost import MEASURES, Cost, Counts, check_input_shape, input_refused
 from dhp_jax.latent import Axis, Latent, latents, latents_to_prune, modules_in, walk
 from dhp_jax.layers import Prunable
 from dhp_jax.names import shown, unknown
@@ -409,6 +409,7 @@ def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(f"model: expected a network, got {shown(model)}")
+    check_input_shape(input_shape)
     sizes = {name: z.size for name, z in latents(model).items()}
     prunable = [name for name, z in latents(model).items() if z.prunable and z.size > 2]
     numbers = {name: number for number, name in enumerate(prunable, start=1)}  # 0: not pruned

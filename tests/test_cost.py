@@ -558,3 +558,10 @@ def test_a_layer_that_is_called_under_remat_is_counted():
     cost = dhp.measure_cost(Remat(nnx.Rngs(0)), (5, 5, 1))
     assert (cost.flops, cost.params) == (5 * 5 * 9 * 8, 9 * 8 + 8)
     assert cost.given({"conv.z_in": 1, "conv.z_out": 3}) == (5 * 5 * 9 * 3, 9 * 3 + 3)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3), (8, 8, -3), (8.0, 8, 3), (), None, 8, "883"])
+def test_what_is_no_shape_of_an_example_is_refused(shape):
+    for function in (dhp.measure_cost, dhp.check_axes):
+        with pytest.raises(ValueError, match=r"^input_shape: expected positive integers, such as"):
+            function(resnet20(), shape)
