@@ -426,7 +426,7 @@ def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
             clashing = [name for name in numbers if alone[name] is not None]
             if len(clashing) == 1:
                 error = alone[clashing[0]]
-                fixed = [*_of_fixed_width(model, sizes[clashing[0]]), "a number in its code"]
+                fixed = [*_of_fixed_width(model, sizes[clashing[0]])[:3], "a number in its code"]
                 what = f"an axis meets something of fixed width, such as {' or '.join(fixed)}"
             else:
                 what = "axes that meet are not the same latent"
@@ -445,7 +445,7 @@ def _of_fixed_width(model: nnx.Module, width: int) -> list[str]:
     for path, _, module in walk(model):
         if not isinstance(module, Axis | Prunable):
             own = {name: v for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
-            names = [name for name, v in own.items() if width in jnp.shape(v.get_value())]
+            names = [n for n, v in own.items() if width in getattr(v.get_value(), "shape", ())]
             if names and path:
                 found.append(f"{path!r} ({type(module).__name__})")
             else:
