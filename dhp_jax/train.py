@@ -338,10 +338,8 @@ class _Loop:
         self.began = time.perf_counter()
         if notes:
             self._check_origin(notes["origin"])
-            state, best = saved
-            state = _in_shape(state, self.here)
-            best = best and _in_shape(best, (self.here.params, self.here.rest))
-            self.state, self.best_state = _copy(place(self.mesh, (state, best)))
+            saved = _in_shape(saved, _with_best(self.here, notes["has_best"]))
+            self.state, self.best_state = _copy(place(self.mesh, saved))
             self.progress, self.records = Progress(**notes["progress"]), notes["records"]
             self.began -= self.progress.seconds
         self.told = self.progress.steps
@@ -360,8 +358,7 @@ class _Loop:
         return notes and arrays_from_first(saved, self._like(notes)), notes
 
     def _like(self, notes: dict[str, Any]) -> tuple[TrainState, tuple | None]:
-        best = (self.shapes.params, self.shapes.rest) if notes["has_best"] else None
-        return self.shapes, best
+        return _with_best(self.shapes, notes["has_best"])
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
         """Makes the examples of the steps that are left ready to be used."""
@@ -557,15 +554,11 @@ class _Loop:
             "origin": self.origin,
         }
         arrays, steps = whole((self.state, self.best_state)), self.progress.steps
-
-        def write() -> None:
-            state, best = arrays
-            best = best and _in_shape(best, (self.shapes.params, self.shapes.rest))
-            shaped = _in_shape(state, self.shapes), best
-            self.checkpoints.save(steps, shaped, notes, wait=wait)
-
+        like = _with_best(self.shapes, notes["has_best"])
         try:
-            from_first(write)
+            from_first(
+                lambda: self.checkpoints.save(steps, _in_shape(arrays, like), notes, wait=wait)
+            )
         except FloatingPointError as error:
             raise self._fault(f"state is not finite ({error})", steps) from error
 
@@ -797,6 +790,11 @@ def _checksum(data: Data) -> int:
     for leaf in jax.tree.leaves(data):
         checksum = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), checksum)
     return checksum
+
+
+def _with_best(state: TrainState, has_best: bool) -> tuple[TrainState, tuple | None]:
+    """What a checkpoint holds, and of the best network so far what it has of this state."""
+    return state, (state.params, state.rest) if has_best else None
 
 
 def _in_shape(arrays: Any, like: Any) -> Any:

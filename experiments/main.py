@@ -60,10 +60,10 @@ def main(arguments: Sequence[str]) -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        in_training = options.config.nonfinite == "stop" and "the test" not in str(error)
-        rate = f"--config.{str(error).split(':')[0]}.learning_rate"
-        hint = f"; try a smaller {rate}; --config.nonfinite=skip leaves such batches out"
-        hint = hint if in_training else ""
+        hint = ""
+        if options.config.nonfinite == "stop" and "the test" not in str(error):
+            rate = f"--config.{str(error).split(':')[0]}.learning_rate"
+            hint = f"; try a smaller {rate}; --config.nonfinite=skip leaves such batches out"
         print(f"error: {error}{hint}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -185,7 +185,7 @@ def parse(arguments: Sequence[str]) -> flags.FlagValues:
     given = {name: value if equals else None for name, equals, value in named}
     path = Path(given.get("config") or "")
     if not path.is_file():
-        got = repr(given.get("config")) + (given.get("config") is not None) * ", which is no file"
+        got = f"{given['config']!r}, which is no file" if given.get("config") is not None else None
         raise ValueError(f"--config: expected --config=FILE, such as {EXAMPLE}; got {got}")
     try:
         module = runpy.run_path(str(path))

@@ -91,6 +91,8 @@ def test_survivors_are_those_of_the_definition(vector, threshold, min_channels):
     expected[largest] = True
     found = np.asarray(survivor_mask(jnp.asarray(vector), threshold, min_channels))
     np.testing.assert_array_equal(found, expected)
+    assert found.sum() >= min(min_channels, len(vector))
+    assert found[magnitude >= threshold].all()
 
 
 def test_a_latent_that_is_not_finite_has_no_survivors():
