@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from record import publish
 
-from dhp_jax.data.resize import bicubic
+from dhp_jax.data.photos.bicubic import bicubic
 
 NOTE = (
     "Mean absolute difference from the low-resolution images of the pairs, in gray levels: mean "

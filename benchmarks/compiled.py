@@ -28,9 +28,9 @@ from targets import TARGETS, Target, compiling_for, prepare
 from zoo import NETWORKS, QUICK, Network, search_step, shaped
 
 import dhp_jax as dhp
-from dhp_jax.backend import steps_per_dispatch
+from dhp_jax.backend.platform import steps_per_dispatch
 from dhp_jax.tasks.task import Data
-from dhp_jax.train import TrainState
+from dhp_jax.train.state import TrainState
 
 NAMES = ("resnet20", "resnet56", "resnet110", "mobilenet_v2", "dncnn", "srresnet_x4")
 NOTE = """Programs compiled for a device that was not there, and not run. {} Peak: memory in

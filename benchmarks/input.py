@@ -27,10 +27,10 @@ from PIL import Image
 from record import parser, positive, publish_each, spread, table_of
 from zoo import NETWORKS, QUICK, Network, queued, search_step, task_on
 
+from dhp_jax.budgets.timing import in_turn, quartiles
 from dhp_jax.data import Stream
 from dhp_jax.data import load as load_data
 from dhp_jax.data.stream import Batch
-from dhp_jax.timing import in_turn, quartiles
 
 NOTE = (
     "On the device: median of interleaved calls, quartiles in parentheses; the share is that of "

@@ -23,7 +23,7 @@ from record import parser, publish_each, table_of
 from zoo import NETWORKS, QUICK, Network, search_step, task_on
 
 import dhp_jax as dhp
-from dhp_jax.train import TrainState
+from dhp_jax.train.state import TrainState
 
 MOST = 1.25  # what the peak may be of the sum
 NAMES = ("resnet20", "resnet56", "resnet110", "mobilenet_v2", "dncnn", "srresnet_x4", "unet")

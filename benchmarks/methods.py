@@ -23,12 +23,11 @@ from typing import Any
 from absl import flags
 from record import progress, publish, table_of
 
-from dhp_jax.methods import METHODS
-from dhp_jax.report import SUMMARY, main_metric
-from dhp_jax.report.wording import milliseconds, percent
+from dhp_jax.config.methods import METHODS
+from dhp_jax.report.wording import main_metric, milliseconds, percent
 from dhp_jax.tasks import METRICS
 from dhp_jax.tasks.task import Metric
-from dhp_jax.workdir import (
+from dhp_jax.workdir.identity import (
     COMMANDS,
     CONFIG,
     MAY_CHANGE,
@@ -38,6 +37,7 @@ from dhp_jax.workdir import (
     data_checksums,
     flat,
 )
+from dhp_jax.workdir.reader import SUMMARY
 
 MAIN = Path(__file__).parents[1] / "experiments/main.py"
 NEEDS = {  # all are compared with the baseline, and some start from another run

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from record import positive, publish, spread, table_of
 
-from dhp_jax import timing
+from dhp_jax.budgets.timing import in_turn, quartiles
 
 SPINNING = "Threads do not spin between passes, so that no session slows the others down."
 NOTE = (
@@ -49,14 +49,14 @@ def main() -> None:
 def measure(files: Sequence[Path], batch: int, rounds: int) -> list[dict]:
     """A row for each file."""
     passes = {str(file): forward(file, batch, shape_of(file)) for file in files}
-    seconds = timing.in_turn(passes, rounds)
+    seconds = in_turn(passes, rounds)
     first = seconds[str(files[0])]
     return [
         {
             "file": name,
             "batch": batch,
-            "ms": timing.quartiles([1e3 * s for s in times]),
-            "speedup": timing.quartiles([a / b for a, b in zip(first, times, strict=True)]),
+            "ms": quartiles([1e3 * s for s in times]),
+            "speedup": quartiles([a / b for a, b in zip(first, times, strict=True)]),
         }
         for name, times in seconds.items()
     ]

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.stages import Compiled
 import optax
 
-from dhp_jax.backend import tune
+from dhp_jax.backend.inference import tune
 from dhp_jax.tasks.task import Data, Task
-from dhp_jax.train import start
+from dhp_jax.train.state import start
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 NAMES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")  # of what is there

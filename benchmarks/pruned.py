@@ -25,7 +25,8 @@ from record import parser, positive, progress, publish_each, spread, table_of
 from zoo import NETWORKS, QUICK, Network, queued
 
 import dhp_jax as dhp
-from dhp_jax import timing
+from dhp_jax.budgets import timing
+from dhp_jax.budgets.timing import in_turn, quartiles
 from dhp_jax.export import export
 
 NOTE = (
@@ -89,12 +90,12 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> list[d
     cost = {name: dhp.measure_cost(m, network.input_shape).flops for name, m in networks.items()}
     forward, each = FORWARD[options.runtime], queued(batch)
     passes = {name: forward(m, network.input_shape, batch, each) for name, m in networks.items()}
-    seconds = timing.in_turn(passes, options.rounds, each=each)
+    seconds = in_turn(passes, options.rounds, each=each)
     rows = []
     for flops, multiple in smaller:
         times = seconds[flops, multiple]
         pairs = zip(seconds["whole"], times, strict=True)
-        speedup = timing.quartiles([whole / small for whole, small in pairs])
+        speedup = quartiles([whole / small for whole, small in pairs])
         ratio = cost[flops, multiple] / cost["whole"]
         rows.append(
             {
@@ -104,9 +105,9 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> list[d
                 "asked_flops": flops,
                 "multiple_of": multiple,
                 "flops_ratio": ratio,
-                "whole_ms": timing.quartiles([1e3 * s for s in seconds["whole"]]),
-                "pruned_ms": timing.quartiles([1e3 * s for s in times]),
-                "images_per_second": timing.quartiles([batch / s for s in times]),
+                "whole_ms": quartiles([1e3 * s for s in seconds["whole"]]),
+                "pruned_ms": quartiles([1e3 * s for s in times]),
+                "images_per_second": quartiles([batch / s for s in times]),
                 "speedup": speedup,
                 "share_of_ideal": speedup["median"] * ratio,
             }

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from zoo import NETWORKS, QUICK
 
-from dhp_jax.report import hardware, versions
+from dhp_jax.budgets.timing import hardware
+from dhp_jax.workdir.summary import versions
 
 
 def parser(

@@ -16,9 +16,12 @@ from ml_collections import ConfigDict
 from record import publish_each
 
 import dhp_jax as dhp
-from dhp_jax import problems, report
-from dhp_jax.methods import METHODS
+from dhp_jax.config.methods import METHODS
+from dhp_jax.pipeline import setup
+from dhp_jax.report import write as report_write
+from dhp_jax.report.wording import metrics_text
 from dhp_jax.tasks import evaluate
+from dhp_jax.workdir import reader
 
 
 def main() -> None:
@@ -33,7 +36,7 @@ def main() -> None:
     folders = dict(test.split("=", 1) for test in options.test)
     rows = (row_of(run, folders) for run in options.runs)
     note = options.note
-    crops = options.runs[-1] / report.PLOTS / "crops.png"
+    crops = options.runs[-1] / report_write.PLOTS / "crops.png"
     if options.out is not None and crops.is_file():
         options.out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(crops, options.out / f"{options.name}.png")
@@ -45,12 +48,12 @@ def main() -> None:
 def row_of(run: Path, folders: dict[str, str]) -> dict:
     """The summary of a run, and the metrics of its network on each folder."""
     config = ConfigDict(json.loads((run / "config.json").read_text()))
-    summary = json.loads((run / report.SUMMARY).read_text())
+    summary = json.loads((run / reader.SUMMARY).read_text())
     model = dhp.load(run / "model")
     tests = {}
     for name, folder in folders.items():
         config.data.update(name="photo_folder", test_dir=folder, streamed=False)
-        problem = problems.problem(config)
+        problem = setup.problem(config)
         data = problem.read("test")
         started = problem.task.without_network(data)
         tests[name] = {"input": started, "output": evaluate(model, problem.task, data)}
@@ -62,7 +65,7 @@ def row_of(run: Path, folders: dict[str, str]) -> dict:
 def as_table(rows: list[dict], folders: list[str]) -> str:
     header = ["network", "FLOPs", "", "params", "", "updates", *folders]
     lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
-    inputs = [report.metrics_text(rows[0]["tests"][name]["input"]) for name in folders]
+    inputs = [metrics_text(rows[0]["tests"][name]["input"]) for name in folders]
     lines.append(f"| input, no network |  |  |  |  |  | {' | '.join(inputs)} |")
     for row in rows:
         model, flops, params = row["model"], row["flops"], row["params"]
@@ -74,7 +77,7 @@ def as_table(rows: list[dict], folders: list[str]) -> str:
             f"{params['after'] / 1e3:.1f} k",
             f"{params['ratio']:.1%}",
             " + ".join(f"{phase['steps']:,}" for phase in row["phases"].values()),
-            *(report.metrics_text(row["tests"][name]["output"]) for name in folders),
+            *(metrics_text(row["tests"][name]["output"]) for name in folders),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

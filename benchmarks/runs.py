@@ -10,8 +10,9 @@ from pathlib import Path
 
 from record import publish
 
-from dhp_jax import report
+from dhp_jax.report.wording import main_metric, metrics_text
 from dhp_jax.tasks import METRICS
+from dhp_jax.workdir import reader
 
 NOTE = "FLOPs and params as shares of the unpruned network; times include tests after every epoch."
 
@@ -31,12 +32,12 @@ def main() -> None:
 
 def row_of(run: Path) -> dict:
     """The summary of a run, and its configuration."""
-    summary = json.loads((run / report.SUMMARY).read_text())
+    summary = json.loads((run / reader.SUMMARY).read_text())
     return {"run": run.name, "config": json.loads((run / "config.json").read_text()), **summary}
 
 
 def as_table(rows: list[dict]) -> str:
-    metrics = {METRICS[report.main_metric(row["test"]["last"])].label: None for row in rows}
+    metrics = {METRICS[main_metric(row["test"]["last"])].label: None for row in rows}
     test = f"test {' or '.join(metrics)}"
     lines = [
         f"| network | method | seed | epochs | FLOPs | params | {test}, last | best | seconds |",
@@ -51,8 +52,8 @@ def as_table(rows: list[dict]) -> str:
             " + ".join(f"{phase['epochs']}" for phase in row["phases"].values()),
             f"{100 * row['flops']['ratio']:.2f} %",
             f"{100 * row['params']['ratio']:.2f} %",
-            report.metrics_text(test["last"]),
-            report.metrics_text(test["best"]),
+            metrics_text(test["last"]),
+            metrics_text(test["best"]),
             f"{row['seconds']:.0f}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

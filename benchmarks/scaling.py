@@ -46,8 +46,8 @@ from targets import TARGETS, compiling_for, prepare
 from zoo import NETWORKS, QUICK, Network, search_step, shaped, task_on
 
 import dhp_jax as dhp
-from dhp_jax.mesh import make_mesh, shardings
-from dhp_jax.train import TrainState
+from dhp_jax.distributed.mesh import make_mesh, shardings
+from dhp_jax.train.state import TrainState
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from record import parser, positive, publish_each, spread, table_of
 from zoo import NETWORKS, QUICK, Network, search_step
 
 import dhp_jax as dhp
-from dhp_jax.backend import steps_per_dispatch
-from dhp_jax.timing import in_turn, quartiles
+from dhp_jax.backend.platform import steps_per_dispatch
+from dhp_jax.budgets.timing import in_turn, quartiles
 
 KINDS = ("plain", "torch eager", "torch compiled")
 NOTE = (

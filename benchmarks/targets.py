@@ -14,7 +14,7 @@ from unittest import mock
 import jax
 from jax.experimental import topologies
 
-from dhp_jax.backend import compiler_options
+from dhp_jax.backend.platform import compiler_options
 
 # NVIDIA's data sheet and CUDA's programming guide (compute capability 9.0); clock: the highest.
 H200 = """

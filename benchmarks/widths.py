@@ -20,7 +20,7 @@ from record import parser, positive, progress, publish_each, spread, table_of
 from zoo import NETWORKS, QUICK, Network, queued
 
 import dhp_jax as dhp
-from dhp_jax import timing
+from dhp_jax.budgets.timing import forward, in_turn, quartiles
 
 FLOPS = 0.5
 NOTE = (
@@ -69,8 +69,8 @@ def measure(network: Network, batch: int, dtype: str, options: argparse.Namespac
         except ValueError as error:  # too wide for its latents, or for the budget
             progress(f"{network.label}: left out: {error}")
     each = queued(batch)
-    passes = {m: timing.forward(net, network.input_shape, batch, each) for m, net in small.items()}
-    seconds = timing.in_turn(passes, options.rounds, each=each)
+    passes = {m: forward(net, network.input_shape, batch, each) for m, net in small.items()}
+    seconds = in_turn(passes, options.rounds, each=each)
     whole = dhp.measure_cost(model, network.input_shape).flops
     return [
         {
@@ -80,8 +80,8 @@ def measure(network: Network, batch: int, dtype: str, options: argparse.Namespac
             "batch": batch,
             "multiple_of": multiple,
             "flops_ratio": dhp.measure_cost(small[multiple], network.input_shape).flops / whole,
-            "ms": timing.quartiles([1e3 * s for s in seconds[multiple]]),
-            "time": timing.quartiles(
+            "ms": quartiles([1e3 * s for s in seconds[multiple]]),
+            "time": quartiles(
                 [t / any_width for t, any_width in zip(seconds[multiple], seconds[1], strict=True)]
             ),
         }

@@ -13,15 +13,17 @@ import numpy as np
 import optax
 
 import dhp_jax as dhp
-from dhp_jax.backend import packed
-from dhp_jax.data.photographs import Photograph
-from dhp_jax.data.rows import Rows
-from dhp_jax.latent import latents
-from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
-from dhp_jax.prune import survivor_counts
+from dhp_jax.backend.hypernets import packed
+from dhp_jax.core.latent import latents
+from dhp_jax.core.survivors import survivor_counts
+from dhp_jax.data.device_images import Rows
+from dhp_jax.data.photos.photographs import Photograph
 from dhp_jax.tasks import Classification, Denoising, SuperResolution, patches
 from dhp_jax.tasks.task import Data, Task
-from dhp_jax.train import Budget, Ticket, TrainState, make_step, start
+from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.train.phase import Budget
+from dhp_jax.train.state import Ticket, TrainState, start
+from dhp_jax.train.step import make_step
 
 THRESHOLD = 5e-3  # below which entries of latents are gone
 

@@ -1,19 +1,31 @@
 """Prune convolutional networks by differentiable meta pruning; see README.md."""
 
-from dhp_jax import models
-from dhp_jax.backend import compiler_options, inference
-from dhp_jax.budgets import prune_to
-from dhp_jax.checkpoint import load, save
-from dhp_jax.cost import Cost, measure_cost
-from dhp_jax.criteria import l1_scores, random_scores, uniform_within
-from dhp_jax.fold import fold
-from dhp_jax.hypernet import hyper_kernel
-from dhp_jax.latent import Axis, Latent, LatentVector, concat, latents, repeat
-from dhp_jax.layers import BatchNorm, Bias, HyperConv, HyperConvTranspose, Linear
-from dhp_jax.optimizer import prunable_latents
-from dhp_jax.prox import prox_l1, prox_l2
-from dhp_jax.prune import BudgetError, check_axes, prune, survivors
-from dhp_jax.reuse import with_classes, with_latents
+from dhp_jax.artifact.reading import load
+from dhp_jax.artifact.writing import save
+from dhp_jax.backend.inference import inference
+from dhp_jax.backend.platform import compiler_options
+from dhp_jax.budgets.counted import BudgetError
+from dhp_jax.budgets.importance import l1_scores, random_scores, uniform_within
+from dhp_jax.budgets.selection import prune_to
+from dhp_jax.core.axes import check_axes
+from dhp_jax.core.cost import Cost, measure_cost
+from dhp_jax.core.hypernet import hyper_kernel
+from dhp_jax.core.latent import (
+    Axis,
+    Latent,
+    LatentVector,
+    concat,
+    latents,
+    prunable_latents,
+    repeat,
+)
+from dhp_jax.core.layers import BatchNorm, Bias, HyperConv, HyperConvTranspose, Linear
+from dhp_jax.core.prox import prox_l1, prox_l2
+from dhp_jax.core.surgery import prune
+from dhp_jax.core.survivors import survivors
+from dhp_jax.pruned.classifier import with_classes
+from dhp_jax.pruned.fold import fold
+from dhp_jax.pruned.relatent import with_latents
 
 __version__ = "0.1.0"
 

@@ -16,31 +16,34 @@ from jaxtyping import Float, UInt8
 import numpy as np
 from PIL import Image
 
-from dhp_jax import command, models
-from dhp_jax.architecture import architecture_of
-from dhp_jax.backend import inference
-from dhp_jax.checkpoint import DESCRIPTION
-from dhp_jax.command import Saved
-from dhp_jax.cost import input_refused
+from dhp_jax import cli
+from dhp_jax.artifact.arrays import DESCRIPTION
+from dhp_jax.backend.inference import inference
+from dhp_jax.cli import Saved
+from dhp_jax.core.cost import input_refused
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.data.decode import COLOUR, GRAY, decode, opened
-from dhp_jax.names import unknown
+from dhp_jax.errors import unknown
+from dhp_jax.models.registry import task_of
 from dhp_jax.tasks.metrics import pixels
-from dhp_jax.tasks.whole import restore, tiling
+from dhp_jax.tasks.tiling import restore, tiling
 
 LABELS = "classification"
+
+
 TASKS = (LABELS, "super_resolution", "denoising")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the arguments, and prints a line for each image."""
-    parser = command.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, help="image files")
     parser.add_argument("--top", type=int, help="how many classes are shown; 3 by default")
     parser.add_argument("--resize", action="store_true", help="to the size the network takes")
     parser.add_argument("--out", type=Path, help="folder for restored images")
     parser.add_argument("--tile", type=int, help="side of the tiles of images that do not fit")
     options = parser.parse_args(arguments)
-    saved = command.opened(options.model, options.which, options.build)
+    saved = cli.opened(options.model, options.which, options.build)
     _check_task(saved)
     if saved.task == LABELS:
         _check_unused(options, ("out", "tile"), f"{saved.path} labels images")
@@ -64,7 +67,7 @@ def _check_task(saved: Saved) -> None:
     if saved.task not in TASKS:
         raise ValueError(unknown(where, saved.task, TASKS))
     family = architecture_of(saved.model).family
-    expected = saved.task if family is None else models.task_of(family)
+    expected = saved.task if family is None else task_of(family)
     if (expected == LABELS) != (saved.task == LABELS):
         raise ValueError(
             f"{where}: expected {expected!r}, as of family {family!r}; got {saved.task!r}"
@@ -99,7 +102,7 @@ def label(
         suit it.
 
     Example:
-      >>> label(command.opened("runs/digits_resnet20"), [Path("digit.png")])
+      >>> label(cli.opened("runs/digits_resnet20"), [Path("digit.png")])
     """
     if top < 1:
         raise ValueError(f"--top: expected at least 1, got {top}")
@@ -179,7 +182,7 @@ def restored_files(
         takes; two images of one name; a tile that is too small for what the network sees.
 
     Example:
-      >>> restored_files(command.opened("runs/dncnn_s70"), [Path("noisy.png")], Path("clean"))
+      >>> restored_files(cli.opened("runs/dncnn_s70"), [Path("noisy.png")], Path("clean"))
     """
     targets = [folder / f"{file.stem}.png" for file in files]
     for file, target in zip(files, targets, strict=True):
@@ -239,4 +242,4 @@ def _check_mode(file: Path, channels: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

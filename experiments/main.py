@@ -14,16 +14,23 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from dhp_jax import processes, report, targets
-from dhp_jax.compilation import keep_compiled, long_compilations
-from dhp_jax.config import ConfigError, check_overrides
+from dhp_jax.backend.cache import keep_compiled, long_compilations
+from dhp_jax.config.checks import check_overrides
+from dhp_jax.config.methods import METHODS
 from dhp_jax.data import DataNotFoundError, StreamError
-from dhp_jax.methods import METHODS
-from dhp_jax.pipeline import Run
-from dhp_jax.preemption import EXIT_CODE, asked_to_stop, ended_at_once
-from dhp_jax.progress import ProgressBar
-from dhp_jax.resume import CheckpointError
-from dhp_jax.train import Stopped
+from dhp_jax.distributed import processes
+from dhp_jax.distributed.preemption import EXIT_CODE, asked_to_stop, ended_at_once
+from dhp_jax.distributed.processes import ProcessError, are_several, is_first
+from dhp_jax.errors import ConfigError
+from dhp_jax.pipeline import targets
+from dhp_jax.pipeline.preparation import Run
+from dhp_jax.pipeline.targets import execute
+from dhp_jax.report import text as report_text
+from dhp_jax.report import write as report_write
+from dhp_jax.train.checkpoints import CheckpointError
+from dhp_jax.train.phase import Stopped
+from dhp_jax.train.progress_bar import ProgressBar
+from dhp_jax.workdir.summary import beside, read_baseline
 
 EXAMPLE = "experiments/configs/digits_resnet20.py"
 
@@ -44,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         options = parse(arguments)
         with ended_at_once():
             runs = prepare(options)
-    except (flags.Error, ValueError, processes.ProcessError) as error:
+    except (flags.Error, ValueError, ProcessError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     try:
@@ -52,8 +59,8 @@ def main(arguments: Sequence[str]) -> int:
             long_compilations(tell_compiled),
             asked_to_stop(options.config.checkpoint.grace) as stopping,
         ):
-            baseline = options.baseline or report.beside(options.workdir, options.config)
-            summaries = targets.execute(
+            baseline = options.baseline or beside(options.workdir, options.config)
+            summaries = execute(
                 runs, options.workdir, baseline=baseline, stopping=stopping, command=arguments
             )
     except (DataNotFoundError, ConfigError) as error:  # as a file that is damaged when it is read
@@ -81,15 +88,15 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}; the same command goes on", file=sys.stderr)
         return 1
     except (RuntimeError, ValueError) as error:
-        if not processes.are_several():
+        if not are_several():
             raise
         print(f"error: {processes.lost(error)}; the same commands go on", file=sys.stderr)
         return 1
-    if processes.is_first():
+    if is_first():
         for run, summary in zip(runs, summaries, strict=True):
-            print(report.text(run.workdir, summary))
+            print(report_text.text(run.workdir, summary))
         if runs[0].workdir != Path(options.workdir):
-            print(f"{'all sizes':<16} {Path(options.workdir) / report.COMPARED}")
+            print(f"{'all sizes':<16} {Path(options.workdir) / report_write.COMPARED}")
     return 0
 
 
@@ -97,11 +104,11 @@ def prepare(options: flags.FlagValues) -> list[Run]:
     """Checks all that can be checked before training; a run for each target."""
     join(options)
     if options.baseline is not None:
-        report.read_baseline(options.baseline)
+        read_baseline(options.baseline)
     keep_compiled(options.compilation_cache)
-    bar = [ProgressBar()] if processes.is_first() else []
+    bar = [ProgressBar()] if is_first() else []
     runs = targets.prepare(options.config, options.workdir, bar)
-    if processes.is_first():
+    if is_first():
         tell_target(options.config)
     return runs
 

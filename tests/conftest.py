@@ -8,7 +8,7 @@ from jax.experimental.compilation_cache import compilation_cache as cache
 import pytest
 from runs import carry_out, leave
 
-from dhp_jax.export import NEEDS
+from dhp_jax.export.writers import NEEDS
 
 
 def pytest_runtest_setup(item):

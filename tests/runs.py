@@ -11,9 +11,12 @@ from networks import drawn_masks, filled, resnet20
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax import command, journal, pipeline
-from dhp_jax.budgets import choose
-from dhp_jax.problems import problem
+from dhp_jax import cli
+from dhp_jax.budgets.selection import choose
+from dhp_jax.pipeline.execution import execute
+from dhp_jax.pipeline.preparation import prepare
+from dhp_jax.pipeline.setup import problem
+from dhp_jax.workdir import metrics as workdir_metrics
 
 CONFIG = Path(__file__).parents[1] / "experiments/configs/digits_resnet20.py"
 FIELDS = {
@@ -69,7 +72,7 @@ def of_digits(**fields):
 
 def carry_out(workdir, observers=(), **fields):
     """Carries the run out in a directory, with other values of some fields."""
-    pipeline.execute(pipeline.prepare(of_digits(**fields), workdir, observers))
+    execute(prepare(of_digits(**fields), workdir, observers))
 
 
 def leave(workdir):
@@ -85,7 +88,7 @@ def leave(workdir):
 
 def leave_source(workdir, method):
     """What another run needs of a finished one of a method; its networks have learnt nothing."""
-    run = pipeline.prepare(of_digits(method=method), workdir)
+    run = prepare(of_digits(method=method), workdir)
     arguments = {**run.config.model, "min_channels": 1, **run.problem.arguments}
     family, shape = arguments.pop("name"), run.problem.input_shape
     model = filled(lambda rngs: dhp.models.build(family, rngs=rngs, **arguments))
@@ -129,7 +132,9 @@ def check_same_end(workdir, expected):
         of_both = (without_times(description(folder / name)) for folder in (workdir, expected))
         again, once = of_both
         assert again == once, name
-    of_both = (journal.read(folder / journal.RECORDS) for folder in (workdir, expected))
+    of_both = (
+        workdir_metrics.read(folder / workdir_metrics.RECORDS) for folder in (workdir, expected)
+    )
     again, once = (without_times(records) for records in of_both)
     assert again == once
     of_both = (json.loads((folder / "summary.json").read_text()) for folder in (workdir, expected))
@@ -158,7 +163,7 @@ def commanded(capsys, main, name, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
         try:
-            code = command.run(main)
+            code = cli.run(main)
         except SystemExit as left:
             code = left.code
     printed = capsys.readouterr()

@@ -17,12 +17,17 @@ import optax
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax import backend
-from dhp_jax.backend import LAYOUT, convolution, packed, tune
-from dhp_jax.hypernet import hyper_kernels
-from dhp_jax.latent import walk
+from dhp_jax.backend import hypernets
+from dhp_jax.backend.cpu_conv import LAYOUT, convolution
+from dhp_jax.backend.hypernets import packed
+from dhp_jax.backend.inference import tune
+from dhp_jax.backend.platform import compiler_options
+from dhp_jax.core import hypernet
+from dhp_jax.core.hypernet import hyper_kernels
+from dhp_jax.core.latent import walk
 from dhp_jax.tasks import Classification, classification, evaluate
-from dhp_jax.train import make_step, start
+from dhp_jax.train.state import start
+from dhp_jax.train.step import make_step
 
 SIDES = st.integers(5, 9)
 PADS = st.integers(-1, 3)
@@ -261,7 +266,7 @@ def test_a_gpu_generates_small_kernels_of_one_shape_together(monkeypatch):
         together.append(len(inputs))
         return hyper_kernels(inputs)
 
-    monkeypatch.setattr(backend, "hyper_kernels", counted)
+    monkeypatch.setattr(hypernet, "hyper_kernels", counted)
     theirs = losses_and_gradients(model, x, tuned=False)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ours = losses_and_gradients(model, x, tuned=True)
@@ -270,7 +275,7 @@ def test_a_gpu_generates_small_kernels_of_one_shape_together(monkeypatch):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
-    monkeypatch.setattr(backend, "MOST_TOGETHER", 9 * 8 * 6 * 6 - 1)
+    monkeypatch.setattr(hypernets, "MOST_TOGETHER", 9 * 8 * 6 * 6 - 1)
     losses_and_gradients(model, x, tuned=True)
     assert together == [3]
 
@@ -289,7 +294,7 @@ def test_layers_on_axes_that_consist_of_others_are_generated_together(monkeypatc
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     made = mock.Mock(wraps=hyper_kernels)
-    monkeypatch.setattr(backend, "hyper_kernels", made)
+    monkeypatch.setattr(hypernet, "hyper_kernels", made)
     losses_and_gradients(filled(Dense), drawn((4, 8, 8, 6), 0), tuned=True)
     (inputs,), _ = made.call_args
     assert len(inputs) == 2
@@ -510,7 +515,7 @@ def test_no_kernel_made_for_a_gpu_outlives_its_network(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     losses_and_gradients(filled(Jitted), drawn((4, 8, 8, 6), 0), tuned=True)
     gc.collect()
-    assert not backend._MADE
+    assert not hypernets._MADE
 
 
 def test_between_gradients_made_together_and_what_follows_is_a_barrier(monkeypatch):
@@ -611,10 +616,10 @@ def test_training_steps_and_evaluation_are_tuned(monkeypatch):
 
 
 def test_options_are_those_of_the_platform(monkeypatch):
-    options = backend.compiler_options()
+    options = compiler_options()
     assert bool(options) == (jax.default_backend() == "cpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert backend.compiler_options.__wrapped__() == {}
+    assert compiler_options.__wrapped__() == {}
     conv = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
     assert tune(conv).conv_general_dilated is lax.conv_general_dilated
 
@@ -625,7 +630,7 @@ def test_options_that_this_xla_does_not_know_are_left_out(monkeypatch):
         raise jax.errors.JaxRuntimeError("no such option")
 
     monkeypatch.setattr(jax, "jit", refuse)
-    assert backend.compiler_options.__wrapped__() == {}
+    assert compiler_options.__wrapped__() == {}
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA:CPU")

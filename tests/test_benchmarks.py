@@ -15,8 +15,8 @@ import jax
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.budgets.timing import hardware
 from dhp_jax.export import export
-from dhp_jax.report import hardware
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from dhp_jax import report
+from dhp_jax.report import __main__ as report_main
 from dhp_jax.report.document import POLICY
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -78,7 +78,7 @@ def pictured(finished, tmp_path):
         for what in ("input", "output", "target"):
             image = np.random.default_rng(0).integers(0, 256, (120, 130), np.uint8)
             Image.fromarray(image).save(run / "pictures" / name / f"{what}.png")
-    report.main([str(run)])
+    report_main.main([str(run)])
     return run / "report.html"
 
 
@@ -87,13 +87,13 @@ def unfinished(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     for name in ("model", "best", "pruned", "search"):
         shutil.rmtree(run / name)
-    report.main([str(run)])
+    report_main.main([str(run)])
     return run / "report.html"
 
 
 @pytest.fixture
 def compared(finished, tmp_path):
-    report.main([str(finished), str(finished), f"--out={tmp_path / 'compare.html'}"])
+    report_main.main([str(finished), str(finished), f"--out={tmp_path / 'compare.html'}"])
     return tmp_path / "compare.html"
 
 

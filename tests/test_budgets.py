@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax import budgets
-from dhp_jax.budgets import Time, check_latency, choose, clock, limits
-from dhp_jax.prune import survivors_within
+from dhp_jax.budgets import latency as budgets_latency
+from dhp_jax.budgets.chosen import Time
+from dhp_jax.budgets.counted import limits, survivors_within
+from dhp_jax.budgets.latency import check_latency, clock
+from dhp_jax.budgets.selection import choose
+from dhp_jax.budgets.timing import hardware
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def test_a_latency_is_used_up_and_not_exceeded(mixed):
     assert chosen.shares["flops"] == max(within)
     # The largest network of these FLOPs by magnitude, to the resolution of the bisection.
     limit = (0.7 - 0.01 - 0.3) / 0.7
-    best = survivors_within(model, cost, flops=limit - budgets.RESOLUTION)
+    best = survivors_within(model, cost, flops=limit - budgets_latency.RESOLUTION)
     counts = {name: int(mask.sum()) for name, mask in best.items()}
     assert chosen.shares["flops"] >= cost.shares(counts)["flops"]
 
@@ -145,7 +148,7 @@ def test_a_batch_that_is_none_is_refused(mixed, batch):
 def test_prune_to_times_the_networks_here_and_now(mixed, monkeypatch):
     """A clock that runs, but whose times are not asserted: every share is within 1e9."""
     model, _ = mixed
-    monkeypatch.setattr(budgets, "ROUNDS", 3)
+    monkeypatch.setattr(budgets_latency, "ROUNDS", 3)
     monkeypatch.setattr(Time, "within", lambda time, share: time.ratio["high"] <= 1e9)
     small = dhp.prune_to(model, MIXED_INPUT, latency=0.9, flops=0.5, batch=2)
     alone = dhp.prune_to(model, MIXED_INPUT, flops=0.5)
@@ -156,7 +159,7 @@ def test_prune_to_times_the_networks_here_and_now(mixed, monkeypatch):
 
 def test_a_clock_pairs_the_passes_of_both_networks(mixed, monkeypatch):
     model, _ = mixed
-    monkeypatch.setattr(budgets, "ROUNDS", 5)
+    monkeypatch.setattr(budgets_latency, "ROUNDS", 5)
     time = clock(model, MIXED_INPUT, 2)(dhp.prune(model))
     assert time.rounds == 5
     for values in (time.ratio, time.whole_ms, time.ms):
@@ -194,5 +197,5 @@ def test_what_is_noted_of_a_choice_is_json(mixed):
     chosen = choose(model, cost, latency=0.9, timed=timed_by(cost, lambda flops: flops))
     noted = chosen.notes()["time"]
     assert noted | dataclasses.asdict(chosen.time) == noted
-    assert noted["hardware"] == budgets.hardware()
+    assert noted["hardware"] == hardware()
     assert all(row.keys() == {"flops", "low", "median", "high"} for row in noted["tried"])

@@ -19,10 +19,12 @@ from runs import contents
 from safetensors.numpy import load_file
 
 import dhp_jax as dhp
-from dhp_jax import checkpoint
-from dhp_jax.architecture import architecture_of
-from dhp_jax.checkpoint import ARRAYS, DESCRIPTION, ArtifactError
-from dhp_jax.schema import OPTIONAL
+from dhp_jax.artifact import description as artifact_description
+from dhp_jax.artifact import reading as checkpoint
+from dhp_jax.artifact.arrays import ARRAYS, DESCRIPTION
+from dhp_jax.artifact.description import OPTIONAL, ArtifactError
+from dhp_jax.artifact.reading import read_description
+from dhp_jax.core.provenance import architecture_of
 
 X = images(3, 8, 8, 3)
 
@@ -247,7 +249,7 @@ def test_the_description_tells_what_survived(tmp_path):
     model = filled(Mixed)
     masks = drawn_masks(model, 0)
     dhp.save(tmp_path, dhp.prune(model, masks))
-    description = checkpoint.read_description(tmp_path)
+    description = read_description(tmp_path)
     kept = {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()}
     assert description["survivors"] == kept
     assert description["family"] is None
@@ -287,7 +289,7 @@ def wrong(rngs):
 )
 def test_what_builds_no_network_is_told_in_one_line(tmp_path, build, message):
     dhp.save(tmp_path, Bare())
-    with pytest.raises(checkpoint.ArtifactError, match=message) as caught:
+    with pytest.raises(artifact_description.ArtifactError, match=message) as caught:
         dhp.load(tmp_path, build=build)
     assert str(caught.value).startswith("build: expected a function build(rngs) that makes the ")
     assert "\n" not in str(caught.value)
@@ -300,7 +302,7 @@ class Bare(nnx.Module):
 
 def test_the_network_in_a_runs_folder_is_pointed_to(tmp_path):
     dhp.save(tmp_path / "model", Bare())
-    with pytest.raises(checkpoint.ArtifactError) as caught:
+    with pytest.raises(artifact_description.ArtifactError) as caught:
         dhp.load(tmp_path)
     assert str(caught.value).endswith(f", got {tmp_path}; {tmp_path / 'model'} is one")
 
@@ -367,7 +369,7 @@ def test_the_description_tells_cost_and_versions(tmp_path):
     model = resnet20()
     small = dhp.prune(model, drawn_masks(model, 0))
     dhp.save(tmp_path, small, input_shape=(8, 8, 3), test_error=8.46)
-    description = checkpoint.read_description(tmp_path)
+    description = read_description(tmp_path)
     cost = dhp.measure_cost(small, (8, 8, 3))
     assert description["cost"] == {"flops": cost.flops, "params": cost.params}
     assert description["notes"] == {"test_error": 8.46, "input_shape": [8, 8, 3]}

@@ -6,14 +6,15 @@ import shutil
 
 import pytest
 
-from dhp_jax import report, result
+from dhp_jax.report import __main__ as report_main
 from dhp_jax.report.comparison import comparison, labels
 from dhp_jax.report.page import Told, last_tested
+from dhp_jax.workdir import reader
 
 
 @pytest.fixture(scope="module")
 def run(finished):
-    there = result.read(finished)
+    there = reader.read(finished)
     return Told(there, there.summary)
 
 
@@ -69,7 +70,7 @@ def test_a_run_that_is_not_finished_stands_beside_one_that_is(finished, run, tmp
     for name in ("model", "best"):
         shutil.rmtree(copy / name)
     out = tmp_path / "both.html"
-    report.main([str(finished), str(copy), f"--out={out}"])
+    report_main.main([str(finished), str(copy), f"--out={out}"])
     assert capsys.readouterr().out == f"{out}\n"
     content = out.read_text()
     assert "begun: the trained network: the converge phase has not ended" in content
@@ -104,7 +105,7 @@ def test_a_run_in_its_search_shows_what_would_survive_so_far(run, tmp_path):
 
 def test_the_page_is_compare_html_if_no_other_is_named(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    report.main([str(finished), str(finished)])
+    report_main.main([str(finished), str(finished)])
     assert (tmp_path / "compare.html").is_file()
 
 

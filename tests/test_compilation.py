@@ -7,8 +7,8 @@ from jax.experimental.compilation_cache import compilation_cache as cache
 import jax.numpy as jnp
 import pytest
 
-from dhp_jax import compilation
-from dhp_jax.compilation import default_cache, keep_compiled, long_compilations
+from dhp_jax.backend import cache as backend_cache
+from dhp_jax.backend.cache import default_cache, keep_compiled, long_compilations
 
 SETTINGS = (
     "jax_compilation_cache_dir",
@@ -84,7 +84,7 @@ def test_the_default_is_in_the_users_cache_folder(settings, monkeypatch, tmp_pat
 
 
 def test_long_compilations_are_told_while_someone_listens(monkeypatch):
-    monkeypatch.setattr(compilation, "LONG", -1.0)
+    monkeypatch.setattr(backend_cache, "LONG", -1.0)
     told = []
     with long_compilations(lambda *what: told.append(what)):
         compile_something(3.5)
@@ -95,7 +95,7 @@ def test_long_compilations_are_told_while_someone_listens(monkeypatch):
 
 
 def test_short_compilations_are_not_told(monkeypatch):
-    monkeypatch.setattr(compilation, "LONG", 1e6)
+    monkeypatch.setattr(backend_cache, "LONG", 1e6)
     told = []
     with long_compilations(lambda *what: told.append(what)):
         compile_something(5.5)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 import pytest
 
-from dhp_jax import config as dhp_config
-from dhp_jax.config import ConfigError, check, check_overrides, default
-from dhp_jax.names import shown
+from dhp_jax.config import fields as config_fields
+from dhp_jax.config.checks import check, check_overrides
+from dhp_jax.config.defaults import default
+from dhp_jax.errors import ConfigError, shown
 
 CONFIGS = Path(__file__).parents[1] / "experiments/configs"
 PHASES = ("search", "converge", "baseline")
@@ -658,10 +659,10 @@ def test_the_rules_have_the_fields_of_the_default_configuration(task):
             name: names(value) if isinstance(value, dict) else None for name, value in tree.items()
         }
 
-    of_task = dhp_config.TASK_FIELDS[task]
+    of_task = config_fields.TASK_FIELDS[task]
     rules = {
-        **dhp_config.FIELDS,
-        "task": {**dhp_config.FIELDS["task"], **of_task["task"]},
+        **config_fields.FIELDS,
+        "task": {**config_fields.FIELDS["task"], **of_task["task"]},
         "data": of_task["data"],
     }
     assert names(rules) == names({**default(task).to_dict(), "model": None})

@@ -22,14 +22,16 @@ import numpy as np
 import pytest
 
 from dhp_jax import config as dhp_config
-from dhp_jax import models, pipeline, preparation
-from dhp_jax.config import ConfigError
-from dhp_jax.data import digits
-from dhp_jax.methods import METHODS
-from dhp_jax.models import mobilenet
-from dhp_jax.models.blocks import MAX_CHANNELS
-from dhp_jax.names import shown
-from dhp_jax.optimizer import drop_schedule, optimizer
+from dhp_jax.config.methods import METHODS
+from dhp_jax.core import axes, cost
+from dhp_jax.data.labelled import digits
+from dhp_jax.errors import ConfigError, shown
+from dhp_jax.models import mobilenet, registry
+from dhp_jax.models.arguments import MAX_CHANNELS
+from dhp_jax.models.registry import task_of
+from dhp_jax.pipeline import preparation
+from dhp_jax.pipeline.preparation import prepare
+from dhp_jax.train.optimizer import drop_schedule, optimizer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "experiments/configs"
@@ -132,7 +134,7 @@ MEASURED_BY = {
 
 def values_of(family):
     """The configuration of a run of a family's smallest network, on data that are embedded."""
-    task = models.task_of(family)
+    task = task_of(family)
     values = dhp_config.default(task).to_dict()
     values["model"] = {"name": family, **SMALL[family]}
     values["target"] = 0.95
@@ -147,7 +149,7 @@ def values_of(family):
 @functools.cache
 def fields_of(family):
     """Every field of a family's configuration, every group of them, and what is no field."""
-    arguments = inspect.signature(models.FAMILIES[family].__init__).parameters
+    arguments = inspect.signature(registry.FAMILIES[family].__init__).parameters
     flat = [
         f"{name}.{inner}" if inner else name
         for name, value in values_of(family).items()
@@ -172,7 +174,7 @@ def suiting(field):
 @st.composite
 def configurations(draw):
     """A configuration of which some fields were changed, and the names of these."""
-    family = draw(st.sampled_from(sorted(models.FAMILIES)))
+    family = draw(st.sampled_from(sorted(registry.FAMILIES)))
     values = copy.deepcopy(values_of(family))
     changed = []
     for _ in range(draw(st.sampled_from([0, 1, 1, 1, 1, 2, 2, 3]))):
@@ -198,7 +200,7 @@ def configurations(draw):
 @pytest.fixture(scope="module")
 def cached():
     """Networks of shapes alone, and what is found out about them, are made only once."""
-    build, known = models.build_abstract, {}
+    build, known = registry.build_abstract, {}
 
     def build_abstract(name, **arguments):
         key = name, *sorted((argument, shown(value)) for argument, value in arguments.items())
@@ -207,9 +209,9 @@ def cached():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "build_abstract", build_abstract)
-        patch.setattr(preparation, "measure_cost", functools.cache(preparation.measure_cost))
-        patch.setattr(preparation, "check_axes", functools.cache(preparation.check_axes))
+        patch.setattr(registry, "build_abstract", build_abstract)
+        patch.setattr(cost, "measure_cost", functools.cache(cost.measure_cost))
+        patch.setattr(axes, "check_axes", functools.cache(axes.check_axes))
         patch.setattr(
             preparation, "_check_latency", lambda *arguments: None
         )  # it compiles networks
@@ -261,7 +263,7 @@ def check_usable(run):
             weight_decay=settings.weight_decay,
         )
         assert math.isfinite(np.float32(config[phase].learning_rate))
-    assert models.task_of(config.model.name) == config.task.name
+    assert task_of(config.model.name) == config.task.name
 
 
 @pytest.mark.usefixtures("cached")
@@ -272,7 +274,7 @@ def test_a_configuration_prepares_a_run_or_one_line_names_a_field_that_was_chang
     started, memory = time.process_time(), peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            run = pipeline.prepare(config, Path(folder) / "run")
+            run = prepare(config, Path(folder) / "run")
         except ValueError as error:
             message = str(error)
             assert len(message.splitlines()) == 1, message
@@ -290,7 +292,7 @@ def test_a_configuration_prepares_a_run_or_one_line_names_a_field_that_was_chang
 
 def refusal(family, **arguments):
     with pytest.raises(ValueError, match=": expected ") as caught:
-        models.build_abstract(family, **arguments)
+        registry.build_abstract(family, **arguments)
     return str(caught.value)
 
 
@@ -306,7 +308,7 @@ def may_suit(argument, kind, value):
 
 @pytest.mark.parametrize("family", SMALL)
 def test_every_argument_of_a_family_refuses_other_types_and_what_no_machine_can_hold(family):
-    parameters = dict(inspect.signature(models.FAMILIES[family].__init__).parameters)
+    parameters = dict(inspect.signature(registry.FAMILIES[family].__init__).parameters)
     del parameters["self"], parameters["rngs"], parameters["dtype"]
     arguments = SMALL[family] | ({"scale": 2} if "scale" in parameters else {})
     for argument, parameter in parameters.items():
@@ -344,13 +346,13 @@ def test_the_widest_network_of_a_family_is_built_abstractly_in_seconds_and_a_wid
     family, arguments
 ):
     started, memory = time.process_time(), peak_memory()
-    models.build_abstract(family, **arguments)
+    registry.build_abstract(family, **arguments)
     assert time.process_time() - started < 30
     assert peak_memory() - memory < 2**30
     with pytest.raises(
         ValueError, match=r"^width: expected at most [\d.e+]+, for layers of no more"
     ):
-        models.build_abstract(family, **arguments | {"width": 1.01 * arguments.get("width", 1)})
+        registry.build_abstract(family, **arguments | {"width": 1.01 * arguments.get("width", 1)})
 
 
 # Configurations that no table of fields describes
@@ -384,7 +386,7 @@ def test_a_name_of_any_kind_is_refused_in_one_line(group, name):
         inner = inner.setdefault(part, {})
     inner[name] = 3
     with pytest.raises(ConfigError) as caught, tempfile.TemporaryDirectory() as folder:
-        pipeline.prepare(ConfigDict(values), Path(folder) / "run")
+        prepare(ConfigDict(values), Path(folder) / "run")
     assert re.match(rf"config{group and '.' + group.split('.')[0]}[.:]", str(caught.value))
     assert len(str(caught.value).splitlines()) == 1
 

@@ -12,7 +12,8 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
-from dhp_jax import pipeline
+from dhp_jax.pipeline.execution import execute
+from dhp_jax.pipeline.preparation import prepare
 
 CONFIGS = sorted((Path(__file__).parents[1] / "experiments/configs").glob("*.py"))
 # As deep as they are, for their short networks would be the same as another's.
@@ -88,7 +89,7 @@ def tiny(path, folders):
 def test_every_configuration_searches_prunes_and_converges(path, folders, tmp_path):
     config = tiny(path, folders)
     with contextlib.nullcontext() if path.stem in WHOLE else short():
-        summary = pipeline.execute(pipeline.prepare(config, tmp_path / "run"))
+        summary = execute(prepare(config, tmp_path / "run"))
         model = dhp.load(tmp_path / "run" / "model")
     steps = {name: phase["steps"] for name, phase in summary["phases"].items()}
     assert steps == {"search": 2, "converge": 2}

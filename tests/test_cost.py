@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.cost import layer_terms
-from dhp_jax.layers import ChannelBias
-from dhp_jax.prune import survivor_counts
+from dhp_jax.core.cost import layer_terms
+from dhp_jax.core.layers import ChannelBias
+from dhp_jax.core.survivors import survivor_counts
 
 RESNETS = {  # FLOPs, params, latents, as published for 32x32 images and 10 classes
     20: (41_214_592, 272_474, 13),

@@ -12,18 +12,20 @@ import pytest
 from test_config_fuzz import SMALL
 
 import dhp_jax as dhp
-from dhp_jax import budgets, models
-from dhp_jax.prune import removals, smallest_ratio, survivors_within
-from dhp_jax.widths import multiples
+from dhp_jax.budgets.counted import removals, smallest_ratio, survivors_within
+from dhp_jax.budgets.rounding import multiples
+from dhp_jax.core import cost as core_cost
+from dhp_jax.models import registry
+from dhp_jax.models.registry import build_abstract, task_of
 
 
 @functools.cache
 def network(family):
     """A small network of a family, of shapes alone, and its cost."""
     arguments = SMALL[family] | {"min_channels": 2}
-    restores = models.task_of(family) != "classification"
-    arguments |= {"scale": 2} if models.task_of(family) == "super_resolution" else {}
-    model = models.build_abstract(family, **arguments)
+    restores = task_of(family) != "classification"
+    arguments |= {"scale": 2} if task_of(family) == "super_resolution" else {}
+    model = build_abstract(family, **arguments)
     return model, dhp.measure_cost(
         model, (32, 32, 1 if restores and "scale" not in arguments else 3)
     )
@@ -155,7 +157,7 @@ def test_scores_of_a_residual_stage_add_up_over_all_layers_that_share_its_latent
 
 
 def test_an_entry_that_stands_for_several_channels_rules_all_their_filters():
-    make = functools.partial(models.build, "edsr", scale=2, blocks=1, features=8)
+    make = functools.partial(registry.build, "edsr", scale=2, blocks=1, features=8)
     model = filled(lambda rngs: make(rngs=rngs))
     plain = dhp.prune(model)
     kernels = [plain.head, plain.blocks[0].second, plain.last]
@@ -265,7 +267,7 @@ def test_a_network_that_has_been_pruned_is_named_and_how_to_prune_it_again(use):
 
 @pytest.mark.parametrize("by", ["l1", dhp.l1_scores, dhp.random_scores])
 def test_what_decides_nothing_is_refused_before_any_work(by, monkeypatch):
-    monkeypatch.setattr(budgets, "measure_cost", None)
+    monkeypatch.setattr(core_cost, "measure_cost", None)
     with pytest.raises(ValueError, match=r"^by: expected scores by latent, .*; got ") as told:
         dhp.prune_to(filled(Mixed), MIXED_INPUT, flops=0.5, by=by)
     assert str(told.value).endswith(repr(by))

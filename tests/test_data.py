@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from dhp_jax import data
-from dhp_jax.data import cifar
+from dhp_jax.data.labelled import cifar
 
 CIFAR = ("cifar10", "cifar100")
 Split = collections.namedtuple("Split", "images labels")
@@ -166,7 +166,6 @@ def mirror(tmp_path_factory):
 
 def download_from(address, monkeypatch):
     """Makes TFDS download CIFAR from another host."""
-    from tensorflow_datasets.image_classification import cifar
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -5,7 +5,8 @@ import runpy
 
 import pytest
 
-from dhp_jax import pipeline
+from dhp_jax.pipeline.execution import execute
+from dhp_jax.pipeline.preparation import prepare
 
 CONFIGS = Path(__file__).parents[1] / "experiments/configs"
 pytestmark = pytest.mark.slow
@@ -17,8 +18,8 @@ def demo(name, workdir):
     def run(method):
         config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
         config.method = method
-        prepared = pipeline.prepare(config, workdir / method)
-        return pipeline.execute(prepared, baseline=workdir / "baseline")
+        prepared = prepare(config, workdir / method)
+        return execute(prepared, baseline=workdir / "baseline")
 
     run("baseline")
     return run("dhp")

@@ -13,7 +13,8 @@ import jax
 import pytest
 
 from dhp_jax import config as dhp_config
-from dhp_jax.mesh import axis_sizes, check_batch
+from dhp_jax.config import defaults
+from dhp_jax.distributed.mesh import axis_sizes, check_batch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -108,7 +109,7 @@ def test_files_and_fields_that_a_page_names_are_there(page):
     text = page.read_text()
     for path in PATH.findall(" ".join(pieces(text))):
         assert (ROOT / path).is_file() or path in NEW, path
-    configs = [dhp_config.default(task) for task in dhp_config.TASKS]
+    configs = [dhp_config.default(task) for task in defaults.TASKS]
     for piece in INLINE.findall(text):
         if field := FIELD.fullmatch(piece):
             parts = field[1].removeprefix("config.").split(".")

@@ -19,7 +19,8 @@ import pytest
 from runs import commanded
 
 import dhp_jax as dhp
-from dhp_jax import command, durable
+from dhp_jax.cli import opened
+from dhp_jax.files import unfinished
 
 exporting = importlib.import_module("dhp_jax.export")
 ROOT = Path(__file__).parents[1]
@@ -248,7 +249,7 @@ def test_a_file_that_was_tried_replaces_the_earlier_one(tmp_path, monkeypatch, t
     monkeypatch.setitem(exporting.NEEDS, "stablehlo", ())
     monkeypatch.setitem(exporting.WRITERS, "stablehlo", computing(2))
     lay(tmp_path / "out", there)
-    part = durable.unfinished(Path(os.path.realpath(tmp_path / "out")))
+    part = unfinished(Path(os.path.realpath(tmp_path / "out")))
     part.mkdir()  # of a process that was killed
     model = Doubling(nnx.Rngs(0))
     made = exporting.export(model, tmp_path / "out", (2, 2, 3), format="stablehlo")
@@ -363,8 +364,8 @@ def test_a_run_is_exported_and_tried_on_its_test_images(digits_run, tmp_path, ca
     assert f"{tmp_path / 'out'}: takes (batch, 8, 8, 1) in float32; 21 layers" in out
     assert "largest difference to the network: " in out
     assert " on 8 test images" in out
-    loaded = command.opened(tmp_path / "out")
-    best = command.opened(digits_run, "best")
+    loaded = opened(tmp_path / "out")
+    best = opened(digits_run, "best")
     assert {**loaded.notes, "input_shape": [8, 8, 1]} == best.notes
     x = images(2, 8, 8, 1)
     np.testing.assert_allclose(run(loaded.model, x)[0], run(best.model, x)[0], atol=1e-4)

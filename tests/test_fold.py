@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.fold import Identity
-from dhp_jax.latent import walk
+from dhp_jax.core.latent import walk
 from dhp_jax.models import mobilenet, resnet
+from dhp_jax.pruned.fold import Identity
 
 FAMILIES = {  # arguments, input, layers that are folded, layers of these kinds that stay
     "resnet": ({"depth": 20, "width": 0.25}, (8, 8, 3), 9, 0),

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax import hypernet
-from dhp_jax.hypernet import HypernetArrays, hyper_kernel, hyper_kernels, init_hypernet
+from dhp_jax.core import hypernet
+from dhp_jax.core.hypernet import HypernetArrays, hyper_kernel, hyper_kernels, init_hypernet
 
 SHAPES = [
     ((3, 3), 4, 5, 8),

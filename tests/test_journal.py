@@ -9,8 +9,8 @@ import sys
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from dhp_jax.journal import RECORDS, Journal, read
-from dhp_jax.progress import ProgressBar
+from dhp_jax.train.progress_bar import ProgressBar
+from dhp_jax.workdir.metrics import RECORDS, Journal, read
 
 SEARCH = [
     {"phase": "search", "step": 100, "epoch": 1, "loss": 2.25, "flops_ratio": 0.1 + 0.2},

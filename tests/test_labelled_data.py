@@ -16,7 +16,8 @@ from PIL import Image
 import pytest
 
 from dhp_jax import data
-from dhp_jax.data import decode, image_folder, tiny_imagenet
+from dhp_jax.data import decode
+from dhp_jax.data.labelled import image_folder, tiny_imagenet
 
 EMBEDDED = "--config=experiments/configs/digits_resnet20.py"
 

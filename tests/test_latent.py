@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.latent import modules_in, walk
+from dhp_jax.core.latent import modules_in, walk
 
 
 def latent(size, seed=0, **options):

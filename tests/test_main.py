@@ -14,7 +14,7 @@ import pytest
 from runs import CONFIG, FIELDS, contents, of_digits
 
 import dhp_jax as dhp
-from dhp_jax.data import cifar
+from dhp_jax.data.labelled import cifar
 
 ROOT = Path(__file__).parents[1]
 MAIN = ROOT / "experiments/main.py"

@@ -17,9 +17,7 @@ import numpy as np
 import pytest
 from runs import ROOT
 
-from dhp_jax import journal
-from dhp_jax.config import ConfigError
-from dhp_jax.mesh import (
+from dhp_jax.distributed.mesh import (
     arrange,
     axis_sizes,
     check_batch,
@@ -30,8 +28,10 @@ from dhp_jax.mesh import (
     settled,
     whole,
 )
-from dhp_jax.preemption import EXIT_CODE
-from dhp_jax.processes import ProcessError, Turns, from_first, join
+from dhp_jax.distributed.preemption import EXIT_CODE
+from dhp_jax.distributed.processes import ProcessError, Turns, from_first, join
+from dhp_jax.errors import ConfigError
+from dhp_jax.workdir import metrics as workdir_metrics
 
 CONFIG = Path(__file__).with_name("mesh_config.py")
 BOUND = 60  # seconds within which a process ends when another one has died
@@ -97,7 +97,7 @@ def wait_for(processes, ready):
 
 
 def records(workdir):
-    return journal.read(workdir / journal.RECORDS)
+    return workdir_metrics.read(workdir / workdir_metrics.RECORDS)
 
 
 def survivors(workdir):

@@ -22,11 +22,19 @@ from runs import (
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
-from dhp_jax import journal, pipeline, preparation, report, targets
-from dhp_jax.config import ConfigError
-from dhp_jax.latent import walk
-from dhp_jax.methods import METHODS
+from dhp_jax.budgets import latency
+from dhp_jax.config.methods import METHODS
+from dhp_jax.core.latent import walk
+from dhp_jax.errors import ConfigError
+from dhp_jax.pipeline import phases as pipeline_phases
+from dhp_jax.pipeline import preparation, targets
+from dhp_jax.pipeline.targets import execute
+from dhp_jax.report import write as report_write
+from dhp_jax.report.text import summary_text
 from dhp_jax.report.wording import start_text
+from dhp_jax.workdir import metrics as workdir_metrics
+from dhp_jax.workdir import reader
+from dhp_jax.workdir.summary import beside
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -124,12 +132,14 @@ def test_each_method_keeps_the_budget(pruned, method):
 @pytest.mark.parametrize("method", OF_SECONDS)
 def test_each_method_runs_to_its_end(finished_by, method):
     workdir = finished_by(method)
-    summary = json.loads((workdir / report.SUMMARY).read_text())
+    summary = json.loads((workdir / reader.SUMMARY).read_text())
     assert summary["method"] == method
     assert 0.49 < summary["flops"]["ratio"] <= 0.5
     assert list(summary["phases"]) == ["converge"]
     assert summary["phases"]["converge"]["epochs"] == 1
-    assert {r["phase"] for r in journal.read(workdir / journal.RECORDS)} == {"converge"}
+    assert {r["phase"] for r in workdir_metrics.read(workdir / workdir_metrics.RECORDS)} == {
+        "converge"
+    }
     networks = sorted(folder.parent.name for folder in workdir.glob("*/model.json"))
     assert networks == ["best", "model", "pruned"]
     assert description(workdir / "model")["survivors"] == survivors(workdir)
@@ -215,7 +225,7 @@ def test_uniform_widths_are_one_share_to_within_a_channel(pruned):
     ],
 )
 def test_what_a_run_started_from_is_told(pruned, method, told):
-    origin = report.read(pruned[method]).origin
+    origin = reader.read(pruned[method]).origin
     assert start_text({"method": method, "origin": origin}) == told
     if method != "uniform":
         phase = "search" if method == "scratch" else "baseline"
@@ -225,17 +235,17 @@ def test_what_a_run_started_from_is_told(pruned, method, told):
 @pytest.mark.parametrize("method", OF_SECONDS)
 def test_the_page_of_a_method_has_no_search_and_does_not_call_it_dhp(finished_by, method):
     workdir = finished_by(method)
-    page = (workdir / report.PAGE).read_text()
+    page = (workdir / report_write.PAGE).read_text()
     before, after = METHODS[method].lead.split("{left}")
     assert re.search(rf"{before}[\d.]+ % of the FLOPs and [\d.]+ % of the params{after}: ", page)
     assert "Channels kept" in page
     for absent in ("How the latents died", "while searching", "after the search", "DHP"):
         assert absent not in page
-    plots = {plot.name for plot in (workdir / report.PLOTS).iterdir()}
+    plots = {plot.name for plot in (workdir / report_write.PLOTS).iterdir()}
     assert plots == {"channels.png", "error.png"}
-    summary = json.loads((workdir / report.SUMMARY).read_text())
+    summary = json.loads((workdir / reader.SUMMARY).read_text())
     assert f"Trained from {start_text(summary)}." in page
-    assert start_text(summary) in report.summary_text(summary)
+    assert start_text(summary) in summary_text(summary)
 
 
 def test_the_unpruned_network_is_looked_for_in_the_source_of_a_run_or_beside_it(
@@ -243,13 +253,13 @@ def test_the_unpruned_network_is_looked_for_in_the_source_of_a_run_or_beside_it(
 ):
     for method, workdir in (("dhp", "runs/x"), ("uniform", "runs/x-uniform")):
         config = {"method": method, "source": None}
-        assert report.beside(workdir, config) == "runs/x-baseline"
-        assert report.beside(f"{workdir}/0.5", config) == "runs/x-baseline"
+        assert beside(workdir, config) == "runs/x-baseline"
+        assert beside(f"{workdir}/0.5", config) == "runs/x-baseline"
     monkeypatch.setenv("HOME", str(tmp_path))
     config = {"method": "random", "source": "~/trained"}
-    assert report.beside("runs/x-random", config) == "runs/x-baseline"
+    assert beside("runs/x-random", config) == "runs/x-baseline"
     (tmp_path / "trained").mkdir()
-    assert report.beside("runs/x-random", config) == str(tmp_path / "trained")
+    assert beside("runs/x-random", config) == str(tmp_path / "trained")
 
 
 def test_a_run_by_norm_that_died_in_converge_ends_with_the_same_bits(
@@ -311,8 +321,8 @@ def test_a_damaged_network_just_after_pruning_is_made_again_with_the_same_bits(
 def test_several_targets_of_a_method_are_a_run_each(tmp_path):
     config = of_digits(method="uniform", targets=(0.8, 0.5))
     runs = targets.prepare(config, tmp_path)
-    targets.execute(runs, tmp_path)
-    left = [json.loads((run.workdir / report.SUMMARY).read_text())["flops"] for run in runs]
+    execute(runs, tmp_path)
+    left = [json.loads((run.workdir / reader.SUMMARY).read_text())["flops"] for run in runs]
     assert 0.75 < left[0]["ratio"] <= 0.8
     assert 0.45 < left[1]["ratio"] <= 0.5
 
@@ -321,7 +331,7 @@ def test_several_targets_of_a_method_are_a_run_each(tmp_path):
 
 
 def prepare(workdir, **fields):
-    return pipeline.prepare(of_digits(**fields), workdir)
+    return preparation.prepare(of_digits(**fields), workdir)
 
 
 def refusal(tmp_path, **fields):
@@ -447,7 +457,7 @@ def test_a_method_that_takes_the_channels_of_a_run_takes_no_targets(tmp_path, fo
 
 def test_nothing_is_measured_where_nothing_is_chosen(tmp_path, found, monkeypatch):
     source = changed(tmp_path, found, "config.json", lambda c: c["budget"].update(latency=0.01))
-    monkeypatch.setattr(preparation, "clock", None)
+    monkeypatch.setattr(latency, "clock", None)
     prepare(tmp_path / "run", method="scratch", source=source, **{"budget.latency": 0.01})
 
 
@@ -475,7 +485,7 @@ def test_a_run_that_has_begun_keeps_its_source_which_may_move(tmp_path, pruned, 
 
 
 def test_every_method_is_documented_and_carried_out():
-    assert set(METHODS) - {"baseline"} == set(pipeline.SMALLER)
+    assert set(METHODS) - {"baseline"} == set(pipeline_phases.SMALLER)
     guide = (CONFIG.parents[2] / "docs/methods.md").read_text()
     for method in METHODS:
         assert f"`{method}`" in guide

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.architecture import architecture_of
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.models.resnet import Block
 
 BLOCKS = {8: 3, 14: 6, 20: 9, 32: 15, 44: 21, 56: 27, 110: 36, 164: 54}

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.optimizer import drop_schedule, optimizer, prunable_latents, shrink_latents
+from dhp_jax.core.latent import prunable_latents
+from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
 
 LR = 0.5
 

@@ -10,12 +10,13 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from dhp_jax import journal, result
-from dhp_jax.command import opened
-from dhp_jax.latent import latents
+from dhp_jax.cli import opened
+from dhp_jax.core.latent import latents
 from dhp_jax.report.crops import Crop
 from dhp_jax.report.page import Told, _most_pruned, missing, page
 from dhp_jax.report.wording import compact, duration, loss_text, milliseconds
+from dhp_jax.workdir import metrics as workdir_metrics
+from dhp_jax.workdir import reader
 
 VOID = {"br", "img", "link", "meta"}
 
@@ -56,7 +57,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run(finished):
-    there = result.read(finished)
+    there = reader.read(finished)
     return Told(there, there.summary)
 
 
@@ -277,10 +278,10 @@ def test_the_page_of_an_unfinished_run_tells_what_is_missing(copy, gone, phases,
         path = copy / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if (copy / "metrics.jsonl").exists():
-        records = journal.read(copy / "metrics.jsonl")
+        records = workdir_metrics.read(copy / "metrics.jsonl")
         lines = [json.dumps(r) + "\n" for r in records if r["phase"] in phases]
         (copy / "metrics.jsonl").write_text("".join(lines))
-    there = result.read(copy)
+    there = reader.read(copy)
     everything = Page(page(Told(there, None)))
     assert "This run is not finished. Missing are:" in everything.text
     absent = missing(there)

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from dhp_jax.data import photographs
-from dhp_jax.data.photographs import load
-from dhp_jax.data.resize import bicubic
-from dhp_jax.data.source import DataNotFoundError
+from dhp_jax.data import decode
+from dhp_jax.data.photos.bicubic import bicubic
+from dhp_jax.data.photos.photographs import load
+from dhp_jax.errors import DataNotFoundError
 
 
 def pixels(height=24, width=32, channels=3, seed=0):
@@ -298,7 +298,7 @@ def test_wrong_folders_are_refused_before_anything_is_decoded(
 ):
     root, load_folders = folders
     change(root)
-    monkeypatch.setattr(photographs, "decode", None)
+    monkeypatch.setattr(decode, "decode", None)
     with refused(error, *parts) as caught:
         load_folders(**arguments)
     assert "\n" not in str(caught.value)

@@ -17,10 +17,15 @@ from runs import NETWORKS, Interrupter, Stop, check_same_end, without_times
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
-from dhp_jax import data, journal, pipeline, preparation, workdir
-from dhp_jax.budgets import Time
-from dhp_jax.config import ConfigError
-from dhp_jax.train import Stopped
+from dhp_jax import data
+from dhp_jax.budgets.chosen import Time
+from dhp_jax.errors import ConfigError
+from dhp_jax.pipeline import phases, preparation
+from dhp_jax.pipeline.execution import execute
+from dhp_jax.pipeline.preparation import prepare
+from dhp_jax.train.phase import Stopped
+from dhp_jax.workdir import identity
+from dhp_jax.workdir import metrics as workdir_metrics
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -52,9 +57,9 @@ def description(workdir, name):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, compiled_once):
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    run = pipeline.prepare(tiny(), workdir)
+    run = prepare(tiny(), workdir)
     before = contents(workdir)
-    summary = pipeline.execute(run)
+    summary = execute(run)
     return SimpleNamespace(workdir=workdir, run=run, before=before, summary=summary)
 
 
@@ -136,7 +141,7 @@ def test_the_networks_on_disk_have_the_errors_of_the_summary(finished):
 
 
 def test_the_records_of_a_search_tell_how_its_latents_died(finished):
-    records = journal.read(finished.workdir / journal.RECORDS)
+    records = workdir_metrics.read(finished.workdir / workdir_metrics.RECORDS)
     history = [r for r in records if "survivors" in r]
     assert history == [r for r in records if r["phase"] == "search"]
     searched = dhp.load(finished.workdir / "search")
@@ -151,7 +156,7 @@ def test_the_records_of_a_search_tell_how_its_latents_died(finished):
 
 
 def test_the_records_are_of_both_phases_and_agree_with_the_summary(finished):
-    records = journal.read(finished.workdir / journal.RECORDS)
+    records = workdir_metrics.read(finished.workdir / workdir_metrics.RECORDS)
     search = [r for r in records if r["phase"] == "search"]
     converge = [r for r in records if r["phase"] == "converge"]
     assert records == search + converge
@@ -181,32 +186,32 @@ def test_a_run_that_goes_on_after_a_phase_ends_with_the_same_bits(finished, tmp_
     for name in lost:
         shutil.rmtree(workdir / name)
     (workdir / "summary.json").unlink()
-    pipeline.execute(pipeline.prepare(tiny(), workdir))
+    execute(prepare(tiny(), workdir))
     check_same_end(workdir, finished.workdir)
 
 
 def test_a_run_that_died_in_each_phase_ends_with_the_same_bits(finished, tmp_path):
     often = {"checkpoint.seconds": 0}
     for phase, step, left in (("search", 13, set()), ("converge", 25, {"search", "pruned"})):
-        run = pipeline.prepare(tiny(**often), tmp_path, [Interrupter(phase, step)])
+        run = prepare(tiny(**often), tmp_path, [Interrupter(phase, step)])
         with pytest.raises(Stop):
-            pipeline.execute(run)
-        records = journal.read(tmp_path / journal.RECORDS)
+            execute(run)
+        records = workdir_metrics.read(tmp_path / workdir_metrics.RECORDS)
         assert [r["step"] for r in records if r["phase"] == phase] == list(range(10, step, 10))
         assert {name for name in NETWORKS if (tmp_path / name).exists()} == left
         assert len(list((tmp_path / "checkpoints" / phase).iterdir())) > 0
-    pipeline.execute(pipeline.prepare(tiny(), tmp_path))
+    execute(prepare(tiny(), tmp_path))
     check_same_end(tmp_path, finished.workdir)
 
 
 @pytest.mark.parametrize("phase", ["search", "converge"])
 def test_a_run_that_is_told_to_stop_goes_on_where_it_was(finished, tmp_path, phase):
     witness = Steps()
-    run = pipeline.prepare(tiny(), tmp_path, [witness])
+    run = prepare(tiny(), tmp_path, [witness])
     with pytest.raises(Stopped, match=f"^{phase}: stopped after step 7$"):
-        pipeline.execute(run, stopping=lambda: witness.taken[-1:] == [(phase, 7)])
+        execute(run, stopping=lambda: witness.taken[-1:] == [(phase, 7)])
     again = Steps()
-    pipeline.execute(pipeline.prepare(tiny(), tmp_path, [again]))
+    execute(prepare(tiny(), tmp_path, [again]))
     assert again.taken[0] == (phase, 8)
     check_same_end(tmp_path, finished.workdir)
 
@@ -242,10 +247,10 @@ def test_a_network_that_is_damaged_is_made_again_and_only_that(finished, tmp_pat
     path.write_bytes(path.read_bytes()[:-100])
     steps = Steps()
     with caplog.at_level(logging.WARNING):
-        pipeline.execute(pipeline.prepare(tiny(), workdir, [steps]))
+        execute(prepare(tiny(), workdir, [steps]))
     check_same_end(workdir, finished.workdir)
     assert steps.taken == []
-    warnings = [r.getMessage() for r in caplog.records if r.name == "dhp_jax.pipeline"]
+    warnings = [r.getMessage() for r in caplog.records if r.name == "dhp_jax.pipeline.phases"]
     assert len(warnings) == 1
     assert str(path.parent) in warnings[0]
     assert warnings[0].endswith("; it is made again")
@@ -254,26 +259,26 @@ def test_a_network_that_is_damaged_is_made_again_and_only_that(finished, tmp_pat
 @pytest.mark.parametrize("left", ["", "a third", "zeros"])
 def test_records_that_are_gone_come_back_from_checkpoints(finished, tmp_path, left):
     workdir = shutil.copytree(finished.workdir, tmp_path / "run")
-    path = workdir / journal.RECORDS
+    path = workdir / workdir_metrics.RECORDS
     content = path.read_bytes()
     third = content[: len(content) // 3]
     path.write_bytes({"": b"", "a third": third, "zeros": third + bytes(500) + b"\n"}[left])
-    pipeline.execute(pipeline.prepare(tiny(), workdir))
+    execute(prepare(tiny(), workdir))
     assert path.read_bytes() == content
 
 
 def test_a_death_before_the_configuration_was_written_is_no_obstacle(tmp_path):
     (tmp_path / ".config.json.unfinished").write_text('{"se')
-    pipeline.prepare(tiny(), tmp_path)
+    prepare(tiny(), tmp_path)
     assert (tmp_path / "config.json").is_file()
 
 
 def test_other_data_are_refused_in_the_middle_of_a_phase(tmp_path):
     witness = Steps()
-    run = pipeline.prepare(tiny(), tmp_path, [witness])
+    run = prepare(tiny(), tmp_path, [witness])
     with pytest.raises(Stopped):
-        pipeline.execute(run, stopping=lambda: len(witness.taken) == 3)
-    run = pipeline.prepare(tiny(), tmp_path)
+        execute(run, stopping=lambda: len(witness.taken) == 3)
+    run = prepare(tiny(), tmp_path)
     read = run.problem.read
 
     def changed(split):
@@ -282,7 +287,7 @@ def test_other_data_are_refused_in_the_middle_of_a_phase(tmp_path):
 
     other = dataclasses.replace(run.problem, read=changed)
     with pytest.raises(ValueError, match=r"^config\.data: checksum .*; give another --workdir$"):
-        pipeline.execute(dataclasses.replace(run, problem=other))
+        execute(dataclasses.replace(run, problem=other))
 
 
 # More epochs
@@ -290,21 +295,21 @@ def test_other_data_are_refused_in_the_middle_of_a_phase(tmp_path):
 
 def test_a_finished_run_with_more_epochs_goes_on_as_if_it_had_had_them_before(finished, tmp_path):
     longer = tiny(**{"converge.epochs": 3})
-    pipeline.execute(pipeline.prepare(longer, tmp_path / "once"))
+    execute(prepare(longer, tmp_path / "once"))
     workdir, steps = shutil.copytree(finished.workdir, tmp_path / "run"), Steps()
-    pipeline.execute(pipeline.prepare(longer, workdir, [steps]))
+    execute(prepare(longer, workdir, [steps]))
     assert steps.taken == [("converge", n) for n in range(41, 61)]
     check_same_end(workdir, tmp_path / "once")
     with pytest.raises(ConfigError, match=r"config\.converge\.epochs is 3 there and 2 here"):
-        pipeline.prepare(tiny(), workdir)
+        prepare(tiny(), workdir)
 
 
 def test_more_epochs_that_were_not_reached_can_be_taken_back(finished, tmp_path):
     for config in (tiny(), tiny(**{"converge.epochs": 30})):
-        run = pipeline.prepare(config, tmp_path, [Interrupter("converge", 13)])
+        run = prepare(config, tmp_path, [Interrupter("converge", 13)])
         with pytest.raises(Stop):
-            pipeline.execute(run)
-    pipeline.execute(pipeline.prepare(tiny(), tmp_path))
+            execute(run)
+    execute(prepare(tiny(), tmp_path))
     check_same_end(tmp_path, finished.workdir)
 
 
@@ -312,10 +317,10 @@ def test_more_epochs_that_were_not_reached_can_be_taken_back(finished, tmp_path)
 def test_a_search_with_more_epochs_is_pruned_and_converged_again(tmp_path):
     fields = {"search.strength": 0.02, "converge.epochs": 1}
     short, longer = (tiny(**{**fields, "search.epochs": n}) for n in (1, 2))
-    pipeline.execute(pipeline.prepare(longer, tmp_path / "once"))
-    pipeline.execute(pipeline.prepare(short, tmp_path / "run"))
+    execute(prepare(longer, tmp_path / "once"))
+    execute(prepare(short, tmp_path / "run"))
     steps = Steps()
-    pipeline.execute(pipeline.prepare(longer, tmp_path / "run", [steps]))
+    execute(prepare(longer, tmp_path / "run", [steps]))
     taken = [("search", n) for n in range(21, 41)] + [("converge", n) for n in range(1, 21)]
     assert steps.taken == taken
     check_same_end(tmp_path / "run", tmp_path / "once")
@@ -325,13 +330,13 @@ def test_a_search_with_more_epochs_is_pruned_and_converged_again(tmp_path):
 def test_a_search_with_more_epochs_stopped_in_converge_goes_on_from_there(tmp_path):
     fields = {"search.strength": 0.02, "converge.epochs": 1}
     short, longer = (tiny(**{**fields, "search.epochs": n}) for n in (1, 2))
-    pipeline.execute(pipeline.prepare(short, tmp_path))
+    execute(prepare(short, tmp_path))
     witness = Steps()
-    run = pipeline.prepare(longer, tmp_path, [witness])
+    run = prepare(longer, tmp_path, [witness])
     with pytest.raises(Stopped, match=r"^converge: stopped after step 7$"):
-        pipeline.execute(run, stopping=lambda: witness.taken[-1:] == [("converge", 7)])
+        execute(run, stopping=lambda: witness.taken[-1:] == [("converge", 7)])
     again = Steps()
-    pipeline.execute(pipeline.prepare(longer, tmp_path, [again]))
+    execute(prepare(longer, tmp_path, [again]))
     assert again.taken == [("converge", n) for n in range(8, 21)]
 
 
@@ -341,25 +346,25 @@ def test_more_epochs_without_checkpoints_are_refused(finished, tmp_path):
     before = (workdir / "model/arrays.safetensors").read_bytes()
     message = r"^config\.converge\.epochs: expected at most 2, .* are gone; got 3$"
     with pytest.raises(ValueError, match=message):
-        pipeline.execute(pipeline.prepare(tiny(**{"converge.epochs": 3}), workdir))
+        execute(prepare(tiny(**{"converge.epochs": 3}), workdir))
     assert (workdir / "model/arrays.safetensors").read_bytes() == before
-    pipeline.execute(pipeline.prepare(tiny(), workdir))  # it is still what it was
+    execute(prepare(tiny(), workdir))  # it is still what it was
 
 
 def test_a_finished_run_only_reports(finished, tmp_path):
     workdir = shutil.copytree(finished.workdir, tmp_path / "run")
     for lost in ("summary.json", "layers.md", "plots/error.png"):
         (workdir / lost).unlink()
-    run = pipeline.prepare(tiny(), workdir, [Interrupter(p, 0) for p in ("search", "converge")])
+    run = prepare(tiny(), workdir, [Interrupter(p, 0) for p in ("search", "converge")])
     unread = dataclasses.replace(run.problem, read=lambda split: pytest.fail("data were read"))
-    summary = pipeline.execute(dataclasses.replace(run, problem=unread))
+    summary = execute(dataclasses.replace(run, problem=unread))
     assert without_times(summary) == without_times(finished.summary)
     before, after = contents(finished.workdir), contents(workdir)
     assert before.keys() == after.keys()
     measured = ("summary.json", "report.html")  # the latency, for it was lost
     for name in before:
         assert name.endswith((".png", *measured)) or before[name] == after[name], name
-    again = pipeline.execute(dataclasses.replace(run, problem=unread))
+    again = execute(dataclasses.replace(run, problem=unread))
     assert again == summary  # measured once
 
 
@@ -371,16 +376,16 @@ def test_a_directory_of_another_configuration_is_refused_and_left_alone(finished
         "and 0.4 here, config.search.epochs is 2 there and 1 here; give another --workdir"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        pipeline.prepare(tiny(target=0.4, log_every=7, **{"search.epochs": 1}), workdir)
+        prepare(tiny(target=0.4, log_every=7, **{"search.epochs": 1}), workdir)
     assert contents(workdir) == before
 
 
 def test_a_field_that_is_given_no_more_makes_another_configuration(tmp_path):
     config = tiny()
-    pipeline.prepare(config, tmp_path)
+    prepare(config, tmp_path)
     del config.model.width
     with pytest.raises(ValueError, match=r"config\.model\.width is 0\.25 there and None here"):
-        pipeline.prepare(config, tmp_path)
+        prepare(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +401,7 @@ def test_a_field_that_is_given_no_more_makes_another_configuration(tmp_path):
 )
 def test_what_may_change_is_taken(finished, tmp_path, field, value):
     workdir = shutil.copytree(finished.workdir, tmp_path / "run")
-    pipeline.prepare(tiny(**{field: value}), workdir)
+    prepare(tiny(**{field: value}), workdir)
     stored = json.loads((workdir / "config.json").read_text())
     for part in field.split("."):
         stored = stored[part]
@@ -406,26 +411,26 @@ def test_what_may_change_is_taken(finished, tmp_path, field, value):
 @pytest.mark.parametrize("field", ["search.epochs", "converge.epochs"])
 def test_what_may_grow_is_taken_and_stored_once_it_is_reached(finished, tmp_path, field):
     path = shutil.copytree(finished.workdir, tmp_path / "run")
-    pipeline.prepare(tiny(**{field: 3}), path)
-    assert workdir.stored(path, field) == 2
-    workdir.grow(path, field, 3)
-    assert workdir.stored(path, field) == 3
+    prepare(tiny(**{field: 3}), path)
+    assert identity.stored(path, field) == 2
+    identity.grow(path, field, 3)
+    assert identity.stored(path, field) == 3
 
 
 def test_a_directory_in_which_another_is_at_work_is_refused(tmp_path):
     message = f"workdir: another process is at work in {tmp_path}; wait until it ends, or give "
-    with workdir.held(tmp_path, tiny()):
+    with identity.held(tmp_path, tiny()):
         before = contents(tmp_path)
         with pytest.raises(ValueError, match=f"^{re.escape(message)}another --workdir$"):
-            pipeline.prepare(tiny(log_every=7), tmp_path)
+            prepare(tiny(log_every=7), tmp_path)
         assert contents(tmp_path) == before
-    pipeline.prepare(tiny(log_every=7), tmp_path)
+    prepare(tiny(log_every=7), tmp_path)
 
 
 def test_a_configuration_on_disk_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 0,')
     with pytest.raises(ValueError, match=r"^workdir: .*config.json is no configuration: "):
-        pipeline.prepare(tiny(), tmp_path)
+        prepare(tiny(), tmp_path)
     assert contents(tmp_path) == {"config.json": b'{"seed": 0,'}
 
 
@@ -434,9 +439,9 @@ def test_a_configuration_on_disk_that_cannot_be_read_is_named(tmp_path):
 
 def test_a_search_that_runs_out_of_epochs_says_so_and_is_pruned_to_the_target(tmp_path, caplog):
     config = tiny(**{"search.epochs": 1, "search.strength": 1e-4, "target": 0.4})
-    run = pipeline.prepare(config, tmp_path, [Interrupter("converge", 0)])
+    run = prepare(config, tmp_path, [Interrupter("converge", 0)])
     with caplog.at_level(logging.WARNING), pytest.raises(Stop):
-        pipeline.execute(run)
+        execute(run)
     assert caplog.messages == [
         "search: did not come down to 0.42 of the FLOPs within search.epochs=1; "
         "pruning to 0.4 of the FLOPs anyway"
@@ -471,7 +476,7 @@ class Clocks:
 
 def time_by(patch, clocks):
     """Has clocks time networks, before a run and in it."""
-    for module in (preparation, pipeline):
+    for module in (preparation, phases):
         patch.setattr(module, "clock", clocks)
 
 
@@ -486,9 +491,9 @@ def quick(tmp_path_factory, compiled_once):
     config = tiny(**QUICK, **{"budget.params": 0.55, "budget.activations": 0.8})
     with pytest.MonkeyPatch.context() as patch:
         time_by(patch, clocks)
-        run = pipeline.prepare(config, folder)
+        run = prepare(config, folder)
         before = len(clocks.measured)
-        summary = pipeline.execute(run)
+        summary = execute(run)
     return SimpleNamespace(
         workdir=folder, config=config, summary=summary, clocks=clocks, before=before
     )
@@ -514,7 +519,11 @@ def test_a_latency_is_looked_at_once_before_work_is_done(quick):
 
 def test_a_search_ends_when_all_budgets_are_nearly_met(quick):
     phase = description(quick.workdir, "search")["notes"]["phase"]
-    search = [r for r in journal.read(quick.workdir / journal.RECORDS) if r["phase"] == "search"]
+    search = [
+        r
+        for r in workdir_metrics.read(quick.workdir / workdir_metrics.RECORDS)
+        if r["phase"] == "search"
+    ]
     asked = {"flops": 0.5, "params": 0.55, "activations": 0.8}  # FLOPs as the latency
 
     def met(record):
@@ -570,7 +579,7 @@ def test_a_run_that_goes_on_measures_nothing_once_its_network_is_pruned(
     shutil.copytree(quick.workdir, tmp_path / "run")
     for name in ("best", "model", "checkpoints/converge"):
         shutil.rmtree(tmp_path / "run" / name)
-    pipeline.execute(pipeline.prepare(quick.config, tmp_path / "run"))
+    execute(prepare(quick.config, tmp_path / "run"))
     assert clocks.measured == []
     assert contents(tmp_path / "run/pruned") == expected
     check_same_end(tmp_path / "run", quick.workdir)
@@ -580,9 +589,9 @@ def test_a_latency_below_what_is_reachable_is_refused_before_work_is_done(tmp_pa
     time_by(monkeypatch, Clocks(floor=0.7))
     expected = r"^config.budget.latency: 0.5 cannot be reached: the smallest possible network takes"
     with pytest.raises(ValueError, match=expected):
-        pipeline.prepare(tiny(**QUICK), tmp_path / "run")
+        prepare(tiny(**QUICK), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    pipeline.prepare(tiny(**QUICK, method="baseline"), tmp_path / "run")  # which prunes nothing
+    prepare(tiny(**QUICK, method="baseline"), tmp_path / "run")  # which prunes nothing
 
 
 def test_a_latency_that_is_out_of_reach_after_the_search_ends_the_run_in_one_line(
@@ -592,7 +601,7 @@ def test_a_latency_that_is_out_of_reach_after_the_search_ends_the_run_in_one_lin
     shutil.copytree(quick.workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/pruned")
     with pytest.raises(ValueError, match=r"^config.budget.latency: 0.5 cannot .*/search, for"):
-        pipeline.execute(pipeline.prepare(quick.config, tmp_path / "run"))
+        execute(prepare(quick.config, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -606,7 +615,7 @@ def test_a_latency_that_is_out_of_reach_after_the_search_ends_the_run_in_one_lin
 )
 def test_a_budget_out_of_reach_is_told_by_its_field(tmp_path, changes, field):
     with pytest.raises(ValueError, match=f"^{field} be reached: the smallest possible share is 0."):
-        pipeline.prepare(tiny(**changes), tmp_path / "run")
+        prepare(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -615,7 +624,7 @@ def test_a_budget_out_of_reach_is_told_by_its_field(tmp_path, changes, field):
 
 def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finished, tmp_path):
     workdir = tmp_path / "baseline"
-    summary = pipeline.execute(pipeline.prepare(tiny(method="baseline"), workdir))
+    summary = execute(prepare(tiny(method="baseline"), workdir))
     assert description(workdir, "model")["notes"]["run"].keys() == {"method", "seed", "data"}
     assert {path.name for path in workdir.iterdir()} == {
         *("best", "model", "config.json", "metrics.jsonl"),
@@ -628,13 +637,13 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
     assert summary["flops"]["ratio"] == 1
     error = errors_by_hand(workdir, "model")
     assert summary["test"]["last"]["error"] == pytest.approx(error, abs=1e-6)
-    records = journal.read(workdir / journal.RECORDS)
+    records = workdir_metrics.read(workdir / workdir_metrics.RECORDS)
     assert {record["phase"] for record in records} == {"baseline"}
     assert records[-1]["test_error"] == summary["test"]["last"]["error"]
-    reported = pipeline.execute(finished.run, baseline=workdir)
+    reported = execute(finished.run, baseline=workdir)
     assert reported["test"]["unpruned"] == summary["test"]["last"]
     assert reported["unpruned_epochs"] == 1
-    assert pipeline.execute(finished.run)["test"]["unpruned"] is None
+    assert execute(finished.run)["test"]["unpruned"] is None
 
 
 # What is decided before any work
@@ -658,13 +667,13 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
 def test_an_error_names_the_field(tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(preparation, "MOST_STEPS", 10**9)
     with pytest.raises(ValueError, match=message):
-        pipeline.prepare(tiny(**changes), tmp_path / "run")
+        prepare(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_network_follows_from_the_seed(tmp_path):
     first, again, other = (
-        arrays(pipeline.prepare(tiny(seed=seed), tmp_path / str(n)).build())
+        arrays(prepare(tiny(seed=seed), tmp_path / str(n)).build())
         for n, seed in enumerate((7, 7, 8))
     )
     for name, array in first.items():
@@ -674,7 +683,7 @@ def test_the_network_follows_from_the_seed(tmp_path):
 
 
 def test_the_configuration_decides_min_channels_and_dtype_of_the_network(tmp_path):
-    run = pipeline.prepare(tiny(dtype="bfloat16", **{"search.min_channels": 2}), tmp_path)
+    run = prepare(tiny(dtype="bfloat16", **{"search.min_channels": 2}), tmp_path)
     model = run.build()
     assert all(z.min_channels == min(2, z.size) for z in dhp.latents(model).values())
     assert model.classifier.dtype == jnp.bfloat16
@@ -695,14 +704,14 @@ def test_what_has_a_field_of_its_own_is_refused_among_the_models(tmp_path, argum
     config.model[argument] = 3
     message = f"^config.model.{argument}: follows from config.{field}, not given here$"
     with pytest.raises(ValueError, match=message):
-        pipeline.prepare(config, tmp_path / "run")
+        prepare(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_widths_are_rounded_as_the_configuration_says(tmp_path):
-    run = pipeline.prepare(tiny(multiple_of=4, target=0.6), tmp_path)
-    summary = pipeline.execute(run)
+    run = prepare(tiny(multiple_of=4, target=0.6), tmp_path)
+    summary = execute(run)
     assert summary["flops"]["ratio"] <= 0.6
     kept = [len(entries) for entries in description(tmp_path, "model")["survivors"].values()]
     assert all(count % 4 == 0 for count in kept if count > 1)  # 1: gray images
@@ -715,9 +724,9 @@ def test_both_precisions_follow_the_same_loss_curve(tmp_path):
     curves = {}
     for dtype in ("float32", "bfloat16"):
         changes = {"dtype": dtype, "model.width": 0.5, "log_every": 10, "baseline.epochs": 4}
-        run = pipeline.prepare(tiny(method="baseline", **changes), tmp_path / dtype)
-        pipeline.execute(run)
-        records = journal.read(run.workdir / journal.RECORDS)
+        run = prepare(tiny(method="baseline", **changes), tmp_path / dtype)
+        execute(run)
+        records = workdir_metrics.read(run.workdir / workdir_metrics.RECORDS)
         curves[dtype] = np.array([record["loss"] for record in records])
     assert curves["float32"][-1] < curves["float32"][0] / 3
     np.testing.assert_allclose(curves["bfloat16"], curves["float32"], rtol=0.15, atol=0.1)

@@ -10,8 +10,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from dhp_jax.data import DataNotFoundError, photographs, pixel_file
-from dhp_jax.data.resize import bicubic
+from dhp_jax.data import DataNotFoundError
+from dhp_jax.data.photos import photographs
+from dhp_jax.data.photos.bicubic import bicubic
+from dhp_jax.data.photos.pixel_cache import shutil
 
 SIZES = ((21, 30), (16, 16), (40, 19))  # height, width
 
@@ -111,7 +113,7 @@ def test_a_photograph_that_cannot_be_decoded_leaves_no_file(folder, tmp_path):
 def test_a_disk_without_room_is_told_before_anything_is_decoded(folder, tmp_path, monkeypatch):
     source = loaded(folder)
     usage = SimpleNamespace(free=1000)
-    monkeypatch.setattr(pixel_file.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=rf"data\.cache: .* needs {source.bytes:,} bytes.*1,000"):
         source.stream(8, 0, tmp_path / "cache")
 

@@ -13,8 +13,9 @@ import pytest
 from runs import commanded
 
 import dhp_jax as dhp
-from dhp_jax import command, predict
-from dhp_jax.data import digits
+from dhp_jax import predict
+from dhp_jax.cli import opened
+from dhp_jax.data.labelled import digits
 
 
 def told(capsys, *arguments):
@@ -75,7 +76,7 @@ def test_classes_without_names_are_numbers_and_probabilities_sum_to_one(tmp_path
         task="classification", mean=[100.0] * 3, std=[50.0] * 3,
     )  # fmt: skip
     write(tmp_path / "a.png", 4, 4, 3)
-    saved = command.opened(tmp_path / "own", build="networks:Mixed")
+    saved = opened(tmp_path / "own", build="networks:Mixed")
     (ranking,) = predict.label(saved, [tmp_path / "a.png"], top=9)
     assert sorted(name for name, _ in ranking) == ["0", "1", "2", "3", "4"]
     assert abs(sum(share for _, share in ranking) - 1) < 1e-5
@@ -106,7 +107,7 @@ def test_a_photograph_that_lies_on_its_side_is_labelled_upright(tmp_path):
         task="classification", mean=[0.0] * 3, std=[64.0] * 3,
     )  # fmt: skip
     upright = turned(tmp_path / "a.png")
-    saved = command.opened(tmp_path / "own", build="test_predict:Averaging")
+    saved = opened(tmp_path / "own", build="test_predict:Averaging")
     (ranking,) = predict.label(saved, [tmp_path / "a.png"])
     expected = np.asarray(jax.nn.softmax(upright[0].mean(0) / 64))  # of its first row
     found = {int(name): share for name, share in ranking}
@@ -129,7 +130,7 @@ class Averaging(nnx.Module):
 def test_a_photograph_that_lies_on_its_side_is_restored_upright(restorers, tmp_path):
     upright = turned(tmp_path / "a.png")
     Image.fromarray(upright).save(tmp_path / "b.png")
-    saved = command.opened(restorers / "edsr")
+    saved = opened(restorers / "edsr")
     files = predict.restored_files(
         saved, [tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out"
     )
@@ -170,7 +171,7 @@ def test_an_image_is_denoised_whole_and_in_tiles_without_a_seam(restorers, tmp_p
 def test_an_image_is_enlarged(restorers, tmp_path):
     pixels = write(tmp_path / "small.webp", 9, 7, 3)
     pixels = np.asarray(Image.open(tmp_path / "small.webp").convert("RGB"))
-    saved = command.opened(restorers / "edsr")
+    saved = opened(restorers / "edsr")
     (file,) = predict.restored_files(saved, [tmp_path / "small.webp"], tmp_path / "out")
     found = np.asarray(Image.open(file))
     assert (file.name, found.shape) == ("small.png", (18, 14, 3))
@@ -382,7 +383,7 @@ def noting(network, folder, notes):
 def test_a_network_of_latents_is_used_as_an_ordinary_one(tmp_path):
     model = filled(lambda rngs: dhp.models.build("dncnn", depth=3, features=4, rngs=rngs))
     dhp.save(tmp_path, model)
-    saved = command.opened(tmp_path)
+    saved = opened(tmp_path)
     assert not dhp.latents(saved.model)
     assert saved.task == "denoising"
     assert isinstance(saved.model.tail, nnx.Conv)

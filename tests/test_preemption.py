@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dhp_jax.preemption import EXIT_CODE, SIGNALS, asked_to_stop
+from dhp_jax.distributed.preemption import EXIT_CODE, SIGNALS, asked_to_stop
 
 
 def until(condition):

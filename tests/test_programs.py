@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax import hypernet
+from dhp_jax.core import hypernet
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 sys.path.append(BENCHMARKS)

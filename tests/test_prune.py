@@ -29,14 +29,8 @@ import optax
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.prune import (
-    check_budget,
-    latent_history,
-    smallest_ratio,
-    survivor_counts,
-    survivor_mask,
-    survivors_within,
-)
+from dhp_jax.budgets.counted import check_budget, smallest_ratio, survivors_within
+from dhp_jax.core.survivors import latent_history, survivor_counts, survivor_mask
 
 MAGNITUDES = st.floats(0, 2, width=16)
 

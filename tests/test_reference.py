@@ -8,14 +8,15 @@ import re
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax import models
+from dhp_jax.models import registry
+from dhp_jax.models import registry as models
 
 REFERENCE = Path(__file__).parents[1] / "docs/reference"
 PUBLIC = {f"dhp_jax.{name}": getattr(dhp, name) for name in dhp.__all__ if name != "models"}
 PUBLIC |= {f"dhp_jax.models.{name}": getattr(models, name) for name in ("build", "build_abstract")}
-PUBLIC |= {f"dhp_jax.models.{family.__name__}": family for family in models.FAMILIES.values()}
+PUBLIC |= {f"dhp_jax.models.{family.__name__}": family for family in registry.FAMILIES.values()}
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example):$", re.MULTILINE)
-FAMILIES = set(models.FAMILIES.values())
+FAMILIES = set(registry.FAMILIES.values())
 
 
 def needed(thing):

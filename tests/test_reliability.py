@@ -9,8 +9,8 @@ import time
 import pytest
 from runs import Interrupter, Stop, begin, carry_out, check_same_end
 
-from dhp_jax.preemption import EXIT_CODE
-from dhp_jax.resume import Checkpoints
+from dhp_jax.distributed.preemption import EXIT_CODE
+from dhp_jax.train.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 

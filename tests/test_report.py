@@ -16,8 +16,20 @@ import pytest
 from runs import description
 
 import dhp_jax as dhp
-from dhp_jax import command, journal, report
-from dhp_jax.result import read_summary
+from dhp_jax import cli
+from dhp_jax.budgets import timing
+from dhp_jax.budgets.timing import hardware
+from dhp_jax.report import __main__ as report_main
+from dhp_jax.report import plots
+from dhp_jax.report import text as report_text
+from dhp_jax.report import write as report_write
+from dhp_jax.report.text import summary_text
+from dhp_jax.report.wording import layer_table
+from dhp_jax.workdir import metrics as workdir_metrics
+from dhp_jax.workdir import reader
+from dhp_jax.workdir import summary as workdir_summary
+from dhp_jax.workdir.reader import read_summary
+from dhp_jax.workdir.summary import summarize
 
 PLOTS = ("channels", "ratio", "latents", "error")
 UNPRUNED = {
@@ -36,7 +48,7 @@ UNPRUNED = {
 
 @pytest.fixture(scope="module")
 def result(finished):
-    return report.read(finished)
+    return reader.read(finished)
 
 
 def number(text):
@@ -66,7 +78,7 @@ def layers_of(model):
 
 def test_the_table_of_layers_tells_the_shapes_of_the_arrays(finished, result):
     layers = layers_of(dhp.load(finished / "model"))
-    table = rows(report.layer_table(result.before, result.after))
+    table = rows(layer_table(result.before, result.after))
     assert {row[0] for row in table} == {*layers, "total"}
     for path, inputs, outputs, _, _, params, _ in table[:-1]:
         layer = layers[path]
@@ -78,7 +90,7 @@ def test_the_table_of_layers_tells_the_shapes_of_the_arrays(finished, result):
 
 
 def test_the_table_of_layers_tells_flops_before_and_after_and_their_share(result):
-    table = rows(report.layer_table(result.before, result.after))
+    table = rows(layer_table(result.before, result.after))
     for row, before, after in zip(table, result.before.layers, result.after.layers, strict=False):
         assert row[0] == before.path
         assert before_and_after(row[3]) == (before.flops, after.flops)
@@ -95,7 +107,7 @@ def test_the_table_of_layers_tells_flops_before_and_after_and_their_share(result
 
 
 def test_the_table_of_layers_is_aligned(result):
-    lines = report.layer_table(result.before, result.after).splitlines()
+    lines = layer_table(result.before, result.after).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert {tuple(i for i, c in enumerate(line) if c == "|") for line in lines} == {
         tuple(i for i, c in enumerate(lines[0]) if c == "|")
@@ -106,7 +118,7 @@ def test_the_table_of_layers_is_aligned(result):
 
 
 def test_the_summary_tells_what_the_run_came_to(finished, result):
-    summary = report.summarize(result, times=result.summary["latency"])
+    summary = summarize(result, times=result.summary["latency"])
     assert summary["method"] == "dhp"
     assert summary["task"] == {"name": "classification"}
     assert summary["model"] == {"name": "resnet", "depth": 8, "width": 0.25}
@@ -115,7 +127,7 @@ def test_the_summary_tells_what_the_run_came_to(finished, result):
         before, after = getattr(result.before, name), getattr(result.after, name)
         assert summary[name] == {"before": before, "after": after, "ratio": after / before}
     tests = {}
-    for record in journal.read(finished / "metrics.jsonl"):
+    for record in workdir_metrics.read(finished / "metrics.jsonl"):
         if "test_error" in record:
             test = {name: record[f"test_{name}"] for name in ("loss", "error")}
             tests.setdefault(record["phase"], []).append(test)
@@ -132,7 +144,7 @@ def test_the_summary_tells_what_the_run_came_to(finished, result):
     }
     phases = summary["phases"].values()
     assert summary["seconds"] == sum(phase["seconds"] for phase in phases) > 0
-    assert summary["hardware"] == report.hardware()
+    assert summary["hardware"] == hardware()
     assert summary["versions"].keys() == {
         "dhp_jax",
         "jax",
@@ -145,23 +157,21 @@ def test_the_summary_tells_what_the_run_came_to(finished, result):
 
 
 def test_the_summary_compares_with_an_unpruned_run_that_is_known(result):
-    known, unknown = report.summarize(result, UNPRUNED), report.summarize(result)
+    known, unknown = summarize(result, UNPRUNED), summarize(result)
     assert known["test"]["unpruned"] == {"loss": 0.3, "error": 0.0846}
     assert known["unpruned_epochs"] == 300
     assert unknown["unpruned_epochs"] is None
     pattern = r"^test error, unpruned +(.*)$"
     found = [
-        re.search(pattern, report.summary_text(summary), re.MULTILINE).group(1)
+        re.search(pattern, summary_text(summary), re.MULTILINE).group(1)
         for summary in (known, unknown)
     ]
     assert found == ["8.46 % (epoch 300)", "unknown"]
 
 
 def test_the_text_of_a_summary_tells_its_numbers(result):
-    summary = report.summarize(result)
-    lines = {
-        line[:22].strip(): line[22:].strip() for line in report.summary_text(summary).splitlines()
-    }
+    summary = summarize(result)
+    lines = {line[:22].strip(): line[22:].strip() for line in summary_text(summary).splitlines()}
     test = {name: values and values["error"] for name, values in summary["test"].items()}
     assert lines["test error, last epoch"] == f"{100 * test['last']:.2f} % (epoch 1)"
     assert lines["best epoch"] == f"{100 * test['best']:.2f} % (epoch 1, by test error)"
@@ -172,26 +182,28 @@ def test_the_text_of_a_summary_tells_its_numbers(result):
         assert lines[label] == (
             f"{change['before']:,} -> {change['after']:,} ({100 * change['ratio']:.2f} %)"
         )
-    assert report.hardware() in lines["time"]
+    assert hardware() in lines["time"]
     assert "note" not in lines
     summary["phases"]["search"]["met_budget"] = False
-    assert "ran out of epochs" in report.summary_text(summary).splitlines()[-1]
+    assert "ran out of epochs" in summary_text(summary).splitlines()[-1]
 
 
 def test_batches_that_were_skipped_are_told(result):
-    summary = report.summarize(result)
-    assert "skipped" not in report.summary_text(summary)
+    summary = summarize(result)
+    assert "skipped" not in summary_text(summary)
     summary["phases"]["converge"]["skipped"] = 7
-    last = report.summary_text(summary).splitlines()[-1]
+    last = summary_text(summary).splitlines()[-1]
     assert re.search(r"^note +batches skipped .* not finite: 7 in the converge phase$", last)
 
 
 def test_the_text_of_a_run_names_paths_that_exist(finished):
     summary = json.loads((finished / "summary.json").read_text())
-    text = report.text(finished, summary)
+    text = report_text.text(finished, summary)
     assert (finished / "layers.md").read_text() in text
-    assert report.summary_text(summary) in text
-    assert re.fullmatch(f"report +{re.escape(str(finished))}/report.html", text.splitlines()[-1])
+    assert summary_text(summary) in text
+    assert re.fullmatch(
+        f"report +{re.escape(str(finished))}/report_write.html", text.splitlines()[-1]
+    )
     paths = set(re.findall(re.escape(str(finished)) + r"[\w./-]*", text))
     assert all(Path(path).exists() for path in paths)
     names = {str(Path(path).relative_to(finished)) for path in paths}
@@ -226,11 +238,11 @@ def test_a_report_compares_with_an_unpruned_run_of_the_same_network_and_data(
     if "method" in changes:
         of_baseline["phases"] = of_run["phases"]
     (tmp_path / "summary.json").write_text(json.dumps(of_baseline))
-    monkeypatch.setattr(report, "plots", lambda *arguments: {})
-    test = report.write(run, baseline=tmp_path)["test"]
+    monkeypatch.setattr(plots, "plots", lambda *arguments: {})
+    test = report_write.write(run, baseline=tmp_path)["test"]
     unpruned = UNPRUNED["test"]["last"] if compared else None
     assert test == of_run["test"] | {"unpruned": unpruned}
-    told = [r.getMessage() for r in caplog.records if r.name == "dhp_jax.report"]
+    told = [r.getMessage() for r in caplog.records if r.name == "dhp_jax.report.write"]
     expected = f"baseline: {tmp_path} is of another network or other data; left out"
     if "method" in changes:
         expected = (
@@ -250,7 +262,7 @@ def test_a_page_made_again_compares_with_a_baseline_that_was_trained_later(copy,
     base.mkdir()
     (base / "summary.json").write_text(json.dumps({**before, "method": "baseline", **UNPRUNED}))
     drawn = (copy / "plots/error.png").read_bytes()
-    report.main([str(copy), f"--baseline={base}"])
+    report_main.main([str(copy), f"--baseline={base}"])
     content = (copy / "report.html").read_text()
     assert "unpruned, 8.46 %" in content
     assert "not known" not in content
@@ -264,7 +276,7 @@ def test_a_run_without_a_trained_network_has_no_summary(finished, tmp_path):
     copy = shutil.copytree(finished, tmp_path / "copy")
     shutil.rmtree(copy / "model")
     with pytest.raises(ValueError, match=f"^run: expected a run that is finished; got '{copy}'$"):
-        report.write(copy)
+        report_write.write(copy)
 
 
 # Latency
@@ -274,7 +286,7 @@ def test_the_latency_of_a_run_is_of_both_networks_for_one_input_and_a_batch(fini
     latency = json.loads((finished / "summary.json").read_text())["latency"]
     assert [row["batch"] for row in latency["batches"]] == [1, 64]
     assert latency["input_shape"] == [8, 8, 1]
-    assert latency["hardware"] == report.hardware()
+    assert latency["hardware"] == hardware()
     for row in latency["batches"]:
         assert row["rounds"] >= 3
         for name in ("before_ms", "after_ms", "speedup"):
@@ -288,11 +300,11 @@ def test_latency_is_measured_again_only_for_other_networks_or_when_asked(result,
         calls.append((list(networks), shape, batch))
         return {name: [2.0, 4.0, 6.0] for name in networks}
 
-    monkeypatch.setattr(report, "measure_latency", measure)
+    monkeypatch.setattr(timing, "measure_latency", measure)
     known = result.summary["latency"]
-    assert report.latency(result) == known
+    assert workdir_summary.latency(result) == known
     assert not calls
-    again = report.latency(result, again=True)
+    again = workdir_summary.latency(result, again=True)
     assert again["batches"][1] == {
         "batch": 64,
         "rounds": 3,
@@ -302,7 +314,7 @@ def test_latency_is_measured_again_only_for_other_networks_or_when_asked(result,
     }
     assert calls == [(["before", "after"], (8, 8, 1), batch) for batch in (1, 64)]
     other = {**result.summary, "latency": {**known, "of": ["of", "others"]}}
-    assert report.latency(dataclasses.replace(result, summary=other)) == again
+    assert workdir_summary.latency(dataclasses.replace(result, summary=other)) == again
 
 
 def test_the_text_of_a_summary_tells_the_latency(result):
@@ -312,7 +324,7 @@ def test_the_text_of_a_summary_tells_the_latency(result):
         "after_ms": {"median": 12.5},
         "speedup": {"median": 1.6, "low": 1.5, "high": 1.75},
     }
-    text = report.summary_text(report.summarize(result, times={"batches": [row]}))
+    text = summary_text(summarize(result, times={"batches": [row]}))
     assert re.search(
         r"^latency, batch 64 +20.0 ms -> 12.5 ms; 1.60 times as fast \(1.50 to 1.75\)$", text, re.M
     )
@@ -327,20 +339,20 @@ def copy(finished, tmp_path):
 
 
 def test_the_page_is_made_again_without_measuring(copy, capsys, monkeypatch):
-    monkeypatch.setattr(report, "measure_latency", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(timing, "measure_latency", lambda *args: pytest.fail("measured"))
     (copy / "report.html").unlink()
     summary = (copy / "summary.json").read_bytes()
-    report.main([str(copy)])
+    report_main.main([str(copy)])
     assert capsys.readouterr().out == f"{copy / 'report.html'}\n"
     assert (copy / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert (copy / "summary.json").read_bytes() == summary
 
 
 def test_a_summary_that_was_cut_short_is_made_again(copy, monkeypatch):
-    monkeypatch.setattr(report, "plots", lambda *arguments: {})
+    monkeypatch.setattr(plots, "plots", lambda *arguments: {})
     before = json.loads((copy / "summary.json").read_text())
     (copy / "summary.json").write_text('{"method": "dh')
-    report.main([str(copy)])
+    report_main.main([str(copy)])
     after = json.loads((copy / "summary.json").read_text())
     assert after == before | {"latency": None}
     assert "Latency was not measured" in (copy / "report.html").read_text()
@@ -348,9 +360,9 @@ def test_a_summary_that_was_cut_short_is_made_again(copy, monkeypatch):
 
 def test_latency_that_is_asked_for_is_noted(copy, monkeypatch):
     monkeypatch.setattr(
-        report, "measure_latency", lambda networks, *rest: {name: [7.0, 7.0] for name in networks}
+        timing, "measure_latency", lambda networks, *rest: {name: [7.0, 7.0] for name in networks}
     )
-    report.main([str(copy), "--latency", f"--out={copy / 'other.html'}"])
+    report_main.main([str(copy), "--latency", f"--out={copy / 'other.html'}"])
     rows = json.loads((copy / "summary.json").read_text())["latency"]["batches"]
     assert [row["after_ms"]["median"] for row in rows] == [7.0, 7.0]
     assert "7.00 ms" in (copy / "other.html").read_text()
@@ -383,8 +395,8 @@ def test_wrong_input_is_one_line(finished, tmp_path, capsys, monkeypatch, argume
         (tmp_path / name / "config.json").write_text(content)
     places = {"tmp": tmp_path, "run": finished}
     arguments = [argument.format(**places) for argument in arguments]
-    monkeypatch.setattr("sys.argv", ["dhp_jax.report", *arguments])
-    assert command.run(report.main) == 2
+    monkeypatch.setattr("sys.argv", ["dhp_jax.report.write", *arguments])
+    assert cli.run(report_main.main) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert told.startswith("error: " + message.format(**places))
@@ -392,7 +404,7 @@ def test_wrong_input_is_one_line(finished, tmp_path, capsys, monkeypatch, argume
 
 def test_a_command_without_arguments_is_one_line(capsys):
     with pytest.raises(SystemExit) as end:
-        report.main([])
+        report_main.main([])
     assert end.value.code == 2
     told = "error: the following arguments are required: RUN\n"
     assert capsys.readouterr().err == told
@@ -419,7 +431,7 @@ def test_a_configuration_of_before_budgets_is_read(copy):
     config = json.loads((copy / "config.json").read_text())
     del config["budget"]
     (copy / "config.json").write_text(json.dumps(config))
-    assert report.read(copy).budgets.keys() == {"flops"}
+    assert reader.read(copy).budgets.keys() == {"flops"}
 
 
 # Plots
@@ -436,7 +448,7 @@ def test_a_plot_is_a_picture_with_something_in_it(finished, name):
 
 
 def test_the_plots_show_what_was_recorded(result):
-    figures = report.plots(result, UNPRUNED)
+    figures = plots.plots(result, UNPRUNED)
     assert figures.keys() == set(PLOTS)
     axes = {name: figure.axes[0] for name, figure in figures.items()}
 

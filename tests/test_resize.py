@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from dhp_jax.data.resize import bicubic
+from dhp_jax.data.photos.bicubic import bicubic
 
 SCALES = (Fraction(1, 4), Fraction(1, 3), Fraction(2, 3), Fraction(3, 2), 4)
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.data.photographs import Photograph
-from dhp_jax.data.resize import bicubic
+from dhp_jax.data.photos.bicubic import bicubic
+from dhp_jax.data.photos.photographs import Photograph
 from dhp_jax.tasks import Denoising, SuperResolution, evaluate, metrics, patches
-from dhp_jax.tasks.restoration import turned
-from dhp_jax.tasks.whole import MAX_SHAPES, OVERLAP, logger, restore, tile_for, tiling
+from dhp_jax.tasks.patch_grid import turned
+from dhp_jax.tasks.tiling import MAX_SHAPES, OVERLAP, logger, restore, tile_for, tiling
 
 SIZES = ((9, 12), (7, 8), (8, 6))  # in cells; a patch is 4 by 4 of them
 SIDE = 4

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.layers import ChannelBias, Hyper, reinitialize
+from dhp_jax.core.layers import ChannelBias, Hyper
 from dhp_jax.models.edsr import MEAN, Constant
 from dhp_jax.models.upsampler import pixel_shuffle
+from dhp_jax.pruned.fresh_weights import reinitialize
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 COSTS = [  # family, arguments, channels, FLOPs, params and latents at 128x128

@@ -11,9 +11,17 @@ from runs import Interrupter, Stop, check_same_end, contents
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
-from dhp_jax import journal, pipeline, report
-from dhp_jax.data.photographs import Photograph
+from dhp_jax.data.photos.photographs import Photograph
+from dhp_jax.pipeline.execution import execute
+from dhp_jax.pipeline.preparation import prepare
+from dhp_jax.report import plots as report_plots
+from dhp_jax.report import write as report_write
+from dhp_jax.report.text import summary_text
+from dhp_jax.report.wording import main_metric
 from dhp_jax.tasks import metrics
+from dhp_jax.workdir import metrics as workdir_metrics
+from dhp_jax.workdir import reader
+from dhp_jax.workdir.summary import read_baseline
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -70,8 +78,8 @@ def finished(request, folder, tmp_path_factory, compiled_once):
     task, workdir = request.param, tmp_path_factory.mktemp("runs")
     summaries = {}
     for method in ("baseline", "dhp"):
-        run = pipeline.prepare(tiny(task, folder, method=method), workdir / method)
-        summaries[method] = pipeline.execute(run, baseline=workdir / "baseline")
+        run = prepare(tiny(task, folder, method=method), workdir / method)
+        summaries[method] = execute(run, baseline=workdir / "baseline")
     return task, summaries, workdir
 
 
@@ -143,7 +151,7 @@ def test_the_summary_has_the_psnr_and_ssim_of_the_pictures(finished):
 
 def test_the_records_have_the_metrics_of_every_epoch(finished):
     _, summaries, workdir = finished
-    records = journal.read(workdir / "dhp" / journal.RECORDS)
+    records = workdir_metrics.read(workdir / "dhp" / workdir_metrics.RECORDS)
     converge = [record for record in records if record["phase"] == "converge"]
     assert [record["step"] for record in converge] == [2, 4, 6, 8]  # 4 steps an epoch
     assert all(0 < record["psnr"] < 60 and record["loss"] > 0 for record in converge)
@@ -156,7 +164,7 @@ def test_the_records_have_the_metrics_of_every_epoch(finished):
 
 def test_the_text_of_a_summary_is_of_psnr_and_ssim(finished):
     _, summaries, _ = finished
-    test, text = summaries["dhp"]["test"], report.summary_text(summaries["dhp"])
+    test, text = summaries["dhp"]["test"], summary_text(summaries["dhp"])
     lines = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
 
     def shown(name):
@@ -168,7 +176,7 @@ def test_the_text_of_a_summary_is_of_psnr_and_ssim(finished):
     ]
     assert ["after pruning", shown("after_pruning")] in lines
     assert ["test PSNR, last epoch", f"{shown('last')} (epoch 2)"] in lines
-    assert report.main_metric(test["last"]) == "psnr"
+    assert main_metric(test["last"]) == "psnr"
 
 
 def test_the_networks_are_of_the_channels_and_the_scale_of_the_task(finished):
@@ -185,7 +193,7 @@ def test_a_run_that_goes_on_after_its_search_ends_with_the_same_bits(finished, f
     again = shutil.copytree(workdir / "dhp", tmp_path / "run")
     for name in ("model", "best", "pruned", "pictures", "plots"):
         shutil.rmtree(again / name)
-    pipeline.execute(pipeline.prepare(tiny(task, folder), again), baseline=workdir / "baseline")
+    execute(prepare(tiny(task, folder), again), baseline=workdir / "baseline")
     before, after = contents(workdir / "dhp"), contents(again)
     before = {path.relative_to(workdir / "dhp"): data for path, data in before.items()}
     after = {path.relative_to(again): data for path, data in after.items()}
@@ -198,7 +206,7 @@ def test_the_folders_of_the_photographs_may_move(finished, folder, tmp_path):
     task, _, workdir = finished
     moved = shutil.copytree(folder, tmp_path / "moved")
     again = shutil.copytree(workdir / "dhp", tmp_path / "run")
-    pipeline.prepare(tiny(task, moved), again)
+    prepare(tiny(task, moved), again)
     stored = json.loads((again / "config.json").read_text())["data"]
     assert (stored["dir"], stored["test_dir"]) == (str(moved / "train"), str(moved / "test"))
 
@@ -209,24 +217,24 @@ def test_a_run_is_not_continued_on_other_test_photographs(finished, folder, tmp_
     config = tiny(task, folder)
     config.data.test_dir = str(folder / "train")
     with pytest.raises(ValueError, match=r"workdir: .* config\.data\.test_dir is "):
-        pipeline.prepare(config, again)
+        prepare(config, again)
 
 
 def test_a_baseline_on_other_test_photographs_is_left_out(finished, tmp_path):
     _, _, workdir = finished
     baseline = shutil.copytree(workdir / "baseline", tmp_path / "baseline")
     summary = json.loads((baseline / "summary.json").read_text())
-    assert report.write(workdir / "dhp", baseline=baseline)["test"]["unpruned"] is not None
+    assert report_write.write(workdir / "dhp", baseline=baseline)["test"]["unpruned"] is not None
     summary["test"]["without_network"]["psnr"] += 0.5
     (baseline / "summary.json").write_text(json.dumps(summary))
-    assert report.write(workdir / "dhp", baseline=baseline)["test"]["unpruned"] is None
+    assert report_write.write(workdir / "dhp", baseline=baseline)["test"]["unpruned"] is None
 
 
 def test_the_noise_of_test_images_does_not_depend_on_the_seed_of_a_run(folder, tmp_path):
     config = tiny("denoising", folder)
     inputs = []
     for config.seed in (0, 1):
-        task = pipeline.prepare(config, tmp_path / str(config.seed)).problem.task
+        task = prepare(config, tmp_path / str(config.seed)).problem.task
         inputs.append(task.test_input(Photograph("", np.zeros((4, 4, 1), np.uint8), None), 3))
     np.testing.assert_array_equal(*inputs)
 
@@ -236,8 +244,8 @@ def test_crops_leave_a_baseline_out_that_was_tested_on_other_photographs(finishe
     baseline = shutil.copytree(workdir / "baseline", tmp_path / "baseline")
 
     def columns():
-        result = report.read(workdir / "dhp")
-        figure = report.plots(result, report.read_baseline(baseline), baseline)["crops"]
+        result = reader.read(workdir / "dhp")
+        figure = report_plots.plots(result, read_baseline(baseline), baseline)["crops"]
         return [axes.get_title() for axes in figure.axes if axes.get_title()]
 
     with_baseline = columns()
@@ -304,17 +312,17 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=".*".join(map(re.escape, parts))):
-        pipeline.prepare(config, tmp_path / "run")
+        prepare(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_streamed_run_that_is_stopped_goes_on_with_the_same_bits(folder, tmp_path):
     streamed = {"data.streamed": True, "data.workers": 0, "data.cache": str(tmp_path / "cache")}
     config = tiny("denoising", folder, **streamed, **{"checkpoint.seconds": 0.0})
-    pipeline.execute(pipeline.prepare(config, tmp_path / "once"))
+    execute(prepare(config, tmp_path / "once"))
     for stop in (("search", 1), ("converge", 5)):
-        run = pipeline.prepare(config, tmp_path / "again", [Interrupter(*stop)])
+        run = prepare(config, tmp_path / "again", [Interrupter(*stop)])
         with pytest.raises(Stop):
-            pipeline.execute(run)
-    pipeline.execute(pipeline.prepare(config, tmp_path / "again"))
+            execute(run)
+    execute(prepare(config, tmp_path / "again"))
     check_same_end(tmp_path / "again", tmp_path / "once")

@@ -20,12 +20,14 @@ from test_train import BATCH, EXAMPLES, SHAPE, STEPS, THRESHOLD, Net, Witness, c
 from test_train import Climb as Tables
 
 import dhp_jax as dhp
-from dhp_jax.backend import packed
-from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
-from dhp_jax.prune import survivor_counts
-from dhp_jax.resume import CheckpointError, Checkpoints
+from dhp_jax.backend.hypernets import packed
+from dhp_jax.core.survivors import survivor_counts
 from dhp_jax.tasks import Classification
-from dhp_jax.train import Budget, OriginError, Phase, Stopped, make_step, train
+from dhp_jax.train.checkpoints import CheckpointError, Checkpoints
+from dhp_jax.train.loop import train
+from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.train.phase import Budget, OriginError, Phase, Stopped
+from dhp_jax.train.step import make_step
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -293,7 +295,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_the_last(tmp
 
 def test_one_is_due_after_so_many_seconds_and_never_while_one_is_written(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("dhp_jax.resume.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dhp_jax.train.checkpoints.monotonic", lambda: clock[0])
     checkpoints = Checkpoints(tmp_path, seconds=10)
     busy = [False]
     monkeypatch.setattr(ocp.CheckpointManager, "is_saving_in_progress", lambda self: busy[0])
@@ -420,7 +422,7 @@ def test_training_that_was_stopped_again_and_again_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("saves", [True, False, "before the second test"])
 def test_many_steps_a_dispatch_go_on_with_the_same_bits(net, tmp_path, monkeypatch, saves):
-    monkeypatch.setattr("dhp_jax.train.steps_per_dispatch", lambda: 4)
+    monkeypatch.setattr("dhp_jax.backend.platform.steps_per_dispatch", lambda: 4)
     phase = phase_of(net, budget=True)
     expected, seen = trained(net, phase, log_every=5)
     looks = itertools.count(1)  # after steps 4 and 5, the test, steps 9 and 10, the test ...
@@ -437,7 +439,7 @@ def test_many_steps_a_dispatch_go_on_with_the_same_bits(net, tmp_path, monkeypat
 
 
 def test_a_state_is_saved_before_a_test_that_takes_long(net, tmp_path, monkeypatch):
-    monkeypatch.setattr("dhp_jax.train.LONG_TEST", 0.0)
+    monkeypatch.setattr("dhp_jax.train.loop.LONG_TEST", 0.0)
     checkpoints, found = Checkpoints(tmp_path, seconds=1e6), []
 
     class Looking(Classification):
@@ -463,7 +465,7 @@ def test_a_state_is_saved_before_a_test_that_takes_long(net, tmp_path, monkeypat
 def test_a_run_that_dies_within_a_long_test_goes_on_with_the_same_bits(
     net, tmp_path, monkeypatch, budget
 ):
-    monkeypatch.setattr("dhp_jax.train.LONG_TEST", 0.0)
+    monkeypatch.setattr("dhp_jax.train.loop.LONG_TEST", 0.0)
     tests = []
 
     class Dying(Classification):
@@ -522,8 +524,8 @@ def as_on_a_tpu(patch):
 
         return observed
 
-    patch.setattr("dhp_jax.train.packed", packed_there)
-    patch.setattr("dhp_jax.train.make_step", stepping)
+    patch.setattr("dhp_jax.backend.hypernets.packed", packed_there)
+    patch.setattr("dhp_jax.train.step.make_step", stepping)
     return dimensions
 
 

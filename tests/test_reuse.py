@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax import checkpoint
-from dhp_jax.architecture import architecture_of
+from dhp_jax.artifact.reading import read_description
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.models import mobilenet
 
 NETWORKS = {
@@ -157,7 +157,7 @@ def test_other_classes_leave_all_but_the_classifier(tmp_path, with_latents):
     dhp.save(tmp_path, other, input_shape=shape)
     loaded = dhp.load(tmp_path)
     np.testing.assert_array_equal(run(loaded, x)[0], run(other, x)[0])
-    assert checkpoint.read_description(tmp_path)["arguments"]["num_classes"] == 7
+    assert read_description(tmp_path)["arguments"]["num_classes"] == 7
 
 
 @pytest.mark.parametrize(

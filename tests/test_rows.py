@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dhp_jax.data.rows import Rows
+from dhp_jax.data.device_images import Rows
 from dhp_jax.tasks import Classification
 
 SHAPES = [(8, 8, 1), (5, 3, 3), (4,)]

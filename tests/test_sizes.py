@@ -7,7 +7,12 @@ import pytest
 from runs import commanded
 from test_report import UNPRUNED
 
-from dhp_jax import export, predict, report, sizes
+from dhp_jax import predict
+from dhp_jax.budgets import timing
+from dhp_jax.export import __main__ as export_main
+from dhp_jax.report import __main__ as report_main
+from dhp_jax.workdir import reader, target_dirs
+from dhp_jax.workdir.target_dirs import absent, folder_name, is_size
 
 
 def leave_runs(workdir, *names):
@@ -20,33 +25,33 @@ def leave_runs(workdir, *names):
     ("target", "name"), [(0.75, "0.75"), (0.7500001, "0.7500001"), (1, "1"), (1.0, "1")]
 )
 def test_a_folder_is_called_as_its_target(tmp_path, target, name):
-    assert sizes.folder_name(target) == name
-    assert sizes.is_size(tmp_path / name)
+    assert folder_name(target) == name
+    assert is_size(tmp_path / name)
 
 
 def test_sizes_are_the_runs_in_folders_of_targets(tmp_path):
     leave_runs(tmp_path, "0.25", "0.5", "1", "0.75-baseline", "2", "nan", "0.50")
     (tmp_path / "0.1").mkdir()
-    assert [path.name for path in sizes.begun(tmp_path)] == ["1", "0.5", "0.25"]
+    assert [path.name for path in target_dirs.begun(tmp_path)] == ["1", "0.5", "0.25"]
     (tmp_path / "config.json").write_text("{}")
-    assert sizes.begun(tmp_path) == sizes.begun(tmp_path / "none") == []
+    assert target_dirs.begun(tmp_path) == target_dirs.begun(tmp_path / "none") == []
 
 
 def test_targets_that_have_not_begun_are_absent(tmp_path):
-    assert sizes.absent(tmp_path) == []
-    sizes.note(tmp_path / "run", [0.75, 0.5, 0.25])
+    assert absent(tmp_path) == []
+    target_dirs.note(tmp_path / "run", [0.75, 0.5, 0.25])
     leave_runs(tmp_path / "run", "0.5")
-    assert sizes.absent(tmp_path / "run") == ["0.75", "0.25"]
+    assert absent(tmp_path / "run") == ["0.75", "0.25"]
     (tmp_path / "run/targets.json").write_text("7")
     with pytest.raises(ValueError, match=r"^run: .*/targets.json: expected a list of targets; "):
-        sizes.absent(tmp_path / "run")
+        absent(tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
 def begun(finished, tmp_path_factory):
     """A run of three targets that was interrupted in the second, and the unpruned network's."""
     run = tmp_path_factory.mktemp("sizes") / "run"
-    sizes.note(run, [0.75, 0.5, 0.25])
+    target_dirs.note(run, [0.75, 0.5, 0.25])
     for name, gone in (("0.75", []), ("0.5", ["model", "best", "summary.json"])):
         shutil.copytree(finished, run / name)
         for part in [*gone, "report.html"]:
@@ -61,7 +66,10 @@ def begun(finished, tmp_path_factory):
 
 
 def test_a_report_of_all_sizes_tells_what_there_is_and_what_is_missing(begun, capsys):
-    assert commanded(capsys, report.main, "report", begun)[:2] == (0, f"{begun}/compare.html\n")
+    assert commanded(capsys, report_main.main, "report", begun)[:2] == (
+        0,
+        f"{begun}/compare.html\n",
+    )
     content = (begun / "compare.html").read_text()
     for expected in (
         "3 runs compared",
@@ -75,34 +83,34 @@ def test_a_report_of_all_sizes_tells_what_there_is_and_what_is_missing(begun, ca
         "unpruned</text>",
     ):
         assert expected in content
-    assert "unpruned 8.46 %" in (begun / "0.75/report.html").read_text()
-    assert "This run is not finished" in (begun / "0.5/report.html").read_text()
+    assert "unpruned 8.46 %" in (begun / "0.75/report_write.html").read_text()
+    assert "This run is not finished" in (begun / "0.5/report_write.html").read_text()
 
 
 @pytest.mark.slow
 def test_latency_is_measured_of_sizes_that_are_finished(begun, tmp_path, capsys, monkeypatch):
     run = shutil.copytree(begun, tmp_path / "run")
     monkeypatch.setattr(
-        report, "measure_latency", lambda networks, *rest: {name: [7.0, 7.0] for name in networks}
+        timing, "measure_latency", lambda networks, *rest: {name: [7.0, 7.0] for name in networks}
     )
-    assert commanded(capsys, report.main, "report", run, "--latency")[0] == 0
+    assert commanded(capsys, report_main.main, "report", run, "--latency")[0] == 0
     assert "<td>7.00 ms</td>" in (run / "compare.html").read_text()
     shutil.rmtree(run / "0.75")
     told = f"error: latency: expected a size that is finished; got '{run}'\n"
-    assert commanded(capsys, report.main, "report", run, "--latency") == (2, "", told)
+    assert commanded(capsys, report_main.main, "report", run, "--latency") == (2, "", told)
 
 
 @pytest.mark.slow
 def test_sizes_are_compared_with_other_runs(begun, tmp_path, capsys):
     out = tmp_path / "all.html"
     arguments = (begun, begun.with_name("run-baseline"), f"--out={out}")
-    assert commanded(capsys, report.main, "report", *arguments)[0] == 0
+    assert commanded(capsys, report_main.main, "report", *arguments)[0] == 0
     content = out.read_text()
     assert all(f"</i>{name}</td>" in content for name in ("0.75", "0.5", "run-baseline"))
 
 
 @pytest.mark.parametrize(
-    ("main", "arguments"), [(export.main, ["--format=safetensors"]), (predict.main, ["x.png"])]
+    ("main", "arguments"), [(export_main.main, ["--format=safetensors"]), (predict.main, ["x.png"])]
 )
 def test_commands_on_one_network_name_the_sizes_to_choose_from(begun, capsys, main, arguments):
     code, printed, told = commanded(capsys, main, "command", begun, *arguments)
@@ -113,4 +121,4 @@ def test_commands_on_one_network_name_the_sizes_to_choose_from(begun, capsys, ma
 
 def test_a_source_of_several_sizes_is_told_which(begun):
     with pytest.raises(ValueError, match=r"^run: expected the directory of a run, .*; it holds "):
-        report.read(begun)
+        reader.read(begun)

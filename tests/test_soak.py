@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 from runs import begin, check_same_end
 
-from dhp_jax import checkpoint
-from dhp_jax.resume import Checkpoints
+from dhp_jax.artifact.reading import read_description
+from dhp_jax.train.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 
@@ -103,7 +103,7 @@ def cut(folder, chance):
 
 def test_files_of_checkpoints_cut_short_at_random_places_lose_nothing(half_done, tmp_path):
     chance, outcomes = random.Random(0), collections.Counter()
-    source = checkpoint.read_description(half_done / "pruned")["sha256"]
+    source = read_description(half_done / "pruned")["sha256"]
     states = states_of(half_done / "checkpoints/converge", source)
     for number in range(CUTS):
         folder = tmp_path / str(number) / "converge"

@@ -16,14 +16,15 @@ import pytest
 from runs import ROOT, Interrupter, Stop, begin, carry_out, check_same_end
 
 from dhp_jax import config as dhp_config
-from dhp_jax import data, problems
-from dhp_jax.config import ConfigError
-from dhp_jax.data.order import epoch_order
-from dhp_jax.data.rows import Rows
-from dhp_jax.data.stream import Stream, StreamError
-from dhp_jax.mesh import rows_here, spread
+from dhp_jax import data
+from dhp_jax.data import decode
+from dhp_jax.data.device_images import Rows
+from dhp_jax.data.stream import Stream, StreamError, epoch_order
+from dhp_jax.distributed.mesh import rows_here, spread
+from dhp_jax.errors import ConfigError
+from dhp_jax.pipeline import memory, setup
 from dhp_jax.tasks import Classification, evaluate
-from dhp_jax.workdir import settle_data
+from dhp_jax.workdir.identity import settle_data
 
 EXAMPLES, BATCH = 11, 3
 STEPS = EXAMPLES // BATCH
@@ -180,7 +181,7 @@ def test_a_phase_goes_on_with_data_as_it_began(tmp_path):
 def test_a_run_goes_on_as_it_began_even_if_memory_has_become_less(tmp_path, monkeypatch, finished):
     with pytest.raises(Stop):
         carry_out(tmp_path / "run", [Interrupter("search", 3)], **OFTEN)
-    monkeypatch.setattr(problems, "free_memory", lambda: 1)
+    monkeypatch.setattr(memory, "free_memory", lambda: 1)
     carry_out(tmp_path / "run")
     check_same_end(tmp_path / "run", finished)
 
@@ -280,7 +281,7 @@ def problem(**fields):
     config.data.name = "digits"
     config.update_from_flattened_dict(fields)
     dhp_config.check(config)
-    return problems.problem(config)
+    return setup.problem(config)
 
 
 NEEDED = 1797 * 64
@@ -296,7 +297,7 @@ NEEDED = 1797 * 64
     ],
 )
 def test_what_does_not_fit_is_streamed(monkeypatch, room, asked, streamed):
-    monkeypatch.setattr(problems, "free_memory", lambda: room)
+    monkeypatch.setattr(memory, "free_memory", lambda: room)
     found = problem(**({} if asked is None else {"data.streamed": asked})).read("train")
     assert isinstance(found, Stream) == streamed
     if not streamed:
@@ -304,24 +305,24 @@ def test_what_does_not_fit_is_streamed(monkeypatch, room, asked, streamed):
 
 
 def test_what_does_not_fit_is_not_put_on_the_device(monkeypatch):
-    monkeypatch.setattr(problems, "free_memory", lambda: 2 * NEEDED - 2)
+    monkeypatch.setattr(memory, "free_memory", lambda: 2 * NEEDED - 2)
     with pytest.raises(ConfigError) as raised:
         problem(**{"data.streamed": False})
     message = str(raised.value)
     assert message.startswith("config.data.streamed: expected True for the images of 'digits'")
     assert f"{NEEDED:,} bytes" in message
     assert f"{NEEDED - 1:,}" in message
-    monkeypatch.setattr(problems, "free_memory", lambda: 2**40)
-    monkeypatch.setattr(problems, "memory_available", lambda: 2 * NEEDED - 2)
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**40)
+    monkeypatch.setattr(decode, "memory_available", lambda: 2 * NEEDED - 2)
     with pytest.raises(ConfigError, match="bytes of the host; at most"):
         problem(**{"data.streamed": False})
 
 
 def test_reading_processes_are_as_many_as_shared_memory_has_room_for(monkeypatch):
     batch = 64 * 64  # bytes
-    monkeypatch.setattr(problems, "shared_memory", lambda: 2 * problems.BATCHES * 3 * batch)
+    monkeypatch.setattr(memory, "shared_memory", lambda: 2 * memory.BATCHES * 3 * batch)
     asked = {"data.streamed": True, "batch_size": 64}
-    monkeypatch.setattr(problems, "usable_cores", lambda: 12)
+    monkeypatch.setattr(memory, "usable_cores", lambda: 12)
     assert problem(**asked).read("train").workers == 3
     assert problem(**asked, **{"data.workers": 2}).read("train").workers == 2
     with pytest.raises(ConfigError, match=r"^config\.data\.workers: expected at most 3, .* got 4$"):
@@ -338,7 +339,7 @@ def test_a_wrong_number_of_processes_is_refused(workers):
 
 
 def test_the_memory_of_the_device_is_some():
-    assert 2**20 < problems.free_memory() < 2**50
+    assert 2**20 < memory.free_memory() < 2**50
 
 
 def test_streaming_is_imported_only_where_it_is_used():

@@ -8,8 +8,10 @@ from runs import Interrupter, Stop, check_same_end
 from test_pipeline import tiny
 
 import dhp_jax as dhp
-from dhp_jax import checkpoint, pipeline, targets
-from dhp_jax import sizes as sizes_of
+from dhp_jax import pipeline
+from dhp_jax.artifact.reading import read_description
+from dhp_jax.pipeline import execution, targets
+from dhp_jax.workdir import target_dirs
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -61,7 +63,7 @@ def test_each_size_is_what_a_run_of_it_alone_leaves(sizes, alone):
 def test_the_search_of_a_smaller_target_goes_on_from_that_of_the_larger(sizes):
     folder, phases = sizes
     assert [phase for phase, _ in phases] == ["search", "converge", "search", "converge"]
-    met = checkpoint.read_description(folder / "0.8/search")["notes"]["phase"]["steps"]
+    met = read_description(folder / "0.8/search")["notes"]["phase"]["steps"]
     began = [done for _, done in phases]
     assert began[0] == began[1] == began[3] == 0
     assert 0 < began[2] < met
@@ -118,10 +120,10 @@ def test_the_targets_are_noted_before_work_is_done(tmp_path, monkeypatch):
     def stopped(run, **options):
         raise Stop
 
-    monkeypatch.setattr(pipeline, "execute", stopped)
+    monkeypatch.setattr(execution, "execute", stopped)
     with pytest.raises(Stop):
         targets.execute(runs, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / sizes_of.TARGETS).read_text()) == [0.8, 0.5]
+    assert json.loads((tmp_path / "run" / target_dirs.TARGETS).read_text()) == [0.8, 0.5]
 
 
 def test_several_targets_are_no_single_run(tmp_path):

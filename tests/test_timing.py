@@ -4,7 +4,8 @@ from flax import nnx
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax import timing
+from dhp_jax.budgets import timing
+from dhp_jax.budgets.timing import in_turn, measure_latency, quartiles
 
 
 class Clock:
@@ -33,25 +34,25 @@ def clock(monkeypatch):
 
 def test_functions_run_to_and_fro_after_two_runs_that_do_not_count(clock):
     passes = {name: clock.taking(name, ord(name) - 96.0) for name in "abc"}
-    assert timing.in_turn(passes, 2) == {"a": [1.0, 1.0], "b": [2.0, 2.0], "c": [3.0, 3.0]}
+    assert in_turn(passes, 2) == {"a": [1.0, 1.0], "b": [2.0, 2.0], "c": [3.0, 3.0]}
     assert "".join(clock.order) == "aabbcc" + "abc" + "cba"
 
 
 def test_functions_that_do_the_same_several_times_are_timed_for_one(clock):
-    assert timing.in_turn({"a": clock.taking("a", 6.0)}, 2, each=3) == {"a": [2.0, 2.0]}
+    assert in_turn({"a": clock.taking("a", 6.0)}, 2, each=3) == {"a": [2.0, 2.0]}
 
 
 @pytest.mark.parametrize(("each", "rounds"), [(0.01, 25), (0.1, 11), (10.0, 3)])
 def test_slow_functions_run_less_often_but_three_times_at_least(clock, each, rounds):
-    times = timing.in_turn({"a": clock.taking("a", each)}, 25, seconds=1.0)
+    times = in_turn({"a": clock.taking("a", each)}, 25, seconds=1.0)
     assert times["a"] == pytest.approx([each] * rounds)
 
 
 def test_the_latency_of_networks_is_that_of_their_compiled_forward_passes():
     model = dhp.models.build("resnet", depth=20, width=0.25, num_classes=10, rngs=nnx.Rngs(0))
-    times = timing.measure_latency({"only": dhp.prune(model)}, (8, 8, 3), 2, rounds=4)
+    times = measure_latency({"only": dhp.prune(model)}, (8, 8, 3), 2, rounds=4)
     assert [len(times["only"]), min(times["only"]) > 0] == [4, True]
 
 
 def test_quartiles():
-    assert timing.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "low": 1.5, "high": 4.5}
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "low": 1.5, "high": 4.5}

@@ -14,12 +14,16 @@ import optax
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.data.stream import ReadLabelled, Stream
-from dhp_jax.latent import LatentVector
-from dhp_jax.optimizer import drop_schedule, optimizer, shrink_latents
-from dhp_jax.prune import survivor_counts
+from dhp_jax.core.latent import LatentVector
+from dhp_jax.core.survivors import survivor_counts
+from dhp_jax.data.labelled.dataset import ReadLabelled
+from dhp_jax.data.stream import Stream
 from dhp_jax.tasks import METRICS, Classification, evaluate
-from dhp_jax.train import Budget, Phase, make_step, start, train
+from dhp_jax.train.loop import train
+from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.train.phase import Budget, Phase
+from dhp_jax.train.state import start
+from dhp_jax.train.step import make_step
 
 EXAMPLES, TESTS, BATCH, STEPS = 23, 11, 4, 5  # in an epoch; 3 examples are left over
 SHAPE, CLASSES = (6, 6, 3), 4
@@ -291,8 +295,8 @@ def test_a_search_within_its_limit_takes_one_step(net):
 @pytest.fixture
 def many_at_once(monkeypatch):
     """As on GPU and TPU; 4 steps in blocks of 3, and an epoch is no multiple of either."""
-    monkeypatch.setattr("dhp_jax.train.steps_per_dispatch", lambda: 4)
-    monkeypatch.setattr("dhp_jax.train.BLOCK", 3)
+    monkeypatch.setattr("dhp_jax.backend.platform.steps_per_dispatch", lambda: 4)
+    monkeypatch.setattr("dhp_jax.train.step.BLOCK", 3)
 
 
 def check_alike(found, expected):

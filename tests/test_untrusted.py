@@ -20,8 +20,10 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as serialized
 
 import dhp_jax as dhp
-from dhp_jax import checkpoint
-from dhp_jax.checkpoint import ARRAYS, DESCRIPTION, ArtifactError
+from dhp_jax.artifact import reading
+from dhp_jax.artifact.arrays import ARRAYS, DESCRIPTION
+from dhp_jax.artifact.description import ArtifactError
+from dhp_jax.artifact.reading import read_description, verify
 
 LONGEST = 20  # seconds for what takes less than one on a machine that is busy
 KERNEL = "stem.conv.kernel"
@@ -567,7 +569,7 @@ def test_what_was_tampered_with_is_refused(copy, kind):
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     for path in (tmp_path / "nowhere", tmp_path / ("x" * 5000), tmp_path / "a\0b"):
-        for read in (dhp.load, checkpoint.verify, checkpoint.read_description):
+        for read in (dhp.load, verify, read_description):
             with pytest.raises(ArtifactError, match=GONE):
                 read(path)
 
@@ -621,8 +623,8 @@ def test_other_bytes_are_refused_or_change_no_array(
 
 
 def test_verify_tells_what_model_json_says(saved):
-    description = checkpoint.verify(saved)
-    assert description == checkpoint.read_description(saved)
+    description = verify(saved)
+    assert description == read_description(saved)
     assert description["notes"] == {"test_error": 8.46}
 
 
@@ -633,9 +635,9 @@ def test_verify_refuses_all_but_what_takes_building_the_network(copy, kind):
     tamper, reason = KINDS[kind]
     tamper(copy)
     if kind == "an extra array":  # the files agree with each other
-        checkpoint.verify(copy)
+        verify(copy)
     else:
-        refused(copy, reason, checkpoint.verify)
+        refused(copy, reason, verify)
 
 
 class Other(nnx.Module):
@@ -674,7 +676,7 @@ def test_a_network_of_ones_own_is_checked_as_others_are(tmp_path):
 
 
 def test_what_reads_artifacts_imports_nothing_that_runs_code_from_files():
-    folder = Path(checkpoint.__file__).parent
+    folder = Path(reading.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in getattr(node, "names", [])] if _imports(node) else []

@@ -9,10 +9,10 @@ from networks import MIXED_INPUT, MIXED_LATENTS, Mixed, filled
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax import widths
-from dhp_jax.widths import multiples, parsed
+from dhp_jax.budgets import rounding
+from dhp_jax.budgets.rounding import multiples, parsed
 
-RESULTS = Path(__file__).parents[1] / "benchmarks/results/widths.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks/results/rounding.json"
 A, B, C = (MIXED_LATENTS[name] for name in "abc")  # of 7, 5, and 6 channels
 
 
@@ -71,7 +71,7 @@ def test_a_text_gives_multiples_by_pattern():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_auto_takes_what_was_measured_for_platform_and_dtype(monkeypatch, dtype):
     measured = {("cpu", dtype): 8, ("cpu", "float16"): 2, ("gpu", dtype): 32}
-    monkeypatch.setattr(widths, "MEASURED", measured)
+    monkeypatch.setattr(rounding, "MEASURED", measured)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     model = dhp.models.build_abstract("resnet", depth=20, width=0.5, num_classes=10, dtype=dtype)
     sizes = {name: z.size for name, z in dhp.latents(model).items() if z.prunable}
@@ -90,4 +90,4 @@ def test_what_auto_chooses_is_what_the_benchmark_has_found():
         if "mean" in row:
             kind = row["platform"], row["dtype"]
             times.setdefault(kind, {1: 1.0})[row["multiple_of"]] = row["mean"]
-    assert {kind: min(found, key=found.get) for kind, found in times.items()} == widths.MEASURED
+    assert {kind: min(found, key=found.get) for kind, found in times.items()} == rounding.MEASURED

@@ -1,9 +1,10 @@
 """The images a run trains on, and how they are augmented and normalised."""
 
 from dhp_jax.data.augment import augment, normalize
-from dhp_jax.data.source import DataNotFoundError, Source
-from dhp_jax.data.sources import NAMES, load
+from dhp_jax.data.labelled.dataset import Source
+from dhp_jax.data.labelled.registry import NAMES, load
 from dhp_jax.data.stream import Stream, StreamError
+from dhp_jax.errors import DataNotFoundError
 
 __all__ = [
     "NAMES",

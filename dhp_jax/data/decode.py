@@ -10,12 +10,18 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dhp_jax.data.source import DataNotFoundError
+from dhp_jax.errors import DataNotFoundError
 
 # What Pillow calls images of 8 bits or less a channel.
 GRAY = ("1", "L", "LA")
+
+
 COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+
+
 ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # of files that are not truncated
+
+
 CHUNK = 100  # images that one thread decodes in a row
 
 

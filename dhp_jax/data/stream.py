@@ -16,19 +16,36 @@ import threading
 from typing import Any, Protocol
 
 from absl import flags
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 import numpy as np
 
-from dhp_jax.data.order import epoch_order
+from dhp_jax.errors import DataNotFoundError
+
+
+def epoch_order(seed: Sequence[int], epoch: int, examples: int) -> Int[np.ndarray, " examples"]:
+    """The permutation of the examples that an epoch goes through.
+
+    NumPy draws it, so that a process that only reads images need not start JAX.
+
+    Args:
+      seed: numbers from 0 to 2^32 - 1.
+      epoch: its number, from 1.
+      examples: how many there are.
+
+    Example:
+      >>> sorted(epoch_order((0,), 1, 5))
+      [0, 1, 2, 3, 4]
+    """
+    return np.random.default_rng((*seed, epoch)).permutation(examples).astype(np.int32)
+
 
 AHEAD = 1  # batches that wait at each stage between a process and its reader
+
+
 DRAWS = 2**32 - 1  # tells the numbers drawn for a batch from those for the order of an epoch
 
+
 Batch = tuple[Any, ...]  # of NumPy arrays
-
-
-class DataNotFoundError(ValueError):
-    """The data are not on this machine in a form that can be read, and cannot be fetched."""
 
 
 class StreamError(RuntimeError):
@@ -202,27 +219,3 @@ def _attach(worker: int, workers: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-class Labelled(Protocol):
-    """Labelled images that are read one by one, in any order."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, number: int) -> tuple[UInt8[np.ndarray, "h w c"], int]: ...
-
-
-@dataclass(frozen=True, eq=False)
-class ReadLabelled:
-    """Reads batches of labelled images: uint8 `(n, h, w, c)` and int32 `(n,)`."""
-
-    images: Labelled
-
-    def __call__(
-        self,
-        chosen: Int[np.ndarray, " n"],
-        rows: Int[np.ndarray, " rows"],
-        random: np.random.Generator,
-    ) -> Batch:
-        del random  # images are drawn from on the device
-        pixels, labels = zip(*(self.images[int(i)] for i in chosen[rows]), strict=True)
-        return np.stack(pixels), np.array(labels, np.int32)

@@ -6,18 +6,17 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dhp_jax.latent import Axis, Latent, concat
-from dhp_jax.layers import BatchNorm, HyperConv, Linear
-from dhp_jax.models.blocks import (
-    MAX_CHANNELS,
-    check_images,
-    check_positive_integer,
-    check_width,
-    scaled,
-)
+from dhp_jax.core.latent import Axis, Latent, concat
+from dhp_jax.core.layers import BatchNorm, HyperConv, Linear
+from dhp_jax.models.arguments import MAX_CHANNELS, check_images, check_positive_integer, check_width
+from dhp_jax.models.blocks import scaled
 
 BLOCKS = 3
+
+
 MAX_DEPTH = 304  # layers read all before them, so that their number counts twice
+
+
 STEM_GROWTHS = 2  # width of the stem, in units of the growth
 
 

@@ -6,16 +6,10 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dhp_jax.latent import Latent
-from dhp_jax.layers import HyperConv
-from dhp_jax.models.blocks import (
-    SMALL_GAIN,
-    ConvBiasNorm,
-    check_images,
-    check_positive_integer,
-    check_width,
-    scaled,
-)
+from dhp_jax.core.latent import Latent
+from dhp_jax.core.layers import HyperConv
+from dhp_jax.models.arguments import check_images, check_positive_integer, check_width
+from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, scaled
 
 MAX_DEPTH = 256
 

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from dhp_jax.latent import Latent
-from dhp_jax.layers import Bias, HyperConv
-from dhp_jax.models.blocks import SMALL_GAIN, check_images, check_positive, scaled
-from dhp_jax.models.upsampler import Upsampler, check_arguments
+from dhp_jax.core.latent import Latent
+from dhp_jax.core.layers import Bias, HyperConv
+from dhp_jax.models.arguments import check_arguments, check_images, check_positive
+from dhp_jax.models.blocks import SMALL_GAIN, scaled
+from dhp_jax.models.upsampler import Upsampler
 
 MEAN = (114.4, 111.5, 103.0)  # of red, green and blue in DIV2K's training images
+
+
 MAX_SCALE = 1000
 
 

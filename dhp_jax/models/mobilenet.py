@@ -8,20 +8,21 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dhp_jax.latent import Axis, Latent
-from dhp_jax.layers import Linear
-from dhp_jax.models.blocks import (
-    ConvNorm,
+from dhp_jax.core.latent import Axis, Latent
+from dhp_jax.core.layers import Linear
+from dhp_jax.errors import shown
+from dhp_jax.models.arguments import (
     check_boolean,
     check_choice,
     check_images,
     check_positive_integer,
     check_width,
-    scaled,
 )
-from dhp_jax.names import shown
+from dhp_jax.models.blocks import ConvNorm, scaled
 
 STEM = 32
+
+
 V1_BLOCKS = (  # channels and stride, of all but the last
     (64, 1),
     (128, 2),
@@ -32,6 +33,8 @@ V1_BLOCKS = (  # channels and stride, of all but the last
     *((512, 1),) * 5,
     (1024, 2),
 )
+
+
 V2_GROUPS = (  # channels, blocks, stride of the first block, expansion
     (16, 1, 1, 1),
     (24, 2, 1, 6),  # of stride 2 on ImageNet, whose images are larger

@@ -6,30 +6,40 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dhp_jax.latent import Axis, Latent, repeat
-from dhp_jax.layers import Linear
-from dhp_jax.models.blocks import (
-    MAX_CHANNELS,
-    ConvNorm,
-    check_images,
-    check_positive_integer,
-    check_width,
-    scaled,
-)
-from dhp_jax.names import shown
+from dhp_jax.core.latent import Axis, Latent, repeat
+from dhp_jax.core.layers import Linear
+from dhp_jax.errors import shown
+from dhp_jax.models.arguments import MAX_CHANNELS, check_images, check_positive_integer, check_width
+from dhp_jax.models.blocks import ConvNorm, scaled
 
 # Blocks of each stage, by depth.
 CIFAR_BASIC = {depth: ((depth - 2) // 6,) * 3 for depth in (8, 14, 20, 32, 44, 56)}
+
+
 CIFAR_BOTTLENECK = {depth: ((depth - 2) // 9,) * 3 for depth in (110, 164)}
+
+
 IMAGENET_BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+
+
 IMAGENET_BOTTLENECK = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
+
 BOTTLENECK = CIFAR_BOTTLENECK | IMAGENET_BOTTLENECK
+
+
 IMAGENET = IMAGENET_BASIC | IMAGENET_BOTTLENECK
+
+
 BLOCKS = CIFAR_BASIC | BOTTLENECK | IMAGENET
 
+
 CIFAR_WIDTHS = (16, 32, 64)
+
+
 IMAGENET_WIDTHS = (64, 128, 256, 512)
+
+
 EXPANSION = 4  # of bottleneck blocks
 
 

@@ -6,10 +6,11 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dhp_jax.latent import Latent
-from dhp_jax.layers import HyperConv
-from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, check_images, scaled
-from dhp_jax.models.upsampler import Upsampler, check_arguments
+from dhp_jax.core.latent import Latent
+from dhp_jax.core.layers import HyperConv
+from dhp_jax.models.arguments import check_arguments, check_images
+from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, scaled
+from dhp_jax.models.upsampler import Upsampler
 
 
 class Block(nnx.Module):

@@ -6,17 +6,10 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dhp_jax.latent import Axis, Latent, concat
-from dhp_jax.layers import HyperConv, HyperConvTranspose
-from dhp_jax.models.blocks import (
-    MAX_CHANNELS,
-    SMALL_GAIN,
-    ConvNorm,
-    check_images,
-    check_positive_integer,
-    check_width,
-    scaled,
-)
+from dhp_jax.core.latent import Axis, Latent, concat
+from dhp_jax.core.layers import HyperConv, HyperConvTranspose
+from dhp_jax.models.arguments import MAX_CHANNELS, check_images, check_positive_integer, check_width
+from dhp_jax.models.blocks import SMALL_GAIN, ConvNorm, scaled
 
 MAX_DEPTH = 8  # resolutions; every one has four times the parameters of the one before
 

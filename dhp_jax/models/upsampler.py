@@ -6,17 +6,9 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dhp_jax.latent import Latent, repeat
-from dhp_jax.layers import HyperConv
-from dhp_jax.models.blocks import (
-    check_boolean,
-    check_choice,
-    check_positive_integer,
-    check_width,
-)
-
-STAGES = {2: (2,), 3: (3,), 4: (2, 2)}  # the pixel shuffles that make up each scale
-MAX_BLOCKS = 256
+from dhp_jax.core.latent import Latent, repeat
+from dhp_jax.core.layers import HyperConv
+from dhp_jax.models.arguments import STAGES, check_choice
 
 
 class Upsampler(nnx.Module):
@@ -65,22 +57,3 @@ def pixel_shuffle(x: Float[Array, "n h w c*r*r"], r: int) -> Float[Array, "n h*r
     n, h, w, c = x.shape
     x = x.reshape(n, h, w, c // r**2, r, r)
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(n, h * r, w * r, c // r**2)
-
-
-def check_arguments(
-    scale: int,
-    blocks: int,
-    features: int,
-    channels: int,
-    width: float,
-    prune_upsampler: bool,
-    min_channels: int,
-) -> None:
-    """Raises a `ValueError` that names the first argument of a family that makes no network."""
-    check_choice("scale", scale, tuple(STAGES))
-    check_positive_integer("blocks", blocks, MAX_BLOCKS)
-    check_positive_integer("features", features)
-    check_positive_integer("channels", channels)
-    check_positive_integer("min_channels", min_channels)
-    check_width(width, features)
-    check_boolean("prune_upsampler", prune_upsampler)

@@ -6,16 +6,10 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dhp_jax.latent import Latent
-from dhp_jax.layers import Linear
-from dhp_jax.models.blocks import (
-    ConvNorm,
-    check_choice,
-    check_images,
-    check_positive_integer,
-    check_width,
-    scaled,
-)
+from dhp_jax.core.latent import Latent
+from dhp_jax.core.layers import Linear
+from dhp_jax.models.arguments import check_choice, check_images, check_positive_integer, check_width
+from dhp_jax.models.blocks import ConvNorm, scaled
 
 # Convolutions of each stage, by depth; a max pool ends the stage.
 CONVOLUTIONS = {
@@ -24,6 +18,8 @@ CONVOLUTIONS = {
     16: (2, 2, 3, 3, 3),
     19: (2, 2, 4, 4, 4),
 }
+
+
 STAGE_WIDTHS = (64, 128, 256, 512, 512)
 
 

@@ -1,8 +1,72 @@
-"""`python -m dhp_jax.report RUN [RUN ...]`."""
+"""What a run leaves for people: a page, a table of its layers, a summary, and plots.
 
+Makes the page of a run again, finished or not, or one page that compares several runs.
+
+    python -m dhp_jax.report runs/resnet20                 # writes runs/resnet20/report.html;
+        # with targets, the pages of all sizes and runs/resnet20/compare.html
+    python -m dhp_jax.report runs/resnet20 runs/resnet56   # writes compare.html
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 import sys
 
-from dhp_jax import command
-from dhp_jax.report import main
+from dhp_jax.cli import Parser, run
+from dhp_jax.report.write import COMPARED, PAGE, write_comparison, write_page, write_sizes
+from dhp_jax.workdir import target_dirs
+from dhp_jax.workdir.reader import configuration
+from dhp_jax.workdir.summary import beside, read_baseline
 
-sys.exit(command.run(main))
+
+def main(arguments: Sequence[str]) -> None:
+    """Makes pages as the command line says, and prints where they are."""
+    parser = Parser(
+        prog="python -m dhp_jax.report",
+        description=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help=f"RUN/{PAGE}, for a run with targets RUN/{COMPARED}, for several runs {COMPARED}, if "
+        "not given",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="RUN",
+        help="run of the unpruned network to compare with; RUN-baseline if not given",
+    )
+    parser.add_argument(
+        "--latency", action="store_true", help="measure the latency here and now, and note it"
+    )
+    print(_make(parser.parse_args(arguments)))
+
+
+def _make(options: argparse.Namespace) -> Path:
+    if options.out is not None:
+        if Path(options.out).is_dir():
+            raise ValueError(f"--out: expected a file; got the folder {options.out!r}")
+        if not Path(options.out).parent.is_dir():
+            raise ValueError(
+                f"--out: expected a file in a folder that is there; got {options.out!r}"
+            )
+    if len(options.runs) > 1:
+        for name in ("baseline", "latency"):
+            if getattr(options, name):
+                raise ValueError(f"--{name}: expected one run with it; got {len(options.runs)}")
+        runs = [run for workdir in options.runs for run in target_dirs.begun(workdir) or [workdir]]
+        return write_comparison(runs, options.out or COMPARED)
+    (workdir,) = options.runs
+    if options.baseline is not None:
+        read_baseline(options.baseline)
+    several = target_dirs.begun(workdir)
+    config = configuration(several[0] if several else workdir)
+    baseline = options.baseline or beside(workdir, config)
+    make = write_sizes if several else write_page
+    return make(workdir, baseline=baseline, measure=options.latency, out=options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

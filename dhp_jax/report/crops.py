@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dhp_jax.report.wording import percent
-from dhp_jax.result import PICTURES, Result
+from dhp_jax.workdir.reader import PICTURES, Result
 
 
 @dataclass(frozen=True)

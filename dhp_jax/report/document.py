@@ -9,6 +9,7 @@ from dhp_jax.report.markup import Markup, element
 # Nothing is fetched, whatever the page holds: pictures are in it, there are no scripts.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b2026; --soft: #59636e; --paper: #fff; --card: #f5f7f9;
   --edge: #dde2e8; --before: #ccd4de; --after: #1f6fb2; --warn: #fdf3e4; --warn-edge: #e0a64a;

@@ -8,13 +8,28 @@ import math
 from dhp_jax.report.markup import Markup, element, joined
 
 WIDTH, HEIGHT = 360, 240
+
+
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 18, 40
+
+
 DECADES = 6  # of values beside 0 on one axis, at most
+
+
 MOST_POINTS = 400  # of a line
+
+
 MARKED = 60  # a line of so many points or fewer shows each
+
+
 LETTER, LINE = 6.2, 13  # of a label: the width of a letter, the height of the line
+
+
 NAMED = 48  # layers of which each has its name beside it
+
+
 MOST_LATENTS = 32  # that are drawn, each with its name
+
 
 Point = tuple[float, float]
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dhp_jax.cost import Cost, LayerCost
-from dhp_jax.latent import latents
+from dhp_jax.core.cost import Cost, LayerCost
+from dhp_jax.core.latent import latents
 from dhp_jax.report import drawing
 from dhp_jax.report.crops import Crop
 from dhp_jax.report.document import Card, cards, code, document, meter, notice, section, table
@@ -31,8 +31,8 @@ from dhp_jax.report.wording import (
     percent,
     start_text,
 )
-from dhp_jax.result import Result
 from dhp_jax.tasks.task import METRICS, Metric
+from dhp_jax.workdir.reader import Result
 
 STAGES = {  # of summary["test"], in the order of their becoming
     "without_network": "the input as it is",
@@ -42,6 +42,8 @@ STAGES = {  # of summary["test"], in the order of their becoming
     "last": "last epoch",
     "best": "best epoch on these data",
 }
+
+
 PHASES = {"search": "search", "converge": "pruned", "baseline": "unpruned"}
 
 

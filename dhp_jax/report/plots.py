@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax import nnx
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 import numpy as np
 
-from dhp_jax import checkpoint
-from dhp_jax.latent import latents
+from dhp_jax.artifact.reading import read_description
+from dhp_jax.core.latent import latents
 from dhp_jax.report.crops import Crop, crops
 from dhp_jax.report.wording import main_metric
-from dhp_jax.result import Result
 from dhp_jax.tasks.task import METRICS, Metric
+from dhp_jax.workdir.reader import Result
 
 if TYPE_CHECKING:  # it is slow, and pages do without
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 BEFORE, AFTER, REMOVED, RULE = "#c3cad4", "#1f6fb2", "#d9603b", "#7a828c"
 
@@ -32,7 +35,7 @@ def plots(
     if result.pruned:
         figures["channels"] = _figure(_plot_channels, result, width=9)
     if result.search is not None:
-        survivors = checkpoint.read_description(result.workdir / "model")["survivors"]
+        survivors = read_description(result.workdir / "model")["survivors"]
         figures["ratio"] = _figure(_plot_ratio, result)
         figures["latents"] = _figure(_plot_latents, result, result.search, survivors)
     pictures = crops(result, baseline)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dhp_jax.cost import Cost, LayerCost
-from dhp_jax.methods import METHODS
+from dhp_jax.config.methods import METHODS
+from dhp_jax.core.cost import Cost, LayerCost
 from dhp_jax.tasks.task import METRICS
 
 

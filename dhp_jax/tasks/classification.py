@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 import numpy as np
 import optax
 
-from dhp_jax.backend import compiler_options, tune
+from dhp_jax.backend.inference import tune
+from dhp_jax.backend.platform import compiler_options
 from dhp_jax.data.augment import augment, normalize
-from dhp_jax.data.rows import Rows
+from dhp_jax.data.device_images import Rows
 from dhp_jax.data.stream import Stream
 from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
 

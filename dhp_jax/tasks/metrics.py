@@ -4,6 +4,8 @@ from jaxtyping import Float, Shaped, UInt8
 import numpy as np
 
 WINDOW = 11  # pixels on each side of SSIM's Gaussian windows
+
+
 BEST_PSNR = 100.0  # dB, of equal images: means and records of infinity tell nothing
 
 

@@ -8,12 +8,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 import numpy as np
 
+from dhp_jax.core.latent import LatentVector
 from dhp_jax.data.stream import Stream
-from dhp_jax.latent import LatentVector
 
 Data = PyTree[Any] | Stream  # what a task reads its examples from
+
+
 Examples = PyTree[Array]  # some of them
+
+
 Params = tuple[nnx.State, nnx.State]  # latent vectors, all other parameters
+
+
 Evaluation = Callable[[Params, nnx.State], dict[str, float]]
 
 

@@ -1,0 +1,1 @@
+"""A network on disk: its description, its arrays, saving and loading."""

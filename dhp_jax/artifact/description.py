@@ -1,0 +1,433 @@
+"""What the files of an artifact may say: checked before anything is built, or an array is read.
+
+An artifact may come from a stranger. So every field has a type and a limit, names and sizes are
+told twice and must agree, and what is not expected is refused. The limits are far above what
+networks need, and low enough that a file within them costs little time and memory to look at. What
+`save` writes is held to the same rules, so that it can be loaded.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+import jax.numpy as jnp
+
+from dhp_jax.errors import shown
+
+FORMAT = "dhp_jax"
+
+
+VERSION = 1
+
+
+LONGEST_DESCRIPTION = 2**24  # bytes of model.json, and of the header of arrays.safetensors
+
+
+LARGEST_FILE = 2**32  # bytes of all arrays
+
+
+MOST_ARRAYS = 2**14
+
+
+MOST_AXES = 32  # of an array
+
+
+DEEPEST = 32  # lists and objects within each other
+
+
+LONGEST_INTEGER = 20  # digits
+
+
+LONGEST_TEXT = 1024  # characters of a name
+
+
+LARGEST_NUMBER = 2**20  # among arguments, and the largest index of a survivor
+
+
+LONGEST_LIST = 64  # of an argument
+
+
+LARGEST_EXAMPLE = 2**28  # numbers in an input of the network
+
+
+SMALLEST_SCALE = 1e-6  # that pixels are divided by
+
+
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # characters that a terminal may obey
+
+
+FIELDS = {  # of model.json, with what they hold
+    "format": (str,),
+    "version": (int,),
+    "sha256": (str,),
+    "family": (str, type(None)),
+    "arguments": (dict,),
+    "survivors": (dict, type(None)),
+    "arrays": (dict,),
+    "notes": (dict,),
+}
+
+
+OPTIONAL = {"renewed": (bool,), "folded": (list,), "cost": (dict,), "provenance": (dict,)}
+
+
+KINDS = {
+    str: "a text",
+    int: "an integer",
+    dict: "an object",
+    list: "a list",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+DTYPES = {  # by their codes in safetensors
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+
+
+class ArtifactError(ValueError):
+    """A folder that does not hold a network that can be loaded."""
+
+
+def parsed(content: bytes, where: str) -> Any:
+    """The value of strict JSON: no NaN or infinity, no name twice, no depth or number without end.
+
+    Args:
+      content: UTF-8.
+      where: what an error calls it.
+
+    Raises:
+      ArtifactError: it is not that.
+    """
+    try:
+        value = json.loads(
+            content.decode(),
+            object_pairs_hook=_object,
+            parse_constant=_constant,
+            parse_float=_float,
+            parse_int=_integer,
+        )
+    except ValueError as error:
+        raise ArtifactError(f"path: {where} is not JSON: {error}") from error
+    except RecursionError:
+        _refuse_depth(where)
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [inner for item in level for inner in _inside(item)]
+        if not level:
+            return value
+    _refuse_depth(where)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def check_description(description: Any, where: str) -> None:
+    """Raises unless the content of model.json is that of an artifact.
+
+    Whether its family takes the arguments, and has such survivors and arrays, is found out by
+    building the network, which is safe after this.
+
+    Args:
+      description: JSON of any kind.
+      where: what an error calls it.
+
+    Raises:
+      ArtifactError: it names the field, its value and what was expected.
+    """
+    if not isinstance(description, dict):
+        raise ArtifactError(f"path: {where} holds no JSON object")
+    found = description.get("format"), description.get("version")
+    if found != (FORMAT, VERSION) or type(found[1]) is not int:
+        raise ArtifactError(
+            f"path: expected format {FORMAT!r} version {VERSION}, got {shown(found[0])} version "
+            f"{shown(found[1])} in {where}"
+        )
+    if "sha256" not in description:
+        raise ArtifactError(
+            f"path: {where} lacks 'sha256': it was written by an earlier version of dhp_jax, that "
+            "this one does not read; make the network again"
+        )
+    for name in FIELDS:
+        if name not in description:
+            raise ArtifactError(f"path: {where} lacks {name!r}")
+    known = FIELDS | OPTIONAL
+    for name, value in description.items():
+        if name not in known:
+            raise ArtifactError(
+                f"path: {where} holds an unknown field {shown(name)}; expected {', '.join(known)}"
+            )
+        if type(value) not in known[name]:
+            _refuse(where, name, " or ".join(KINDS[kind] for kind in known[name]), value)
+    if not re.fullmatch("[0-9a-f]{64}", description["sha256"]):
+        _refuse(where, "sha256", "64 hexadecimal digits", description["sha256"])
+    _check_arguments(description["arguments"], where)
+    _check_survivors(description["survivors"] or {}, where)
+    _check_table(description["arrays"], where)
+    _check_folded(description.get("folded", []), where)
+
+
+def check_notes(notes: Mapping[str, Any], where: str) -> None:
+    """Raises unless commands can use what they read of the notes; others may be any JSON.
+
+    Args:
+      notes: of a description that has been checked.
+      where: what an error calls the file.
+
+    Raises:
+      ArtifactError: it names the field, its value and what was expected.
+    """
+    shape = notes.get("input_shape")
+    channels = shape[-1] if _is_input_shape(shape) else None
+    a_channel = "a list of numbers" if channels is None else f"a list of {channels} numbers"
+    of_scale = f"{SMALLEST_SCALE} .. {LARGEST_NUMBER}"
+    for name, fits, expected in (
+        ("task", lambda task: isinstance(task, str), "a text"),
+        (
+            "input_shape",
+            _is_input_shape,
+            f"a list of positive integers, of at most {LARGEST_EXAMPLE} as their product",
+        ),
+        (
+            "mean",
+            lambda mean: _are_numbers(mean, -LARGEST_NUMBER, channels),
+            f"{a_channel} of at most {LARGEST_NUMBER}, one for each channel",
+        ),
+        (
+            "std",
+            lambda std: _are_numbers(std, SMALLEST_SCALE, channels),
+            f"{a_channel} in {of_scale}, one for each channel",
+        ),
+        ("peak", lambda peak: _are_numbers([peak], SMALLEST_SCALE), f"a number in {of_scale}"),
+        (
+            "class_names",
+            _are_names,
+            f"a list of texts of at most {LONGEST_TEXT} characters, none of them a control one",
+        ),
+    ):
+        if name in notes and not fits(notes[name]):
+            _refuse(where, f"notes.{name}", expected, notes[name])
+
+
+def _is_input_shape(value: Any) -> bool:
+    return bool(value) and _is_shape(value) and 0 < math.prod(value) <= LARGEST_EXAMPLE
+
+
+def _are_numbers(values: Any, least: float, count: int | None = None) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == (count or len(values)) > 0
+        and all(type(value) in (int, float) for value in values)
+        and all(least <= value <= LARGEST_NUMBER for value in values)
+    )
+
+
+def _are_names(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(name, str) and len(name) <= LONGEST_TEXT and not CONTROL.search(name)
+        for name in values
+    )
+
+
+def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
+    for name, value in arguments.items():
+        if not name.isidentifier() or len(name) > LONGEST_TEXT:
+            _refuse(where, "arguments", "names of arguments", name)
+        items = value if isinstance(value, list) else [value]
+        if len(items) > LONGEST_LIST or not all(map(_is_argument, items)):
+            _refuse(
+                where,
+                f"arguments.{name}",
+                f"null, true, false, a number of at most {LARGEST_NUMBER}, a text of at most "
+                f"{LONGEST_TEXT} characters, or a list of at most {LONGEST_LIST} of them",
+                value,
+            )
+
+
+def _is_argument(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= LONGEST_TEXT
+    return value is None or (isinstance(value, int | float) and abs(value) <= LARGEST_NUMBER)
+
+
+def _check_survivors(survivors: Mapping[str, Any], where: str) -> None:
+    if len(survivors) > MOST_ARRAYS:
+        _refuse(where, "survivors", f"at most {MOST_ARRAYS} latents", len(survivors))
+    for name, indices in survivors.items():
+        _check_name("survivors", name, where)
+        rising = (
+            isinstance(indices, list)
+            and len(indices) > 0
+            and all(type(index) is int for index in indices)
+            and indices[0] >= 0
+            and all(low < high for low, high in pairwise(indices))
+            and indices[-1] < LARGEST_NUMBER
+        )
+        if not rising:
+            expected = f"at least one index, each above the one before, below {LARGEST_NUMBER}"
+            _refuse(where, f"survivors[{name!r}]", expected, indices)
+
+
+def _check_folded(chains: list[Any], where: str) -> None:
+    for chain in chains:
+        if not isinstance(chain, list) or len(chain) < 2 or not all(type(n) is str for n in chain):
+            _refuse(where, "folded", "lists of two or more names of layers", chain)
+    count = sum(map(len, chains))
+    if count > MOST_ARRAYS:
+        _refuse(where, "folded", f"at most {MOST_ARRAYS} layers", count)
+
+
+def _check_table(arrays: Mapping[str, Any], where: str) -> None:
+    """Raises unless every array has a shape and a dtype, and memory can hold all of them."""
+    if len(arrays) > MOST_ARRAYS:
+        _refuse(where, "arrays", f"at most {MOST_ARRAYS} arrays", len(arrays))
+    for name, entry in arrays.items():
+        _check_name("arrays", name, where)
+        if not isinstance(entry, dict) or entry.keys() != {"shape", "dtype"}:
+            _refuse(where, f"arrays[{name!r}]", "an object of shape and dtype", entry)
+        if not _is_shape(entry["shape"]):
+            expected = f"a list of at most {MOST_AXES} integers of at least 0"
+            _refuse(where, f"arrays[{name!r}].shape", expected, entry["shape"])
+        if entry["dtype"] not in DTYPES.values():
+            expected = f"one of {', '.join(DTYPES.values())}"
+            _refuse(where, f"arrays[{name!r}].dtype", expected, entry["dtype"])
+    total = sum(map(size_of, arrays.values()))
+    if total > LARGEST_FILE:
+        _refuse(where, "arrays", f"at most {LARGEST_FILE} bytes together", total)
+
+
+def _is_shape(value: Any) -> bool:
+    is_list = isinstance(value, list) and len(value) <= MOST_AXES
+    return is_list and all(type(size) is int and size >= 0 for size in value)
+
+
+def size_of(entry: Mapping[str, Any]) -> int:
+    """How many bytes an array of the table has."""
+    return math.prod(entry["shape"]) * jnp.dtype(entry["dtype"]).itemsize
+
+
+def check_header(header: Any, arrays: Mapping[str, Any], length: int, where: str) -> None:
+    """Raises unless the header of arrays.safetensors tells of the arrays of model.json, no others.
+
+    Args:
+      header: JSON of any kind.
+      arrays: the table in model.json, already checked.
+      length: how many bytes follow the header.
+      where: what an error calls the file.
+
+    Raises:
+      ArtifactError: an array is missing, left over, or of another shape or dtype, or its bytes do
+        not begin where those of another end; bytes are missing or left over.
+    """
+    if not isinstance(header, dict):
+        raise ArtifactError(f"path: {where} cannot be read: its header is no JSON object")
+    check_names(header, arrays, where)
+    spans = []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            _refuse(where, repr(name), "an object of dtype, shape and data_offsets", entry)
+        code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype = DTYPES.get(code, code) if isinstance(code, str) else code
+        check_like(name, arrays[name], {"shape": shape, "dtype": dtype}, where)
+        if not _is_shape(offsets) or len(offsets) != 2:
+            _refuse(where, f"data_offsets of array {name!r}", "two integers", offsets)
+        spans.append((*offsets, name))
+    _check_spans(sorted(spans), arrays, length, where)
+
+
+def _check_spans(
+    spans: list[tuple[int, int, str]], arrays: Mapping[str, Any], length: int, where: str
+) -> None:
+    """Raises unless arrays follow one another without gap or overlap, and fill the file."""
+    position = 0
+    for begin, end, name in spans:
+        expected = (position, position + size_of(arrays[name]))
+        if (begin, end) != expected:
+            _refuse(where, f"data_offsets of array {name!r}", str(list(expected)), [begin, end])
+        position = end
+    if position != length:
+        raise ArtifactError(
+            f"path: {where} cannot be read: expected {position} bytes of arrays, got {length}"
+        )
+
+
+def check_names(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Raises unless there is every array that is expected, and no other."""
+    for name in sorted(found.keys() ^ expected.keys()):
+        what = "lacks" if name in expected else "holds an unexpected"
+        raise ArtifactError(f"path: {where} {what} array {shown(name)}")
+
+
+def check_like(
+    name: str, expected: Mapping[str, Any], found: Mapping[str, Any], where: str
+) -> None:
+    """Raises unless an array has the shape and dtype that are expected."""
+    if found != expected or not _is_shape(found["shape"]):
+        raise ArtifactError(
+            f"path: array {name!r} in {where}: expected {_described(expected)}, got "
+            f"{_described(found)}"
+        )
+
+
+def _described(entry: Mapping[str, Any]) -> str:
+    dtype = entry["dtype"]
+    known = dtype in DTYPES.values()
+    return f"{dtype if known else shown(dtype)} of shape {shown(entry['shape'])}"
+
+
+def _check_name(field: str, name: str, where: str) -> None:
+    if not 0 < len(name) <= LONGEST_TEXT or not name.isprintable():
+        _refuse(where, field, f"names of at most {LONGEST_TEXT} characters", name)
+
+
+def _refuse(where: str, field: str, expected: str, value: Any) -> NoReturn:
+    raise ArtifactError(f"path: {where}: {field}: expected {expected}, got {shown(value)}")
+
+
+def _refuse_depth(where: str) -> NoReturn:
+    raise ArtifactError(f"path: {where} holds lists or objects more than {DEEPEST} deep")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {shown(name)} comes twice in an object")
+        found[name] = value
+    return found
+
+
+def _constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _float(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]} is no number that can be held")
+    return float(text)
+
+
+def _integer(text: str) -> int:
+    if len(text) > LONGEST_INTEGER:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)

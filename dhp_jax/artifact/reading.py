@@ -1,0 +1,249 @@
+"""Networks on disk: a JSON file that says what it is, and its arrays in safetensors. No pickle."""
+
+from collections.abc import Callable, Mapping
+import hashlib
+import os
+from pathlib import Path
+import stat
+from types import SimpleNamespace
+from typing import Any
+
+from flax import nnx
+import jax
+import numpy as np
+
+from dhp_jax.artifact.arrays import ARRAYS, DESCRIPTION, _filled, _name, _opened, _read_header
+from dhp_jax.artifact.description import (
+    LONGEST_DESCRIPTION,
+    LONGEST_TEXT,
+    ArtifactError,
+    check_description,
+    parsed,
+)
+from dhp_jax.core.latent import latents
+from dhp_jax.core.surgery import prune
+from dhp_jax.errors import shown, unknown
+from dhp_jax.models import registry
+from dhp_jax.pruned.fold import contracted
+from dhp_jax.pruned.relatent import built, narrowed
+
+MODEL = "model"  # of the folders in a run's, the one that it ends with
+
+
+def load(
+    path: str | os.PathLike, *, build: Callable[[nnx.Rngs], nnx.Module] | None = None
+) -> nnx.Module:
+    """Reads a network that `save` has written; safe with files from strangers.
+
+    A file can do no more than be refused or become arrays. What `model.json` says is checked
+    (see `dhp_jax.schema`), then that the files agree with each other, down to the digest. Then the
+    network is built, abstractly, of no more layers than there are arrays for. Only if it needs just
+    these arrays are they read; they must be finite.
+
+    Args:
+      path: the folder; the two files in it may not be links.
+      build: for a network of your own class: makes the unpruned network, as `build(rngs)` or
+        `build(rngs=rngs)`, whichever it takes. Random state that the file lacks, of a layer of
+        dropout that is new, is that of `build(nnx.Rngs(0))`.
+
+    Returns:
+      The network, in evaluation mode and ready to call; `.train()` makes it ready for fine-tuning.
+
+    Raises:
+      ArtifactError: a `ValueError`; the folder holds no network of this format, or its arrays are
+        not those that the network needs (it tells which).
+
+    Example:
+      >>> small = dhp.load("out/")
+      >>> logits = small(images)
+    """
+    path = Path(path)
+    description = verify(path)
+    whole = _of_family(description, path / DESCRIPTION) if build is None else _of_function(build)
+    masks = _masks(whole, description["survivors"], path / DESCRIPTION)
+    folded = description.get("folded", [])
+
+    def make(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
+        if description.get("renewed"):
+            model = narrowed(model, description["survivors"] or {})
+        elif masks is not None:
+            model = prune(model, masks)
+        return nnx.split(contracted(model, folded))
+
+    try:
+        graphdef, abstract = nnx.eval_shape(make, whole)
+    except (ValueError, KeyError) as error:  # such as layers that are not there
+        raise ArtifactError(f"path: {path / DESCRIPTION}: {error}") from error
+    gained, known = nnx.split_state(abstract, _random_besides(description["arrays"]), ...)
+    state = _filled(known, description["arrays"], path)
+    if gained:
+        state = nnx.merge_state(state, _drawn(lambda: make(built(build, nnx.Rngs(0)))[1], gained))
+    model = nnx.merge(graphdef, state)
+    model.eval()
+    return model
+
+
+def verify(path: str | os.PathLike) -> dict[str, Any]:
+    """Checks the files of a network: what each says, and that they are those that were saved.
+
+    `load` does this too. The network is not built, and no array is read.
+
+    Args:
+      path: the folder.
+
+    Returns:
+      What `model.json` says, as from `read_description`.
+
+    Raises:
+      ArtifactError: no artifact of this format and version is there, or the arrays are not those
+        that were saved with it.
+
+    Example:
+      >>> dhp.checkpoint.verify("out/")["notes"]
+    """
+    path = Path(path)
+    description = read_description(path)
+    with _opened(path / ARRAYS) as file:
+        _read_header(file, description["arrays"], path / ARRAYS)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != description["sha256"]:
+        raise ArtifactError(
+            f"path: {path / ARRAYS} is not what was saved: expected SHA-256 "
+            f"{description['sha256']}, got {digest}"
+        )
+    return description
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether a folder holds a network."""
+    return all(os.path.isfile(Path(path) / name) for name in (DESCRIPTION, ARRAYS))
+
+
+def read_description(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON side of an artifact: family, arguments, survivors, arrays and notes.
+
+    Raises:
+      ArtifactError: no artifact of this format and version is there.
+    """
+    path = Path(path)
+    for name in (DESCRIPTION, ARRAYS):
+        try:
+            mode = os.lstat(path / name).st_mode
+        except (OSError, ValueError):
+            hint = f"; {path / MODEL} is one" if exists(path / MODEL) else ""
+            raise ArtifactError(
+                f"path: expected a folder with {DESCRIPTION} and {ARRAYS}, got {path}{hint}"
+            ) from None
+        if not stat.S_ISREG(mode):
+            what = "a link" if stat.S_ISLNK(mode) else "something else"
+            raise ArtifactError(f"path: {path / name}: expected a file, got {what}")
+    with _opened(path / DESCRIPTION) as file:
+        return _check_text(file.read(LONGEST_DESCRIPTION + 1), path / DESCRIPTION)
+
+
+def _check_text(content: bytes, where: Path) -> dict[str, Any]:
+    """What model.json says, if an artifact's may say that."""
+    if len(content) > LONGEST_DESCRIPTION:
+        raise ArtifactError(
+            f"path: {where}: expected at most {LONGEST_DESCRIPTION} bytes, got more"
+        )
+    description = parsed(content, str(where))
+    check_description(description, str(where))
+    return description
+
+
+def _of_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
+    """The unpruned network of a family, abstractly.
+
+    Building takes bounded time and memory, whatever the arguments are: every layer and latent draws
+    initial values, and the first that is too many for the arrays of the file ends it. How wide they
+    are is limited by the families.
+    """
+    family = description["family"]
+    if family is None:
+        raise ArtifactError(
+            f"path: {where.parent} holds a network of a class of its own; expected "
+            "load(path, build=...) with a function build(rngs) that makes it unpruned"
+        )
+    if family not in registry.FAMILIES:
+        raise ArtifactError(f"path: {where}: {unknown('family', family, registry.FAMILIES)}")
+    # With latents, of which no network has more than arrays; folded layers have had four each.
+    left = 2 * len(description["arrays"]) + 8 * sum(map(len, description.get("folded", [])))
+
+    def draw() -> jax.Array:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("expected a network of the arrays in the file, got one of more layers")
+        return jax.random.key(0)
+
+    def build() -> nnx.Module:
+        return registry.build(family, rngs=SimpleNamespace(params=draw), **description["arguments"])
+
+    try:
+        return nnx.eval_shape(build)
+    except Exception as error:  # whatever hostile arguments lead to
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"path: {where}: arguments: {what[:LONGEST_TEXT]}") from None
+
+
+def _of_function(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    """The unpruned network that the reader's own function makes, abstractly."""
+
+    def made() -> nnx.Module:
+        model = built(build, nnx.Rngs(0))
+        if not isinstance(model, nnx.Module):
+            raise TypeError(f"it returns {shown(model)}")
+        return model
+
+    try:
+        return nnx.eval_shape(made)
+    except Exception as error:  # whatever the function raises, or what is none
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(
+            "build: expected a function build(rngs) that makes the unpruned network, an "
+            f"nnx.Module; got {shown(build)}: {what}"
+        ) from error
+
+
+def _masks(
+    model: nnx.Module, survivors: Mapping[str, list[int]] | None, where: Path
+) -> dict[str, np.ndarray] | None:
+    """What was kept of every latent, if the network has just these; latents that are not prunable
+    keep everything."""
+    if survivors is None:
+        return None
+    axes = latents(model)
+    for name in sorted(axes.keys() ^ survivors.keys()):
+        what = "lacks" if name in axes else "holds an unexpected"
+        raise ArtifactError(f"path: {where}: survivors: {what} latent {name!r}")
+    masks = {}
+    for name, indices in survivors.items():
+        size = axes[name].size
+        if indices[-1] >= size or not (axes[name].prunable or len(indices) == size):
+            expected = "indices below" if axes[name].prunable else "all indices below"
+            raise ArtifactError(
+                f"path: {where}: survivors[{name!r}]: expected {expected} {size}, got "
+                f"{shown(indices)}"
+            )
+        masks[name] = np.zeros(size, bool)
+        masks[name][indices] = True
+    return masks
+
+
+def _random_besides(arrays: Mapping[str, Any]) -> Callable[[tuple, Any], bool]:
+    """A filter for the states of random generators that are not among these arrays."""
+    return lambda location, leaf: isinstance(leaf, nnx.RngState) and _name(location) not in arrays
+
+
+def _drawn(make: Callable[[], nnx.State], like: nnx.State) -> nnx.State:
+    """What `make` has in the places of `like`; nothing else of it is computed."""
+    places = dict(nnx.to_flat_state(like))
+
+    @jax.jit
+    def chosen() -> nnx.State:
+        found = nnx.to_flat_state(make())
+        return nnx.from_flat_state([(place, leaf) for place, leaf in found if place in places])
+
+    return chosen()

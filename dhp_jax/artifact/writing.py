@@ -1,0 +1,127 @@
+"""Networks written to disk: JSON and safetensors, whole or not at all."""
+
+from collections.abc import Mapping
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+import shutil
+from typing import Any
+
+from flax import nnx
+import numpy as np
+from safetensors.numpy import save as serialized
+
+import dhp_jax
+from dhp_jax.artifact.arrays import ARRAYS, DESCRIPTION, _entry, _is_finite, _name, _stored, _value
+from dhp_jax.artifact.description import FORMAT, VERSION
+from dhp_jax.artifact.reading import _check_text
+from dhp_jax.core.cost import measure_cost
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.errors import shown
+from dhp_jax.files import put, unfinished, write
+
+
+def save(
+    path: str | os.PathLike,
+    model: nnx.Module,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    **notes: Any,
+) -> None:
+    """Writes a network, pruned or not, to a folder that says what it is.
+
+    `model.json` tells the family and its arguments, the survivors of each latent, the versions that
+    wrote it, and, with `input_shape`, the FLOPs and params.
+
+    The folder appears whole or not at all, and is on the disk when this returns; a network that is
+    there already is replaced.
+
+    Args:
+      path: the folder.
+      model: a network from `dhp.models.build` or of your own class.
+      input_shape: of one example, `(height, width, channels)`; kept among the notes too.
+      **notes: JSON values to keep with it, such as metrics. `dhp_jax.predict` reads `task`
+        ("classification", "super_resolution" or "denoising"), and for classification `mean`, `std`
+        and `peak` (the largest value) of the pixels, and `class_names`.
+
+    Raises:
+      OSError: the folder cannot be written, or holds something else than a network.
+      TypeError: a note that JSON cannot hold.
+      ValueError: `model` is no module, an array holds NaN or infinity, or `load` would refuse what
+        the network says of itself (see `dhp_jax.schema`). What was there before is left as it was.
+
+    Example:
+      >>> dhp.save("out/", small, input_shape=(32, 32, 3), test_error=8.46)
+    """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"model: expected an nnx.Module, got {shown(model)}")
+    path = Path(os.path.realpath(path))
+    if not may_hold(path):
+        raise FileExistsError(
+            f"path: expected no or an empty folder, or one with a network only, got {path}"
+        )
+    arrays = _arrays(model)
+    for name, array in arrays.items():
+        if not _is_finite(array):
+            raise ValueError(f"model: array {name!r}: expected finite numbers, got NaN or infinity")
+    content = serialized(arrays)
+    description = _description(model, arrays, content, notes)
+    if input_shape is not None:
+        cost = measure_cost(model, input_shape)
+        description["cost"] = {"flops": cost.flops, "params": cost.params}
+        notes["input_shape"] = list(input_shape)
+    text = json.dumps(description, indent=1)
+    _check_text(text.encode(), path / DESCRIPTION)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = unfinished(path)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    write(part / ARRAYS, content)
+    write(part / DESCRIPTION, text)
+    put(part, path)
+
+
+def may_hold(path: str | os.PathLike) -> bool:
+    """Whether `save` may write there: nothing is there, an empty folder, or a network only."""
+    path = Path(path)
+    if not path.is_dir():
+        return not path.exists()
+    return {item.name for item in path.iterdir()} <= {DESCRIPTION, ARRAYS}
+
+
+# Writing
+
+
+def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Every array of a network by its path."""
+    # safetensors writes memory as it lies, and device layouts need not be row-major.
+    return {
+        _name(location): np.asarray(_stored(_value(leaf)), order="C")
+        for location, leaf in nnx.to_flat_state(nnx.state(model))
+    }
+
+
+def _description(
+    model: nnx.Module, arrays: Mapping[str, np.ndarray], content: bytes, notes: Mapping[str, Any]
+) -> dict[str, Any]:
+    architecture = architecture_of(model)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "family": architecture.family,
+        "arguments": dict(architecture.arguments),
+        "survivors": architecture.survivors and dict(architecture.survivors),
+        "arrays": {name: _entry(array) for name, array in arrays.items()},
+        "renewed": architecture.renewed,
+        "folded": [list(chain) for chain in architecture.folded],
+        "provenance": _provenance(),
+        "notes": notes,
+    }
+
+
+def _provenance() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
+    return {"dhp_jax": dhp_jax.__version__, **packages}

@@ -1,0 +1,1 @@
+"""What makes XLA fast on the platform at hand."""

@@ -1,0 +1,80 @@
+"""Compiled programs that outlive the process, and how long compiling takes."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+from pathlib import Path
+
+from filelock import FileLock
+import jax
+
+from dhp_jax.files import user_cache
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+LONG = 1.0  # seconds of a compilation that is worth telling
+
+
+MOST_BYTES = 2**31  # of the cache
+
+
+def default_cache() -> Path:
+    """Where compiled programs are kept: `dhp_jax/xla` in the user's cache folder."""
+    return user_cache("xla")
+
+
+def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
+    """Lets JAX read compiled programs from a folder, and write there what takes it long to compile.
+
+    These are settings of the process. What JAX was told by its own, as by
+    `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE`, stays unless a folder is given.
+
+    Args:
+      folder: made if it is not there; the least used programs go once there are 2 GiB. `None` is
+        `default_cache()`, "off" keeps nothing.
+
+    Returns:
+      The folder; `None` if nothing is kept.
+    """
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif folder is not None:
+        jax.config.update("jax_enable_compilation_cache", True)
+    if not jax.config.jax_enable_compilation_cache:
+        return None
+    if folder is None and jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    folder = default_cache() if folder is None else Path(folder).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if jax.config.jax_compilation_cache_max_size < 0:
+        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+    _remove_unfinished(folder)
+    return folder
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Programs that were being written by a process that died: JAX writes no others beside them.
+
+    A program's time of last use is written after it, and both with the lock held.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lockfile"):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+                program.unlink()
+
+
+@contextlib.contextmanager
+def long_compilations(tell: Callable[[str, float], None]) -> Iterator[None]:
+    """Calls `tell(function, seconds)` after each compilation that took more than a second."""
+
+    def listen(event: str, seconds: float, *, fun_name: str = "?", **_: object) -> None:
+        if event == COMPILED and seconds > LONG:
+            tell(fun_name, seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -1,0 +1,215 @@
+"""Convolutions and their gradients as XLA:CPU computes them fast."""
+
+from collections.abc import Sequence
+import contextlib
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+MOST_TAPS = 49  # of a depthwise kernel that is written out
+
+
+Pads = tuple[tuple[int, int], ...]
+
+
+def convolution(
+    lhs: Float[Array, "n *spatial in"],
+    rhs: Float[Array, "*k in_per_group out"],
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = LAYOUT,
+    feature_group_count: int = 1,
+    precision: Any = None,
+    **options: Any,
+) -> Float[Array, "n *spatial out"]:
+    """`jax.lax.conv_general_dilated`, fast on XLA:CPU; same arguments, numbers up to rounding.
+
+    Arguments for which it knows nothing better go to the original: other than two spatial axes,
+    other layouts, dilated inputs, two dtypes, any further option, explicit sharding, `shard_map`.
+    """
+    plain = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        precision=precision,
+        **options,
+    )
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    channels_last = lhs.ndim == 4 and numbers == lax.conv_dimension_numbers(
+        lhs.shape, rhs.shape, LAYOUT
+    )
+    if (
+        not channels_last
+        or lhs.dtype != rhs.dtype
+        or any(d != 1 for d in lhs_dilation or ())
+        or any(value is not None for value in options.values())
+        or any(_is_sharded_by_hand(x) for x in (lhs, rhs))
+    ):
+        return plain(lhs, rhs)
+    strides, dilation = tuple(window_strides), tuple(rhs_dilation or (1, 1))
+    size = tuple((k - 1) * d + 1 for k, d in zip(rhs.shape[:2], dilation, strict=True))
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:3], size, strides, padding)
+    pads = tuple(tuple(map(int, pad)) for pad in padding)
+    depthwise = feature_group_count > 1 and lhs.shape[-1] == rhs.shape[-1] == feature_group_count
+    if depthwise and math.prod(rhs.shape[:2]) <= MOST_TAPS:
+        return _depthwise(lhs, rhs, strides, pads, dilation)
+    differentiable = jax.custom_vjp(plain)
+    differentiable.defvjp(
+        lambda x, kernel: (plain(x, kernel), (x, kernel)),
+        functools.partial(_backward, plain, strides, pads, dilation, feature_group_count),
+    )
+    return differentiable(lhs, rhs)
+
+
+def _is_sharded_by_hand(x: Array) -> bool:
+    """Whether the type of an array says how it is sharded: explicit meshes, `shard_map`."""
+    kind = jax.typeof(x)
+    varying = getattr(kind, "vma", None) or getattr(kind, "manual_axis_type", None)
+    return bool(getattr(varying, "varying", varying)) or any(kind.sharding.spec)
+
+
+def _backward(plain, strides, pads, dilation, groups, inputs, grad):
+    x, kernel = inputs
+    (grad_x,) = jax.vjp(lambda x: plain(x, kernel), x)[1](grad)
+    taps = kernel.shape[:2]
+    # A computation of its own: within the whole, XLA would compute x again from what it was made
+    # of, for every residual block before this one.
+    with _not_inlined():
+        if groups == 1:
+            grad_kernel = _kernel_gradient(x, grad, taps, strides, pads, dilation)
+        else:
+            grad_kernel = _grouped_kernel_gradient(x, grad, groups, taps, strides, pads, dilation)
+    return grad_x, grad_kernel.astype(kernel.dtype)
+
+
+def _not_inlined() -> contextlib.AbstractContextManager:
+    """With several devices nothing: XLA:CPU mixes up what such computations send each other."""
+    if jax.device_count() > 1:
+        return contextlib.nullcontext()
+    return set_xla_metadata(inlineable="false")
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _kernel_gradient(
+    x: Array, grad: Array, taps: tuple[int, int], strides, pads: Pads, dilation
+) -> Array:
+    """The kernel's gradient as a convolution over the batch.
+
+    In the one layout that XLA:CPU has a fast routine for; it would not change the layout here.
+    """
+    ends = []
+    for n, m, k, s, d, (low, _) in zip(
+        x.shape[1:3], grad.shape[1:3], taps, strides, dilation, pads, strict=True
+    ):
+        ends.append((low, (k - 1) * d + (m - 1) * s + 1 - n - low))
+    result = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        grad.transpose(1, 2, 0, 3),
+        window_strides=dilation,
+        padding=ends,
+        rhs_dilation=strides,
+        dimension_numbers=LAYOUT,
+    )
+    return result.transpose(1, 2, 0, 3)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _grouped_kernel_gradient(
+    x: Array, grad: Array, groups: int, taps: tuple[int, int], strides, pads: Pads, dilation
+) -> Array:
+    """The kernel's gradient, one matrix product a tap and group."""
+    rows, columns = x.shape[-1] // groups, grad.shape[-1] // groups
+    grad_groups = grad.reshape(-1, groups, columns)
+    by_tap = [
+        jnp.einsum("pgi,pgo->igo", part.reshape(-1, groups, rows), grad_groups)
+        for part in _shifted(x, taps, strides, pads, dilation, grad.shape[1:3])
+    ]
+    return jnp.stack(by_tap).reshape(*taps, rows, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _depthwise(x: Array, kernel: Array, strides, pads: Pads, dilation) -> Array:
+    """A depthwise convolution as a sum over the taps of its kernel: one pass over the output."""
+    taps = kernel.shape[:2]
+    size = tuple(
+        (n + sum(pad) - (k - 1) * d - 1) // s + 1
+        for n, pad, k, d, s in zip(x.shape[1:3], pads, taps, dilation, strides, strict=True)
+    )
+    parts = _shifted(x, taps, strides, pads, dilation, size)
+    weights = _wide(kernel).reshape(-1, kernel.shape[-1])
+    result = sum(_wide(part) * weight for part, weight in zip(parts, weights, strict=True))
+    return result.astype(x.dtype)
+
+
+def _depthwise_forward(x, kernel, strides, pads, dilation):
+    return _depthwise(x, kernel, strides, pads, dilation), (x, kernel)
+
+
+def _depthwise_backward(strides, pads, dilation, inputs, grad):
+    x, kernel = inputs
+    taps = kernel.shape[:2]
+    # The input's gradient is a depthwise convolution too: of the gradient, spread out by the
+    # strides, with the kernel turned around.
+    spread = _padded(grad, [(0, 0, stride - 1) for stride in strides])
+    turned = []
+    for n, m, k, d, (low, _) in zip(
+        x.shape[1:3], spread.shape[1:3], taps, dilation, pads, strict=True
+    ):
+        before = (k - 1) * d - low
+        turned.append((before, n + (k - 1) * d - m - before))
+    grad_x = _depthwise(spread, kernel[::-1, ::-1], (1, 1), tuple(turned), dilation)
+    with _not_inlined():  # within the whole, XLA would keep what each tap saw of x till now
+        sums = _depthwise_sums(x, grad, taps, strides, pads, dilation)
+    return grad_x, sums.reshape(kernel.shape).astype(kernel.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _depthwise_sums(
+    x: Array, grad: Array, taps: tuple[int, int], strides, pads: Pads, dilation
+) -> Array:
+    """The gradient of a depthwise kernel, `(taps, c)`."""
+    parts = _shifted(x, taps, strides, pads, dilation, grad.shape[1:3])
+    return jnp.stack([jnp.sum(_wide(part) * _wide(grad), (0, 1, 2)) for part in parts])
+
+
+def _shifted(
+    x: Array, taps: tuple[int, int], strides, pads: Pads, dilation, size: tuple[int, int]
+) -> list[Array]:
+    """What each tap of a kernel sees of the padded input, `(n, *size, c)` each."""
+    padded = _padded(x, [(low, high, 0) for low, high in pads])
+    (rows, columns), (down, right) = size, strides
+    return [
+        padded[
+            :,
+            i * dilation[0] : i * dilation[0] + (rows - 1) * down + 1 : down,
+            j * dilation[1] : j * dilation[1] + (columns - 1) * right + 1 : right,
+        ]
+        for i in range(taps[0])
+        for j in range(taps[1])
+    ]
+
+
+def _padded(x: Array, pads: Sequence[tuple[int, int, int]]) -> Array:
+    """The image with zeros before, after and between its rows and columns."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+
+
+def _wide(x: Array) -> Array:
+    """In the dtype that sums are computed in: float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

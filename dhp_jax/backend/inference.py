@@ -1,0 +1,74 @@
+"""The compiled forward pass, and the layers that are fast on the platform at hand."""
+
+from collections.abc import Callable
+import functools
+
+from flax import nnx
+import jax
+from jax import lax
+from jaxtyping import Array, Float
+
+from dhp_jax.backend.cpu_conv import convolution
+from dhp_jax.backend.hypernets import generate_together
+from dhp_jax.backend.norm import QUICK, QUICK_ON_CPU
+from dhp_jax.backend.platform import compiler_options
+from dhp_jax.core.latent import walk
+
+
+def inference(model: nnx.Module) -> Callable[[Float[Array, "*batch"]], Float[Array, "*batch"]]:
+    """The compiled forward pass of a network in evaluation mode, fast on the platform at hand.
+
+    Args:
+      model: a network, with or without latents; left as it was. Later changes are not seen, but its
+        arrays are shared: copy it before donating them.
+
+    Returns:
+      A function of a batch of inputs, compiled for every new shape. Within other transformations,
+      such as `jax.grad` or an outer `jax.jit`, it is the ordinary forward pass.
+
+    Example:
+      >>> run = dhp.inference(small)
+      >>> y = run(x)                           # (n, h, w, c) -> what the network returns
+    """
+    model = nnx.clone(model)
+    model.eval()
+    graphdef, state = nnx.split(model)
+    arrays, structure = jax.tree.flatten(state)  # a list is taken apart faster, at every call
+
+    @functools.partial(jax.jit, compiler_options=compiler_options())
+    def compiled(arrays: list[Array], x: Array) -> Array:
+        return tune(nnx.merge(graphdef, jax.tree.unflatten(structure, arrays)))(x)
+
+    def run(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        if isinstance(x, jax.core.Tracer):  # options are for functions that are not in others
+            return nnx.merge(graphdef, state)(x)
+        return compiled(arrays, x)
+
+    return run
+
+
+def tune(model: nnx.Module) -> nnx.Module:
+    """Makes a network's layers compute in the way that is fastest here; in place, same numbers.
+
+    For models that were merged within a jitted function. Convolutions that were given a function of
+    their own keep it. What is tuned for CPU has no forward-mode derivative. The platform is that of
+    `jax.default_backend()`.
+
+    Args:
+      model: any network.
+
+    Returns:
+      The same object.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    if jax.default_backend() == "gpu":
+        generate_together(model)
+    for _, _, layer in walk(model):
+        if type(layer) in QUICK and layer.axis_name is None:
+            layer.__class__ = QUICK[type(layer)]
+        if on_cpu and type(layer) in QUICK_ON_CPU:
+            layer.__class__ = QUICK_ON_CPU[type(layer)]
+        is_convolution = getattr(layer, "conv_general_dilated", None) is lax.conv_general_dilated
+        if on_cpu and is_convolution:
+            layer.conv_general_dilated = convolution
+    return model

@@ -1,0 +1,1 @@
+"""Which channels survive, within budgets that are counted or measured."""

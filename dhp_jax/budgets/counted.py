@@ -1,0 +1,224 @@
+"""Survivors within budgets that are counted: FLOPs, params, activations."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Set
+import math
+from numbers import Real
+
+from flax import nnx
+import numpy as np
+
+from dhp_jax.budgets.rounding import Multiples, multiples
+from dhp_jax.core.cost import MEASURES, Cost, Counts
+from dhp_jax.core.latent import Latent, latents, latents_to_prune
+from dhp_jax.errors import unknown
+
+
+def limits(budget: Mapping[str, float | None], target: float) -> dict[str, float]:
+    """What a search comes down to: budgets by name, with the FLOPs that a latency asks for.
+
+    Time cannot be measured while a search goes on. It is taken to fall as the FLOPs do.
+
+    Args:
+      budget: `flops`, `params`, `activations` and `latency`, shares or `None`.
+      target: another share of the FLOPs; the smallest one counts.
+    """
+    flops = [target, budget.get("flops"), budget.get("latency")]
+    found = {"flops": min(share for share in flops if share is not None)}
+    others = {name: budget.get(name) for name in ("params", "activations")}
+    return found | {name: share for name, share in others.items() if share is not None}
+
+
+Scores = Mapping[str, np.ndarray]  # by latent a number for each entry; the smallest go first
+
+
+TOLERANCE = 0.005  # of a budget that may be left before entries are traded
+
+
+TRADES = 32
+
+
+Group = tuple[str, tuple[int, ...]]  # a latent, and entries of it that go together
+
+
+class BudgetError(ValueError):
+    """A budget that no choice of survivors can meet."""
+
+
+def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: Multiples = 1) -> dict[str, float]:
+    """The shares, as of `Cost.shares`, when every latent keeps as few entries as it can."""
+    steps = multiples(model, multiple_of)
+    counts = {
+        name: z.size - max(removals(z, steps.get(name, 1)), default=0)
+        for name, z in latents(model).items()
+    }
+    return cost.shares(counts)
+
+
+def check_budget(
+    model: nnx.Module, cost: Cost, multiple_of: Multiples = 1, **budget: float
+) -> None:
+    """Raises unless there are latents, and each budget is in (0, 1] and can be reached; see
+    `survivors_within`."""
+    latents_to_prune(model)
+    multiples(model, multiple_of)
+    if not budget or not set(budget) <= set(MEASURES):
+        expected = "expected some of flops=, params=, activations="
+        raise ValueError(f"budget: {expected}, got {sorted(budget)}")
+    smallest = smallest_ratio(model, cost, multiple_of)
+    for name, target in budget.items():
+        check_share(name, target)
+        if target < smallest[name]:
+            reachable = math.ceil(1e4 * smallest[name]) / 1e4
+            raise BudgetError(
+                f"{name}: {target!r} cannot be reached: the smallest possible share is "
+                f"{reachable:.4f}, with min_channels entries left in every prunable latent"
+                + (f", up to a multiple of {multiple_of}" if multiple_of != 1 else "")
+            )
+
+
+def check_share(name: str, share: float) -> None:
+    """Raises unless a share is in (0, 1]."""
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
+        raise ValueError(f"{name}: expected a share in (0, 1], got {share!r}")
+
+
+def survivors_within(
+    model: nnx.Module,
+    cost: Cost,
+    multiple_of: Multiples = 1,
+    *,
+    scores: Scores | None = None,
+    **budget: float,
+) -> dict[str, np.ndarray]:
+    """The survivors, by magnitude of the latents, that use as much of a budget as fits.
+
+    Entries of all latents go in order of magnitude, smallest first, until the budget holds; then
+    those that still fit come back, largest first. The result is within the budget, and no channel
+    that was removed fits in what is left of it. If more than 0.5 % is left even so, costly channels
+    that do not fit are traded for the smallest of other latents.
+
+    Args:
+      model: a network of latents.
+      cost: its `measure_cost`.
+      multiple_of: latents that lose entries keep a multiple of so many; see `widths.multiples`.
+        Entries then go and come back in groups, each by its largest, and more of the budget may be
+        left.
+      scores: numbers of at least 0 for the entries of every prunable latent by name, which count
+        instead of the magnitudes.
+      **budget: some of `flops`, `params`, `activations` (see `dhp_jax.cost`), shares in (0, 1]; all
+        of them hold.
+
+    Returns:
+      A boolean mask for each latent by name.
+
+    Raises:
+      ValueError: a network without latents; a share outside (0, 1]; `multiple_of` below 1, or above
+        the size of every latent; scores that are missing, of another size, not finite, or of an
+        unknown latent;
+        `BudgetError`, a `ValueError`, if `min_channels`, `multiple_of` and latents that are not
+        prunable make a share unreachable (it tells the smallest one).
+    """
+    check_budget(model, cost, multiple_of, **budget)
+    order = _removable(model, multiple_of, _magnitudes(model) if scores is None else scores)
+    sizes = {name: z.size for name, z in latents(model).items()}
+
+    def left_without(gone: Set[int]) -> float:
+        left = Counter(sizes)
+        for i in gone:
+            left[order[i][0]] -= len(order[i][1])
+        return slack(cost, left, budget)
+
+    # Cost falls with every group removed, so the number to remove is found by bisection.
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if left_without(range(middle)) >= 0 else (middle + 1, high)
+    gone = _refilled(set(range(low)), order, left_without)
+    if left_without(gone) > TOLERANCE:
+        gone = _traded(gone, order, left_without)
+    masks = {name: np.ones(size, bool) for name, size in sizes.items()}
+    for i in gone:
+        name, entries = order[i]
+        masks[name][list(entries)] = False
+    return masks
+
+
+def slack(cost: Cost, counts: Counts, budget: Mapping[str, float]) -> float:
+    """What is left of the tightest budget by numbers of survivors; negative if it is exceeded."""
+    used = cost.shares(counts)
+    return min(share - used[name] for name, share in budget.items())
+
+
+def _refilled(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
+    """Takes groups back that fit, largest first; of each latent none before its larger ones."""
+    full = set()
+    for i in sorted(gone, reverse=True):
+        name = order[i][0]
+        if name not in full and slack(gone - {i}) >= 0:
+            gone = gone - {i}
+        else:
+            full.add(name)
+    return gone
+
+
+def _traded(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
+    """Takes an entry back that does not fit, for the smallest ones of other latents, if that helps.
+
+    For channels of very different cost: once the costly ones are gone, none of them fits again.
+    """
+    for i in sorted(gone, reverse=True)[:TRADES]:
+        if any(j > i and order[j][0] == order[i][0] for j in gone):
+            continue  # a larger one of its latent is gone
+        trial = gone - {i}
+        for j, (name, _) in enumerate(order):
+            if slack(trial) >= 0:
+                break
+            if name != order[i][0]:
+                trial = trial | {j}
+        if slack(trial) >= 0:
+            trial = _refilled(trial, order, slack)
+            gone = min(gone, trial, key=slack)
+        if slack(gone) <= TOLERANCE:
+            break
+    return gone
+
+
+def removals(z: Latent, multiple_of: int) -> range:
+    """How many entries of a latent may go: numbers that leave a multiple, and `min_channels`."""
+    first = z.size % multiple_of or multiple_of
+    last = z.size - max(z.min_channels, multiple_of) if z.prunable else 0
+    return range(first, last + 1, multiple_of)
+
+
+def _magnitudes(model: nnx.Module) -> Scores:
+    return {name: np.abs(np.asarray(z.value())) for name, z in latents(model).items()}
+
+
+def _removable(model: nnx.Module, multiple_of: Multiples, scores: Scores) -> list[Group]:
+    """The groups of entries that may go, smallest score first; ties by name and order."""
+    groups, steps = [], multiples(model, multiple_of)
+    for name in sorted(scores.keys() - latents(model).keys(), key=str):
+        raise ValueError(unknown("scores", name, latents(model)))
+    for name, z in latents(model).items():
+        if not z.prunable:
+            continue
+        step, score = steps[name], _checked(scores, name, z.size)
+        order = np.argsort(score, kind="stable")
+        for end in removals(z, step):
+            entries = order[max(0, end - step) : end]
+            groups.append((score[entries[-1]], name, end, tuple(map(int, entries))))
+    return [(name, entries) for _, name, _, entries in sorted(groups)]
+
+
+def _checked(scores: Scores, name: str, size: int) -> np.ndarray:
+    """The scores of a latent, if they are numbers of at least 0 for all of its entries."""
+    if name not in scores:
+        raise ValueError(f"scores: expected those of latent {name!r}; got {sorted(scores)}")
+    score = np.asarray(scores[name], np.float64)
+    if score.shape != (size,) or not (np.isfinite(score) & (score >= 0)).all():
+        raise ValueError(
+            f"scores[{name!r}]: expected {size} finite numbers >= 0; got an array of shape "
+            f"{score.shape}, from {score.min(initial=np.inf):g} to {score.max(initial=-np.inf):g}"
+        )
+    return score

@@ -1,0 +1,127 @@
+"""Survivors within several budgets at once, one of which may be measured time.
+
+FLOPs, params and activations are counted before anything is pruned; time is not. So candidates are
+pruned, compiled and timed against the whole network, the two in turn, and the largest one that is
+fast enough is found by bisection over its FLOPs.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+import functools
+from typing import Any
+
+from flax import nnx
+
+from dhp_jax.budgets.chosen import Chosen, Time, _chosen
+from dhp_jax.budgets.counted import BudgetError, check_share, smallest_ratio, survivors_within
+from dhp_jax.budgets.rounding import Multiples
+from dhp_jax.budgets.timing import forward, hardware, in_turn, quartiles
+from dhp_jax.core.cost import Cost
+from dhp_jax.core.surgery import prune
+
+RESOLUTION = 0.01  # of the FLOPs, at which the bisection ends
+
+
+ROUNDS, SECONDS = 101, 2.0  # of a measurement, at most
+
+
+Clock = Callable[[nnx.Module], Time]
+
+
+def clock(model: nnx.Module, input_shape: tuple[int, ...], batch: int = 1) -> Clock:
+    """A function that times pruned networks against a model with nothing pruned.
+
+    Args:
+      model: a network of latents; left as it was.
+      input_shape: of one input, `(h, w, c)`.
+      batch: how many inputs a pass takes.
+    """
+    whole = forward(prune(model), input_shape, batch)
+
+    @functools.lru_cache(maxsize=1)  # most networks are timed several times
+    def compiled(small: nnx.Module) -> Callable[[], None]:
+        return forward(small, input_shape, batch)
+
+    def timed(small: nnx.Module) -> Time:
+        passes = {"whole": whole, "small": compiled(small)}
+        seconds = in_turn(passes, ROUNDS, SECONDS)
+        pairs = list(zip(seconds["whole"], seconds["small"], strict=True))
+        return Time(
+            ratio=quartiles([small / whole for whole, small in pairs]),
+            whole_ms=quartiles([1e3 * s for s in seconds["whole"]]),
+            ms=quartiles([1e3 * s for s in seconds["small"]]),
+            rounds=len(pairs),
+        )
+
+    return timed
+
+
+class _Bisection:
+    """Candidates by their FLOPs, each pruned and timed two or three times."""
+
+    def __init__(self, model, cost, multiple_of, select, budget, latency, timed):
+        self.model, self.cost, self.multiple_of, self.select = model, cost, multiple_of, select
+        self.budget, self.latency, self.timed = budget, latency, timed
+        self.known: dict[tuple[int, ...], Chosen | None] = {}
+        self.tried: list[dict[str, Any]] = []
+
+    def result(self) -> Chosen:
+        low = smallest_ratio(self.model, self.cost, self.multiple_of)["flops"]
+        high = self.budget["flops"]
+        best = self.fast_enough(low)
+        if best is None:
+            raise BudgetError(_unreachable(self.latency, self.last))
+        if (largest := self.fast_enough(high)) is not None:
+            return self.told(largest)
+        while high - low > RESOLUTION:
+            middle = (low + high) / 2
+            if (found := self.fast_enough(middle)) is None:
+                high = middle
+            else:
+                best, low = found, middle
+        return self.told(best)
+
+    def fast_enough(self, flops: float) -> Chosen | None:
+        """The candidate of a share of the FLOPs, if it is; the same widths are timed once."""
+        masks = self.select(
+            self.model, self.cost, self.multiple_of, **self.budget | {"flops": flops}
+        )
+        widths = tuple(int(mask.sum()) for mask in masks.values())
+        if widths not in self.known:
+            chosen = _chosen(self.cost, masks)
+            time = self.two_of_three(prune(self.model, masks), chosen.shares["flops"])
+            self.known[widths] = time and replace(chosen, time=time)
+        return self.known[widths]
+
+    def two_of_three(self, small: nnx.Module, flops: float) -> Time | None:
+        """The slower of two measurements within the budget, if most are: one may be by chance."""
+        within, beyond = [], []
+        while max(len(within), len(beyond)) < 2:
+            self.last = time = self.timed(small)
+            self.tried.append({"flops": flops, **time.ratio})
+            (within if time.within(self.latency) else beyond).append(time)
+        return max(within, key=lambda time: time.ratio["high"]) if len(within) == 2 else None
+
+    def told(self, chosen: Chosen) -> Chosen:
+        return replace(chosen, tried=tuple(self.tried))
+
+
+def _unreachable(latency: float, time: Time) -> str:
+    return (
+        f"latency: {latency!r} cannot be reached: the smallest possible network takes {time} of "
+        f"the whole one's time, on {hardware()}"
+    )
+
+
+def check_latency(
+    model: nnx.Module, cost: Cost, latency: float, timed: Clock, multiple_of: Multiples = 1
+) -> None:
+    """Raises a `BudgetError` if the smallest network is clearly slower than a budget.
+
+    Clearly: three of four passes are, in two measurements. What is closer is left to `choose`.
+    """
+    check_share("latency", latency)
+    smallest = smallest_ratio(model, cost, multiple_of)
+    small = prune(model, survivors_within(model, cost, multiple_of, **smallest))
+    if all((time := timed(small)).ratio["low"] > latency for _ in range(2)):
+        raise BudgetError(_unreachable(latency, time))

@@ -1,0 +1,155 @@
+"""Which channels survive within all budgets; `prune_to`."""
+
+from collections.abc import Callable, Collection, Mapping
+import functools
+import inspect
+
+from flax import nnx
+import numpy as np
+
+from dhp_jax.budgets.chosen import Chosen, _chosen
+from dhp_jax.budgets.counted import BudgetError, Scores, check_budget, check_share, survivors_within
+from dhp_jax.budgets.latency import Clock, _Bisection, clock
+from dhp_jax.budgets.rounding import Multiples
+from dhp_jax.core.axes import check_axes
+from dhp_jax.core.cost import Cost, measure_cost
+from dhp_jax.core.surgery import check_masks, prune
+from dhp_jax.errors import shown
+
+Selection = Callable[..., dict[str, np.ndarray]]  # takes what `survivors_within` does
+
+
+def selection(by: Scores | Selection | None, budget: Collection[str]) -> Selection:
+    """The function that chooses survivors: by scores, or the one that is given.
+
+    Args:
+      by: as for `prune_to`.
+      budget: names of the budgets that it is going to be given.
+
+    Raises:
+      ValueError: `by` is neither scores nor a function that can be called so.
+    """
+    if by is None:
+        return survivors_within
+    if isinstance(by, Mapping):
+        return functools.partial(survivors_within, scores=by)
+    try:
+        inspect.signature(by).bind("model", "cost", "multiple_of", **dict.fromkeys(budget))
+    except (TypeError, ValueError):  # no function, or of something else, as `l1_scores` itself
+        raise ValueError(
+            "by: expected scores by latent, such as l1_scores(model), or a function such as "
+            f"uniform_within(model, cost, multiple_of, **budget); got {shown(by)}"
+        ) from None
+    return functools.partial(_held_to_budget, by)
+
+
+def _held_to_budget(
+    select: Selection, model: nnx.Module, cost: Cost, multiple_of: Multiples, **budget: float
+) -> dict[str, np.ndarray]:
+    """What a function chooses, if that is within the budget."""
+    masks = select(model, cost, multiple_of, **budget)
+    check_masks(model, masks)
+    used = _chosen(cost, masks).shares
+    if any(used[name] > share for name, share in budget.items()):
+        allowed, got = (
+            ", ".join(f"{name}={shares[name]:g}" for name in budget) for shares in (budget, used)
+        )
+        raise ValueError(f"by: expected survivors within {allowed}; got {got}")
+    return masks
+
+
+def choose(
+    model: nnx.Module,
+    cost: Cost,
+    multiple_of: Multiples = 1,
+    *,
+    by: Scores | Selection | None = None,
+    latency: float | None = None,
+    timed: Clock | None = None,
+    **budget: float,
+) -> Chosen:
+    """The survivors that use as much of all budgets as fits; see `survivors_within`.
+
+    Args:
+      model: a network of latents.
+      cost: its `measure_cost`.
+      multiple_of: latents that lose entries keep a multiple of so many.
+      by: as for `prune_to`.
+      latency: share in (0, 1] of the whole network's time, within which the upper quartile of the
+        measured ratio is, in two of three measurements; `None` for no such budget.
+      timed: from `clock`, if `latency` is given.
+      **budget: `flops`, `params`, `activations`, shares in (0, 1].
+
+    Raises:
+      ValueError: as `survivors_within`; `BudgetError` if the smallest network is not fast enough.
+    """
+    if latency is not None:
+        check_share("latency", latency)
+        budget = {"flops": 1.0, **budget}
+    select = selection(by, budget)
+    if latency is None:
+        return _chosen(cost, select(model, cost, multiple_of, **budget))
+    check_budget(model, cost, multiple_of, **budget)
+    search = _Bisection(model, cost, multiple_of, select, budget, latency, timed)
+    return search.result()
+
+
+def prune_to(
+    model: nnx.Module,
+    input_shape: tuple[int, ...],
+    multiple_of: Multiples = 1,
+    *,
+    by: Scores | Selection | None = None,
+    latency: float | None = None,
+    batch: int = 1,
+    **budget: float,
+) -> nnx.Module:
+    """Prunes to a network that uses as much of all budgets as fits, by magnitude of the latents.
+
+    Args:
+      model: a network of latents; left as it was.
+      input_shape: shape of one example, `(height, width, channels)`.
+      multiple_of: latents that lose entries keep a multiple of so many. A number for all; numbers
+        by name or pattern, such as `{"stages.*": 8}`; or "auto", for what was measured to be best
+        on this platform for the dtype of the model (see `dhp_jax.widths`).
+      by: what decides instead of the magnitudes: scores for the entries of every prunable latent by
+        name, such as from `dhp.l1_scores` and `dhp.random_scores`, the smallest of which go first;
+        or `dhp.uniform_within`, or another function that takes and returns what that does.
+      latency: share in (0, 1] of the time that the whole network takes, measured here and now on
+        compiled forward passes of both in turn: of every four pairs three are within it, in two of
+        three measurements. Every candidate has to be compiled; there are up to ten. `None` for no
+        such budget.
+      batch: how many inputs these passes take.
+      **budget: `flops`, `params` or `activations` (bytes of the outputs of all layers; see
+        `dhp_jax.cost`), as shares of the model's own in (0, 1]. All that are given hold.
+
+    Returns:
+      The pruned network, as from `prune`.
+
+    Raises:
+      ValueError: a share outside (0, 1]; a `multiple_of` below 1 or above the size of its latents;
+        a `batch` below 1; scores that do not suit the latents; a function `by` that does not take
+        these arguments, or whose survivors are not within the budgets; axes that meet in the
+        forward pass without being one latent; a share that is out of reach (`BudgetError`, with the
+        smallest one possible).
+
+    Example:
+      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
+      >>> quick = dhp.prune_to(model, (32, 32, 3), multiple_of=8, params=0.6, latency=0.7, batch=64)
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
+    if latency is not None:
+        check_share("latency", latency)
+        budget = {"flops": 1.0, **budget}
+    selection(by, budget)  # so that what it refuses is told before any work
+    cost = measure_cost(model, input_shape)
+    try:
+        check_budget(model, cost, multiple_of, **budget)
+    except BudgetError:
+        check_axes(model, input_shape)  # a layer that cannot be pruned is told as that
+        raise
+    check_axes(model, input_shape)
+    timed = None if latency is None else clock(model, input_shape, batch)
+    chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
+    return prune(model, chosen.masks)

@@ -1,0 +1,100 @@
+"""How long the forward pass of a network takes, here and now."""
+
+from collections.abc import Callable, Mapping, Sequence
+import os
+import platform
+import statistics
+import time
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from dhp_jax.backend.inference import inference
+
+FEWEST = 3  # rounds
+
+
+def in_turn(
+    passes: Mapping[str, Callable[[], None]],
+    rounds: int,
+    seconds: float = float("inf"),
+    each: int = 1,
+) -> dict[str, list[float]]:
+    """Times functions that run in turn, so that what else a machine does meets all of them.
+
+    Every other round runs backwards, so that none is always the one after another that leaves
+    caches and memory in some state.
+
+    Args:
+      passes: by name; each runs twice before it counts.
+      rounds: how many times each counts, at most.
+      seconds: after which no round begins, once three have counted; they may take longer than that.
+      each: how many times each does the same, of which one's time is wanted.
+
+    Returns:
+      The seconds that each took, by name: the i-th ones belong to one round.
+    """
+    for run in passes.values():  # compiles, then warms up
+        run()
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in passes}
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= FEWEST and time.perf_counter() - began > seconds:
+            break
+        for name in reversed(passes) if done % 2 else passes:
+            started = time.perf_counter()
+            passes[name]()
+            taken[name].append((time.perf_counter() - started) / each)
+    return taken
+
+
+def forward(
+    model: nnx.Module, input_shape: Sequence[int], batch: int, queued: int = 1
+) -> Callable[[], None]:
+    """A function that runs a network over so many batches of inputs, and waits for the last one."""
+    run = inference(model)
+    x = jnp.full((batch, *input_shape), 0.5)
+    return lambda: jax.block_until_ready([run(x) for _ in range(queued)])
+
+
+def measure_latency(
+    models: Mapping[str, nnx.Module],
+    input_shape: Sequence[int],
+    batch: int,
+    *,
+    rounds: int = 25,
+    seconds: float = 1.0,
+) -> dict[str, list[float]]:
+    """Times the forward passes of networks, compiled, in evaluation mode and float32 inputs.
+
+    Args:
+      models: networks by name.
+      input_shape: of one input, `(h, w, c)`.
+      batch: how many inputs a pass takes.
+      rounds, seconds: when to end; see `in_turn`. Compilation comes on top.
+
+    Returns:
+      Milliseconds of every pass, by name: the i-th ones ran one after the other.
+
+    Example:
+      >>> times = measure_latency({"whole": dhp.prune(model), "small": small}, (32, 32, 3), 64)
+    """
+    passes = {name: forward(model, input_shape, batch) for name, model in models.items()}
+    taken = in_turn(passes, rounds, seconds)
+    return {name: [1e3 * s for s in times] for name, times in taken.items()}
+
+
+def hardware() -> str:
+    """The accelerator, or the processor and how many cores of it there are."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of two numbers or more."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": median, "low": low, "high": high}

@@ -1,0 +1,156 @@
+"""What commands on saved networks have in common: which one, its notes, one line for an error."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+import importlib
+import os
+from pathlib import Path
+import sys
+from typing import Any, NoReturn
+
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+import numpy as np
+
+from dhp_jax.artifact import arrays, reading
+from dhp_jax.artifact.description import check_notes
+from dhp_jax.artifact.reading import exists, read_description
+from dhp_jax.core.latent import latents
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.surgery import prune
+from dhp_jax.data.augment import normalize
+from dhp_jax.errors import shown
+from dhp_jax.models.registry import task_of
+from dhp_jax.workdir import target_dirs
+
+WHICH = ("model", "best", "pruned", "search")  # what a run leaves
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of arguments whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}\n")
+
+
+def parser(description: str) -> Parser:
+    """A parser of the arguments that tell which network is meant."""
+    made = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("model", type=Path, help="a run's folder, or one that dhp.save wrote")
+    made.add_argument("--which", choices=WHICH, help="of a run's networks; model by default")
+    made.add_argument("--build", help="module:function that builds a network of your own class")
+    return made
+
+
+def run(main: Callable[[Sequence[str]], None]) -> int:
+    """Runs a command on the arguments given to the process; returns its exit code.
+
+    That is 2 for wrong input, and 1 for work that has failed, which is a `RuntimeError`.
+    """
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, RuntimeError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
+    return 0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A network from a folder, ordinary and in evaluation mode, with what was noted of it.
+
+    Attributes:
+      path: the folder.
+      model: the network; latents are gone.
+      notes: JSON values.
+    """
+
+    path: Path
+    model: nnx.Module
+    notes: dict[str, Any]
+
+    @property
+    def task(self) -> str | None:
+        """What it is for; of networks without that note, what their family is for."""
+        family = architecture_of(self.model).family
+        return self.notes.get("task", family and task_of(family))
+
+    @property
+    def input_shape(self) -> tuple[int, ...] | None:
+        """Of one example."""
+        shape = self.notes.get("input_shape")
+        return None if shape is None else tuple(shape)
+
+    def inputs(self, images: UInt8[np.ndarray, "n h w c"]) -> Float[Array, "n h w c"]:
+        """What the network takes for images of 0 .. 255.
+
+        Raises:
+          ValueError: it classifies, and mean and standard deviation of its data are not noted.
+        """
+        pixels = np.asarray(images, np.float32)
+        if self.task != "classification":
+            return pixels
+        missing = [name for name in ("mean", "std") if name not in self.notes]
+        if missing:
+            raise ValueError(
+                f"{self.path}: expected notes {' and '.join(missing)} of the pixels it was trained "
+                "on; dhp.save(path, model, mean=[...], std=[...]) keeps them"
+            )
+        scale = self.notes.get("peak", 255) / 255
+        return normalize(scale * pixels, self.notes["mean"], self.notes["std"])
+
+
+def opened(path: str | os.PathLike, which: str | None = None, build: str | None = None) -> Saved:
+    """Loads a network from a run's folder, or one that `dhp.save` wrote.
+
+    Args:
+      path: the folder.
+      which: one of a run's networks, its `model` if `None`.
+      build: "module:function" that makes a network of the user's own class.
+
+    Raises:
+      ValueError: no network is there, it cannot be loaded, commands cannot use what is noted of it,
+        or `build` leads to no function.
+    """
+    folder = find(path, which)
+    notes = read_description(folder)["notes"]
+    check_notes(notes, str(folder / arrays.DESCRIPTION))
+    model = reading.load(folder, build=None if build is None else imported(build))
+    if latents(model):
+        model = prune(model)
+        model.eval()
+    return Saved(folder, model, notes)
+
+
+def find(path: str | os.PathLike, which: str | None = None) -> Path:
+    """The folder of a network: `path` itself, or the one in a run's folder."""
+    path = Path(path)
+    if exists(path):
+        if which is not None:
+            raise ValueError(f"--which: expected none, for {path} is one network; got {which}")
+        return path
+    which = which or "model"
+    if exists(path / which):
+        return path / which
+    others = [name for name in WHICH if exists(path / name)]
+    hint = f"; it has {', '.join(others)}, see --which" if others else target_dirs.hint(path)
+    raise ValueError(
+        f"model: expected a folder that dhp.save wrote or a run's with {which}/, got {path}{hint}"
+    )
+
+
+def imported(text: str) -> Callable[..., nnx.Module]:
+    """The function that "module:function" names; modules are looked for in this folder too."""
+    module, _, name = text.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+        if not callable(found):
+            raise TypeError(f"it is {shown(found)}")
+    except Exception as error:  # a module of the user's may raise anything
+        raise ValueError(
+            f"build: expected module:function, such as networks:Net; got {text!r}: {error}"
+        ) from error
+    return found

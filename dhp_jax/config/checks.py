@@ -1,0 +1,144 @@
+"""The configuration of a run: its fields with their defaults, and the check of all of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from dhp_jax.config.fields import FIELDS, MOST_EXAMPLES, OR_NONE, READERS, TASK_FIELDS, _reads_as
+from dhp_jax.config.methods import METHODS
+from dhp_jax.errors import ConfigError, shown, unknown
+from dhp_jax.models import registry
+from dhp_jax.models.registry import task_of
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a `ConfigError` for the first field that is unknown, missing or impossible.
+
+    Looks at each field by itself, but for a source that the method does not take or lacks, a
+    network that is for another task, and too many examples in an epoch. The arguments of the
+    network are for `dhp.models.build` to judge.
+    """
+    if isinstance(config, ConfigDict):
+        _check_filled_in("config", config)
+    _check_group("", config, _fields(config))
+    _check_source(config)
+    _check_family(config)
+    _check_examples(config)
+
+
+def _check_filled_in(group: str, config: ConfigDict) -> None:
+    """Raises for names that are no strings, and for placeholders that require a value."""
+    try:
+        names = list(config)
+    except TypeError:  # it sorts them
+        names = [None]
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"{group}: expected strings as names of fields; got others")
+        try:
+            value = config[name]
+        except config_dict.RequiredValueError:
+            raise ConfigError(f"{group}.{name}: expected a value; got none") from None
+        if isinstance(value, ConfigDict):
+            _check_filled_in(f"{group}.{name}", value)
+
+
+def _check_source(config: ConfigDict) -> None:
+    needed = METHODS[config.method].source
+    if needed is not None and config.source is None:
+        raise ConfigError(
+            f"config.source: expected the directory of a finished run with config.method={needed}, "
+            f"for config.method={config.method}; got None"
+        )
+    if needed is None and config.source is not None:
+        raise ConfigError(
+            f"config.source: expected None, for config.method={config.method} starts from no other "
+            f"run; got {shown(str(config.source))}"
+        )
+
+
+def _check_family(config: ConfigDict) -> None:
+    name, task = config.model.get("name"), config.task.name
+    families = sorted(family for family in registry.FAMILIES if task_of(family) == task)
+    if not isinstance(name, str) or name not in registry.FAMILIES:
+        raise ConfigError(unknown("config.model.name", name, families))
+    if name not in families:
+        raise ConfigError(
+            f"config.model.name: expected one of {', '.join(families)}, which are for {task}; "
+            f"got {name!r}, which is for {task_of(name)}"
+        )
+
+
+def _check_examples(config: ConfigDict) -> None:
+    steps = config.task.get("steps_per_epoch", 1)
+    if steps * config.batch_size > MOST_EXAMPLES:
+        raise ConfigError(
+            f"config.task.steps_per_epoch: expected at most {MOST_EXAMPLES // config.batch_size}, "
+            f"for {MOST_EXAMPLES} examples of {config.batch_size} a step; got {steps}"
+        )
+
+
+def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> None:
+    """Raises a `ConfigError` for the first name that is no field, or text that is no value of it.
+
+    Args:
+      config: the configuration whose fields are to be overridden.
+      overrides: what the command line gives each field, such as `{"config.search.epochs": "50"}`;
+        `None` where there is no "=".
+    """
+    for name, text in overrides.items():
+        value, kind, rule, path = config, None, _fields(config), "config"
+        for part in name.split(".")[1:]:
+            if not isinstance(value, ConfigDict):
+                raise ConfigError(f"{name}: {path} has no fields, its value is {shown(value)}")
+            if part not in value:
+                raise ConfigError(
+                    unknown(f"{path}.{part}: unknown field", part, value)
+                    + (
+                        "; add other arguments of the network in the file"
+                        * (path == "config.model")
+                    )
+                )
+            kind = value.get_type(part)
+            try:
+                value = value[part]
+            except config_dict.RequiredValueError:
+                value = None
+            path = f"{path}.{part}"
+            rule = rule.get(part) if isinstance(rule, Mapping) else None
+        if text is None:
+            raise ConfigError(f"{name}: expected --{name}=<value>; got none")
+        suits = isinstance(rule, tuple) and rule[0](text)
+        if kind in READERS and not _reads_as(READERS[kind][0], text) and not suits:
+            expected, _, _ = (rule or READERS[kind])[1].partition(OR_NONE)  # which is no text
+            raise ConfigError(f"{name}: expected {expected}; got {shown(text)}")
+
+
+def _fields(config: ConfigDict) -> Mapping[str, Any]:
+    """The rules of all fields; those of `task` and `data` depend on the task."""
+    task = config.get("task") if isinstance(config, ConfigDict) else None
+    name = task.get("name") if isinstance(task, ConfigDict) else None
+    if not isinstance(name, str) or name not in TASK_FIELDS:  # the rule of `task.name` will tell
+        others = dict.fromkeys(task) if isinstance(task, ConfigDict) else {}
+        return {**FIELDS, "data": None, "task": others | FIELDS["task"]}
+    rules = TASK_FIELDS[name]
+    return {**FIELDS, "task": {**FIELDS["task"], **rules["task"]}, "data": rules["data"]}
+
+
+def _check_group(prefix: str, config: Any, rules: Mapping[str, Any]) -> None:
+    if not isinstance(config, ConfigDict):
+        name = f"config.{prefix}".rstrip(".")
+        expected = ", ".join(sorted(rules))
+        raise ConfigError(f"{name}: expected fields {expected}; got {shown(config)}")
+    for name in config:
+        if name not in rules:
+            raise ConfigError(unknown(f"config.{prefix}{name}: unknown field", name, rules))
+    for name, rule in rules.items():
+        if name not in config:
+            raise ConfigError(f"config.{prefix}{name}: missing")
+        value = config[name]
+        if isinstance(rule, Mapping):
+            _check_group(f"{prefix}{name}.", value, rule)
+        elif rule is not None and not rule[0](value):
+            raise ConfigError(f"config.{prefix}{name}: expected {rule[1]}; got {shown(value)}")

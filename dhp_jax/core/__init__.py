@@ -1,0 +1,1 @@
+"""The method: latents, hypernetworks, layers, the proximal step, costs, pruning."""

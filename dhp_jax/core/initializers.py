@@ -1,0 +1,52 @@
+"""Random numbers for initial values, without a compilation for every shape."""
+
+from collections.abc import Callable
+import functools
+
+import jax
+from jaxtyping import Array, Float, Key
+import numpy as np
+
+SMALLEST = 256
+
+
+DEVIATION = 0.8796256610342398  # of N(0, 1) cut off at -2 and 2
+
+
+def uniform(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
+    """Numbers from U(-1, 1); a NumPy array unless traced."""
+    return _draw(_uniform, key, count)
+
+
+def normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
+    """Numbers from N(0, 1); a NumPy array unless traced."""
+    return _draw(_normal, key, count)
+
+
+def truncated_normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
+    """Numbers from a normal distribution cut off at two deviations, of mean 0 and variance 1."""
+    return _draw(_truncated_normal, key, count)
+
+
+def _draw(sample: Callable[[Array, int], Array], key: Array, count: int) -> Array:
+    """The first `count` of a number of draws that is a power of 4, of which there are few."""
+    size = SMALLEST
+    while size < count:
+        size *= 4
+    numbers = sample(key, size)
+    return (numbers if isinstance(numbers, jax.core.Tracer) else np.asarray(numbers))[:count]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _uniform(key: Array, size: int) -> Array:
+    return jax.random.uniform(key, (size,), minval=-1.0, maxval=1.0)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key: Array, size: int) -> Array:
+    return jax.random.normal(key, (size,))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _truncated_normal(key: Array, size: int) -> Array:
+    return jax.random.truncated_normal(key, -2.0, 2.0, (size,)) / DEVIATION

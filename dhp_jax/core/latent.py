@@ -1,0 +1,329 @@
+"""Latent vectors: objects that stand for a channel axis.
+
+A network says which axes are one by using one object for them. Two axes that are added share a
+`Latent`; axes that are concatenated are `concat(z1, z2)`; channels that a pixel shuffle splits are
+`repeat(z, 4)`. Everything else in the library reads the coupling of axes from here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import re
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+import numpy as np
+
+from dhp_jax.core.initializers import normal
+from dhp_jax.errors import shown
+
+
+class LatentVector(nnx.Param):
+    """The trainable vector behind a `Latent`; its own type, so optimizers can filter by it.
+
+    Example:
+      >>> graphdef, vectors, weights, rest = nnx.split(model, dhp.LatentVector, nnx.Param, ...)
+    """
+
+
+class Axis(nnx.Module):
+    """A channel axis: a `Latent`, or a `concat` or `repeat` of axes.
+
+    Attributes:
+      size: number of channels.
+
+    Example:
+      >>> both = dhp.concat(dhp.Latent(8, rngs=rngs), dhp.Latent(24, rngs=rngs))
+      >>> isinstance(both, dhp.Axis), both.size
+      (True, 32)
+    """
+
+    size: int
+
+    def value(self) -> Float[Array, " size"]:
+        """The latent vector of this axis."""
+        raise NotImplementedError
+
+    def multiplicity(self) -> dict["Latent", int]:
+        """How many channels of this axis each entry of each latent stands for."""
+        raise NotImplementedError
+
+    def entries(self) -> list[tuple["Latent", int]]:
+        """The latent and the index in it that each channel stands for."""
+        raise NotImplementedError
+
+    def keep(self, masks: Mapping["Latent", np.ndarray] | None) -> np.ndarray:
+        """Boolean mask `(size,)` of the channels that survive; `None` keeps all of them."""
+        raise NotImplementedError
+
+
+class Latent(Axis):
+    """A latent vector, one entry a channel, drawn from N(0, 1).
+
+    Args:
+      size: number of channels.
+      prunable: whether pruning may remove entries. A latent that is not prunable is trained all
+        the same; use it for image channels and for axes whose width is fixed from outside.
+      min_channels: how many entries survive at least (all of them if `size` is smaller).
+      rngs: the `params` stream draws the initial values.
+
+    Raises:
+      ValueError: `size` or `min_channels` is not a positive integer.
+
+    Example:
+      >>> from flax import nnx
+      >>> import dhp_jax as dhp
+      >>> rngs = nnx.Rngs(0)
+      >>> image = dhp.Latent(3, prunable=False, rngs=rngs)
+      >>> hidden = dhp.Latent(64, rngs=rngs)
+      >>> dhp.HyperConv(image, hidden, (3, 3), rngs=rngs)(jnp.zeros((1, 8, 8, 3))).shape
+      (1, 8, 8, 64)
+
+    Reference: DHP (arXiv 2003.13683), section 3.1.
+    """
+
+    def __init__(self, size: int, *, prunable: bool = True, min_channels: int = 4, rngs: nnx.Rngs):
+        _check_positive("size", size)
+        _check_positive("min_channels", min_channels)
+        self.size = int(size)
+        self.prunable = bool(prunable)
+        self.min_channels = min(int(min_channels), self.size)
+        self.vector = LatentVector(
+            jnp.asarray(normal(rngs.params(), self.size)),
+            prunable=self.prunable,
+            min_channels=self.min_channels,
+        )
+
+    def value(self) -> Float[Array, " size"]:
+        return self.vector[...]
+
+    def multiplicity(self) -> dict["Latent", int]:
+        return {self: 1}
+
+    def entries(self) -> list[tuple["Latent", int]]:
+        return [(self, index) for index in range(self.size)]
+
+    def keep(self, masks: Mapping["Latent", np.ndarray] | None) -> np.ndarray:
+        return np.ones(self.size, bool) if masks is None else np.asarray(masks[self], bool)
+
+
+class Concat(Axis):
+    """Axes one after another; made by `concat`."""
+
+    def __init__(self, parts: tuple[Axis, ...]):
+        self.parts = nnx.List(parts)
+        self.size = sum(part.size for part in parts)
+
+    def value(self) -> Float[Array, " size"]:
+        return jnp.concatenate([part.value() for part in self.parts])
+
+    def multiplicity(self) -> dict[Latent, int]:
+        total: dict[Latent, int] = {}
+        for part in self.parts:
+            for latent, times in part.multiplicity().items():
+                total[latent] = total.get(latent, 0) + times
+        return total
+
+    def entries(self) -> list[tuple[Latent, int]]:
+        return [entry for part in self.parts for entry in part.entries()]
+
+    def keep(self, masks: Mapping[Latent, np.ndarray] | None) -> np.ndarray:
+        return np.concatenate([part.keep(masks) for part in self.parts])
+
+
+class Repeat(Axis):
+    """An axis whose every entry stands for several neighbouring channels; made by `repeat`."""
+
+    def __init__(self, base: Axis, times: int):
+        self.base = base
+        self.times = times
+        self.size = base.size * times
+
+    def value(self) -> Float[Array, " size"]:
+        return jnp.repeat(self.base.value(), self.times)
+
+    def multiplicity(self) -> dict[Latent, int]:
+        return {latent: self.times * n for latent, n in self.base.multiplicity().items()}
+
+    def entries(self) -> list[tuple[Latent, int]]:
+        return [entry for entry in self.base.entries() for _ in range(self.times)]
+
+    def keep(self, masks: Mapping[Latent, np.ndarray] | None) -> np.ndarray:
+        return np.repeat(self.base.keep(masks), self.times)
+
+
+def concat(*axes: Axis) -> Axis:
+    """The axis of `jnp.concatenate([x1, x2, ...], axis=-1)`.
+
+    A feature map flattened from `(h, w, c)` repeats its channels `h * w` times in a row, and is
+    `concat(*[z] * (h * w))`.
+
+    Args:
+      *axes: the axes of the concatenated arrays, in order; the same axis may come more than once.
+
+    Returns:
+      An axis of the summed size. Pruning an entry of a part prunes it wherever the part stands.
+
+    Raises:
+      ValueError: no axis, or something that is not an axis.
+
+    Example:
+      >>> z1, z2 = (dhp.Latent(n, rngs=nnx.Rngs(n)) for n in (8, 24))
+      >>> dhp.concat(z1, z2).size
+      32
+    """
+    if not axes:
+        raise ValueError("concat: expected at least one axis, got none")
+    for position, axis in enumerate(axes):
+        check_axis(f"concat: argument {position}", axis)
+    return Concat(axes)
+
+
+def repeat(axis: Axis, times: int) -> Axis:
+    """The axis of `jnp.repeat(x, times, axis=-1)`: each entry stands for `times` channels in a row.
+
+    This is the input axis of a pixel shuffle by `r` with `times = r * r`.
+
+    Args:
+      axis: the axis to repeat.
+      times: how many neighbouring channels an entry stands for.
+
+    Returns:
+      An axis of size `times * axis.size`.
+
+    Raises:
+      ValueError: `axis` is no axis, or `times` is not a positive integer.
+
+    Example:
+      >>> dhp.repeat(dhp.Latent(16, rngs=nnx.Rngs(0)), 4).size
+      64
+    """
+    check_axis("repeat: argument axis", axis)
+    _check_positive("times", times)
+    return Repeat(axis, int(times))
+
+
+def latents(model: nnx.Module) -> dict[str, Latent]:
+    """Every latent of a model, by name.
+
+    A latent's name is the shortest attribute path that leads to it (`"blocks.3.hidden"`), the first
+    in natural order among equally short ones.
+
+    Args:
+      model: any `nnx.Module`.
+
+    Returns:
+      The latents, in the order of a breadth-first walk; empty for a pruned model.
+
+    Example:
+      >>> {name: z.size for name, z in dhp.latents(model).items() if z.prunable}
+    """
+    return {path: m for path, _, m in walk(model) if isinstance(m, Latent)}
+
+
+def latents_to_prune(model: nnx.Module) -> dict[str, Latent]:
+    """The latents of a network that is to be pruned.
+
+    Raises:
+      ValueError: it has none, as one that was pruned before.
+    """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"model: expected a network with latents, got {shown(model)}")
+    found = latents(model)
+    if not found:
+        raise ValueError(
+            f"model: expected a network with latents, got a {type(model).__name__} that has none; "
+            "dhp.with_latents makes one of a pruned network"
+        )
+    return found
+
+
+def walk(model: nnx.Module) -> Iterator[tuple[str, nnx.Module | None, nnx.Module]]:
+    """Yields `(path, parent, module)` for the model and every module in it, breadth first.
+
+    A module that several parents share is yielded once, under its shortest path.
+    """
+    seen = {id(model)}
+    level: list[tuple[str, nnx.Module | None, nnx.Module]] = [("", None, model)]
+    while level:
+        yield from level
+        below = []
+        for path, _, module in level:
+            for name, child in children(module):
+                if id(child) not in seen:
+                    seen.add(id(child))
+                    below.append((f"{path}.{name}" if path else name, module, child))
+        level = below
+
+
+def children(module: nnx.Module) -> list[tuple[str, nnx.Module]]:
+    """The modules right below a module, in natural order of their paths (`2` before `10`)."""
+    found = modules_in(vars(module))
+    return sorted(found, key=lambda item: [_natural(part) for part in re.split(r"(\d+)", item[0])])
+
+
+def modules_in(value: Any, path: str = "") -> Iterator[tuple[str, nnx.Module]]:
+    """Yields `(path, module)` for a module, or for those in lists, tuples and dicts of modules."""
+    if isinstance(value, nnx.Module):
+        yield path, value
+    elif isinstance(value, list | tuple | dict):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from modules_in(item, f"{path}.{key}" if path else str(key))
+
+
+def check_axis(argument: str, axis: Axis) -> None:
+    """Raises a `ValueError` that names `argument` unless `axis` is an axis."""
+    if not isinstance(axis, Axis):
+        raise ValueError(
+            f"{argument}: expected a Latent, or a concat or repeat of latents, got {shown(axis)}"
+        )
+
+
+def _natural(part: str) -> tuple[int, int | str]:
+    return (0, int(part)) if part.isdigit() else (1, part)
+
+
+def _check_positive(argument: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{argument}: expected a positive integer, got {value!r}")
+
+
+def prunable_latents(params: PyTree) -> PyTree:
+    """Which parameters are latent vectors that may be pruned: a mask for `optax.masked`.
+
+    Give `optax.masked` the mask and not this function: `nnx.Optimizer` shows transformations bare
+    arrays, which do not tell what they are.
+
+    Args:
+      params: a state of `nnx.Variable`s, or a tree of such states.
+
+    Returns:
+      A tree of booleans, one a variable.
+
+    Raises:
+      ValueError: a tree of arrays without variables, or a model.
+
+    Example:
+      >>> mask = dhp.prunable_latents(nnx.state(model, nnx.Param))
+      >>> shrink = optax.masked(dhp.prox_l1(strength=1e-4, learning_rate=0.1), mask)
+      >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), shrink)
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    """
+    if isinstance(params, nnx.Module):
+        raise ValueError(
+            "prunable_latents: expected a state, such as nnx.state(model, nnx.Param); "
+            f"got a {type(params).__name__}"
+        )
+    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    if leaves and not any(isinstance(leaf, nnx.Variable) for leaf in leaves):
+        raise ValueError(
+            "prunable_latents: expected a state of nnx.Variables, such as "
+            f"nnx.state(model, nnx.Param); got a tree of {type(leaves[0]).__name__}"
+        )
+    return _map_variables(lambda v: isinstance(v, LatentVector) and v.prunable, params)
+
+
+def _map_variables(function: Callable[[nnx.Variable], Any], params: PyTree) -> PyTree:
+    return jax.tree.map(function, params, is_leaf=lambda node: isinstance(node, nnx.Variable))

@@ -1,0 +1,109 @@
+"""Which channels survive, how many fit a budget, and the surgery that makes the network smaller."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from flax import nnx
+import jax
+import numpy as np
+
+from dhp_jax.core.latent import Axis, latents, latents_to_prune, modules_in
+from dhp_jax.core.layers import Prunable
+from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.core.survivors import Masks
+
+
+def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
+    """Makes the smaller network: every layer on latents becomes its plain counterpart.
+
+    Each hypernetwork runs once; its kernel is sliced to the survivors, as are biases, BatchNorm
+    scales, biases and statistics and the rows of linear layers. No latent, no hypernetwork and no
+    mask is left.
+
+    Args:
+      model: a network of latents; left as it was.
+      keep: a boolean mask for every latent by name, as `survivors` returns; `None` keeps
+        everything and makes the ordinary, unpruned network.
+
+    Returns:
+      A model of the same class, of ordinary `flax.nnx` layers. What was not cut is shared with
+      `model`: copy it before donating its buffers, if you still need `model`.
+
+    Raises:
+      ValueError: a mask that is missing, unknown, of another length, or keeps nothing; masks for a
+        network without latents.
+
+    Example:
+      >>> small = dhp.prune(model, dhp.survivors(model, threshold=5e-3))
+    """
+    if keep is None:
+        keep = {name: np.ones(z.size, bool) for name, z in latents(model).items()}
+    check_masks(model, keep)
+    model = nnx.clone(model)
+    masks = {z: np.asarray(keep[name], bool) for name, z in latents(model).items()}
+    architecture = architecture_of(model)
+    if masks:
+        kept = {name: np.flatnonzero(keep[name]) for name in keep}
+        if architecture.renewed:  # of what an earlier pruning has left
+            kept = {name: np.take(architecture.survivors[name], kept[name]) for name in kept}
+        kept = {name: tuple(indices.tolist()) for name, indices in kept.items()}
+        architecture = replace(architecture, survivors=kept, renewed=False)
+
+    def plain(module: nnx.Module) -> Any:
+        if isinstance(module, Axis):
+            return None
+        return module.plain(masks) if isinstance(module, Prunable) else module
+
+    small = replaced(model, plain)
+    set_architecture(small, architecture)
+    return small
+
+
+def replaced(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> Any:
+    """A module with others in the place of those in it; in place, but for the module itself.
+
+    Args:
+      module: where to begin.
+      change: what stands in a module's place; the module itself to look at those in it. A module
+        that several parents share is changed once.
+    """
+    done: dict[int, Any] = {}
+
+    def of(module: nnx.Module) -> Any:
+        if id(module) not in done:
+            done[id(module)] = substitute = change(module)
+            if substitute is module:
+                for name, value in list(vars(module).items()):
+                    if any(modules_in(value)):
+                        setattr(module, name, in_value(value))
+        return done[id(module)]
+
+    def in_value(value: Any) -> Any:  # a module, or a list, tuple or dict of modules
+        return jax.tree.map(
+            lambda item: of(item) if isinstance(item, nnx.Module) else item,
+            value,
+            is_leaf=lambda item: isinstance(item, nnx.Module),
+        )
+
+    return of(module)
+
+
+def check_masks(model: nnx.Module, keep: Masks) -> None:
+    """Raises unless there is a mask for every latent, of its size, that keeps what has to stay."""
+    expected = latents_to_prune(model) if keep else latents(model)
+    for name in [*(n for n in keep if n not in expected), *(n for n in expected if n not in keep)]:
+        what = "has no mask for latent" if name in expected else "has a mask for unknown latent"
+        raise ValueError(f"keep: {what} {name!r}; the model's latents are {sorted(expected)}")
+    for name, z in expected.items():
+        mask = np.asarray(keep[name])
+        if mask.shape != (z.size,) or mask.dtype != bool or not mask.any():
+            raise ValueError(
+                f"keep[{name!r}]: expected a boolean mask of shape ({z.size},) that keeps at least "
+                f"one entry, got {mask.dtype} of shape {mask.shape} that keeps {int(mask.sum())}"
+            )
+        if not z.prunable and not mask.all():
+            raise ValueError(
+                f"keep[{name!r}]: expected a mask that keeps all {z.size} entries, for it is not "
+                f"prunable; got one that drops {int((~mask).sum())}"
+            )

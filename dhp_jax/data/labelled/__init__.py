@@ -1,0 +1,1 @@
+"""Labelled images, one module a data set."""

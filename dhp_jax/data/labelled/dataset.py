@@ -1,0 +1,124 @@
+"""What a data set is to the rest of the library."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+import functools
+import math
+from typing import Protocol
+import zlib
+
+from jaxtyping import Int, UInt8
+import numpy as np
+
+from dhp_jax.data.stream import Batch, Stream
+
+
+class Labelled(Protocol):
+    """Labelled images that are read one by one, in any order."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> tuple[UInt8[np.ndarray, "h w c"], int]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ReadLabelled:
+    """Reads batches of labelled images: uint8 `(n, h, w, c)` and int32 `(n,)`."""
+
+    images: Labelled
+
+    def __call__(
+        self,
+        chosen: Int[np.ndarray, " n"],
+        rows: Int[np.ndarray, " rows"],
+        random: np.random.Generator,
+    ) -> Batch:
+        del random  # images are drawn from on the device
+        pixels, labels = zip(*(self.images[int(i)] for i in chosen[rows]), strict=True)
+        return np.stack(pixels), np.array(labels, np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set of labelled images, and the training augmentation that suits it.
+
+    Attributes:
+      name: what `load` was asked for.
+      image_shape: `(h, w, c)` of every image.
+      class_names: one name a class.
+      train_size, test_size: how many images there are.
+      mean: mean of each channel of the training images, in units of the stored pixels.
+      std: standard deviation of each channel, in the same units.
+      crop_padding: width in pixels of the border that a random crop may move into.
+      flip: whether a mirrored image is still an image of its class.
+      peak: the largest value of a stored pixel.
+      read: `read("train")` and `read("test")` give the images, uint8 `(n, h, w, c)`, and their
+        labels, int32 `(n,)` in `0 .. num_classes - 1`.
+      one_by_one: gives the images of a split to read in any order, and a text that tells them from
+        others; `None` for what is so small that processes may read all of it.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    train_size: int
+    test_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_padding: int
+    flip: bool
+    read: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    peak: int = 255
+    one_by_one: Callable[[str], tuple[Labelled, str]] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    def size(self, split: str) -> int:
+        """How many images a split has."""
+        return {"train": self.train_size, "test": self.test_size}[split]
+
+    def bytes(self, split: str) -> int:
+        """What the images of a split take as they are read."""
+        return self.size(split) * math.prod(self.image_shape)
+
+    def stream(self, split: str, workers: int) -> Stream:
+        """The images of a split for who does not want all of them at once."""
+        images, identity = self._one_by_one(split)
+        checksum = self._checksum(split, identity)
+        return Stream(self.size(split), ReadLabelled(images), checksum, workers)
+
+    def checksum(self, split: str) -> int:
+        """Tells the images of a split from others, without decoding them."""
+        _, identity = self._one_by_one(split)
+        return self._checksum(split, identity)
+
+    def _checksum(self, split: str, identity: str) -> int:
+        about = f"{split} {self.image_shape} {self.mean} {self.std}"
+        return zlib.crc32(f"{identity} {about}".encode())
+
+    def _one_by_one(self, split: str) -> tuple[Labelled, str]:
+        if self.one_by_one is None:
+            return _Loaded(self.read, split, self.size(split)), self.name
+        return self.one_by_one(split)
+
+
+@dataclass
+class _Loaded:
+    """Labelled images of which each process reads all at first."""
+
+    read: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    split: str
+    size: int
+
+    @functools.cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.read(self.split)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+        images, labels = self.arrays
+        return images[number], int(labels[number])

@@ -1,0 +1,183 @@
+"""Images of one's own, a folder for each split and in it one for each label."""
+
+from dataclasses import dataclass
+from itertools import chain
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dhp_jax.data.decode import COLOUR, GRAY, check_whole, decode, empty_images, in_chunks, opened
+from dhp_jax.data.labelled.dataset import Source
+from dhp_jax.errors import DataNotFoundError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+# Images from which the mean and standard deviation are taken, if there are more.
+SAMPLE = 2000
+
+
+def load(data_dir: str | os.PathLike | None, image_size: int | None = None) -> Source:
+    """Finds the images `data_dir/split/label/*.png` (or jpg, jpeg, webp); see `dhp_jax.data.load`.
+
+    The splits are "train" and "test" or, where there is no "test", "val"; labels are numbered in
+    the order of their names. If there are more than `SAMPLE` training images, the mean and the
+    standard deviation are those of `SAMPLE` of them, at equal distances in the order of labels
+    and names.
+    """
+    folders = _split_folders(data_dir)
+    files = {split: _files_by_label(folder) for split, folder in folders.items()}
+    _check_labels(folders, files)
+    images = {split: list(chain(*by_label.values())) for split, by_label in files.items()}
+    mode, (h, w) = _check_headers(images["train"] + images["test"], image_size)
+    decoding = {"mode": mode, "resize": image_size, "crop": image_size}
+    mean, std = _statistics(images["train"], decoding)
+
+    def one_by_one(split: str) -> tuple["_Files", str]:
+        counts = [len(of_label) for of_label in files[split].values()]
+        labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        names = [str(file.relative_to(folders[split])) for file in images[split]]
+        identity = [f"{n} {f.stat().st_size}" for n, f in zip(names, images[split], strict=True)]
+        return _Files(str(folders[split]), names, labels, decoding), "\n".join(identity)
+
+    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+        found, _ = one_by_one(split)
+        pixels = empty_images((len(found), h, w, len(mean)), f"the {split} images in {data_dir}")
+
+        def decode_rows(rows: range) -> None:
+            for i in rows:
+                pixels[i], _ = found[i]
+
+        in_chunks(decode_rows, len(found))
+        return pixels, found.labels
+
+    return Source(
+        name="image_folder",
+        image_shape=(h, w, len(mean)),
+        class_names=tuple(files["train"]),
+        train_size=len(images["train"]),
+        test_size=len(images["test"]),
+        mean=mean,
+        std=std,
+        crop_padding=min(h, w) // 8,
+        flip=True,
+        read=read,
+        one_by_one=one_by_one,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    """Labelled images that are decoded one by one."""
+
+    folder: str
+    names: list[str]
+    labels: np.ndarray
+    decoding: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+        file = os.path.join(self.folder, self.names[number])
+        return decode(file, **self.decoding), int(self.labels[number])
+
+
+def _split_folders(data_dir: str | os.PathLike | None) -> dict[str, Path]:
+    """The folders of the training and the test images."""
+    if data_dir is None:
+        raise DataNotFoundError("data.dir: image_folder needs a folder; got None")
+    root = Path(data_dir).expanduser()
+    test = "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
+    folders = {"train": root / "train", "test": root / test}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise DataNotFoundError(
+                f"data.dir: expected {root} to hold the folders train and test (or val); "
+                f"{folder} is no folder"
+            )
+    return folders
+
+
+def _files_by_label(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each label of a split; hidden files and folders are none."""
+    labels = sorted(path for path in _visible(folder) if path.is_dir())
+    if not labels:
+        raise DataNotFoundError(f"data.dir: {folder} is empty, expected a folder for each label")
+    files = {
+        label.name: sorted(file for file in _visible(label) if file.suffix.lower() in EXTENSIONS)
+        for label in labels
+    }
+    for label, of_label in files.items():
+        if not of_label:
+            raise DataNotFoundError(
+                f"data.dir: {folder / label} holds no image, expected {', '.join(EXTENSIONS)}"
+            )
+    return files
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _check_labels(folders: dict[str, Path], files: dict[str, dict[str, list[Path]]]) -> None:
+    for split, other in (("train", "test"), ("test", "train")):
+        if missing := sorted(set(files[other]).difference(files[split])):
+            raise DataNotFoundError(
+                f"data.dir: {folders[split]} lacks labels that {folders[other]} has: "
+                f"{', '.join(missing)}"
+            )
+
+
+def _check_headers(files: list[Path], image_size: int | None) -> tuple[str, tuple[int, int]]:
+    """The mode, "L" or "RGB", and the height and width that all images are decoded to."""
+    examples: dict[str, Path] = {}  # an image of each mode
+    expected = None if image_size is None else (image_size, image_size)
+    for file in files:
+        mode, size = _header(file)
+        examples.setdefault(mode, file)
+        if len(examples) == 2:
+            raise ValueError(
+                f"data.dir: expected all images in gray or all in colour; "
+                f"{examples['L']} is gray, {examples['RGB']} is not"
+            )
+        expected = expected or size
+        if image_size is None and size != expected:
+            raise ValueError(
+                f"data.dir: {file} is {size[1]} pixels wide and {size[0]} high, expected "
+                f"{expected[1]} and {expected[0]} as in {files[0]}; "
+                f"data.image_size brings all to one size"
+            )
+    return mode, expected
+
+
+def _header(file: Path) -> tuple[str, tuple[int, int]]:
+    """The mode to decode an image to, and its height and width."""
+    with opened(file) as image:
+        mode, (w, h) = image.mode, image.size
+        check_whole(image)
+    if mode not in GRAY + COLOUR:
+        raise ValueError(f"data.dir: {file} has mode {mode}, expected at most 8 bits a channel")
+    return ("L" if mode in GRAY else "RGB"), (h, w)
+
+
+def _statistics(
+    files: list[Path], decoding: dict[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel; see `load` for which images count."""
+    count = min(len(files), SAMPLE)
+    sample = [files[i * len(files) // count] for i in range(count)]
+    moments = np.empty((count, 2, 1 if decoding["mode"] == "L" else 3))
+
+    def measure(rows: range) -> None:
+        for i in rows:
+            pixels = decode(sample[i], **decoding).astype(np.float64)
+            moments[i] = pixels.mean((0, 1)), (pixels**2).mean((0, 1))
+
+    in_chunks(measure, count)
+    mean, square = moments.mean(0)
+    variance = square - mean**2
+    std = np.sqrt(np.where(variance > 0, variance, 1))  # 1: a channel that never varies
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,75 @@
+"""The data sets that a run can name."""
+
+import os
+
+from dhp_jax.data.labelled import cifar, digits, image_folder, imagenet, tiny_imagenet
+from dhp_jax.data.labelled.dataset import Source
+from dhp_jax.errors import unknown
+
+NAMES = ("digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet2012", "image_folder")
+
+
+USERS = {"image_size": ("imagenet2012", "image_folder"), "archive": ("tiny_imagenet",)}
+
+
+def load(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    image_size: int | None = None,
+    archive: str | os.PathLike | None = None,
+) -> Source:
+    """Finds a data set; downloads CIFAR first if it is not there and a network is.
+
+    Args:
+      name: one of `NAMES`. "digits" (1,797 images of 8x8x1, pixels 0 .. 16) ships with
+        scikit-learn and needs no network. "cifar10" and "cifar100" are downloaded.
+        "tiny_imagenet" (64x64x3, 200 classes) is prepared from its zip, "imagenet2012" has to be
+        prepared by TFDS beforehand; the validation images of both serve as test images.
+        "image_folder" is `data_dir/split/label/*.png` (or jpg, jpeg, webp), for the splits "train"
+        and "test" (or "val").
+      data_dir: the folder of "image_folder"; for others the TFDS directory that holds the data,
+        `data_dir/cifar10/3.0.2/...`; TFDS's own default, `~/tensorflow_datasets`, if `None`.
+        "digits" does not look at it.
+      image_size: height and width in pixels; larger and smaller images are resized so that their
+        centre fills it. "imagenet2012": 224 if `None`. "image_folder": if `None`, the images keep
+        their size, which must be the same for all. Other data sets have the size they have.
+      archive: `tiny-imagenet-200.zip`, or the folder extracted from it, from which
+        "tiny_imagenet" is prepared if it is not yet; `data_dir/tiny-imagenet-200.zip` if `None`.
+
+    Returns:
+      The data set, whose images are read when asked for. The split of "digits" into 1,297
+      training and 500 test images is always the same one.
+
+    Raises:
+      ValueError: `name` is none of `NAMES`; `image_size` or `archive` is given to a data set that
+        does not use it; the images of a folder differ in size or colour.
+      DataNotFoundError: the data are neither in `data_dir` in a form that can be read nor can be
+        downloaded (found out in seconds), an image is damaged, or scikit-learn is missing.
+
+    Example:
+      >>> images, labels = load("digits").read("train")
+      >>> images.shape
+      (1297, 8, 8, 1)
+    """
+    if name not in NAMES:
+        raise ValueError(unknown("data.name", name, NAMES))
+    for argument, value in {"image_size": image_size, "archive": archive}.items():
+        if value is not None and name not in USERS[argument]:
+            raise ValueError(
+                f"data.{argument}: only {' and '.join(USERS[argument])} can use it, "
+                f"expected None for {name}; got {value!r}"
+            )
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise ValueError(f"data.image_size: expected a positive integer; got {image_size!r}")
+    match name:
+        case "digits":
+            return digits.load()
+        case "tiny_imagenet":
+            return tiny_imagenet.load(data_dir, archive)
+        case "imagenet2012":
+            return imagenet.load(data_dir, image_size)
+        case "image_folder":
+            return image_folder.load(data_dir, image_size)
+        case _:
+            return cifar.load(name, data_dir)

@@ -1,0 +1,1 @@
+"""Photographs for super-resolution and denoising."""

@@ -1,0 +1,201 @@
+"""Which photographs there are in a folder, and what belongs together."""
+
+from collections.abc import Iterator
+import importlib.util
+import os
+from pathlib import Path
+import re
+from typing import NamedTuple
+
+from dhp_jax.data.decode import COLOUR, GRAY, check_whole, opened
+from dhp_jax.errors import DataNotFoundError
+
+NAMES = ("photographs", "photo_folder")
+
+
+MARKS = ("HR", "LR")  # of the two images of a pair, in upper or lower case
+
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+# Files in skimage/data. The stereo pair motorcycle_left, motorcycle_right is not divided.
+SHIPPED = {
+    "train": (
+        "astronaut.png",
+        "ihc.png",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "rocket.jpg",
+    ),
+    "test": ("chelsea.png", "coffee.png"),
+}
+
+
+SHIPPED_GRAY = {
+    "train": ("brick.png", "coins.png", "grass.png", "gravel.png"),
+    "test": ("camera.png",),
+}
+
+
+class _File(NamedTuple):
+    """A photograph that is not decoded yet, and the argument that led to it."""
+
+    argument: str
+    name: str
+    path: Path
+    size: tuple[int, int]
+    gray: bool
+    low: Path | None
+
+
+# Finding files
+
+
+def _shipped(channels: int) -> dict[str, list[_File]]:
+    """The photographs of scikit-image; those that are gray only if that is asked for."""
+    package = importlib.util.find_spec("skimage")  # no import: that takes a second
+    folder = Path(package.origin).parent / "data"
+    return {
+        split: [
+            _file("data.name", Path(name).stem, folder / name)
+            for name in SHIPPED[split] + (SHIPPED_GRAY[split] if channels == 1 else ())
+        ]
+        for split in SHIPPED
+    }
+
+
+def _folder(argument: str, folder: str | os.PathLike | None, scale: int) -> list[_File]:
+    """The photographs in a folder, with their low-resolution images if it holds pairs."""
+    if folder is None:
+        raise ValueError(f"{argument}: 'photo_folder' expects a folder of images; got None")
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DataNotFoundError(f"{argument}: expected a folder of images; got {str(folder)!r}")
+    try:
+        images = list(_images(folder))
+    except OSError as error:
+        raise DataNotFoundError(f"{argument}: cannot read {str(folder)!r}: {error}") from error
+    targets = [(name, path) for name, mark, path in images if mark != "LR"]
+    lows = [(name, path) for name, mark, path in images if mark == "LR"]
+    if scale > 1 and any(mark for _, mark, _ in images):
+        counterparts = _match(argument, targets, lows, scale)
+    else:
+        counterparts = [None] * len(targets)
+    if not targets:
+        raise DataNotFoundError(
+            f"{argument}: expected images ({', '.join(SUFFIXES)}); found none in {str(folder)!r}"
+        )
+    return [
+        _file(argument, name, path, low)
+        for (name, path), low in zip(targets, counterparts, strict=True)
+    ]
+
+
+def _images(folder: Path) -> Iterator[tuple[str, str, Path]]:
+    """The images of a folder: name without mark, mark ("HR", "LR" or none) and path."""
+    marked = [part for part in folder.iterdir() if part.name.upper() in MARKS and part.is_dir()]
+    for part in (folder, *sorted(marked, key=lambda part: (part.name.upper(), part.name))):
+        part_mark = "" if part is folder else part.name
+        for path in sorted(part.iterdir()):
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+                name, mark = re.fullmatch(r"(.*?)(?:_(HR|LR))?", path.stem, re.IGNORECASE).groups()
+                yield name, (mark or part_mark).upper(), path
+
+
+def _match(
+    argument: str, targets: list[tuple[str, Path]], lows: list[tuple[str, Path]], scale: int
+) -> list[Path]:
+    """The low-resolution image of every target; none may be missing or left."""
+    _check_names(argument, "photograph", targets)
+    _check_names(argument, "low-resolution image", lows)
+    lows, matched = dict(lows), []
+    for name, path in targets:
+        low = lows.pop(name, None) or lows.pop(f"{name}x{scale}", None)
+        if low is None:
+            raise DataNotFoundError(
+                f"{argument}: expected a low-resolution image to {str(path)!r}, "
+                f"*_LR beside *_HR or the same name (or with x{scale}) in LR/; found none"
+            )
+        matched.append(low)
+    for low in lows.values():
+        raise DataNotFoundError(
+            f"{argument}: expected a photograph to the low-resolution {str(low)!r}; found none"
+        )
+    return matched
+
+
+def _file(argument: str, name: str, path: Path, low: Path | None = None) -> _File:
+    """Reads the header of an image."""
+    with opened(path, argument=argument) as image:
+        mode, (width, height) = image.mode, image.size
+        check_whole(image)
+    if mode not in GRAY + COLOUR:
+        raise DataNotFoundError(
+            f"{argument}: expected images of 8 bits a channel; "
+            f"got {str(path)!r} in Pillow's mode {mode!r}"
+        )
+    return _File(argument, name, path, (height, width), mode in GRAY, low)
+
+
+def _check_color(files: list[_File]) -> None:
+    gray, color = ([file for file in files if file.gray is value] for value in (True, False))
+    if gray:
+        mixed = f", and {str(color[0].path)!r} is in color" if color else ""
+        raise ValueError(
+            f"{gray[0].argument}: expected color photographs for 3 channels; "
+            f"{str(gray[0].path)!r} is gray{mixed}"
+        )
+
+
+def _check_sizes(files: list[_File], scale: int, least: int, what: str) -> None:
+    for file in files:
+        if min(_target_size(file, scale)) < least:
+            raise ValueError(
+                f"{file.argument}: expected photographs no smaller than {what}, {least}x{least}; "
+                f"got {str(file.path)!r} of {_pixels(file.size)}"
+            )
+
+
+def _check_names(argument: str, what: str, files: list[tuple[str, Path]]) -> None:
+    """Raises if two files have one name, whatever their marks and suffixes."""
+    seen: dict[str, Path] = {}
+    for name, path in files:
+        if name in seen:
+            raise ValueError(
+                f"{argument}: expected one {what} of the name {name!r}, got {str(seen[name])!r} "
+                f"and {str(path)!r}"
+            )
+        seen[name] = path
+
+
+def _check_pair(file: _File, channels: int, scale: int) -> None:
+    if file.low is None:
+        return
+    low = _file(file.argument, file.name, file.low)
+    target = _target_size(file, scale)
+    expected = (target[0] // scale, target[1] // scale)
+    if low.size != expected:
+        raise ValueError(
+            f"{file.argument}: expected {str(file.low)!r} of {_pixels(expected)}, for a scale of "
+            f"{scale} to {str(file.path)!r} of {_pixels(file.size)}; got {_pixels(low.size)}"
+        )
+    if channels == 3 and low.gray != file.gray:
+        raise ValueError(
+            f"{file.argument}: expected {str(file.low)!r} {_kind(file.gray)}, as "
+            f"{str(file.path)!r} is; got it {_kind(low.gray)}"
+        )
+
+
+def _kind(gray: bool) -> str:
+    return "in gray" if gray else "in color"
+
+
+def _target_size(file: _File, scale: int) -> tuple[int, int]:
+    """Height and width, cropped to multiples of the scale."""
+    height, width = file.size
+    return height - height % scale, width - width % scale
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]} (height x width)"

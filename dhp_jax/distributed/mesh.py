@@ -1,0 +1,259 @@
+"""The devices that training runs on: a mesh with the axes `data` and `model`, and what lies where.
+
+Batches are cut along `data`, the arrays of hypernetworks and their optimizer state along `model`;
+all else is on every device. The compiler finds the communication that this takes, so that losses,
+BatchNorm statistics and gradients are those of the whole batch. Where there is one device, there is
+no mesh, and nothing of this module does anything.
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.experimental import mesh_utils, multihost_utils
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, PyTree
+import numpy as np
+
+from dhp_jax.core.hypernet import HypernetArrays
+from dhp_jax.core.latent import walk
+from dhp_jax.core.layers import Hyper
+from dhp_jax.errors import ConfigError
+
+DATA, MODEL = "data", "model"
+
+
+def axis_sizes(data: int, model: int, devices: int, processes: int = 1) -> tuple[int, int]:
+    """How many devices each axis of the mesh has.
+
+    Args:
+      data: `config.mesh.data`; -1 for all devices that `model` leaves.
+      model: `config.mesh.model`.
+      devices: how many there are.
+      processes: among which they are divided. Several of them use all devices.
+
+    Raises:
+      ConfigError: there are not so many devices, or some would be left that must not.
+    """
+    every = data == -1 or processes > 1
+    if model > devices or (every and devices % model):
+        near = _nearest([n for n in range(1, devices + 1) if devices % n == 0], model)
+        raise ConfigError(
+            f"config.mesh.model: expected a divisor of {devices}, the number of devices, "
+            f"such as {near}; got {model}"
+        )
+    most = devices // model
+    if data == -1:
+        return most, model
+    if data > most or (processes > 1 and data != most):
+        expected = f"{most}" if processes > 1 else f"at most {most}"
+        beside = f" for config.mesh.model={model}" if model > 1 else ""
+        raise ConfigError(
+            f"config.mesh.data: expected {expected}, as there are {devices} devices{beside}, or -1 "
+            f"for all; got {data}"
+        )
+    return data, model
+
+
+def check_batch(batch_size: int, data: int, processes: int = 1) -> None:
+    """Raises a `ConfigError` unless a batch can be divided among the devices along `data`.
+
+    Args:
+      batch_size: `config.batch_size`.
+      data: how many devices there are along `data`.
+      processes: among which they are divided. Several of them cannot leave any out.
+    """
+    if batch_size % data:
+        below = batch_size - batch_size % data
+        sizes = " or ".join(str(size) for size in (below, below + data) if size)
+        near = _nearest([n for n in range(1, data) if batch_size % n == 0], data)
+        fewer = f", for which config.mesh.data={near} works" if processes == 1 else ""
+        raise ConfigError(
+            f"config.batch_size: expected a multiple of {data}, the devices along "
+            f"config.mesh.data, such as {sizes}; got {batch_size}{fewer}"
+        )
+
+
+def _nearest(possible: list[int], value: int) -> str:
+    """The possible values next to another one, for people."""
+    below = [n for n in possible if n <= value][-1:]
+    above = [n for n in possible if n > value][:1]
+    return " or ".join(map(str, below + above))
+
+
+def make_mesh(
+    data: int = -1, model: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh | None:
+    """The mesh of the devices of all processes; `None` if it would have one device.
+
+    Args:
+      data, model: see `axis_sizes`.
+      devices: those of all processes if not given.
+
+    Raises:
+      ConfigError: the devices at hand cannot be arranged so.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(data, model, len(devices), jax.process_count())
+    count = sizes[0] * sizes[1]
+    if count == 1:
+        return None
+    auto = (AxisType.Auto, AxisType.Auto)
+    return Mesh(arrange(devices[:count], sizes), (DATA, MODEL), axis_types=auto)
+
+
+def arrange(devices: Sequence[jax.Device], sizes: tuple[int, int]) -> np.ndarray:
+    """Devices in the shape of a mesh, neighbours in it being neighbours in the hardware.
+
+    Where slices (of TPUs, or of GPUs with fast connections) are joined by a slower network, `data`
+    goes from slice to slice. Devices that cannot be arranged so, as those that are no rectangle of
+    a TPU's topology, come in the order of their numbers.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(sizes, **options)
+        within = sizes[0] // slices, sizes[1]
+        return mesh_utils.create_hybrid_device_mesh(within, (slices, 1), **options)
+    except (AssertionError, ValueError):  # what JAX raises if it finds no arrangement
+        return np.array(sorted(devices, key=lambda device: device.id)).reshape(sizes)
+
+
+def over_data(mesh: Mesh | None, batch: PyTree) -> PyTree:
+    """The arrays of a batch, divided along their first axis; within a jitted function."""
+    if mesh is None:
+        return batch
+    return jax.lax.with_sharding_constraint(batch, _over_data(mesh))
+
+
+def gather_kernels(mesh: Mesh | None, model: nnx.Module) -> nnx.Module:
+    """Has every device use whole kernels of hypernetworks that lie in parts; in place.
+
+    Left to itself the compiler divides the channels of activations like the kernels, and sends
+    activations, which are many times larger.
+
+    Args:
+      mesh: of devices.
+      model: merged within a jitted function.
+
+    Returns:
+      The same object.
+    """
+    if mesh is not None and mesh.shape[MODEL] > 1:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        for _, _, layer in walk(model):
+            if isinstance(layer, Hyper):
+                layer.__class__ = _gathering(type(layer), everywhere)
+    return model
+
+
+@functools.cache
+def _gathering(kind: type[Hyper], everywhere: NamedSharding) -> type[Hyper]:
+    def kernel(self: Hyper) -> Array:
+        return jax.lax.with_sharding_constraint(kind.kernel(self), everywhere)
+
+    return type(kind.__name__, (kind,), {"kernel": kernel})
+
+
+def rows_here(mesh: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:
+    """The examples of a batch that the devices of this process hold: ascending, each once.
+
+    They need not follow each other, as the order of devices is that of their connections.
+    """
+    if mesh is None:
+        return np.arange(batch_size)
+    held = np.zeros(batch_size, bool)
+    for index in _over_data(mesh).addressable_devices_indices_map((batch_size,)).values():
+        held[index] = True
+    return np.flatnonzero(held)
+
+
+def spread(mesh: Mesh | None, batch: PyTree, batch_size: int) -> PyTree:
+    """Takes the rows of a batch that this process has, `rows_here`, to its devices.
+
+    They are copied even where the device is the host, so that shared memory is let go of.
+
+    Args:
+      mesh: of devices.
+      batch: NumPy arrays, whose first axis is that of `rows_here`.
+      batch_size: examples in the batch of all processes.
+    """
+    if mesh is None:
+        return jax.tree.map(lambda array: jax.device_put(array, may_alias=False), batch)
+    sharding, rows = _over_data(mesh), rows_here(mesh, batch_size)
+
+    def put(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            begin = np.searchsorted(rows, start)
+            return array[begin : begin + stop - start].copy()
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
+
+
+def settled(mesh: Mesh | None, state: PyTree) -> PyTree:
+    """A training state that stays where `place` has put it; within a jitted function."""
+    if mesh is None:
+        return state
+    return jax.lax.with_sharding_constraint(state, shardings(mesh, state))
+
+
+def shardings(mesh: Mesh, state: PyTree) -> PyTree:
+    """Where on the mesh the arrays of a training state lie, of which shapes suffice."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: NamedSharding(mesh, _spec(mesh, path, array)), state
+    )
+
+
+def place(mesh: Mesh | None, tree: PyTree) -> PyTree:
+    """Takes arrays, which are the same in all processes, to the devices of the mesh."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(_put, tree, shardings(mesh, tree))
+
+
+def whole(tree: PyTree) -> PyTree:
+    """Arrays of a mesh as one device of this process, or its host, has them in full.
+
+    All processes call it together.
+    """
+    return jax.tree.map(_whole, tree)
+
+
+def _over_data(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def _spec(mesh: Mesh, path: tuple[Any, ...], array: jax.Array) -> PartitionSpec:
+    """Along which axis of the mesh an array of a training state is divided: its last, or none.
+
+    What belongs to the arrays of a hypernetwork, as momentum does, has their name in its path.
+    """
+    names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
+    of_hypernetwork = array.ndim >= 2 and not names.isdisjoint(HypernetArrays._fields)
+    if of_hypernetwork and array.shape[-1] % mesh.shape[MODEL] == 0:
+        return PartitionSpec(*[None] * (array.ndim - 1), MODEL)
+    return PartitionSpec()
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        numbers = _put(jax.random.key_data(array), sharding)
+        return jax.jit(jax.random.wrap_key_data, out_shardings=sharding)(numbers)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _whole(array: Any) -> Any:
+    sharding = getattr(array, "sharding", None)
+    if sharding is None or sharding.num_devices == 1:
+        return array
+    if array.is_fully_replicated:
+        return array.addressable_data(0)
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -1,0 +1,87 @@
+"""Machines that are taken away: a process that is told to end saves what it has first."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+EXIT_CODE = 75  # "try again later" in sysexits.h
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def ended_at_once() -> Iterator[None]:
+    """While the block runs, which has nothing to save, SIGTERM ends the process with `EXIT_CODE`.
+
+    In a thread that is not the main one, where Python takes no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_CODE))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def asked_to_stop(grace: float) -> Iterator[Callable[[], bool]]:
+    """While the block runs, SIGTERM and Ctrl-C ask instead of ending the process.
+
+    Whoever works within the block polls what it is given. If the block has not ended `grace`
+    seconds after it was asked, as within a long compilation, the process ends with `EXIT_CODE`.
+    Ctrl-C given twice raises `KeyboardInterrupt`. In a thread that is not the main one, where
+    Python takes no signals, nothing is ever asked.
+
+    Args:
+      grace: in seconds.
+
+    Returns:
+      A function that tells whether the process was asked to end.
+    """
+    asked, ended = threading.Event(), threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and handle.interrupted:
+            raise KeyboardInterrupt
+        handle.interrupted = number == signal.SIGINT
+
+    def watch() -> None:
+        # Python's handlers wait for the compiler to return; this thread does not.
+        while number := os.read(reader, 1):
+            if number[0] in SIGNALS:
+                asked.set()
+                again = "; Ctrl-C again interrupts it" if number[0] == signal.SIGINT else ""
+                print(f"told to end: saving first{again}", file=sys.stderr, flush=True)
+                break
+        if asked.is_set() and not ended.wait(grace):
+            print(f"error: not done {grace:g} s after being told to end", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)
+
+    handle.interrupted = False
+    handlers = {number: signal.signal(number, handle) for number in SIGNALS}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield asked.is_set
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(writer)  # what ends the watcher
+        watcher.join()
+        os.close(reader)

@@ -1,0 +1,241 @@
+"""Several processes that train one network: the first one writes and decides, all go in step.
+
+Each of them has some of the devices, and all run the same program. Where there is one process,
+nothing of this module does anything.
+"""
+
+from collections.abc import Callable
+import json
+import os
+from pathlib import Path
+import sys
+import tempfile
+import time
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+import numpy as np
+
+Result = TypeVar("Result")
+
+
+JOINING = 300  # seconds that processes wait for each other at the beginning
+
+
+SILENT = 30  # seconds after which a process that is not heard of counts as dead, and all others end
+
+
+BETWEEN = 1.0  # seconds between two looks at whether to stop or to save
+
+
+PIECE = 2**24  # bytes that are told at once
+
+
+class ProcessError(RuntimeError):
+    """Another process has failed."""
+
+
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Makes this process one of several; before JAX is asked for its devices.
+
+    Without arguments JAX finds them in its environment: Cloud TPU, GKE, SLURM, Open MPI.
+
+    Args:
+      coordinator: `host:port` of the first process.
+      processes: how many there are.
+      process: the number of this one, from 0.
+
+    Raises:
+      ValueError: arguments that cannot be, or processes that do not find each other.
+    """
+    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        raise ValueError(
+            f"--{missing[0]}: expected together with --coordinator, --processes and --process; "
+            "got none"
+        )
+    if not missing:
+        _check(coordinator, processes, process)
+    # It would take the signal that asks a run to stop.
+    jax.config.update("jax_enable_preemption_service", False)
+    # CPUs mix up the communication of programs that run at the same time.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=JOINING,
+            heartbeat_timeout_seconds=SILENT,
+            shutdown_timeout_seconds=SILENT,
+        )
+    except (RuntimeError, ValueError) as error:
+        how = "--distributed" if missing else f"--coordinator={coordinator}"
+        raise ValueError(f"{how}: cannot join the other processes: {_line(error)}") from error
+
+
+def _check(coordinator: str, processes: int, process: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ValueError(
+            f"--coordinator: expected host:port, such as 10.0.0.1:8476; got {coordinator!r}"
+        )
+    if processes < 1:
+        raise ValueError(f"--processes: expected at least 1; got {processes}")
+    if not 0 <= process < processes:
+        raise ValueError(f"--process: expected 0 to {processes - 1}; got {process}")
+
+
+def are_several() -> bool:
+    """Whether this process is one of several."""
+    return jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def lost(error: Exception) -> str:
+    """Tells that work with the other processes has failed."""
+    return (
+        f"process {jax.process_index()} of {jax.process_count()}: work with the other processes "
+        f"has failed, one of them may have died: {_line(error)}"
+    )
+
+
+def leave(code: int) -> None:
+    """Ends this process with an exit code; at once if others may wait for it, so that they notice.
+
+    JAX would wait for them first.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def from_first(work: Callable[[], Any]) -> Any:
+    """What the first process gets by a piece of work that it alone does, in all processes.
+
+    Args:
+      work: returns a JSON value.
+
+    Raises:
+      Exception: in the first process what `work` has raised.
+      ProcessError: in the others that it has raised something.
+    """
+    if not are_several():
+        return work()
+    told, failure = {}, None
+    if is_first():
+        try:
+            told = {"result": work()}
+        except Exception as error:
+            told, failure = {"error": _line(error)}, error
+    told = json.loads(_bytes_from_first(json.dumps(told).encode()))
+    if failure is not None:
+        raise failure
+    if "error" in told:
+        raise ProcessError(f"the first process has ended: {told['error']}")
+    return told["result"]
+
+
+def folder_from_first(folder: Path, read: Callable[[Path], Result]) -> Result:
+    """Reads a folder that the first process can see, in all processes.
+
+    Args:
+      folder: of files.
+      read: of the folder, or of a copy.
+    """
+    if not are_several():
+        return read(folder)
+    names = from_first(lambda: sorted(path.name for path in folder.iterdir() if path.is_file()))
+    with tempfile.TemporaryDirectory() as copy:
+        for name in names:
+            content = _bytes_from_first((folder / name).read_bytes() if is_first() else b"")
+            (Path(copy) / name).write_bytes(content)
+        return read(Path(copy))
+
+
+def arrays_from_first(tree: PyTree | None, like: PyTree) -> PyTree:
+    """The first process's tree of NumPy arrays, in all processes.
+
+    Args:
+      tree: the arrays, where this is the first process.
+      like: arrays of the same structure, shapes and dtypes.
+    """
+    if not are_several():
+        return tree
+    leaves, structure = jax.tree.flatten(like)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
+    content, arrays = _bytes_from_first(content), []
+    for leaf, end, size in zip(leaves, np.cumsum(sizes), sizes, strict=True):
+        numbers = np.frombuffer(content[end - size : end], leaf.dtype)
+        arrays.append(numbers.reshape(leaf.shape))
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _bytes_from_first(content: bytes) -> bytes:
+    """Told in pieces of few different sizes, each of which is compiled for."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content) // 2**16)))
+    rest = int(multihost_utils.broadcast_one_to_all(np.int32(len(content) % 2**16)))
+    left, pieces = size * 2**16 + rest, []
+    while left:
+        room = min(PIECE, max(2**10, 1 << (left - 1).bit_length()))
+        at = sum(map(len, pieces))
+        piece = np.zeros(room, np.uint8)
+        mine = np.frombuffer(content[at : at + room], np.uint8)
+        piece[: mine.size] = mine if is_first() else 0
+        told = multihost_utils.broadcast_one_to_all(piece)
+        pieces.append(told[: min(left, room)].tobytes())
+        left -= len(pieces[-1])
+    return b"".join(pieces)
+
+
+class Turns:
+    """Looks whether to stop or to save, after the same step in all processes.
+
+    One process looks after every step. Several do so together about once a second, because none
+    may be ahead of the others then.
+    """
+
+    def __init__(self):
+        self.left = self.length = 1  # steps to the next look, and between the last two
+        self.looked = time.monotonic()
+
+    def look(self, stopping: Callable[[], bool], due: Callable[[], bool]) -> tuple[bool, bool]:
+        """Called after every step.
+
+        Args:
+          stopping: whether this process was asked to stop.
+          due: whether it is time to save; only the first process is asked.
+
+        Returns:
+          Whether any process was asked to stop, and whether it is time to save.
+        """
+        if not are_several():
+            stop = stopping()
+            return stop, not stop and due()
+        self.left -= 1
+        if self.left:
+            return False, False
+        now = time.monotonic()
+        wanted = int(self.length * BETWEEN / max(now - self.looked, 1e-3))
+        next_length = max(1, min(wanted, 2 * self.length))
+        mine = np.array([stopping(), is_first() and due(), next_length], np.int32)
+        all_of_them = multihost_utils.process_allgather(mine)
+        self.left = self.length = int(all_of_them[0, 2])
+        self.looked = time.monotonic()
+        return bool(all_of_them[:, 0].any()), bool(all_of_them[0, 1])
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,242 @@
+"""Networks in formats that run without this library, tried as they will be used."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+from dataclasses import dataclass
+import functools
+import importlib.util
+import os
+from pathlib import Path
+import shutil
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+import numpy as np
+
+from dhp_jax import files
+from dhp_jax.artifact.writing import may_hold
+from dhp_jax.core.latent import walk
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.export.writers import (
+    NEEDS,
+    WRITERS,
+    Build,
+    ExportError,
+    Forward,
+    Shape,
+    _enlarged,
+    _sizes,
+)
+from dhp_jax.files import unfinished
+from dhp_jax.pruned.fold import Identity, fold
+from dhp_jax.tasks.tiling import tiling
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+      path: the file, or the folder for safetensors.
+      shape: of the inputs; texts are sizes that are free.
+      folded: how many layers were folded into others.
+      differences: by the name of the inputs it was tried on, the largest absolute difference of its
+        outputs to the network's.
+      largest: the largest absolute value among the network's outputs.
+      fixed: why height and width are fixed, in one line; `None` where they are free, or were not
+        to be.
+    """
+
+    path: Path
+    shape: Shape
+    folded: int
+    differences: Mapping[str, float]
+    largest: float
+    fixed: str | None = None
+
+
+def export(
+    model: nnx.Module,
+    path: str | os.PathLike,
+    input_shape: tuple[int, ...],
+    *,
+    format: str,
+    inputs: Mapping[str, Float[np.ndarray, "n *example"]] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    build: Build = None,
+) -> Exported:
+    """Writes a network for inference, with BatchNorm folded where that is exact, and tries it.
+
+    The batch size is free, and height and width too where the network and the format allow.
+
+    Args:
+      model: an ordinary or pruned network; left as it was.
+      path: the file to write, or the folder for safetensors; a file, or a folder with a network
+        only, is replaced once what was written has been tried.
+      input_shape: of one example, `(height, width, channels)`.
+      format: "stablehlo" (for cpu, cuda and tpu; `jax.export.deserialize` reads it), "onnx" (in
+        float32) or "safetensors" (a folder that `dhp.load` reads).
+      inputs: float32 batches by name on which the outputs of what was written are compared with the
+        network's; two random examples if `None`. The first is tried at another size too, where the
+        size is free.
+      notes: JSON values that ONNX files carry as metadata, and folders as `dhp.save` keeps them.
+      build: makes a network of your own class, unpruned, as for `dhp.load`; for safetensors.
+
+    Returns:
+      What was written, and how far its outputs were from the network's.
+
+    Raises:
+      ValueError: an unknown format or one whose packages are missing, a path where something else
+        is, a network with latents, or one that cannot be written in this format. What was at `path`
+        before is left as it was.
+      ExportError: outputs differ by more than rounding; what was at `path` is left as it was.
+
+    Example:
+      >>> export(small, "small.onnx", (32, 32, 3), format="onnx").differences
+      {'random': 1.4e-06, 'another size': 1.9e-06}
+    """
+    check_format(format)
+    check_path(path, format)
+    _check_build(model, format, build)
+    path, input_shape = Path(path), tuple(input_shape)
+    if inputs is None:
+        random = np.random.default_rng(0).normal(size=(2, *input_shape))
+        inputs = {"random": random.astype(np.float32)}
+    model = nnx.clone(model)
+    model.eval()
+    write = WRITERS[format] if build is None else functools.partial(WRITERS[format], build=build)
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = unfinished(target)
+    multiple = tiling(model).multiple
+    shapes = list(_shapes(input_shape, multiple))
+    if format == "safetensors":  # read as the network that it is, with all its freedom
+        shapes = shapes[-1:]
+    failure = None
+    for shape in shapes:
+        tried = dict(inputs)
+        if "batch" not in shape[1:] and shape[1:] != input_shape:
+            tried["another size"] = _enlarged(next(iter(inputs.values())), multiple)
+        try:
+            folded = fold(model, input_shape if format == "safetensors" else _sizes(shape))
+            with _removed(part):
+                run = write(folded, part, shape, notes or {})
+                differences, largest = _compared(model, run, tried)
+                files.put(part, target)
+        except Exception as error:  # whatever a forward pass or a converter may raise
+            failure = error
+            continue
+        count = sum(isinstance(module, Identity) for _, _, module in walk(folded))
+        fixed = _reason(failure) if failure is not None and shape == shapes[-1] else None
+        return Exported(path, shape, count, differences, largest, fixed)
+    if isinstance(failure, ExportError):
+        raise failure
+    what = _reason(failure)
+    if "_DimExpr" in what:
+        what += "; the batch size is symbolic, so write x.shape[0] for len(x)"
+    raise ValueError(f"model: it cannot be written as {format}: {what}") from failure
+
+
+def _reason(failure: Exception) -> str:
+    """Why a shape was not written, in one line."""
+    if isinstance(failure, ExportError):
+        return str(failure).removeprefix("export: ")
+    return f"{type(failure).__name__}: {failure}".splitlines()[0].rstrip(": ")
+
+
+def check_format(format: str) -> None:
+    """Raises a `ValueError` unless a format is known and the packages that it needs are there."""
+    if format not in NEEDS:
+        raise ValueError(f"format: expected one of {', '.join(NEEDS)}; got {format!r}")
+    missing = [name for name in NEEDS[format] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"format: {format!r} needs {' and '.join(missing)}, not installed here; "
+            f'run: pip install "dhp_jax[{format}]"'
+        )
+
+
+def check_path(path: str | os.PathLike, format: str, argument: str = "path") -> None:
+    """Raises a `ValueError` where something is that an export must not replace."""
+    path = Path(path)
+    if format == "safetensors" and not may_hold(path):
+        raise ValueError(
+            f"{argument}: expected no or an empty folder, or one with a network only, got {path}"
+        )
+    if format != "safetensors" and path.exists() and not path.is_file():
+        what = "the folder" if path.is_dir() else "something else:"
+        raise ValueError(f"{argument}: expected a file, or nothing there yet, got {what} {path}")
+
+
+def _check_build(model: nnx.Module, format: str, build: Build) -> None:
+    own = architecture_of(model).family is None
+    if own and format == "safetensors" and build is None:
+        raise ValueError("build: expected the function that builds this network, to read it back")
+    if build is not None and format != "safetensors":
+        raise ValueError(f"build: expected none for {format}, which is read without it")
+
+
+def _shapes(input_shape: tuple[int, ...], multiple: int) -> Iterator[Shape]:
+    """Shapes of a batch, the freest first."""
+    if len(input_shape) == 3:
+        yield "batch", "height", "width", input_shape[-1]
+        if multiple > 1:
+            yield "batch", f"{multiple}*height", f"{multiple}*width", input_shape[-1]
+    yield "batch", *input_shape
+
+
+@contextlib.contextmanager
+def _removed(part: Path) -> Iterator[None]:
+    """Removes an unfinished file or folder, before and after."""
+    _remove(part)
+    try:
+        yield
+    finally:
+        _remove(part)
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir() and not part.is_symlink():
+        shutil.rmtree(part)
+    else:
+        part.unlink(missing_ok=True)
+
+
+# Comparing
+
+
+def _compared(
+    model: nnx.Module, run: Forward, inputs: Mapping[str, Float[np.ndarray, "n *example"]]
+) -> tuple[dict[str, float], float]:
+    """The largest differences of outputs by name of the inputs, and the largest output.
+
+    Raises:
+      ExportError: outputs that are missing, of another shape, or unlike by more than rounding.
+    """
+    network = jax.jit(lambda x: model(x))
+    differences, largest = {}, 0.0
+    for name, x in inputs.items():
+        expected = [np.asarray(y, np.float32) for y in jax.tree.leaves(network(jnp.asarray(x)))]
+        found = [np.asarray(y, np.float32) for y in jax.tree.leaves(run(jnp.asarray(x)))]
+        shapes = [[y.shape for y in outputs] for outputs in (expected, found)]
+        if shapes[0] != shapes[1]:
+            raise ExportError(f"export: expected outputs of shapes {shapes[0]}, got {shapes[1]}")
+        pairs = list(zip(expected, found, strict=True))
+        peak = max(float(np.abs(y).max()) for y in expected)
+        differences[name] = max(float(np.abs(a - b).max()) for a, b in pairs)
+        largest = max(largest, peak)
+        if not differences[name] <= _tolerance(model) * max(1.0, peak):
+            raise ExportError(
+                f"export: outputs on {name}, of shape {x.shape}, differ from the network's by up "
+                f"to {differences[name]:.3g}, where they are up to {peak:.3g}"
+            )
+    return differences, largest
+
+
+def _tolerance(model: nnx.Module) -> float:
+    """How far outputs may be off, as a share of the largest."""
+    dtypes = (getattr(layer, "dtype", None) for _, _, layer in walk(model))
+    return 0.1 if any(dtype in (jnp.bfloat16, jnp.float16) for dtype in dtypes) else 1e-3

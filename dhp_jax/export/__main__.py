@@ -1,0 +1,142 @@
+"""Writes a saved network in a format that runs without this library, and tries what it has written.
+
+python -m dhp_jax.export runs/resnet56 --format=onnx
+python -m dhp_jax.export runs/resnet56 --format=stablehlo --which=best --out=resnet56.stablehlo
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+from pathlib import Path
+import sys
+
+from jaxtyping import Float, Shaped, UInt8
+from ml_collections import ConfigDict
+import numpy as np
+
+from dhp_jax import cli
+from dhp_jax.cli import Saved, imported, opened
+from dhp_jax.data.augment import normalize
+from dhp_jax.data.photos import photographs
+from dhp_jax.data.stream import Stream
+from dhp_jax.export import check_format, check_path, export
+from dhp_jax.export.writers import NEEDS
+from dhp_jax.pipeline.setup import problem
+from dhp_jax.tasks import Classification
+from dhp_jax.tasks.task import Data
+from dhp_jax.workdir.identity import CONFIG
+
+ENDINGS = {"stablehlo": ".stablehlo", "onnx": ".onnx", "safetensors": "-folded"}
+
+
+REAL = 8  # test images that an export is tried on, at most
+
+
+# The command
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the arguments, writes the file and prints what became of it."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--format", choices=NEEDS, required=True)
+    parser.add_argument("--out", type=Path, help="file or folder; beside the network by default")
+    parser.add_argument("--input-shape", type=_shape_of, help="32,32,3, if none is noted")
+    options = parser.parse_args(arguments)
+    check_format(options.format)
+    if options.out is not None:
+        check_path(options.out, options.format, "--out")
+    saved = opened(options.model, options.which, options.build)
+    if options.out is not None and options.out.resolve() == saved.path.resolve():
+        raise ValueError(f"--out: expected another folder than the network's, got {options.out}")
+    shape = options.input_shape or saved.input_shape
+    if shape is None:
+        raise ValueError(f"--input-shape: expected one, for {saved.path} notes none; got none")
+    folder = options.format == "safetensors"
+    made = export(
+        saved.model,
+        options.out or saved.path.with_name(saved.path.resolve().name + ENDINGS[options.format]),
+        shape,
+        format=options.format,
+        inputs=_inputs(saved, shape, options.model),
+        notes={**saved.notes, "input_shape": list(shape)},
+        build=imported(options.build) if options.build and folder else None,
+    )
+    sizes = ", ".join(map(str, made.shape))
+    print(f"{made.path}: takes ({sizes}) in float32; {made.folded} layers folded into others")
+    if made.fixed is not None:
+        print(f"height and width are fixed, because with free ones: {made.fixed}")
+    told = ", ".join(f"{value:.2g} on {name}" for name, value in made.differences.items())
+    print(f"largest difference to the network: {told}; its outputs are up to {made.largest:.4g}")
+
+
+def _shape_of(text: str) -> tuple[int, ...]:
+    """The type of a flag: "32,32,3"."""
+    sizes = tuple(map(int, text.split(",")))
+    if min(sizes) < 1:
+        raise ValueError(text)
+    return sizes
+
+
+def _inputs(
+    saved: Saved, shape: tuple[int, ...], folder: Path
+) -> dict[str, Float[np.ndarray, "n h w c"]] | None:
+    """Random and real inputs; `None` for a network that does not take images."""
+    if len(shape) != 3 or shape[-1] not in (1, 3):
+        return None
+    random = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
+    inputs = {"random pixels": _prepared(saved, random)}
+    if (folder / CONFIG).is_file():
+        try:
+            tested = _of_run(folder, shape)
+        except ValueError as error:  # data that are no longer there
+            print(f"test images cannot be read: {error}", file=sys.stderr)
+        else:
+            return inputs | {f"{len(tested)} test images": tested}
+    images = _photographs(shape)
+    return inputs | {f"{len(images)} photographs": _prepared(saved, images)}
+
+
+def _prepared(saved: Saved, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
+    """What the network takes for images; a guess where it is not noted how to normalise them."""
+    if saved.task == "classification" and not {"mean", "std"} <= saved.notes.keys():
+        return (images.astype(np.float32) - 127) / 64
+    return np.asarray(saved.inputs(images))
+
+
+def _of_run(folder: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"]:
+    """Inputs from a run's test data."""
+    asked = problem(ConfigDict(json.loads((folder / CONFIG).read_text())))
+    data = asked.read("test")
+    if isinstance(asked.task, Classification):
+        return np.asarray(normalize(_first_images(data), asked.task.mean, asked.task.std))
+    inputs = (asked.task.test_input(photo, i) for i, photo in enumerate(data[:REAL]))
+    return np.stack([_cropped(image, shape) for image in inputs])
+
+
+def _first_images(data: Data) -> UInt8[np.ndarray, "n h w c"]:
+    if not isinstance(data, Stream):
+        images, _ = data
+        return images[np.arange(min(REAL, len(images)))]
+    with dataclasses.replace(data, workers=0).in_order(min(REAL, data.size)) as batches:
+        (images, _), _ = next(batches)
+        return np.array(images)
+
+
+def _photographs(shape: tuple[int, ...]) -> UInt8[np.ndarray, "n h w c"]:
+    """Photographs that scikit-image ships, cut to a size."""
+    shipped = photographs.load("photographs", channels=shape[-1], patch=1)
+    return np.stack([_cropped(photo.target, shape) for photo in shipped.read("test")])
+
+
+def _cropped(
+    image: Shaped[np.ndarray, "h w c"], shape: tuple[int, ...]
+) -> Shaped[np.ndarray, "..."]:
+    """An image from its top left corner, which goes on periodically if it is too small."""
+    height, width, _ = shape
+    missing = (max(0, height - image.shape[0]), max(0, width - image.shape[1]))
+    padded = np.pad(image, (*((0, n) for n in missing), (0, 0)), mode="wrap")
+    return padded[:height, :width]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,145 @@
+"""One writer for each format of exported networks."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+import jax
+from jax import export as jax_export
+import jax.numpy as jnp
+from jaxtyping import Float
+import numpy as np
+
+from dhp_jax import files
+from dhp_jax.artifact import reading, writing
+from dhp_jax.core.latent import walk
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+OPSET = 21  # of ONNX; onnxruntime has it since 1.20
+
+
+NEEDS = {  # packages that an extra of the same name brings
+    "stablehlo": ("flatbuffers",),
+    "onnx": ("jax2onnx", "onnxruntime"),
+    "safetensors": (),
+}
+
+
+Shape = tuple[Any, ...]  # of a batch; texts are sizes that are free
+
+
+Build = Callable[[nnx.Rngs], nnx.Module] | None
+
+
+Forward = Callable[[Float[np.ndarray, "n *example"]], Any]
+
+
+class ExportError(RuntimeError):
+    """A file that does not compute what the network computes."""
+
+
+def _sizes(shape: Shape) -> Shape:
+    """A shape with symbolic sizes in place of texts."""
+    return jax_export.symbolic_shape(", ".join(map(str, shape)))
+
+
+def _enlarged(x: Float[np.ndarray, "n h w c"], multiple: int) -> Float[np.ndarray, "n h2 w2 c"]:
+    """Images that go on periodically at the bottom and on the right."""
+    return np.pad(x, ((0, 0), (0, multiple), (0, 2 * multiple), (0, 0)), mode="wrap")
+
+
+# Writing, and reading what was written
+
+
+def _stablehlo(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any]) -> Forward:
+    graphdef, state = nnx.split(model)
+    forward = jax.jit(lambda images: nnx.merge(graphdef, state, copy=True)(images))
+    images = jax.ShapeDtypeStruct(_sizes(shape), jnp.float32)
+    files.write(path, jax_export.export(forward, platforms=PLATFORMS)(images).serialize())
+    return jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)
+
+
+def _onnx(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any]) -> Forward:
+    import jax2onnx
+    import onnxruntime
+
+    with _quiet("onnx_ir", "jax2onnx"):
+        made = jax2onnx.to_onnx(
+            _in_float32(model),
+            inputs=[shape],
+            model_name=type(model).__name__,
+            opset=OPSET,
+            input_names=["images"],
+        )
+    # jax2onnx 0.17 moves transpositions about, but not the shapes noted of what lies between them.
+    del made.graph.value_info[:]
+    _round_down(made.graph)
+    for name, value in notes.items():
+        made.metadata_props.add(key=name, value=json.dumps(value))
+    files.write(path, made.SerializeToString())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(
+        path.read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
+    return lambda images: session.run(None, {"images": np.asarray(images)})
+
+
+def _round_down(graph: Any) -> None:
+    """Quotients of sizes are rounded down, as in JAX: jax2onnx 0.17 has those below 0 rounded up.
+
+    One below 0 is in the size that a convolution with strides and padding "SAME" puts out, by which
+    a mean divides: -(-height // 2).
+    """
+    from onnx import helper
+
+    for place, node in reversed(list(enumerate(graph.node))):
+        if node.op_type == "Div" and node.output[0].startswith("dimexpr"):
+            size, divisor = node.input
+            rest, whole = f"{node.output[0]}_rest", f"{node.output[0]}_whole"
+            graph.node.insert(place, helper.make_node("Sub", [size, rest], [whole]))
+            graph.node.insert(place, helper.make_node("Mod", [size, divisor], [rest]))
+            node.input[0] = whole
+
+
+def _safetensors(
+    model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any], build: Build = None
+) -> Forward:
+    writing.save(path, model, **notes)
+    return jax.jit(reading.load(path, build=build))
+
+
+WRITERS: Mapping[str, Callable[..., Forward]] = {
+    "stablehlo": _stablehlo,
+    "onnx": _onnx,
+    "safetensors": _safetensors,
+}
+
+
+def _in_float32(model: nnx.Module) -> nnx.Module:
+    """The network with layers that compute in float32: onnxruntime has no other convolutions."""
+    model = nnx.clone(model)
+    for _, _, layer in walk(model):
+        if getattr(layer, "dtype", None) in (jnp.bfloat16, jnp.float16):
+            layer.dtype = jnp.float32
+    return model
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Loggers of these names say nothing below an error."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,54 @@
+"""A run from its configuration to its report."""
+
+from collections.abc import Callable, Sequence
+import os
+from typing import Any
+
+from dhp_jax.distributed.processes import from_first, is_first
+from dhp_jax.errors import ConfigError
+from dhp_jax.pipeline.phases import _Work
+from dhp_jax.pipeline.preparation import Run, fields_of_config, held_by_first
+from dhp_jax.report import write as report_write
+from dhp_jax.train.phase import OriginError
+from dhp_jax.workdir.identity import note_command
+
+
+@fields_of_config()
+def execute(
+    run: Run,
+    *,
+    baseline: str | os.PathLike | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Carries out a run, or what is left of it, and writes its report.
+
+    Args:
+      run: from `prepare`.
+      baseline: directory of a finished run with `method="baseline"`, for comparison.
+      stopping: asked after every step of training whether to stop.
+      command: the command line, if there was one, to be noted in `workdir`.
+
+    Returns:
+      The summary, as in `summary.json`.
+
+    Raises:
+      Stopped: `stopping` said so; the run goes on from there when it is started again.
+      FloatingPointError: a loss or a latent is not finite.
+      OSError: `workdir` can no longer be written.
+      ConfigError: another process is at work there.
+      DataNotFoundError: an image cannot be decoded.
+      ProcessError: another of the processes that carry out this run has failed.
+    """
+    with held_by_first(run.workdir, run.config):
+        if command and is_first():
+            note_command(run.workdir, command)
+        work = _Work(run, stopping)
+        try:
+            if work.method.prunes:
+                work.converge(work.prune(work.start()))
+            else:
+                work.train_baseline()
+        except OriginError as error:
+            raise ConfigError(f"config.{error}; give another --workdir") from error
+        return from_first(lambda: report_write.write(run.workdir, baseline=baseline))

@@ -1,0 +1,90 @@
+"""Do the training data fit on the device and in memory, and how many processes read them?"""
+
+import os
+from pathlib import Path
+import shutil
+
+import jax
+from ml_collections import ConfigDict
+
+from dhp_jax.data.decode import memory_available
+from dhp_jax.errors import ConfigError
+
+SHARE = 0.5  # of the memory that is free, for data
+
+
+COPIES = 4  # of photographs on the host, while they are laid out
+
+
+BATCHES = 4  # of a stream that each process may have in shared memory
+
+
+MOST_WORKERS = 16  # unless more are asked for
+
+
+def _is_streamed(
+    config: ConfigDict, known: bool | None, needed: int, on_host: int, what: str
+) -> bool:
+    """Whether data are read while they are used, or are on the device as a whole.
+
+    Args:
+      config: says which, or leaves it to what is known, or to their size.
+      known: whether they were when the run began.
+      needed: bytes that they would take on the device.
+      on_host: bytes that they would take in the host's memory.
+      what: an error calls them.
+    """
+    if config.data.streamed is None and known is not None:
+        return known
+    fits = True
+    for bytes_needed, where, free in (
+        (needed, "the device", free_memory()),
+        (on_host, "the host", memory_available()),
+    ):
+        room = int(SHARE * free)
+        fits &= bytes_needed <= room
+        if config.data.streamed is False and bytes_needed > room:
+            raise ConfigError(
+                f"config.data.streamed: expected True for {what}, which take {bytes_needed:,} "
+                f"bytes of {where}; at most {room:,} are for data there; got False"
+            )
+    return not fits if config.data.streamed is None else config.data.streamed
+
+
+def free_memory() -> int:
+    """Bytes that the device has left; those of the host where that is the device."""
+    found = jax.local_devices()[0].memory_stats()
+    if not found or "bytes_limit" not in found:
+        return memory_available()
+    return found["bytes_limit"] - found["bytes_in_use"]
+
+
+def _workers(config: ConfigDict, batch_bytes: int) -> int:
+    """How many processes read a stream: those that are asked for, or one a core that is left.
+
+    Their batches go through shared memory, which containers may have little of.
+    """
+    room = shared_memory()
+    most = int(SHARE * room // (BATCHES * batch_bytes))
+    if config.data.workers is None:
+        return min(MOST_WORKERS, max(1, usable_cores() - 1), most)
+    if config.data.workers > most:
+        raise ConfigError(
+            f"config.data.workers: expected at most {most}, for {BATCHES} batches of each in "
+            f"shared memory ({room:,} bytes are free there; 0 needs none); got "
+            f"{config.data.workers}"
+        )
+    return config.data.workers
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def shared_memory() -> int:
+    """Bytes that are free in memory that processes share."""
+    folder = Path("/dev/shm")
+    return shutil.disk_usage(folder).free if folder.is_dir() else memory_available()

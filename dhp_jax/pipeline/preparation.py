@@ -1,0 +1,213 @@
+"""What of a run can be checked before any work is done: its configuration, data and directory."""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from dataclasses import dataclass
+import os
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dhp_jax.budgets.counted import check_budget, limits
+from dhp_jax.budgets.latency import check_latency, clock
+from dhp_jax.config.checks import check
+from dhp_jax.config.methods import METHODS
+from dhp_jax.core.axes import check_axes
+from dhp_jax.core.cost import Cost, measure_cost
+from dhp_jax.distributed.mesh import DATA, check_batch, make_mesh
+from dhp_jax.distributed.processes import from_first, is_first
+from dhp_jax.errors import ConfigError
+from dhp_jax.models import registry
+from dhp_jax.models.registry import build_abstract
+from dhp_jax.pipeline.setup import Problem, known_arguments, origins, problem
+from dhp_jax.train.phase import Observer
+from dhp_jax.workdir import source_run
+from dhp_jax.workdir.identity import CONFIG, data_choice, held, settle_data
+from dhp_jax.workdir.metrics import Journal
+from dhp_jax.workdir.source_run import made_from
+
+PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
+
+
+MOST_STEPS = 2**31 - 1  # they are counted in int32
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose configuration, data and directory have been found good.
+
+    Attributes:
+      config: its configuration.
+      workdir: the directory that it writes to.
+      problem: its task and data.
+      build: makes the unpruned network of latents.
+      cost: of that network.
+      journal: its records; `None` in all processes but the first.
+      observers: told how training goes, beside the journal; in the first process.
+      mesh: the devices, if there are several.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    problem: Problem
+    build: Callable[[], nnx.Module]
+    cost: Cost
+    journal: Journal | None
+    observers: Sequence[Observer] = ()
+    mesh: Mesh | None = None
+
+
+def prepare(
+    config: ConfigDict, workdir: str | os.PathLike, observers: Sequence[Observer] = ()
+) -> Run:
+    """Checks everything that can be checked before work is done.
+
+    Args:
+      config: see `dhp_jax.config.default`.
+      workdir: directory of the run; made if it is not there.
+      observers: told how training goes, beside the journal in `workdir`.
+
+    Raises:
+      ValueError: a field of `config`, the data, or a `workdir` that cannot be written or is that
+        of another configuration; the message names it, its value and what is possible.
+    """
+    check(config)
+    method = METHODS[config.method]
+    if config.targets is not None and method.prunes:
+        raise ConfigError(
+            "config.targets: expected None for a single run, for `dhp_jax.targets` carries out "
+            f"several; got {tuple(config.targets)}"
+        )
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    if mesh is not None:
+        check_batch(config.batch_size, mesh.shape[DATA], jax.process_count())
+    arguments = dict(config.model)
+    name = arguments.pop("name")
+    for argument, field in origins(config).items():
+        if argument in arguments:
+            raise ConfigError(
+                f"config.model.{argument}: follows from config.{field}, not given here"
+            )
+    arguments |= known_arguments(config)
+    _abstract(config, arguments)  # before the data, which may have to be downloaded
+    if method.source is not None:
+        from_first(lambda: made_from(config, workdir))
+    asked = _agreed_problem(config, workdir)
+    arguments |= asked.arguments
+    abstract = _abstract(config, arguments)
+    if method.source is not None:
+        from_first(lambda: source_run.check(config, workdir, asked.checksums, abstract))
+    cost = measure_cost(abstract, asked.input_shape)
+    try:
+        check_budget(abstract, cost, config.multiple_of, **counted(config))
+    except ValueError as error:
+        of_target = str(error).startswith("flops:") and _target_is_smallest(config)
+        of_budget = not str(error).startswith("multiple_of:")
+        field = "target: " if of_target else "budget." if of_budget else ""
+        raise ConfigError(f"config.{field}{error}") from error
+    check_axes(abstract, asked.input_shape)
+    try:
+        asked.task.check(abstract)
+    except ValueError as error:
+        raise ConfigError(f"config.task.{error}") from error
+
+    def build() -> nnx.Module:
+        return registry.build(name, **arguments, rngs=nnx.Rngs(config.seed))
+
+    workdir = Path(workdir)
+    if method.chooses and config.budget.latency is not None:
+        from_first(lambda: _check_latency(config, workdir, build, cost, asked.input_shape))
+    with held_by_first(workdir, config):  # so that an error comes now
+        from_first(lambda: settle_data(workdir, asked.streamed, asked.checksums))
+    journal = Journal(workdir, PHASES) if is_first() else None
+
+    told = observers if is_first() else ()
+    return Run(config, workdir, asked, build, cost, journal, told, mesh)
+
+
+def counted(config: ConfigDict) -> dict[str, float]:
+    """The budgets that are counted, by name; of the FLOPs the smallest one."""
+    return limits({**config.budget, "latency": None}, config.target)
+
+
+def _target_is_smallest(config: ConfigDict) -> bool:
+    return config.budget.flops is None or config.target <= config.budget.flops
+
+
+def _check_latency(
+    config: ConfigDict,
+    workdir: Path,
+    build: Callable[[], nnx.Module],
+    cost: Cost,
+    input_shape: tuple[int, ...],
+) -> None:
+    """Raises if a run that is new has a latency budget that its smallest network exceeds."""
+    if (workdir / CONFIG).is_file():
+        return
+    model = build()
+    timed = clock(model, input_shape, config.budget.batch or 1)
+    try:
+        check_latency(model, cost, config.budget.latency, timed, config.multiple_of)
+    except ValueError as error:
+        raise ConfigError(f"config.budget.{error}") from error
+
+
+@contextlib.contextmanager
+def held_by_first(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Holds the directory of a run while the first process is in the block."""
+    with contextlib.ExitStack() as stack:
+        from_first(lambda: stack.enter_context(held(workdir, config)))
+        yield
+
+
+def _abstract(config: ConfigDict, arguments: dict[str, Any]) -> nnx.Module:
+    """The network in shapes and dtypes; an error names the field that an argument comes from."""
+    try:
+        return build_abstract(config.model.name, **arguments)
+    except ValueError as error:
+        argument, _, what = str(error).partition(": ")
+        field = origins(config).get(argument, f"model.{argument}")
+        raise ConfigError(f"config.{field}: {what}") from error
+
+
+def _agreed_problem(config: ConfigDict, workdir: str | os.PathLike) -> Problem:
+    """The task on its data, which are streamed or not as the run has begun, in all processes."""
+    known = from_first(lambda: [config.to_json_best_effort(), data_choice(workdir)])
+    if config.to_json_best_effort() != known[0]:
+        raise ConfigError("config: expected that of the first process; this one has another")
+    found = _problem(config, known[1])
+    agreed = from_first(lambda: [found.streamed, found.checksums])
+    if agreed[0] != found.streamed:
+        found = _problem(config, agreed[0])
+    if agreed[1] != found.checksums:
+        raise ConfigError("config.data: expected the images of the first process; these are others")
+    return found
+
+
+def _problem(config: ConfigDict, streamed: bool | None) -> Problem:
+    """The task on its data."""
+    with fields_of_config():
+        found = problem(config, streamed)
+    steps = found.epoch // config.batch_size
+    for phase in PHASES:
+        if config[phase].epochs * steps > MOST_STEPS:
+            raise ConfigError(
+                f"config.{phase}.epochs: expected at most {MOST_STEPS // steps}, of {steps} steps "
+                f"each; got {config[phase].epochs}"
+            )
+    return found
+
+
+@contextlib.contextmanager
+def fields_of_config() -> Iterator[None]:
+    """An error about a field of `data` names it as one of `config`."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("data."):
+            raise
+        raise type(error)(f"config.{error}") from error

@@ -1,0 +1,206 @@
+"""What a configuration asks for: a task on its data, and what of the network follows from them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dhp_jax.data.device_images import Rows
+from dhp_jax.data.labelled import registry
+from dhp_jax.data.photos import photographs
+from dhp_jax.errors import ConfigError
+from dhp_jax.files import user_cache
+from dhp_jax.pipeline.memory import COPIES, _is_streamed, _workers
+from dhp_jax.tasks import Classification, Denoising, Restoration, SuperResolution, Task, patches
+from dhp_jax.tasks.metrics import WINDOW
+from dhp_jax.tasks.task import Data
+
+COST_SIZE = 128  # side of the photographs for which costs of restoration networks are published
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task on its data.
+
+    Attributes:
+      task: the task.
+      input_shape: of one example, for FLOPs.
+      epoch: how many training examples make an epoch.
+      arguments: of the network.
+      notes: JSON values that `dhp_jax.predict` needs of a network, see `dhp_jax.save`.
+      streamed: whether the data are read while they are used.
+      checksums: of the training and the test data tell them from others, by "train" and "test".
+      read: `read("train")` and `read("test")` give the data that the task reads examples from: a
+        stream, or trees of NumPy arrays (`Rows` of images and their labels; `Patches`).
+    """
+
+    task: Task
+    input_shape: tuple[int, int, int]
+    epoch: int
+    arguments: Mapping[str, Any]
+    notes: Mapping[str, Any]
+    streamed: bool
+    checksums: Mapping[str, int]
+    read: Callable[[str], Data]
+
+
+def origins(config: ConfigDict) -> dict[str, str]:
+    """The field that each argument of the network follows from that is not given itself."""
+    shared = {"min_channels": "search.min_channels", "dtype": "dtype"}
+    return shared | ORIGINS[config.task.name]
+
+
+def known_arguments(config: ConfigDict) -> dict[str, Any]:
+    """The network's arguments that follow from the configuration without a look at the data."""
+    arguments = {"min_channels": config.search.min_channels, "dtype": config.dtype}
+    for argument, field in ORIGINS[config.task.name].items():
+        if field.startswith("task."):
+            arguments[argument] = config.task[field.removeprefix("task.")]
+    return arguments
+
+
+def problem(config: ConfigDict, streamed: bool | None = None) -> Problem:
+    """Finds the data of a configuration, and sets up its task.
+
+    Args:
+      config: one that `dhp_jax.config.check` has found good.
+      streamed: whether to stream the data where `config` leaves that open; by size if `None`.
+
+    Raises:
+      ValueError: data that are not there, cannot be read, or do not suit the task.
+    """
+    return PROBLEMS[config.task.name](config, streamed)
+
+
+def _classification(config: ConfigDict, streamed: bool | None) -> Problem:
+    source = registry.load(
+        config.data.name,
+        config.data.dir,
+        image_size=config.data.image_size,
+        archive=config.data.archive,
+    )
+    if config.batch_size > source.train_size:
+        raise ConfigError(
+            f"config.batch_size: expected at most {source.train_size}, the number of training "
+            f"examples of {source.name!r}; got {config.batch_size}"
+        )
+    needed = source.bytes("train") + source.bytes("test")
+    what = f"the images of {source.name!r}"
+    streamed = _is_streamed(config, streamed, needed, needed, what)
+    batch_bytes = config.batch_size * source.bytes("train") // source.train_size
+    workers = _workers(config, batch_bytes) if streamed else 0
+
+    def read(split: str) -> Data:
+        if streamed:
+            return source.stream(split, workers)
+        images, labels = source.read(split)
+        return Rows.of(images), labels
+
+    return Problem(
+        task=Classification(
+            source.mean,
+            source.std,
+            _given(config.data.crop_padding, source.crop_padding),
+            _given(config.data.flip, source.flip),
+        ),
+        input_shape=source.image_shape,
+        epoch=source.train_size,
+        arguments={"num_classes": source.num_classes, "channels": source.image_shape[-1]},
+        notes={
+            "task": config.task.name,
+            "class_names": list(source.class_names),
+            "mean": list(source.mean),
+            "std": list(source.std),
+            "peak": source.peak,
+        },
+        streamed=streamed,
+        checksums={split: source.checksum(split) for split in ("train", "test")},
+        read=read,
+    )
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _super_resolution(config: ConfigDict, streamed: bool | None) -> Problem:
+    settings = config.task
+    if settings.patch % settings.scale:
+        raise ConfigError(
+            f"config.task.patch: expected a multiple of the scale, {settings.scale}; "
+            f"got {settings.patch}"
+        )
+    task = SuperResolution(
+        patch=settings.patch,
+        scale=settings.scale,
+        tile=settings.tile,
+        overlap=settings.overlap,
+        on_luminance=settings.psnr == "y",
+    )
+    arguments = {"scale": settings.scale, "channels": settings.channels}
+    return _restoration(config, streamed, task, arguments)
+
+
+def _denoising(config: ConfigDict, streamed: bool | None) -> Problem:
+    settings = config.task
+    task = Denoising(
+        patch=settings.patch,
+        sigma=settings.sigma,
+        tile=settings.tile,
+        overlap=settings.overlap,
+    )
+    return _restoration(config, streamed, task, {"channels": settings.channels})
+
+
+def _restoration(
+    config: ConfigDict, streamed: bool | None, task: Restoration, arguments: Mapping[str, Any]
+) -> Problem:
+    settings = config.task
+    source = photographs.load(
+        config.data.name,
+        config.data.dir,
+        config.data.test_dir,
+        channels=settings.channels,
+        scale=task.scale,
+        patch=task.patch,
+        smallest_test=WINDOW + 2 * task.shave,
+    )
+
+    needed, what = source.bytes, "the training photographs"
+    streamed = _is_streamed(config, streamed, needed, COPIES * needed, what)
+    patch_bytes = settings.channels * task.patch**2 * (2 if task.scale > 1 else 1)
+    workers = _workers(config, config.batch_size * patch_bytes) if streamed else 0
+
+    def read(split: str) -> Data:
+        if split == "train" and streamed:
+            folder = config.data.cache or user_cache("photographs")
+            return source.stream(task.patch, workers, Path(folder).expanduser())
+        images = source.read(split)
+        return patches(images, task.scale) if split == "train" else images
+
+    return Problem(
+        task=task,
+        input_shape=(COST_SIZE, COST_SIZE, settings.channels),
+        epoch=settings.steps_per_epoch * config.batch_size,
+        arguments=arguments,
+        notes={"task": settings.name},
+        streamed=streamed,
+        checksums={split: source.checksum(split) for split in ("train", "test")},
+        read=read,
+    )
+
+
+PROBLEMS: Mapping[str, Callable[[ConfigDict, bool | None], Problem]] = {
+    "classification": _classification,
+    "super_resolution": _super_resolution,
+    "denoising": _denoising,
+}
+
+
+ORIGINS: Mapping[str, Mapping[str, str]] = {
+    "classification": {"num_classes": "data.name", "channels": "data.name"},
+    "super_resolution": {"scale": "task.scale", "channels": "task.channels"},
+    "denoising": {"channels": "task.channels"},
+}

@@ -1,0 +1,136 @@
+"""Several sizes from one search: a network for each of some targets, each converged on its own.
+
+Each target has a run of its own, in a directory of its own, that ends as it would alone. What they
+share is the search: it is a function of the seed and the step, and the target only says when it
+ends, so that of a smaller target goes on from the last checkpoint of that of the larger one.
+"""
+
+from collections.abc import Callable, Sequence
+import logging
+import os
+from pathlib import Path
+import shutil
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dhp_jax.artifact.reading import exists, read_description
+from dhp_jax.config.checks import check
+from dhp_jax.config.methods import METHODS
+from dhp_jax.distributed.processes import from_first
+from dhp_jax.errors import ConfigError
+from dhp_jax.pipeline import execution, preparation
+from dhp_jax.pipeline.preparation import Run
+from dhp_jax.report.write import write_sizes
+from dhp_jax.train.checkpoints import Checkpoints
+from dhp_jax.train.phase import Observer
+from dhp_jax.workdir import target_dirs
+from dhp_jax.workdir.identity import CHECKPOINTS, CONFIG
+from dhp_jax.workdir.target_dirs import folder_name
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(
+    config: ConfigDict, workdir: str | os.PathLike, observers: Sequence[Observer] = ()
+) -> list[Run]:
+    """Checks everything that can be checked before work is done; see `preparation.prepare`.
+
+    Args:
+      config: with `targets`, or without for a single run.
+      workdir: directory of the run; with `targets` it gets one for each, such as `workdir/0.75`.
+      observers: told how training goes.
+
+    Returns:
+      A run for each target, the largest first.
+    """
+    check(config)
+    method = METHODS[config.method]
+    if config.targets is None or not method.prunes:
+        return [preparation.prepare(config, workdir, observers)]
+    if not method.chooses:
+        raise ConfigError(
+            f"config.targets: expected None with config.method={config.method!r}, whose source has "
+            f"a single target; got {tuple(config.targets)}"
+        )
+    if (Path(workdir) / CONFIG).is_file():
+        raise ConfigError(
+            f"workdir: {workdir} holds a run of a single target; give another --workdir"
+        )
+    runs = []
+    for target in reversed(config.targets):  # what is out of reach comes before anything is made
+        one = config.copy_and_resolve_references()
+        one.update(target=target, targets=None)
+        try:
+            runs.append(preparation.prepare(one, Path(workdir) / folder_name(target), observers))
+        except ConfigError as error:
+            told = str(error)
+            if told.startswith("config.target: "):
+                told = told.replace("config.target: ", "config.targets: ", 1)
+            raise ConfigError(told) from error
+    return runs[::-1]
+
+
+def execute(
+    runs: Sequence[Run],
+    workdir: str | os.PathLike,
+    *,
+    baseline: str | os.PathLike | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    command: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Carries out runs, or what is left of them, and with `targets` writes `compare.html`.
+
+    Args:
+      runs: from `prepare`.
+      workdir: as for `prepare`.
+      baseline, stopping, command: as for `execution.execute`.
+
+    Returns:
+      The summary of each.
+
+    Raises:
+      As `execution.execute`.
+    """
+    sized = runs[0].workdir != Path(workdir)
+    if sized:
+        from_first(lambda: target_dirs.note(workdir, [run.config.target for run in runs]))
+    summaries = []
+    for place, run in enumerate(runs):
+        if place:
+            larger = runs[place - 1].workdir
+            from_first(lambda larger=larger, run=run: _go_on(larger, run.workdir))
+        summaries.append(
+            execution.execute(run, baseline=baseline, stopping=stopping, command=command)
+        )
+    if sized:
+        from_first(lambda: str(write_sizes(workdir, baseline=baseline)))
+    return summaries
+
+
+def _go_on(larger: Path, smaller: Path) -> None:
+    """Gives a search that has not begun the last checkpoint before a larger target was met."""
+    begun, folder = smaller / CHECKPOINTS / "search", larger / CHECKPOINTS / "search"
+    if begun.exists() or exists(smaller / "search") or not folder.is_dir():
+        return
+    end = read_description(larger / "search")["notes"]["phase"]["steps"]
+    there = Checkpoints(folder)
+    try:
+        for step in there.steps():
+            if step < end and _whole(there, step):
+                unfinished = begun.with_name("search.unfinished")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                shutil.copytree(folder / str(step), unfinished / str(step))
+                unfinished.rename(begun)
+                return
+    finally:
+        there.close()
+
+
+def _whole(checkpoints: Checkpoints, step: int) -> bool:
+    try:
+        checkpoints.notes(step)
+    except Exception as error:  # whatever a damaged file may raise; an earlier one will do
+        logger.warning("%s: step %d: %s", checkpoints.folder, step, error)
+        return False
+    return True

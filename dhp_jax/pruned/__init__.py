@@ -1,0 +1,1 @@
+"""What a pruned network can become."""

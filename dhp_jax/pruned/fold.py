@@ -1,0 +1,295 @@
+"""BatchNorm and biases folded into the layers before them, where that provably changes nothing.
+
+What follows what is read from a trace of the forward pass, in which layers are calls that cannot
+be looked into. A layer is folded into a convolution if it is given the convolution's output and
+nothing else is, neither of them is called twice, and nothing else reads their arrays. Then the
+forward pass of the folded network is traced too: it must be the same program, less the layers that
+are gone.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+import functools
+import logging
+import re
+from typing import Any
+
+from flax import nnx
+from flax.nnx.nn import dtypes
+import jax
+from jax.extend.core import ClosedJaxpr, Literal, Primitive, Var
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from dhp_jax.core.latent import latents, walk
+from dhp_jax.core.layers import ChannelBias
+from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
+from dhp_jax.core.surgery import replaced
+
+logger = logging.getLogger(__name__)
+
+
+LINEAR = (nnx.Conv, nnx.ConvTranspose, nnx.Linear)
+
+
+FOLLOWING = (nnx.BatchNorm, ChannelBias)
+
+
+class Identity(nnx.Module):
+    """What is left of a layer that was folded into the one before it."""
+
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        return x
+
+
+def fold(model: nnx.Module, input_shape: tuple[Any, ...]) -> nnx.Module:
+    """Folds BatchNorm and `Bias` layers into the convolutions and linear layers before them.
+
+    What cannot be shown to be exact stays as it is: BatchNorm before a convolution, as in a
+    DenseNet; a layer that is called twice, whose output or arrays something else reads, that
+    computes in another dtype, or whose convolution is a function of your own; layers within
+    `nnx.jit`, `nnx.scan` and the like.
+
+    Args:
+      model: an ordinary or pruned network; left as it was.
+      input_shape: shape of one example, `(height, width, channels)`, for which the forward pass is
+        traced. Where the forward pass depends on the shape, this is the one it is exact for.
+
+    Returns:
+      The network in evaluation mode, for inference only. It computes the same numbers up to
+      rounding; layers that are gone are `Identity`.
+
+    Raises:
+      ValueError: the network has latents; make it ordinary with `prune(model)` first.
+
+    Example:
+      >>> fast = dhp.fold(small, (32, 32, 3))
+    """
+    if latents(model):
+        raise ValueError(
+            f"model: expected a network without latents, got {len(latents(model))}; "
+            "dhp.prune(model) makes it ordinary"
+        )
+    whole = nnx.clone(model)
+    whole.eval()
+    try:
+        program = _Program(whole, input_shape)
+    except NotImplementedError as error:  # layers under jax.vmap, jax.grad and the like
+        logger.warning("fold: nothing is folded: %s", str(error).splitlines()[0])
+        return whole
+    chains = program.chains()
+    folded = contracted(nnx.clone(whole), chains)
+    for path, array in _folded_arrays(whole, chains).items():
+        layer, _, name = path.rpartition(".")
+        getattr(_layers(folded)[layer], name).set_value(array)
+    if _Program(folded, input_shape).rows() != program.rows(chains):
+        logger.warning("fold: nothing is folded: the forward pass depends on what layers it has")
+        return whole
+    return folded
+
+
+def contracted(model: nnx.Module, chains: Chains) -> nnx.Module:
+    """A network with the arrays that it has after folding, whose values are not yet those.
+
+    Args:
+      model: changed in place; may be abstract.
+      chains: paths of layers, each a linear one and those that are folded into it.
+
+    Raises:
+      ValueError: a path that leads to no layer of that kind, or comes twice.
+    """
+    if not chains:
+        return model
+    found = _layers(model)
+    gone = set()
+    for path, *following in chains:
+        _check_kind(found, path, LINEAR)
+        layer = found.pop(path)
+        if layer.bias is None:
+            size = layer.kernel.shape[-1]
+            layer.bias, layer.use_bias = nnx.Param(jnp.zeros(size, layer.param_dtype)), True
+        for name in following:
+            _check_kind(found, name, FOLLOWING)
+            gone.add(id(found.pop(name)))
+    model = replaced(model, lambda module: Identity() if id(module) in gone else module)
+    set_architecture(model, replace(architecture_of(model), folded=tuple(map(tuple, chains))))
+    return model
+
+
+def _layers(model: nnx.Module) -> dict[str, nnx.Module]:
+    return {path: module for path, _, module in walk(model)}
+
+
+def _check_kind(found: dict[str, nnx.Module], path: str, kinds: tuple[type, ...]) -> None:
+    if type(found.get(path)) not in kinds:
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"folded: {path!r}: expected a {expected} that is named once")
+
+
+# Values
+
+
+def _folded_arrays(model: nnx.Module, chains: Chains) -> dict[str, np.ndarray]:
+    """Kernels and biases by path, computed in float64."""
+    found, arrays = _layers(model), {}
+    for path, *following in chains:
+        layer = found[path]
+        kernel = _float64(layer.kernel)
+        factor, offset = np.ones(kernel.shape[-1]), np.zeros(kernel.shape[-1])
+        for each in (layer, *(found[name] for name in following)):
+            slope, shift = _affine(each)
+            factor, offset = slope * factor, slope * offset + shift
+        arrays[f"{path}.kernel"] = jnp.asarray(factor * kernel, layer.kernel.dtype)
+        arrays[f"{path}.bias"] = jnp.asarray(offset, layer.param_dtype)
+    return arrays
+
+
+def _affine(layer: nnx.Module) -> tuple[Any, Any]:
+    """What a layer multiplies each channel of its output with, and adds to it, after its kernel."""
+    shift = 0.0 if layer.bias is None else _float64(layer.bias)
+    if not isinstance(layer, nnx.BatchNorm):
+        return 1.0, shift
+    scale = 1.0 if layer.scale is None else _float64(layer.scale)
+    slope = scale / np.sqrt(_float64(layer.var) + layer.epsilon)
+    return slope, shift - slope * _float64(layer.mean)
+
+
+def _float64(variable: nnx.Variable) -> np.ndarray:
+    return np.asarray(variable[...], np.float64)
+
+
+# What follows what
+
+
+class _Program:
+    """A forward pass, traced, with layers as calls that cannot be looked into."""
+
+    def __init__(self, model: nnx.Module, input_shape: tuple[Any, ...]):
+        graphdef, state = nnx.split(model)
+        self.names = [".".join(map(str, name)) for name, _ in nnx.to_flat_state(state)]
+
+        def forward(arrays: list[Array], x: Array) -> Any:
+            leaves = jax.tree.unflatten(jax.tree.structure(state), arrays)
+            return _opaque(nnx.merge(graphdef, leaves, copy=True))(x)
+
+        shape = input_shape if len(input_shape) == 4 else (1, *input_shape)
+        traced, self.outputs = jax.make_jaxpr(forward, return_shape=True)(
+            jax.tree.leaves(state), jax.ShapeDtypeStruct(shape, jnp.float32)
+        )
+        self.jaxpr, self.constants = traced.jaxpr, traced.consts
+
+    def chains(self) -> Chains:
+        """The linear layers that others can be folded into, with those, by their paths."""
+        reads = [*(v for eqn in self.jaxpr.eqns for v in eqn.invars), *self.jaxpr.outvars]
+        uses = Counter(v for v in reads if isinstance(v, Var))
+        stored = set(self.jaxpr.invars)
+        ends: dict[Any, list[Any]] = {}  # the calls that lead to a variable
+        for eqn in self.jaxpr.eqns:
+            if eqn.primitive is not _layer_call:
+                continue
+            x, *arrays = eqn.invars
+            # So the layer is called once, and nothing else reads its arrays or has changed them.
+            if not all(isinstance(v, Var) and v in stored and uses[v] == 1 for v in arrays):
+                continue
+            if eqn.params["linear"]:
+                ends[eqn.outvars[0]] = [eqn]
+                continue
+            before = ends.get(x, []) if isinstance(x, Var) and uses[x] == 1 else []
+            if before and before[-1].params["dtype"] == eqn.params["dtype"]:
+                ends[eqn.outvars[0]] = [*ends.pop(x), eqn]
+        return tuple(
+            tuple(call.params["path"] for call in calls)
+            for calls in ends.values()
+            if len(calls) > 1
+        )
+
+    def rows(self, chains: Chains = ()) -> list[Any]:
+        """The program as values that can be compared, without what is folded into others."""
+        gone = {name for _, *following in chains for name in following}
+        names = dict(zip(self.jaxpr.invars, [*self.names, "input"], strict=True))
+        names |= {
+            v: (str(c.dtype), c.shape, np.asarray(c).tobytes())
+            for v, c in zip(self.jaxpr.constvars, self.constants, strict=True)
+        }
+        rows: list[Any] = []
+
+        def name(v: Any) -> Any:
+            return ("literal", str(v.aval), str(v.val)) if isinstance(v, Literal) else names[v]
+
+        for eqn in self.jaxpr.eqns:
+            if eqn.primitive is _layer_call and eqn.params["path"] in gone:
+                names[eqn.outvars[0]] = name(eqn.invars[0])
+                continue
+            # The arrays of a layer are its own; folding gives it others.
+            read = eqn.invars[:1] if eqn.primitive is _layer_call else eqn.invars
+            rows.append((eqn.primitive.name, _text(eqn.params), [name(v) for v in read]))
+            names |= {v: (len(rows), i) for i, v in enumerate(eqn.outvars)}
+        return [*rows, [name(v) for v in self.jaxpr.outvars], str(self.outputs)]
+
+
+def _text(params: dict[str, Any]) -> str:
+    """Parameters of an operation, with what is computed within it, without addresses."""
+    constants = [
+        np.asarray(constant).tobytes()
+        for value in params.values()
+        if isinstance(value, ClosedJaxpr)
+        for constant in value.consts
+    ]
+    return re.sub(" at 0x[0-9a-f]+", "", str(sorted(params.items()))) + str(constants)
+
+
+_layer_call = Primitive("layer_call")
+
+
+@_layer_call.def_abstract_eval
+def _(x, *arrays, path, linear, shape, dtype):
+    return jax.core.ShapedArray(shape, dtype)
+
+
+def _opaque(model: nnx.Module) -> nnx.Module:
+    """The network, changed in place, with layers that can be folded as calls of one primitive."""
+    for path, layer in list(_foldable(model)):
+        layer.layer_path = nnx.static(path)
+        layer.__class__ = _opaque_class(type(layer))
+    return model
+
+
+def _foldable(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """Linear layers and those that may follow, if they compute as they are known to."""
+    for path, _, layer in walk(model):
+        known = (
+            type(layer) in (*LINEAR, *FOLLOWING)
+            and getattr(layer, "promote_dtype", dtypes.promote_dtype) is dtypes.promote_dtype
+            and getattr(layer, "mask", None) is None
+        )
+        match layer:
+            case nnx.Conv():
+                known &= layer.conv_general_dilated is jax.lax.conv_general_dilated
+            case nnx.ConvTranspose():
+                known &= not layer.transpose_kernel  # the kernel's last axis would be the input's
+            case nnx.Linear():
+                known &= layer.dot_general is jax.lax.dot_general
+            case nnx.BatchNorm():
+                known &= layer.axis == -1 and layer.use_running_average is True
+        if known:
+            yield path, layer
+
+
+@functools.cache  # NNX remembers every class of modules for good
+def _opaque_class(kind: type[nnx.Module]) -> type[nnx.Module]:
+    def call(self, x, *args, **options):
+        if args or options:  # such as use_running_average=False
+            return kind.__call__(self, x, *args, **options)
+        output = jax.eval_shape(functools.partial(kind.__call__, self), x)
+        return _layer_call.bind(
+            jnp.asarray(x),
+            *jax.tree.leaves(nnx.state(self)),
+            path=self.layer_path,
+            linear=kind in LINEAR,
+            shape=output.shape,
+            dtype=output.dtype,
+        )
+
+    return type(kind)(kind.__name__, (kind,), {"__call__": call})

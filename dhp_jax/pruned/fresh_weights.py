@@ -1,0 +1,73 @@
+"""Other weights for a network that is already small."""
+
+import math
+
+from flax import nnx
+import jax.numpy as jnp
+
+from dhp_jax.core.initializers import truncated_normal
+from dhp_jax.core.latent import walk
+from dhp_jax.core.layers import Hyper
+
+
+def reinitialize(model: nnx.Module, *, gain: float | None = None, rngs: nnx.Rngs) -> None:
+    """Gives an ordinary network fresh kernels, as if it had never had hypernetworks.
+
+    Kernels of convolutions and `nnx.Linear` are drawn from a normal distribution of variance
+    `gain / fan_in`, cut off at two standard deviations, their biases are zero; all else stays, and
+    so do kernels that are not trained (that are no `nnx.Param`).
+
+    Args:
+      model: a pruned or ordinary network; changed in place.
+      gain: the network's `initial_gain` if `None`, or He's 2 where it has none; 1/3 is PyTorch's
+        default.
+      rngs: the `params` stream draws the kernels.
+
+    Reference: He et al., Delving deep into rectifiers, 2015, equation 10.
+    """
+    gain = getattr(model, "initial_gain", 2.0) if gain is None else gain
+    for _, _, layer in walk(model):
+        ordinary = isinstance(layer, nnx.Conv | nnx.ConvTranspose | nnx.Linear)
+        if ordinary and isinstance(layer.kernel, nnx.Param):
+            kernel = layer.kernel[...]
+            deviation = math.sqrt(gain / math.prod(kernel.shape[:-1]))
+            drawn = deviation * truncated_normal(rngs.params(), kernel.size).reshape(kernel.shape)
+            layer.kernel[...] = jnp.asarray(drawn, kernel.dtype)
+            if layer.bias is not None:
+                layer.bias[...] = jnp.zeros_like(layer.bias[...])
+
+
+def carry_kernels(model: nnx.Module, fresh: nnx.Module) -> None:
+    """Gives a fresh network of latents the arrays of an ordinary one, its kernels to the bit.
+
+    The hypernetworks generate them whatever the latents are: only their last biases are not zero.
+
+    Args:
+      model: an ordinary network, left as it was.
+      fresh: the same network of latents; changed in place.
+
+    Raises:
+      ValueError: the arrays of `model` are not those of `fresh`.
+    """
+    for _, _, layer in walk(fresh):
+        if isinstance(layer, Hyper):
+            for variable in (layer.w2, layer.b2):
+                variable.set_value(jnp.zeros_like(variable[...]))
+    _take_over(model, fresh)
+
+
+def _take_over(model: nnx.Module, fresh: nnx.Module) -> None:
+    """Gives a network of latents the kernels and all other arrays of an ordinary one."""
+    plain = {path: module for path, _, module in walk(model)}
+    kernels = 0
+    for path, _, layer in walk(fresh):
+        if isinstance(layer, Hyper):
+            kernel = plain[path].kernel[...]
+            layer.b2.set_value(layer.b2[...] + (kernel - layer.kernel()).astype(layer.b2.dtype))
+            kernels += 1
+    stored = nnx.to_flat_state(nnx.state(model))
+    places = dict(nnx.to_flat_state(nnx.state(fresh)))
+    taken = [(name, leaf) for name, leaf in stored if name in places]
+    if len(taken) != len(stored) - kernels:
+        raise ValueError("model: its arrays are not those of the network that build makes, pruned")
+    nnx.update(fresh, nnx.from_flat_state(taken))

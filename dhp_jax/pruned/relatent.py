@@ -1,0 +1,141 @@
+"""What starts from a pruned network: pruning it again, and training it for other classes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+import inspect
+
+from flax import nnx
+import numpy as np
+
+from dhp_jax.core.hypernet import HypernetArrays
+from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
+from dhp_jax.core.layers import BatchNorm, Bias, Hyper, Keep, Linear, Prunable, selected, sliced
+from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.models import registry
+from dhp_jax.pruned.fresh_weights import _take_over
+
+
+def with_latents(
+    model: nnx.Module,
+    *,
+    rngs: nnx.Rngs,
+    build: Callable[[nnx.Rngs], nnx.Module] | None = None,
+) -> nnx.Module:
+    """A pruned network as a network of latents again, so that it can be searched and pruned again.
+
+    It computes what `model` computes: the hypernetworks are fresh, but their last biases make up
+    for the difference to its kernels. The latents, of the sizes that pruning has left, are drawn
+    from N(0, 1), so the proximal step has to run before their magnitudes mean something.
+
+    Args:
+      model: a network from `prune`, `prune_to` or `load`; left as it was.
+      rngs: the `params` stream draws latents and hypernetworks.
+      build: for a network of your own class: makes the unpruned network, as for `load`.
+
+    Returns:
+      The network, in training mode. What `prune` makes of it is saved and loaded like `model`.
+
+    Raises:
+      ValueError: a network that was not pruned, has latents, or is folded; one of your own class
+        without `build`; a layer of your own that can be pruned, which this does not know.
+
+    Example:
+      >>> again = dhp.with_latents(dhp.load("runs/resnet56/model"), rngs=nnx.Rngs(1))
+      >>> smaller = dhp.prune_to(again, (32, 32, 3), flops=0.5)
+    """
+    made = architecture_of(model)
+    if made.survivors is None or made.folded or latents(model):
+        raise ValueError("model: expected a pruned network, without latents and not folded")
+    if (made.family is None) != (build is not None):
+        raise ValueError(
+            f"build: expected {'a function' if made.family is None else 'none'} for a network of "
+            f"{'your own class' if made.family is None else f'family {made.family!r}'}"
+        )
+    whole = (
+        built(build, rngs) if build else registry.build(made.family, rngs=rngs, **made.arguments)
+    )
+    fresh = narrowed(whole, made.survivors)
+    _take_over(model, fresh)
+    fresh.train()
+    return fresh
+
+
+def narrowed(model: nnx.Module, survivors: Mapping[str, tuple[int, ...]]) -> nnx.Module:
+    """A network of latents with less entries, that generates the kernels that pruning would leave.
+
+    Args:
+      model: left as it was; may be abstract.
+      survivors: indices kept of each latent, all of them.
+    """
+    model = nnx.clone(model)
+    masks: dict[Latent, np.ndarray] = {}
+    for name, z in latents(model).items():
+        masks[z] = np.zeros(z.size, bool)
+        masks[z][list(survivors[name])] = True
+    modules = [module for _, _, module in walk(model)]
+    for module in modules:
+        if not isinstance(module, Axis):
+            _narrow(module, masks)
+    for z, mask in masks.items():
+        z.vector.set_value(selected(z.vector, mask))
+        z.size = int(mask.sum())
+        z.min_channels = min(z.min_channels, z.size)
+    for module in modules:
+        if isinstance(module, Axis):
+            module.size = _size(module)
+    kept = {name: tuple(survivors[name]) for name in latents(model)}
+    made = replace(architecture_of(model), survivors=kept, renewed=True)
+    set_architecture(model, made)
+    return model
+
+
+def _size(axis: Axis) -> int:
+    """How many channels an axis has, by the sizes of its latents."""
+    match axis:
+        case Concat():
+            return sum(map(_size, axis.parts))
+        case Repeat():
+            return axis.times * _size(axis.base)
+        case _:
+            return axis.size
+
+
+def _narrow(layer: nnx.Module, keep: Keep) -> None:
+    """Cuts a layer on latents down to the channels in `keep`; it stays one on latents."""
+    match layer:
+        case Hyper():
+            rows, columns = layer.kernel_axis().keep(keep), layer.z_out.keep(keep)
+            for name in HypernetArrays._fields:
+                variable = getattr(layer, name)
+                variable.set_value(sliced(sliced(variable[...], rows, -2), columns, -1))
+            _select_entries(layer, ("bias",), columns)
+            if getattr(layer, "feature_group_count", 1) != 1:
+                channels = int(layer.z_in.keep(keep).sum())
+                layer.feature_group_count = channels // layer.z_group.size
+        case BatchNorm() | Bias():
+            kept = layer.z.keep(keep)
+            _select_entries(layer, ("scale", "bias", "mean", "var"), kept)
+            layer.num_features = int(kept.sum())
+        case Linear():
+            kept = layer.z_in.keep(keep)
+            _select_entries(layer, ("kernel",), kept)
+            layer.in_features = int(kept.sum())
+        case Prunable():
+            raise ValueError(f"model: {type(layer).__name__} is a layer that cannot be cut down")
+
+
+def _select_entries(layer: nnx.Module, names: tuple[str, ...], kept: np.ndarray) -> None:
+    for name in names:
+        variable = getattr(layer, name, None)
+        if variable is not None:
+            variable.set_value(selected(variable, kept))
+
+
+def built(build: Callable[..., nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """What a function or class makes that takes `rngs`, by name alone as families do or not."""
+    try:
+        given = inspect.signature(build).parameters.get("rngs")
+    except (TypeError, ValueError):  # nothing that is called, or a builtin
+        given = None
+    by_name = given is not None and given.kind is inspect.Parameter.KEYWORD_ONLY
+    return build(rngs=rngs) if by_name else build(rngs)

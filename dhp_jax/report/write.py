@@ -1,0 +1,249 @@
+"""What a run leaves for people: a page, a table of its layers, a summary, and plots.
+
+Makes the page of a run again, finished or not, or one page that compares several runs.
+
+    python -m dhp_jax.report runs/resnet20                 # writes runs/resnet20/report.html;
+        # with targets, the pages of all sizes and runs/resnet20/compare.html
+    python -m dhp_jax.report runs/resnet20 runs/resnet56   # writes compare.html
+"""
+
+from collections.abc import Mapping, Sequence
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from dhp_jax import files
+from dhp_jax.report.comparison import comparison
+from dhp_jax.report.crops import crops
+from dhp_jax.report.page import Told, page
+from dhp_jax.report.plots import plots
+from dhp_jax.report.wording import layer_table
+from dhp_jax.workdir import target_dirs
+from dhp_jax.workdir.reader import SUMMARY, Result, read
+from dhp_jax.workdir.summary import latency, read_baseline, summarize
+from dhp_jax.workdir.target_dirs import absent
+
+logger = logging.getLogger(__name__)
+
+
+PAGE = "report.html"
+
+
+COMPARED = "compare.html"
+
+
+LAYERS = "layers.md"
+
+
+PLOTS = "plots"
+
+
+def write(
+    workdir: str | os.PathLike, *, baseline: str | os.PathLike | None = None
+) -> dict[str, Any]:
+    """Writes `report.html`, `summary.json`, `layers.md` and the plots of a finished run.
+
+    The latency of its networks is measured, unless `summary.json` has it of the same networks.
+
+    Args:
+      workdir: directory of the run.
+      baseline: directory of a finished run of the unpruned network; left out of the report if there
+        is none.
+
+    Returns:
+      The summary.
+
+    Raises:
+      ValueError: the folder is not that of a run, or the run is not finished.
+    """
+    result = read(workdir)
+    if not result.finished:
+        raise ValueError(f"run: expected a run that is finished; got {str(workdir)!r}")
+    unpruned = None if baseline is None else _comparable(result, baseline)
+    return _write(result, unpruned, baseline, latency(result))
+
+
+def _write(
+    result: Result,
+    unpruned: Mapping[str, Any] | None,
+    baseline: str | os.PathLike | None,
+    times: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    summary = summarize(result, unpruned, times)
+    files.write(result.workdir / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    (result.workdir / LAYERS).write_text(layer_table(result.before, result.after))
+    pictured = None if unpruned is None else Path(baseline)
+    _save_plots(result, unpruned, pictured)
+    files.write(result.workdir / PAGE, page(Told(result, summary), crops(result, pictured)))
+    return summary
+
+
+def _save_plots(result: Result, unpruned: Mapping[str, Any] | None, pictured: Path | None) -> None:
+    for name, figure in plots(result, unpruned, pictured).items():
+        folder = result.workdir / PLOTS
+        folder.mkdir(exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+
+
+def write_page(
+    workdir: str | os.PathLike,
+    *,
+    baseline: str | os.PathLike | None = None,
+    measure: bool = False,
+    out: str | os.PathLike | None = None,
+) -> Path:
+    """Writes the page of a run again, or that of one that is not finished.
+
+    Numbers come from `summary.json`, which is made if a finished run lacks it.
+
+    Args:
+      workdir: directory of the run.
+      baseline: directory of a finished run of the unpruned network, whose test metrics are then
+        those in `summary.json` too; left out if there is none.
+      measure: whether to measure the latency, here and now, and note it in `summary.json`.
+      out: the file; `report.html` in `workdir` if not given.
+
+    Returns:
+      The file.
+
+    Raises:
+      ValueError: the folder is not that of a run, or there is nothing yet to be measured.
+    """
+    result = read(workdir)
+    if measure and not result.finished:
+        raise ValueError(f"latency: expected a run that is finished; got {str(workdir)!r}")
+    path = Path(out) if out is not None else result.workdir / PAGE
+    _renew(result, path, baseline=baseline, measure=measure)
+    return path
+
+
+def _renew(
+    result: Result, path: Path, *, baseline: str | os.PathLike | None, measure: bool
+) -> Told:
+    """Writes the page of a run; returns what it tells."""
+    unpruned = None if baseline is None else _comparable(result, baseline)
+    run = _told(result, unpruned, baseline)
+    if measure:
+        run = Told(result, {**run.summary, "latency": latency(result, again=True)})
+        files.write(result.workdir / SUMMARY, json.dumps(run.summary, indent=1) + "\n")
+    pictured = None if unpruned is None else Path(baseline)
+    files.write(path, page(run, crops(result, pictured)))
+    return run
+
+
+def _told(
+    result: Result,
+    unpruned: Mapping[str, Any] | None = None,
+    baseline: str | os.PathLike | None = None,
+) -> Told:
+    """A run with its summary, which is made if it lacks it, and brought up to the baseline."""
+    if not result.finished:
+        return Told(result, None)
+    if not result.summary:
+        return Told(result, _write(result, unpruned, baseline, None))
+    beside = result.summary if unpruned is None else result.summary | _unpruned(result, unpruned)
+    if beside != result.summary:
+        files.write(result.workdir / SUMMARY, json.dumps(beside, indent=1) + "\n")
+        _save_plots(result, unpruned, Path(baseline))
+    return Told(result, beside)
+
+
+def _unpruned(result: Result, unpruned: Mapping[str, Any]) -> dict[str, Any]:
+    """What a summary says of the run of the unpruned network."""
+    return {
+        "test": result.summary["test"] | {"unpruned": unpruned["test"]["last"]},
+        "unpruned_epochs": unpruned["phases"]["baseline"]["epochs"],
+    }
+
+
+def write_comparison(
+    workdirs: Sequence[str | os.PathLike], out: str | os.PathLike = COMPARED
+) -> Path:
+    """Writes a page that compares runs of one task.
+
+    Args:
+      workdirs: directories of the runs, two or more.
+      out: the file.
+
+    Returns:
+      The file.
+
+    Raises:
+      ValueError: a folder is not that of a run, or the tasks of the runs differ.
+    """
+    content = comparison([_told(read(workdir)) for workdir in workdirs])
+    files.write(Path(out), content)
+    return Path(out)
+
+
+def write_sizes(
+    workdir: str | os.PathLike,
+    *,
+    baseline: str | os.PathLike | None = None,
+    measure: bool = False,
+    out: str | os.PathLike | None = None,
+) -> Path:
+    """Writes the pages of a run of several targets again, and one that compares its sizes.
+
+    Args:
+      workdir: directory of the run; not all of its sizes need be finished, or have begun.
+      baseline: directory of a finished run of the unpruned network, which is compared with them;
+        left out if there is none.
+      measure: whether to measure the latency of those that are finished, here and now, and note it
+        in their `summary.json`.
+      out: the file; `compare.html` in `workdir` if not given.
+
+    Returns:
+      The file.
+
+    Raises:
+      ValueError: no size has begun, or there is nothing yet to be measured.
+    """
+    results = [read(folder) for folder in target_dirs.begun(workdir) or [workdir]]
+    if measure and not any(result.finished for result in results):
+        raise ValueError(f"latency: expected a size that is finished; got {str(workdir)!r}")
+    runs = [
+        _renew(
+            result,
+            result.workdir / PAGE,
+            baseline=baseline,
+            measure=measure and result.finished,
+        )
+        for result in results
+    ]
+    path = Path(out) if out is not None else Path(workdir) / COMPARED
+    content = comparison([*_whole(results[0], baseline), *runs], absent(workdir))
+    files.write(path, content)
+    return path
+
+
+def _whole(result: Result, baseline: str | os.PathLike | None) -> list[Told]:
+    """The run of the unpruned network, if there is one that compares with a run."""
+    if baseline is None or _comparable(result, baseline) is None:
+        return []
+    return [_told(read(baseline))]
+
+
+def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] | None:
+    """The summary of a finished run of the same network, unpruned, on the same data; or `None`."""
+    if not result.prunes:
+        return None
+    if not (Path(baseline) / SUMMARY).is_file():
+        return None
+    try:
+        summary = read_baseline(baseline)
+    except ValueError as error:
+        logger.warning("%s; left out", error)
+        return None
+    config = result.config
+    network = config["task"], config["model"], config["data"]["name"]
+    same = (summary["task"], summary["model"], summary["data"]) == network
+    if result.finished:
+        inputs = result.notes["model"]["without_network"] or None  # tells test images apart
+        same = same and summary["test"].get("without_network") == inputs
+    if not same:
+        logger.warning("baseline: %s is of another network or other data; left out", baseline)
+        return None
+    return summary

@@ -1,0 +1,110 @@
+"""A phase of training: what is asked for, what is told, what comes out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from flax import nnx
+from jaxtyping import Array
+import optax
+
+from dhp_jax.tasks.task import Params
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and did; its state is on disk."""
+
+
+class OriginError(ValueError):
+    """A phase cannot go on with other data than it began with."""
+
+
+class Observer(Protocol):
+    """Someone to tell how training goes.
+
+    A phase begins with the number of its steps at most, how many of them were taken before it was
+    stopped, and the records of those.
+    """
+
+    def begin(
+        self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]
+    ) -> None: ...
+    def step(self, count: int) -> None: ...
+    def record(self, values: dict[str, Any]) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A stop rule: train until no share is above its limit, which is looked at every step.
+
+    Attributes:
+      shares: shares of FLOPs, params and activations by name, as of `Cost.shares`; jitted.
+      limits: of some of these, by name.
+      history: what else of the model every record keeps, vectors by name; jitted.
+    """
+
+    shares: Callable[[nnx.Module], Mapping[str, Array]]
+    limits: Mapping[str, float]
+    history: Callable[[nnx.Module], dict[str, Array]] = lambda model: {}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training.
+
+    Attributes:
+      name: in records and seeds.
+      epochs: how many at most.
+      learning_rate: of each step, for the records.
+      optimizer: makes the transformation of `(latent vectors, other parameters)`.
+      budget: a rule that ends the phase early.
+      skip_faulty: whether a batch is left out, and counted, after which anything would not be
+        finite; otherwise a loss or latent that is not finite ends training.
+      elementwise: whether the optimizer treats each number by itself, whatever the shape of its
+        array, as SGD and Adam do. Then a TPU holds hypernetworks in a shape that it reads faster.
+    """
+
+    name: str
+    epochs: int
+    learning_rate: optax.Schedule
+    optimizer: Callable[[Params], optax.GradientTransformation]
+    budget: Budget | None = None
+    skip_faulty: bool = False
+    elementwise: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How a phase went, in numbers.
+
+    Attributes:
+      epochs, steps: how many there were; an epoch counts when it was tested.
+      seconds: how long they took, tests included.
+      met_budget: whether the stop rule ended the phase.
+      last: metrics of the last epoch on the test data, by name.
+      best: those of the epoch that was best by the task's metric.
+      best_epoch: its number, from 1.
+      skipped: how many batches were left out because of `Phase.skip_faulty`.
+    """
+
+    epochs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    met_budget: bool = False
+    last: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_epoch: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a phase came to: the model after its last epoch, and after its best on the test data.
+
+    A phase with a budget keeps no best model; the last stands in for it.
+    """
+
+    model: nnx.Module
+    best_model: nnx.Module
+    progress: Progress

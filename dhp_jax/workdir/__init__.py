@@ -1,0 +1,1 @@
+"""The directory of a run: what it holds, and reading it."""

@@ -1,0 +1,90 @@
+"""The records of a run on disk: JSON lines, and TensorBoard events."""
+
+from collections.abc import Sequence
+import json
+import os
+from pathlib import Path
+import shutil
+from typing import Any
+
+from dhp_jax import files
+
+RECORDS = "metrics.jsonl"
+
+
+class Journal:
+    """Writes every record of a phase to `metrics.jsonl` and to TensorBoard; an `Observer`.
+
+    A phase that begins, anew or again, first drops what it had written before, but for the records
+    of the steps that it goes on from.
+
+    Args:
+      workdir: where they are written.
+      phases: in this order their records are, once a phase has ended.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, phases: Sequence[str] = ()):
+        self.phases = phases
+        self.records = Path(workdir) / RECORDS
+        self.tensorboard = Path(workdir) / "tensorboard"
+
+    def begin(self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]) -> None:
+        from dhp_jax.workdir.tensorboard import Events  # slow to import
+
+        self._replace(phase, records)
+        folder = self.tensorboard / phase
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.records.open("a")
+        self.events = Events(folder)
+        for record in records:
+            self.events.write(record)
+
+    def step(self, count: int) -> None:
+        pass
+
+    def record(self, values: dict[str, Any]) -> None:
+        self.file.write(_line(values))
+        self.file.flush()
+        self.events.write(values)
+
+    def end(self) -> None:
+        self.file.close()
+        self.events.close()
+        self._write(read(self.records))
+
+    def mend(self, phase: str, records: Sequence[dict[str, Any]]) -> None:
+        """Puts back the records of a phase that has ended, if any are gone."""
+        if [record for record in read(self.records) if record["phase"] == phase] != list(records):
+            self._replace(phase, records)
+
+    def _replace(self, phase: str, records: Sequence[dict[str, Any]]) -> None:
+        kept = [record for record in read(self.records) if record["phase"] != phase]
+        self._write([*kept, *records])
+
+    def _write(self, records: Sequence[dict[str, Any]]) -> None:
+        order = {phase: place for place, phase in enumerate(self.phases)}
+        records = sorted(records, key=lambda record: order.get(record["phase"], len(order)))
+        files.write(self.records, "".join(map(_line, records)))
+
+
+def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; none if there is no such file.
+
+    A line that is no record, as a machine that went down may leave it, is left out.
+    """
+    path = Path(path)
+    content = path.read_text(errors="replace") if path.exists() else ""
+    return [record for line in content.split("\n")[:-1] if (record := _record(line))]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"phase", "step"} <= record.keys() else None
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"

@@ -1,0 +1,255 @@
+"""What a run has left on disk, finished or not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from dhp_jax.artifact import reading
+from dhp_jax.artifact.reading import exists, read_description
+from dhp_jax.budgets.counted import limits
+from dhp_jax.config.methods import METHODS, Method
+from dhp_jax.core.cost import MEASURES, Cost, measure_cost
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.surgery import prune
+from dhp_jax.errors import unknown
+from dhp_jax.models import registry
+from dhp_jax.models.registry import build_abstract
+from dhp_jax.workdir import metrics as workdir_metrics
+from dhp_jax.workdir import target_dirs
+from dhp_jax.workdir.identity import COMMANDS, CONFIG
+
+logger = logging.getLogger(__name__)
+
+
+SUMMARY = "summary.json"
+
+
+PICTURES = "pictures"
+
+
+NETWORKS = ("search", "pruned", "model")
+
+
+IN_SUMMARY = {  # what no summary is without
+    **dict.fromkeys(("method", "data", "hardware"), str),
+    **dict.fromkeys(("task", "model", "phases", "versions"), Mapping),
+    **{
+        f"{cost}.{name}": int | float
+        for cost in ("flops", "params")
+        for name in ("before", "after", "ratio")
+    },
+    "seconds": int | float,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has on disk.
+
+    Attributes:
+      workdir: its directory.
+      config: its configuration.
+      records: of training.
+      notes: of each network saved, by its folder.
+      search: the network of latents at the end of the search, if there is one.
+      trained: the network after the last epoch or, before that, just after pruning.
+      before: cost of the unpruned network, if any network is there.
+      after: cost of `trained`.
+      summary: what `summary.json` says, if it is there and whole.
+      commands: with which it was begun and taken up again, each once.
+    """
+
+    workdir: Path
+    config: dict[str, Any]
+    records: list[dict[str, Any]]
+    notes: dict[str, dict[str, Any]]
+    search: nnx.Module | None
+    trained: nnx.Module | None
+    before: Cost | None
+    after: Cost | None
+    summary: dict[str, Any] | None
+    commands: list[str]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last network is there."""
+        return "model" in self.notes
+
+    @property
+    def method(self) -> Method:
+        """What it does."""
+        return METHODS[self.config["method"]]
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it is no run of the unpruned network."""
+        return self.method.prunes
+
+    @property
+    def searches(self) -> bool:
+        """Whether it has latents that die."""
+        return "search" in self.phases
+
+    @property
+    def pruned(self) -> bool:
+        """Whether there is a network that was made smaller."""
+        return self.prunes and self.after is not None
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """The run that it started from, if there is one; see `dhp_jax.source.Source`."""
+        return self.notes.get("pruned", {}).get("origin")
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """The shares that its search comes down to; see `dhp_jax.budgets.limits`."""
+        return limits(self.config.get("budget", {}), self.config["target"])
+
+    @property
+    def budgets(self) -> dict[str, dict[str, Any]]:
+        """Every budget of a network that was pruned: asked for, predicted, and what it came to.
+
+        FLOPs, params and activations are shares, predicted from the survivors and counted in the
+        network. Latency is predicted as the FLOPs and measured: `time`, see `budgets.Chosen`.
+        """
+        noted = self.notes.get("pruned", {}).get("budget")
+        if not noted or not self.pruned:
+            return {}
+        budget = self.config.get("budget", {})
+        asked = budget | limits({**budget, "latency": None}, self.config["target"])
+        predicted, found = noted["predicted"], {}
+        for name in MEASURES:
+            counted = getattr(self.after, name) / getattr(self.before, name)
+            row = {"asked": asked.get(name), "predicted": predicted[name], "counted": counted}
+            found[name] = row
+        if "time" in noted:
+            row = {"asked": asked.get("latency"), "predicted": predicted["flops"]}
+            found["latency"] = row | {"batch": asked.get("batch") or 1, **noted["time"]}
+        return {name: row for name, row in found.items() if row["asked"] is not None}
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of the networks that are there."""
+        return tuple(next(iter(self.notes.values()))["input_shape"])
+
+    def unpruned(self) -> nnx.Module:
+        """The network with nothing pruned, of any weights, for measuring its latency."""
+        if self.search is not None:
+            return prune(self.search)
+        made = architecture_of(self.trained)
+        return prune(registry.build(made.family, rngs=nnx.Rngs(0), **made.arguments))
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases of training, in order."""
+        return self.method.phases
+
+
+def read(workdir: str | os.PathLike) -> Result:
+    """Reads a run.
+
+    Raises:
+      ValueError: the folder is not that of a run, or one of its files is damaged.
+    """
+    workdir = Path(workdir)
+    config = configuration(workdir)
+    names = [name for name in NETWORKS if exists(workdir / name)]
+    notes = {name: read_description(workdir / name)["notes"] for name in names}
+    networks = {name: reading.load(workdir / name) for name in names}
+    shape = tuple(notes[names[0]]["input_shape"]) if names else ()
+    trained = networks.get("model", networks.get("pruned"))
+    return Result(
+        workdir=workdir,
+        config=config,
+        records=workdir_metrics.read(workdir / workdir_metrics.RECORDS),
+        notes=notes,
+        search=networks.get("search"),
+        trained=trained,
+        before=_cost_before(networks[names[0]], shape) if names else None,
+        after=None if trained is None else measure_cost(trained, shape),
+        summary=_summary(workdir / SUMMARY),
+        commands=_lines(workdir / COMMANDS),
+    )
+
+
+def _cost_before(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
+    """The cost of the network that a network was pruned from."""
+    made = architecture_of(model)
+    return measure_cost(build_abstract(made.family, **made.arguments), input_shape)
+
+
+def configuration(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = Path(workdir) / CONFIG
+    if not path.is_file():
+        raise ValueError(
+            f"run: expected the directory of a run, which has a {CONFIG}; got {str(workdir)!r}"
+            + target_dirs.hint(workdir)
+        )
+    config = _read_json(path)
+    kinds = {"method": str, "target": int | float}
+    kinds |= dict.fromkeys(("task", "model", "data", "search"), Mapping)
+    for name, kind in kinds.items():
+        if not isinstance(config.get(name), kind):
+            raise ValueError(f"run: {path} is no configuration of a run: it has no {name!r}")
+    if config["method"] not in METHODS:
+        raise ValueError(f"run: {path}: {unknown('method', config['method'], METHODS)}")
+    return config
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What a run came to, with everything that tables and pages are made of.
+
+    Raises:
+      ValueError: the file is damaged, or something is missing in it.
+    """
+    summary = _read_json(path)
+    for place, kind in IN_SUMMARY.items():
+        _require(path, summary, place, kind)
+    if summary["method"] not in METHODS:
+        raise ValueError(f"run: {path}: {unknown('method', summary['method'], METHODS)}")
+    metric = "error" if summary["task"].get("name") == "classification" else "psnr"
+    for which in ("last", "best"):
+        _require(path, summary, f"test.{which}.{metric}", int | float)
+    for phase in [*summary["phases"], METHODS[summary["method"]].phases[-1]]:
+        for name in ("epochs", "steps", "seconds", "met_budget", "best_epoch"):
+            _require(path, summary, f"phases.{phase}.{name}", int | float)
+    return summary
+
+
+def _require(path: Path, summary: Mapping[str, Any], place: str, kind: Any) -> None:
+    """Refuses a summary that has nothing of a kind at a place such as "flops.ratio"."""
+    value = summary
+    for name in place.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"run: {path} is no summary of a run: it has no {place!r}")
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_summary(path) if path.is_file() else None
+    except ValueError as error:  # as of a disk that was full; it can be made again
+        logger.warning("%s; left out", error)
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"run: {path}: expected a JSON object; {error}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []

@@ -1,0 +1,212 @@
+"""The finished run that another one starts from: its weights, or the channels that it has kept."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from ml_collections import ConfigDict
+import numpy as np
+
+from dhp_jax.artifact.description import ArtifactError
+from dhp_jax.artifact.reading import exists, read_description, verify
+from dhp_jax.config.methods import METHODS
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.errors import ConfigError, shown
+from dhp_jax.workdir.identity import MAY_CHANGE, MAY_MOVE, data_checksums, flat, plain
+from dhp_jax.workdir.reader import configuration
+
+SAME = ("task.", "model.", "data.")  # fields in which both runs agree
+
+
+SAME_BUDGET = (  # where channels are taken
+    "target",
+    "budget.",
+    "multiple_of",
+    "search.min_channels",
+)
+
+
+MAY_DIFFER = ("min_channels", "dtype")  # arguments of a network that say nothing of its channels
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network of a finished run.
+
+    Attributes:
+      path: its folder.
+      description: what it says of itself.
+      origin: JSON values that tell what it cost: `run`, `method`, `phase`, `epochs`, `steps`.
+      checksums: of the data that its run has seen.
+    """
+
+    path: Path
+    description: Mapping[str, Any]
+    origin: Mapping[str, Any]
+    checksums: Mapping[str, int]
+
+    @property
+    def sha256(self) -> str:
+        """Tells it from other networks."""
+        return self.description["sha256"]
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What was noted when its survivors were chosen; see `budgets.Chosen.notes`."""
+        return self.description["notes"]["budget"]
+
+    def masks(self, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """A mask of its survivors for each latent, by the sizes of the latents."""
+        kept = self.description["survivors"]
+        return {name: np.isin(np.arange(size), kept[name]) for name, size in sizes.items()}
+
+
+def folder_of(config: Mapping[str, Any]) -> Path:
+    """The directory of the run that one with this configuration starts from."""
+    return Path(config["source"]).expanduser()
+
+
+def read(config: ConfigDict) -> Source:
+    """The source of a run whose method needs one.
+
+    Raises:
+      ConfigError: there is no such run, it is not finished, or it is of another network, task, data
+        or budget; the message names `config.source` and what was expected.
+    """
+    folder = folder_of(config)
+    expected = f"expected the directory of a finished run with {_method(config)}"
+    try:
+        there = configuration(folder)
+        if there["method"] != METHODS[config.method].source:
+            raise ConfigError(
+                f"config.source: {expected}; that in {str(folder)!r} has config.method="
+                f"{there['method']}"
+            )
+        source = _source(folder, there)
+    except ConfigError:
+        raise
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        told = f"got {str(folder)!r} ({error})"
+        raise ConfigError(f"config.source: {expected}; {told}") from error
+    if source is None:
+        raise ConfigError(f"config.source: {expected}; that in {str(folder)!r} is not finished")
+    _check_same(config, there, folder)
+    return source
+
+
+def made_from(config: ConfigDict, workdir: str | os.PathLike) -> str:
+    """The digest of the network that a run starts from.
+
+    A run that has made a network from its source no longer needs it: while that is whole, and
+    `config.source` as it was, the source may be changed or gone.
+
+    Raises:
+      ConfigError: as `read`, if the source is needed.
+    """
+    return _taken(config, workdir) or read(config).sha256
+
+
+def check(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    checksums: Mapping[str, int],
+    model: nnx.Module,
+) -> None:
+    """Raises if a run needs its source, and that does not suit: its data, its network.
+
+    Args:
+      config: of the run.
+      workdir: its directory; if it has begun, the source must be the one that it began with.
+      checksums: of its data.
+      model: its network, unpruned; may be abstract.
+
+    Raises:
+      ConfigError: as `read`; other data, another network, or another source than the run has begun
+        with.
+    """
+    if _taken(config, workdir):
+        return
+    source = read(config)
+    if source.checksums != dict(checksums):
+        raise ConfigError(
+            f"config.source: expected a run on the same images; that in {str(config.source)!r} has "
+            "seen others (their names, sizes or statistics differ)"
+        )
+    _check_network(source, model)
+    began = _noted(workdir, read_description)
+    if began not in (None, source.sha256):
+        raise ConfigError(
+            f"config.source: expected the network that the run in {workdir} began with; "
+            f"{str(source.path)!r} is another one; give another --workdir"
+        )
+
+
+def _taken(config: ConfigDict, workdir: str | os.PathLike) -> str | None:
+    """The digest of what a run has taken from its source, if it is done with it."""
+    try:
+        given = configuration(workdir).get("source")
+    except ValueError:  # none yet, or a damaged one, of which `workdir.held` tells
+        return None
+    return _noted(workdir, verify) if given == str(config.source) else None
+
+
+def _noted(workdir: str | os.PathLike, read: Callable[[Path], dict[str, Any]]) -> str | None:
+    """The digest of what the network just after pruning was made from, if that can be read."""
+    path = Path(workdir) / "pruned"
+    try:
+        return read(path)["notes"].get("made_from") if exists(path) else None
+    except ArtifactError:  # it is made again
+        return None
+
+
+def _check_network(source: Source, model: nnx.Module) -> None:
+    """Raises if a source, other than its configuration says, is not of the network of a run."""
+    ours, made = architecture_of(model), source.description
+    pairs = {"family": (ours.family, made["family"])}
+    for name in sorted({*ours.arguments, *made["arguments"]} - {*MAY_DIFFER}):
+        pairs[name] = (ours.arguments.get(name), made["arguments"].get(name))
+    for name, (expected, got) in pairs.items():
+        if json.dumps(expected) != json.dumps(got):  # of which tuples are lists
+            raise ConfigError(
+                f"config.source: expected a network of {name}={shown(expected)}, as here; that in "
+                f"{str(source.path)!r} has {shown(got)}"
+            )
+
+
+def _method(config: ConfigDict) -> str:
+    needed = METHODS[config.method].source
+    return f"config.method={needed}, for config.method={config.method}"
+
+
+def _source(folder: Path, there: Mapping[str, Any]) -> Source | None:
+    """The network of a run; `None` if it is not finished."""
+    method = there["method"]
+    phase, trained = METHODS[method].phases[0], METHODS[method].phases[-1]
+    if not all(exists(folder / name) for name in ("model", METHODS[method].network)):
+        return None
+    last = verify(folder / "model")["notes"]["phase"]
+    if last["epochs"] < there[trained]["epochs"]:
+        return None
+    of_phase = "search" if phase == "search" else "model"
+    reached = read_description(folder / of_phase)["notes"]["phase"]
+    origin = {"run": folder.name, "method": method, "phase": phase}
+    origin |= {name: reached[name] for name in ("epochs", "steps")}
+    path = folder / METHODS[method].network
+    return Source(path, verify(path), origin, data_checksums(folder))
+
+
+def _check_same(config: ConfigDict, there: Mapping[str, Any], folder: Path) -> None:
+    """Raises unless both runs agree in all that makes their networks comparable."""
+    ours, theirs = flat(plain(config)), flat(there)
+    same = SAME if METHODS[config.method].chooses else SAME + SAME_BUDGET
+    for name in sorted({**ours, **theirs}):
+        matters = name.startswith(same) and name not in (*MAY_CHANGE, *MAY_MOVE)
+        if matters and ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"config.source: expected a run with config.{name}={shown(ours.get(name))}, as "
+                f"here; that in {str(folder)!r} has {shown(theirs.get(name))}"
+            )

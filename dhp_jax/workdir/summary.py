@@ -1,0 +1,147 @@
+"""The summary of a run: numbers of its networks, measured once."""
+
+from collections.abc import Mapping, Sequence
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+from dhp_jax.artifact.reading import read_description
+from dhp_jax.budgets.timing import hardware, measure_latency, quartiles
+from dhp_jax.config.methods import METHODS
+from dhp_jax.workdir.reader import SUMMARY, Result, read_summary
+from dhp_jax.workdir.source_run import folder_of
+from dhp_jax.workdir.target_dirs import is_size
+
+PACKAGES = ("dhp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def latency(result: Result, *, again: bool = False) -> dict[str, Any]:
+    """Times of the forward pass of a finished run's network, and of the unpruned one.
+
+    Args:
+      result: the run.
+      again: whether to measure them even if its summary has those of these networks.
+
+    Returns:
+      A row for one input and one for the batch of the configuration, with quartiles of the
+      milliseconds and of the speed-up of pairs of passes.
+    """
+    names = [name for name in ("search", "model") if name in result.notes]
+    of = [read_description(result.workdir / name)["sha256"] for name in names]
+    known = (result.summary or {}).get("latency")
+    if known and known["of"] == of and not again:
+        return known
+    networks = {"before": result.unpruned()} if result.pruned else {}
+    networks["after"] = result.trained
+    batches = sorted({1, result.config["batch_size"]})
+    return {
+        "batches": [_timed(networks, result.input_shape, batch) for batch in batches],
+        "input_shape": list(result.input_shape),
+        "hardware": hardware(),
+        "of": of,
+    }
+
+
+def _timed(networks: Mapping[str, Any], shape: Sequence[int], batch: int) -> dict[str, Any]:
+    times = measure_latency(networks, shape, batch)
+    row = {"batch": batch, "rounds": len(times["after"])}
+    row |= {f"{name}_ms": quartiles(values) for name, values in times.items()}
+    if "before" in times:
+        pairs = zip(times["before"], times["after"], strict=True)
+        row["speedup"] = quartiles([before / after for before, after in pairs])
+    return row
+
+
+def beside(workdir: str | os.PathLike, config: Mapping[str, Any]) -> str:
+    """Where the run of the unpruned network lies if no other place is given.
+
+    Args:
+      workdir: directory of a run, such as `runs/NAME` or `runs/NAME-METHOD`, or of one of its
+        sizes, such as `runs/NAME/0.5`.
+      config: its configuration.
+
+    Returns:
+      Its source if that is a baseline that is there, and otherwise `runs/NAME-baseline`.
+    """
+    method = config["method"]
+    begun = METHODS[method].source
+    if begun is not None and not METHODS[begun].prunes and folder_of(config).is_dir():
+        return str(folder_of(config))
+    whole = Path(os.path.abspath(workdir))
+    own, of_all = (
+        f"{str(folder).removesuffix(f'-{method}')}-baseline" for folder in (whole, whole.parent)
+    )
+    found = of_all if is_size(whole) and not Path(own).is_dir() else own
+    return found if os.path.isabs(workdir) else os.path.relpath(found)
+
+
+def read_baseline(directory: str | os.PathLike) -> dict[str, Any]:
+    """The summary of a finished run of the unpruned network.
+
+    Raises:
+      ValueError: there is none, or it lacks something.
+    """
+    path = Path(directory) / SUMMARY
+    summary = read_summary(path) if path.is_file() else {}
+    if summary.get("method") != "baseline":
+        raise ValueError(
+            "baseline: expected the directory of a finished run with config.method=baseline; "
+            f"got {str(directory)!r}"
+        )
+    return summary
+
+
+def summarize(
+    result: Result,
+    unpruned: Mapping[str, Any] | None = None,
+    times: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The outcome of a run in numbers: metrics on the test data, cost, times.
+
+    Args:
+      result: the run.
+      unpruned: the summary of a run with `method="baseline"`.
+      times: from `latency`.
+    """
+    notes, trained = result.notes, result.notes["model"]["phase"]
+    test = {"last": trained["last"], "best": trained["best"]}
+    if notes["model"]["without_network"]:
+        test["without_network"] = notes["model"]["without_network"]
+    phases = {}
+    if "search" in notes:
+        test["after_search"] = notes["search"]["phase"]["last"]
+        phases["search"] = notes["search"]["phase"]
+    if result.prunes:
+        if not result.method.fresh:
+            test["after_pruning"] = notes["pruned"]["test"]
+        test["unpruned"] = unpruned and unpruned["test"]["last"]
+    phases[result.phases[-1]] = trained
+    return {
+        "method": result.config["method"],
+        "task": result.config["task"],
+        "model": result.config["model"],
+        "data": result.config["data"]["name"],
+        "seed": result.config["seed"],
+        "target": result.config["target"] if result.prunes else None,
+        "origin": result.origin,
+        "test": test,
+        "flops": _change(result.before.flops, result.after.flops),
+        "params": _change(result.before.params, result.after.params),
+        "budgets": result.budgets,
+        "latency": times,
+        "phases": phases,
+        "unpruned_epochs": unpruned and unpruned["phases"]["baseline"]["epochs"],
+        "seconds": sum(phase["seconds"] for phase in phases.values()),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that results depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _change(before: int, after: int) -> dict[str, Any]:
+    return {"before": before, "after": after, "ratio": after / before}

@@ -1,0 +1,69 @@
+"""The directory of a run of several targets: in it a run for each, in a folder of its own."""
+
+from collections.abc import Sequence
+import json
+import os
+from pathlib import Path
+
+from dhp_jax import files
+from dhp_jax.workdir.identity import CONFIG, written
+
+TARGETS = "targets.json"  # those that were asked for last
+
+
+def folder_name(target: float) -> str:
+    """The folder of a target's run: "0.75", "1"; different targets have different ones."""
+    return repr(float(target)).removesuffix(".0")
+
+
+def note(workdir: str | os.PathLike, targets: Sequence[float]) -> None:
+    """Notes the targets of a run when it begins; makes its directory if it is not there.
+
+    Raises:
+      ConfigError: the directory cannot be written.
+    """
+    workdir = Path(workdir)
+    with written(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        files.write(workdir / TARGETS, json.dumps([float(target) for target in targets]))
+
+
+def begun(workdir: str | os.PathLike) -> list[Path]:
+    """The runs of the targets that have begun, the largest first; none in other directories."""
+    workdir = Path(workdir)
+    if not workdir.is_dir() or (workdir / CONFIG).is_file():
+        return []
+    there = [path for path in workdir.iterdir() if is_size(path) and (path / CONFIG).is_file()]
+    return sorted(there, key=lambda path: -float(path.name))
+
+
+def absent(workdir: str | os.PathLike) -> list[str]:
+    """The folders of the targets that were noted and have not begun, the largest first.
+
+    Raises:
+      ValueError: the note is damaged.
+    """
+    path = Path(workdir) / TARGETS
+    if not path.is_file():
+        return []
+    try:
+        names = [folder_name(target) for target in json.loads(path.read_text())]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"run: {path}: expected a list of targets; {error}") from error
+    there = {run.name for run in begun(workdir)}
+    return [name for name in names if name not in there]
+
+
+def is_size(path: Path) -> bool:
+    """Whether a folder is called as that of a target."""
+    try:
+        target = float(path.name)
+    except ValueError:
+        return False
+    return 0 < target <= 1 and folder_name(target) == path.name
+
+
+def hint(workdir: str | os.PathLike) -> str:
+    """What to add to an error where a single run was expected; nothing in other directories."""
+    runs = ", ".join(map(str, begun(workdir)))
+    return f"; it holds several sizes, give one of them: {runs}" if runs else ""
