@@ -4,8 +4,7 @@ import json
 import shutil
 
 import pytest
-from runs import commanded
-from test_report import UNPRUNED
+from runs import UNPRUNED, commanded
 
 from dhp_jax import predict
 from dhp_jax.budgets import timing

@@ -129,3 +129,17 @@ def arrays(model):
     """Every array of a model by its path."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {".".join(map(str, path)): np.asarray(stored.get_value()) for path, stored in flat}
+
+
+# Arguments with which each family is small.
+SMALL = {
+    "resnet": {"depth": 20, "width": 0.25},
+    "densenet": {"depth": 7, "growth": 4},
+    "vgg": {"depth": 11, "width": 0.0625},
+    "mobilenet_v1": {"width": 0.0625},
+    "mobilenet_v2": {"width": 0.0625},
+    "srresnet": {"blocks": 1, "features": 8, "width": 1.0, "prune_upsampler": True},
+    "edsr": {"blocks": 1, "features": 8, "width": 1.0, "initial_scale": 0.58},
+    "dncnn": {"depth": 3, "features": 8, "width": 1.0},
+    "unet": {"depth": 2, "features": 8, "width": 1.0},
+}

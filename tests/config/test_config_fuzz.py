@@ -18,6 +18,7 @@ from absl import flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_dict
+from networks import SMALL
 import numpy as np
 import pytest
 
@@ -33,22 +34,10 @@ from dhp_jax.pipeline import preparation
 from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.train.optimizer import drop_schedule, optimizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "experiments/configs"
 
 # The smallest network of each family.
-SMALL = {
-    "resnet": {"depth": 20, "width": 0.25},
-    "densenet": {"depth": 7, "growth": 4},
-    "vgg": {"depth": 11, "width": 0.0625},
-    "mobilenet_v1": {"width": 0.0625},
-    "mobilenet_v2": {"width": 0.0625},
-    "srresnet": {"blocks": 1, "features": 8, "width": 1.0, "prune_upsampler": True},
-    "edsr": {"blocks": 1, "features": 8, "width": 1.0, "initial_scale": 0.58},
-    "dncnn": {"depth": 3, "features": 8, "width": 1.0},
-    "unet": {"depth": 2, "features": 8, "width": 1.0},
-}
-
 FLOATING = "float64"
 # Values of any kind. No field takes all of them, and most take none.
 NUMBERS = [

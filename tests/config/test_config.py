@@ -15,7 +15,7 @@ from dhp_jax.config.checks import check, check_overrides
 from dhp_jax.config.defaults import default
 from dhp_jax.errors import ConfigError, shown
 
-CONFIGS = Path(__file__).parents[1] / "experiments/configs"
+CONFIGS = Path(__file__).parents[2] / "experiments/configs"
 PHASES = ("search", "converge", "baseline")
 RESTORATION = ("super_resolution", "denoising")
 TASKS = ("classification", *RESTORATION)

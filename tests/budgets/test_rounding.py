@@ -12,7 +12,7 @@ import dhp_jax as dhp
 from dhp_jax.budgets import rounding
 from dhp_jax.budgets.rounding import multiples, parsed
 
-RESULTS = Path(__file__).parents[1] / "benchmarks/results/rounding.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/widths.json"
 A, B, C = (MIXED_LATENTS[name] for name in "abc")  # of 7, 5, and 6 channels
 
 

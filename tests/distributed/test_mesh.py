@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 import re
 import signal
 import socket
@@ -33,7 +32,7 @@ from dhp_jax.distributed.processes import ProcessError, Turns, from_first, join
 from dhp_jax.errors import ConfigError
 from dhp_jax.workdir import metrics as workdir_metrics
 
-CONFIG = Path(__file__).with_name("mesh_config.py")
+CONFIG = ROOT / "tests/support/mesh_config.py"
 BOUND = 60  # seconds within which a process ends when another one has died
 STREAMED = {"data.streamed": True, "data.workers": 0}  # each process reads its share
 MOST = 2 / 240  # of an error: examples that rounding may move to another label

@@ -18,7 +18,7 @@ import pytest
 
 import dhp_jax as dhp
 
-GUIDES = Path(__file__).parents[1] / "docs"
+GUIDES = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(\n```(?P<kind>output|text)\n(?P<shown>.*?)^```\n)?",
     flags=re.DOTALL | re.MULTILINE,

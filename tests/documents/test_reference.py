@@ -11,7 +11,7 @@ import dhp_jax as dhp
 from dhp_jax.models import registry
 from dhp_jax.models import registry as models
 
-REFERENCE = Path(__file__).parents[1] / "docs/reference"
+REFERENCE = Path(__file__).parents[2] / "docs/reference"
 PUBLIC = {f"dhp_jax.{name}": getattr(dhp, name) for name in dhp.__all__ if name != "models"}
 PUBLIC |= {f"dhp_jax.models.{name}": getattr(models, name) for name in ("build", "build_abstract")}
 PUBLIC |= {f"dhp_jax.models.{family.__name__}": family for family in registry.FAMILIES.values()}

@@ -6,10 +6,9 @@ import re
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import MIXED_INPUT, MIXED_LATENTS, Mixed, filled, resnet20
+from networks import MIXED_INPUT, MIXED_LATENTS, SMALL, Mixed, filled, resnet20
 import numpy as np
 import pytest
-from test_config_fuzz import SMALL
 
 import dhp_jax as dhp
 from dhp_jax.budgets.counted import removals, smallest_ratio, survivors_within

@@ -8,7 +8,7 @@ import pytest
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
 
-CONFIGS = Path(__file__).parents[1] / "experiments/configs"
+CONFIGS = Path(__file__).parents[2] / "experiments/configs"
 pytestmark = pytest.mark.slow
 
 

@@ -14,7 +14,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax.core import hypernet
 
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 sys.path.append(BENCHMARKS)
 from memory import measure  # noqa: E402
 from programs import (  # noqa: E402

@@ -18,7 +18,7 @@ from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.pipeline.setup import problem
 from dhp_jax.workdir import metrics as workdir_metrics
 
-CONFIG = Path(__file__).parents[1] / "experiments/configs/digits_resnet20.py"
+CONFIG = Path(__file__).parents[2] / "experiments/configs/digits_resnet20.py"
 FIELDS = {
     "model.depth": 8,
     "model.width": 0.25,
@@ -33,7 +33,7 @@ FIELDS = {
 
 
 NETWORKS = ("search", "pruned", "best", "model")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Stop(Exception):
@@ -168,3 +168,18 @@ def commanded(capsys, main, name, *arguments):
             code = left.code
     printed = capsys.readouterr()
     return code, printed.out, printed.err
+
+
+# What a summary says of the unpruned network.
+UNPRUNED = {
+    "test": {"last": {"loss": 0.3, "error": 0.0846}, "best": {"loss": 0.2, "error": 0.08}},
+    "phases": {
+        "baseline": {
+            "epochs": 300,
+            "steps": 9000,
+            "seconds": 7.0,
+            "met_budget": False,
+            "best_epoch": 9,
+        }
+    },
+}

@@ -15,7 +15,7 @@ from dhp_jax import config as dhp_config
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
 
-CONFIGS = sorted((Path(__file__).parents[1] / "experiments/configs").glob("*.py"))
+CONFIGS = sorted((Path(__file__).parents[2] / "experiments/configs").glob("*.py"))
 # As deep as they are, for their short networks would be the same as another's.
 WHOLE = ("resnet56", "resnet56_38", "resnet110", "resnet164", "mobilenet_v1_x2", "mobilenet_v2_x2")
 # What other tests train, or a network much like another's.

@@ -18,7 +18,7 @@ import dhp_jax as dhp
 from dhp_jax.budgets.timing import hardware
 from dhp_jax.export import export
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 import methods  # noqa: E402
 from record import publish_each  # noqa: E402

@@ -13,7 +13,7 @@ import jax
 from matplotlib.image import imread
 import numpy as np
 import pytest
-from runs import description
+from runs import UNPRUNED, description
 
 import dhp_jax as dhp
 from dhp_jax import cli
@@ -32,18 +32,6 @@ from dhp_jax.workdir.reader import read_summary
 from dhp_jax.workdir.summary import summarize
 
 PLOTS = ("channels", "ratio", "latents", "error")
-UNPRUNED = {
-    "test": {"last": {"loss": 0.3, "error": 0.0846}, "best": {"loss": 0.2, "error": 0.08}},
-    "phases": {
-        "baseline": {
-            "epochs": 300,
-            "steps": 9000,
-            "seconds": 7.0,
-            "met_budget": False,
-            "best_epoch": 9,
-        }
-    },
-}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from runs import CONFIG, FIELDS, contents, of_digits
 import dhp_jax as dhp
 from dhp_jax.data.labelled import cifar
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MAIN = ROOT / "experiments/main.py"
 DIGITS = f"--config={CONFIG}"
 

@@ -23,7 +23,7 @@ from dhp_jax.cli import opened
 from dhp_jax.files import unfinished
 
 exporting = importlib.import_module("dhp_jax.export")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FREE = ("batch", "height", "width")
 FAMILIES = {  # arguments, input, and the sizes that are free in StableHLO and in ONNX
     "resnet": ({"depth": 20, "width": 0.25}, (8, 8, 3), FREE, FREE),
