@@ -1,0 +1,270 @@
+"""A whole network and its solved equations; networks cut out of it, and their proof."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+import logging
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dhp_jax.tracing import rules  # noqa: F401  (registers the rules)
+from dhp_jax.tracing.flow import Axes, Flow
+from dhp_jax.tracing.programs import (
+    Call,
+    Context,
+    Program,
+    abstract_inputs,
+    default_call,
+    is_random,
+    shape_of,
+    trace_program,
+    where_raised,
+    with_value,
+)
+from dhp_jax.tracing.proof import Mismatch, check_restricted
+from dhp_jax.tracing.resize import resize
+
+logger = logging.getLogger(__name__)
+
+EVALUATION: Context = ()
+TRAINING: Context = ("training",)
+MAX_PASSES = 20
+Kept = list[list[np.ndarray]]  # of each axis of each array, a boolean mask
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """A number that a module of the user's keeps, which is the size of an axis.
+
+    Attributes:
+      path: of the module.
+      attribute: of the number.
+      atoms: the number is how many of these are left; or
+      axis: (array, axis), the number is how much of that is left.
+    """
+
+    path: tuple[Any, ...]
+    attribute: str
+    atoms: tuple[int, ...] = ()
+    axis: tuple[int, int] | None = None
+
+
+@dataclass
+class Analysis:
+    """A whole network, its programs and the solved equations between their axes.
+
+    Attributes:
+      model: the network, in evaluation mode.
+      call: how it is called.
+      inputs: abstract arguments.
+      programs: of evaluation and of training, where it can be traced so.
+      flow: the equations of all of them.
+      arrays: the axes of every array.
+      sizes: numbers in modules of the user's that are cut with axes.
+      untrainable: why there is no program of training; empty if there is one.
+    """
+
+    model: nnx.Module
+    call: Call
+    inputs: tuple[Any, ...]
+    programs: dict[Context, Program]
+    flow: Flow
+    arrays: list[Axes]
+    sizes: list[SizeRule] = field(default_factory=list)
+    untrainable: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The paths of the arrays."""
+        return self.programs[EVALUATION].names
+
+    @property
+    def leaves(self) -> tuple[Any, ...]:
+        """The arrays."""
+        return self.programs[EVALUATION].arrays
+
+    def kept(self, gone: frozenset[int]) -> Kept:
+        """What is left of every axis of every array without some atoms."""
+        return [
+            [self.flow.kept(axis, gone, size) for axis, size in zip(axes, x.shape, strict=True)]
+            for axes, x in zip(self.arrays, self.leaves, strict=True)
+        ]
+
+    def cut(self, gone: frozenset[int], *, abstract: bool = False) -> nnx.Module:
+        """The network without some atoms, which is not proved yet."""
+        program, kept = self.programs[EVALUATION], self.kept(gone)
+        model = cut_model(program.graphdef, program.state, kept, abstract=abstract)
+        modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
+        for rule in self.sizes:
+            if rule.axis is None:
+                left = sum(self.flow.terms.root(atom) not in gone for atom in rule.atoms)
+            else:
+                array, axis = rule.axis
+                left = int(kept[array][axis].sum())
+            setattr(modules[rule.path], rule.attribute, left)
+        return model
+
+    def prove(self, gone: frozenset[int], pruned: nnx.Module | None = None) -> frozenset[int]:
+        """Raises unless a pruned network is the whole one without some atoms.
+
+        Args:
+          gone: atoms.
+          pruned: the network; what `cut` makes if `None`.
+
+        Returns:
+          The atoms over which it renormalises.
+
+        Raises:
+          Mismatch: it is not.
+        """
+        pruned = self.cut(gone, abstract=True) if pruned is None else nnx.clone(pruned)
+        notes: frozenset[int] = frozenset()
+        for context, program in self.programs.items():
+            _set_mode(pruned, context)
+            try:
+                small = trace_program(pruned, self.call, self.inputs)
+            except Exception as error:  # whatever the code raises for such widths
+                text = (str(error).splitlines() or [type(error).__name__])[0]
+                why = f"the forward pass fails after pruning: {text[:160]}"
+                raise Mismatch(why, where_raised(error)) from error
+            notes |= check_restricted(self.flow, program.closed, small.closed, gone, context)
+        return notes
+
+
+def analyse(model: nnx.Module, inputs: Any, call: Call = default_call) -> Analysis:
+    """Traces a network in evaluation and training mode and solves the equations of its axes.
+
+    Args:
+      model: left as it was.
+      inputs: as for `dhp_jax.tracing.programs.abstract_inputs`.
+      call: a function of the model and the inputs.
+
+    Raises:
+      ValueError: the network does not take such inputs.
+    """
+    graphdef, state = nnx.split(model)
+    whole = nnx.merge(graphdef, state, copy=True)
+    whole.eval()
+    given, program = _first_program(whole, abstract_inputs(inputs), call)
+    programs, untrainable = {EVALUATION: program}, ""
+    trained = nnx.merge(program.graphdef, program.state, copy=True)
+    trained.train()
+    try:
+        other = trace_program(trained, call, given)
+        if other.names != program.names:
+            raise ValueError("it has other arrays")
+        programs[TRAINING] = other
+    except Exception as error:  # whatever the network's code raises
+        untrainable = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning("the network cannot be traced in training mode: %s", untrainable)
+    flow = Flow()
+    arrays = _array_axes(flow, program)
+    _solve(flow, programs, arrays)
+    return Analysis(whole, call, given, programs, flow, arrays, untrainable=untrainable)
+
+
+def _first_program(
+    model: nnx.Module, inputs: tuple[Any, ...], call: Call
+) -> tuple[tuple[Any, ...], Program]:
+    """The program of evaluation; shapes of examples are of floats, or else of integers."""
+    try:
+        return inputs, trace_program(model, call, inputs)
+    except Exception as error:  # whatever the network's code raises
+        try:
+            integers = jax.tree.map(_as_integers, inputs)
+            return integers, trace_program(model, call, integers)
+        except Exception:  # the first error says more
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            place = where_raised(error)
+            at = f" at {place}" if place else ""
+            shapes = ", ".join(str(x.shape) for x in jax.tree.leaves(inputs))
+            raise ValueError(f"inputs: the model does not take {shapes}: {text}{at}") from error
+
+
+def _as_integers(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.int32) if x.dtype == jnp.float32 else x
+
+
+def _array_axes(flow: Flow, program: Program) -> list[Axes]:
+    """New atoms for every axis of every array but the states of random generators."""
+    axes = []
+    flat = nnx.to_flat_state(program.state)
+    for number, ((_, leaf), x) in enumerate(zip(flat, program.arrays, strict=True)):
+        axes.append(
+            tuple(
+                flow.fresh(("array", number, k), size) if size > 1 and not is_random(leaf) else None
+                for k, size in enumerate(x.shape)
+            )
+        )
+    return axes
+
+
+def _solve(flow: Flow, programs: dict[Context, Program], arrays: Sequence[Axes]) -> None:
+    """States all equations until nothing changes."""
+    for _ in range(MAX_PASSES):
+        before = flow.terms.changes
+        for context, program in programs.items():
+            jaxpr = program.closed.jaxpr
+            inputs = jaxpr.invars[len(arrays) :]
+            given = [*arrays, *((None,) * len(shape_of(variable)) for variable in inputs)]
+            outputs = flow.run(jaxpr, given, context)
+            own = len(outputs) - len(arrays)
+            for axes in outputs[:own]:
+                for axis in axes:
+                    flow.terms.freeze_axis(axis, "it is an output of the network")
+            for after, axes in zip(outputs[own:], arrays, strict=True):
+                for one, other in zip(after, axes, strict=True):
+                    flow.terms.equal_axes(one, other, "the state that a call updates")
+        if flow.terms.changes == before:
+            return
+    raise RuntimeError(f"the equations have no solution after {MAX_PASSES} passes")
+
+
+def cut_model(
+    graphdef: nnx.GraphDef, state: nnx.State, kept: Kept, *, abstract: bool = False
+) -> nnx.Module:
+    """A network with what is kept of its arrays, and the sizes of its layers to suit.
+
+    Args:
+      graphdef, state: the whole network.
+      kept: by array, in the order of the flat state, and axis a boolean mask.
+      abstract: whether the arrays become abstract ones.
+    """
+    cut, masks = [], {}
+    for (path, leaf), own in zip(nnx.to_flat_state(state), kept, strict=True):
+        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        if abstract and isinstance(leaf, nnx.Variable):  # NNX would not know a bare one as an array
+            shape = tuple(int(mask.sum()) for mask in own)
+            value = jax.ShapeDtypeStruct(shape, value.dtype)
+        elif not all(mask.all() for mask in own):
+            value = cut_array(value, own)
+        cut.append((path, with_value(leaf, value)))
+        masks[path] = own
+    model = nnx.merge(graphdef, nnx.from_flat_state(cut), copy=True)
+    for path, module in nnx.iter_modules(model):
+        resize(
+            module,
+            {at[-1]: own for at, own in masks.items() if at[:-1] == tuple(path) and at},
+        )
+    return model
+
+
+def cut_array(value: Any, kept: Sequence[np.ndarray]) -> Any:
+    """The kept positions of every axis of an array, on the host; abstract ones stay abstract."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(tuple(int(mask.sum()) for mask in kept), value.dtype)
+    if isinstance(value, jax.core.Tracer):
+        for axis, mask in enumerate(kept):
+            value = jnp.take(value, np.flatnonzero(mask), axis)
+        return value
+    array = np.asarray(value)
+    for axis, mask in enumerate(kept):
+        array = np.compress(mask, array, axis)
+    return jnp.asarray(array)
+
+
+def _set_mode(model: nnx.Module, context: Context) -> None:
+    model.train() if context == TRAINING else model.eval()

@@ -1,0 +1,122 @@
+"""The equations that a traced program states between the axes of its arrays.
+
+`Flow.run` goes through a program once. For every operation a rule (`dhp_jax.tracing.rules`) says
+which positions of its inputs and outputs survive together. What no rule understands makes all that
+it reads stay, with its name and the line of the user's code.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from jax.extend.core import Jaxpr, JaxprEqn
+import numpy as np
+
+from dhp_jax.tracing.programs import Context, is_literal, shape_of, where
+from dhp_jax.tracing.terms import TRUE, Axis, Terms, dead_terms
+
+Axes = tuple[Axis, ...]
+Rule = Callable[["Flow", JaxprEqn, list[Axes], Context], list[Axes]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*primitives: str) -> Callable[[Rule], Rule]:
+    """Registers what states the equations of operations, by their names.
+
+    A rule is a function of the flow, the operation, the axes of what it reads, and the context of
+    programs within it. It returns the axes of what the operation writes.
+    """
+
+    def register(function: Rule) -> Rule:
+        for name in primitives:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+class Flow:
+    """Terms for every axis of every array in programs.
+
+    Attributes:
+      terms: the store of terms.
+      at: by context and variable the axes of what it holds.
+      unknown: operations without a rule that read positions which could go, with their lines.
+      sums: by atom the lines of sums over it.
+    """
+
+    def __init__(self):
+        self.terms = Terms()
+        self.at: dict[tuple[Context, Any], Axes] = {}
+        self.unknown: dict[str, str] = {}
+        self.sums: dict[int, str] = {}
+        self._fresh: dict[Hashable, np.ndarray] = {}
+        self._dead: tuple[Any, np.ndarray] | None = None
+
+    def fresh(self, key: Hashable, number: int) -> np.ndarray:
+        """New atoms, the same ones for a key in every pass."""
+        if key not in self._fresh:
+            self._fresh[key] = self.terms.new(number)
+        return self._fresh[key]
+
+    def run(self, jaxpr: Jaxpr, inputs: Sequence[Axes], context: Context = ()) -> list[Axes]:
+        """States the equations of a program once; returns the axes of its outputs."""
+
+        def read(atom: Any) -> Axes:
+            if is_literal(atom):
+                return (None,) * len(shape_of(atom))
+            return self.at[context, atom]
+
+        for variable, axes in zip(jaxpr.invars, inputs, strict=True):
+            self.at[context, variable] = tuple(axes)
+        for variable in jaxpr.constvars:
+            self.at[context, variable] = (None,) * len(shape_of(variable))
+        for number, eqn in enumerate(jaxpr.eqns):
+            inputs = [read(atom) for atom in eqn.invars]
+            state = RULES.get(eqn.primitive.name, _not_understood)
+            outputs = state(self, eqn, inputs, (*context, number))
+            for variable, axes in zip(eqn.outvars, outputs, strict=True):
+                sizes = shape_of(variable)  # what has one position broadcasts, and has no term
+                self.at[context, variable] = tuple(
+                    None if size == 1 else axis for axis, size in zip(axes, sizes, strict=True)
+                )
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def meet(self, left: Axis, right: Axis, eqn: JaxprEqn) -> Axis:
+        """Two axes that meet position by position in an operation."""
+        return self.terms.equal_axes(left, right, f"{eqn.primitive.name} at {where(eqn)}")
+
+    def freeze(self, axis: Axis, eqn: JaxprEqn, why: str) -> None:
+        """An axis that must stay because of an operation."""
+        self.terms.freeze_axis(axis, f"{eqn.primitive.name} {why} at {where(eqn)}")
+
+    def note_sum(self, axis: Axis, eqn: JaxprEqn) -> None:
+        """An axis over which numbers are added up."""
+        if axis is not None:
+            for term in np.unique(self.terms.roots(axis)).tolist():
+                for atom in self.terms.atoms(term):
+                    self.sums.setdefault(atom, where(eqn))
+
+    def kept(self, axis: Axis, gone: frozenset[int], size: int) -> np.ndarray:
+        """Which positions of an axis are left without some atoms, a boolean mask."""
+        if axis is None or not gone:
+            return np.ones(size, bool)
+        key = (gone, self.terms.changes, self.terms.size)
+        if self._dead is None or self._dead[0] != key:
+            self._dead = (key, dead_terms(self.terms, gone))
+        return ~self._dead[1][self.terms.roots(axis)]
+
+    def atoms_of(self, axis: Axis) -> frozenset[int]:
+        """All atoms of an axis."""
+        if axis is None:
+            return frozenset()
+        terms = np.unique(self.terms.roots(axis)).tolist()
+        return frozenset().union(*(self.terms.atoms(term) for term in terms if term != TRUE))
+
+
+def _not_understood(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    for axes in inputs:
+        for axis in axes:
+            if flow.atoms_of(axis):
+                flow.unknown.setdefault(eqn.primitive.name, where(eqn))
+            flow.freeze(axis, eqn, "is not understood")
+    return [(None,) * len(shape_of(variable)) for variable in eqn.outvars]

@@ -1,0 +1,196 @@
+"""A network's program: its traced forward pass, in which every array of the network is an input."""
+
+from collections.abc import Callable, Iterator
+import os
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+from jax._src import source_info_util  # where an operation comes from; there is no public way
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+import jax.numpy as jnp
+import numpy as np
+
+Context = tuple[Any, ...]  # the operations that lead to an inner program
+Call = Callable[..., Any]
+
+_CALLS = """
+    jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call
+    custom_vjp_call_jaxpr custom_lin core_closed_call xla_call named_call
+"""
+CALLS = frozenset(_CALLS.split())
+_LIBRARIES = tuple(
+    os.path.dirname(module.__file__) + os.sep for module in (jax, nnx) if module.__file__
+)
+_LIBRARY = os.path.dirname(os.path.dirname(__file__))
+_OWN = tuple(os.path.join(_LIBRARY, part) + os.sep for part in ("tracing", "core"))
+
+
+class Program(NamedTuple):
+    """A forward pass as a function of the network's arrays and its inputs.
+
+    Its outputs are those of the network, then what is in the place of each array afterwards.
+    """
+
+    closed: ClosedJaxpr
+    names: tuple[str, ...]  # of the arrays, the paths that lead to them
+    graphdef: nnx.GraphDef
+    state: nnx.State
+    arrays: tuple[jax.Array | jax.ShapeDtypeStruct, ...]
+
+
+def trace_program(model: nnx.Module, call: Call, inputs: tuple[Any, ...]) -> Program:
+    """Traces `call(model, *inputs)`; nothing is computed.
+
+    Args:
+      model: left as it was; its arrays may be abstract.
+      call: a function of the model and the inputs.
+      inputs: trees of abstract arrays.
+    """
+    graphdef, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    arrays, structure = jax.tree.flatten(state)
+    abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+
+    def forward(arrays: list[Any], *inputs: Any) -> tuple[Any, list[Any]]:
+        merged = nnx.merge(graphdef, jax.tree.unflatten(structure, arrays), copy=True)
+        outputs = call(merged, *inputs)
+        after = dict(nnx.to_flat_state(nnx.state(merged)))
+        kept = [after.get(path, x) for (path, _), x in zip(flat, arrays, strict=True)]
+        return outputs, [value_of(leaf) for leaf in kept]
+
+    closed = jax.make_jaxpr(forward)(abstract, *inputs)
+    names = tuple(".".join(map(str, path)) for path, _ in flat)
+    return Program(closed, names, graphdef, state, tuple(arrays))
+
+
+def value_of(leaf: nnx.Variable | jax.Array) -> jax.Array:
+    """The array of a leaf of a state, which may be bare."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def with_value(leaf: nnx.Variable | jax.Array, value: Any) -> Any:
+    """The same leaf with another array."""
+    return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
+
+
+def default_call(model: nnx.Module, *inputs: Any) -> Any:
+    """`model(*inputs)`."""
+    return model(*inputs)
+
+
+def abstract_inputs(inputs: Any, batch: int = 1) -> tuple[Any, ...]:
+    """The arguments of a forward pass as trees of abstract arrays.
+
+    Args:
+      inputs: the shape of one example; an array or abstract array with its batch axis; a tuple or
+        list of arguments, each of these; or a dict of them, as one argument.
+      batch: size of the batch axis that comes before a shape of one example.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    if isinstance(inputs, tuple | list) and not _is_shape(inputs) and len(inputs):
+        return tuple(_abstract(argument, batch) for argument in inputs)
+    return (_abstract(inputs, batch),)
+
+
+def _is_shape(value: Any) -> bool:
+    integers = isinstance(value, tuple | list) and all(
+        isinstance(n, int | np.integer) and not isinstance(n, bool) for n in value
+    )
+    return integers and len(value) > 0
+
+
+def _abstract(value: Any, batch: int) -> Any:
+    if _is_shape(value):
+        if min(value) < 1:
+            raise ValueError(f"inputs: expected positive sizes of one example, got {tuple(value)}")
+        return jax.ShapeDtypeStruct((batch, *map(int, value)), jnp.float32)
+    if isinstance(value, dict):
+        return {key: _abstract(item, batch) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_abstract(item, batch) for item in value)
+    if value is None:
+        return None
+    try:
+        return jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value))
+    except TypeError:
+        raise ValueError(
+            "inputs: expected the shape of one example, an array, or a tuple, list or dict of "
+            f"them; got a {type(value).__name__}"
+        ) from None
+
+
+def is_random(leaf: Any) -> bool:
+    """Whether a leaf of a state belongs to a generator of random numbers."""
+    return isinstance(leaf, nnx.RngState)
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """The shape of what an operation reads or writes."""
+    return tuple(getattr(atom.aval, "shape", ()))
+
+
+def inner_program(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]]:
+    """The program that a call-like operation calls, and its constants."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in eqn.params:
+            found = eqn.params[key]
+            return (found.jaxpr, found.consts) if isinstance(found, ClosedJaxpr) else (found, [])
+    raise KeyError(eqn.primitive.name)
+
+
+def inner_programs(eqn: JaxprEqn, context: Context) -> Iterator[tuple[Context, Jaxpr]]:
+    """The programs within an operation, each with the context that its variables have."""
+    match eqn.primitive.name:
+        case name if name in CALLS:
+            yield context, inner_program(eqn)[0]
+        case "scan":
+            yield context, eqn.params["jaxpr"].jaxpr
+        case "while":
+            yield (*context, "cond"), eqn.params["cond_jaxpr"].jaxpr
+            yield context, eqn.params["body_jaxpr"].jaxpr
+        case "cond":
+            for number, branch in enumerate(eqn.params["branches"]):
+                yield (*context, number), branch.jaxpr
+
+
+def all_programs(jaxpr: Jaxpr, context: Context = ()) -> Iterator[tuple[Context, Jaxpr]]:
+    """A program and all programs within it."""
+    yield context, jaxpr
+    for number, eqn in enumerate(jaxpr.eqns):
+        for inner_context, inner in inner_programs(eqn, (*context, number)):
+            yield from all_programs(inner, inner_context)
+
+
+def where(eqn: JaxprEqn | None) -> str:
+    """File and line of the user's code that an operation comes from; empty if it is not known."""
+    if eqn is None:
+        return ""
+    found = ""
+    for frame in source_info_util.user_frames(eqn.source_info.traceback):
+        found = found or _place(frame.file_name, frame.start_line)
+        if not frame.file_name.startswith((*_LIBRARIES, *_OWN)):
+            return _place(frame.file_name, frame.start_line)
+    return found
+
+
+def where_raised(error: BaseException) -> str:
+    """File and line of the user's code in which an error was raised; empty if it is not known."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not name.startswith((*_LIBRARIES, *_OWN)) and "site-packages" not in name:
+            found = _place(name, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
+
+
+def _place(file: str, line: int) -> str:
+    return f"{'/'.join(file.split(os.sep)[-2:])}:{line}"
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether what an operation reads is a number in the program."""
+    return isinstance(atom, Literal)

@@ -1,0 +1,464 @@
+"""The equations of each operation: which positions of its inputs and outputs survive together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import JaxprEqn
+import numpy as np
+
+from dhp_jax.tracing.flow import Axes, Flow, rule
+from dhp_jax.tracing.programs import CALLS, Context, inner_program, shape_of, where
+from dhp_jax.tracing.terms import Axis, merge_axes, split_axis
+
+_ELEMENTWISE = """
+    add sub mul div rem pow integer_pow max min neg sign abs floor ceil round exp exp2 log log1p
+    expm1 sqrt rsqrt cbrt square tanh sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh
+    logistic erf erfc erf_inv is_finite eq ne lt le gt ge and or xor not select_n clamp nextafter
+    convert_element_type reduce_precision stop_gradient copy copy_p real imag conj complex lgamma
+    digamma igamma igammac population_count clz shift_left shift_right_logical
+    shift_right_arithmetic optimization_barrier add_any name device_put sharding_constraint
+    mesh_cast reshard pvary
+"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+
+
+@rule(*ELEMENTWISE)
+def _elementwise(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    """Axes of one size are one, position by position; an axis of size 1 is broadcast."""
+    if eqn.primitive.name in ("optimization_barrier", "device_put"):  # each array by itself
+        return list(inputs)
+    outputs = []
+    for variable in eqn.outvars:
+        shape, axes = shape_of(variable), []
+        alike = [
+            (given, shape_of(atom))
+            for given, atom in zip(inputs, eqn.invars, strict=True)
+            if len(shape_of(atom)) == len(shape)
+        ]
+        for k, size in enumerate(shape):
+            axes.append(_all_one(flow, [a[k] for a, sizes in alike if sizes[k] == size], eqn))
+        outputs.append(tuple(axes))
+    return outputs
+
+
+def _all_one(flow: Flow, axes: Sequence[Axis], eqn: JaxprEqn) -> Axis:
+    first, *others = axes or [None]
+    for other in others:
+        first = flow.meet(first, other, eqn)
+    return first
+
+
+@rule(*CALLS)
+def _call(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    return flow.run(inner_program(eqn)[0], inputs, context)
+
+
+@rule("broadcast_in_dim")
+def _broadcast(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    given, shape = shape_of(eqn.invars[0]), eqn.params["shape"]
+    outputs: list[Axis] = [None] * len(shape)
+    source = {int(k): at for at, k in enumerate(eqn.params["broadcast_dimensions"])}
+    for k, size in enumerate(shape):
+        if k in source and given[source[k]] == size:
+            outputs[k] = inputs[0][source[k]]
+        elif size > 1:  # copies, as many as the code asks for
+            outputs[k] = flow.fresh((context, k), size)
+    return [tuple(outputs)]
+
+
+@rule("reshape")
+def _reshape(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+    if eqn.params.get("dimensions") is not None or 0 in old:
+        for axis in inputs[0]:
+            flow.freeze(axis, eqn, "in another order")
+        return [(None,) * len(new)]
+    outputs: list[Axis] = [None] * len(new)
+    for sources, targets in _reshaped_together(old, new):
+        if len(sources) == len(targets) == 1:
+            outputs[targets[0]] = inputs[0][sources[0]]
+            continue
+        sizes = [old[k] for k in sources]
+        flat = merge_axes(flow.terms, [inputs[0][k] for k in sources], sizes)
+        if len(targets) == 1:
+            outputs[targets[0]] = flat
+            continue
+        parts = split_axis(
+            flow.terms,
+            flat,
+            [new[k] for k in targets],
+            lambda k, size, targets=targets: flow.fresh((context, targets[k]), size),
+            f"reshape to {new} at {where(eqn)}",
+        )
+        for k, part in zip(targets, parts, strict=True):
+            outputs[k] = part
+    return [tuple(outputs)]
+
+
+def _reshaped_together(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest groups of axes, of more than one position, that hold the same numbers."""
+    olds = [k for k, size in enumerate(old) if size > 1]
+    news = [k for k, size in enumerate(new) if size > 1]
+    groups = []
+    while olds and news:
+        sources, targets = [olds.pop(0)], [news.pop(0)]
+        before, after = old[sources[0]], new[targets[0]]
+        while before != after:
+            if before < after:
+                sources.append(olds.pop(0))
+                before *= old[sources[-1]]
+            else:
+                targets.append(news.pop(0))
+                after *= new[targets[-1]]
+        groups.append((sources, targets))
+    return groups
+
+
+@rule("transpose")
+def _transpose(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    return [tuple(inputs[0][k] for k in eqn.params["permutation"])]
+
+
+@rule("squeeze")
+def _squeeze(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    gone = {k % len(inputs[0]) for k in eqn.params["dimensions"]}
+    return [tuple(axis for k, axis in enumerate(inputs[0]) if k not in gone)]
+
+
+@rule("expand_dims")
+def _expand_dims(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    axes = list(inputs[0])
+    for k in sorted(eqn.params["dimensions"]):
+        axes.insert(k, None)
+    return [tuple(axes)]
+
+
+@rule("rev")
+def _reverse(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    reversed_axes = eqn.params["dimensions"]
+    return [
+        tuple(
+            axis[::-1] if axis is not None and k in reversed_axes else axis
+            for k, axis in enumerate(inputs[0])
+        )
+    ]
+
+
+@rule("iota")
+def _iota(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    along = eqn.params["dimension"]
+    return [
+        tuple(
+            None if k == along or size == 1 else flow.fresh((context, k), size)
+            for k, size in enumerate(eqn.params["shape"])
+        )
+    ]
+
+
+@rule("random_bits")
+def _random_bits(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    """As many as the code asks for; of another width they are another draw."""
+    shape = shape_of(eqn.outvars[0])
+    return [tuple(flow.fresh((context, k), n) if n > 1 else None for k, n in enumerate(shape))]
+
+
+@rule("concatenate")
+def _concatenate(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    along, outputs = eqn.params["dimension"], []
+    for k in range(len(inputs[0])):
+        parts = [axes[k] for axes in inputs]
+        if k != along:
+            outputs.append(_all_one(flow, parts, eqn))
+        elif all(part is None for part in parts):
+            outputs.append(None)
+        else:
+            sizes = [shape_of(atom)[k] for atom in eqn.invars]
+            outputs.append(_joined(parts, sizes))
+    return [tuple(outputs)]
+
+
+def _joined(parts: Sequence[Axis], sizes: Sequence[int]) -> np.ndarray:
+    filled = [
+        np.zeros(size, np.int64) if part is None else part
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    return np.concatenate(filled)
+
+
+@rule("stack")
+def _stack(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    axes = [_all_one(flow, [given[k] for given in inputs], eqn) for k in range(len(inputs[0]))]
+    axes.insert(eqn.params["axis"], None)
+    return [tuple(axes)]
+
+
+@rule("tile")
+def _tile(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    sizes, outputs = shape_of(eqn.invars[0]), []
+    for k, (axis, size, times) in enumerate(zip(inputs[0], sizes, eqn.params["reps"], strict=True)):
+        if size == 1 and times > 1:
+            outputs.append(flow.fresh((context, k), times))
+        else:
+            outputs.append(None if axis is None else np.tile(axis, times))
+    return [tuple(outputs)]
+
+
+@rule("split")
+def _split(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    along, outputs, start = eqn.params["axis"], [], 0
+    for size in map(int, eqn.params["sizes"]):
+        part = slice(start, start + size)
+        outputs.append(
+            tuple(
+                axis[part] if k == along and axis is not None else axis
+                for k, axis in enumerate(inputs[0])
+            )
+        )
+        start += size
+    return outputs
+
+
+@rule("slice")
+def _slice(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    parts = slices_of(eqn)
+    both = zip(inputs[0], parts, strict=True)
+    return [tuple(None if axis is None else axis[part] for axis, part in both)]
+
+
+def slices_of(eqn: JaxprEqn) -> list[slice]:
+    """The slices that an operation takes, one an axis."""
+    starts, ends = eqn.params["start_indices"], eqn.params["limit_indices"]
+    steps = eqn.params["strides"] or [1] * len(starts)
+    return [slice(*map(int, part)) for part in zip(starts, ends, steps, strict=True)]
+
+
+@rule("pad")
+def _pad(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    before, after, outputs = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]), []
+    for k, (axis, config) in enumerate(zip(inputs[0], eqn.params["padding_config"], strict=True)):
+        if (axis is None and before[k] > 1) or not any(config):
+            outputs.append(axis)
+            continue
+        places = pad_places(before[k], config)
+        padded = flow.fresh((context, k), after[k]).copy()
+        inside = places >= 0
+        padded[inside] = 0 if axis is None else axis[places[inside]]
+        outputs.append(padded)
+    return [tuple(outputs)]
+
+
+def pad_places(size: int, config: Sequence[int]) -> np.ndarray:
+    """For each position of a padded axis the one that it comes from, or -1."""
+    low, high, between = map(int, config)
+    places = np.full((size - 1) * (between + 1) + 1 if size else 0, -1)
+    places[:: between + 1] = np.arange(size)
+    places = places[-low:] if low < 0 else np.concatenate([np.full(low, -1), places])
+    return places[:high] if high < 0 else np.concatenate([places, np.full(high, -1)])
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    before, after, outputs = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]), []
+    for axis, old, new in zip(inputs[0], before, after, strict=True):
+        if old != new:
+            flow.freeze(axis, eqn, "takes a part of it")
+        outputs.append(axis if old == new else None)
+    return [tuple(outputs)]
+
+
+@rule("dynamic_update_slice")
+def _dynamic_update_slice(
+    flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context
+) -> list[Axes]:
+    whole, part, outputs = shape_of(eqn.invars[0]), shape_of(eqn.invars[1]), []
+    for axis, update, old, new in zip(inputs[0], inputs[1], whole, part, strict=True):
+        if old == new:
+            outputs.append(flow.meet(axis, update, eqn))
+            continue
+        flow.freeze(axis, eqn, "writes a part of it")
+        flow.freeze(update, eqn, "writes it to a part")
+        outputs.append(None)
+    return [tuple(outputs)]
+
+
+@rule("gather")
+def _gather(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    """Axes that are taken whole stay what they are; those that indices choose from must stay."""
+    (axes, index_axes), shape = inputs[:2], shape_of(eqn.invars[0])
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    outside = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    outputs: list[Axis] = [None] * len(shape_of(eqn.outvars[0]))
+    inside = [k for k in range(len(axes)) if k not in outside]
+    for k, out in zip(inside, numbers.offset_dims, strict=True):
+        if sizes[k] == shape[k] and k not in numbers.start_index_map:
+            outputs[out] = axes[k]
+    batch = [out for out in range(len(outputs)) if out not in numbers.offset_dims]
+    for k, out in enumerate(batch):
+        outputs[out] = index_axes[k]
+    for k, axis in enumerate(axes):
+        if k in numbers.operand_batching_dims:
+            at = numbers.operand_batching_dims.index(k)
+            flow.meet(axis, index_axes[numbers.start_indices_batching_dims[at]], eqn)
+        elif k in numbers.start_index_map or sizes[k] != shape[k]:
+            flow.freeze(axis, eqn, "takes entries of it by index")
+    flow.freeze(index_axes[-1], eqn, "takes it as an index")
+    return [tuple(outputs)]
+
+
+@rule("scatter")
+def _scatter(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    """Only `x.at[...].set(y)` of all of x is understood."""
+    numbers = eqn.params["dimension_numbers"]
+    whole = shape_of(eqn.invars[0]) == shape_of(eqn.invars[2])
+    if not numbers.scatter_dims_to_operand_dims and whole:
+        both = zip(inputs[0], inputs[2], strict=True)
+        return [tuple(flow.meet(axis, update, eqn) for axis, update in both)]
+    for axes in inputs:
+        for axis in axes:
+            if flow.atoms_of(axis):
+                flow.unknown.setdefault("scatter", where(eqn))
+            flow.freeze(axis, eqn, "writes entries by index")
+    return [(None,) * len(inputs[0])]
+
+
+@rule("dot_general")
+def _dot(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    (left_sum, right_sum), (left_batch, right_batch) = eqn.params["dimension_numbers"]
+    left, right = inputs[:2]
+    for i, j in zip(left_sum, right_sum, strict=True):
+        flow.meet(left[i], right[j], eqn)
+    batch = [
+        flow.meet(left[i], right[j], eqn) for i, j in zip(left_batch, right_batch, strict=True)
+    ]
+    left_free = [axis for k, axis in enumerate(left) if k not in (*left_sum, *left_batch)]
+    right_free = [axis for k, axis in enumerate(right) if k not in (*right_sum, *right_batch)]
+    return [(*batch, *left_free, *right_free)]
+
+
+@rule("conv_general_dilated")
+def _convolution(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    x, kernel = inputs
+    (batch, feature, *space), (out, into, *taps), (to_batch, to_feature, *_) = eqn.params[
+        "dimension_numbers"
+    ]
+    for axis in [x[k] for k in space] + [kernel[k] for k in taps]:
+        flow.freeze(axis, eqn, "slides along it")
+    channels, filters, groups = x[feature], kernel[out], eqn.params["feature_group_count"]
+    if eqn.params["batch_group_count"] != 1:
+        for axis in (x[batch], channels, filters, kernel[into]):
+            flow.freeze(axis, eqn, "has groups of the batch")
+    elif groups == 1:
+        flow.meet(channels, kernel[into], eqn)
+    else:
+        _groups(flow, eqn, channels, filters, kernel[into], groups)
+    outputs: list[Axis] = [None] * len(shape_of(eqn.outvars[0]))
+    outputs[to_batch], outputs[to_feature] = x[batch], filters
+    return [tuple(outputs)]
+
+
+def _groups(
+    flow: Flow, eqn: JaxprEqn, channels: Axis, filters: Axis, within: Axis, groups: int
+) -> None:
+    """Whole groups go: all channels and filters of one are one unit."""
+    flow.freeze(within, eqn, "has it within a group")
+    if channels is None or filters is None:
+        flow.freeze(channels, eqn, "has groups of fixed filters")
+        flow.freeze(filters, eqn, "has groups of fixed channels")
+        return
+    both = zip(channels.reshape(groups, -1), filters.reshape(groups, -1), strict=True)
+    for ins, outs in both:
+        first, *others = (*ins.tolist(), *outs.tolist())
+        for other in others:
+            flow.terms.equal(first, other, f"a group of a convolution at {where(eqn)}")
+
+
+@rule("reduce_sum")
+def _sum(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    for k in eqn.params["axes"]:
+        flow.note_sum(inputs[0][k], eqn)
+    return [_without(axes, eqn.params["axes"]) for axes in inputs]
+
+
+@rule("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor")
+@rule("argmax", "argmin", "reduce")
+def _reduce(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    """What is left would be chosen of fewer."""
+    gone = eqn.params.get("axes", eqn.params.get("dimensions", ()))
+    for axes in inputs:
+        for k in gone:
+            if len(axes) > k:
+                flow.freeze(axes[k], eqn, "goes over it")
+    return [_without(inputs[0], gone) for _ in eqn.outvars]
+
+
+def _without(axes: Axes, gone: Sequence[Any]) -> Axes:
+    return tuple(axis for k, axis in enumerate(axes) if k not in gone)
+
+
+@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+def _cumulative(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    flow.freeze(inputs[0][eqn.params["axis"]], eqn, "goes along it")
+    return [inputs[0]]
+
+
+@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")
+def _window(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    axes, params, outputs = inputs[0], eqn.params, []
+    ones = (1,) * len(axes)
+    for k, axis in enumerate(axes):
+        still = (
+            params["window_dimensions"][k] == params["window_strides"][k] == 1
+            and tuple(params["padding"][k]) == (0, 0)
+            and (params.get("base_dilation") or ones)[k] == 1
+        )
+        if not still:
+            flow.freeze(axis, eqn, "slides along it")
+        outputs.append(axis if still else None)
+    return [tuple(outputs) for _ in eqn.outvars]
+
+
+@rule("sort")
+def _sort(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    for axes in inputs:
+        flow.freeze(axes[eqn.params["dimension"]], eqn, "orders it")
+    return _elementwise(flow, eqn, inputs, context)
+
+
+@rule("scan")
+def _scan(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    fixed, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    stacked = inputs[fixed + carried :]
+    for axes in stacked:
+        flow.freeze(axes[0], eqn, "goes along it")
+    given = [*inputs[: fixed + carried], *(axes[1:] for axes in stacked)]
+    outputs = flow.run(eqn.params["jaxpr"].jaxpr, given, context)
+    _carry(flow, eqn, given[fixed : fixed + carried], outputs[:carried])
+    return [*outputs[:carried], *((None, *axes) for axes in outputs[carried:])]
+
+
+@rule("while")
+def _while(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    tested, used = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    carry = inputs[tested + used :]
+    flow.run(eqn.params["cond_jaxpr"].jaxpr, [*inputs[:tested], *carry], (*context, "cond"))
+    given = [*inputs[tested : tested + used], *carry]
+    outputs = flow.run(eqn.params["body_jaxpr"].jaxpr, given, context)
+    _carry(flow, eqn, carry, outputs)
+    return outputs
+
+
+def _carry(flow: Flow, eqn: JaxprEqn, before: list[Axes], after: list[Axes]) -> None:
+    """What enters a step of a loop and what leaves it are one."""
+    for old, new in zip(before, after, strict=True):
+        for one, other in zip(old, new, strict=True):
+            flow.meet(one, other, eqn)
+
+
+@rule("cond")
+def _cond(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    branches = enumerate(eqn.params["branches"])
+    each = [flow.run(b.jaxpr, inputs[1:], (*context, number)) for number, b in branches]
+    return [
+        tuple(_all_one(flow, axes, eqn) for axes in zip(*outputs, strict=True))
+        for outputs in zip(*each, strict=True)
+    ]

@@ -1,0 +1,43 @@
+"""Every awkward topology has the families that it should, and is pruned to the right numbers."""
+
+from awkward import CASES
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from restricted import difference, in_float64, randomised, restricted, zeroed
+
+from dhp_jax.tracing import discover
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_survives_computes_what_the_whole_network_without_the_rest_does(
+    name, fast_compilation
+):
+    case = CASES[name]
+    double = name != "Lstm"  # whose carry is float32 whatever its arrays are
+    compiled = jax.jit if name != "Transformed" else lambda f: f  # has a branch to look into
+    with jax.enable_x64(double):
+        model, inputs = randomised(case.build(nnx.Rngs(0))), case.inputs()
+        if double:
+            model, inputs = in_float64(model), jax.tree.map(_wide, inputs)
+        found = discover(model, tuple(inputs))
+        assert sorted(family.size for family in found.families) == case.sizes
+        assert not found.analysis.flow.unknown
+        rng = np.random.default_rng(1)
+        masks = {family.name: rng.random(family.size) < 0.6 for family in found.families}
+        for mask in masks.values():
+            mask[rng.choice(len(mask), 2, replace=False)] = [True, False]
+        small = found.restrict(masks)
+        outputs, gone = compiled(lambda *x: small(*x))(*inputs), found.gone(masks)
+        allowed = 1e-12 if double else 1e-6
+        expected = compiled(lambda *x: restricted(found.analysis, gone, x))(*inputs)
+        assert difference(outputs, expected) < allowed
+        if not any(family.renormalises or family.summed for family in found.families):
+            expected = compiled(lambda *x: zeroed(found.analysis, gone, x))(*inputs)
+            assert difference(outputs, expected) < allowed
+
+
+def _wide(x):
+    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
