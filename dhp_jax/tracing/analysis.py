@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dhp_jax.tracing import rules  # noqa: F401  (registers the rules)
+from dhp_jax.tracing import rules_of_sums  # noqa: F401  (registers rules, as what it imports)
 from dhp_jax.tracing.flow import Axes, Flow
 from dhp_jax.tracing.programs import (
     Call,

@@ -1,7 +1,6 @@
-"""The equations of each operation: which positions of its inputs and outputs survive together."""
+"""The equations of operations on numbers one by one, and of those that move numbers about."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from jax.extend.core import JaxprEqn
 import numpy as np
@@ -23,7 +22,7 @@ ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 
 @rule(*ELEMENTWISE)
-def _elementwise(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+def elementwise(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
     """Axes of one size are one, position by position; an axis of size 1 is broadcast."""
     if eqn.primitive.name in ("optimization_barrier", "device_put"):  # each array by itself
         return list(inputs)
@@ -36,12 +35,13 @@ def _elementwise(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context
             if len(shape_of(atom)) == len(shape)
         ]
         for k, size in enumerate(shape):
-            axes.append(_all_one(flow, [a[k] for a, sizes in alike if sizes[k] == size], eqn))
+            axes.append(all_one(flow, [a[k] for a, sizes in alike if sizes[k] == size], eqn))
         outputs.append(tuple(axes))
     return outputs
 
 
-def _all_one(flow: Flow, axes: Sequence[Axis], eqn: JaxprEqn) -> Axis:
+def all_one(flow: Flow, axes: Sequence[Axis], eqn: JaxprEqn) -> Axis:
+    """Axes that meet position by position in an operation, as one."""
     first, *others = axes or [None]
     for other in others:
         first = flow.meet(first, other, eqn)
@@ -168,7 +168,7 @@ def _concatenate(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context
     for k in range(len(inputs[0])):
         parts = [axes[k] for axes in inputs]
         if k != along:
-            outputs.append(_all_one(flow, parts, eqn))
+            outputs.append(all_one(flow, parts, eqn))
         elif all(part is None for part in parts):
             outputs.append(None)
         else:
@@ -187,7 +187,7 @@ def _joined(parts: Sequence[Axis], sizes: Sequence[int]) -> np.ndarray:
 
 @rule("stack")
 def _stack(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    axes = [_all_one(flow, [given[k] for given in inputs], eqn) for k in range(len(inputs[0]))]
+    axes = [all_one(flow, [given[k] for given in inputs], eqn) for k in range(len(inputs[0]))]
     axes.insert(eqn.params["axis"], None)
     return [tuple(axes)]
 
@@ -319,146 +319,3 @@ def _scatter(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) ->
                 flow.unknown.setdefault("scatter", where(eqn))
             flow.freeze(axis, eqn, "writes entries by index")
     return [(None,) * len(inputs[0])]
-
-
-@rule("dot_general")
-def _dot(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    (left_sum, right_sum), (left_batch, right_batch) = eqn.params["dimension_numbers"]
-    left, right = inputs[:2]
-    for i, j in zip(left_sum, right_sum, strict=True):
-        flow.meet(left[i], right[j], eqn)
-    batch = [
-        flow.meet(left[i], right[j], eqn) for i, j in zip(left_batch, right_batch, strict=True)
-    ]
-    left_free = [axis for k, axis in enumerate(left) if k not in (*left_sum, *left_batch)]
-    right_free = [axis for k, axis in enumerate(right) if k not in (*right_sum, *right_batch)]
-    return [(*batch, *left_free, *right_free)]
-
-
-@rule("conv_general_dilated")
-def _convolution(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    x, kernel = inputs
-    (batch, feature, *space), (out, into, *taps), (to_batch, to_feature, *_) = eqn.params[
-        "dimension_numbers"
-    ]
-    for axis in [x[k] for k in space] + [kernel[k] for k in taps]:
-        flow.freeze(axis, eqn, "slides along it")
-    channels, filters, groups = x[feature], kernel[out], eqn.params["feature_group_count"]
-    if eqn.params["batch_group_count"] != 1:
-        for axis in (x[batch], channels, filters, kernel[into]):
-            flow.freeze(axis, eqn, "has groups of the batch")
-    elif groups == 1:
-        flow.meet(channels, kernel[into], eqn)
-    else:
-        _groups(flow, eqn, channels, filters, kernel[into], groups)
-    outputs: list[Axis] = [None] * len(shape_of(eqn.outvars[0]))
-    outputs[to_batch], outputs[to_feature] = x[batch], filters
-    return [tuple(outputs)]
-
-
-def _groups(
-    flow: Flow, eqn: JaxprEqn, channels: Axis, filters: Axis, within: Axis, groups: int
-) -> None:
-    """Whole groups go: all channels and filters of one are one unit."""
-    flow.freeze(within, eqn, "has it within a group")
-    if channels is None or filters is None:
-        flow.freeze(channels, eqn, "has groups of fixed filters")
-        flow.freeze(filters, eqn, "has groups of fixed channels")
-        return
-    both = zip(channels.reshape(groups, -1), filters.reshape(groups, -1), strict=True)
-    for ins, outs in both:
-        first, *others = (*ins.tolist(), *outs.tolist())
-        for other in others:
-            flow.terms.equal(first, other, f"a group of a convolution at {where(eqn)}")
-
-
-@rule("reduce_sum")
-def _sum(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    for k in eqn.params["axes"]:
-        flow.note_sum(inputs[0][k], eqn)
-    return [_without(axes, eqn.params["axes"]) for axes in inputs]
-
-
-@rule("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor")
-@rule("argmax", "argmin", "reduce")
-def _reduce(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    """What is left would be chosen of fewer."""
-    gone = eqn.params.get("axes", eqn.params.get("dimensions", ()))
-    for axes in inputs:
-        for k in gone:
-            if len(axes) > k:
-                flow.freeze(axes[k], eqn, "goes over it")
-    return [_without(inputs[0], gone) for _ in eqn.outvars]
-
-
-def _without(axes: Axes, gone: Sequence[Any]) -> Axes:
-    return tuple(axis for k, axis in enumerate(axes) if k not in gone)
-
-
-@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
-def _cumulative(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    flow.freeze(inputs[0][eqn.params["axis"]], eqn, "goes along it")
-    return [inputs[0]]
-
-
-@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")
-def _window(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    axes, params, outputs = inputs[0], eqn.params, []
-    ones = (1,) * len(axes)
-    for k, axis in enumerate(axes):
-        still = (
-            params["window_dimensions"][k] == params["window_strides"][k] == 1
-            and tuple(params["padding"][k]) == (0, 0)
-            and (params.get("base_dilation") or ones)[k] == 1
-        )
-        if not still:
-            flow.freeze(axis, eqn, "slides along it")
-        outputs.append(axis if still else None)
-    return [tuple(outputs) for _ in eqn.outvars]
-
-
-@rule("sort")
-def _sort(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    for axes in inputs:
-        flow.freeze(axes[eqn.params["dimension"]], eqn, "orders it")
-    return _elementwise(flow, eqn, inputs, context)
-
-
-@rule("scan")
-def _scan(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    fixed, carried = eqn.params["num_consts"], eqn.params["num_carry"]
-    stacked = inputs[fixed + carried :]
-    for axes in stacked:
-        flow.freeze(axes[0], eqn, "goes along it")
-    given = [*inputs[: fixed + carried], *(axes[1:] for axes in stacked)]
-    outputs = flow.run(eqn.params["jaxpr"].jaxpr, given, context)
-    _carry(flow, eqn, given[fixed : fixed + carried], outputs[:carried])
-    return [*outputs[:carried], *((None, *axes) for axes in outputs[carried:])]
-
-
-@rule("while")
-def _while(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    tested, used = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    carry = inputs[tested + used :]
-    flow.run(eqn.params["cond_jaxpr"].jaxpr, [*inputs[:tested], *carry], (*context, "cond"))
-    given = [*inputs[tested : tested + used], *carry]
-    outputs = flow.run(eqn.params["body_jaxpr"].jaxpr, given, context)
-    _carry(flow, eqn, carry, outputs)
-    return outputs
-
-
-def _carry(flow: Flow, eqn: JaxprEqn, before: list[Axes], after: list[Axes]) -> None:
-    """What enters a step of a loop and what leaves it are one."""
-    for old, new in zip(before, after, strict=True):
-        for one, other in zip(old, new, strict=True):
-            flow.meet(one, other, eqn)
-
-
-@rule("cond")
-def _cond(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    branches = enumerate(eqn.params["branches"])
-    each = [flow.run(b.jaxpr, inputs[1:], (*context, number)) for number, b in branches]
-    return [
-        tuple(_all_one(flow, axes, eqn) for axes in zip(*outputs, strict=True))
-        for outputs in zip(*each, strict=True)
-    ]
