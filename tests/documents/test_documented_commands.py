@@ -17,7 +17,7 @@ from dhp_jax.config import defaults
 from dhp_jax.distributed.mesh import axis_sizes, check_batch
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```(?:\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -28,7 +28,7 @@ FIELD = re.compile(
 )
 PATH = re.compile(r"(?:tests|benchmarks|docs|experiments|dhp_jax)/[a-z0-9_/]+\.(?:py|md)")
 # Where the flags of a program are that it does not define itself.
-SHARED = {"benchmarks": "benchmarks/record.py", "dhp_jax": "dhp_jax/command.py"}
+SHARED = {"benchmarks": "benchmarks/record.py", "dhp_jax": "dhp_jax/cli.py"}
 
 
 def pieces(text):
@@ -83,7 +83,7 @@ def module_file(arguments):
     """The file that `python FILE ...` or `python -m MODULE ...` runs."""
     if arguments[0] == "-m":
         module = ROOT / arguments[1].replace(".", "/")
-        return module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+        return module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
     return ROOT / arguments[0]
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import io
 from pathlib import Path
 import re
+from unittest import mock
 
 import pytest
 
@@ -42,9 +43,8 @@ def run(path, folder):
         for module in needed.split():
             if importlib.util.find_spec(module) is None:
                 pytest.skip(f"{path.name} needs {module}, not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(dhp.models, "FAMILIES", dict(dhp.models.FAMILIES))  # a guide adds one
+    families = mock.patch.dict(dhp.models.FAMILIES)  # a guide adds one
+    with contextlib.chdir(folder), families:
         for block in BLOCK.finditer(text):
             line = text[: block.start("code")].count("\n")
             printed = io.StringIO()
