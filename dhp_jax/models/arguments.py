@@ -1,6 +1,7 @@
 """Checks of the arguments that families share."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+import functools
 import math
 from typing import Any
 
@@ -27,16 +28,6 @@ def check_positive(argument: str, value: Any, most: float = math.inf) -> None:
         raise ValueError(f"{argument}: expected at most {most:g}, got {shown(value)}")
 
 
-def check_width(width: Any, widest: int) -> None:
-    """Raises a `ValueError` unless `width` is a number above 0 that `widest` channels can bear."""
-    check_positive("width", width)
-    if width > MAX_CHANNELS / widest:
-        raise ValueError(
-            f"width: expected at most {MAX_CHANNELS / widest:g}, for layers of no more than "
-            f"{MAX_CHANNELS} channels, got {shown(width)}"
-        )
-
-
 def check_choice(argument: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises a `ValueError` that names the argument unless its value is one of some."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
@@ -50,34 +41,56 @@ def check_boolean(argument: str, value: Any) -> None:
         raise ValueError(f"{argument}: expected True or False, got {shown(value)}")
 
 
+def check_share(argument: str, value: Any) -> None:
+    """Raises a `ValueError` that names the argument unless its value is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{argument}: expected a share in [0, 1], got {shown(value)}")
+
+
+STAGES = {2: (2,), 3: (3,), 4: (2, 2)}  # the pixel shuffles that make up each scale
+
+
+CHECKS: Mapping[str, Callable[[str, Any], None]] = {  # of arguments that several families take
+    "num_classes": check_positive_integer,
+    "channels": check_positive_integer,
+    "features": check_positive_integer,
+    "min_channels": check_positive_integer,
+    "blocks": functools.partial(check_positive_integer, most=256),
+    "scale": functools.partial(check_choice, choices=tuple(STAGES)),
+    "initial_scale": functools.partial(check_positive, most=1000),
+    "stem_stride": functools.partial(check_choice, choices=(1, 2)),
+    "prune_upsampler": check_boolean,
+    "prune_classifier": check_boolean,
+    "classifier_keep": check_share,
+}
+
+
+def check_arguments(arguments: Mapping[str, Any], *, widest: int) -> None:
+    """Checks the arguments that a family has in common with others.
+
+    Args:
+      arguments: `locals()` of the family's constructor: its arguments by name. Those in `CHECKS`
+        are checked, and `width`.
+      widest: channels of the widest layer at width 1.
+
+    Raises:
+      ValueError: it names the first argument that makes no network.
+    """
+    for argument, check in CHECKS.items():
+        if argument in arguments:
+            check(argument, arguments[argument])
+    width = arguments["width"]
+    check_positive("width", width)
+    if width > MAX_CHANNELS / widest:
+        raise ValueError(
+            f"width: expected at most {MAX_CHANNELS / widest:g}, for layers of no more than "
+            f"{MAX_CHANNELS} channels, got {shown(width)}"
+        )
+
+
 def check_images(images: Array, channels: int) -> None:
     """Raises a `ValueError` unless `images` has the shape `(batch, height, width, channels)`."""
     if images.ndim != 4 or images.shape[-1] != channels:
         raise ValueError(
             f"images: expected shape (batch, height, width, {channels}), got {images.shape}"
         )
-
-
-STAGES = {2: (2,), 3: (3,), 4: (2, 2)}  # the pixel shuffles that make up each scale
-
-
-MAX_BLOCKS = 256
-
-
-def check_arguments(
-    scale: int,
-    blocks: int,
-    features: int,
-    channels: int,
-    width: float,
-    prune_upsampler: bool,
-    min_channels: int,
-) -> None:
-    """Raises a `ValueError` that names the first argument of a family that makes no network."""
-    check_choice("scale", scale, tuple(STAGES))
-    check_positive_integer("blocks", blocks, MAX_BLOCKS)
-    check_positive_integer("features", features)
-    check_positive_integer("channels", channels)
-    check_positive_integer("min_channels", min_channels)
-    check_width(width, features)
-    check_boolean("prune_upsampler", prune_upsampler)

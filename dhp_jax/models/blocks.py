@@ -1,4 +1,4 @@
-"""What several families are built of, and the checks of their arguments."""
+"""Layers that several families are built of."""
 
 from typing import Any
 

@@ -8,7 +8,12 @@ from jaxtyping import Array, Float
 
 from dhp_jax.core.latent import Axis, Latent, concat
 from dhp_jax.core.layers import BatchNorm, HyperConv, Linear
-from dhp_jax.models.arguments import MAX_CHANNELS, check_images, check_positive_integer, check_width
+from dhp_jax.models.arguments import (
+    MAX_CHANNELS,
+    check_arguments,
+    check_images,
+    check_positive_integer,
+)
 from dhp_jax.models.blocks import scaled
 
 BLOCKS = 3
@@ -84,10 +89,7 @@ class DenseNet(nnx.Module):
         _check_depth(depth)
         growths = STEM_GROWTHS + depth - 4  # at most, that a layer reads
         check_positive_integer("growth", growth, MAX_CHANNELS // growths)
-        check_positive_integer("num_classes", num_classes)
-        check_positive_integer("channels", channels)
-        check_positive_integer("min_channels", min_channels)
-        check_width(width, growths * growth)
+        check_arguments(locals(), widest=growths * growth)
 
         def latent(size: int) -> Latent:
             return Latent(size, min_channels=min_channels, rngs=rngs)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import HyperConv
-from dhp_jax.models.arguments import check_images, check_positive_integer, check_width
+from dhp_jax.models.arguments import check_arguments, check_images, check_positive_integer
 from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, scaled
 
 MAX_DEPTH = 256
@@ -52,10 +52,7 @@ class DnCNN(nnx.Module):
         check_positive_integer("depth", depth, MAX_DEPTH)
         if depth < 3:
             raise ValueError(f"depth: expected at least 3, got {depth!r}")
-        check_positive_integer("features", features)
-        check_positive_integer("channels", channels)
-        check_positive_integer("min_channels", min_channels)
-        check_width(width, features)
+        check_arguments(locals(), widest=features)
         self.channels = channels
         self.reach = depth  # how many pixels away an output depends on the input
         self.image = Latent(channels, prunable=False, rngs=rngs)

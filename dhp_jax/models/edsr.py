@@ -10,14 +10,11 @@ import numpy as np
 
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import Bias, HyperConv
-from dhp_jax.models.arguments import check_arguments, check_images, check_positive
+from dhp_jax.models.arguments import check_arguments, check_images
 from dhp_jax.models.blocks import SMALL_GAIN, scaled
 from dhp_jax.models.upsampler import Upsampler
 
 MEAN = (114.4, 111.5, 103.0)  # of red, green and blue in DIV2K's training images
-
-
-MAX_SCALE = 1000
 
 
 class Constant(nnx.Variable):
@@ -80,8 +77,7 @@ class EDSR(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        check_arguments(scale, blocks, features, channels, width, prune_upsampler, min_channels)
-        check_positive("initial_scale", initial_scale, MAX_SCALE)
+        check_arguments(locals(), widest=features)
         size = scaled(features, width)
         options = {"dtype": dtype, "initial_scale": initial_scale, "rngs": rngs}
 

@@ -10,14 +10,7 @@ from jaxtyping import Array, Float
 
 from dhp_jax.core.latent import Axis, Latent
 from dhp_jax.core.layers import Linear
-from dhp_jax.errors import shown
-from dhp_jax.models.arguments import (
-    check_boolean,
-    check_choice,
-    check_images,
-    check_positive_integer,
-    check_width,
-)
+from dhp_jax.models.arguments import check_arguments, check_images
 from dhp_jax.models.blocks import ConvNorm, scaled
 
 STEM = 32
@@ -116,13 +109,7 @@ class MobileNet(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        check_positive_integer("num_classes", num_classes)
-        check_positive_integer("channels", channels)
-        check_width(width, self.features_size)
-        check_boolean("prune_classifier", prune_classifier)
-        _check_share("classifier_keep", classifier_keep)
-        check_choice("stem_stride", stem_stride, (1, 2))
-        check_positive_integer("min_channels", min_channels)
+        check_arguments(locals(), widest=self.features_size)
 
         def latent(size: int) -> Latent:
             return Latent(size, min_channels=min_channels, rngs=rngs)
@@ -194,9 +181,3 @@ class MobileNetV2(MobileNet):
                 yield InvertedResidual(z, hidden, z_out, stride, **options)
                 z = z_out
         yield ConvNormReLU(z, self.features, 1, **options)
-
-
-def _check_share(argument: str, value: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1:
-        raise ValueError(f"{argument}: expected a share in [0, 1], got {shown(value)}")

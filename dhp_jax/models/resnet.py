@@ -9,7 +9,12 @@ from jaxtyping import Array, Float
 from dhp_jax.core.latent import Axis, Latent, repeat
 from dhp_jax.core.layers import Linear
 from dhp_jax.errors import shown
-from dhp_jax.models.arguments import MAX_CHANNELS, check_images, check_positive_integer, check_width
+from dhp_jax.models.arguments import (
+    MAX_CHANNELS,
+    check_arguments,
+    check_images,
+    check_positive_integer,
+)
 from dhp_jax.models.blocks import ConvNorm, scaled
 
 # Blocks of each stage, by depth.
@@ -138,15 +143,14 @@ class ResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check_depth(depth)
-        check_positive_integer("num_classes", num_classes)
-        check_positive_integer("channels", channels)
-        check_positive_integer("min_channels", min_channels)
         kernels = (1, 3, 1) if depth in BOTTLENECK else (3, 3)
         expansion = EXPANSION if depth in BOTTLENECK else 1
         widths = IMAGENET_WIDTHS if depth in IMAGENET else CIFAR_WIDTHS
         doublings = 2 ** (len(widths) - 1)
         _check_groups(depth, groups, group_width, MAX_CHANNELS // doublings)
-        check_width(width, max(widths[-1] * expansion, groups * (group_width or 1) * doublings))
+        check_arguments(
+            locals(), widest=max(widths[-1] * expansion, groups * (group_width or 1) * doublings)
+        )
 
         def latent(size: int, prunable: bool = True) -> Latent:
             return Latent(size, prunable=prunable, min_channels=min_channels, rngs=rngs)

@@ -64,7 +64,7 @@ class SRResNet(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        check_arguments(scale, blocks, features, channels, width, prune_upsampler, min_channels)
+        check_arguments(locals(), widest=features)
         size = scaled(features, width)
 
         def latent(prunable: bool = True) -> Latent:

@@ -8,7 +8,12 @@ from jaxtyping import Array, Float
 
 from dhp_jax.core.latent import Axis, Latent, concat
 from dhp_jax.core.layers import HyperConv, HyperConvTranspose
-from dhp_jax.models.arguments import MAX_CHANNELS, check_images, check_positive_integer, check_width
+from dhp_jax.models.arguments import (
+    MAX_CHANNELS,
+    check_arguments,
+    check_images,
+    check_positive_integer,
+)
 from dhp_jax.models.blocks import SMALL_GAIN, ConvNorm, scaled
 
 MAX_DEPTH = 8  # resolutions; every one has four times the parameters of the one before
@@ -84,9 +89,7 @@ class UNet(nnx.Module):
         check_positive_integer("depth", depth, MAX_DEPTH)
         coarsest = 2 ** (depth - 1)  # features of the coarsest resolution, in units of the finest's
         check_positive_integer("features", features, MAX_CHANNELS // coarsest)
-        check_positive_integer("channels", channels)
-        check_positive_integer("min_channels", min_channels)
-        check_width(width, coarsest * features)
+        check_arguments(locals(), widest=coarsest * features)
         widths = [scaled(features * 2**level, width) for level in range(depth)]
 
         def latents(size: int, count: int) -> list[Latent]:

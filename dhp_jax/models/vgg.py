@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import Linear
-from dhp_jax.models.arguments import check_choice, check_images, check_positive_integer, check_width
+from dhp_jax.models.arguments import check_arguments, check_choice, check_images
 from dhp_jax.models.blocks import ConvNorm, scaled
 
 # Convolutions of each stage, by depth; a max pool ends the stage.
@@ -57,10 +57,7 @@ class VGG(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_choice("depth", depth, CONVOLUTIONS)
-        check_positive_integer("num_classes", num_classes)
-        check_positive_integer("channels", channels)
-        check_positive_integer("min_channels", min_channels)
-        check_width(width, max(STAGE_WIDTHS))
+        check_arguments(locals(), widest=max(STAGE_WIDTHS))
         self.channels = channels
         self.image = Latent(channels, prunable=False, min_channels=min_channels, rngs=rngs)
         self.stages = nnx.List()
