@@ -1,8 +1,7 @@
-"""The arrays of a saved network: names, shapes, bits."""
+"""The arrays of a saved network: their names, shapes and bits."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,16 +9,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from dhp_jax.artifact.description import (
-    DTYPES,
-    LONGEST_DESCRIPTION,
-    ArtifactError,
-    check_header,
-    check_like,
-    check_names,
-    parsed,
-)
+from dhp_jax.artifact.description import DTYPES, ArtifactError, check_like, check_names, parse_json
 from dhp_jax.errors import shown
 
 DESCRIPTION = "model.json"
@@ -28,15 +20,16 @@ DESCRIPTION = "model.json"
 ARRAYS = "arrays.safetensors"
 
 
-def _entry(array: np.ndarray | jax.ShapeDtypeStruct) -> dict[str, Any]:
-    return {"shape": list(array.shape), "dtype": str(array.dtype)}
-
-
 # Reading
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A file opened for reading.
+
+    Raises:
+      ArtifactError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             yield file
@@ -44,83 +37,110 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise ArtifactError(f"path: {path} cannot be read: {error.strerror}") from error
 
 
-def _read_header(file: BinaryIO, arrays: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The header of arrays.safetensors, if it tells of just these arrays; they come next."""
-    length = os.fstat(file.fileno()).st_size - 8
-    size = int.from_bytes(file.read(8), "little")
-    if size > min(length, LONGEST_DESCRIPTION):
-        raise ArtifactError(
-            f"path: {where} cannot be read: expected a header of at most "
-            f"{max(0, min(length, LONGEST_DESCRIPTION))} bytes, got {size}"
-        )
-    header = parsed(file.read(size), f"{where}: its header")
-    check_header(header, arrays, length - size, str(where))
-    return header
+@contextlib.contextmanager
+def open_arrays(path: Path, arrays: Mapping[str, Any]) -> Iterator[Any]:
+    """The file of arrays, opened by safetensors, which checks its header.
+
+    Args:
+      path: of the file.
+      arrays: the shape and dtype by name of all arrays that it has to hold.
+
+    Raises:
+      ArtifactError: safetensors refuses the file; an array is missing, left over, or of another
+        shape or dtype.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            _check_header_names(path, arrays)
+            for name in arrays:
+                array = file.get_slice(name)
+                dtype = DTYPES.get(array.get_dtype(), array.get_dtype())
+                found = {"shape": array.get_shape(), "dtype": dtype}
+                check_like(name, arrays[name], found, str(path))
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"path: {path} cannot be read: {shown(str(error))}") from error
 
 
-def _filled(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> nnx.State:
-    """A state with arrays in place of abstract ones; none may be missing, left over or unlike."""
-    leaves = {_name(location): (location, leaf) for location, leaf in nnx.to_flat_state(abstract)}
+def _check_header_names(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Raises for names that come twice and for remarks, which safetensors accepts."""
+    with open_file(path) as file:
+        size = int.from_bytes(file.read(8), "little")  # which safetensors has checked
+        header = parse_json(file.read(size), f"{path}: its header")
+    check_names(header, arrays, str(path))
+
+
+def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> nnx.State:
+    """A state with the arrays of a file in place of abstract ones.
+
+    Args:
+      abstract: what a network needs.
+      arrays: the table in model.json, already checked.
+      path: the folder.
+
+    Raises:
+      ArtifactError: the file has not just these arrays, or one of them is not finite.
+    """
+    path = path / ARRAYS
+    leaves = {
+        array_name(location): (location, leaf) for location, leaf in nnx.to_flat_state(abstract)
+    }
     if leaves.keys() > arrays.keys():
         raise ArtifactError(
-            f"path: {path / ARRAYS} lacks array {shown(min(leaves.keys() - arrays.keys()))}; the "
+            f"path: {path} lacks array {shown(min(leaves.keys() - arrays.keys()))}; the "
             "class of the network has gained arrays that the file does not have"
         )
-    check_names(arrays, leaves, str(path / ARRAYS))
+    check_names(arrays, leaves, str(path))
     for name, (_, leaf) in leaves.items():
-        check_like(name, _entry(_as_stored(_value(leaf))), arrays[name], str(path / ARRAYS))
-    with _opened(path / ARRAYS) as file:
-        stored = _read(file, arrays, path / ARRAYS)
-    filled = []
-    for name, (location, leaf) in leaves.items():
-        value = _restored(stored[name], _value(leaf))
-        filled.append((location, leaf.replace(value) if isinstance(leaf, nnx.Variable) else value))
-    return nnx.from_flat_state(filled)
-
-
-def _read(file: BinaryIO, arrays: Mapping[str, Any], where: Path) -> dict[str, np.ndarray]:
-    """The arrays, which are those of the table and finite."""
-    header = _read_header(file, arrays, where)
-    found = {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        dtype = jnp.dtype(DTYPES[entry["dtype"]])
-        found[name] = np.frombuffer(file.read(end - begin), dtype).reshape(entry["shape"])
-        if not _is_finite(found[name]):
-            raise ArtifactError(
-                f"path: array {name!r} in {where}: expected finite numbers, got NaN or infinity"
-            )
-    return found
+        like = array_of(leaf)
+        stored = jax.eval_shape(to_stored, like) if _is_key(like) else like
+        check_like(name, shape_and_dtype(stored), arrays[name], str(path))
+    found = []
+    with open_arrays(path, arrays) as file:
+        for name, (location, leaf) in leaves.items():
+            array = file.get_tensor(name)
+            if not is_finite(array):
+                raise ArtifactError(
+                    f"path: array {name!r} in {path}: expected finite numbers, got NaN or infinity"
+                )
+            value = _from_stored(array, array_of(leaf))
+            is_variable = isinstance(leaf, nnx.Variable)
+            found.append((location, leaf.replace(value) if is_variable else value))
+    return nnx.from_flat_state(found)
 
 
 # Arrays
 
 
-def _name(location: tuple) -> str:
+def array_name(location: tuple) -> str:
+    """The name in the file of an array, by its path in the network."""
     return ".".join(map(str, location))
 
 
-def _value(leaf: nnx.Variable | jax.Array) -> jax.Array:
+def array_of(leaf: nnx.Variable | jax.Array) -> jax.Array:
+    """The array of a leaf of a state."""
     return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def shape_and_dtype(array: np.ndarray | jax.ShapeDtypeStruct) -> dict[str, Any]:
+    """What model.json says of an array."""
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def to_stored(array: jax.Array) -> jax.Array:
+    """The array that is on disk: of random keys their numbers, all else as it is."""
+    return jax.random.key_data(array) if _is_key(array) else array
+
+
+def _from_stored(stored: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    array = jnp.asarray(stored)
+    return jax.random.wrap_key_data(array) if _is_key(like) else array
 
 
 def _is_key(array: jax.Array | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
-def _stored(array: jax.Array) -> jax.Array:
-    """What is on disk of an array: of random keys their numbers, all else as it is."""
-    return jax.random.key_data(array) if _is_key(array) else array
-
-
-def _as_stored(like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(_stored, like) if _is_key(like) else like
-
-
-def _restored(stored: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    array = jnp.asarray(stored)
-    return jax.random.wrap_key_data(array) if _is_key(like) else array
-
-
-def _is_finite(array: np.ndarray) -> bool:
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers of an array are finite."""
     return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array).all())

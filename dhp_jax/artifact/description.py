@@ -23,37 +23,37 @@ FORMAT = "dhp_jax"
 VERSION = 1
 
 
-LONGEST_DESCRIPTION = 2**24  # bytes of model.json, and of the header of arrays.safetensors
+MAX_DESCRIPTION_BYTES = 2**24  # bytes of model.json
 
 
-LARGEST_FILE = 2**32  # bytes of all arrays
+MAX_FILE_BYTES = 2**32  # bytes of all arrays
 
 
-MOST_ARRAYS = 2**14
+MAX_ARRAYS = 2**14
 
 
-MOST_AXES = 32  # of an array
+MAX_AXES = 32  # of an array
 
 
-DEEPEST = 32  # lists and objects within each other
+MAX_DEPTH = 32  # lists and objects within each other
 
 
-LONGEST_INTEGER = 20  # digits
+MAX_DIGITS = 20  # digits
 
 
-LONGEST_TEXT = 1024  # characters of a name
+MAX_TEXT = 1024  # characters of a name
 
 
-LARGEST_NUMBER = 2**20  # among arguments, and the largest index of a survivor
+MAX_NUMBER = 2**20  # among arguments, and the largest index of a survivor
 
 
-LONGEST_LIST = 64  # of an argument
+MAX_LIST = 64  # of an argument
 
 
-LARGEST_EXAMPLE = 2**28  # numbers in an input of the network
+MAX_EXAMPLE = 2**28  # numbers in an input of the network
 
 
-SMALLEST_SCALE = 1e-6  # that pixels are divided by
+MIN_SCALE = 1e-6  # that pixels are divided by
 
 
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # characters that a terminal may obey
@@ -106,7 +106,7 @@ class ArtifactError(ValueError):
     """A folder that does not hold a network that can be loaded."""
 
 
-def parsed(content: bytes, where: str) -> Any:
+def parse_json(content: bytes, where: str) -> Any:
     """The value of strict JSON: no NaN or infinity, no name twice, no depth or number without end.
 
     Args:
@@ -129,7 +129,7 @@ def parsed(content: bytes, where: str) -> Any:
     except RecursionError:
         _refuse_depth(where)
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(MAX_DEPTH + 1):
         level = [inner for item in level for inner in _inside(item)]
         if not level:
             return value
@@ -200,29 +200,29 @@ def check_notes(notes: Mapping[str, Any], where: str) -> None:
     shape = notes.get("input_shape")
     channels = shape[-1] if _is_input_shape(shape) else None
     a_channel = "a list of numbers" if channels is None else f"a list of {channels} numbers"
-    of_scale = f"{SMALLEST_SCALE} .. {LARGEST_NUMBER}"
+    of_scale = f"{MIN_SCALE} .. {MAX_NUMBER}"
     for name, fits, expected in (
         ("task", lambda task: isinstance(task, str), "a text"),
         (
             "input_shape",
             _is_input_shape,
-            f"a list of positive integers, of at most {LARGEST_EXAMPLE} as their product",
+            f"a list of positive integers, of at most {MAX_EXAMPLE} as their product",
         ),
         (
             "mean",
-            lambda mean: _are_numbers(mean, -LARGEST_NUMBER, channels),
-            f"{a_channel} of at most {LARGEST_NUMBER}, one for each channel",
+            lambda mean: _are_numbers(mean, -MAX_NUMBER, channels),
+            f"{a_channel} of at most {MAX_NUMBER}, one for each channel",
         ),
         (
             "std",
-            lambda std: _are_numbers(std, SMALLEST_SCALE, channels),
+            lambda std: _are_numbers(std, MIN_SCALE, channels),
             f"{a_channel} in {of_scale}, one for each channel",
         ),
-        ("peak", lambda peak: _are_numbers([peak], SMALLEST_SCALE), f"a number in {of_scale}"),
+        ("peak", lambda peak: _are_numbers([peak], MIN_SCALE), f"a number in {of_scale}"),
         (
             "class_names",
             _are_names,
-            f"a list of texts of at most {LONGEST_TEXT} characters, none of them a control one",
+            f"a list of texts of at most {MAX_TEXT} characters, none of them a control one",
         ),
     ):
         if name in notes and not fits(notes[name]):
@@ -230,7 +230,7 @@ def check_notes(notes: Mapping[str, Any], where: str) -> None:
 
 
 def _is_input_shape(value: Any) -> bool:
-    return bool(value) and _is_shape(value) and 0 < math.prod(value) <= LARGEST_EXAMPLE
+    return bool(value) and _is_shape(value) and 0 < math.prod(value) <= MAX_EXAMPLE
 
 
 def _are_numbers(values: Any, least: float, count: int | None = None) -> bool:
@@ -238,41 +238,41 @@ def _are_numbers(values: Any, least: float, count: int | None = None) -> bool:
         isinstance(values, list)
         and len(values) == (count or len(values)) > 0
         and all(type(value) in (int, float) for value in values)
-        and all(least <= value <= LARGEST_NUMBER for value in values)
+        and all(least <= value <= MAX_NUMBER for value in values)
     )
 
 
 def _are_names(values: Any) -> bool:
     return isinstance(values, list) and all(
-        isinstance(name, str) and len(name) <= LONGEST_TEXT and not CONTROL.search(name)
+        isinstance(name, str) and len(name) <= MAX_TEXT and not CONTROL.search(name)
         for name in values
     )
 
 
 def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
     for name, value in arguments.items():
-        if not name.isidentifier() or len(name) > LONGEST_TEXT:
+        if not name.isidentifier() or len(name) > MAX_TEXT:
             _refuse(where, "arguments", "names of arguments", name)
         items = value if isinstance(value, list) else [value]
-        if len(items) > LONGEST_LIST or not all(map(_is_argument, items)):
+        if len(items) > MAX_LIST or not all(map(_is_argument, items)):
             _refuse(
                 where,
                 f"arguments.{name}",
-                f"null, true, false, a number of at most {LARGEST_NUMBER}, a text of at most "
-                f"{LONGEST_TEXT} characters, or a list of at most {LONGEST_LIST} of them",
+                f"null, true, false, a number of at most {MAX_NUMBER}, a text of at most "
+                f"{MAX_TEXT} characters, or a list of at most {MAX_LIST} of them",
                 value,
             )
 
 
 def _is_argument(value: Any) -> bool:
     if isinstance(value, str):
-        return len(value) <= LONGEST_TEXT
-    return value is None or (isinstance(value, int | float) and abs(value) <= LARGEST_NUMBER)
+        return len(value) <= MAX_TEXT
+    return value is None or (isinstance(value, int | float) and abs(value) <= MAX_NUMBER)
 
 
 def _check_survivors(survivors: Mapping[str, Any], where: str) -> None:
-    if len(survivors) > MOST_ARRAYS:
-        _refuse(where, "survivors", f"at most {MOST_ARRAYS} latents", len(survivors))
+    if len(survivors) > MAX_ARRAYS:
+        _refuse(where, "survivors", f"at most {MAX_ARRAYS} latents", len(survivors))
     for name, indices in survivors.items():
         _check_name("survivors", name, where)
         rising = (
@@ -281,10 +281,10 @@ def _check_survivors(survivors: Mapping[str, Any], where: str) -> None:
             and all(type(index) is int for index in indices)
             and indices[0] >= 0
             and all(low < high for low, high in pairwise(indices))
-            and indices[-1] < LARGEST_NUMBER
+            and indices[-1] < MAX_NUMBER
         )
         if not rising:
-            expected = f"at least one index, each above the one before, below {LARGEST_NUMBER}"
+            expected = f"at least one index, each above the one before, below {MAX_NUMBER}"
             _refuse(where, f"survivors[{name!r}]", expected, indices)
 
 
@@ -293,82 +293,37 @@ def _check_folded(chains: list[Any], where: str) -> None:
         if not isinstance(chain, list) or len(chain) < 2 or not all(type(n) is str for n in chain):
             _refuse(where, "folded", "lists of two or more names of layers", chain)
     count = sum(map(len, chains))
-    if count > MOST_ARRAYS:
-        _refuse(where, "folded", f"at most {MOST_ARRAYS} layers", count)
+    if count > MAX_ARRAYS:
+        _refuse(where, "folded", f"at most {MAX_ARRAYS} layers", count)
 
 
 def _check_table(arrays: Mapping[str, Any], where: str) -> None:
     """Raises unless every array has a shape and a dtype, and memory can hold all of them."""
-    if len(arrays) > MOST_ARRAYS:
-        _refuse(where, "arrays", f"at most {MOST_ARRAYS} arrays", len(arrays))
+    if len(arrays) > MAX_ARRAYS:
+        _refuse(where, "arrays", f"at most {MAX_ARRAYS} arrays", len(arrays))
     for name, entry in arrays.items():
         _check_name("arrays", name, where)
         if not isinstance(entry, dict) or entry.keys() != {"shape", "dtype"}:
             _refuse(where, f"arrays[{name!r}]", "an object of shape and dtype", entry)
         if not _is_shape(entry["shape"]):
-            expected = f"a list of at most {MOST_AXES} integers of at least 0"
+            expected = f"a list of at most {MAX_AXES} integers of at least 0"
             _refuse(where, f"arrays[{name!r}].shape", expected, entry["shape"])
         if entry["dtype"] not in DTYPES.values():
             expected = f"one of {', '.join(DTYPES.values())}"
             _refuse(where, f"arrays[{name!r}].dtype", expected, entry["dtype"])
     total = sum(map(size_of, arrays.values()))
-    if total > LARGEST_FILE:
-        _refuse(where, "arrays", f"at most {LARGEST_FILE} bytes together", total)
+    if total > MAX_FILE_BYTES:
+        _refuse(where, "arrays", f"at most {MAX_FILE_BYTES} bytes together", total)
 
 
 def _is_shape(value: Any) -> bool:
-    is_list = isinstance(value, list) and len(value) <= MOST_AXES
+    is_list = isinstance(value, list) and len(value) <= MAX_AXES
     return is_list and all(type(size) is int and size >= 0 for size in value)
 
 
 def size_of(entry: Mapping[str, Any]) -> int:
     """How many bytes an array of the table has."""
     return math.prod(entry["shape"]) * jnp.dtype(entry["dtype"]).itemsize
-
-
-def check_header(header: Any, arrays: Mapping[str, Any], length: int, where: str) -> None:
-    """Raises unless the header of arrays.safetensors tells of the arrays of model.json, no others.
-
-    Args:
-      header: JSON of any kind.
-      arrays: the table in model.json, already checked.
-      length: how many bytes follow the header.
-      where: what an error calls the file.
-
-    Raises:
-      ArtifactError: an array is missing, left over, or of another shape or dtype, or its bytes do
-        not begin where those of another end; bytes are missing or left over.
-    """
-    if not isinstance(header, dict):
-        raise ArtifactError(f"path: {where} cannot be read: its header is no JSON object")
-    check_names(header, arrays, where)
-    spans = []
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            _refuse(where, repr(name), "an object of dtype, shape and data_offsets", entry)
-        code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        dtype = DTYPES.get(code, code) if isinstance(code, str) else code
-        check_like(name, arrays[name], {"shape": shape, "dtype": dtype}, where)
-        if not _is_shape(offsets) or len(offsets) != 2:
-            _refuse(where, f"data_offsets of array {name!r}", "two integers", offsets)
-        spans.append((*offsets, name))
-    _check_spans(sorted(spans), arrays, length, where)
-
-
-def _check_spans(
-    spans: list[tuple[int, int, str]], arrays: Mapping[str, Any], length: int, where: str
-) -> None:
-    """Raises unless arrays follow one another without gap or overlap, and fill the file."""
-    position = 0
-    for begin, end, name in spans:
-        expected = (position, position + size_of(arrays[name]))
-        if (begin, end) != expected:
-            _refuse(where, f"data_offsets of array {name!r}", str(list(expected)), [begin, end])
-        position = end
-    if position != length:
-        raise ArtifactError(
-            f"path: {where} cannot be read: expected {position} bytes of arrays, got {length}"
-        )
 
 
 def check_names(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
@@ -382,7 +337,7 @@ def check_like(
     name: str, expected: Mapping[str, Any], found: Mapping[str, Any], where: str
 ) -> None:
     """Raises unless an array has the shape and dtype that are expected."""
-    if found != expected or not _is_shape(found["shape"]):
+    if found != expected:
         raise ArtifactError(
             f"path: array {name!r} in {where}: expected {_described(expected)}, got "
             f"{_described(found)}"
@@ -396,8 +351,8 @@ def _described(entry: Mapping[str, Any]) -> str:
 
 
 def _check_name(field: str, name: str, where: str) -> None:
-    if not 0 < len(name) <= LONGEST_TEXT or not name.isprintable():
-        _refuse(where, field, f"names of at most {LONGEST_TEXT} characters", name)
+    if not 0 < len(name) <= MAX_TEXT or not name.isprintable():
+        _refuse(where, field, f"names of at most {MAX_TEXT} characters", name)
 
 
 def _refuse(where: str, field: str, expected: str, value: Any) -> NoReturn:
@@ -405,7 +360,7 @@ def _refuse(where: str, field: str, expected: str, value: Any) -> NoReturn:
 
 
 def _refuse_depth(where: str) -> NoReturn:
-    raise ArtifactError(f"path: {where} holds lists or objects more than {DEEPEST} deep")
+    raise ArtifactError(f"path: {where} holds lists or objects more than {MAX_DEPTH} deep")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -428,6 +383,6 @@ def _float(text: str) -> float:
 
 
 def _integer(text: str) -> int:
-    if len(text) > LONGEST_INTEGER:
+    if len(text) > MAX_DIGITS:
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)

@@ -12,13 +12,20 @@ from flax import nnx
 import jax
 import numpy as np
 
-from dhp_jax.artifact.arrays import ARRAYS, DESCRIPTION, _filled, _name, _opened, _read_header
+from dhp_jax.artifact.arrays import (
+    ARRAYS,
+    DESCRIPTION,
+    array_name,
+    open_arrays,
+    open_file,
+    read_arrays,
+)
 from dhp_jax.artifact.description import (
-    LONGEST_DESCRIPTION,
-    LONGEST_TEXT,
+    MAX_DESCRIPTION_BYTES,
+    MAX_TEXT,
     ArtifactError,
     check_description,
-    parsed,
+    parse_json,
 )
 from dhp_jax.core.latent import latents
 from dhp_jax.core.surgery import prune
@@ -35,10 +42,10 @@ def load(
 ) -> nnx.Module:
     """Reads a network that `save` has written; safe with files from strangers.
 
-    A file can do no more than be refused or become arrays. What `model.json` says is checked
-    (see `dhp_jax.schema`), then that the files agree with each other, down to the digest. Then the
-    network is built, abstractly, of no more layers than there are arrays for. Only if it needs just
-    these arrays are they read; they must be finite.
+    A file can do no more than be refused or become arrays. First `load` checks what `model.json`
+    says (see `dhp_jax.artifact.description`), then that the two files agree, down to the digest.
+    Then it builds the network, abstractly, of no more layers than there are arrays for. It reads
+    the arrays only if the network needs just these; they must be finite.
 
     Args:
       path: the folder; the two files in it may not be links.
@@ -75,7 +82,7 @@ def load(
     except (ValueError, KeyError) as error:  # such as layers that are not there
         raise ArtifactError(f"path: {path / DESCRIPTION}: {error}") from error
     gained, known = nnx.split_state(abstract, _random_besides(description["arrays"]), ...)
-    state = _filled(known, description["arrays"], path)
+    state = read_arrays(known, description["arrays"], path)
     if gained:
         state = nnx.merge_state(state, _drawn(lambda: make(built(build, nnx.Rngs(0)))[1], gained))
     model = nnx.merge(graphdef, state)
@@ -99,13 +106,13 @@ def verify(path: str | os.PathLike) -> dict[str, Any]:
         that were saved with it.
 
     Example:
-      >>> dhp.checkpoint.verify("out/")["notes"]
+      >>> dhp_jax.artifact.reading.verify("out/")["notes"]
     """
     path = Path(path)
     description = read_description(path)
-    with _opened(path / ARRAYS) as file:
-        _read_header(file, description["arrays"], path / ARRAYS)
-        file.seek(0)
+    with open_arrays(path / ARRAYS, description["arrays"]):
+        pass  # what opening it checks is all
+    with open_file(path / ARRAYS) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != description["sha256"]:
         raise ArtifactError(
@@ -138,17 +145,25 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
         if not stat.S_ISREG(mode):
             what = "a link" if stat.S_ISLNK(mode) else "something else"
             raise ArtifactError(f"path: {path / name}: expected a file, got {what}")
-    with _opened(path / DESCRIPTION) as file:
-        return _check_text(file.read(LONGEST_DESCRIPTION + 1), path / DESCRIPTION)
+    with open_file(path / DESCRIPTION) as file:
+        return parse_description(file.read(MAX_DESCRIPTION_BYTES + 1), path / DESCRIPTION)
 
 
-def _check_text(content: bytes, where: Path) -> dict[str, Any]:
-    """What model.json says, if an artifact's may say that."""
-    if len(content) > LONGEST_DESCRIPTION:
+def parse_description(content: bytes, where: Path) -> dict[str, Any]:
+    """What a model.json says.
+
+    Args:
+      content: of the file.
+      where: what an error calls it.
+
+    Raises:
+      ArtifactError: it is not what an artifact may say.
+    """
+    if len(content) > MAX_DESCRIPTION_BYTES:
         raise ArtifactError(
-            f"path: {where}: expected at most {LONGEST_DESCRIPTION} bytes, got more"
+            f"path: {where}: expected at most {MAX_DESCRIPTION_BYTES} bytes, got more"
         )
-    description = parsed(content, str(where))
+    description = parse_json(content, str(where))
     check_description(description, str(where))
     return description
 
@@ -185,7 +200,7 @@ def _of_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
         return nnx.eval_shape(build)
     except Exception as error:  # whatever hostile arguments lead to
         what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"path: {where}: arguments: {what[:LONGEST_TEXT]}") from None
+        raise ArtifactError(f"path: {where}: arguments: {what[:MAX_TEXT]}") from None
 
 
 def _of_function(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
@@ -234,7 +249,9 @@ def _masks(
 
 def _random_besides(arrays: Mapping[str, Any]) -> Callable[[tuple, Any], bool]:
     """A filter for the states of random generators that are not among these arrays."""
-    return lambda location, leaf: isinstance(leaf, nnx.RngState) and _name(location) not in arrays
+    return lambda location, leaf: (
+        isinstance(leaf, nnx.RngState) and array_name(location) not in arrays
+    )
 
 
 def _drawn(make: Callable[[], nnx.State], like: nnx.State) -> nnx.State:

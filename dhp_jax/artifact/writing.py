@@ -14,9 +14,17 @@ import numpy as np
 from safetensors.numpy import save as serialized
 
 import dhp_jax
-from dhp_jax.artifact.arrays import ARRAYS, DESCRIPTION, _entry, _is_finite, _name, _stored, _value
+from dhp_jax.artifact.arrays import (
+    ARRAYS,
+    DESCRIPTION,
+    array_name,
+    array_of,
+    is_finite,
+    shape_and_dtype,
+    to_stored,
+)
 from dhp_jax.artifact.description import FORMAT, VERSION
-from dhp_jax.artifact.reading import _check_text
+from dhp_jax.artifact.reading import parse_description
 from dhp_jax.core.cost import measure_cost
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import shown
@@ -50,7 +58,8 @@ def save(
       OSError: the folder cannot be written, or holds something else than a network.
       TypeError: a note that JSON cannot hold.
       ValueError: `model` is no module, an array holds NaN or infinity, or `load` would refuse what
-        the network says of itself (see `dhp_jax.schema`). What was there before is left as it was.
+        the network says of itself (see `dhp_jax.artifact.description`). What was there before is
+        left as it was.
 
     Example:
       >>> dhp.save("out/", small, input_shape=(32, 32, 3), test_error=8.46)
@@ -64,7 +73,7 @@ def save(
         )
     arrays = _arrays(model)
     for name, array in arrays.items():
-        if not _is_finite(array):
+        if not is_finite(array):
             raise ValueError(f"model: array {name!r}: expected finite numbers, got NaN or infinity")
     content = serialized(arrays)
     description = _description(model, arrays, content, notes)
@@ -73,7 +82,7 @@ def save(
         description["cost"] = {"flops": cost.flops, "params": cost.params}
         notes["input_shape"] = list(input_shape)
     text = json.dumps(description, indent=1)
-    _check_text(text.encode(), path / DESCRIPTION)
+    parse_description(text.encode(), path / DESCRIPTION)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = unfinished(path)
     shutil.rmtree(part, ignore_errors=True)
@@ -98,7 +107,7 @@ def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     """Every array of a network by its path."""
     # safetensors writes memory as it lies, and device layouts need not be row-major.
     return {
-        _name(location): np.asarray(_stored(_value(leaf)), order="C")
+        array_name(location): np.asarray(to_stored(array_of(leaf)), order="C")
         for location, leaf in nnx.to_flat_state(nnx.state(model))
     }
 
@@ -114,7 +123,7 @@ def _description(
         "family": architecture.family,
         "arguments": dict(architecture.arguments),
         "survivors": architecture.survivors and dict(architecture.survivors),
-        "arrays": {name: _entry(array) for name, array in arrays.items()},
+        "arrays": {name: shape_and_dtype(array) for name, array in arrays.items()},
         "renewed": architecture.renewed,
         "folded": [list(chain) for chain in architecture.folded],
         "provenance": _provenance(),

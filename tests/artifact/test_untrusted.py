@@ -262,11 +262,13 @@ NO_FILE = "expected a file, got something else$"
 LINKED = "expected a file, got a link$"
 NOT_JSON = "^path: .*model.json is not JSON: "
 TOO_DEEP = "holds lists or objects more than 32 deep$"
-CUT_SHORT = "^path: .*arrays.safetensors cannot be read: expected "
-BYTES = f"{CUT_SHORT}[0-9]+ bytes of arrays, got [0-9]+$"
+HEADER = "^path: .*arrays.safetensors cannot be read: ['\"]Error while deserializing header: "
+BYTES = f"{HEADER}incomplete metadata, file not fully covered'$"
 NO_NETWORK = "^path: .*model.json: arguments: "
 MORE_LAYERS = f"{NO_NETWORK}expected a network of the arrays in the file, got one of more layers$"
-OFFSETS = "data_offsets of array 'classifier.bias': expected "
+OFFSETS = f"{HEADER}invalid offset for tensor "
+SHAPE = f"{HEADER}invalid shape, data type, or offset for tensor"
+JSON = f"{HEADER}invalid JSON in header: "
 NOT_FINITE = "expected finite numbers, got NaN or infinity$"
 
 
@@ -470,36 +472,36 @@ KINDS = {
         "arrays: expected at most 16384 arrays, got 16385$",
     ),
     # The file of arrays
-    "no arrays": (file(ARRAYS, b""), f"{CUT_SHORT}a header of at most 0 bytes, got 0$"),
+    "no arrays": (file(ARRAYS, b""), f"{HEADER}header too small'$"),
     "half of the arrays": (cut(ARRAYS, 0.5), BYTES),
     "a terabyte of arrays": (longer(ARRAYS, 2**40), BYTES),
     "arrays are a pickle": (
         lambda path: stored(path, pickle.dumps(list(range(1000)))),
-        f"{CUT_SHORT}a header of at most [0-9]+ bytes, got [0-9]+$",
+        f"{HEADER}header too large'$",
     ),
     "a header beyond the file": (
         lambda path: stored(path, b"\xff" * 8 + (path / ARRAYS).read_bytes()[8:]),
-        f"{CUT_SHORT}a header of at most [0-9]+ bytes, got 18446744073709551615$",
+        f"{HEADER}header too large'$",
     ),
     "a header that is not JSON": (
         lambda path: stored(path, (2).to_bytes(8, "little") + b"{]"),
-        "arrays.safetensors: its header is not JSON: ",
+        f"{JSON}key must be a string ",
     ),
-    "a header that is a list": (header(lambda found: [found]), "its header is no JSON object$"),
+    "a header that is a list": (header(lambda found: [found]), f"{JSON}invalid type: sequence, "),
     "a header that is deep": (
         header(lambda found: {"a": json.loads("[" * 50 + "]" * 50)}),
-        f"arrays.safetensors: its header {TOO_DEEP}",
+        f"{JSON}invalid type: sequence, ",
     ),
     "an array twice": (
         doubled_header,
         "its header is not JSON: the name 'classifier.bias' comes twice in an object$",
     ),
     "an array that overlaps": (offsets(BIAS, (-4, -4)), OFFSETS),
-    "an array beyond the file": (offsets(BIAS, (10**9, 10**9)), "data_offsets of array "),
-    "an array of fewer bytes": (offsets(BIAS, (0, -4)), OFFSETS),
+    "an array beyond the file": (offsets(BIAS, (10**9, 10**9)), OFFSETS),
+    "an array of fewer bytes": (offsets(BIAS, (0, -4)), SHAPE),
     "an array before the file": (
         header(lambda found: found[BIAS].update(data_offsets=[-40, 0])),
-        rf"{OFFSETS}two integers, got \[-40, 0\]$",
+        f"{JSON}invalid value: integer `-40`, expected usize ",
     ),
     "bytes of no array": (
         lambda path: stored(path, (path / ARRAYS).read_bytes() + b"MZ"),
@@ -511,15 +513,15 @@ KINDS = {
     ),
     "a code that is unknown": (
         header(lambda found: found[BIAS].update(dtype="F4")),
-        unlike(BIAS, TEN, "'F4' of shape [10]"),
+        f"{JSON}|{SHAPE}",
     ),
     "a code that is no text": (
         header(lambda found: found[BIAS].update(dtype=["F32"])),
-        unlike(BIAS, TEN, "['F32'] of shape [10]"),
+        f"{JSON}invalid type: sequence, ",
     ),
     "a size in the header that is a float": (
         header(lambda found: found[BIAS].update(shape=[10.0])),
-        unlike(BIAS, TEN, "float32 of shape [10.0]"),
+        f"{JSON}invalid type: floating point `10.0`, expected usize ",
     ),
     # Arrays, told of as they are
     "a missing array": (swapped(lambda a: a.pop(KERNEL)), "lacks array 'stem.conv.kernel'; the cl"),

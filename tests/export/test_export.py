@@ -19,6 +19,7 @@ import pytest
 from runs import commanded
 
 import dhp_jax as dhp
+from dhp_jax.artifact.reading import read_description
 from dhp_jax.cli import opened
 from dhp_jax.files import unfinished
 
@@ -150,7 +151,7 @@ def test_safetensors_are_a_folded_network_that_load_reads(tmp_path):
     x = images(2, *MIXED_INPUT)
     loaded = dhp.load(tmp_path / "out", build=Mixed)
     np.testing.assert_allclose(run(loaded, x)[0], run(small, x)[0], rtol=1e-4, atol=1e-5)
-    assert dhp.checkpoint.read_description(tmp_path / "out")["notes"] == {"seed": 3}
+    assert read_description(tmp_path / "out")["notes"] == {"seed": 3}
 
 
 @pytest.mark.parametrize("format", FORMATS)
