@@ -90,7 +90,7 @@ def _backward(plain, strides, pads, dilation, groups, inputs, grad):
     taps = kernel.shape[:2]
     # A computation of its own: within the whole, XLA would compute x again from what it was made
     # of, for every residual block before this one.
-    with _not_inlined():
+    with separate_computation():
         if groups == 1:
             grad_kernel = _kernel_gradient(x, grad, taps, strides, pads, dilation)
         else:
@@ -98,8 +98,11 @@ def _backward(plain, strides, pads, dilation, groups, inputs, grad):
     return grad_x, grad_kernel.astype(kernel.dtype)
 
 
-def _not_inlined() -> contextlib.AbstractContextManager:
-    """With several devices nothing: XLA:CPU mixes up what such computations send each other."""
+def separate_computation() -> contextlib.AbstractContextManager:
+    """Within it, jitted functions are computations of their own, whose results XLA computes once.
+
+    With several devices it does nothing: XLA:CPU mixes up what such computations send each other.
+    """
     if jax.device_count() > 1:
         return contextlib.nullcontext()
     return set_xla_metadata(inlineable="false")
@@ -152,8 +155,8 @@ def _depthwise(x: Array, kernel: Array, strides, pads: Pads, dilation) -> Array:
         for n, pad, k, d, s in zip(x.shape[1:3], pads, taps, dilation, strides, strict=True)
     )
     parts = _shifted(x, taps, strides, pads, dilation, size)
-    weights = _wide(kernel).reshape(-1, kernel.shape[-1])
-    result = sum(_wide(part) * weight for part, weight in zip(parts, weights, strict=True))
+    weights = widen(kernel).reshape(-1, kernel.shape[-1])
+    result = sum(widen(part) * weight for part, weight in zip(parts, weights, strict=True))
     return result.astype(x.dtype)
 
 
@@ -174,9 +177,12 @@ def _depthwise_backward(strides, pads, dilation, inputs, grad):
         before = (k - 1) * d - low
         turned.append((before, n + (k - 1) * d - m - before))
     grad_x = _depthwise(spread, kernel[::-1, ::-1], (1, 1), tuple(turned), dilation)
-    with _not_inlined():  # within the whole, XLA would keep what each tap saw of x till now
+    with separate_computation():  # within the whole, XLA would keep what each tap saw of x till now
         sums = _depthwise_sums(x, grad, taps, strides, pads, dilation)
     return grad_x, sums.reshape(kernel.shape).astype(kernel.dtype)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
@@ -185,7 +191,7 @@ def _depthwise_sums(
 ) -> Array:
     """The gradient of a depthwise kernel, `(taps, c)`."""
     parts = _shifted(x, taps, strides, pads, dilation, grad.shape[1:3])
-    return jnp.stack([jnp.sum(_wide(part) * _wide(grad), (0, 1, 2)) for part in parts])
+    return jnp.stack([jnp.sum(widen(part) * widen(grad), (0, 1, 2)) for part in parts])
 
 
 def _shifted(
@@ -210,6 +216,6 @@ def _padded(x: Array, pads: Sequence[tuple[int, int, int]]) -> Array:
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
 
 
-def _wide(x: Array) -> Array:
+def widen(x: Array) -> Array:
     """In the dtype that sums are computed in: float32 at least."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,7 +1,7 @@
 """Hypernetworks for accelerators: arrays packed, small kernels generated together."""
 
 from collections import Counter, defaultdict
-import functools
+from collections.abc import Callable
 from typing import Any
 import weakref
 
@@ -12,6 +12,7 @@ from jaxtyping import Array
 from dhp_jax.core.hypernet import HypernetArrays, hyper_kernels
 from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, walk
 from dhp_jax.core.layers import Hyper
+from dhp_jax.core.surgery import override
 
 MOST_TOGETHER = 2**20  # numbers of an array that is small work for a GPU
 
@@ -66,7 +67,7 @@ def generate_together(model: nnx.Module) -> None:
             layers, inputs = zip(*group, strict=True)
             for layer, kernel in zip(layers, hyper_kernels(list(inputs)), strict=True):
                 _MADE[layer] = _sources(layer), kernel.astype(layer.param_dtype)
-                layer.__class__ = _with_made(type(layer))
+                override(layer, kernel=_made_kernel)
 
 
 def _is_ordinary(layer: Hyper) -> bool:
@@ -101,13 +102,9 @@ def _sources(layer: Hyper) -> list[Any]:
 _MADE: weakref.WeakKeyDictionary[Hyper, tuple[list[Any], Array]] = weakref.WeakKeyDictionary()
 
 
-@functools.cache
-def _with_made(kind: type[Hyper]) -> type[Hyper]:
-    def kernel(self: Hyper) -> Array:
-        if self in _MADE:  # and not a copy within a transformation
-            (before, made), now = _MADE[self], _sources(self)
-            if len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True)):
-                return made
-        return kind.kernel(self)
-
-    return type(kind.__name__, (kind,), {"kernel": kernel})
+def _made_kernel(generate: Callable[[Hyper], Array], layer: Hyper) -> Array:
+    if layer in _MADE:  # and not a copy within a transformation
+        (before, made), now = _MADE[layer], _sources(layer)
+        if len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True)):
+            return made
+    return generate(layer)

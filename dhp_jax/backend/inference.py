@@ -10,9 +10,11 @@ from jaxtyping import Array, Float
 
 from dhp_jax.backend.cpu_conv import convolution
 from dhp_jax.backend.hypernets import generate_together
-from dhp_jax.backend.norm import QUICK, QUICK_ON_CPU
+from dhp_jax.backend.norm import add_bias_once, normalize_batch
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.core.latent import walk
+from dhp_jax.core.layers import BatchNorm, Bias, ChannelBias
+from dhp_jax.core.surgery import override
 
 
 def inference(model: nnx.Module) -> Callable[[Float[Array, "*batch"]], Float[Array, "*batch"]]:
@@ -64,10 +66,10 @@ def tune(model: nnx.Module) -> nnx.Module:
     if jax.default_backend() == "gpu":
         generate_together(model)
     for _, _, layer in walk(model):
-        if type(layer) in QUICK and layer.axis_name is None:
-            layer.__class__ = QUICK[type(layer)]
-        if on_cpu and type(layer) in QUICK_ON_CPU:
-            layer.__class__ = QUICK_ON_CPU[type(layer)]
+        if type(layer) in (nnx.BatchNorm, BatchNorm) and layer.axis_name is None:
+            override(layer, __call__=normalize_batch)
+        if on_cpu and type(layer) in (ChannelBias, Bias):
+            override(layer, __call__=add_bias_once)
         is_convolution = getattr(layer, "conv_general_dilated", None) is lax.conv_general_dilated
         if on_cpu and is_convolution:
             layer.conv_general_dilated = convolution

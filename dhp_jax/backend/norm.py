@@ -1,5 +1,6 @@
 """BatchNorm and biases that keep less for the backward pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -9,72 +10,70 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dhp_jax.backend.cpu_conv import _not_inlined, _wide
-from dhp_jax.core.layers import BatchNorm, Bias, ChannelBias
+from dhp_jax.backend.cpu_conv import separate_computation, widen
+from dhp_jax.core.layers import BatchNorm, Bias, ChannelBias, check_channels
 
 
-class _QuickBatchNorm(nnx.BatchNorm):
-    """`nnx.BatchNorm` that is quick to trace.
+def normalize_batch(
+    call: Callable[..., Array],
+    layer: nnx.BatchNorm,
+    x: Array,
+    use_running_average: bool | None = None,
+    **options: Any,
+) -> Array:
+    """The call of a BatchNorm layer in training mode, with less to keep for its gradient.
 
-    Assigning statistics by `[...] =` asks for their sharding, which takes time in proportion to the
-    computation traced so far, `set_value` does not.
+    It takes less time to trace too: `[...] =` on statistics asks for their sharding, which takes
+    time in proportion to the computation traced so far, `set_value` does not.
+
+    Args:
+      call: the layer's own method, for all that is not ordinary training.
+      layer: `nnx.BatchNorm` or `dhp.BatchNorm`, which checks its input.
+      x: the input.
+      use_running_average, **options: as in `nnx.BatchNorm`.
     """
-
-    def __call__(self, x: Array, use_running_average: bool | None = None, **options: Any) -> Array:
-        if use_running_average is None:
-            use_running_average = self.use_running_average
-        ordinary = (
-            self.axis in (-1, x.ndim - 1)
-            and self.use_fast_variance
-            and self.promote_dtype is dtypes.promote_dtype
-            and not options
-        )
-        if use_running_average is not False or not ordinary:
-            return super().__call__(x, use_running_average, **options)
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
-        given = (x, self.mean[...], self.var[...], scale, bias)
-        x, _, _, scale, bias = self.promote_dtype(given, dtype=self.dtype)
-        wide = _wide(x)
-        axes = tuple(range(x.ndim - 1))
-        mean = jnp.mean(wide, axes)
-        var = jnp.maximum(0, jnp.mean(wide * wide, axes) - mean * mean)
-        for statistic, value in ((self.mean, mean), (self.var, var)):
-            old = statistic[...]
-            new = self.momentum * old + (1 - self.momentum) * value
-            statistic.set_value(new.astype(old.dtype))
-        slope = lax.rsqrt(var + self.epsilon)
-        if scale is not None:
-            slope = slope * scale
-        # Written so, the backward pass keeps x alone, and takes two sums over the batch: what
-        # several devices exchange is the statistics and the gradients of scale and bias.
-        shift = -mean * slope
-        return (x * slope + (shift if bias is None else shift + bias)).astype(x.dtype)
-
-
-class _QuickHyperBatchNorm(BatchNorm, _QuickBatchNorm):
-    """The same over the channels of an axis, which it checks."""
+    if use_running_average is None:
+        use_running_average = layer.use_running_average
+    ordinary = (
+        layer.axis in (-1, x.ndim - 1)
+        and layer.use_fast_variance
+        and layer.promote_dtype is dtypes.promote_dtype
+        and not options
+    )
+    if use_running_average is not False or not ordinary:
+        return call(layer, x, use_running_average, **options)
+    if isinstance(layer, BatchNorm):
+        check_channels(layer, x, layer.z)
+    scale = None if layer.scale is None else layer.scale[...]
+    bias = None if layer.bias is None else layer.bias[...]
+    given = (x, layer.mean[...], layer.var[...], scale, bias)
+    x, _, _, scale, bias = layer.promote_dtype(given, dtype=layer.dtype)
+    wide = widen(x)
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(wide, axes)
+    var = jnp.maximum(0, jnp.mean(wide * wide, axes) - mean * mean)
+    for statistic, value in ((layer.mean, mean), (layer.var, var)):
+        old = statistic[...]
+        new = layer.momentum * old + (1 - layer.momentum) * value
+        statistic.set_value(new.astype(old.dtype))
+    slope = lax.rsqrt(var + layer.epsilon)
+    if scale is not None:
+        slope = slope * scale
+    # Written so, the backward pass keeps x alone, and takes two sums over the batch: what
+    # several devices exchange is the statistics and the gradients of scale and bias.
+    shift = -mean * slope
+    return (x * slope + (shift if bias is None else shift + bias)).astype(x.dtype)
 
 
-class _QuickBias(ChannelBias):
-    """`ChannelBias` whose sum is computed once.
+def add_bias_once(_: Callable[..., Array], layer: ChannelBias, x: Array) -> Array:
+    """The call of a bias layer, whose sum XLA:CPU computes once.
 
-    XLA:CPU would keep it for BatchNorm, and what it is a sum of too, to add the bias again.
+    It would keep the sum for BatchNorm, and what it is a sum of too, to add the bias again.
     """
-
-    def __call__(self, x: Array) -> Array:
-        with _not_inlined():
-            return _shift(x, self.bias[...].astype(x.dtype))
-
-
-class _QuickHyperBias(Bias, _QuickBias):
-    """The same over the channels of an axis, which it checks."""
+    if isinstance(layer, Bias):
+        check_channels(layer, x, layer.z)
+    with separate_computation():
+        return _add(x, layer.bias[...].astype(x.dtype))
 
 
-_shift = jax.jit(jnp.add)
-
-
-QUICK = {nnx.BatchNorm: _QuickBatchNorm, BatchNorm: _QuickHyperBatchNorm}
-
-
-QUICK_ON_CPU = {ChannelBias: _QuickBias, Bias: _QuickHyperBias}
+_add = jax.jit(jnp.add)

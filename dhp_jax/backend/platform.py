@@ -10,8 +10,6 @@ import functools
 
 import jax
 
-from dhp_jax.backend.cpu_conv import _depthwise, _depthwise_backward, _depthwise_forward
-
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
@@ -45,6 +43,3 @@ def steps_per_dispatch() -> int:
     that is told to stop do so in seconds.
     """
     return 1 if jax.default_backend() == "cpu" else 32
-
-
-_depthwise.defvjp(_depthwise_forward, _depthwise_backward)

@@ -101,13 +101,13 @@ def survivors_within(
     Args:
       model: a network of latents.
       cost: its `measure_cost`.
-      multiple_of: latents that lose entries keep a multiple of so many; see `widths.multiples`.
+      multiple_of: latents that lose entries keep a multiple of so many; see `rounding.multiples`.
         Entries then go and come back in groups, each by its largest, and more of the budget may be
         left.
       scores: numbers of at least 0 for the entries of every prunable latent by name, which count
         instead of the magnitudes.
-      **budget: some of `flops`, `params`, `activations` (see `dhp_jax.cost`), shares in (0, 1]; all
-        of them hold.
+      **budget: some of `flops`, `params`, `activations` (see `dhp_jax.core.cost`), shares in
+        (0, 1]; all of them hold.
 
     Returns:
       A boolean mask for each latent by name.

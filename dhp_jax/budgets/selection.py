@@ -111,7 +111,7 @@ def prune_to(
       input_shape: shape of one example, `(height, width, channels)`.
       multiple_of: latents that lose entries keep a multiple of so many. A number for all; numbers
         by name or pattern, such as `{"stages.*": 8}`; or "auto", for what was measured to be best
-        on this platform for the dtype of the model (see `dhp_jax.widths`).
+        on this platform for the dtype of the model (see `dhp_jax.budgets.rounding`).
       by: what decides instead of the magnitudes: scores for the entries of every prunable latent by
         name, such as from `dhp.l1_scores` and `dhp.random_scores`, the smallest of which go first;
         or `dhp.uniform_within`, or another function that takes and returns what that does.
@@ -121,7 +121,7 @@ def prune_to(
         such budget.
       batch: how many inputs these passes take.
       **budget: `flops`, `params` or `activations` (bytes of the outputs of all layers; see
-        `dhp_jax.cost`), as shares of the model's own in (0, 1]. All that are given hold.
+        `dhp_jax.core.cost`), as shares of the model's own in (0, 1]. All that are given hold.
 
     Returns:
       The pruned network, as from `prune`.

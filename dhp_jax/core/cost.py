@@ -23,6 +23,7 @@ import numpy as np
 
 from dhp_jax.core.latent import Axis, Latent, latents, walk
 from dhp_jax.core.layers import BatchNorm, Bias, ChannelBias, HyperConv, HyperConvTranspose, Linear
+from dhp_jax.core.surgery import override
 from dhp_jax.errors import shown
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Width:
     fixed: int
     latents: tuple[tuple[str, int], ...] = ()
 
-    def given(self, counts: Counts) -> "int | Array":
+    def channels(self, counts: Counts) -> "int | Array":
         """The number of channels when `counts[name]` entries of each latent survive."""
         return self.fixed + sum(times * counts[name] for name, times in self.latents)
 
@@ -63,9 +64,9 @@ class LayerCost:
     params_terms: tuple[int, int]
     activations_terms: tuple[int, int]
 
-    def given(self, counts: Counts) -> "tuple[int | Array, ...]":
+    def amounts(self, counts: Counts) -> "tuple[int | Array, ...]":
         """FLOPs, params and activations when `counts[name]` entries of each latent survive."""
-        return self._evaluate(self.inputs.given(counts), self.outputs.given(counts))
+        return self._evaluate(self.inputs.channels(counts), self.outputs.channels(counts))
 
     @property
     def flops(self) -> int:
@@ -153,18 +154,8 @@ class Cost:
                 for name, amount in amounts.items()
             }
 
-    def given(self, counts: Counts) -> "tuple[int | Array, int | Array]":
-        """FLOPs and params of `amounts(counts)`."""
-        amounts = self.amounts(counts)
-        return amounts["flops"], amounts["params"]
-
-    def ratio(self, counts: Counts) -> "tuple[float | Array, float | Array]":
-        """FLOPs and params of `shares(counts)`."""
-        shares = self.shares(counts)
-        return shares["flops"], shares["params"]
-
     def _total(self, counts):
-        costs = [layer.given(counts) for layer in self.layers]
+        costs = [layer.amounts(counts) for layer in self.layers]
         return {name: sum(cost[i] for cost in costs) for i, name in enumerate(MEASURES)}
 
 
@@ -293,8 +284,8 @@ def _trace(model, input_shape):
             if _costs_something(module):
                 # The module of this walk, not that of the call: under `nnx.jit` or `nnx.remat` the
                 # latter is a copy whose latents are none of ours.
-                report = functools.partial(lambda *call: calls.append(call), path, module)
-                _report_calls(module, report)
+                module.report_call = nnx.static(_note_calls(calls, path, module))
+                override(module, __call__=_report_call)
             elif _has_parameters(module):
                 uncounted[type(module).__name__] = path
         return traced(x)
@@ -307,7 +298,7 @@ def _trace(model, input_shape):
         kinds = ", ".join(f"{kind} ({path})" if path else kind for kind, path in uncounted.items())
         logger.warning(
             "measure_cost: no FLOPs or params are counted for %s; register a function with "
-            "dhp_jax.cost.layer_terms to count them",
+            "dhp_jax.core.cost.layer_terms to count them",
             kinds,
         )
     return calls, names
@@ -348,20 +339,14 @@ class _Output(NamedTuple):
     nbytes: int
 
 
-def _report_calls(layer, report) -> None:
-    """Makes every call of this one layer end with `report(what it returned)`."""
-    layer.report_call = nnx.static(report)
-    layer.__class__ = _reporting(type(layer))
+def _note_calls(calls: list, path: str, layer: nnx.Module):
+    return lambda output: calls.append((path, layer, output))
 
 
-@functools.cache  # NNX remembers every class of modules for good
-def _reporting(plain_class):
-    def call(self, *args, **kwargs):
-        output = plain_class.__call__(self, *args, **kwargs)
-        self.report_call(_Output(output.shape, output.size * output.dtype.itemsize))
-        return output
-
-    return type(plain_class)(plain_class.__name__, (plain_class,), {"__call__": call})
+def _report_call(call, layer, *args, **options):
+    output = call(layer, *args, **options)
+    layer.report_call(_Output(output.shape, output.size * output.dtype.itemsize))
+    return output
 
 
 def _width(channels: Axis | int, names: Mapping[Latent, str]) -> Width:

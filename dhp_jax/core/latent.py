@@ -87,13 +87,21 @@ class Latent(Axis):
         _check_positive("size", size)
         _check_positive("min_channels", min_channels)
         self.size = int(size)
-        self.prunable = bool(prunable)
-        self.min_channels = min(int(min_channels), self.size)
         self.vector = LatentVector(
             jnp.asarray(normal(rngs.params(), self.size)),
-            prunable=self.prunable,
-            min_channels=self.min_channels,
+            prunable=bool(prunable),
+            min_channels=min(int(min_channels), self.size),
         )
+
+    @property
+    def prunable(self) -> bool:
+        """Whether pruning may remove entries."""
+        return self.vector.prunable
+
+    @property
+    def min_channels(self) -> int:
+        """How many entries survive at least."""
+        return self.vector.min_channels
 
     def value(self) -> Float[Array, " size"]:
         return self.vector[...]

@@ -109,7 +109,7 @@ class Hyper(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        _check_channels(self, x, self.z_in)
+        check_channels(self, x, self.z_in)
         return self.plain()(x)
 
 
@@ -334,7 +334,7 @@ class Bias(ChannelBias):
         )
 
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
-        _check_channels(self, x, self.z)
+        check_channels(self, x, self.z)
         return super().__call__(x)
 
 
@@ -383,7 +383,7 @@ class BatchNorm(nnx.BatchNorm):
         return norm
 
     def __call__(self, x: Float[Array, "*batch c"], *args: Any, **kwargs: Any):
-        _check_channels(self, x, self.z, self.axis)
+        check_channels(self, x, self.z, self.axis)
         return super().__call__(x, *args, **kwargs)
 
 
@@ -432,7 +432,7 @@ class Linear(nnx.Linear):
         )
 
     def __call__(self, x: Float[Array, "*batch in"], *args: Any, **kwargs: Any):
-        _check_channels(self, x, self.z_in)
+        check_channels(self, x, self.z_in)
         return super().__call__(x, *args, **kwargs)
 
 
@@ -477,7 +477,8 @@ def _check_groups(groups: int, z_in: Axis, z_out: Axis) -> None:
             )
 
 
-def _check_channels(layer: nnx.Module, x: jax.Array, axis: Axis, position: int = -1) -> None:
+def check_channels(layer: nnx.Module, x: jax.Array, axis: Axis, position: int = -1) -> None:
+    """Raises unless an input has the channels of an axis."""
     if x.ndim == 0 or x.shape[position] != axis.size:
         raise ValueError(
             f"{type(layer).__name__}: x: expected {axis.size} channels on axis {position}, "

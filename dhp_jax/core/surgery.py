@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+import functools
 from typing import Any
 
 from flax import nnx
@@ -87,6 +88,28 @@ def replaced(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> Any:
         )
 
     return of(module)
+
+
+def override(layer: nnx.Module, **methods: Callable[..., Any]) -> None:
+    """Replaces methods of one layer, in place; other layers of its class keep theirs.
+
+    Args:
+      layer: any module.
+      **methods: functions by the name of the method that each replaces. A function is called with
+        the replaced method, then the layer and the arguments of the call. NNX keeps every class for
+        good, and each pair of a class and these functions makes one: use functions of a module, and
+        keep what belongs to one layer in its attributes.
+    """
+    layer.__class__ = _overriding(type(layer), tuple(methods.items()))
+
+
+@functools.cache
+def _overriding(kind: type, methods: tuple[tuple[str, Callable[..., Any]], ...]) -> type:
+    def method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        replaced_method = getattr(kind, name)
+        return lambda self, *args, **options: function(replaced_method, self, *args, **options)
+
+    return type(kind)(kind.__name__, (kind,), {name: method(name, f) for name, f in methods})
 
 
 def check_masks(model: nnx.Module, keep: Masks) -> None:

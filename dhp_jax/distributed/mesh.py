@@ -6,7 +6,7 @@ BatchNorm statistics and gradients are those of the whole batch. Where there is 
 no mesh, and nothing of this module does anything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import walk
 from dhp_jax.core.layers import Hyper
+from dhp_jax.core.surgery import override
 from dhp_jax.errors import ConfigError
 
 DATA, MODEL = "data", "model"
@@ -147,16 +148,16 @@ def gather_kernels(mesh: Mesh | None, model: nnx.Module) -> nnx.Module:
         everywhere = NamedSharding(mesh, PartitionSpec())
         for _, _, layer in walk(model):
             if isinstance(layer, Hyper):
-                layer.__class__ = _gathering(type(layer), everywhere)
+                override(layer, kernel=_on_every_device(everywhere))
     return model
 
 
 @functools.cache
-def _gathering(kind: type[Hyper], everywhere: NamedSharding) -> type[Hyper]:
-    def kernel(self: Hyper) -> Array:
-        return jax.lax.with_sharding_constraint(kind.kernel(self), everywhere)
+def _on_every_device(everywhere: NamedSharding) -> Callable[..., Array]:
+    def kernel(generate: Callable[[Hyper], Array], layer: Hyper) -> Array:
+        return jax.lax.with_sharding_constraint(generate(layer), everywhere)
 
-    return type(kind.__name__, (kind,), {"kernel": kernel})
+    return kernel
 
 
 def rows_here(mesh: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:

@@ -26,7 +26,7 @@ import numpy as np
 from dhp_jax.core.latent import latents, walk
 from dhp_jax.core.layers import ChannelBias
 from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
-from dhp_jax.core.surgery import replaced
+from dhp_jax.core.surgery import override, replaced
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def _opaque(model: nnx.Module) -> nnx.Module:
     """The network, changed in place, with layers that can be folded as calls of one primitive."""
     for path, layer in list(_foldable(model)):
         layer.layer_path = nnx.static(path)
-        layer.__class__ = _opaque_class(type(layer))
+        override(layer, __call__=_call_opaquely)
     return model
 
 
@@ -277,19 +277,15 @@ def _foldable(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
             yield path, layer
 
 
-@functools.cache  # NNX remembers every class of modules for good
-def _opaque_class(kind: type[nnx.Module]) -> type[nnx.Module]:
-    def call(self, x, *args, **options):
-        if args or options:  # such as use_running_average=False
-            return kind.__call__(self, x, *args, **options)
-        output = jax.eval_shape(functools.partial(kind.__call__, self), x)
-        return _layer_call.bind(
-            jnp.asarray(x),
-            *jax.tree.leaves(nnx.state(self)),
-            path=self.layer_path,
-            linear=kind in LINEAR,
-            shape=output.shape,
-            dtype=output.dtype,
-        )
-
-    return type(kind)(kind.__name__, (kind,), {"__call__": call})
+def _call_opaquely(call, layer, x, *args, **options):
+    if args or options:  # such as use_running_average=False
+        return call(layer, x, *args, **options)
+    output = jax.eval_shape(functools.partial(call, layer), x)
+    return _layer_call.bind(
+        jnp.asarray(x),
+        *jax.tree.leaves(nnx.state(layer)),
+        path=layer.layer_path,
+        linear=isinstance(layer, LINEAR),
+        shape=output.shape,
+        dtype=output.dtype,
+    )

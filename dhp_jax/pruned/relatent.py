@@ -79,7 +79,7 @@ def narrowed(model: nnx.Module, survivors: Mapping[str, tuple[int, ...]]) -> nnx
     for z, mask in masks.items():
         z.vector.set_value(selected(z.vector, mask))
         z.size = int(mask.sum())
-        z.min_channels = min(z.min_channels, z.size)
+        z.vector.set_metadata(min_channels=min(z.min_channels, z.size))
     for module in modules:
         if isinstance(module, Axis):
             module.size = _size(module)

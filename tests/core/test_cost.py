@@ -24,6 +24,11 @@ RESNETS = {  # FLOPs, params, latents, as published for 32x32 images and 10 clas
 }
 
 
+def flops_and_params(found):
+    """Of amounts or shares by name."""
+    return found["flops"], found["params"]
+
+
 def abstract_resnet(depth, **arguments):
     return dhp.models.build_abstract("resnet", depth=depth, **arguments)
 
@@ -130,8 +135,8 @@ def test_the_cost_of_a_network_is_the_sum_over_its_layers(mixed):
 @given(st.integers(1, 7), st.integers(1, 5), st.integers(1, 6))
 @settings(deadline=None, derandomize=True, max_examples=30)
 def test_the_cost_of_survivors_is_that_of_the_smaller_network(mixed, a, b, c):
-    assert mixed.given(mixed_counts(a, b, c)) == mixed_cost(a, b, c)
-    flops, params = mixed.ratio(mixed_counts(a, b, c))
+    assert flops_and_params(mixed.amounts(mixed_counts(a, b, c))) == mixed_cost(a, b, c)
+    flops, params = flops_and_params(mixed.shares(mixed_counts(a, b, c)))
     whole = mixed_cost(7, 5, 6)
     assert (flops * whole[0], params * whole[1]) == pytest.approx(mixed_cost(a, b, c))
 
@@ -143,12 +148,12 @@ def test_costs_inside_jit_are_those_outside(mixed):
     @jax.jit
     def inside(values):
         given = dict(zip(names, values, strict=True))
-        return mixed.given(given), mixed.ratio(given)
+        return flops_and_params(mixed.amounts(given)), flops_and_params(mixed.shares(given))
 
     (flops, params), ratio = inside(jnp.array([counts[name] for name in names]))
     assert (int(flops), int(params)) == mixed_cost(4, 2, 5)
     assert flops.dtype == params.dtype == np.int64
-    np.testing.assert_allclose(ratio, mixed.ratio(counts), rtol=1e-7)
+    np.testing.assert_allclose(ratio, flops_and_params(mixed.shares(counts)), rtol=1e-7)
     assert {share.dtype for share in ratio} == {np.dtype("float32")}
 
 
@@ -169,17 +174,19 @@ def test_costs_are_exact_beyond_31_bits_inside_jit_too():
     assert cost.flops == 9 * 1001 * 1003 * (3 * 61 + 61 * 67) > 2**35
     counts = {"first.z_in": 3, "first.z_out": 59, "second.z_out": 53}
     exact = 9 * 1001 * 1003 * (3 * 59 + 59 * 53)
-    assert cost.given(counts)[0] == exact
-    flops, params = jax.jit(cost.given)({name: jnp.asarray(n) for name, n in counts.items()})
+    assert cost.amounts(counts)["flops"] == exact
+    flops, params = flops_and_params(
+        jax.jit(cost.amounts)({name: jnp.asarray(n) for name, n in counts.items()})
+    )
     assert int(flops) == exact
     assert int(params) == 9 * (3 * 59 + 59 * 53) + 59 + 53
-    ratio = jax.jit(lambda counts: cost.ratio(counts)[0])(counts)
+    ratio = jax.jit(lambda counts: cost.shares(counts)["flops"])(counts)
     np.testing.assert_allclose(ratio, exact / cost.flops, rtol=1e-7)
 
 
 def test_numpy_counts_are_counts(mixed):
     counts = {name: np.int64(count) for name, count in mixed_counts(4, 2, 5).items()}
-    assert tuple(map(int, mixed.given(counts))) == mixed_cost(4, 2, 5)
+    assert tuple(map(int, flops_and_params(mixed.amounts(counts)))) == mixed_cost(4, 2, 5)
 
 
 # What is counted is what is there
@@ -211,7 +218,10 @@ def test_a_pruned_resnet_costs_what_its_arrays_say_and_what_was_predicted(seed):
     params = sum(p.get_value().size for _, p in nnx.to_flat_state(nnx.state(small, nnx.Param)))
     assert (found.flops, found.params) == (counted_resnet20_flops(small, 16), params)
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
-    assert dhp.measure_cost(model, (16, 16, 3)).given(counts) == (found.flops, found.params)
+    assert flops_and_params(dhp.measure_cost(model, (16, 16, 3)).amounts(counts)) == (
+        found.flops,
+        found.params,
+    )
 
 
 def test_the_prediction_inside_jit_is_the_cost_of_the_pruned_network():
@@ -221,7 +231,8 @@ def test_the_prediction_inside_jit_is_the_cost_of_the_pruned_network():
 
     @jax.jit
     def predicted(state, threshold):
-        return cost.given(survivor_counts(nnx.merge(graphdef, state, copy=True), threshold))
+        left = survivor_counts(nnx.merge(graphdef, state, copy=True), threshold)
+        return flops_and_params(cost.amounts(left))
 
     for threshold in (0.0, 0.2, 0.5, 10.0):
         small = dhp.prune(model, dhp.survivors(model, threshold))
@@ -238,7 +249,7 @@ def test_a_pruned_network_of_ones_own_costs_what_its_arrays_say():
     found = dhp.measure_cost(dhp.prune(model, masks), MIXED_INPUT)
     assert (found.flops, found.params) == mixed_cost(*widths)
     assert found.sizes == {}
-    assert found.given({}) == mixed_cost(*widths)
+    assert flops_and_params(found.amounts({})) == mixed_cost(*widths)
 
 
 # Activations
@@ -391,7 +402,7 @@ def test_transposed_and_grouped_convolutions_and_biases_on_latents(
     model = one_axis(make)
     cost = dhp.measure_cost(model, (4, 4, channels))
     assert (cost.flops, cost.params) == whole
-    assert cost.given(counts) == left
+    assert flops_and_params(cost.amounts(counts)) == left
     masks = {name: np.arange(size) < counts[name] for name, size in cost.sizes.items()}
     small = dhp.prune(model, masks)
     inputs = getattr(small, "in_features", None) or small.num_features
@@ -461,7 +472,7 @@ def test_a_layer_that_is_called_again_costs_flops_again_but_no_params():
 
     cost = dhp.measure_cost(filled(make), (5, 5, 6))
     assert (cost.flops, cost.params) == (3 * 9 * 25 * 36, 9 * 36 + 6)
-    assert cost.given({"also.z_in": 2}) == (3 * 9 * 25 * 4, 9 * 4 + 2)
+    assert flops_and_params(cost.amounts({"also.z_in": 2})) == (3 * 9 * 25 * 4, 9 * 4 + 2)
 
 
 def test_a_layer_that_is_not_called_costs_nothing():
@@ -497,7 +508,7 @@ def test_a_layer_of_ones_own_can_be_counted():
 
     cost = dhp.measure_cost(filled(Net), (4, 4, 6))
     assert (cost.flops, cost.params) == (16 * 6, 6)
-    assert cost.given({"scale.z": 2}) == (32, 2)
+    assert flops_and_params(cost.amounts({"scale.z": 2})) == (32, 2)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -557,7 +568,10 @@ def test_a_layer_that_is_called_under_remat_is_counted():
 
     cost = dhp.measure_cost(Remat(nnx.Rngs(0)), (5, 5, 1))
     assert (cost.flops, cost.params) == (5 * 5 * 9 * 8, 9 * 8 + 8)
-    assert cost.given({"conv.z_in": 1, "conv.z_out": 3}) == (5 * 5 * 9 * 3, 9 * 3 + 3)
+    assert flops_and_params(cost.amounts({"conv.z_in": 1, "conv.z_out": 3})) == (
+        5 * 5 * 9 * 3,
+        9 * 3 + 3,
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 3), (8, 8, -3), (8.0, 8, 3), (), None, 8, "883"])

@@ -541,9 +541,9 @@ def test_no_larger_network_of_the_same_kind_fits_a_budget(mixed):
         masks = survivors_within(model, cost, flops=target)
         found = tuple(int(masks[name].sum()) for name in names)
         shares = {
-            widths: cost.ratio(
+            widths: cost.shares(
                 {**dict(zip(names, widths, strict=True)), MIXED_LATENTS["image"]: 3}
-            )[0]
+            )["flops"]
             for widths in every
         }
         within = [widths for widths, share in shares.items() if share <= target]

@@ -44,6 +44,11 @@ RNGS = SimpleNamespace(params=lambda: jax.random.key(0))  # `nnx.Rngs` takes sec
 small_networks = pytest.mark.parametrize("name", SMALL)
 
 
+def flops_and_params(found):
+    """Of amounts or shares by name."""
+    return found["flops"], found["params"]
+
+
 @functools.cache
 def abstract(family, **arguments):
     """A network of shapes alone; tests leave it as it is."""
@@ -586,7 +591,11 @@ def test_what_is_counted_is_what_is_there(name):
     shape = x.shape[1:]
     whole, small = dhp.measure_cost(model, shape), dhp.measure_cost(pruned(name), shape)
     counts = {latent: int(mask.sum()) for latent, mask in masks.items()}
-    assert (small.flops, small.params) == counted(pruned(name), shape) == whole.given(counts)
+    assert (
+        (small.flops, small.params)
+        == counted(pruned(name), shape)
+        == flops_and_params(whole.amounts(counts))
+    )
     assert small.flops < 0.8 * whole.flops
 
 

@@ -32,6 +32,11 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 SHAPE = (8, 8, 1)
 
 
+def flops_and_params(found):
+    """Of amounts or shares by name."""
+    return found["flops"], found["params"]
+
+
 def tiny(**changes):
     """A configuration of a quarter of a ResNet-20 that meets its budget in an epoch."""
     config = dhp_config.default()
@@ -100,11 +105,11 @@ def test_the_pruned_network_uses_the_budget_and_no_removed_channel_fits_in_what_
     assert finished.summary["flops"]["ratio"] == left.flops / cost.flops <= 0.5
     survivors = description(finished.workdir, "model")["survivors"]
     counts = {name: len(indices) for name, indices in survivors.items()}
-    assert cost.given(counts) == (left.flops, left.params)
+    assert flops_and_params(cost.amounts(counts)) == (left.flops, left.params)
     pruned = 0
     for name, latent in dhp.latents(full).items():
         if counts[name] < latent.size:
-            assert cost.ratio({**counts, name: counts[name] + 1})[0] > 0.5
+            assert cost.shares({**counts, name: counts[name] + 1})["flops"] > 0.5
             pruned += 1
     assert pruned > 5
 

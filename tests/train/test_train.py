@@ -34,6 +34,11 @@ LOOKS = [2, 4, 5, 6, 8, 10, 12, 14, 15]  # every two steps, and at the end of an
 SCHEDULE = drop_schedule(RATE, (2,), STEPS)
 
 
+def flops_and_params(found):
+    """Of amounts or shares by name."""
+    return found["flops"], found["params"]
+
+
 class Net(nnx.Module):
     """Two convolutions and a classifier."""
 
@@ -228,7 +233,7 @@ def test_every_epoch_ends_with_a_test_of_all_test_data(search, by_hand):
 def test_the_recorded_ratios_are_those_of_the_survivors(net, search, by_hand):
     cost = dhp.measure_cost(net, SHAPE)
     found = [(record["flops_ratio"], record["params_ratio"]) for record in search[2].records]
-    expected = [cost.ratio(counts_of(by_hand[step - 1][0])) for step in LOOKS]
+    expected = [flops_and_params(cost.shares(counts_of(by_hand[step - 1][0]))) for step in LOOKS]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert len({flops for flops, _ in found}) > 2  # the search does go down
 
@@ -266,7 +271,7 @@ def test_the_speed_is_recorded_but_for_the_first_step_which_compiles(search):
 
 def test_a_search_stops_after_the_first_step_that_reaches_the_limit(net, search, by_hand):
     cost = dhp.measure_cost(net, SHAPE)
-    ratios = [cost.ratio(counts_of(model))[0] for model, *_ in by_hand]
+    ratios = [cost.shares(counts_of(model))["flops"] for model, *_ in by_hand]
     limit = np.nextafter(np.float32(min(ratios[: 2 * STEPS])), np.float32(1)).item()
     stop = 1 + next(i for i, ratio in enumerate(ratios) if ratio <= limit)
     outcome, _, witness = searched(net, limit=limit)
@@ -321,7 +326,7 @@ def test_dispatches_after_the_one_that_reaches_the_limit_change_nothing(
     net, by_hand, many_at_once, streamed
 ):
     cost = dhp.measure_cost(net, SHAPE)
-    ratios = [cost.ratio(counts_of(model))[0] for model, *_ in by_hand]
+    ratios = [cost.shares(counts_of(model))["flops"] for model, *_ in by_hand]
     lower = [i for i in range(1, len(ratios)) if ratios[i] < min(ratios[:i])]
     drops = [i for i in lower if i % 4 in (1, 2)]  # within a dispatch
     limit = np.nextafter(np.float32(ratios[drops[0]]), np.float32(1)).item()
