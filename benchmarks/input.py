@@ -27,7 +27,7 @@ from PIL import Image
 from record import parser, positive, publish_each, spread, table_of
 from zoo import NETWORKS, QUICK, Network, queued, search_step, task_on
 
-from dhp_jax.budgets.timing import in_turn, quartiles
+from dhp_jax.budgets.timing import quartiles, time_in_turn
 from dhp_jax.data import Stream
 from dhp_jax.data import load as load_data
 from dhp_jax.data.stream import Batch
@@ -94,7 +94,7 @@ def measure(network: Network, folder: str, options: argparse.Namespace) -> dict:
         return lambda: jax.block_until_ready([call() for _ in range(each)][-1])
 
     passes = {"input": several(lambda: take(*given)), "step": several(begin)}
-    times = in_turn(passes, options.rounds, each=each)
+    times = time_in_turn(passes, options.rounds, each=each)
     pairs = zip(times["input"], times["step"], strict=True)
     size, *_ = network.input_shape
     source = load_data("image_folder", folder, image_size=size)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from record import positive, publish, spread, table_of
 
-from dhp_jax.budgets.timing import in_turn, quartiles
+from dhp_jax.budgets.timing import quartiles, time_in_turn
 
 SPINNING = "Threads do not spin between passes, so that no session slows the others down."
 NOTE = (
@@ -49,7 +49,7 @@ def main() -> None:
 def measure(files: Sequence[Path], batch: int, rounds: int) -> list[dict]:
     """A row for each file."""
     passes = {str(file): forward(file, batch, shape_of(file)) for file in files}
-    seconds = in_turn(passes, rounds)
+    seconds = time_in_turn(passes, rounds)
     first = seconds[str(files[0])]
     return [
         {

@@ -26,7 +26,7 @@ from zoo import NETWORKS, QUICK, Network, queued
 
 import dhp_jax as dhp
 from dhp_jax.budgets import timing
-from dhp_jax.budgets.timing import in_turn, quartiles
+from dhp_jax.budgets.timing import quartiles, time_in_turn
 from dhp_jax.export import export
 
 NOTE = (
@@ -90,7 +90,7 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> list[d
     cost = {name: dhp.measure_cost(m, network.input_shape).flops for name, m in networks.items()}
     forward, each = FORWARD[options.runtime], queued(batch)
     passes = {name: forward(m, network.input_shape, batch, each) for name, m in networks.items()}
-    seconds = in_turn(passes, options.rounds, each=each)
+    seconds = time_in_turn(passes, options.rounds, each=each)
     rows = []
     for flops, multiple in smaller:
         times = seconds[flops, multiple]
@@ -131,7 +131,7 @@ def in_onnxruntime(
     return several
 
 
-FORWARD = {"xla": timing.forward, "onnxruntime": in_onnxruntime}
+FORWARD = {"xla": timing.forward_pass, "onnxruntime": in_onnxruntime}
 
 
 def as_table(rows: list[dict]) -> str:

@@ -22,7 +22,7 @@ from zoo import NETWORKS, QUICK, Network, search_step
 
 import dhp_jax as dhp
 from dhp_jax.backend.platform import steps_per_dispatch
-from dhp_jax.budgets.timing import in_turn, quartiles
+from dhp_jax.budgets.timing import quartiles, time_in_turn
 
 KINDS = ("plain", "torch eager", "torch compiled")
 NOTE = (
@@ -87,7 +87,7 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> dict:
         steps[f"torch {how}"] = torch_search.stepper(
             network, batch, options.steps, compiled=compiled
         )
-    seconds = in_turn(steps, options.rounds, options.seconds, each=options.steps)
+    seconds = time_in_turn(steps, options.rounds, options.seconds, each=options.steps)
     row = {"network": network.label, "batch": batch}
     row |= {"steps_per_dispatch": options.steps, "rounds": len(seconds["search"])}
     for kind, values in seconds.items():

@@ -20,7 +20,7 @@ from record import parser, positive, progress, publish_each, spread, table_of
 from zoo import NETWORKS, QUICK, Network, queued
 
 import dhp_jax as dhp
-from dhp_jax.budgets.timing import forward, in_turn, quartiles
+from dhp_jax.budgets.timing import forward_pass, quartiles, time_in_turn
 
 FLOPS = 0.5
 NOTE = (
@@ -69,8 +69,8 @@ def measure(network: Network, batch: int, dtype: str, options: argparse.Namespac
         except ValueError as error:  # too wide for its latents, or for the budget
             progress(f"{network.label}: left out: {error}")
     each = queued(batch)
-    passes = {m: forward(net, network.input_shape, batch, each) for m, net in small.items()}
-    seconds = in_turn(passes, options.rounds, each=each)
+    passes = {m: forward_pass(net, network.input_shape, batch, each) for m, net in small.items()}
+    seconds = time_in_turn(passes, options.rounds, each=each)
     whole = dhp.measure_cost(model, network.input_shape).flops
     return [
         {

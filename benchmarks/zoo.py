@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import dhp_jax as dhp
-from dhp_jax.backend.hypernets import packed
+from dhp_jax.backend.hypernets import pack_axes
 from dhp_jax.core.latent import latents
 from dhp_jax.core.survivors import survivor_counts
 from dhp_jax.data.device_images import Rows
@@ -140,7 +140,7 @@ def search_step(
         return optax.chain(plain, shrink)
 
     task, data = task_on(network, images or batch)
-    graphdef, transformation, state = start(packed(model), make_optimizer)
+    graphdef, transformation, state = start(pack_axes(model), make_optimizer)
     advance = make_step(
         jax.tree.structure(state),
         graphdef,

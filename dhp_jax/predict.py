@@ -22,7 +22,7 @@ from dhp_jax.backend.inference import inference
 from dhp_jax.cli import Saved
 from dhp_jax.core.cost import input_refused
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.data.decode import COLOUR, GRAY, decode, opened
+from dhp_jax.data.decode import COLOUR, GRAY, decode, open_image
 from dhp_jax.errors import unknown
 from dhp_jax.models.registry import task_of
 from dhp_jax.tasks.metrics import pixels
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     _check_unused(options, ("top", "resize"), f"{saved.path} restores images")
     if options.out is None:
         raise ValueError(f"--out: expected a folder, for {saved.path} restores images; got none")
-    for file in restored_files(saved, options.images, options.out, tile=options.tile):
+    for file in restore_images(saved, options.images, options.out, tile=options.tile):
         print(file)
 
 
@@ -163,7 +163,7 @@ def _of_shape(file: Path, shape: tuple[int, ...], resize: bool) -> UInt8[np.ndar
     return image
 
 
-def restored_files(
+def restore_images(
     saved: Saved, files: Sequence[Path], folder: Path, *, tile: int | None = None
 ) -> list[Path]:
     """Writes what a restoration network makes of images, as PNG files of the same names.
@@ -182,7 +182,7 @@ def restored_files(
         takes; two images of one name; a tile that is too small for what the network sees.
 
     Example:
-      >>> restored_files(cli.opened("runs/dncnn_s70"), [Path("noisy.png")], Path("clean"))
+      >>> restore_images(cli.opened("runs/dncnn_s70"), [Path("noisy.png")], Path("clean"))
     """
     targets = [folder / f"{file.stem}.png" for file in files]
     for file, target in zip(files, targets, strict=True):
@@ -202,12 +202,12 @@ def restored_files(
         ) from error
     network = inference(saved.model)
     for file, target in zip(files, targets, strict=True):
-        image = pixels(restored(saved, network, _read(file, channels), tile=tile))
+        image = pixels(restore_image(saved, network, _read(file, channels), tile=tile))
         Image.fromarray(image.squeeze(-1) if channels == 1 else image).save(target)
     return targets
 
 
-def restored(
+def restore_image(
     saved: Saved, network, image: UInt8[np.ndarray, "h w c"], *, tile: int | None = None
 ) -> Float[np.ndarray, "h2 w2 c"]:
     """What a restoration network makes of an image, whole or in tiles without a seam."""
@@ -230,7 +230,7 @@ def _read(file: Path, channels: int, size: int | None = None) -> UInt8[np.ndarra
 def _check_mode(file: Path, channels: int) -> str:
     """The mode to decode an image to, if it has as many channels as the network."""
     expected = {1: GRAY, 3: COLOUR}.get(channels, ())
-    with opened(file, argument="images") as image:
+    with open_image(file, argument="images") as image:
         mode = image.mode
     if mode not in expected:
         kind = {1: "a gray image", 3: "a colour image"}.get(channels, f"{channels} channels")

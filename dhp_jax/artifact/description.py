@@ -339,12 +339,12 @@ def check_like(
     """Raises unless an array has the shape and dtype that are expected."""
     if found != expected:
         raise ArtifactError(
-            f"path: array {name!r} in {where}: expected {_described(expected)}, got "
-            f"{_described(found)}"
+            f"path: array {name!r} in {where}: expected {_describe(expected)}, got "
+            f"{_describe(found)}"
         )
 
 
-def _described(entry: Mapping[str, Any]) -> str:
+def _describe(entry: Mapping[str, Any]) -> str:
     dtype = entry["dtype"]
     known = dtype in DTYPES.values()
     return f"{dtype if known else shown(dtype)} of shape {shown(entry['shape'])}"

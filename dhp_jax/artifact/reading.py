@@ -31,8 +31,8 @@ from dhp_jax.core.latent import latents
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import shown, unknown
 from dhp_jax.models import registry
-from dhp_jax.pruned.fold import contracted
-from dhp_jax.pruned.relatent import built, narrowed
+from dhp_jax.pruned.fold import remove_folded_layers
+from dhp_jax.pruned.relatent import make_network, narrow
 
 MODEL = "model"  # of the folders in a run's, the one that it ends with
 
@@ -66,16 +66,16 @@ def load(
     """
     path = Path(path)
     description = verify(path)
-    whole = _of_family(description, path / DESCRIPTION) if build is None else _of_function(build)
+    whole = _build_family(description, path / DESCRIPTION) if build is None else _call_build(build)
     masks = _masks(whole, description["survivors"], path / DESCRIPTION)
     folded = description.get("folded", [])
 
     def make(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
         if description.get("renewed"):
-            model = narrowed(model, description["survivors"] or {})
+            model = narrow(model, description["survivors"] or {})
         elif masks is not None:
             model = prune(model, masks)
-        return nnx.split(contracted(model, folded))
+        return nnx.split(remove_folded_layers(model, folded))
 
     try:
         graphdef, abstract = nnx.eval_shape(make, whole)
@@ -84,7 +84,9 @@ def load(
     gained, known = nnx.split_state(abstract, _random_besides(description["arrays"]), ...)
     state = read_arrays(known, description["arrays"], path)
     if gained:
-        state = nnx.merge_state(state, _drawn(lambda: make(built(build, nnx.Rngs(0)))[1], gained))
+        state = nnx.merge_state(
+            state, _draw(lambda: make(make_network(build, nnx.Rngs(0)))[1], gained)
+        )
     model = nnx.merge(graphdef, state)
     model.eval()
     return model
@@ -168,7 +170,7 @@ def parse_description(content: bytes, where: Path) -> dict[str, Any]:
     return description
 
 
-def _of_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
+def _build_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
     """The unpruned network of a family, abstractly.
 
     Building takes bounded time and memory, whatever the arguments are: every layer and latent draws
@@ -203,11 +205,11 @@ def _of_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
         raise ArtifactError(f"path: {where}: arguments: {what[:MAX_TEXT]}") from None
 
 
-def _of_function(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+def _call_build(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     """The unpruned network that the reader's own function makes, abstractly."""
 
     def made() -> nnx.Module:
-        model = built(build, nnx.Rngs(0))
+        model = make_network(build, nnx.Rngs(0))
         if not isinstance(model, nnx.Module):
             raise TypeError(f"it returns {shown(model)}")
         return model
@@ -254,7 +256,7 @@ def _random_besides(arrays: Mapping[str, Any]) -> Callable[[tuple, Any], bool]:
     )
 
 
-def _drawn(make: Callable[[], nnx.State], like: nnx.State) -> nnx.State:
+def _draw(make: Callable[[], nnx.State], like: nnx.State) -> nnx.State:
     """What `make` has in the places of `like`; nothing else of it is computed."""
     places = dict(nnx.to_flat_state(like))
 

@@ -16,7 +16,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 LONG = 1.0  # seconds of a compilation that is worth telling
 
 
-MOST_BYTES = 2**31  # of the cache
+MAX_BYTES = 2**31  # of the cache
 
 
 def default_cache() -> Path:
@@ -48,7 +48,7 @@ def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
     folder = default_cache() if folder is None else Path(folder).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.config.jax_compilation_cache_max_size < 0:
-        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+        jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     _remove_unfinished(folder)
     return folder
 

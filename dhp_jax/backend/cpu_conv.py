@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-MOST_TAPS = 49  # of a depthwise kernel that is written out
+MAX_TAPS = 49  # of a depthwise kernel that is written out
 
 
 Pads = tuple[tuple[int, int], ...]
@@ -67,7 +67,7 @@ def convolution(
         padding = lax.padtype_to_pads(lhs.shape[1:3], size, strides, padding)
     pads = tuple(tuple(map(int, pad)) for pad in padding)
     depthwise = feature_group_count > 1 and lhs.shape[-1] == rhs.shape[-1] == feature_group_count
-    if depthwise and math.prod(rhs.shape[:2]) <= MOST_TAPS:
+    if depthwise and math.prod(rhs.shape[:2]) <= MAX_TAPS:
         return _depthwise(lhs, rhs, strides, pads, dilation)
     differentiable = jax.custom_vjp(plain)
     differentiable.defvjp(
@@ -141,7 +141,7 @@ def _grouped_kernel_gradient(
     grad_groups = grad.reshape(-1, groups, columns)
     by_tap = [
         jnp.einsum("pgi,pgo->igo", part.reshape(-1, groups, rows), grad_groups)
-        for part in _shifted(x, taps, strides, pads, dilation, grad.shape[1:3])
+        for part in _shift_taps(x, taps, strides, pads, dilation, grad.shape[1:3])
     ]
     return jnp.stack(by_tap).reshape(*taps, rows, -1)
 
@@ -154,7 +154,7 @@ def _depthwise(x: Array, kernel: Array, strides, pads: Pads, dilation) -> Array:
         (n + sum(pad) - (k - 1) * d - 1) // s + 1
         for n, pad, k, d, s in zip(x.shape[1:3], pads, taps, dilation, strides, strict=True)
     )
-    parts = _shifted(x, taps, strides, pads, dilation, size)
+    parts = _shift_taps(x, taps, strides, pads, dilation, size)
     weights = widen(kernel).reshape(-1, kernel.shape[-1])
     result = sum(widen(part) * weight for part, weight in zip(parts, weights, strict=True))
     return result.astype(x.dtype)
@@ -169,7 +169,7 @@ def _depthwise_backward(strides, pads, dilation, inputs, grad):
     taps = kernel.shape[:2]
     # The input's gradient is a depthwise convolution too: of the gradient, spread out by the
     # strides, with the kernel turned around.
-    spread = _padded(grad, [(0, 0, stride - 1) for stride in strides])
+    spread = _pad(grad, [(0, 0, stride - 1) for stride in strides])
     turned = []
     for n, m, k, d, (low, _) in zip(
         x.shape[1:3], spread.shape[1:3], taps, dilation, pads, strict=True
@@ -190,15 +190,15 @@ def _depthwise_sums(
     x: Array, grad: Array, taps: tuple[int, int], strides, pads: Pads, dilation
 ) -> Array:
     """The gradient of a depthwise kernel, `(taps, c)`."""
-    parts = _shifted(x, taps, strides, pads, dilation, grad.shape[1:3])
+    parts = _shift_taps(x, taps, strides, pads, dilation, grad.shape[1:3])
     return jnp.stack([jnp.sum(widen(part) * widen(grad), (0, 1, 2)) for part in parts])
 
 
-def _shifted(
+def _shift_taps(
     x: Array, taps: tuple[int, int], strides, pads: Pads, dilation, size: tuple[int, int]
 ) -> list[Array]:
     """What each tap of a kernel sees of the padded input, `(n, *size, c)` each."""
-    padded = _padded(x, [(low, high, 0) for low, high in pads])
+    padded = _pad(x, [(low, high, 0) for low, high in pads])
     (rows, columns), (down, right) = size, strides
     return [
         padded[
@@ -211,7 +211,7 @@ def _shifted(
     ]
 
 
-def _padded(x: Array, pads: Sequence[tuple[int, int, int]]) -> Array:
+def _pad(x: Array, pads: Sequence[tuple[int, int, int]]) -> Array:
     """The image with zeros before, after and between its rows and columns."""
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
 

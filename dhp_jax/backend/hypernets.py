@@ -14,10 +14,10 @@ from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.surgery import override
 
-MOST_TOGETHER = 2**20  # numbers of an array that is small work for a GPU
+MAX_SMALL_SIZE = 2**20  # numbers of an array that is small work for a GPU
 
 
-def packed(model: nnx.Module) -> nnx.Module:
+def pack_axes(model: nnx.Module) -> nnx.Module:
     """A network with its arrays in the form in which the platform's memory holds them best.
 
     A TPU pads the last axis of an array to 128 numbers, and arrays of 16 channels take 8 times the
@@ -82,7 +82,7 @@ def _is_ordinary(layer: Hyper) -> bool:
 def _is_small(layer: Hyper) -> bool:
     """Whether the work of a hypernetwork, if it is a single one and not stacked, is small."""
     w2 = layer.w2[...]
-    return w2.ndim == len(layer.kernel_size) + 3 and w2.size <= MOST_TOGETHER
+    return w2.ndim == len(layer.kernel_size) + 3 and w2.size <= MAX_SMALL_SIZE
 
 
 def _axes(layer: Hyper) -> list[Axis]:

@@ -57,6 +57,7 @@ class Chosen:
         return {"predicted": self.shares, "time": measured}
 
 
-def _chosen(cost: Cost, masks: dict[str, np.ndarray]) -> Chosen:
+def describe_choice(cost: Cost, masks: dict[str, np.ndarray]) -> Chosen:
+    """Survivors with the shares of the whole network's cost that they leave."""
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
     return Chosen(masks, cost.shares(counts))

@@ -134,9 +134,9 @@ def survivors_within(
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if left_without(range(middle)) >= 0 else (middle + 1, high)
-    gone = _refilled(set(range(low)), order, left_without)
+    gone = _refill(set(range(low)), order, left_without)
     if left_without(gone) > TOLERANCE:
-        gone = _traded(gone, order, left_without)
+        gone = _trade(gone, order, left_without)
     masks = {name: np.ones(size, bool) for name, size in sizes.items()}
     for i in gone:
         name, entries = order[i]
@@ -150,7 +150,7 @@ def slack(cost: Cost, counts: Counts, budget: Mapping[str, float]) -> float:
     return min(share - used[name] for name, share in budget.items())
 
 
-def _refilled(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
+def _refill(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
     """Takes groups back that fit, largest first; of each latent none before its larger ones."""
     full = set()
     for i in sorted(gone, reverse=True):
@@ -162,7 +162,7 @@ def _refilled(gone: set[int], order: list[Group], slack: Callable[[Set[int]], fl
     return gone
 
 
-def _traded(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
+def _trade(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
     """Takes an entry back that does not fit, for the smallest ones of other latents, if that helps.
 
     For channels of very different cost: once the costly ones are gone, none of them fits again.
@@ -177,7 +177,7 @@ def _traded(gone: set[int], order: list[Group], slack: Callable[[Set[int]], floa
             if name != order[i][0]:
                 trial = trial | {j}
         if slack(trial) >= 0:
-            trial = _refilled(trial, order, slack)
+            trial = _refill(trial, order, slack)
             gone = min(gone, trial, key=slack)
         if slack(gone) <= TOLERANCE:
             break
@@ -203,7 +203,7 @@ def _removable(model: nnx.Module, multiple_of: Multiples, scores: Scores) -> lis
     for name, z in latents(model).items():
         if not z.prunable:
             continue
-        step, score = steps[name], _checked(scores, name, z.size)
+        step, score = steps[name], _check_scores(scores, name, z.size)
         order = np.argsort(score, kind="stable")
         for end in removals(z, step):
             entries = order[max(0, end - step) : end]
@@ -211,7 +211,7 @@ def _removable(model: nnx.Module, multiple_of: Multiples, scores: Scores) -> lis
     return [(name, entries) for _, name, _, entries in sorted(groups)]
 
 
-def _checked(scores: Scores, name: str, size: int) -> np.ndarray:
+def _check_scores(scores: Scores, name: str, size: int) -> np.ndarray:
     """The scores of a latent, if they are numbers of at least 0 for all of its entries."""
     if name not in scores:
         raise ValueError(f"scores: expected those of latent {name!r}; got {sorted(scores)}")

@@ -143,11 +143,11 @@ def uniform_within(
     counts = at(shares[low])
     below = [name for name, count in counts.items() if count <= shares[low] * sizes[name]]
     wider = {name: [w for w in possible[name] if w > counts[name]][:1] for name in below}
-    counts = _widened(counts, {name: w[0] for name, w in wider.items() if w}, cost, budget)
+    counts = _widen(counts, {name: w[0] for name, w in wider.items() if w}, cost, budget)
     return {name: np.arange(size) < counts[name] for name, size in sizes.items()}
 
 
-def _widened(
+def _widen(
     counts: dict[str, int], wider: Mapping[str, int], cost: Cost, budget: Mapping[str, float]
 ) -> dict[str, int]:
     """Gives latents a larger width where it fits, those first for which that costs most."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from flax import nnx
 
-from dhp_jax.budgets.chosen import Chosen, Time, _chosen
+from dhp_jax.budgets.chosen import Chosen, Time, describe_choice
 from dhp_jax.budgets.counted import BudgetError, check_share, smallest_ratio, survivors_within
 from dhp_jax.budgets.rounding import Multiples
-from dhp_jax.budgets.timing import forward, hardware, in_turn, quartiles
+from dhp_jax.budgets.timing import forward_pass, hardware, quartiles, time_in_turn
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.surgery import prune
 
@@ -36,15 +36,15 @@ def clock(model: nnx.Module, input_shape: tuple[int, ...], batch: int = 1) -> Cl
       input_shape: of one input, `(h, w, c)`.
       batch: how many inputs a pass takes.
     """
-    whole = forward(prune(model), input_shape, batch)
+    whole = forward_pass(prune(model), input_shape, batch)
 
     @functools.lru_cache(maxsize=1)  # most networks are timed several times
     def compiled(small: nnx.Module) -> Callable[[], None]:
-        return forward(small, input_shape, batch)
+        return forward_pass(small, input_shape, batch)
 
     def timed(small: nnx.Module) -> Time:
         passes = {"whole": whole, "small": compiled(small)}
-        seconds = in_turn(passes, ROUNDS, SECONDS)
+        seconds = time_in_turn(passes, ROUNDS, SECONDS)
         pairs = list(zip(seconds["whole"], seconds["small"], strict=True))
         return Time(
             ratio=quartiles([small / whole for whole, small in pairs]),
@@ -56,8 +56,11 @@ def clock(model: nnx.Module, input_shape: tuple[int, ...], batch: int = 1) -> Cl
     return timed
 
 
-class _Bisection:
-    """Candidates by their FLOPs, each pruned and timed two or three times."""
+class LatencySearch:
+    """Finds the largest pruned network that is fast enough, by bisection over its FLOPs.
+
+    Candidates are pruned and timed two or three times each; `result` runs the search.
+    """
 
     def __init__(self, model, cost, multiple_of, select, budget, latency, timed):
         self.model, self.cost, self.multiple_of, self.select = model, cost, multiple_of, select
@@ -66,20 +69,25 @@ class _Bisection:
         self.tried: list[dict[str, Any]] = []
 
     def result(self) -> Chosen:
+        """Runs the search.
+
+        Raises:
+          BudgetError: the smallest network is not fast enough.
+        """
         low = smallest_ratio(self.model, self.cost, self.multiple_of)["flops"]
         high = self.budget["flops"]
         best = self.fast_enough(low)
         if best is None:
             raise BudgetError(_unreachable(self.latency, self.last))
         if (largest := self.fast_enough(high)) is not None:
-            return self.told(largest)
+            return self._with_measurements(largest)
         while high - low > RESOLUTION:
             middle = (low + high) / 2
             if (found := self.fast_enough(middle)) is None:
                 high = middle
             else:
                 best, low = found, middle
-        return self.told(best)
+        return self._with_measurements(best)
 
     def fast_enough(self, flops: float) -> Chosen | None:
         """The candidate of a share of the FLOPs, if it is; the same widths are timed once."""
@@ -88,7 +96,7 @@ class _Bisection:
         )
         widths = tuple(int(mask.sum()) for mask in masks.values())
         if widths not in self.known:
-            chosen = _chosen(self.cost, masks)
+            chosen = describe_choice(self.cost, masks)
             time = self.two_of_three(prune(self.model, masks), chosen.shares["flops"])
             self.known[widths] = time and replace(chosen, time=time)
         return self.known[widths]
@@ -102,7 +110,7 @@ class _Bisection:
             (within if time.within(self.latency) else beyond).append(time)
         return max(within, key=lambda time: time.ratio["high"]) if len(within) == 2 else None
 
-    def told(self, chosen: Chosen) -> Chosen:
+    def _with_measurements(self, chosen: Chosen) -> Chosen:
         return replace(chosen, tried=tuple(self.tried))
 
 

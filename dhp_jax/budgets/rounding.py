@@ -1,4 +1,4 @@
-"""Multiples of which the widths of pruned layers are, latent by latent."""
+"""Rounding: the width that each latent keeps is a multiple of a number."""
 
 from collections.abc import Mapping
 import fnmatch
@@ -24,7 +24,7 @@ MEASURED: Mapping[tuple[str, str], int] = MappingProxyType(
 Multiples = int | str | Mapping[str, int]
 
 
-def parsed(text: str) -> dict[str, int]:
+def parse_multiples(text: str) -> dict[str, int]:
     """The multiples that a text such as "stages.*:8,head:4" gives latents, by pattern.
 
     Raises:
@@ -48,10 +48,10 @@ def multiples(model: nnx.Module, multiple_of: Multiples) -> dict[str, int]:
     Args:
       model: a network of latents.
       multiple_of: one number for all of them; numbers by name or pattern (as in file names; the
-        last that fits counts, others have 1), as a mapping or as a text for `parsed`; or "auto",
-        for the number that was best in benchmarks/results/widths.json on this platform for the
-        dtype of the model's convolutions, in latents at least twice as large; 1 where nothing was
-        measured.
+        last that fits counts, others have 1), as a mapping or as a text for `parse_multiples`; or
+        "auto", for the number that was best in benchmarks/results/widths.json on this platform for
+        the dtype of the model's convolutions, in latents at least twice as large; 1 where nothing
+        was measured.
 
     Raises:
       ValueError: a number below 1; one that is larger than a latent that it is for; a name
@@ -61,7 +61,7 @@ def multiples(model: nnx.Module, multiple_of: Multiples) -> dict[str, int]:
     if isinstance(multiple_of, str) and multiple_of == AUTO:
         return _auto(model, prunable)
     if isinstance(multiple_of, str):
-        multiple_of = parsed(multiple_of)
+        multiple_of = parse_multiples(multiple_of)
     if isinstance(multiple_of, Mapping):
         return _by_name(prunable, multiple_of)
     _check_number("", multiple_of)

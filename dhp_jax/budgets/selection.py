@@ -7,9 +7,9 @@ import inspect
 from flax import nnx
 import numpy as np
 
-from dhp_jax.budgets.chosen import Chosen, _chosen
+from dhp_jax.budgets.chosen import Chosen, describe_choice
 from dhp_jax.budgets.counted import BudgetError, Scores, check_budget, check_share, survivors_within
-from dhp_jax.budgets.latency import Clock, _Bisection, clock
+from dhp_jax.budgets.latency import Clock, LatencySearch, clock
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.core.axes import check_axes
 from dhp_jax.core.cost import Cost, measure_cost
@@ -40,16 +40,16 @@ def selection(by: Scores | Selection | None, budget: Collection[str]) -> Selecti
             "by: expected scores by latent, such as l1_scores(model), or a function such as "
             f"uniform_within(model, cost, multiple_of, **budget); got {shown(by)}"
         ) from None
-    return functools.partial(_held_to_budget, by)
+    return functools.partial(_select_within, by)
 
 
-def _held_to_budget(
+def _select_within(
     select: Selection, model: nnx.Module, cost: Cost, multiple_of: Multiples, **budget: float
 ) -> dict[str, np.ndarray]:
     """What a function chooses, if that is within the budget."""
     masks = select(model, cost, multiple_of, **budget)
     check_masks(model, masks)
-    used = _chosen(cost, masks).shares
+    used = describe_choice(cost, masks).shares
     if any(used[name] > share for name, share in budget.items()):
         allowed, got = (
             ", ".join(f"{name}={shares[name]:g}" for name in budget) for shares in (budget, used)
@@ -88,9 +88,9 @@ def choose(
         budget = {"flops": 1.0, **budget}
     select = selection(by, budget)
     if latency is None:
-        return _chosen(cost, select(model, cost, multiple_of, **budget))
+        return describe_choice(cost, select(model, cost, multiple_of, **budget))
     check_budget(model, cost, multiple_of, **budget)
-    search = _Bisection(model, cost, multiple_of, select, budget, latency, timed)
+    search = LatencySearch(model, cost, multiple_of, select, budget, latency, timed)
     return search.result()
 
 

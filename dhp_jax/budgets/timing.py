@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from dhp_jax.backend.inference import inference
 
-FEWEST = 3  # rounds
+MIN_ROUNDS = 3  # rounds
 
 
-def in_turn(
+def time_in_turn(
     passes: Mapping[str, Callable[[], None]],
     rounds: int,
     seconds: float = float("inf"),
@@ -41,7 +41,7 @@ def in_turn(
     taken: dict[str, list[float]] = {name: [] for name in passes}
     began = time.perf_counter()
     for done in range(rounds):
-        if done >= FEWEST and time.perf_counter() - began > seconds:
+        if done >= MIN_ROUNDS and time.perf_counter() - began > seconds:
             break
         for name in reversed(passes) if done % 2 else passes:
             started = time.perf_counter()
@@ -50,7 +50,7 @@ def in_turn(
     return taken
 
 
-def forward(
+def forward_pass(
     model: nnx.Module, input_shape: Sequence[int], batch: int, queued: int = 1
 ) -> Callable[[], None]:
     """A function that runs a network over so many batches of inputs, and waits for the last one."""
@@ -73,7 +73,7 @@ def measure_latency(
       models: networks by name.
       input_shape: of one input, `(h, w, c)`.
       batch: how many inputs a pass takes.
-      rounds, seconds: when to end; see `in_turn`. Compilation comes on top.
+      rounds, seconds: when to end; see `time_in_turn`. Compilation comes on top.
 
     Returns:
       Milliseconds of every pass, by name: the i-th ones ran one after the other.
@@ -81,8 +81,8 @@ def measure_latency(
     Example:
       >>> times = measure_latency({"whole": dhp.prune(model), "small": small}, (32, 32, 3), 64)
     """
-    passes = {name: forward(model, input_shape, batch) for name, model in models.items()}
-    taken = in_turn(passes, rounds, seconds)
+    passes = {name: forward_pass(model, input_shape, batch) for name, model in models.items()}
+    taken = time_in_turn(passes, rounds, seconds)
     return {name: [1e3 * s for s in times] for name, times in taken.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from absl.flags import BooleanParser
 from ml_collections import ConfigDict
 
-from dhp_jax.budgets.rounding import AUTO, parsed
+from dhp_jax.budgets.rounding import AUTO, parse_multiples
 from dhp_jax.config.defaults import TASKS
 from dhp_jax.config.methods import METHODS
 from dhp_jax.data.labelled import registry
@@ -100,7 +100,9 @@ def _multiple(value: Any) -> bool:
     if not isinstance(value, str):
         return _integer(1, MAX_CHANNELS)[0](value)
     try:
-        return value == AUTO or all(number <= MAX_CHANNELS for number in parsed(value).values())
+        return value == AUTO or all(
+            number <= MAX_CHANNELS for number in parse_multiples(value).values()
+        )
     except ValueError:
         return False
 

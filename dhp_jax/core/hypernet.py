@@ -18,10 +18,10 @@ from dhp_jax.core.latent import Axis
 EMBEDDING = 8  # m in the paper
 
 
-SMALL = 2**20  # numbers of an array whose sums are left to the compiler
+MAX_FUSED_SIZE = 2**20  # numbers of an array whose sums are left to the compiler
 
 
-MOST_TERMS = 128  # of a sum that is written out
+MAX_TERMS = 128  # of a sum that is written out
 
 
 class HypernetArrays(NamedTuple):
@@ -177,12 +177,12 @@ def hyper_kernels(inputs: list[HyperInputs]) -> list[Float[Array, "*k in out"]]:
     Returns:
       A kernel of each.
     """
-    return list(jnp.unstack(jax.vmap(_kernel)(*_stacked(inputs))))
+    return list(jnp.unstack(jax.vmap(_kernel)(*_stack(inputs))))
 
 
 def _together_backward(inputs: list[HyperInputs], grads: list[Array]) -> tuple[list[HyperInputs]]:
     grads = jnp.stack(grads)
-    parts = jax.vmap(_parts)(*_stacked(inputs), grads)
+    parts = jax.vmap(_parts)(*_stack(inputs), grads)
     # As one with the optimizer's steps, each array would be copied for the gradients of others
     # before it is overwritten.
     parts, grads = jax.lax.optimization_barrier((parts, grads))
@@ -190,7 +190,7 @@ def _together_backward(inputs: list[HyperInputs], grads: list[Array]) -> tuple[l
     return ([_gradients(given, grad, _Parts(*own)) for given, grad, own in each],)
 
 
-def _stacked(inputs: list[HyperInputs]) -> HyperInputs:
+def _stack(inputs: list[HyperInputs]) -> HyperInputs:
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *inputs)
 
 
@@ -206,7 +206,7 @@ def _sum_of_products(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     a, b = jnp.broadcast_arrays(a, b)
     axes = tuple(axis % a.ndim for axis in axes)
     one = tuple(size if axis in axes else 1 for axis, size in enumerate(a.shape))
-    if jax.default_backend() != "cpu" or a.size <= SMALL or math.prod(one) > MOST_TERMS:
+    if jax.default_backend() != "cpu" or a.size <= MAX_FUSED_SIZE or math.prod(one) > MAX_TERMS:
         return jnp.sum(a * b, axes)
     places = [
         tuple(i if axis in axes else slice(None) for axis, i in enumerate(place))

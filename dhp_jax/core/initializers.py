@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, Key
 import numpy as np
 
-SMALLEST = 256
+MIN_DRAWS = 256
 
 
 DEVIATION = 0.8796256610342398  # of N(0, 1) cut off at -2 and 2
@@ -30,7 +30,7 @@ def truncated_normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
 
 def _draw(sample: Callable[[Array, int], Array], key: Array, count: int) -> Array:
     """The first `count` of a number of draws that is a power of 4, of which there are few."""
-    size = SMALLEST
+    size = MIN_DRAWS
     while size < count:
         size *= 4
     numbers = sample(key, size)

@@ -330,8 +330,9 @@ def prunable_latents(params: PyTree) -> PyTree:
             "prunable_latents: expected a state of nnx.Variables, such as "
             f"nnx.state(model, nnx.Param); got a tree of {type(leaves[0]).__name__}"
         )
-    return _map_variables(lambda v: isinstance(v, LatentVector) and v.prunable, params)
+    return map_variables(lambda v: isinstance(v, LatentVector) and v.prunable, params)
 
 
-def _map_variables(function: Callable[[nnx.Variable], Any], params: PyTree) -> PyTree:
+def map_variables(function: Callable[[nnx.Variable], Any], params: PyTree) -> PyTree:
+    """A tree with the results of a function of every `nnx.Variable` in a tree."""
     return jax.tree.map(function, params, is_leaf=lambda node: isinstance(node, nnx.Variable))

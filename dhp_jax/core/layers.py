@@ -89,7 +89,7 @@ class Hyper(nnx.Module):
     def _plain_arguments(self, keep: Keep | None) -> dict[str, Any]:
         """Arguments of the plain layer with the kernel and bias of the channels in `keep`."""
         kept_out = self.z_out.keep(keep)
-        kernel = sliced(self.kernel(), self.kernel_axis().keep(keep), -2)
+        kernel = slice_axis(self.kernel(), self.kernel_axis().keep(keep), -2)
         return {
             "in_features": int(self.z_in.keep(keep).sum()),
             "out_features": int(kept_out.sum()),
@@ -100,8 +100,8 @@ class Hyper(nnx.Module):
             "precision": self.precision,
             "promote_dtype": self.promote_dtype,
             "preferred_element_type": self.preferred_element_type,
-            "kernel_init": _given(sliced(kernel, kept_out, -1)),
-            "bias_init": _given(selected(self.bias, kept_out)),
+            "kernel_init": _initializer_of(slice_axis(kernel, kept_out, -1)),
+            "bias_init": _initializer_of(select_entries(self.bias, kept_out)),
             "rngs": NO_RNGS,
         }
 
@@ -328,7 +328,7 @@ class Bias(ChannelBias):
     def plain(self, keep: Keep | None = None) -> ChannelBias:
         """The `ChannelBias` of the channels in `keep`."""
         kept = self.z.keep(keep)
-        given = _given(selected(self.bias, kept))
+        given = _initializer_of(select_entries(self.bias, kept))
         return ChannelBias(
             int(kept.sum()), param_dtype=self.param_dtype, bias_init=given, rngs=NO_RNGS
         )
@@ -370,16 +370,16 @@ class BatchNorm(nnx.BatchNorm):
             param_dtype=self.param_dtype,
             use_bias=self.use_bias,
             use_scale=self.use_scale,
-            bias_init=_given(selected(self.bias, kept)),
-            scale_init=_given(selected(self.scale, kept)),
+            bias_init=_initializer_of(select_entries(self.bias, kept)),
+            scale_init=_initializer_of(select_entries(self.scale, kept)),
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             use_fast_variance=self.use_fast_variance,
             promote_dtype=self.promote_dtype,
             rngs=NO_RNGS,
         )
-        norm.mean[...] = selected(self.mean, kept)
-        norm.var[...] = selected(self.var, kept)
+        norm.mean[...] = select_entries(self.mean, kept)
+        norm.var[...] = select_entries(self.var, kept)
         return norm
 
     def __call__(self, x: Float[Array, "*batch c"], *args: Any, **kwargs: Any):
@@ -423,8 +423,8 @@ class Linear(nnx.Linear):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
-            kernel_init=_given(selected(self.kernel, kept)),
-            bias_init=_given(None if self.bias is None else self.bias[...]),
+            kernel_init=_initializer_of(select_entries(self.kernel, kept)),
+            bias_init=_initializer_of(None if self.bias is None else self.bias[...]),
             dot_general=self.dot_general,
             promote_dtype=self.promote_dtype,
             preferred_element_type=self.preferred_element_type,
@@ -436,12 +436,12 @@ class Linear(nnx.Linear):
         return super().__call__(x, *args, **kwargs)
 
 
-def selected(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:
+def select_entries(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:
     """The entries of a variable's first axis that a mask keeps, if there is one."""
-    return None if variable is None else sliced(variable[...], mask, 0)
+    return None if variable is None else slice_axis(variable[...], mask, 0)
 
 
-def sliced(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
+def slice_axis(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
     """The entries of an axis that a mask keeps."""
     if mask.all():
         return array
@@ -451,7 +451,7 @@ def sliced(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
     return jnp.asarray(np.compress(mask, np.asarray(array), axis))
 
 
-def _given(array: Any) -> Callable[..., Any]:
+def _initializer_of(array: Any) -> Callable[..., Any]:
     """An initializer that returns what is already there."""
     return lambda *args, **kwargs: array
 

@@ -56,12 +56,12 @@ def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
             return None
         return module.plain(masks) if isinstance(module, Prunable) else module
 
-    small = replaced(model, plain)
+    small = replace_modules(model, plain)
     set_architecture(small, architecture)
     return small
 
 
-def replaced(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> Any:
+def replace_modules(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> Any:
     """A module with others in the place of those in it; in place, but for the module itself.
 
     Args:

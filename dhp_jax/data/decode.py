@@ -54,7 +54,7 @@ def decode(
     Raises:
       DataNotFoundError: the file cannot be decoded.
     """
-    with opened(file, argument=argument, name=name) as encoded:
+    with open_image(file, argument=argument, name=name) as encoded:
         image = (ImageOps.exif_transpose(encoded) if upright else encoded).convert(mode)
     if resize is not None and min(image.size) != resize:
         scale = resize / min(image.size)
@@ -67,7 +67,7 @@ def decode(
 
 
 @contextlib.contextmanager
-def opened(
+def open_image(
     file: str | os.PathLike | IO[bytes], *, argument: str = "data.dir", name: object = None
 ) -> Iterator[Image.Image]:
     """An image whose header has been read, and one line of error if it is broken; see `decode`."""
@@ -85,7 +85,7 @@ def check_whole(image: Image.Image) -> None:
     """Raises what decoding would, if a file is truncated; one with its format's end is not decoded.
 
     Args:
-      image: as `opened` gives it.
+      image: as `open_image` gives it.
     """
     end = ENDS.get(image.format)
     if end is not None:
@@ -126,7 +126,7 @@ def memory_available() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def in_chunks(work: Callable[[range], None], count: int, threads: int | None = None) -> None:
+def for_each_chunk(work: Callable[[range], None], count: int, threads: int | None = None) -> None:
     """Calls `work` with consecutive ranges that together cover `range(count)`.
 
     Args:

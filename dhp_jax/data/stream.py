@@ -39,7 +39,7 @@ def epoch_order(seed: Sequence[int], epoch: int, examples: int) -> Int[np.ndarra
     return np.random.default_rng((*seed, epoch)).permutation(examples).astype(np.int32)
 
 
-AHEAD = 1  # batches that wait at each stage between a process and its reader
+BATCHES_AHEAD = 1  # batches that wait at each stage between a process and its reader
 
 
 DRAWS = 2**32 - 1  # tells the numbers drawn for a batch from those for the order of an epoch
@@ -163,12 +163,12 @@ def _reading(make: Callable[[int], Any], numbers: range, workers: int) -> Iterat
     # An element is a whole batch, so that batches do not depend on the number of processes.
     batches = grain.MapDataset.range(numbers.start, numbers.stop).map(make)
     threads = 1 if workers else max(2, os.cpu_count() or 1)
-    buffer = AHEAD if workers else threads
+    buffer = BATCHES_AHEAD if workers else threads
     batches = batches.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     )
     if workers:
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=AHEAD)
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=BATCHES_AHEAD)
         batches = batches.mp_prefetch(options, worker_init_fn=_attach)
     with _parsed_flags():
         iterator = iter(batches)

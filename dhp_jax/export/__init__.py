@@ -27,8 +27,8 @@ from dhp_jax.export.writers import (
     ExportError,
     Forward,
     Shape,
-    _enlarged,
-    _sizes,
+    extend_images,
+    symbolic_sizes,
 )
 from dhp_jax.files import unfinished
 from dhp_jax.pruned.fold import Identity, fold
@@ -119,12 +119,12 @@ def export(
     for shape in shapes:
         tried = dict(inputs)
         if "batch" not in shape[1:] and shape[1:] != input_shape:
-            tried["another size"] = _enlarged(next(iter(inputs.values())), multiple)
+            tried["another size"] = extend_images(next(iter(inputs.values())), multiple)
         try:
-            folded = fold(model, input_shape if format == "safetensors" else _sizes(shape))
-            with _removed(part):
+            folded = fold(model, input_shape if format == "safetensors" else symbolic_sizes(shape))
+            with _without_file(part):
                 run = write(folded, part, shape, notes or {})
-                differences, largest = _compared(model, run, tried)
+                differences, largest = _compare(model, run, tried)
                 files.put(part, target)
         except Exception as error:  # whatever a forward pass or a converter may raise
             failure = error
@@ -189,7 +189,7 @@ def _shapes(input_shape: tuple[int, ...], multiple: int) -> Iterator[Shape]:
 
 
 @contextlib.contextmanager
-def _removed(part: Path) -> Iterator[None]:
+def _without_file(part: Path) -> Iterator[None]:
     """Removes an unfinished file or folder, before and after."""
     _remove(part)
     try:
@@ -208,7 +208,7 @@ def _remove(part: Path) -> None:
 # Comparing
 
 
-def _compared(
+def _compare(
     model: nnx.Module, run: Forward, inputs: Mapping[str, Float[np.ndarray, "n *example"]]
 ) -> tuple[dict[str, float], float]:
     """The largest differences of outputs by name of the inputs, and the largest output.

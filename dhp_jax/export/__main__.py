@@ -84,7 +84,7 @@ def _inputs(
     if len(shape) != 3 or shape[-1] not in (1, 3):
         return None
     random = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
-    inputs = {"random pixels": _prepared(saved, random)}
+    inputs = {"random pixels": _prepare(saved, random)}
     if (folder / CONFIG).is_file():
         try:
             tested = _of_run(folder, shape)
@@ -93,10 +93,10 @@ def _inputs(
         else:
             return inputs | {f"{len(tested)} test images": tested}
     images = _photographs(shape)
-    return inputs | {f"{len(images)} photographs": _prepared(saved, images)}
+    return inputs | {f"{len(images)} photographs": _prepare(saved, images)}
 
 
-def _prepared(saved: Saved, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
+def _prepare(saved: Saved, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
     """What the network takes for images; a guess where it is not noted how to normalise them."""
     if saved.task == "classification" and not {"mean", "std"} <= saved.notes.keys():
         return (images.astype(np.float32) - 127) / 64
@@ -110,7 +110,7 @@ def _of_run(folder: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"
     if isinstance(asked.task, Classification):
         return np.asarray(normalize(_first_images(data), asked.task.mean, asked.task.std))
     inputs = (asked.task.test_input(photo, i) for i, photo in enumerate(data[:REAL]))
-    return np.stack([_cropped(image, shape) for image in inputs])
+    return np.stack([_crop(image, shape) for image in inputs])
 
 
 def _first_images(data: Data) -> UInt8[np.ndarray, "n h w c"]:
@@ -125,12 +125,10 @@ def _first_images(data: Data) -> UInt8[np.ndarray, "n h w c"]:
 def _photographs(shape: tuple[int, ...]) -> UInt8[np.ndarray, "n h w c"]:
     """Photographs that scikit-image ships, cut to a size."""
     shipped = photographs.load("photographs", channels=shape[-1], patch=1)
-    return np.stack([_cropped(photo.target, shape) for photo in shipped.read("test")])
+    return np.stack([_crop(photo.target, shape) for photo in shipped.read("test")])
 
 
-def _cropped(
-    image: Shaped[np.ndarray, "h w c"], shape: tuple[int, ...]
-) -> Shaped[np.ndarray, "..."]:
+def _crop(image: Shaped[np.ndarray, "h w c"], shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
     """An image from its top left corner, which goes on periodically if it is too small."""
     height, width, _ = shape
     missing = (max(0, height - image.shape[0]), max(0, width - image.shape[1]))

@@ -44,12 +44,12 @@ class ExportError(RuntimeError):
     """A file that does not compute what the network computes."""
 
 
-def _sizes(shape: Shape) -> Shape:
+def symbolic_sizes(shape: Shape) -> Shape:
     """A shape with symbolic sizes in place of texts."""
     return jax_export.symbolic_shape(", ".join(map(str, shape)))
 
 
-def _enlarged(x: Float[np.ndarray, "n h w c"], multiple: int) -> Float[np.ndarray, "n h2 w2 c"]:
+def extend_images(x: Float[np.ndarray, "n h w c"], multiple: int) -> Float[np.ndarray, "n h2 w2 c"]:
     """Images that go on periodically at the bottom and on the right."""
     return np.pad(x, ((0, 0), (0, multiple), (0, 2 * multiple), (0, 0)), mode="wrap")
 
@@ -60,7 +60,7 @@ def _enlarged(x: Float[np.ndarray, "n h w c"], multiple: int) -> Float[np.ndarra
 def _stablehlo(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any]) -> Forward:
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda images: nnx.merge(graphdef, state, copy=True)(images))
-    images = jax.ShapeDtypeStruct(_sizes(shape), jnp.float32)
+    images = jax.ShapeDtypeStruct(symbolic_sizes(shape), jnp.float32)
     files.write(path, jax_export.export(forward, platforms=PLATFORMS)(images).serialize())
     return jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)
 

@@ -14,7 +14,7 @@ from dhp_jax.models.arguments import (
     check_images,
     check_positive_integer,
 )
-from dhp_jax.models.blocks import scaled
+from dhp_jax.models.blocks import scale_channels
 
 BLOCKS = 3
 
@@ -96,7 +96,7 @@ class DenseNet(nnx.Module):
 
         self.channels = channels
         self.image = Latent(channels, prunable=False, min_channels=min_channels, rngs=rngs)
-        z = latent(scaled(STEM_GROWTHS * growth, width))
+        z = latent(scale_channels(STEM_GROWTHS * growth, width))
         self.stem = HyperConv(
             self.image, z, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
         )
@@ -108,7 +108,7 @@ class DenseNet(nnx.Module):
             parts = [z]
             block = nnx.List()
             for _ in range((depth - 4) // BLOCKS):
-                parts.append(latent(scaled(growth, width)))
+                parts.append(latent(scale_channels(growth, width)))
                 block.append(NormConv(z, parts[-1], 3, dtype=dtype, rngs=rngs))
                 z = concat(*parts)
             self.blocks.append(block)
@@ -120,13 +120,13 @@ class DenseNet(nnx.Module):
         x = self.stem(images)
         for number, block in enumerate(self.blocks):
             if number > 0:
-                x = _halved(self.transitions[number - 1](x))
+                x = _halve(self.transitions[number - 1](x))
             for layer in block:
                 x = jnp.concatenate([x, layer(x)], axis=-1)
         return self.classifier(jnp.mean(nnx.relu(self.norm(x)), axis=(1, 2)))
 
 
-def _halved(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+def _halve(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     """Averages of 2 by 2 pixels, of what there is of them at the edge."""
     return nnx.avg_pool(
         x, window_shape=(2, 2), strides=(2, 2), padding="SAME", count_include_pad=False

@@ -14,7 +14,7 @@ from dhp_jax.models.arguments import (
     check_images,
     check_positive_integer,
 )
-from dhp_jax.models.blocks import SMALL_GAIN, ConvNorm, scaled
+from dhp_jax.models.blocks import SMALL_GAIN, ConvNorm, scale_channels
 
 MAX_DEPTH = 8  # resolutions; every one has four times the parameters of the one before
 
@@ -90,7 +90,7 @@ class UNet(nnx.Module):
         coarsest = 2 ** (depth - 1)  # features of the coarsest resolution, in units of the finest's
         check_positive_integer("features", features, MAX_CHANNELS // coarsest)
         check_arguments(locals(), widest=coarsest * features)
-        widths = [scaled(features * 2**level, width) for level in range(depth)]
+        widths = [scale_channels(features * 2**level, width) for level in range(depth)]
 
         def latents(size: int, count: int) -> list[Latent]:
             return [Latent(size, min_channels=min_channels, rngs=rngs) for _ in range(count)]
@@ -113,7 +113,7 @@ class UNet(nnx.Module):
         check_images(images, self.channels)
         _, height, width, _ = images.shape
         below, right = (-side % self.multiple for side in (height, width))
-        x = _extended(_extended(images, 1, below), 2, right)
+        x = _extend(_extend(images, 1, below), 2, right)
         skips = []
         for level in self.down[:-1]:
             x = level(x)
@@ -125,7 +125,7 @@ class UNet(nnx.Module):
         return self.tail(x)[:, :height, :width]
 
 
-def _extended(x: Float[Array, "n h w c"], axis: int, times: int) -> Float[Array, "n h2 w2 c"]:
+def _extend(x: Float[Array, "n h w c"], axis: int, times: int) -> Float[Array, "n h2 w2 c"]:
     """The image with its last row or column repeated, which ONNX has no padding for."""
     last = x[:, -1:] if axis == 1 else x[:, :, -1:]
     return jnp.concatenate([x, *[last] * times], axis) if times else x

@@ -26,7 +26,7 @@ import numpy as np
 from dhp_jax.core.latent import latents, walk
 from dhp_jax.core.layers import ChannelBias
 from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
-from dhp_jax.core.surgery import override, replaced
+from dhp_jax.core.surgery import override, replace_modules
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def fold(model: nnx.Module, input_shape: tuple[Any, ...]) -> nnx.Module:
         logger.warning("fold: nothing is folded: %s", str(error).splitlines()[0])
         return whole
     chains = program.chains()
-    folded = contracted(nnx.clone(whole), chains)
+    folded = remove_folded_layers(nnx.clone(whole), chains)
     for path, array in _folded_arrays(whole, chains).items():
         layer, _, name = path.rpartition(".")
         getattr(_layers(folded)[layer], name).set_value(array)
@@ -90,7 +90,7 @@ def fold(model: nnx.Module, input_shape: tuple[Any, ...]) -> nnx.Module:
     return folded
 
 
-def contracted(model: nnx.Module, chains: Chains) -> nnx.Module:
+def remove_folded_layers(model: nnx.Module, chains: Chains) -> nnx.Module:
     """A network with the arrays that it has after folding, whose values are not yet those.
 
     Args:
@@ -113,7 +113,7 @@ def contracted(model: nnx.Module, chains: Chains) -> nnx.Module:
         for name in following:
             _check_kind(found, name, FOLLOWING)
             gone.add(id(found.pop(name)))
-    model = replaced(model, lambda module: Identity() if id(module) in gone else module)
+    model = replace_modules(model, lambda module: Identity() if id(module) in gone else module)
     set_architecture(model, replace(architecture_of(model), folded=tuple(map(tuple, chains))))
     return model
 

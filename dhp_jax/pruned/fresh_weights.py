@@ -53,10 +53,10 @@ def carry_kernels(model: nnx.Module, fresh: nnx.Module) -> None:
         if isinstance(layer, Hyper):
             for variable in (layer.w2, layer.b2):
                 variable.set_value(jnp.zeros_like(variable[...]))
-    _take_over(model, fresh)
+    take_arrays(model, fresh)
 
 
-def _take_over(model: nnx.Module, fresh: nnx.Module) -> None:
+def take_arrays(model: nnx.Module, fresh: nnx.Module) -> None:
     """Gives a network of latents the kernels and all other arrays of an ordinary one."""
     plain = {path: module for path, _, module in walk(model)}
     kernels = 0

@@ -9,10 +9,19 @@ import numpy as np
 
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
-from dhp_jax.core.layers import BatchNorm, Bias, Hyper, Keep, Linear, Prunable, selected, sliced
+from dhp_jax.core.layers import (
+    BatchNorm,
+    Bias,
+    Hyper,
+    Keep,
+    Linear,
+    Prunable,
+    select_entries,
+    slice_axis,
+)
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.models import registry
-from dhp_jax.pruned.fresh_weights import _take_over
+from dhp_jax.pruned.fresh_weights import take_arrays
 
 
 def with_latents(
@@ -52,15 +61,17 @@ def with_latents(
             f"{'your own class' if made.family is None else f'family {made.family!r}'}"
         )
     whole = (
-        built(build, rngs) if build else registry.build(made.family, rngs=rngs, **made.arguments)
+        make_network(build, rngs)
+        if build
+        else registry.build(made.family, rngs=rngs, **made.arguments)
     )
-    fresh = narrowed(whole, made.survivors)
-    _take_over(model, fresh)
+    fresh = narrow(whole, made.survivors)
+    take_arrays(model, fresh)
     fresh.train()
     return fresh
 
 
-def narrowed(model: nnx.Module, survivors: Mapping[str, tuple[int, ...]]) -> nnx.Module:
+def narrow(model: nnx.Module, survivors: Mapping[str, tuple[int, ...]]) -> nnx.Module:
     """A network of latents with less entries, that generates the kernels that pruning would leave.
 
     Args:
@@ -75,9 +86,9 @@ def narrowed(model: nnx.Module, survivors: Mapping[str, tuple[int, ...]]) -> nnx
     modules = [module for _, _, module in walk(model)]
     for module in modules:
         if not isinstance(module, Axis):
-            _narrow(module, masks)
+            _narrow_layer(module, masks)
     for z, mask in masks.items():
-        z.vector.set_value(selected(z.vector, mask))
+        z.vector.set_value(select_entries(z.vector, mask))
         z.size = int(mask.sum())
         z.vector.set_metadata(min_channels=min(z.min_channels, z.size))
     for module in modules:
@@ -100,38 +111,38 @@ def _size(axis: Axis) -> int:
             return axis.size
 
 
-def _narrow(layer: nnx.Module, keep: Keep) -> None:
+def _narrow_layer(layer: nnx.Module, keep: Keep) -> None:
     """Cuts a layer on latents down to the channels in `keep`; it stays one on latents."""
     match layer:
         case Hyper():
             rows, columns = layer.kernel_axis().keep(keep), layer.z_out.keep(keep)
             for name in HypernetArrays._fields:
                 variable = getattr(layer, name)
-                variable.set_value(sliced(sliced(variable[...], rows, -2), columns, -1))
-            _select_entries(layer, ("bias",), columns)
+                variable.set_value(slice_axis(slice_axis(variable[...], rows, -2), columns, -1))
+            _cut_variables(layer, ("bias",), columns)
             if getattr(layer, "feature_group_count", 1) != 1:
                 channels = int(layer.z_in.keep(keep).sum())
                 layer.feature_group_count = channels // layer.z_group.size
         case BatchNorm() | Bias():
             kept = layer.z.keep(keep)
-            _select_entries(layer, ("scale", "bias", "mean", "var"), kept)
+            _cut_variables(layer, ("scale", "bias", "mean", "var"), kept)
             layer.num_features = int(kept.sum())
         case Linear():
             kept = layer.z_in.keep(keep)
-            _select_entries(layer, ("kernel",), kept)
+            _cut_variables(layer, ("kernel",), kept)
             layer.in_features = int(kept.sum())
         case Prunable():
             raise ValueError(f"model: {type(layer).__name__} is a layer that cannot be cut down")
 
 
-def _select_entries(layer: nnx.Module, names: tuple[str, ...], kept: np.ndarray) -> None:
+def _cut_variables(layer: nnx.Module, names: tuple[str, ...], kept: np.ndarray) -> None:
     for name in names:
         variable = getattr(layer, name, None)
         if variable is not None:
-            variable.set_value(selected(variable, kept))
+            variable.set_value(select_entries(variable, kept))
 
 
-def built(build: Callable[..., nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+def make_network(build: Callable[..., nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
     """What a function or class makes that takes `rngs`, by name alone as families do or not."""
     try:
         given = inspect.signature(build).parameters.get("rngs")

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 import numpy as np
 
-from dhp_jax.backend.hypernets import packed
+from dhp_jax.backend.hypernets import pack_axes
 from dhp_jax.backend.platform import steps_per_dispatch
 from dhp_jax.core.cost import MEASURES
 from dhp_jax.data.stream import Stream
@@ -119,7 +119,7 @@ class _Loop:
     def __init__(
         self, model, phase, task, data, examples, batch_size, log_every, key, observers, mesh
     ):
-        form = packed(model) if phase.elementwise else model
+        form = pack_axes(model) if phase.elementwise else model
         self.graphdef, optimizer, state = start(form, phase.optimizer)
         self.mesh, self.here = mesh, jax.eval_shape(lambda state: state, state)
         self.shapes = self.here  # of the arrays that networks have, and files

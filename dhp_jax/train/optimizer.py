@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 import optax
 
-from dhp_jax.core.latent import _map_variables, prunable_latents
+from dhp_jax.core.latent import map_variables, prunable_latents
 from dhp_jax.core.prox import prox_l1
 
 NAMES = ("sgd", "adam")
@@ -61,7 +61,7 @@ def shrink_latents(
     Reference: DHP (arXiv 2003.13683), equation 8 and section 3.3.
     """
     prunable = prunable_latents(params)
-    floors = _map_variables(lambda v: getattr(v, "min_channels", 0), params)
+    floors = map_variables(lambda v: getattr(v, "min_channels", 0), params)
     present = {f for f, p in zip(*map(jax.tree.leaves, (floors, prunable)), strict=True) if p}
 
     def shrink(floor: int) -> optax.GradientTransformation:

@@ -19,7 +19,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax.backend import hypernets
 from dhp_jax.backend.cpu_conv import LAYOUT, convolution
-from dhp_jax.backend.hypernets import packed
+from dhp_jax.backend.hypernets import pack_axes
 from dhp_jax.backend.inference import tune
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.core import hypernet
@@ -275,7 +275,7 @@ def test_a_gpu_generates_small_kernels_of_one_shape_together(monkeypatch):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
-    monkeypatch.setattr(hypernets, "MOST_TOGETHER", 9 * 8 * 6 * 6 - 1)
+    monkeypatch.setattr(hypernets, "MAX_SMALL_SIZE", 9 * 8 * 6 * 6 - 1)
     losses_and_gradients(model, x, tuned=True)
     assert together == [3]
 
@@ -303,13 +303,13 @@ def test_layers_on_axes_that_consist_of_others_are_generated_together(monkeypatc
 def test_a_tpu_has_both_channel_axes_of_ordinary_hypernetworks_as_one(monkeypatch):
     model, x = filled(Alike), drawn((4, 8, 8, 3), 0)
     expected, before = model(x), jax.tree.map(jnp.shape, nnx.state(model))
-    assert packed(model) is model
+    assert pack_axes(model) is model
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    found = packed(model)
+    found = pack_axes(model)
     assert [layer.w2[...].ndim for layer in found.layers] == [4, 4, 4, 4, 5]
     np.testing.assert_allclose(found(x), expected, rtol=1e-4, atol=1e-4)
     assert jax.tree.map(jnp.shape, nnx.state(model)) == before
-    assert [layer.w2[...].ndim for layer in packed(found).layers] == [4, 4, 4, 4, 5]
+    assert [layer.w2[...].ndim for layer in pack_axes(found).layers] == [4, 4, 4, 4, 5]
 
 
 class Square(nnx.Module):
@@ -500,7 +500,7 @@ def test_on_a_tpu_networks_that_do_more_than_call_their_layers_compute_the_same(
     model, x = filled(kind), drawn((4, 8, 8, 6), 0)
     (expected, (theirs, _)), grads = losses_and_gradients(model, x, tuned=False)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    (found, (ours, _)), packed_grads = losses_and_gradients(packed(model), x, tuned=True)
+    (found, (ours, _)), packed_grads = losses_and_gradients(pack_axes(model), x, tuned=True)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     for a, b in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(grads), strict=True):

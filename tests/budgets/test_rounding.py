@@ -10,7 +10,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.budgets import rounding
-from dhp_jax.budgets.rounding import multiples, parsed
+from dhp_jax.budgets.rounding import multiples, parse_multiples
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/widths.json"
 A, B, C = (MIXED_LATENTS[name] for name in "abc")  # of 7, 5, and 6 channels
@@ -65,7 +65,7 @@ def test_a_multiple_that_no_latent_can_keep_is_refused(mixed, multiple_of, messa
 
 
 def test_a_text_gives_multiples_by_pattern():
-    assert parsed("stages.*:8, head:4") == {"stages.*": 8, "head": 4}
+    assert parse_multiples("stages.*:8, head:4") == {"stages.*": 8, "head": 4}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,7 +5,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.budgets import timing
-from dhp_jax.budgets.timing import in_turn, measure_latency, quartiles
+from dhp_jax.budgets.timing import measure_latency, quartiles, time_in_turn
 
 
 class Clock:
@@ -34,17 +34,17 @@ def clock(monkeypatch):
 
 def test_functions_run_to_and_fro_after_two_runs_that_do_not_count(clock):
     passes = {name: clock.taking(name, ord(name) - 96.0) for name in "abc"}
-    assert in_turn(passes, 2) == {"a": [1.0, 1.0], "b": [2.0, 2.0], "c": [3.0, 3.0]}
+    assert time_in_turn(passes, 2) == {"a": [1.0, 1.0], "b": [2.0, 2.0], "c": [3.0, 3.0]}
     assert "".join(clock.order) == "aabbcc" + "abc" + "cba"
 
 
 def test_functions_that_do_the_same_several_times_are_timed_for_one(clock):
-    assert in_turn({"a": clock.taking("a", 6.0)}, 2, each=3) == {"a": [2.0, 2.0]}
+    assert time_in_turn({"a": clock.taking("a", 6.0)}, 2, each=3) == {"a": [2.0, 2.0]}
 
 
 @pytest.mark.parametrize(("each", "rounds"), [(0.01, 25), (0.1, 11), (10.0, 3)])
 def test_slow_functions_run_less_often_but_three_times_at_least(clock, each, rounds):
-    times = in_turn({"a": clock.taking("a", each)}, 25, seconds=1.0)
+    times = time_in_turn({"a": clock.taking("a", each)}, 25, seconds=1.0)
     assert times["a"] == pytest.approx([each] * rounds)
 
 

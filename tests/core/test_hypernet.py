@@ -260,7 +260,7 @@ def test_sums_written_out_equal_reductions(monkeypatch, kernel_size, size_in, si
     grad = drawn(kernel_size, size_in, size_out, m, seed=1)[-1].b2
     results = []
     for small in (0, 10**9):
-        monkeypatch.setattr(hypernet, "SMALL", small)
+        monkeypatch.setattr(hypernet, "MAX_FUSED_SIZE", small)
         kernel, pull = jax.vjp(hypernet._generate, *inputs)
         results.append(jax.tree.leaves((kernel, pull(grad))))
     for a, b in zip(*results, strict=True):

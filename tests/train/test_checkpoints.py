@@ -20,7 +20,7 @@ from test_train import BATCH, EXAMPLES, SHAPE, STEPS, THRESHOLD, Net, Witness, c
 from test_train import Climb as Tables
 
 import dhp_jax as dhp
-from dhp_jax.backend.hypernets import packed
+from dhp_jax.backend.hypernets import pack_axes
 from dhp_jax.core.survivors import survivor_counts
 from dhp_jax.tasks import Classification
 from dhp_jax.train.checkpoints import CheckpointError, Checkpoints
@@ -513,7 +513,7 @@ def as_on_a_tpu(patch):
 
     def packed_there(model):
         with mock.patch.object(jax, "default_backend", return_value="tpu"):
-            return packed(model)
+            return pack_axes(model)
 
     def stepping(structure, *given, **named):
         step = make_step(structure, *given, **named)
@@ -524,7 +524,7 @@ def as_on_a_tpu(patch):
 
         return observed
 
-    patch.setattr("dhp_jax.backend.hypernets.packed", packed_there)
+    patch.setattr("dhp_jax.backend.hypernets.pack_axes", packed_there)
     patch.setattr("dhp_jax.train.step.make_step", stepping)
     return dimensions
 

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from dhp_jax.data.decode import COLOUR, GRAY, check_whole, decode, empty_images, in_chunks, opened
+from dhp_jax.data.decode import (
+    COLOUR,
+    GRAY,
+    check_whole,
+    decode,
+    empty_images,
+    for_each_chunk,
+    open_image,
+)
 from dhp_jax.data.labelled.dataset import Source
 from dhp_jax.errors import DataNotFoundError
 
@@ -50,7 +58,7 @@ def load(data_dir: str | os.PathLike | None, image_size: int | None = None) -> S
             for i in rows:
                 pixels[i], _ = found[i]
 
-        in_chunks(decode_rows, len(found))
+        for_each_chunk(decode_rows, len(found))
         return pixels, found.labels
 
     return Source(
@@ -155,7 +163,7 @@ def _check_headers(files: list[Path], image_size: int | None) -> tuple[str, tupl
 
 def _header(file: Path) -> tuple[str, tuple[int, int]]:
     """The mode to decode an image to, and its height and width."""
-    with opened(file) as image:
+    with open_image(file) as image:
         mode, (w, h) = image.mode, image.size
         check_whole(image)
     if mode not in GRAY + COLOUR:
@@ -176,7 +184,7 @@ def _statistics(
             pixels = decode(sample[i], **decoding).astype(np.float64)
             moments[i] = pixels.mean((0, 1)), (pixels**2).mean((0, 1))
 
-    in_chunks(measure, count)
+    for_each_chunk(measure, count)
     mean, square = moments.mean(0)
     variance = square - mean**2
     std = np.sqrt(np.where(variance > 0, variance, 1))  # 1: a channel that never varies

@@ -13,7 +13,7 @@ from typing import Any
 from absl.logging import get_absl_logger
 import numpy as np
 
-from dhp_jax.data.decode import empty_images, in_chunks
+from dhp_jax.data.decode import empty_images, for_each_chunk
 from dhp_jax.data.labelled.dataset import Labelled, Source
 from dhp_jax.errors import DataNotFoundError
 
@@ -124,10 +124,10 @@ class _Records:
             raise DataNotFoundError(
                 f"data.dir: cannot read {self.directory}: {error}; {AGAIN}"
             ) from error
-        return _decoded(record, self.decode, f"image {number} of {self.split} in {self.directory}")
+        return _decode(record, self.decode, f"image {number} of {self.split} in {self.directory}")
 
 
-def _decoded(
+def _decode(
     record: dict[str, Any], decode: Callable[..., np.ndarray], name: str
 ) -> tuple[np.ndarray, int]:
     """The pixels and the label of a record."""
@@ -169,9 +169,9 @@ def _read(
         def read_rows(rows: range) -> None:
             for i, record in zip(rows, records.__getitems__(list(rows)), strict=True):
                 name = f"image {i} of {split} in {builder.data_dir}"
-                images[i], labels[i] = _decoded(record, decode, name)
+                images[i], labels[i] = _decode(record, decode, name)
 
-        in_chunks(read_rows, len(records), threads)
+        for_each_chunk(read_rows, len(records), threads)
     return images, labels
 
 

@@ -86,7 +86,7 @@ def _builder(data_dir: str | os.PathLike | None):
             return {split: self._generate_examples(self.listing[split]) for split in self.listing}
 
         def _generate_examples(self, examples):
-            with _opened(self.archive) as (_, read):
+            with _open_archive(self.archive) as (_, read):
                 for file, label in examples:
                     image = read(file)
                     _check_image(image, file)
@@ -115,7 +115,7 @@ def _find(builder, archive: str | os.PathLike | None) -> Path:
 
 def _checked_listing(path: Path) -> tuple[list[str], Listing]:
     """What the archive holds; raises if it is damaged or holds something else."""
-    with _opened(path) as (files, read):
+    with _open_archive(path) as (files, read):
         try:
             return _listing(files, read)
         except ValueError as error:
@@ -125,7 +125,7 @@ def _checked_listing(path: Path) -> tuple[list[str], Listing]:
 
 
 @contextlib.contextmanager
-def _opened(archive: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
+def _open_archive(archive: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
     """The names of the files in a zip or a folder, and a function that reads one of them."""
     try:
         if archive.is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 import re
 from typing import NamedTuple
 
-from dhp_jax.data.decode import COLOUR, GRAY, check_whole, opened
+from dhp_jax.data.decode import COLOUR, GRAY, check_whole, open_image
 from dhp_jax.errors import DataNotFoundError
 
 NAMES = ("photographs", "photo_folder")
@@ -38,7 +38,7 @@ SHIPPED_GRAY = {
 }
 
 
-class _File(NamedTuple):
+class PhotoFile(NamedTuple):
     """A photograph that is not decoded yet, and the argument that led to it."""
 
     argument: str
@@ -52,20 +52,20 @@ class _File(NamedTuple):
 # Finding files
 
 
-def _shipped(channels: int) -> dict[str, list[_File]]:
+def find_shipped(channels: int) -> dict[str, list[PhotoFile]]:
     """The photographs of scikit-image; those that are gray only if that is asked for."""
     package = importlib.util.find_spec("skimage")  # no import: that takes a second
     folder = Path(package.origin).parent / "data"
     return {
         split: [
-            _file("data.name", Path(name).stem, folder / name)
+            read_header("data.name", Path(name).stem, folder / name)
             for name in SHIPPED[split] + (SHIPPED_GRAY[split] if channels == 1 else ())
         ]
         for split in SHIPPED
     }
 
 
-def _folder(argument: str, folder: str | os.PathLike | None, scale: int) -> list[_File]:
+def find_in_folder(argument: str, folder: str | os.PathLike | None, scale: int) -> list[PhotoFile]:
     """The photographs in a folder, with their low-resolution images if it holds pairs."""
     if folder is None:
         raise ValueError(f"{argument}: 'photo_folder' expects a folder of images; got None")
@@ -87,7 +87,7 @@ def _folder(argument: str, folder: str | os.PathLike | None, scale: int) -> list
             f"{argument}: expected images ({', '.join(SUFFIXES)}); found none in {str(folder)!r}"
         )
     return [
-        _file(argument, name, path, low)
+        read_header(argument, name, path, low)
         for (name, path), low in zip(targets, counterparts, strict=True)
     ]
 
@@ -107,8 +107,8 @@ def _match(
     argument: str, targets: list[tuple[str, Path]], lows: list[tuple[str, Path]], scale: int
 ) -> list[Path]:
     """The low-resolution image of every target; none may be missing or left."""
-    _check_names(argument, "photograph", targets)
-    _check_names(argument, "low-resolution image", lows)
+    check_names(argument, "photograph", targets)
+    check_names(argument, "low-resolution image", lows)
     lows, matched = dict(lows), []
     for name, path in targets:
         low = lows.pop(name, None) or lows.pop(f"{name}x{scale}", None)
@@ -125,9 +125,9 @@ def _match(
     return matched
 
 
-def _file(argument: str, name: str, path: Path, low: Path | None = None) -> _File:
+def read_header(argument: str, name: str, path: Path, low: Path | None = None) -> PhotoFile:
     """Reads the header of an image."""
-    with opened(path, argument=argument) as image:
+    with open_image(path, argument=argument) as image:
         mode, (width, height) = image.mode, image.size
         check_whole(image)
     if mode not in GRAY + COLOUR:
@@ -135,10 +135,11 @@ def _file(argument: str, name: str, path: Path, low: Path | None = None) -> _Fil
             f"{argument}: expected images of 8 bits a channel; "
             f"got {str(path)!r} in Pillow's mode {mode!r}"
         )
-    return _File(argument, name, path, (height, width), mode in GRAY, low)
+    return PhotoFile(argument, name, path, (height, width), mode in GRAY, low)
 
 
-def _check_color(files: list[_File]) -> None:
+def check_color(files: list[PhotoFile]) -> None:
+    """Raises if a photograph is gray."""
     gray, color = ([file for file in files if file.gray is value] for value in (True, False))
     if gray:
         mixed = f", and {str(color[0].path)!r} is in color" if color else ""
@@ -148,16 +149,17 @@ def _check_color(files: list[_File]) -> None:
         )
 
 
-def _check_sizes(files: list[_File], scale: int, least: int, what: str) -> None:
+def check_sizes(files: list[PhotoFile], scale: int, least: int, what: str) -> None:
+    """Raises if a side of a target has fewer than `least` pixels."""
     for file in files:
-        if min(_target_size(file, scale)) < least:
+        if min(target_size(file, scale)) < least:
             raise ValueError(
                 f"{file.argument}: expected photographs no smaller than {what}, {least}x{least}; "
                 f"got {str(file.path)!r} of {_pixels(file.size)}"
             )
 
 
-def _check_names(argument: str, what: str, files: list[tuple[str, Path]]) -> None:
+def check_names(argument: str, what: str, files: list[tuple[str, Path]]) -> None:
     """Raises if two files have one name, whatever their marks and suffixes."""
     seen: dict[str, Path] = {}
     for name, path in files:
@@ -169,11 +171,12 @@ def _check_names(argument: str, what: str, files: list[tuple[str, Path]]) -> Non
         seen[name] = path
 
 
-def _check_pair(file: _File, channels: int, scale: int) -> None:
+def check_pair(file: PhotoFile, channels: int, scale: int) -> None:
+    """Raises unless the two images of a pair suit each other in size and color."""
     if file.low is None:
         return
-    low = _file(file.argument, file.name, file.low)
-    target = _target_size(file, scale)
+    low = read_header(file.argument, file.name, file.low)
+    target = target_size(file, scale)
     expected = (target[0] // scale, target[1] // scale)
     if low.size != expected:
         raise ValueError(
@@ -191,7 +194,7 @@ def _kind(gray: bool) -> str:
     return "in gray" if gray else "in color"
 
 
-def _target_size(file: _File, scale: int) -> tuple[int, int]:
+def target_size(file: PhotoFile, scale: int) -> tuple[int, int]:
     """Height and width, cropped to multiples of the scale."""
     height, width = file.size
     return height - height % scale, width - width % scale

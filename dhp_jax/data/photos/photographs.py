@@ -17,14 +17,14 @@ from dhp_jax.data.decode import decode
 from dhp_jax.data.photos.bicubic import bicubic
 from dhp_jax.data.photos.files import (
     NAMES,
-    _check_color,
-    _check_names,
-    _check_pair,
-    _check_sizes,
-    _File,
-    _folder,
-    _shipped,
-    _target_size,
+    PhotoFile,
+    check_color,
+    check_names,
+    check_pair,
+    check_sizes,
+    find_in_folder,
+    find_shipped,
+    target_size,
 )
 from dhp_jax.data.photos.pixel_cache import Pixels, ReadPatches, pixel_bytes, store
 from dhp_jax.data.stream import Stream
@@ -128,21 +128,21 @@ def load(
                     f"{argument}: expected none for data.name='photographs', which ships with "
                     f"scikit-image; got {os.fspath(folder)!r}; folders are data.name='photo_folder'"
                 )
-        files = _shipped(channels)
+        files = find_shipped(channels)
     else:
         files = {
-            "train": _folder("data.dir", data_dir, scale),
-            "test": _folder("data.test_dir", test_dir, scale),
+            "train": find_in_folder("data.dir", data_dir, scale),
+            "test": find_in_folder("data.test_dir", test_dir, scale),
         }
     if channels == 3:
-        _check_color(files["train"])
-    _check_sizes(files["train"], scale, patch, "a patch")
-    _check_sizes(files["test"], scale, max(scale, smallest_test), "metrics need")
+        check_color(files["train"])
+    check_sizes(files["train"], scale, patch, "a patch")
+    check_sizes(files["test"], scale, max(scale, smallest_test), "metrics need")
     for file in files["train"] + files["test"]:
-        _check_pair(file, channels, scale)
+        check_pair(file, channels, scale)
     names = [(file.name, file.path) for file in files["test"]]  # what is made is stored under them
-    _check_names(files["test"][0].argument, "photograph", names)
-    sizes = [_target_size(file, scale) for file in files["train"]]
+    check_names(files["test"][0].argument, "photograph", names)
+    sizes = [target_size(file, scale) for file in files["train"]]
     heights, widths = zip(*sizes, strict=True)
     return Photographs(
         name=name,
@@ -177,17 +177,19 @@ def _check_arguments(name: str, channels: int, scale: int, patch: int) -> None:
 # Reading them
 
 
-def _read(files: dict[str, list[_File]], channels: int, scale: int, split: str) -> list[Photograph]:
+def _read(
+    files: dict[str, list[PhotoFile]], channels: int, scale: int, split: str
+) -> list[Photograph]:
     """Reads a split in threads: Pillow and NumPy let go of the interpreter."""
     read = functools.partial(_photograph, channels=channels, scale=scale)
     with ThreadPoolExecutor() as pool:
         return list(pool.map(read, files[split]))
 
 
-def _photograph(file: _File, channels: int, scale: int) -> Photograph:
+def _photograph(file: PhotoFile, channels: int, scale: int) -> Photograph:
     """Decodes a photograph and its low-resolution image, or makes that."""
     mode = "L" if channels == 1 else "RGB"
-    height, width = _target_size(file, scale)
+    height, width = target_size(file, scale)
     target = decode(file.path, mode, argument=file.argument)[:height, :width]
     if scale == 1:
         degraded = None
@@ -199,7 +201,7 @@ def _photograph(file: _File, channels: int, scale: int) -> Photograph:
 
 
 def _stream(
-    files: dict[str, list[_File]],
+    files: dict[str, list[PhotoFile]],
     channels: int,
     scale: int,
     patch: int,
@@ -208,19 +210,19 @@ def _stream(
 ) -> Stream:
     """Patches of training photographs, which are decoded beforehand."""
     train = files["train"]
-    sizes = [_target_size(file, scale) for file in train]
+    sizes = [target_size(file, scale) for file in train]
     identity = "\n".join(map(_identity, train)) + f"\n{channels} {scale}"
 
-    def decoded(image: int) -> Pixels:
+    def decode_image(image: int) -> Pixels:
         photo = _photograph(train[image], channels, scale)
         return photo.target, photo.degraded
 
-    path = store(cache, identity, sizes, channels, scale, decoded)
+    path = store(cache, identity, sizes, channels, scale, decode_image)
     read = ReadPatches(str(path), sizes, channels, scale, patch)
     return Stream(len(train), read, _checksum(files, channels, scale, "train"), workers)
 
 
-def _checksum(files: dict[str, list[_File]], channels: int, scale: int, split: str) -> int:
+def _checksum(files: dict[str, list[PhotoFile]], channels: int, scale: int, split: str) -> int:
     lines = [f"{channels} {scale}"]
     for file in files[split]:
         paths = [file.path] if file.low is None else [file.path, file.low]
@@ -228,7 +230,7 @@ def _checksum(files: dict[str, list[_File]], channels: int, scale: int, split: s
     return zlib.crc32("\n".join(lines).encode())
 
 
-def _identity(file: _File) -> str:
+def _identity(file: PhotoFile) -> str:
     """What changes when another photograph takes the place of one."""
     paths = [file.path] if file.low is None else [file.path, file.low]
     return " ".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
