@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dhp_jax.backend.cpu_conv import separate_computation, widen
-from dhp_jax.core.layers import BatchNorm, Bias, ChannelBias, check_channels
+from dhp_jax.core.layers import BatchNorm, Bias, ChannelBias
+from dhp_jax.core.plain import check_channels
 
 
 def normalize_batch(

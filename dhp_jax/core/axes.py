@@ -8,7 +8,7 @@ import numpy as np
 
 from dhp_jax.core.cost import check_input_shape, input_refused
 from dhp_jax.core.latent import Axis, latents, walk
-from dhp_jax.core.layers import Prunable
+from dhp_jax.core.plain import Prunable
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import shown
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dhp_jax.core.latent import Axis, latents, latents_to_prune, modules_in
-from dhp_jax.core.layers import Prunable
+from dhp_jax.core.plain import Prunable
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.core.survivors import Masks
 

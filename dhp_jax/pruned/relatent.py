@@ -9,16 +9,8 @@ import numpy as np
 
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
-from dhp_jax.core.layers import (
-    BatchNorm,
-    Bias,
-    Hyper,
-    Keep,
-    Linear,
-    Prunable,
-    select_entries,
-    slice_axis,
-)
+from dhp_jax.core.layers import BatchNorm, Bias, Hyper, Linear
+from dhp_jax.core.plain import Keep, Prunable, select_entries, slice_axis
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.models import registry
 from dhp_jax.pruned.fresh_weights import take_arrays

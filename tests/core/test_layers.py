@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.core.layers import ChannelBias, Prunable
+from dhp_jax.core.layers import ChannelBias
+from dhp_jax.core.plain import Prunable
 from dhp_jax.pruned.fresh_weights import reinitialize
 
 

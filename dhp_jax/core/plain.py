@@ -1,0 +1,53 @@
+"""What turns a layer on latents into a plain one: the arrays of the channels that survive."""
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, Protocol, runtime_checkable
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dhp_jax.core.latent import Axis, Latent
+
+Keep = Mapping[Latent, np.ndarray]
+
+
+NO_RNGS: Any = SimpleNamespace(params=lambda: None)  # for layers whose initial values are given
+
+
+@runtime_checkable
+class Prunable(Protocol):
+    """A layer that pruning replaces; write `plain` to make a layer of your own prunable."""
+
+    def plain(self, keep: Keep | None = None) -> nnx.Module: ...
+
+
+def select_entries(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:
+    """The entries of a variable's first axis that a mask keeps, if there is one."""
+    return None if variable is None else slice_axis(variable[...], mask, 0)
+
+
+def slice_axis(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
+    """The entries of an axis that a mask keeps."""
+    if mask.all():
+        return array
+    if isinstance(array, jax.core.Tracer):
+        return jnp.take(array, np.flatnonzero(mask), axis)
+    # On the host: each of the many different shapes would otherwise be compiled for.
+    return jnp.asarray(np.compress(mask, np.asarray(array), axis))
+
+
+def initializer_of(array: Any) -> Callable[..., Any]:
+    """An initializer that returns what is already there."""
+    return lambda *args, **kwargs: array
+
+
+def check_channels(layer: nnx.Module, x: jax.Array, axis: Axis, position: int = -1) -> None:
+    """Raises unless an input has the channels of an axis."""
+    if x.ndim == 0 or x.shape[position] != axis.size:
+        raise ValueError(
+            f"{type(layer).__name__}: x: expected {axis.size} channels on axis {position}, "
+            f"got shape {x.shape}"
+        )
