@@ -19,7 +19,7 @@ from dhp_jax.artifact.reading import exists, read_description
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
-from dhp_jax.data.augment import normalize
+from dhp_jax.data.augmentation import normalize
 from dhp_jax.errors import shown
 from dhp_jax.models.registry import task_of
 from dhp_jax.workdir import target_dirs

@@ -1,6 +1,6 @@
 """The images a run trains on, and how they are augmented and normalised."""
 
-from dhp_jax.data.augment import augment, normalize
+from dhp_jax.data.augmentation import augment, normalize
 from dhp_jax.data.labelled.dataset import Source
 from dhp_jax.data.labelled.registry import NAMES, load
 from dhp_jax.data.stream import Stream, StreamError

@@ -16,7 +16,7 @@ import numpy as np
 
 from dhp_jax import cli
 from dhp_jax.cli import Saved, imported, opened
-from dhp_jax.data.augment import normalize
+from dhp_jax.data.augmentation import normalize
 from dhp_jax.data.photos import photographs
 from dhp_jax.data.stream import Stream
 from dhp_jax.export import check_format, check_path, export

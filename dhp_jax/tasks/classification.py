@@ -15,7 +15,7 @@ import optax
 
 from dhp_jax.backend.inference import tune
 from dhp_jax.backend.platform import compiler_options
-from dhp_jax.data.augment import augment, normalize
+from dhp_jax.data.augmentation import augment, normalize
 from dhp_jax.data.device_images import Rows
 from dhp_jax.data.stream import Stream
 from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
