@@ -25,7 +25,7 @@ ARRAYS = "arrays.safetensors"
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """A file opened for reading.
+    """Opens a file for reading.
 
     Raises:
       ArtifactError: it cannot be read.
@@ -39,7 +39,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def open_arrays(path: Path, arrays: Mapping[str, Any]) -> Iterator[Any]:
-    """The file of arrays, opened by safetensors, which checks its header.
+    """Opens the file of arrays; safetensors checks its header.
 
     Args:
       path: of the file.
@@ -63,7 +63,7 @@ def open_arrays(path: Path, arrays: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _check_header_names(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Raises for names that come twice and for remarks, which safetensors accepts."""
+    """Raises for duplicate names and metadata, which safetensors accepts."""
     with open_file(path) as file:
         size = int.from_bytes(file.read(8), "little")  # which safetensors has checked
         header = parse_json(file.read(size), f"{path}: its header")
@@ -71,7 +71,7 @@ def _check_header_names(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> nnx.State:
-    """A state with the arrays of a file in place of abstract ones.
+    """Reads the arrays of a network from a file.
 
     Args:
       abstract: what a network needs.
@@ -113,22 +113,22 @@ def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> n
 
 
 def array_name(location: tuple) -> str:
-    """The name in the file of an array, by its path in the network."""
+    """The name of an array in the file: its path in the network."""
     return ".".join(map(str, location))
 
 
 def array_of(leaf: nnx.Variable | jax.Array) -> jax.Array:
-    """The array of a leaf of a state."""
+    """The array of a variable or of a bare leaf."""
     return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def shape_and_dtype(array: np.ndarray | jax.ShapeDtypeStruct) -> dict[str, Any]:
-    """What model.json says of an array."""
+    """Shape and dtype of an array, as `model.json` holds them."""
     return {"shape": list(array.shape), "dtype": str(array.dtype)}
 
 
 def to_stored(array: jax.Array) -> jax.Array:
-    """The array that is on disk: of random keys their numbers, all else as it is."""
+    """The array to be stored: the numbers of a random key, any other array as it is."""
     return jax.random.key_data(array) if _is_key(array) else array
 
 

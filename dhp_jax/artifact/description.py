@@ -1,7 +1,7 @@
-"""What the files of an artifact may say: checked before anything is built, or an array is read.
+"""Checks of `model.json`, made before a network is built or an array is read.
 
 An artifact may come from a stranger. So every field has a type and a limit, names and sizes are
-told twice and must agree, and what is not expected is refused. The limits are far above what
+given twice and must agree, and what is not expected is refused. The limits are far above what
 networks need, and low enough that a file within them costs little time and memory to look at. What
 `save` writes is held to the same rules, so that it can be loaded.
 """
@@ -103,11 +103,11 @@ DTYPES = {  # by their codes in safetensors
 
 
 class ArtifactError(ValueError):
-    """A folder that does not hold a network that can be loaded."""
+    """Raised for a folder from which no network can be loaded."""
 
 
 def parse_json(content: bytes, where: str) -> Any:
-    """The value of strict JSON: no NaN or infinity, no name twice, no depth or number without end.
+    """Parses strict JSON: no NaN or infinity, no name twice, bounded depth and numbers.
 
     Args:
       content: UTF-8.
@@ -143,7 +143,7 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def check_description(description: Any, where: str) -> None:
-    """Raises unless the content of model.json is that of an artifact.
+    """Raises unless `model.json` has the fields of a saved network, each of its type.
 
     Whether its family takes the arguments, and has such survivors and arrays, is found out by
     building the network, which is safe after this.
@@ -188,7 +188,7 @@ def check_description(description: Any, where: str) -> None:
 
 
 def check_notes(notes: Mapping[str, Any], where: str) -> None:
-    """Raises unless commands can use what they read of the notes; others may be any JSON.
+    """Raises unless the notes that commands read are well formed; other notes may be any JSON.
 
     Args:
       notes: of a description that has been checked.
@@ -298,7 +298,7 @@ def _check_folded(chains: list[Any], where: str) -> None:
 
 
 def _check_table(arrays: Mapping[str, Any], where: str) -> None:
-    """Raises unless every array has a shape and a dtype, and memory can hold all of them."""
+    """Raises unless every array has a shape and a dtype, and together they are not too large."""
     if len(arrays) > MAX_ARRAYS:
         _refuse(where, "arrays", f"at most {MAX_ARRAYS} arrays", len(arrays))
     for name, entry in arrays.items():
@@ -322,12 +322,12 @@ def _is_shape(value: Any) -> bool:
 
 
 def size_of(entry: Mapping[str, Any]) -> int:
-    """How many bytes an array of the table has."""
+    """The size of an array in bytes."""
     return math.prod(entry["shape"]) * jnp.dtype(entry["dtype"]).itemsize
 
 
 def check_names(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Raises unless there is every array that is expected, and no other."""
+    """Raises unless the names are those that are expected."""
     for name in sorted(found.keys() ^ expected.keys()):
         what = "lacks" if name in expected else "holds an unexpected"
         raise ArtifactError(f"path: {where} {what} array {shown(name)}")

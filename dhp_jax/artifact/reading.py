@@ -1,4 +1,4 @@
-"""Networks on disk: a JSON file that says what it is, and its arrays in safetensors. No pickle."""
+"""Loads saved networks: a JSON description and arrays in safetensors; no pickle."""
 
 from collections.abc import Callable, Mapping
 import hashlib
@@ -93,7 +93,7 @@ def load(
 
 
 def verify(path: str | os.PathLike) -> dict[str, Any]:
-    """Checks the files of a network: what each says, and that they are those that were saved.
+    """Checks the files of a saved network, down to the digest of its arrays.
 
     `load` does this too. The network is not built, and no array is read.
 
@@ -125,12 +125,12 @@ def verify(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def exists(path: str | os.PathLike) -> bool:
-    """Whether a folder holds a network."""
+    """Whether a folder holds a saved network."""
     return all(os.path.isfile(Path(path) / name) for name in (DESCRIPTION, ARRAYS))
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
-    """The JSON side of an artifact: family, arguments, survivors, arrays and notes.
+    """Reads `model.json`: family, arguments, survivors, arrays and notes.
 
     Raises:
       ArtifactError: no artifact of this format and version is there.
@@ -152,7 +152,7 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_description(content: bytes, where: Path) -> dict[str, Any]:
-    """What a model.json says.
+    """Parses and checks the content of a `model.json`.
 
     Args:
       content: of the file.
@@ -171,7 +171,7 @@ def parse_description(content: bytes, where: Path) -> dict[str, Any]:
 
 
 def _build_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
-    """The unpruned network of a family, abstractly.
+    """Builds the unpruned network of a family, with shapes in place of arrays.
 
     Building takes bounded time and memory, whatever the arguments are: every layer and latent draws
     initial values, and the first that is too many for the arrays of the file ends it. How wide they
@@ -206,7 +206,7 @@ def _build_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
 
 
 def _call_build(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
-    """The unpruned network that the reader's own function makes, abstractly."""
+    """Builds the unpruned network by the caller's function, with shapes in place of arrays."""
 
     def made() -> nnx.Module:
         model = make_network(build, nnx.Rngs(0))
@@ -227,8 +227,12 @@ def _call_build(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
 def _masks(
     model: nnx.Module, survivors: Mapping[str, list[int]] | None, where: Path
 ) -> dict[str, np.ndarray] | None:
-    """What was kept of every latent, if the network has just these; latents that are not prunable
-    keep everything."""
+    """Masks of the survivors in the file.
+
+    Raises:
+      ArtifactError: the latents are not those of the network, or one that is not prunable does not
+        keep everything.
+    """
     if survivors is None:
         return None
     axes = latents(model)
@@ -250,14 +254,14 @@ def _masks(
 
 
 def _random_besides(arrays: Mapping[str, Any]) -> Callable[[tuple, Any], bool]:
-    """A filter for the states of random generators that are not among these arrays."""
+    """A filter for states of random generators that the file lacks."""
     return lambda location, leaf: (
         isinstance(leaf, nnx.RngState) and array_name(location) not in arrays
     )
 
 
 def _draw(make: Callable[[], nnx.State], like: nnx.State) -> nnx.State:
-    """What `make` has in the places of `like`; nothing else of it is computed."""
+    """The leaves of `make()` at the paths of `like`; nothing else is computed."""
     places = dict(nnx.to_flat_state(like))
 
     @jax.jit

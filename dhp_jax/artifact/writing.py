@@ -1,4 +1,4 @@
-"""Networks written to disk: JSON and safetensors, whole or not at all."""
+"""Saves networks: a JSON description and arrays in safetensors, whole or not at all."""
 
 from collections.abc import Mapping
 import hashlib
@@ -38,7 +38,7 @@ def save(
     input_shape: tuple[int, ...] | None = None,
     **notes: Any,
 ) -> None:
-    """Writes a network, pruned or not, to a folder that says what it is.
+    """Saves a network, pruned or not, to a folder that `load` reads.
 
     `model.json` tells the family and its arguments, the survivors of each latent, the versions that
     wrote it, and, with `input_shape`, the FLOPs and params.
@@ -93,7 +93,7 @@ def save(
 
 
 def may_hold(path: str | os.PathLike) -> bool:
-    """Whether `save` may write there: nothing is there, an empty folder, or a network only."""
+    """Whether `save` may write to a path: nothing is there, an empty folder, or a saved network."""
     path = Path(path)
     if not path.is_dir():
         return not path.exists()

@@ -1,4 +1,4 @@
-"""Compiled programs that outlive the process, and how long compiling takes."""
+"""A cache of compiled programs on disk, and reports of long compilations."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -25,7 +25,7 @@ def default_cache() -> Path:
 
 
 def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
-    """Lets JAX read compiled programs from a folder, and write there what takes it long to compile.
+    """Has JAX keep programs that take long to compile in a folder, and read them from there.
 
     These are settings of the process. What JAX was told by its own, as by
     `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE`, stays unless a folder is given.
@@ -54,7 +54,7 @@ def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Programs that were being written by a process that died: JAX writes no others beside them.
+    """Removes files of processes that died while writing; JAX would write nothing beside them.
 
     A program's time of last use is written after it, and both with the lock held.
     """

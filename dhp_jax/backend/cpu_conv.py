@@ -78,7 +78,7 @@ def convolution(
 
 
 def _is_sharded_by_hand(x: Array) -> bool:
-    """Whether the type of an array says how it is sharded: explicit meshes, `shard_map`."""
+    """Whether an array is sharded explicitly, as on explicit meshes or in `shard_map`."""
     kind = jax.typeof(x)
     varying = getattr(kind, "vma", None) or getattr(kind, "manual_axis_type", None)
     return bool(getattr(varying, "varying", varying)) or any(kind.sharding.spec)
@@ -99,7 +99,7 @@ def _backward(plain, strides, pads, dilation, groups, inputs, grad):
 
 
 def separate_computation() -> contextlib.AbstractContextManager:
-    """Within it, jitted functions are computations of their own, whose results XLA computes once.
+    """A context in which XLA:CPU keeps jitted functions apart and computes their results once.
 
     With several devices it does nothing: XLA:CPU mixes up what such computations send each other.
     """
@@ -136,7 +136,7 @@ def _kernel_gradient(
 def _grouped_kernel_gradient(
     x: Array, grad: Array, groups: int, taps: tuple[int, int], strides, pads: Pads, dilation
 ) -> Array:
-    """The kernel's gradient, one matrix product a tap and group."""
+    """The kernel's gradient, as one matrix product for each tap and group."""
     rows, columns = x.shape[-1] // groups, grad.shape[-1] // groups
     grad_groups = grad.reshape(-1, groups, columns)
     by_tap = [
@@ -197,7 +197,7 @@ def _depthwise_sums(
 def _shift_taps(
     x: Array, taps: tuple[int, int], strides, pads: Pads, dilation, size: tuple[int, int]
 ) -> list[Array]:
-    """What each tap of a kernel sees of the padded input, `(n, *size, c)` each."""
+    """The part of the padded input that each tap of a kernel reads, `(n, *size, c)` each."""
     padded = _pad(x, [(low, high, 0) for low, high in pads])
     (rows, columns), (down, right) = size, strides
     return [
@@ -217,5 +217,5 @@ def _pad(x: Array, pads: Sequence[tuple[int, int, int]]) -> Array:
 
 
 def widen(x: Array) -> Array:
-    """In the dtype that sums are computed in: float32 at least."""
+    """Converts to the dtype that sums are computed in, float32 at least."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""Hypernetworks for accelerators: arrays packed, small kernels generated together."""
+"""Hypernetworks on accelerators: packed arrays, and small kernels generated together."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -18,7 +18,7 @@ MAX_SMALL_SIZE = 2**20  # numbers of an array that is small work for a GPU
 
 
 def pack_axes(model: nnx.Module) -> nnx.Module:
-    """A network with its arrays in the form in which the platform's memory holds them best.
+    """Reshapes the arrays of hypernetworks so that a TPU stores them without padding.
 
     A TPU pads the last axis of an array to 128 numbers, and arrays of 16 channels take 8 times the
     memory, and the time to read it. There the arrays of hypernetworks have both channel axes as
@@ -46,7 +46,7 @@ def pack_axes(model: nnx.Module) -> nnx.Module:
 
 
 def generate_together(model: nnx.Module) -> None:
-    """Has small kernels of one shape generated in one computation; in place, same numbers.
+    """Makes layers generate small kernels of one shape together, in place; same numbers.
 
     What that saves is the start of many programs a step, which takes a GPU longer than the work in
     them. A layer that is called with other parameters or axes than those it has now, as within a
@@ -80,7 +80,7 @@ def _is_ordinary(layer: Hyper) -> bool:
 
 
 def _is_small(layer: Hyper) -> bool:
-    """Whether the work of a hypernetwork, if it is a single one and not stacked, is small."""
+    """Whether a hypernetwork is a single one, not stacked, and small."""
     w2 = layer.w2[...]
     return w2.ndim == len(layer.kernel_size) + 3 and w2.size <= MAX_SMALL_SIZE
 

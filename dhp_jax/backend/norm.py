@@ -1,4 +1,4 @@
-"""BatchNorm and biases that keep less for the backward pass."""
+"""Calls of BatchNorm and bias layers that keep less for the backward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ def normalize_batch(
     use_running_average: bool | None = None,
     **options: Any,
 ) -> Array:
-    """The call of a BatchNorm layer in training mode, with less to keep for its gradient.
+    """Replaces the call of a BatchNorm layer; training keeps less for the backward pass.
 
     It takes less time to trace too: `[...] =` on statistics asks for their sharding, which takes
     time in proportion to the computation traced so far, `set_value` does not.
@@ -67,7 +67,7 @@ def normalize_batch(
 
 
 def add_bias_once(_: Callable[..., Array], layer: ChannelBias, x: Array) -> Array:
-    """The call of a bias layer, whose sum XLA:CPU computes once.
+    """Replaces the call of a bias layer; XLA:CPU computes the sum once.
 
     It would keep the sum for BatchNorm, and what it is a sum of too, to add the bias again.
     """

@@ -1,4 +1,4 @@
-"""What was chosen for a latency budget, and how it was measured."""
+"""The survivors chosen within budgets, with predicted costs and measured times."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from dhp_jax.core.cost import Cost
 
 @dataclass(frozen=True)
 class Time:
-    """How long a pruned network takes, measured in turn with the whole one.
+    """Times of a pruned network and of the unpruned one, measured alternately.
 
     Attributes:
       ratio: quartiles of its time as a share of the whole network's, over pairs of passes.
@@ -34,7 +34,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Survivors within budgets, and what was measured to find them.
+    """Survivors within budgets, and the measurements that led to them.
 
     Attributes:
       masks: a boolean mask for each latent by name.
@@ -50,7 +50,7 @@ class Chosen:
     tried: tuple[dict[str, Any], ...] = ()
 
     def notes(self) -> dict[str, Any]:
-        """What is kept of it beside the network, as JSON values."""
+        """JSON values to save with the network."""
         if self.time is None:
             return {"predicted": self.shares}
         measured = {**asdict(self.time), "hardware": hardware(), "tried": list(self.tried)}

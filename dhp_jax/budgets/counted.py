@@ -15,7 +15,7 @@ from dhp_jax.errors import unknown
 
 
 def limits(budget: Mapping[str, float | None], target: float) -> dict[str, float]:
-    """What a search comes down to: budgets by name, with the FLOPs that a latency asks for.
+    """The shares that a search has to reach, with a latency taken as a share of the FLOPs.
 
     Time cannot be measured while a search goes on. It is taken to fall as the FLOPs do.
 
@@ -42,11 +42,11 @@ Group = tuple[str, tuple[int, ...]]  # a latent, and entries of it that go toget
 
 
 class BudgetError(ValueError):
-    """A budget that no choice of survivors can meet."""
+    """Raised for a budget that no choice of survivors can meet."""
 
 
 def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: Multiples = 1) -> dict[str, float]:
-    """The shares, as of `Cost.shares`, when every latent keeps as few entries as it can."""
+    """The smallest shares of FLOPs, params and activations that pruning can reach."""
     steps = multiples(model, multiple_of)
     counts = {
         name: z.size - max(removals(z, steps.get(name, 1)), default=0)
@@ -58,8 +58,7 @@ def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: Multiples = 1) ->
 def check_budget(
     model: nnx.Module, cost: Cost, multiple_of: Multiples = 1, **budget: float
 ) -> None:
-    """Raises unless there are latents, and each budget is in (0, 1] and can be reached; see
-    `survivors_within`."""
+    """Raises unless the model has latents and each budget is in (0, 1] and can be reached."""
     latents_to_prune(model)
     multiples(model, multiple_of)
     if not budget or not set(budget) <= set(MEASURES):
@@ -91,7 +90,7 @@ def survivors_within(
     scores: Scores | None = None,
     **budget: float,
 ) -> dict[str, np.ndarray]:
-    """The survivors, by magnitude of the latents, that use as much of a budget as fits.
+    """Chooses survivors by magnitude of the latents, within budgets and close to them.
 
     Entries of all latents go in order of magnitude, smallest first, until the budget holds; then
     those that still fit come back, largest first. The result is within the budget, and no channel
@@ -145,13 +144,13 @@ def survivors_within(
 
 
 def slack(cost: Cost, counts: Counts, budget: Mapping[str, float]) -> float:
-    """What is left of the tightest budget by numbers of survivors; negative if it is exceeded."""
+    """The share of the tightest budget that is left; negative if it is exceeded."""
     used = cost.shares(counts)
     return min(share - used[name] for name, share in budget.items())
 
 
 def _refill(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
-    """Takes groups back that fit, largest first; of each latent none before its larger ones."""
+    """Brings back groups that fit, largest first, in order within each latent."""
     full = set()
     for i in sorted(gone, reverse=True):
         name = order[i][0]
@@ -163,7 +162,7 @@ def _refill(gone: set[int], order: list[Group], slack: Callable[[Set[int]], floa
 
 
 def _trade(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
-    """Takes an entry back that does not fit, for the smallest ones of other latents, if that helps.
+    """Brings back an entry that does not fit, in exchange for the smallest of other latents.
 
     For channels of very different cost: once the costly ones are gone, none of them fits again.
     """
@@ -185,7 +184,7 @@ def _trade(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float
 
 
 def removals(z: Latent, multiple_of: int) -> range:
-    """How many entries of a latent may go: numbers that leave a multiple, and `min_channels`."""
+    """The numbers of entries that a latent may lose, by its multiple and `min_channels`."""
     first = z.size % multiple_of or multiple_of
     last = z.size - max(z.min_channels, multiple_of) if z.prunable else 0
     return range(first, last + 1, multiple_of)

@@ -1,4 +1,4 @@
-"""What decides which channels go, other than latents: filters' norms, chance, one share for all.
+"""Importance of channels without latents: filter norms, random scores, uniform widths.
 
 Scores rank the entries of all latents, as the magnitudes of latents do, and `dhp.prune_to(...,
 by=scores)` keeps the largest. `uniform_within` needs none.
@@ -18,7 +18,7 @@ from dhp_jax.core.layers import Hyper
 
 
 def l1_scores(model: nnx.Module) -> Scores:
-    """Scores by the l1 norm of the filters that each entry of a latent rules.
+    """Scores each entry of a latent by the l1 norm of the filters that belong to it.
 
     A filter is the part of a kernel that makes one output channel. An entry rules the filters of
     all convolutions whose output its latent is, as of all that are added in a residual stage: their
@@ -72,7 +72,7 @@ def _of_mean_one(values: np.ndarray) -> np.ndarray:
 
 
 def random_scores(model: nnx.Module, seed: int) -> Scores:
-    """Scores drawn at random, so that every entry of every latent is as likely to go.
+    """Random scores: each entry of each latent is equally likely to go.
 
     What is left of a budget after that is filled up with entries that still fit.
 
@@ -150,7 +150,7 @@ def uniform_within(
 def _widen(
     counts: dict[str, int], wider: Mapping[str, int], cost: Cost, budget: Mapping[str, float]
 ) -> dict[str, int]:
-    """Gives latents a larger width where it fits, those first for which that costs most."""
+    """Widens latents as far as the budget allows, the most expensive first."""
 
     def left(name: str) -> float:
         return slack(cost, counts | {name: wider[name]}, budget)

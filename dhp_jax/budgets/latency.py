@@ -1,4 +1,4 @@
-"""Survivors within several budgets at once, one of which may be measured time.
+"""Survivors within a latency budget, found by timing candidates of several sizes.
 
 FLOPs, params and activations are counted before anything is pruned; time is not. So candidates are
 pruned, compiled and timed against the whole network, the two in turn, and the largest one that is
@@ -90,7 +90,7 @@ class LatencySearch:
         return self._with_measurements(best)
 
     def fast_enough(self, flops: float) -> Chosen | None:
-        """The candidate of a share of the FLOPs, if it is; the same widths are timed once."""
+        """The candidate with a share of the FLOPs, if it is fast enough; each is timed once."""
         masks = self.select(
             self.model, self.cost, self.multiple_of, **self.budget | {"flops": flops}
         )
@@ -102,7 +102,7 @@ class LatencySearch:
         return self.known[widths]
 
     def two_of_three(self, small: nnx.Module, flops: float) -> Time | None:
-        """The slower of two measurements within the budget, if most are: one may be by chance."""
+        """The slower of two measurements within the budget, if two of three are."""
         within, beyond = [], []
         while max(len(within), len(beyond)) < 2:
             self.last = time = self.timed(small)

@@ -1,4 +1,4 @@
-"""Which channels survive within all budgets; `prune_to`."""
+"""Choice of survivors within all budgets, and `prune_to`, which prunes to them."""
 
 from collections.abc import Callable, Collection, Mapping
 import functools
@@ -20,7 +20,7 @@ Selection = Callable[..., dict[str, np.ndarray]]  # takes what `survivors_within
 
 
 def selection(by: Scores | Selection | None, budget: Collection[str]) -> Selection:
-    """The function that chooses survivors: by scores, or the one that is given.
+    """The function that chooses survivors: by magnitude, by scores, or the caller's own.
 
     Args:
       by: as for `prune_to`.
@@ -46,7 +46,7 @@ def selection(by: Scores | Selection | None, budget: Collection[str]) -> Selecti
 def _select_within(
     select: Selection, model: nnx.Module, cost: Cost, multiple_of: Multiples, **budget: float
 ) -> dict[str, np.ndarray]:
-    """What a function chooses, if that is within the budget."""
+    """Calls the caller's function and checks that its survivors are within the budget."""
     masks = select(model, cost, multiple_of, **budget)
     check_masks(model, masks)
     used = describe_choice(cost, masks).shares
@@ -68,7 +68,7 @@ def choose(
     timed: Clock | None = None,
     **budget: float,
 ) -> Chosen:
-    """The survivors that use as much of all budgets as fits; see `survivors_within`.
+    """Chooses survivors within all budgets and close to them; see `survivors_within`.
 
     Args:
       model: a network of latents.

@@ -1,4 +1,4 @@
-"""How long the forward pass of a network takes, here and now."""
+"""Measures the time of forward passes on this machine."""
 
 from collections.abc import Callable, Mapping, Sequence
 import os
@@ -21,7 +21,7 @@ def time_in_turn(
     seconds: float = float("inf"),
     each: int = 1,
 ) -> dict[str, list[float]]:
-    """Times functions that run in turn, so that what else a machine does meets all of them.
+    """Times functions alternately, so that other load on the machine affects all alike.
 
     Every other round runs backwards, so that none is always the one after another that leaves
     caches and memory in some state.
@@ -53,7 +53,7 @@ def time_in_turn(
 def forward_pass(
     model: nnx.Module, input_shape: Sequence[int], batch: int, queued: int = 1
 ) -> Callable[[], None]:
-    """A function that runs a network over so many batches of inputs, and waits for the last one."""
+    """A function that runs a network on some batches and waits until all are done."""
     run = inference(model)
     x = jnp.full((batch, *input_shape), 0.5)
     return lambda: jax.block_until_ready([run(x) for _ in range(queued)])

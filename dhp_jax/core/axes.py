@@ -1,4 +1,4 @@
-"""Are the axes of a network declared right?"""
+"""A check that layers whose channels meet share a latent."""
 
 from flax import nnx
 import jax
@@ -64,7 +64,7 @@ def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
 
 
 def _of_fixed_width(model: nnx.Module, width: int) -> list[str]:
-    """What in a model has an axis of so many numbers that pruning does not change."""
+    """Names of latents and arrays that have a given width and are not pruned."""
     named = latents(model).items()
     found = [f"latent {name!r}" for name, z in named if z.size == width and not z.prunable]
     for path, _, module in walk(model):
@@ -79,7 +79,7 @@ def _of_fixed_width(model: nnx.Module, width: int) -> list[str]:
 
 
 def _forward_error(model, input_shape, sizes, removed) -> Exception | None:
-    """What the forward pass raises once some latents have lost a number of their last entries."""
+    """The error of a forward pass after some latents have lost their last entries, if any."""
     keep = {name: np.arange(size) < size - removed.get(name, 0) for name, size in sizes.items()}
 
     def forward(state: nnx.State, x: Array) -> Array:

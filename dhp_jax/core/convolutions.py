@@ -23,7 +23,7 @@ from dhp_jax.core.plain import (
 
 
 class Hyper(nnx.Module):
-    """What convolutions with a generated kernel have in common: the hypernetwork and the bias."""
+    """Base of convolutions with a generated kernel: holds the hypernetwork and the bias."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Hyper(nnx.Module):
         return HypernetArrays(*(getattr(self, name)[...] for name in HypernetArrays._fields))
 
     def _plain_arguments(self, keep: Keep | None) -> dict[str, Any]:
-        """Arguments of the plain layer with the kernel and bias of the channels in `keep`."""
+        """Arguments that make the plain layer of the channels in `keep`."""
         kept_out = self.z_out.keep(keep)
         kernel = slice_axis(self.kernel(), self.kernel_axis().keep(keep), -2)
         return {
@@ -268,7 +268,7 @@ class HyperConvTranspose(Hyper):
 
 
 def _check_groups(groups: int, z_in: Axis, z_out: Axis) -> None:
-    """Raises unless pruning removes whole groups: all channels of one are one entry of a latent."""
+    """Raises unless all channels of a group are one entry of a latent, so that groups go whole."""
     for name, axis in (("z_in", z_in), ("z_out", z_out)):
         check_axis(f"HyperConv: {name}", axis)
         if not isinstance(groups, int) or groups < 1 or axis.size % groups:

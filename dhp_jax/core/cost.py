@@ -1,4 +1,4 @@
-"""FLOPs, params and activations of a model, as functions of what survives.
+"""FLOPs, params and activations of a network, whole or pruned.
 
 FLOPs are multiply-accumulates: convolutions (transposed ones as if every tap met every output) and
 linear layers, plus 2 for every normalised element and 1 for every element of a `Bias` layer; biases
@@ -50,7 +50,7 @@ class Width:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one call of one layer costs.
+    """The cost of one call of a layer.
 
     FLOPs are `flops_terms[0] * in * out + flops_terms[1] * out`, params and activations likewise. A
     layer that is called again costs FLOPs and activations again, but no params.
@@ -93,7 +93,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs for one input, layer by layer in the order of execution.
+    """The cost of a network for one example, layer by layer in the order of execution.
 
     Attributes:
       layers: the cost of each call of a layer.
@@ -109,7 +109,7 @@ class Cost:
     sizes: Mapping[str, int]
 
     def __repr__(self) -> str:
-        """The totals; `layers` has the rest."""
+        """The totals in one line; `layers` holds the details."""
         totals = ", ".join(f"{name}={getattr(self, name):_}" for name in MEASURES)
         return f"Cost({totals}, layers={len(self.layers)})"
 
@@ -160,7 +160,7 @@ class Cost:
 
 
 def _share(amount, whole: int):
-    """Of nothing, everything is left."""
+    """A share of the whole; 1 where the whole is 0."""
     return amount / whole if whole else 1.0
 
 
@@ -214,7 +214,7 @@ Terms = tuple["Axis | int", "Axis | int", tuple[int, int], tuple[int, int]]
 
 @functools.singledispatch
 def layer_terms(layer: nnx.Module, output_shape: tuple[int, ...]) -> Terms | None:
-    """What a call of a layer costs; register a function here to have your own layer counted.
+    """The cost of one call of a layer; register a function here to count a layer of your own.
 
     Args:
       layer: the layer.
@@ -305,7 +305,7 @@ def _trace(model, input_shape):
 
 
 def check_input_shape(input_shape: tuple[int, ...]) -> None:
-    """Raises unless it may be the shape of one example."""
+    """Raises unless a value can be the shape of one example."""
     listed = isinstance(input_shape, tuple | list) and len(input_shape) > 0
     if not listed or not all(isinstance(n, int | np.integer) and n >= 1 for n in input_shape):
         raise ValueError(
@@ -315,7 +315,7 @@ def check_input_shape(input_shape: tuple[int, ...]) -> None:
 
 
 def input_refused(input_shape: tuple[int, ...], error: Exception) -> str:
-    """One line for a forward pass that fails on an input of some shape."""
+    """The error message for an input on which the forward pass fails."""
     what = (str(error).splitlines() or [type(error).__name__])[0]
     message = f"input_shape: the model does not take {input_shape}: {what}"
     if "incompatible shapes" in message:
@@ -333,7 +333,7 @@ def _has_parameters(module: nnx.Module) -> bool:
 
 
 class _Output(NamedTuple):
-    """What a call has returned."""
+    """Shape and bytes of what a call has returned."""
 
     shape: tuple[int, ...]
     nbytes: int

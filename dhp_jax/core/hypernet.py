@@ -25,7 +25,7 @@ MAX_TERMS = 128  # of a sum that is written out
 
 
 class HypernetArrays(NamedTuple):
-    """The trainable arrays of one hypernetwork, channels minor-most (see docs/architecture.md)."""
+    """The trainable arrays of one hypernetwork; the two channel axes are the last ones."""
 
     b0: Float[Array, "in out"]
     w1: Float[Array, "m in out"]
@@ -112,7 +112,7 @@ def _kernel(z_in: Array, z_out: Array, arrays: HypernetArrays) -> Array:
 
 
 class _Parts(NamedTuple):
-    """What the gradients of one hypernetwork are made of."""
+    """Intermediate values that the gradients of a hypernetwork are computed from."""
 
     pairs: Array
     embedding: Array
@@ -165,7 +165,7 @@ _generate_jitted = jax.jit(_generate, inline=True)
 
 @jax.custom_vjp
 def hyper_kernels(inputs: list[HyperInputs]) -> list[Float[Array, "*k in out"]]:
-    """The kernels of hypernetworks of one shape, in one computation.
+    """Kernels of several hypernetworks of one shape, computed together.
 
     The numbers are those of `hyper_kernel`, up to rounding. A GPU starts a fraction of the
     programs, which counts where arrays are small; embeddings and their gradients are in memory for

@@ -1,4 +1,4 @@
-"""Random numbers for initial values, without a compilation for every shape."""
+"""Random initial values, drawn with few compilations."""
 
 from collections.abc import Callable
 import functools
@@ -24,12 +24,12 @@ def normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
 
 
 def truncated_normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
-    """Numbers from a normal distribution cut off at two deviations, of mean 0 and variance 1."""
+    """Numbers from a normal distribution cut off at two deviations, scaled to variance 1."""
     return _draw(_truncated_normal, key, count)
 
 
 def _draw(sample: Callable[[Array, int], Array], key: Array, count: int) -> Array:
-    """The first `count` of a number of draws that is a power of 4, of which there are few."""
+    """Draws at least `count` numbers, a power of 4 times 256, and returns the first `count`."""
     size = MIN_DRAWS
     while size < count:
         size *= 4

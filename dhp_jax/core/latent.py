@@ -141,7 +141,7 @@ class Concat(Axis):
 
 
 class Repeat(Axis):
-    """An axis whose every entry stands for several neighbouring channels; made by `repeat`."""
+    """An axis in which each entry stands for several neighbouring channels; made by `repeat`."""
 
     def __init__(self, base: Axis, times: int):
         self.base = base
@@ -231,7 +231,7 @@ def latents(model: nnx.Module) -> dict[str, Latent]:
 
 
 def latents_to_prune(model: nnx.Module) -> dict[str, Latent]:
-    """The latents of a network that is to be pruned.
+    """The latents of a network, of which there must be some.
 
     Raises:
       ValueError: it has none, as one that was pruned before.
@@ -299,7 +299,7 @@ def _check_positive(argument: str, value: int) -> None:
 
 
 def prunable_latents(params: PyTree) -> PyTree:
-    """Which parameters are latent vectors that may be pruned: a mask for `optax.masked`.
+    """A mask for `optax.masked`: true for latent vectors that may be pruned.
 
     Give `optax.masked` the mask and not this function: `nnx.Optimizer` shows transformations bare
     arrays, which do not tell what they are.
@@ -334,5 +334,5 @@ def prunable_latents(params: PyTree) -> PyTree:
 
 
 def map_variables(function: Callable[[nnx.Variable], Any], params: PyTree) -> PyTree:
-    """A tree with the results of a function of every `nnx.Variable` in a tree."""
+    """Maps a function over the `nnx.Variable`s of a tree."""
     return jax.tree.map(function, params, is_leaf=lambda node: isinstance(node, nnx.Variable))

@@ -1,4 +1,4 @@
-"""What turns a layer on latents into a plain one: the arrays of the channels that survive."""
+"""Helpers that turn a layer on latents into a plain layer of the surviving channels."""
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ class Prunable(Protocol):
 
 
 def select_entries(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:
-    """The entries of a variable's first axis that a mask keeps, if there is one."""
+    """The entries of a variable's first axis that a mask keeps; `None` for no variable."""
     return None if variable is None else slice_axis(variable[...], mask, 0)
 
 
@@ -40,12 +40,12 @@ def slice_axis(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
 
 
 def initializer_of(array: Any) -> Callable[..., Any]:
-    """An initializer that returns what is already there."""
+    """An initializer that returns a given array."""
     return lambda *args, **kwargs: array
 
 
 def check_channels(layer: nnx.Module, x: jax.Array, axis: Axis, position: int = -1) -> None:
-    """Raises unless an input has the channels of an axis."""
+    """Raises unless an input has as many channels as an axis."""
     if x.ndim == 0 or x.shape[position] != axis.size:
         raise ValueError(
             f"{type(layer).__name__}: x: expected {axis.size} channels on axis {position}, "

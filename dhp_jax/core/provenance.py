@@ -1,4 +1,4 @@
-"""How a network was made: enough to build its like again from a file."""
+"""A record on each network of how it was made, from which a file can rebuild it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +32,10 @@ class Architecture:
 
 
 def architecture_of(model: nnx.Module) -> Architecture:
-    """What `build` and `prune` have noted about how a network was made."""
+    """The record of how a network was made; an empty one for a network without it."""
     return getattr(model, "dhp_architecture", Architecture())
 
 
 def set_architecture(model: nnx.Module, architecture: Architecture) -> None:
-    """Notes on a network how it was made."""
+    """Sets the record of how a network was made."""
     model.dhp_architecture = architecture

@@ -1,4 +1,4 @@
-"""Which channels survive, how many fit a budget, and the surgery that makes the network smaller."""
+"""Pruning: layers on latents are replaced by smaller plain layers."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,7 +62,7 @@ def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
 
 
 def replace_modules(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> Any:
-    """A module with others in the place of those in it; in place, but for the module itself.
+    """Replaces modules within a module, in place; returns what replaces the module itself.
 
     Args:
       module: where to begin.
@@ -113,7 +113,7 @@ def _overriding(kind: type, methods: tuple[tuple[str, Callable[..., Any]], ...])
 
 
 def check_masks(model: nnx.Module, keep: Masks) -> None:
-    """Raises unless there is a mask for every latent, of its size, that keeps what has to stay."""
+    """Raises unless every latent has a mask of its size that keeps what may not be pruned."""
     expected = latents_to_prune(model) if keep else latents(model)
     for name in [*(n for n in keep if n not in expected), *(n for n in expected if n not in keep)]:
         what = "has no mask for latent" if name in expected else "has a mask for unknown latent"

@@ -61,7 +61,7 @@ def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarra
 
 
 def survivor_counts(model: nnx.Module, threshold: float) -> dict[str, Array]:
-    """How many entries of each latent survive a threshold, as of `survivor_mask`; usable in jit.
+    """The number of entries of each latent that survive a threshold; usable in jit.
 
     Latents that are alike are counted together, which is one small piece of work for an accelerator
     and not one for each.
@@ -80,7 +80,7 @@ def survivor_counts(model: nnx.Module, threshold: float) -> dict[str, Array]:
 
 
 def latent_history(model: nnx.Module, threshold: float) -> dict[str, Array]:
-    """What a search records of its latents as they die; usable in jit.
+    """Survivor counts and magnitudes of the latents, as a search records them; usable in jit.
 
     Returns:
       `survivors`, how many entries of each prunable latent survive the threshold, in the order of

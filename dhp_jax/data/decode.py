@@ -70,7 +70,7 @@ def decode(
 def open_image(
     file: str | os.PathLike | IO[bytes], *, argument: str = "data.dir", name: object = None
 ) -> Iterator[Image.Image]:
-    """An image whose header has been read, and one line of error if it is broken; see `decode`."""
+    """Opens an image and reads its header; one line of error if the file is broken."""
     name = name or file
     try:
         with Image.open(file) as image:
@@ -82,7 +82,7 @@ def open_image(
 
 
 def check_whole(image: Image.Image) -> None:
-    """Raises what decoding would, if a file is truncated; one with its format's end is not decoded.
+    """Raises the error of decoding if a file is truncated, without decoding a complete one.
 
     Args:
       image: as `open_image` gives it.
@@ -96,7 +96,7 @@ def check_whole(image: Image.Image) -> None:
 
 
 def empty_images(shape: tuple[int, int, int, int], name: str) -> np.ndarray:
-    """An array for the images of a split, if there is memory for it.
+    """Allocates an array for the images of a split, if there is memory for it.
 
     Args:
       shape: `(n, h, w, c)`.
@@ -118,7 +118,7 @@ def empty_images(shape: tuple[int, int, int, int], name: str) -> np.ndarray:
 
 
 def memory_available() -> int:
-    """Bytes that can be used without swapping; on a system that does not tell, all there are."""
+    """Bytes of memory that are available; all bytes where the system does not say."""
     with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
         for line in lines:  # free pages alone would leave out what caches give back
             if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""Images in the form in which a device takes some of them fastest."""
+"""Images stored on the device so that batches can be taken from them fast."""
 
 from dataclasses import dataclass
 import functools
@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, Shaped
 )
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Images of one shape, each a row of pixels; indexed by an array of their numbers alone.
+    """Images of one shape stored as rows of pixels; index them by an array of image numbers.
 
     A TPU lays out arrays with few channels so that images lie interleaved, and a program that takes
     some of them copies all first. Rows lie one after the other everywhere.

@@ -1,4 +1,4 @@
-"""Examples that are read while training uses them, by processes of their own, through Grain.
+"""Streams of examples that processes read through Grain while training runs.
 
 Which examples make a batch, and what is drawn for them, follows from the seed and the number of the
 step alone: not from how many processes read, and not from where a run was stopped.
@@ -23,7 +23,7 @@ from dhp_jax.errors import DataNotFoundError
 
 
 def epoch_order(seed: Sequence[int], epoch: int, examples: int) -> Int[np.ndarray, " examples"]:
-    """The permutation of the examples that an epoch goes through.
+    """The order of the examples in an epoch.
 
     NumPy draws it, so that a process that only reads images need not start JAX.
 
@@ -49,11 +49,11 @@ Batch = tuple[Any, ...]  # of NumPy arrays
 
 
 class StreamError(RuntimeError):
-    """Examples cannot be read any more, as when a process that reads them has died."""
+    """Raised when examples can no longer be read, as when a reading process has died."""
 
 
 class Read(Protocol):
-    """Reads some of a batch; it is sent to other processes, and called there.
+    """A function that reads part of a batch; it must be picklable, for other processes call it.
 
     Args:
       chosen: numbers of the examples of the whole batch.
@@ -156,7 +156,7 @@ _order = functools.lru_cache(maxsize=2)(epoch_order)
 
 @contextlib.contextmanager
 def _reading(make: Callable[[int], Any], numbers: range, workers: int) -> Iterator[Iterator[Any]]:
-    """What `make` gives for some numbers, in their order, made ahead of its use."""
+    """Iterates over `make(number)` in order; the results are computed ahead of their use."""
     import grain  # here, because it is slow and what fits on the device does without
 
     grain.config.update("py_traceback_filtering", "off")  # it adds lines to what errors say
@@ -182,7 +182,7 @@ def _reading(make: Callable[[int], Any], numbers: range, workers: int) -> Iterat
 
 @contextlib.contextmanager
 def _parsed_flags() -> Iterator[None]:
-    """Grain has flags, and asks for them, which only programs that parse theirs may."""
+    """Lets Grain read its flags in a program that has not parsed any."""
     parsed = flags.FLAGS.is_parsed()
     if not parsed:
         flags.FLAGS.mark_as_parsed()
@@ -194,7 +194,7 @@ def _parsed_flags() -> Iterator[None]:
 
 
 def _told(batches: Iterator[Any], workers: int) -> Iterator[Any]:
-    """Batches, and one line where a process fails to read them."""
+    """Yields batches; an error of reading becomes a `StreamError` of one line."""
     try:
         yield from batches
     except DataNotFoundError:
@@ -209,7 +209,7 @@ def _told(batches: Iterator[Any], workers: int) -> Iterator[Any]:
 
 
 def _attach(worker: int, workers: int) -> None:
-    """Ties the life of a reading process to that of the run, which alone answers to signals."""
+    """Makes a reading process ignore signals and end with the process that started it."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

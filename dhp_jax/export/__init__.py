@@ -1,4 +1,4 @@
-"""Networks in formats that run without this library, tried as they will be used."""
+"""Exports networks to StableHLO, ONNX or safetensors, and tests each file it writes."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -211,7 +211,7 @@ def _remove(part: Path) -> None:
 def _compare(
     model: nnx.Module, run: Forward, inputs: Mapping[str, Float[np.ndarray, "n *example"]]
 ) -> tuple[dict[str, float], float]:
-    """The largest differences of outputs by name of the inputs, and the largest output.
+    """Compares outputs: the largest difference for each input, and the largest output.
 
     Raises:
       ExportError: outputs that are missing, of another shape, or unlike by more than rounding.

@@ -97,7 +97,7 @@ def _inputs(
 
 
 def _prepare(saved: Saved, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
-    """What the network takes for images; a guess where it is not noted how to normalise them."""
+    """Normalises images for the network; by a guess where the file does not say how."""
     if saved.task == "classification" and not {"mean", "std"} <= saved.notes.keys():
         return (images.astype(np.float32) - 127) / 64
     return np.asarray(saved.inputs(images))

@@ -41,7 +41,7 @@ Forward = Callable[[Float[np.ndarray, "n *example"]], Any]
 
 
 class ExportError(RuntimeError):
-    """A file that does not compute what the network computes."""
+    """Raised for a file that does not compute what the network computes."""
 
 
 def symbolic_sizes(shape: Shape) -> Shape:
@@ -50,7 +50,7 @@ def symbolic_sizes(shape: Shape) -> Shape:
 
 
 def extend_images(x: Float[np.ndarray, "n h w c"], multiple: int) -> Float[np.ndarray, "n h2 w2 c"]:
-    """Images that go on periodically at the bottom and on the right."""
+    """Extends images periodically at the bottom and on the right."""
     return np.pad(x, ((0, 0), (0, multiple), (0, 2 * multiple), (0, 0)), mode="wrap")
 
 
@@ -92,7 +92,7 @@ def _onnx(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any])
 
 
 def _round_down(graph: Any) -> None:
-    """Quotients of sizes are rounded down, as in JAX: jax2onnx 0.17 has those below 0 rounded up.
+    """Makes quotients of sizes round down, as in JAX; jax2onnx 0.17 rounds negative ones up.
 
     One below 0 is in the size that a convolution with strides and padding "SAME" puts out, by which
     a mean divides: -(-height // 2).

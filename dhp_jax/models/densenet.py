@@ -127,7 +127,7 @@ class DenseNet(nnx.Module):
 
 
 def _halve(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """Averages of 2 by 2 pixels, of what there is of them at the edge."""
+    """Averages 2 by 2 pixels; at an odd edge, the pixels that there are."""
     return nnx.avg_pool(
         x, window_shape=(2, 2), strides=(2, 2), padding="SAME", count_include_pad=False
     )

@@ -18,7 +18,7 @@ MEAN = (114.4, 111.5, 103.0)  # of red, green and blue in DIV2K's training image
 
 
 class Constant(nnx.Variable):
-    """A number of a network that is not trained."""
+    """An array of a network that is not trained."""
 
 
 class Block(nnx.Module):

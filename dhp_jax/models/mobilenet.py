@@ -73,7 +73,7 @@ class InvertedResidual(nnx.Module):
 
 
 class MobileNet(nnx.Module):
-    """What both versions have in common: all but the layers between stem and classifier.
+    """Base of both versions: everything but the layers between stem and classifier.
 
     One latent rules a depthwise convolution and its neighbours.
 

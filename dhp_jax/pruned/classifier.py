@@ -1,4 +1,4 @@
-"""Another number of classes."""
+"""A new classifier for another number of classes."""
 
 from dataclasses import replace
 

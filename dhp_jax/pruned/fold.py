@@ -1,4 +1,4 @@
-"""BatchNorm and biases folded into the layers before them, where that provably changes nothing.
+"""Folding of BatchNorm and biases into the layers before them, where that is exact.
 
 What follows what is read from a trace of the forward pass, in which layers are calls that cannot
 be looked into. A layer is folded into a convolution if it is given the convolution's output and
@@ -38,7 +38,7 @@ FOLLOWING = (nnx.BatchNorm, ChannelBias)
 
 
 class Identity(nnx.Module):
-    """What is left of a layer that was folded into the one before it."""
+    """Takes the place of a layer that was folded into the one before it."""
 
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         return x
@@ -91,7 +91,7 @@ def fold(model: nnx.Module, input_shape: tuple[Any, ...]) -> nnx.Module:
 
 
 def remove_folded_layers(model: nnx.Module, chains: Chains) -> nnx.Module:
-    """A network with the arrays that it has after folding, whose values are not yet those.
+    """Removes layers that are folded into others; the kernels keep their values.
 
     Args:
       model: changed in place; may be abstract.
@@ -147,7 +147,7 @@ def _folded_arrays(model: nnx.Module, chains: Chains) -> dict[str, np.ndarray]:
 
 
 def _affine(layer: nnx.Module) -> tuple[Any, Any]:
-    """What a layer multiplies each channel of its output with, and adds to it, after its kernel."""
+    """The factor and the offset that a layer applies to each channel after its kernel."""
     shift = 0.0 if layer.bias is None else _float64(layer.bias)
     if not isinstance(layer, nnx.BatchNorm):
         return 1.0, shift
@@ -164,7 +164,7 @@ def _float64(variable: nnx.Variable) -> np.ndarray:
 
 
 class _Program:
-    """A forward pass, traced, with layers as calls that cannot be looked into."""
+    """The trace of a forward pass, in which each layer is one opaque call."""
 
     def __init__(self, model: nnx.Module, input_shape: tuple[Any, ...]):
         graphdef, state = nnx.split(model)
@@ -181,7 +181,7 @@ class _Program:
         self.jaxpr, self.constants = traced.jaxpr, traced.consts
 
     def chains(self) -> Chains:
-        """The linear layers that others can be folded into, with those, by their paths."""
+        """Paths of linear layers, each with those of the layers that can be folded into it."""
         reads = [*(v for eqn in self.jaxpr.eqns for v in eqn.invars), *self.jaxpr.outvars]
         uses = Counter(v for v in reads if isinstance(v, Var))
         stored = set(self.jaxpr.invars)
@@ -206,7 +206,7 @@ class _Program:
         )
 
     def rows(self, chains: Chains = ()) -> list[Any]:
-        """The program as values that can be compared, without what is folded into others."""
+        """The program in a form that can be compared, without the layers that are folded."""
         gone = {name for _, *following in chains for name in following}
         names = dict(zip(self.jaxpr.invars, [*self.names, "input"], strict=True))
         names |= {
@@ -230,7 +230,7 @@ class _Program:
 
 
 def _text(params: dict[str, Any]) -> str:
-    """Parameters of an operation, with what is computed within it, without addresses."""
+    """The parameters of an operation as text without memory addresses."""
     constants = [
         np.asarray(constant).tobytes()
         for value in params.values()
@@ -249,7 +249,7 @@ def _(x, *arrays, path, linear, shape, dtype):
 
 
 def _opaque(model: nnx.Module) -> nnx.Module:
-    """The network, changed in place, with layers that can be folded as calls of one primitive."""
+    """Makes the layers that can be folded opaque calls of one primitive, in place."""
     for path, layer in list(_foldable(model)):
         layer.layer_path = nnx.static(path)
         override(layer, __call__=_call_opaquely)
@@ -257,7 +257,7 @@ def _opaque(model: nnx.Module) -> nnx.Module:
 
 
 def _foldable(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Linear layers and those that may follow, if they compute as they are known to."""
+    """Layers that may be folded, as long as nothing about them is customized."""
     for path, _, layer in walk(model):
         known = (
             type(layer) in (*LINEAR, *FOLLOWING)

@@ -1,4 +1,4 @@
-"""Other weights for a network that is already small."""
+"""New or copied weights for pruned networks."""
 
 import math
 
@@ -38,7 +38,7 @@ def reinitialize(model: nnx.Module, *, gain: float | None = None, rngs: nnx.Rngs
 
 
 def carry_kernels(model: nnx.Module, fresh: nnx.Module) -> None:
-    """Gives a fresh network of latents the arrays of an ordinary one, its kernels to the bit.
+    """Copies the arrays of an ordinary network into a network of latents, kernels bit for bit.
 
     The hypernetworks generate them whatever the latents are: only their last biases are not zero.
 
@@ -57,7 +57,7 @@ def carry_kernels(model: nnx.Module, fresh: nnx.Module) -> None:
 
 
 def take_arrays(model: nnx.Module, fresh: nnx.Module) -> None:
-    """Gives a network of latents the kernels and all other arrays of an ordinary one."""
+    """Adjusts a network of latents so that it has the kernels and arrays of an ordinary one."""
     plain = {path: module for path, _, module in walk(model)}
     kernels = 0
     for path, _, layer in walk(fresh):

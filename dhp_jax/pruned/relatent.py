@@ -1,4 +1,4 @@
-"""What starts from a pruned network: pruning it again, and training it for other classes."""
+"""Latents for a pruned network, so that it can be pruned again."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,7 +22,7 @@ def with_latents(
     rngs: nnx.Rngs,
     build: Callable[[nnx.Rngs], nnx.Module] | None = None,
 ) -> nnx.Module:
-    """A pruned network as a network of latents again, so that it can be searched and pruned again.
+    """Gives a pruned network latents again, so that it can be searched and pruned again.
 
     It computes what `model` computes: the hypernetworks are fresh, but their last biases make up
     for the difference to its kernels. The latents, of the sizes that pruning has left, are drawn
@@ -64,7 +64,7 @@ def with_latents(
 
 
 def narrow(model: nnx.Module, survivors: Mapping[str, tuple[int, ...]]) -> nnx.Module:
-    """A network of latents with less entries, that generates the kernels that pruning would leave.
+    """Removes entries of latents; the network still has latents and computes what `prune` leaves.
 
     Args:
       model: left as it was; may be abstract.
@@ -93,7 +93,7 @@ def narrow(model: nnx.Module, survivors: Mapping[str, tuple[int, ...]]) -> nnx.M
 
 
 def _size(axis: Axis) -> int:
-    """How many channels an axis has, by the sizes of its latents."""
+    """The number of channels of an axis, from the sizes of its latents."""
     match axis:
         case Concat():
             return sum(map(_size, axis.parts))
@@ -135,7 +135,7 @@ def _cut_variables(layer: nnx.Module, names: tuple[str, ...], kept: np.ndarray) 
 
 
 def make_network(build: Callable[..., nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
-    """What a function or class makes that takes `rngs`, by name alone as families do or not."""
+    """Calls `build(rngs)` or `build(rngs=rngs)`, whichever it takes."""
     try:
         given = inspect.signature(build).parameters.get("rngs")
     except (TypeError, ValueError):  # nothing that is called, or a builtin

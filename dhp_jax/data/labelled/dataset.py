@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the library."""
+"""The interface of data sets of labelled images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ class Source:
         return self.size(split) * math.prod(self.image_shape)
 
     def stream(self, split: str, workers: int) -> Stream:
-        """The images of a split for who does not want all of them at once."""
+        """A stream of the images of a split, for data that do not fit on the device."""
         images, identity = self._one_by_one(split)
         checksum = self._checksum(split, identity)
         return Stream(self.size(split), ReadLabelled(images), checksum, workers)
@@ -106,7 +106,7 @@ class Source:
 
 @dataclass
 class _Loaded:
-    """Labelled images of which each process reads all at first."""
+    """Labelled images that are loaded whole on first use."""
 
     read: Callable[[str], tuple[np.ndarray, np.ndarray]]
     split: str

@@ -1,4 +1,4 @@
-"""Images of one's own, a folder for each split and in it one for each label."""
+"""A data set of the user's own images: a folder for each split, in it one for each label."""
 
 from dataclasses import dataclass
 from itertools import chain

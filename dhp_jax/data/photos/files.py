@@ -1,4 +1,4 @@
-"""Which photographs there are in a folder, and what belongs together."""
+"""Finds photographs in folders and matches them with their low-resolution images."""
 
 from collections.abc import Iterator
 import importlib.util

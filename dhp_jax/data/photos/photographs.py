@@ -231,6 +231,6 @@ def _checksum(files: dict[str, list[PhotoFile]], channels: int, scale: int, spli
 
 
 def _identity(file: PhotoFile) -> str:
-    """What changes when another photograph takes the place of one."""
+    """A text that identifies the files of a photograph."""
     paths = [file.path] if file.low is None else [file.path, file.low]
     return " ".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)

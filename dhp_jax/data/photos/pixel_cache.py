@@ -1,4 +1,4 @@
-"""Patches of photographs that are too many for the device, cut from a file of their pixels.
+"""A file of decoded photographs on disk, and patches cut from it.
 
 Decoding a photograph takes a hundred times as long as cutting a patch from it. So all of them are
 decoded once, into a file that the reading processes map into memory; later runs find it there.
