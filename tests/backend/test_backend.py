@@ -22,7 +22,6 @@ from dhp_jax.backend.cpu_conv import LAYOUT, convolution
 from dhp_jax.backend.hypernets import pack_axes
 from dhp_jax.backend.inference import tune
 from dhp_jax.backend.platform import compiler_options
-from dhp_jax.core import hypernet
 from dhp_jax.core.hypernet import hyper_kernels
 from dhp_jax.core.latent import walk
 from dhp_jax.tasks import Classification, classification, evaluate
@@ -266,7 +265,7 @@ def test_a_gpu_generates_small_kernels_of_one_shape_together(monkeypatch):
         together.append(len(inputs))
         return hyper_kernels(inputs)
 
-    monkeypatch.setattr(hypernet, "hyper_kernels", counted)
+    monkeypatch.setattr(hypernets, "hyper_kernels", counted)
     theirs = losses_and_gradients(model, x, tuned=False)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ours = losses_and_gradients(model, x, tuned=True)
@@ -294,7 +293,7 @@ def test_layers_on_axes_that_consist_of_others_are_generated_together(monkeypatc
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     made = mock.Mock(wraps=hyper_kernels)
-    monkeypatch.setattr(hypernet, "hyper_kernels", made)
+    monkeypatch.setattr(hypernets, "hyper_kernels", made)
     losses_and_gradients(filled(Dense), drawn((4, 8, 8, 6), 0), tuned=True)
     (inputs,), _ = made.call_args
     assert len(inputs) == 2
