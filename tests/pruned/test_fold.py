@@ -16,6 +16,7 @@ from dhp_jax.core.latent import walk
 from dhp_jax.models import mobilenet, resnet
 from dhp_jax.pruned.fold import Identity
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 FAMILIES = {  # arguments, input, layers that are folded, layers of these kinds that stay
     "resnet": ({"depth": 20, "width": 0.25}, (8, 8, 3), 9, 0),
     "vgg": ({"depth": 11, "width": 0.05}, (8, 8, 3), 8, 0),
@@ -27,6 +28,7 @@ FAMILIES = {  # arguments, input, layers that are folded, layers of these kinds 
     "edsr": ({"scale": 2, "blocks": 1, "features": 8}, (6, 6, 3), 1, 0),
     "dncnn": ({"depth": 4, "features": 6}, (8, 8, 1), 4, 0),
 }
+SLOW = ("vgg", "mobilenet_v1", "dncnn")  # whose kinds of layers the others have too
 X = images(2, 6, 6, 3)
 
 
@@ -49,7 +51,9 @@ def left(model):
     return sum(kind in ("BatchNorm", "ChannelBias") for kind in kinds(model))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES]
+)
 def test_a_folded_network_computes_the_same(short, tmp_path, name):
     arguments, shape, folded_layers, layers_left = FAMILIES[name]
     model = filled(lambda rngs: dhp.models.build(name, rngs=rngs, **arguments))

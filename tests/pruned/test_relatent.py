@@ -13,9 +13,10 @@ from dhp_jax.artifact.reading import read_description
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.models import mobilenet
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 NETWORKS = {
     "dense": ("densenet", {"depth": 7, "growth": 4}, (8, 8, 3)),
-    "groups": ("mobilenet_v1", {"width": 0.25}, (16, 16, 3)),
+    "groups": ("mobilenet_v1", {"width": 0.125}, (16, 16, 3)),
     "concat": ("unet", {"depth": 2, "features": 6}, (8, 8, 1)),
     "shuffle": ("srresnet", {"scale": 2, "blocks": 1, "features": 8}, (6, 6, 3)),
 }
@@ -25,7 +26,7 @@ NETWORKS = {
 def short(monkeypatch):
     """MobileNets of two blocks, which compile quickly."""
     monkeypatch.setattr(mobilenet, "V1_BLOCKS", mobilenet.V1_BLOCKS[:2])
-    monkeypatch.setattr(mobilenet.MobileNetV1, "features_size", 160)
+    monkeypatch.setattr(mobilenet.MobileNetV1, "features_size", 80)
 
 
 def pruned(name, seed=0):
