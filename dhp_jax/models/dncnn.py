@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import HyperConv
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.arguments import check_images, check_positive_integer, check_width
 from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, scaled
 
@@ -51,7 +52,7 @@ class DnCNN(nnx.Module):
     ):
         check_positive_integer("depth", depth, MAX_DEPTH)
         if depth < 3:
-            raise ValueError(f"depth: expected at least 3, got {depth!r}")
+            raise ArgumentError("depth", "at least 3", shown(depth))
         check_positive_integer("features", features)
         check_positive_integer("channels", channels)
         check_positive_integer("min_channels", min_channels)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from dhp_jax.core.latent import Axis, Latent
 from dhp_jax.core.layers import Linear
-from dhp_jax.errors import shown
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.arguments import (
     check_boolean,
     check_choice,
@@ -199,4 +199,4 @@ class MobileNetV2(MobileNet):
 def _check_share(argument: str, value: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:
-        raise ValueError(f"{argument}: expected a share in [0, 1], got {shown(value)}")
+        raise ArgumentError(argument, "a share in [0, 1]", shown(value))

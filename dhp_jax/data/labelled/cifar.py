@@ -93,9 +93,10 @@ def _prepare(builder, data_dir: str | os.PathLike | None) -> None:
         obstacle = f"cannot fetch {url}"
     if obstacle is not None:
         raise DataNotFoundError(
-            f"data.dir: found no prepared {builder.name} in {builder.data_dir} and {obstacle}; "
-            f"prepare it there with TFDS in the array_record format on a machine with "
-            f"network, or run the embedded default, {labelled_tfds.DEFAULT_CONFIG}"
+            "data.dir",
+            detail=f"found no prepared {builder.name} in {builder.data_dir} and {obstacle}; "
+            "prepare it there with TFDS in the array_record format on a machine with "
+            f"network, or run the embedded default, {labelled_tfds.DEFAULT_CONFIG}",
         )
     prepare(builder)
 
