@@ -118,7 +118,7 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
         suits = isinstance(rule, tuple) and rule[0](text)
         if kind in READERS and not _reads_as(READERS[kind][0], text) and not suits:
             expected, _, _ = (rule or READERS[kind])[1].partition(OR_NONE)  # which is no text
-            raise ConfigError(name, f"{expected}", shown(text))
+            raise ConfigError(name, expected, shown(text))
 
 
 def _fields(config: ConfigDict) -> Mapping[str, Any]:
@@ -147,4 +147,4 @@ def _check_group(prefix: str, config: Any, rules: Mapping[str, Any]) -> None:
         if isinstance(rule, Mapping):
             _check_group(f"{prefix}{name}.", value, rule)
         elif rule is not None and not rule[0](value):
-            raise ConfigError(f"config.{prefix}{name}", f"{rule[1]}", shown(value))
+            raise ConfigError(f"config.{prefix}{name}", rule[1], shown(value))
