@@ -18,6 +18,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 import functools
+import io
 import json
 from pathlib import Path
 import time
@@ -28,19 +29,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from PIL import Image
 
 import dhp_jax as dhp
-from dhp_jax.latent import walk
-from dhp_jax.layers import Hyper, reinitialize
-from dhp_jax.prox import soft_threshold
-from dhp_jax.prune import survivors_within
-from dhp_jax.reuse import carry_kernels
+from dhp_jax.budgets.counted import survivors_within
+from dhp_jax.core.latent import walk
+from dhp_jax.core.layers import Hyper
+from dhp_jax.core.prox import soft_threshold
+from dhp_jax.pruned.fresh_weights import reinitialize
 
 SHAPE = (32, 32, 3)
 BORDER = 4  # pixels of padding, out of which crops are cut
 MEAN, DEVIATION = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 TEMPERATURE = 4.0  # of the distillation
+BINARY = "data_batch_*.bin", "test_batch.bin"  # files of CIFAR-10's binary version
 TARGETS = (0.5, 0.25)  # shares of the FLOPs
 
 Arrays = dict[str, jax.Array]
@@ -59,7 +62,7 @@ class Size:
     updates: int = 980  # of every row
 
 
-REHEARSAL = Size(depth=8, batch=16, segment=2, epochs=1, updates=24)
+REHEARSAL = Size(depth=8, batch=8, segment=1, epochs=1, updates=12)
 
 
 # ---------------------------------------------------------------------------------- the program
@@ -121,37 +124,44 @@ class Network:
 
     def __init__(self, depth: int, dtype: Any):
         self.latents = dhp.models.build("resnet", depth=depth, dtype=dtype, rngs=nnx.Rngs(0))
-        self.names = {z: name for name, z in dhp.latents(self.latents).items()}
-        self.prunable = [name for z, name in self.names.items() if z.prunable]
-        self.sizes = {name: z.size for z, name in self.names.items()}
+        named = dhp.latents(self.latents)
+        self.names = {z: name for name, z in named.items()}
+        self.prunable = [name for name, z in named.items() if z.prunable]
+        self.sizes = {name: z.size for name, z in named.items()}
         self.cost = dhp.measure_cost(self.latents, SHAPE)
+        self.layers = {path: layer for path, _, layer in walk(self.latents)}
         self.gates = {
             f"{path}.{array}": self.names[layer.z]
-            for path, _, layer in walk(self.latents)
+            for path, layer in self.layers.items()
             if isinstance(layer, dhp.BatchNorm)
             for array in ("scale", "bias")
         }
-        plain = dhp.prune(self.latents)
-        self.graphdef, state = nnx.split(plain)
+        self.graphdef, state = nnx.split(dhp.prune(self.latents))
         self.variables = {".".join(map(str, p)): (p, v) for p, v in nnx.to_flat_state(state)}
 
-    def fresh(self, seed: int) -> tuple[Arrays, Arrays]:
-        """Weights and statistics before any training."""
+    def fresh(self, seed: int) -> dict[str, np.ndarray]:
+        """Weights and statistics before any training, on the host."""
         plain = self.model({name: v[...] for name, (_, v) in self.variables.items()})
         reinitialize(plain, rngs=nnx.Rngs(seed))
-        return self.split(plain)
+        return {name: np.asarray(x) for group in self.split(plain) for name, x in group.items()}
+
+    def is_weight(self, name: str) -> bool:
+        return isinstance(self.variables[name][1], nnx.Param)
 
     def split(self, plain: nnx.Module) -> tuple[Arrays, Arrays]:
         """Weights and statistics of an ordinary network."""
         weights, statistics = {}, {}
         for path, variable in nnx.to_flat_state(nnx.state(plain)):
-            group = weights if isinstance(variable, nnx.Param) else statistics
-            group[".".join(map(str, path))] = variable[...]
+            name = ".".join(map(str, path))
+            (weights if self.is_weight(name) else statistics)[name] = variable[...]
         return weights, statistics
 
     def model(self, arrays: Arrays) -> nnx.Module:
         """The ordinary network that has these arrays."""
-        flat = [(path, v.replace(arrays[name])) for name, (path, v) in self.variables.items()]
+        flat = [
+            (path, v.replace(jnp.asarray(arrays[name])))
+            for name, (path, v) in self.variables.items()
+        ]
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat), copy=True)
 
     def gated(self, weights: Arrays, gates: Arrays) -> Arrays:
@@ -161,23 +171,16 @@ class Network:
             for name, array in weights.items()
         }
 
-    def of_latents(self, weights: Arrays, statistics: Arrays) -> nnx.Module:
-        """The network of latents that computes what the ordinary one does."""
-        model = nnx.clone(self.latents)
-        carry_kernels(self.model({**weights, **statistics}), model)
-        return model
-
-    def ones(self) -> Arrays:
-        return {name: jnp.ones(self.sizes[name]) for name in self.prunable}
-
-    def zeros(self) -> Arrays:
-        return {name: jnp.zeros(self.sizes[name]) for name in self.prunable}
+    def full(self, value: float) -> dict[str, np.ndarray]:
+        """A number for each entry of each prunable latent."""
+        return {name: np.full(self.sizes[name], value, np.float32) for name in self.prunable}
 
 
 def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Callable, Callable]:
     """The two compiled programs: some updates, and the errors on the test images."""
-    pixels = jnp.pad(jnp.asarray(train[0]), ((0, 0), (BORDER, BORDER), (BORDER, BORDER), (0, 0)))
-    data = pixels, jnp.asarray(train[1], jnp.int32)
+    border = (BORDER, BORDER)
+    pixels = np.pad(train[0], ((0, 0), border, border, (0, 0)))
+    data = jax.device_put((pixels, np.asarray(train[1], np.int32)))
     count = len(test[1])
     whole = -(-count // batch) * batch
     tested = (
@@ -191,7 +194,9 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Calla
         return (images.astype(jnp.float32) - jnp.array(MEAN)) / jnp.array(DEVIATION)
 
     def cut_out(pixels, index, shift, flip):
-        crop = lambda i, s: jax.lax.dynamic_slice(pixels, (i, s[0], s[1], 0), (1, *SHAPE))[0]
+        def crop(i, at):
+            return jax.lax.dynamic_slice(pixels, (i, at[0], at[1], 0), (1, *SHAPE))[0]
+
         crops = jax.vmap(crop)(index, shift)
         return normalised(jnp.where(flip[:, None, None, None], crops[:, :, ::-1], crops))
 
@@ -200,23 +205,27 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Calla
         model.train() if training else model.eval()
         return model(images).astype(jnp.float32), net.split(model)[1]
 
-    def update(data, plan, teacher, distilled, run, batches):
+    def update(data, plan, teacher, run, batches):
         index, shift, flip, rate = batches
         images = cut_out(data[0], index, shift, flip)
         labels = data[1][index]
-        target = None
-        if distilled:
-            soft, _ = logits_of(*teacher, images, training=False)
-            target = jax.nn.softmax(soft / TEMPERATURE)
+
+        def softened(images):
+            logits, _ = logits_of(*teacher, images, training=False)
+            return jax.nn.softmax(logits / TEMPERATURE)
+
+        def nothing(images):
+            return jnp.full((len(images), 10), 0.1)
+
+        share = plan.distillation
+        target = jax.lax.cond(share > 0, softened, nothing, images)
 
         def loss_of(weights, z):
             gates = jax.tree.map(jnp.multiply, z, plan.mask)
             logits, statistics = logits_of(weights, gates, run.statistics, images, training=True)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            if distilled:
-                apart = optax.kl_divergence(jax.nn.log_softmax(logits / TEMPERATURE), target).mean()
-                share = plan.distillation
-                loss = (1 - share) * loss + share * TEMPERATURE**2 * apart
+            apart = optax.kl_divergence(jax.nn.log_softmax(logits / TEMPERATURE), target).mean()
+            loss = (1 - share) * loss + share * TEMPERATURE**2 * apart
             return loss, statistics
 
         (loss, statistics), (grads, grads_z) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
@@ -224,9 +233,7 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Calla
         )
         terms = jax.tree.map(jnp.multiply, grads_z, run.z)
         grads = jax.tree.map(lambda g, w: g + WEIGHT_DECAY * w, grads, run.weights)
-        after = jax.tree.map(
-            lambda v, g: MOMENTUM * v + g, run.velocity, (grads, grads_z)
-        )
+        after = jax.tree.map(lambda v, g: MOMENTUM * v + g, run.velocity, (grads, grads_z))
         step, step_z = jax.tree.map(lambda v, g: g + MOMENTUM * v, after, (grads, grads_z))
         weights = jax.tree.map(lambda w, s: w - rate * s, run.weights, step)
 
@@ -242,22 +249,27 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Calla
         sums = Sums(jax.tree.map(jnp.abs, terms), jax.tree.map(jnp.square, terms), loss)
         return Run(weights, z, after, statistics), sums
 
-    @functools.partial(jax.jit, static_argnames="distilled", donate_argnums=1)
-    def advance(data, run, plan, teacher, batches, distilled):
+    @functools.partial(jax.jit, donate_argnums=1)
+    def advance(data, run, plan, teacher, batches):
         def body(carry, batch):
             run, total = carry
-            run, sums = update(data, plan, teacher, distilled, run, batch)
+            run, sums = update(data, plan, teacher, run, batch)
             return (run, jax.tree.map(jnp.add, total, sums)), None
 
-        nothing = Sums(net.zeros(), net.zeros(), jnp.zeros(()))
+        zeros = jax.tree.map(jnp.asarray, net.full(0))
+        nothing = Sums(zeros, zeros, jnp.zeros(()))
         (run, total), _ = jax.lax.scan(body, (run, nothing), batches)
         return run, jax.tree.map(lambda x: x / len(batches.rate), total)
 
     @jax.jit
-    def test_errors(tested, weights, gates, statistics):
+    def test_errors(tested, run, mask):
+        gates = jax.tree.map(jnp.multiply, run.z, mask)
+
         def body(_, batch):
             images, labels, counts = batch
-            logits, _ = logits_of(weights, gates, statistics, normalised(images), training=False)
+            logits, _ = logits_of(
+                run.weights, gates, run.statistics, normalised(images), training=False
+            )
             wrong = (jnp.argmax(logits, -1) != labels) & counts
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels) * counts
             return None, (wrong, loss)
@@ -266,8 +278,7 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Calla
 
     def evaluate(run: Run, mask: Arrays) -> dict[str, float]:
         """Errors in percent; of the first and second half of the images as well."""
-        gates = jax.tree.map(jnp.multiply, run.z, mask)
-        wrong, loss = test_errors(tested, run.weights, gates, run.statistics)
+        wrong, loss = test_errors(tested, run, mask)
         wrong = np.asarray(wrong).reshape(-1)[:count]
         half = count // 2
         return {
@@ -288,43 +299,39 @@ def of_mean_one(scores: Scores) -> Scores:
     return {name: values / max(values.mean(), 1e-12) for name, values in scores.items()}
 
 
-def summed(
-    net: Network, model: nnx.Module, scores_of: Callable[[np.ndarray], np.ndarray]
-) -> Scores:
+def summed(net: Network, weights: Arrays, number_of: Callable[[np.ndarray], np.ndarray]) -> Scores:
     """Sums, over the convolutions whose output a latent is, of what a function says of filters.
 
     Args:
       net: whose latents they are.
-      model: the network of latents.
-      scores_of: takes the filters of a convolution as rows, and returns a number for each.
+      weights: of the trained network.
+      number_of: takes the filters of a convolution as rows, and returns a number for each.
     """
     total = {name: np.zeros(net.sizes[name]) for name in net.prunable}
-    names = {z: name for name, z in dhp.latents(model).items()}
-    for _, _, layer in walk(model):
-        if isinstance(layer, Hyper) and names[layer.z_out] in total:
-            kernel = np.asarray(layer.kernel(), np.float64)
-            total[names[layer.z_out]] += scores_of(kernel.reshape(-1, kernel.shape[-1]).T)
+    for path, layer in net.layers.items():
+        if isinstance(layer, Hyper) and net.names[layer.z_out] in total:
+            kernel = np.asarray(weights[f"{path}.kernel"], np.float64)
+            total[net.names[layer.z_out]] += number_of(kernel.reshape(-1, kernel.shape[-1]).T)
     return total
 
 
-def group_scores(net: Network, model: nnx.Module) -> Scores:
+def group_scores(net: Network, weights: Arrays) -> Scores:
     """The Euclidean norm of all weights that an entry rules: filters, scales, and what reads it."""
     total = {name: np.zeros(net.sizes[name]) for name in net.prunable}
-    names = {z: name for name, z in dhp.latents(model).items()}
 
     def add(axis, values):
-        if names[axis] in total:
-            total[names[axis]] += values
+        if net.names[axis] in total:
+            total[net.names[axis]] += values
 
-    for _, _, layer in walk(model):
+    for path, layer in net.layers.items():
         if isinstance(layer, Hyper):
-            squares = np.asarray(layer.kernel(), np.float64) ** 2
+            squares = np.asarray(weights[f"{path}.kernel"], np.float64) ** 2
             add(layer.z_in, squares.sum((0, 1, 3)))
             add(layer.z_out, squares.sum((0, 1, 2)))
         elif isinstance(layer, dhp.BatchNorm):
-            add(layer.z, np.asarray(layer.scale[...], np.float64) ** 2)
+            add(layer.z, np.asarray(weights[f"{path}.scale"], np.float64) ** 2)
         elif isinstance(layer, dhp.Linear):
-            add(layer.z_in, (np.asarray(layer.kernel[...], np.float64) ** 2).sum(1))
+            add(layer.z_in, (np.asarray(weights[f"{path}.kernel"], np.float64) ** 2).sum(1))
     return of_mean_one({name: np.sqrt(values) for name, values in total.items()})
 
 
@@ -335,6 +342,24 @@ def scale_scores(net: Network, weights: Arrays) -> Scores:
         if array.endswith("scale") and name in total:
             total[name] += np.abs(np.asarray(weights[array], np.float64))
     return total
+
+
+def magnitude_scores(net: Network, weights: Arrays) -> dict[str, Scores]:
+    """The criteria that look at the weights alone."""
+
+    def l1(filters):
+        return np.abs(filters).sum(1)
+
+    def l2(filters):
+        return np.sqrt((filters**2).sum(1))
+
+    return {
+        "l1": of_mean_one(summed(net, weights, l1)),
+        "l2": of_mean_one(summed(net, weights, l2)),
+        "fpgm": of_mean_one(summed(net, weights, distances)),
+        "group": group_scores(net, weights),
+        "scale": scale_scores(net, weights),
+    }
 
 
 def distances(filters: np.ndarray) -> np.ndarray:
@@ -385,6 +410,7 @@ class Way:
       strength: of the l1 norm on relative latents, in a search that ends when the budget holds.
       distillation: share of the loss that compares with the unpruned network.
       rate: largest learning rate.
+      relative: whether the scores of each latent are divided by their mean.
       decay: share of a segment's Taylor terms that the average keeps from before.
     """
 
@@ -398,6 +424,7 @@ class Way:
     strength: float = 0.0
     distillation: float = 0.0
     rate: float = 0.05
+    relative: bool = False
     decay: float = 0.5
 
 
@@ -409,10 +436,12 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         self.end = time.monotonic() + 60 * options.minutes
         self.train, self.test = read(options.data, options.rehearse)
-        self.net = Network(size.depth, None if options.rehearse else jnp.bfloat16)
+        self.net = Network(size.depth, jnp.bfloat16)
         self.advance, self.evaluate = programs(self.net, self.train, self.test, size.batch)
-        self.teacher = None
-        self.taylor = None
+        self.trained: dict[str, np.ndarray] = {}
+        untrained = self.begin(self.net.fresh(0))
+        self.teacher = untrained.weights, untrained.z, untrained.statistics
+        self.scores: dict[str, Scores] = {}
 
     def left(self) -> float:
         """Seconds until no further row is begun."""
@@ -423,14 +452,20 @@ class Bench:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
-    def begin(self, weights: Arrays, statistics: Arrays) -> Run:
-        """A run's state before its first update; copies, for updates write over them."""
-        run = Run(weights, self.net.ones(), (weights, self.net.ones()), statistics)
-        run = jax.tree.map(lambda x: jnp.array(x, copy=True), run)
-        return run._replace(velocity=jax.tree.map(jnp.zeros_like, run.velocity))
+    def begin(self, arrays: Mapping[str, np.ndarray]) -> Run:
+        """A run's state before its first update.
+
+        Args:
+          arrays: weights and statistics, on the host.
+        """
+        weights = {name: x for name, x in arrays.items() if self.net.is_weight(name)}
+        statistics = {name: x for name, x in arrays.items() if name not in weights}
+        z = self.net.full(1)
+        velocity = jax.tree.map(np.zeros_like, (weights, z))
+        return jax.tree.map(jnp.array, Run(weights, z, velocity, statistics))
 
     def batches(self, seed: int, rates: Sequence[float]) -> Iterator[Batches]:
-        """The batches of a run, a segment at a time: one permutation of the images after another."""
+        """The batches of a run, a segment at a time; every image comes before one comes again."""
         rng = np.random.default_rng(seed)
         each, count = self.size.batch * self.size.segment, len(self.train[1])
         rates = np.asarray(rates, np.float32).reshape(-1, self.size.segment)
@@ -445,9 +480,11 @@ class Bench:
             order = order[each:]
 
     def plan(self, mask: Mapping[str, np.ndarray], **fields: Any) -> Plan:
-        as_arrays = lambda tree: {k: jnp.asarray(v, jnp.float32) for k, v in tree.items()}
-        zeros = {name: np.zeros(self.net.sizes[name]) for name in mask}
-        given = {"amount": zeros, "strength": zeros} | fields
+
+        def as_arrays(tree):
+            return {name: jnp.asarray(values, jnp.float32) for name, values in tree.items()}
+
+        given = {"amount": self.net.full(0), "strength": self.net.full(0)} | fields
         arrays = {name: as_arrays(given.pop(name)) for name in ("amount", "strength")}
         numbers = {"relative": False, "rate": 0.0, "distillation": 0.0} | given
         return Plan(
@@ -458,9 +495,8 @@ class Bench:
             distillation=jnp.float32(numbers["distillation"]),
         )
 
-    def step(self, run: Run, plan: Plan, batches: Batches, distilled: bool = False):
-        teacher = self.teacher if distilled else None
-        return self.advance(run, plan, teacher, batches, distilled=distilled)
+    def step(self, run: Run, plan: Plan, batches: Batches) -> tuple[Run, Sums]:
+        return self.advance(run, plan, self.teacher, batches)
 
 
 def cosine(peak: float, updates: int, warm_up: int) -> np.ndarray:
@@ -470,16 +506,12 @@ def cosine(peak: float, updates: int, warm_up: int) -> np.ndarray:
     return peak * np.where(at < warm_up, (at + 1) / warm_up, down)
 
 
-def whole(net: Network) -> dict[str, np.ndarray]:
-    return {name: np.ones(net.sizes[name]) for name in net.prunable}
-
-
-def train(bench: Bench, weights: Arrays, statistics: Arrays, mask, seed: int, epochs: int) -> Run:
-    """Training from fresh weights."""
+def train(bench: Bench, mask: Mapping[str, np.ndarray], seed: int, epochs: int) -> Run:
+    """Training from fresh weights, of the whole network or of one with less channels."""
     size = bench.size
     segments = max(2, round(epochs * len(bench.train[1]) / size.batch / size.segment))
     updates = segments * size.segment
-    run, plan = bench.begin(weights, statistics), bench.plan(mask)
+    run, plan = bench.begin(bench.net.fresh(seed)), bench.plan(mask)
     rates = cosine(size.rate, updates, min(2 * size.segment, updates // 2))
     for batches in bench.batches(1000 + seed, rates):
         run, sums = bench.step(run, plan, batches)
@@ -493,29 +525,9 @@ def measure_taylor(bench: Bench, run: Run) -> dict[str, Scores]:
     """First-order Taylor terms of the trained network over a segment, without an update."""
     rates = np.zeros(bench.size.segment)
     (batches,) = bench.batches(777, rates)
-    _, sums = bench.step(run, bench.plan(whole(bench.net)), batches)
-    as_numpy = lambda tree: {k: np.asarray(v, np.float64) for k, v in tree.items()}
-    return {"taylor": as_numpy(sums.absolute), "taylor_square": as_numpy(sums.squares)}
-
-
-def scores_of(bench: Bench, way: Way, run: Run, seed: int) -> Scores:
-    """The criterion of a row on the trained network."""
-    net = bench.net
-    if way.by in ("taylor", "taylor_square"):
-        return bench.taylor[way.by]
-    if way.by == "random":
-        return dhp.random_scores(net.latents, seed)
-    if way.by == "scale":
-        return scale_scores(net, run.weights)
-    model = net.of_latents(run.weights, run.statistics)
-    if way.by == "group":
-        return group_scores(net, model)
-    if way.by == "fpgm":
-        return of_mean_one(summed(net, model, distances))
-    if way.by == "l2":
-        norms = summed(net, model, lambda filters: np.sqrt((filters**2).sum(1)))
-        return of_mean_one(norms)
-    return dhp.l1_scores(model)
+    _, sums = bench.step(run, bench.plan(bench.net.full(1)), batches)
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    return {"taylor": sums.absolute, "taylor_square": sums.squares}
 
 
 def uniform(net: Network, scores: Scores, flops: float) -> dict[str, np.ndarray]:
@@ -530,24 +542,33 @@ def uniform(net: Network, scores: Scores, flops: float) -> dict[str, np.ndarray]
 
 def pruned_row(bench: Bench, way: Way, flops: float, seed: int) -> None:
     """Prunes the trained network in one way, trains what is left, and writes the row."""
-    began, net, size = time.monotonic(), bench.net, bench.size
-    run = bench.begin(*bench.teacher_arrays)
+    began, size = time.monotonic(), bench.size
+    run = bench.begin(bench.trained)
     rates = cosine(way.rate, size.updates, size.segment)
     stream = bench.batches(seed, rates)
-    distilled = way.distillation > 0
     options = {"rate": way.gate_rate, "distillation": way.distillation}
     history = []
     if way.fade:
         run, mask = faded(bench, way, flops, run, stream, options, history)
-    elif way.by == "uniform":
-        mask = uniform(net, scores_of(bench, replace(way, by="l1"), run, seed), flops)
     else:
-        scores = scores_of(bench, way, run, seed)
-        mask = choose(net, per_cost(net, scores, way.power, {}), flops)
+        mask = cut(bench, way, flops, seed)
     plan = bench.plan(mask, **options)
     for batches in stream:
-        run, sums = bench.step(run, plan, batches, distilled)
+        run, sums = bench.step(run, plan, batches)
     finished(bench, way.name, asdict(way), flops, seed, run, mask, began, sums, history)
+
+
+def cut(bench: Bench, way: Way, flops: float, seed: int) -> dict[str, np.ndarray]:
+    """The survivors of a way that cuts at once."""
+    net = bench.net
+    if way.by == "random":
+        return choose(net, dhp.random_scores(net.latents, seed), flops)
+    if way.by.startswith("uniform"):
+        return uniform(net, bench.scores[way.by.removeprefix("uniform_")], flops)
+    scores = bench.scores[way.by]
+    if way.relative:
+        scores = of_mean_one({name: np.sqrt(values) for name, values in scores.items()})
+    return choose(net, per_cost(net, scores, way.power, {}), flops)
 
 
 def finished(bench, name, way, flops, seed, run, mask, began, sums=None, history=()) -> None:
@@ -576,8 +597,7 @@ def faded(bench, way, flops, run, stream, options, history):
     strength that brings them there in time.
     """
     net, size = bench.net, bench.size
-    distilled = way.distillation > 0
-    mask = whole(net)
+    mask = net.full(1)
     average = None
 
     def observe(sums):
@@ -591,34 +611,31 @@ def faded(bench, way, flops, run, stream, options, history):
                 name: way.decay * average[name] + (1 - way.decay) * terms[name] for name in terms
             }
 
-    def ranked(z):
+    def ranked():
         counts = {name: int(values.sum()) for name, values in mask.items()}
-        if way.by in ("taylor", "taylor_square"):
-            scores = average
-        else:
-            scores = scores_of(bench, way, run, 0)
+        scores = average if way.by.startswith("taylor") else bench.scores[way.by]
         scores = per_cost(net, scores, way.power, counts)
         return {name: np.maximum(scores[name], 1e-30) * mask[name] for name in mask}
 
     if way.by == "latent":
         strength = {name: way.strength * mask[name] for name in mask}
         if way.power:  # in proportion to what an entry costs; 1 on average
-            cost = per_cost(net, whole(net), -way.power, {})
+            cost = per_cost(net, net.full(1), -way.power, {})
             mean = np.mean(np.concatenate(list(cost.values())))
             strength = {name: strength[name] * cost[name] / mean for name in mask}
         plan = bench.plan(mask, strength=strength, relative=True, **options)
         for _ in range(way.fade):
-            run, sums = bench.step(run, plan, next(stream), distilled)
+            run, sums = bench.step(run, plan, next(stream))
         history += [np.asarray(values).round(4).tolist() for values in run.z.values()]
         scores = {name: np.abs(np.asarray(run.z[name], np.float64)) for name in mask}
         return run, choose(net, scores, flops)
-    run, sums = bench.step(run, bench.plan(mask, **options), next(stream), distilled)
+    run, sums = bench.step(run, bench.plan(mask, **options), next(stream))
     observe(sums)
     if way.steps == 1:
         keep = None
         for left in range(way.fade, 0, -1):
             if keep is None or way.again:
-                keep = choose(net, unfaded(ranked(run.z), run.z, way), flops)
+                keep = choose(net, unfaded(ranked(), run.z, way), flops)
             amount = {
                 name: np.where(
                     keep[name],
@@ -628,7 +645,7 @@ def faded(bench, way, flops, run, stream, options, history):
                 for name in mask
             }
             plan = bench.plan(mask, amount=amount, **options)
-            run, sums = bench.step(run, plan, next(stream), distilled)
+            run, sums = bench.step(run, plan, next(stream))
             observe(sums)
         mask = {name: keep[name].astype(float) for name in mask}
     else:
@@ -636,14 +653,14 @@ def faded(bench, way, flops, run, stream, options, history):
         for number in range(1, way.steps + 1):
             share = 1 - (1 - flops) * (1 - (1 - number / way.steps) ** 2)
             share = flops if number == way.steps else max(share, flops)
-            keep = choose(net, ranked(run.z), share)
+            keep = choose(net, ranked(), share)
             amount = {
                 name: np.where(keep[name], 0, np.asarray(run.z[name]) / (each * size.segment))
                 for name in mask
             }
             plan = bench.plan(mask, amount=amount, **options)
             for _ in range(each):
-                run, sums = bench.step(run, plan, next(stream), distilled)
+                run, sums = bench.step(run, plan, next(stream))
             observe(sums)
             mask = {name: mask[name] * keep[name] for name in mask}
             history.append({"share": share, "train_loss": float(sums.loss)})
@@ -651,7 +668,7 @@ def faded(bench, way, flops, run, stream, options, history):
 
 
 def unfaded(scores: Scores, z: Arrays, way: Way) -> Scores:
-    """Taylor terms as they would be with gates at 1: `(g z)^2 / z^2`; for entries that still count."""
+    """Taylor terms as they would be with gates at 1: `(g z)^2 / z^2`."""
     if not way.again:
         return scores
     power = 1 if way.by == "taylor" else 2 if way.by == "taylor_square" else 0
@@ -667,7 +684,7 @@ def unfaded(scores: Scores, z: Arrays, way: Way) -> Scores:
 def train_stage(bench: Bench, options: argparse.Namespace) -> None:
     """Trains the network and keeps it, its kernels in half precision."""
     began = time.monotonic()
-    run = train(bench, *bench.net.fresh(options.seed), whole(bench.net), options.seed, bench.size.epochs)
+    run = train(bench, bench.net.full(1), options.seed, bench.size.epochs)
     arrays = {name: np.asarray(x) for name, x in {**run.weights, **run.statistics}.items()}
     arrays = {
         name: x.astype(np.float16) if name.endswith("kernel") else x.astype(np.float32)
@@ -679,28 +696,29 @@ def train_stage(bench: Bench, options: argparse.Namespace) -> None:
         epochs=bench.size.epochs,
         seed=options.seed,
         seconds=round(time.monotonic() - began, 3),
-        **bench.evaluate(run, bench.plan(whole(bench.net)).mask),
+        **bench.evaluate(run, bench.plan(bench.net.full(1)).mask),
     )
 
 
 def load(bench: Bench, path: Path) -> None:
     """Takes the trained network as what all rows begin with, and as the teacher."""
     with np.load(path) as stored:
-        arrays = {name: jnp.asarray(stored[name], jnp.float32) for name in stored.files}
-    weights, statistics = bench.net.split(bench.net.model(arrays))
-    bench.teacher_arrays = weights, statistics
-    bench.teacher = (dict(weights), bench.net.ones(), dict(statistics))
-    bench.taylor = measure_taylor(bench, bench.begin(weights, statistics))
+        bench.trained = {name: stored[name].astype(np.float32) for name in stored.files}
+    run = bench.begin(bench.trained)
+    bench.teacher = run.weights, run.z, run.statistics
+    bench.scores = magnitude_scores(bench.net, bench.trained)
+    bench.scores |= measure_taylor(bench, bench.begin(bench.trained))
 
 
-ONE_SHOT = ("l1", "group", "taylor", "taylor_square", "scale", "fpgm", "l2", "random", "uniform")
+CRITERIA = ("l1", "group", "taylor", "taylor_square", "scale", "fpgm", "l2", "random", "uniform_l1")
 FADED = Way("", by="taylor_square", fade=6)
 
 
 def explore_stage(bench: Bench, options: argparse.Namespace) -> None:
     """Short runs of many ways, the most telling ones first, as many as there is time for."""
     load(bench, options.weights or bench.out / "resnet20.npz")
-    for seed, flops, way in exploration():
+    tried = list(exploration())
+    for seed, flops, way in tried[2::7] if options.rehearse else tried:
         if bench.left() < 0:
             return
         pruned_row(bench, way, flops, seed)
@@ -708,51 +726,52 @@ def explore_stage(bench: Bench, options: argparse.Namespace) -> None:
 
 def exploration() -> Iterator[tuple[int, float, Way]]:
     """What is tried in which order: seed, target and row."""
-    one = {by: Way(by, by=by) for by in ONE_SHOT}
-    low, half = 0.25, 0.5
-    squared = {
-        power: Way(f"square per flop^{power}", by="taylor_square", power=power) for power in (0.5, 1.0)
-    }
+    one = {by: Way(by, by=by) for by in (*CRITERIA, "uniform_taylor_square")}
+    for power in (0.5, 1.0):
+        name = f"taylor_square per flop^{power}"
+        one[name] = Way(name, by="taylor_square", power=power)
+    one["root"] = Way("root of taylor_square, mean 1", by="taylor_square", relative=True)
     steps = {
         power: replace(FADED, name=f"six steps, per flop^{power}", steps=6, power=power)
         for power in (0.0, 0.5, 1.0)
     }
-    absolute = replace(FADED, name="six steps, absolute", by="taylor", steps=6, power=0.5)
-    again = replace(FADED, name="fade, chosen again, per flop^0.5", again=True, power=0.5)
-    once = replace(FADED, name="fade, chosen once, per flop^0.5", power=0.5)
-    l1_fade = replace(FADED, name="fade, l1", by="l1")
-    latent = Way("relative latents", by="latent", fade=6, gate_rate=1.0, strength=0.5)
-    distilled = {
-        share: replace(steps[0.5], name=f"six steps, distilled {share}", distillation=share)
-        for share in (0.5, 0.9)
-    }
+    half = steps[0.5]
+    more = [
+        replace(half, name="six steps, absolute, per flop^0.5", by="taylor"),
+        replace(half, name="one step", steps=1),
+        replace(half, name="one step, chosen again", steps=1, again=True),
+        replace(half, name="one step, l1", by="l1", steps=1, power=0.0),
+        replace(half, name="ten steps", fade=10, steps=10),
+        replace(half, name="three steps", fade=3, steps=3),
+        replace(half, name="six steps, gates trained", gate_rate=1.0),
+        Way("relative latents", by="latent", fade=6, gate_rate=1.0, strength=0.5),
+    ]
+    distilled = replace(half, name="six steps, per flop^0.5, distilled 0.9", distillation=0.9)
     l1_distilled = replace(one["l1"], name="l1, distilled 0.9", distillation=0.9)
-    first = [one["l1"], one["taylor_square"], steps[0.5], steps[1.0], steps[0.0], one["random"]]
-    first += [replace(one["l1"], name=f"l1, rate {rate}", rate=rate) for rate in (0.02, 0.1)]
-    first += [squared[0.5], squared[1.0], one["taylor"], one["uniform"], again, distilled[0.9]]
-    for way in first:
-        yield 10, low, way
-    for way in [one["l1"], steps[0.5], steps[1.0], one["taylor_square"], distilled[0.9], again]:
-        yield 10, half, way
-    for way in [one["group"], l1_distilled, distilled[0.5], absolute, once, l1_fade, latent]:
-        yield 10, low, way
-    longer = replace(steps[0.5], name="ten steps, per flop^0.5", fade=10, steps=10)
-    shorter = replace(steps[0.5], name="three steps, per flop^0.5", fade=3, steps=3)
-    moving = replace(steps[0.5], name="six steps, gates trained", gate_rate=1.0)
-    for way in [longer, shorter, moving, one["scale"], one["fpgm"]]:
-        yield 10, low, way
+    rates = [replace(one["l1"], name=f"l1, rate {rate}", rate=rate) for rate in (0.02, 0.1)]
+    at_once = [
+        one[name] for name in one if name.startswith(("uniform", "taylor_square per", "root"))
+    ]
+    for way in [one["l1"], one["taylor_square"], half, steps[1.0], one["random"], *at_once, *rates]:
+        yield 10, 0.25, way
+    for way in [distilled, l1_distilled, steps[0.0], more[2], more[-1]]:
+        yield 10, 0.25, way
+    for way in [one["l1"], half, steps[1.0], one["taylor_square"], distilled, one["uniform_l1"]]:
+        yield 10, 0.5, way
+    for way in [one["group"], *more[:2], *more[3:-1], one["taylor"], one["scale"], one["fpgm"]]:
+        yield 10, 0.25, way
     for seed in (11, 12):
-        for flops in (low, half):
-            for way in [one["l1"], steps[0.5], steps[1.0], one["taylor_square"], one["group"]]:
+        for flops in (0.25, 0.5):
+            for way in [one["l1"], half, steps[1.0], one["taylor_square"], one["group"]]:
                 yield seed, flops, way
-    for way in [one["random"], one["uniform"], one["scale"], one["fpgm"], squared[1.0], latent]:
-        yield 10, half, way
+    for way in [one["random"], one["scale"], one["fpgm"], one["taylor"], one["group"], more[-1]]:
+        yield 10, 0.5, way
 
 
 def final_stage(bench: Bench, options: argparse.Namespace) -> None:
     """The table: every row for every seed, both targets."""
     load(bench, options.weights or bench.out / "resnet20.npz")
-    ways = [Way(by, by=by) for by in ONE_SHOT]
+    ways = [Way(by, by=by) for by in CRITERIA]
     for seed in options.seeds:
         for flops in TARGETS:
             for way in ways:
@@ -764,16 +783,46 @@ def final_stage(bench: Bench, options: argparse.Namespace) -> None:
 STAGES = {"train": train_stage, "explore": explore_stage, "final": final_stage}
 
 
-def read(path: Path | None, rehearse: bool) -> tuple[tuple, tuple]:
-    """Images (uint8) and labels, of training and test; a few random ones in a rehearsal."""
+def read(path: Path, rehearse: bool) -> tuple[tuple, tuple]:
+    """Images (uint8) and labels, of training and test; a few random ones in a rehearsal.
+
+    Args:
+      path: a folder with the binary version of CIFAR-10, a file that `cifar10_pack.py` has made, or
+        an .npz file with `train_images`, `train_labels`, `test_images`, `test_labels`.
+      rehearse: whether a few random ones do.
+    """
     if rehearse:
         rng = np.random.default_rng(0)
-        draw = lambda n: (rng.integers(0, 256, (n, *SHAPE), np.uint8), rng.integers(0, 10, n))
-        return draw(200), draw(40)
-    with np.load(path) as stored:
         return tuple(
-            (stored[f"{part}_images"], stored[f"{part}_labels"]) for part in ("train", "test")
+            (rng.integers(0, 256, (n, *SHAPE), np.uint8), rng.integers(0, 10, n)) for n in (32, 16)
         )
+    if path.is_dir():
+        return tuple(of_binary(sorted(path.rglob(pattern))) for pattern in BINARY)
+    if path.suffix == ".npz":
+        with np.load(path) as stored:
+            return tuple(
+                (stored[f"{part}_images"], stored[f"{part}_labels"]) for part in ("train", "test")
+            )
+    from cifar10_pack import unpacked
+
+    splits, _ = unpacked(path.read_bytes())
+    return tuple(
+        (np.stack([decoded(image) for image in images]), np.asarray(labels))
+        for images, labels in (splits["train"], splits["test"])
+    )
+
+
+def of_binary(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of files of the binary version: a label, then the channels one by one."""
+    if not paths:
+        raise ValueError("--data: expected data_batch_1.bin to data_batch_5.bin and test_batch.bin")
+    records = np.concatenate([np.fromfile(path, np.uint8) for path in paths]).reshape(-1, 3073)
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), records[:, 0]
+
+
+def decoded(image: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
 
 
 def main() -> None:
