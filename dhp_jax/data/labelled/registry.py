@@ -30,7 +30,8 @@ def load(
         and "test" (or "val").
       data_dir: the folder of "image_folder"; for others the TFDS directory that holds the data,
         `data_dir/cifar10/3.0.2/...`; TFDS's own default, `~/tensorflow_datasets`, if `None`.
-        "digits" does not look at it.
+        The binary version of CIFAR as its authors give it out, `data_dir/cifar-10-batches-bin` or
+        `data_dir/cifar-100-binary`, comes first where it is. "digits" does not look at it.
       image_size: height and width in pixels; larger and smaller images are resized so that their
         centre fills it. "imagenet2012": 224 if `None`. "image_folder": if `None`, the images keep
         their size, which must be the same for all. Other data sets have the size they have.
