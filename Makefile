@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ONNX := .venv-onnx
 
-.PHONY: demo demo-denoise demo-sr test test-slow test-onnx lint format bench docs clean
+.PHONY: demo demo-denoise demo-sr test test-slow test-onnx lint format bench bench-accelerator docs clean
 
 demo: $(VENV)/installed
 	$(RUN) experiments/main.py --config=experiments/configs/digits_resnet20.py --config.method=baseline
@@ -37,6 +37,9 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) benchmarks/run.py
+
+bench-accelerator: $(VENV)/installed
+	$(RUN) benchmarks/accelerator.py --minutes=8 --out=benchmarks/results
 
 docs: $(VENV)/documents
 	$(RUN) -m sphinx -W --keep-going --quiet -b html -c docs . build

@@ -1,27 +1,88 @@
-"""Error messages for names that do not exist, and values as messages show them."""
+"""Errors that say which argument or field is wrong, and values as messages show them."""
 
 from collections.abc import Iterable
 import difflib
-from typing import Any
+from typing import Any, Self
 
 
-class ConfigError(ValueError):
+class FieldError(ValueError):
+    """A value that is refused; its text is one line, `field: expected ...; got ...`.
+
+    Args:
+      field: the argument, or the field of a configuration, such as "config.target".
+      expected: what is possible, in words.
+      got: what was given, as the line shows it; see `shown`.
+      detail: all words after the name of the field, where the line reads otherwise.
+    """
+
+    JOIN = "; got "
+
+    def __init__(self, field: str, expected: str = "", got: object = "", detail: str = ""):
+        super().__init__(field, expected, got, detail)  # so that processes can hand it on
+        self.field, self.expected, self.got = field, expected, got
+        self.detail = detail or f"expected {expected}{self.JOIN}{got}"
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.detail}"
+
+    @classmethod
+    def unknown(
+        cls, field: str, value: object, known: Iterable[str], lead: str = "", hint: str = ""
+    ) -> Self:
+        """An error of a name that does not exist, with all known names and the nearest of them.
+
+        Args:
+          field: as of the class.
+          value: the name.
+          known: the names that exist.
+          lead: words before "expected".
+          hint: words at the end.
+        """
+        known = sorted(map(str, known))
+        near = difflib.get_close_matches(shown(value).strip("'").lower(), known, n=1)
+        nearest = f"; did you mean {near[0]!r}?" if near else ""
+        expected = f"one of {', '.join(known)}"
+        line = f"{lead}expected {expected}; got {shown(value)}{nearest}{hint}"
+        return cls(_one_line(field), expected, shown(value), _one_line(line))
+
+    @classmethod
+    def of(cls, field: str, error: "FieldError", hint: str = "") -> Self:
+        """What another error says, of a field that has another name here."""
+        return cls(field, error.expected, error.got, error.detail + hint)
+
+
+class ArgumentError(FieldError):
+    """An argument of a function that has an impossible value."""
+
+    JOIN = ", got "
+
+
+class ConfigError(FieldError):
     """A field of a configuration that is unknown, missing, or has an impossible value."""
 
 
-class DataNotFoundError(ValueError):
+class DataNotFoundError(FieldError):
     """The data are not on this machine in a form that can be read, and cannot be fetched."""
 
 
+class NonFiniteError(FloatingPointError):
+    """A loss, a latent or a metric that is not finite ended training.
+
+    Args:
+      phase: of training, such as "search".
+      detail: what is not finite, and when.
+      tested: whether a test found it, after steps that were finite.
+    """
+
+    def __init__(self, phase: str, detail: str, tested: bool = False):
+        super().__init__(phase, detail, tested)
+        self.phase, self.detail, self.tested = phase, detail, tested
+
+    def __str__(self) -> str:
+        return f"{self.phase}: {self.detail}"
+
+
 LONGEST = 200  # characters of a value in a message
-
-
-def unknown(argument: str, value: object, known: Iterable[str]) -> str:
-    """One line that names the argument, the value, the nearest known name and all known ones."""
-    known = sorted(map(str, known))
-    near = difflib.get_close_matches(shown(value).strip("'").lower(), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return _one_line(f"{argument}: expected one of {', '.join(known)}; got {shown(value)}{hint}")
 
 
 def shown(value: Any) -> str:

@@ -23,7 +23,7 @@ from dhp_jax.cli import Saved
 from dhp_jax.core.cost import input_refused
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.data.decode import COLOUR, GRAY, decode, open_image
-from dhp_jax.errors import unknown
+from dhp_jax.errors import FieldError
 from dhp_jax.models.registry import task_of
 from dhp_jax.tasks.metrics import pixels
 from dhp_jax.tasks.tiling import restore, tiling
@@ -65,7 +65,7 @@ def _check_task(saved: Saved) -> None:
         raise ValueError(f"{saved.path}: expected a note task; dhp.save(path, model, task=...)")
     where = f"{saved.path / DESCRIPTION}: notes.task"
     if saved.task not in TASKS:
-        raise ValueError(unknown(where, saved.task, TASKS))
+        raise FieldError.unknown(where, saved.task, TASKS)
     family = architecture_of(saved.model).family
     expected = saved.task if family is None else task_of(family)
     if (expected == LABELS) != (saved.task == LABELS):

@@ -21,7 +21,7 @@ from dhp_jax.data import DataNotFoundError, StreamError
 from dhp_jax.distributed import processes
 from dhp_jax.distributed.preemption import EXIT_CODE, asked_to_stop, ended_at_once
 from dhp_jax.distributed.processes import ProcessError, are_several, is_first
-from dhp_jax.errors import ConfigError
+from dhp_jax.errors import ConfigError, NonFiniteError
 from dhp_jax.pipeline import targets
 from dhp_jax.pipeline.preparation import Run
 from dhp_jax.pipeline.targets import execute
@@ -66,10 +66,10 @@ def main(arguments: Sequence[str]) -> int:
     except (DataNotFoundError, ConfigError) as error:  # as a file that is damaged when it is read
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except NonFiniteError as error:
         hint = ""
-        if options.config.nonfinite == "stop" and "the test" not in str(error):
-            rate = f"--config.{str(error).split(':')[0]}.learning_rate"
+        if options.config.nonfinite == "stop" and not error.tested:
+            rate = f"--config.{error.phase}.learning_rate"
             hint = f"; try a smaller {rate}; --config.nonfinite=skip leaves such batches out"
         print(f"error: {error}{hint}", file=sys.stderr)
         return 1

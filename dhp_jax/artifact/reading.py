@@ -29,7 +29,7 @@ from dhp_jax.artifact.description import (
 )
 from dhp_jax.core.latent import latents
 from dhp_jax.core.surgery import prune
-from dhp_jax.errors import shown, unknown
+from dhp_jax.errors import FieldError, shown
 from dhp_jax.models import registry
 from dhp_jax.pruned.fold import remove_folded_layers
 from dhp_jax.pruned.relatent import make_network, narrow
@@ -184,7 +184,9 @@ def _build_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
             "load(path, build=...) with a function build(rngs) that makes it unpruned"
         )
     if family not in registry.FAMILIES:
-        raise ArtifactError(f"path: {where}: {unknown('family', family, registry.FAMILIES)}")
+        raise ArtifactError(
+            f"path: {FieldError.unknown(f'{where}: family', family, registry.FAMILIES)}"
+        )
     # With latents, of which no network has more than arrays; folded layers have had four each.
     left = 2 * len(description["arrays"]) + 8 * sum(map(len, description.get("folded", [])))
 

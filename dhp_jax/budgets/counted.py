@@ -11,7 +11,7 @@ import numpy as np
 from dhp_jax.budgets.rounding import Multiples, multiples
 from dhp_jax.core.cost import MEASURES, Cost, Counts
 from dhp_jax.core.latent import Latent, latents, latents_to_prune
-from dhp_jax.errors import unknown
+from dhp_jax.errors import ArgumentError, shown
 
 
 def limits(budget: Mapping[str, float | None], target: float) -> dict[str, float]:
@@ -41,7 +41,7 @@ TRADES = 32
 Group = tuple[str, tuple[int, ...]]  # a latent, and entries of it that go together
 
 
-class BudgetError(ValueError):
+class BudgetError(ArgumentError):
     """Raised for a budget that no choice of survivors can meet."""
 
 
@@ -63,23 +63,26 @@ def check_budget(
     multiples(model, multiple_of)
     if not budget or not set(budget) <= set(MEASURES):
         expected = "expected some of flops=, params=, activations="
-        raise ValueError(f"budget: {expected}, got {sorted(budget)}")
+        raise ArgumentError("budget", detail=f"{expected}, got {sorted(budget)}")
     smallest = smallest_ratio(model, cost, multiple_of)
     for name, target in budget.items():
         check_share(name, target)
         if target < smallest[name]:
             reachable = math.ceil(1e4 * smallest[name]) / 1e4
+            rounded = f", up to a multiple of {multiple_of}" if multiple_of != 1 else ""
             raise BudgetError(
-                f"{name}: {target!r} cannot be reached: the smallest possible share is "
-                f"{reachable:.4f}, with min_channels entries left in every prunable latent"
-                + (f", up to a multiple of {multiple_of}" if multiple_of != 1 else "")
+                name,
+                f"at least {reachable:.4f}",
+                target,
+                f"{target!r} cannot be reached: the smallest possible share is {reachable:.4f}, "
+                f"with min_channels entries left in every prunable latent{rounded}",
             )
 
 
 def check_share(name: str, share: float) -> None:
     """Raises unless a share is in (0, 1]."""
     if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
-        raise ValueError(f"{name}: expected a share in (0, 1], got {share!r}")
+        raise ArgumentError(name, "a share in (0, 1]", shown(share))
 
 
 def survivors_within(
@@ -198,7 +201,7 @@ def _removable(model: nnx.Module, multiple_of: Multiples, scores: Scores) -> lis
     """The groups of entries that may go, smallest score first; ties by name and order."""
     groups, steps = [], multiples(model, multiple_of)
     for name in sorted(scores.keys() - latents(model).keys(), key=str):
-        raise ValueError(unknown("scores", name, latents(model)))
+        raise ArgumentError.unknown("scores", name, latents(model))
     for name, z in latents(model).items():
         if not z.prunable:
             continue
@@ -213,11 +216,14 @@ def _removable(model: nnx.Module, multiple_of: Multiples, scores: Scores) -> lis
 def _check_scores(scores: Scores, name: str, size: int) -> np.ndarray:
     """The scores of a latent, if they are numbers of at least 0 for all of its entries."""
     if name not in scores:
-        raise ValueError(f"scores: expected those of latent {name!r}; got {sorted(scores)}")
+        raise ArgumentError(
+            "scores", detail=f"expected those of latent {name!r}; got {sorted(scores)}"
+        )
     score = np.asarray(scores[name], np.float64)
     if score.shape != (size,) or not (np.isfinite(score) & (score >= 0)).all():
-        raise ValueError(
-            f"scores[{name!r}]: expected {size} finite numbers >= 0; got an array of shape "
-            f"{score.shape}, from {score.min(initial=np.inf):g} to {score.max(initial=-np.inf):g}"
+        raise ArgumentError(
+            f"scores[{name!r}]",
+            detail=f"expected {size} finite numbers >= 0; got an array of shape {score.shape}, "
+            f"from {score.min(initial=np.inf):g} to {score.max(initial=-np.inf):g}",
         )
     return score

@@ -78,7 +78,7 @@ class LatencySearch:
         high = self.budget["flops"]
         best = self.fast_enough(low)
         if best is None:
-            raise BudgetError(_unreachable(self.latency, self.last))
+            raise _unreachable(self.latency, self.last)
         if (largest := self.fast_enough(high)) is not None:
             return self._with_measurements(largest)
         while high - low > RESOLUTION:
@@ -114,10 +114,13 @@ class LatencySearch:
         return replace(chosen, tried=tuple(self.tried))
 
 
-def _unreachable(latency: float, time: Time) -> str:
-    return (
-        f"latency: {latency!r} cannot be reached: the smallest possible network takes {time} of "
-        f"the whole one's time, on {hardware()}"
+def _unreachable(latency: float, time: Time) -> BudgetError:
+    return BudgetError(
+        "latency",
+        f"at least {time}",
+        latency,
+        f"{latency!r} cannot be reached: the smallest possible network takes {time} of the whole "
+        f"one's time, on {hardware()}",
     )
 
 
@@ -132,4 +135,4 @@ def check_latency(
     smallest = smallest_ratio(model, cost, multiple_of)
     small = prune(model, survivors_within(model, cost, multiple_of, **smallest))
     if all((time := timed(small)).ratio["low"] > latency for _ in range(2)):
-        raise BudgetError(_unreachable(latency, time))
+        raise _unreachable(latency, time)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dhp_jax.core.latent import Latent, latents, walk
 from dhp_jax.core.layers import HyperConv, HyperConvTranspose
+from dhp_jax.errors import ArgumentError
 
 AUTO = "auto"
 
@@ -34,9 +35,10 @@ def parse_multiples(text: str) -> dict[str, int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*([^\s:,]+)\s*:\s*([1-9][0-9]{0,5})\s*", part, re.ASCII)
         if match is None:
-            raise ValueError(
-                f"multiple_of: expected {AUTO!r}, or latents with a number each, such as "
-                f"'stages.*:8,head:4'; got {text!r}"
+            raise ArgumentError(
+                "multiple_of",
+                detail=f"expected {AUTO!r}, or latents with a number each, such as "
+                f"'stages.*:8,head:4'; got {text!r}",
             )
         found[match[1]] = int(match[2])
     return found
@@ -68,10 +70,12 @@ def multiples(model: nnx.Module, multiple_of: Multiples) -> dict[str, int]:
     narrow = [name for name, z in prunable.items() if z.size < multiple_of]
     if narrow:
         others = f" and {len(narrow) - 1} more" if len(narrow) > 1 else ""
-        raise ValueError(
-            f"multiple_of: expected at most {min(prunable[name].size for name in narrow)}, the "
-            f"size of the smallest prunable latent; got {multiple_of}, which {narrow[0]!r}{others} "
-            f"cannot keep; {AUTO!r} and numbers by name leave such latents at 1"
+        raise ArgumentError(
+            "multiple_of",
+            detail=f"expected at most {min(prunable[name].size for name in narrow)}, the size "
+            f"of the smallest prunable latent; got {multiple_of}, which "
+            f"{narrow[0]!r}{others} cannot keep; {AUTO!r} and numbers by name leave "
+            "such latents at 1",
         )
     return dict.fromkeys(prunable, multiple_of)
 
@@ -94,15 +98,17 @@ def _by_name(prunable: Mapping[str, Latent], multiple_of: Mapping[str, int]) -> 
         _check_number(f"{pattern}: ", number)
         fitting = [name for name in prunable if fnmatch.fnmatchcase(name, pattern)]
         if not fitting:
-            raise ValueError(
-                f"multiple_of: {pattern}: expected prunable latents, of {', '.join(prunable)}; "
-                "got none that fit"
+            raise ArgumentError(
+                "multiple_of",
+                detail=f"{pattern}: expected prunable latents, of {', '.join(prunable)}; got none "
+                "that fit",
             )
         for name in fitting:
             if number > prunable[name].size:
-                raise ValueError(
-                    f"multiple_of: {pattern}: expected at most {prunable[name].size}, the size of "
-                    f"latent {name!r}, got {number}"
+                raise ArgumentError(
+                    "multiple_of",
+                    detail=f"{pattern}: expected at most {prunable[name].size}, the size of latent "
+                    f"{name!r}, got {number}",
                 )
             found[name] = number
     return found
@@ -110,7 +116,8 @@ def _by_name(prunable: Mapping[str, Latent], multiple_of: Mapping[str, int]) -> 
 
 def _check_number(where: str, number: int) -> None:
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(
-            f"multiple_of: {where}expected an integer of at least 1"
-            + f"{f', {AUTO!r} or such by latent' * (not where)}, got {number!r}"
+        others = "" if where else f", {AUTO!r} or such by latent"
+        raise ArgumentError(
+            "multiple_of",
+            detail=f"{where}expected an integer of at least 1{others}, got {number!r}",
         )

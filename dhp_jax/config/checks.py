@@ -7,7 +7,7 @@ from ml_collections import ConfigDict, config_dict
 
 from dhp_jax.config.fields import FIELDS, MOST_EXAMPLES, OR_NONE, READERS, TASK_FIELDS, _reads_as
 from dhp_jax.config.methods import METHODS
-from dhp_jax.errors import ConfigError, shown, unknown
+from dhp_jax.errors import ConfigError, shown
 from dhp_jax.models import registry
 from dhp_jax.models.registry import task_of
 
@@ -35,11 +35,11 @@ def _check_filled_in(group: str, config: ConfigDict) -> None:
         names = [None]
     for name in names:
         if not isinstance(name, str):
-            raise ConfigError(f"{group}: expected strings as names of fields; got others")
+            raise ConfigError(group, detail="expected strings as names of fields; got others")
         try:
             value = config[name]
         except config_dict.RequiredValueError:
-            raise ConfigError(f"{group}.{name}: expected a value; got none") from None
+            raise ConfigError(f"{group}.{name}", detail="expected a value; got none") from None
         if isinstance(value, ConfigDict):
             _check_filled_in(f"{group}.{name}", value)
 
@@ -48,13 +48,15 @@ def _check_source(config: ConfigDict) -> None:
     needed = METHODS[config.method].source
     if needed is not None and config.source is None:
         raise ConfigError(
-            f"config.source: expected the directory of a finished run with config.method={needed}, "
-            f"for config.method={config.method}; got None"
+            "config.source",
+            detail=f"expected the directory of a finished run with config.method={needed}, for "
+            f"config.method={config.method}; got None",
         )
     if needed is None and config.source is not None:
         raise ConfigError(
-            f"config.source: expected None, for config.method={config.method} starts from no other "
-            f"run; got {shown(str(config.source))}"
+            "config.source",
+            f"None, for config.method={config.method} starts from no other run",
+            shown(str(config.source)),
         )
 
 
@@ -62,11 +64,12 @@ def _check_family(config: ConfigDict) -> None:
     name, task = config.model.get("name"), config.task.name
     families = sorted(family for family in registry.FAMILIES if task_of(family) == task)
     if not isinstance(name, str) or name not in registry.FAMILIES:
-        raise ConfigError(unknown("config.model.name", name, families))
+        raise ConfigError.unknown("config.model.name", name, families)
     if name not in families:
         raise ConfigError(
-            f"config.model.name: expected one of {', '.join(families)}, which are for {task}; "
-            f"got {name!r}, which is for {task_of(name)}"
+            "config.model.name",
+            detail=f"expected one of {', '.join(families)}, which are for {task}; got "
+            f"{name!r}, which is for {task_of(name)}",
         )
 
 
@@ -74,8 +77,10 @@ def _check_examples(config: ConfigDict) -> None:
     steps = config.task.get("steps_per_epoch", 1)
     if steps * config.batch_size > MOST_EXAMPLES:
         raise ConfigError(
-            f"config.task.steps_per_epoch: expected at most {MOST_EXAMPLES // config.batch_size}, "
-            f"for {MOST_EXAMPLES} examples of {config.batch_size} a step; got {steps}"
+            "config.task.steps_per_epoch",
+            f"at most {MOST_EXAMPLES // config.batch_size}, for {MOST_EXAMPLES} "
+            f"examples of {config.batch_size} a step",
+            steps,
         )
 
 
@@ -91,14 +96,15 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
         value, kind, rule, path = config, None, _fields(config), "config"
         for part in name.split(".")[1:]:
             if not isinstance(value, ConfigDict):
-                raise ConfigError(f"{name}: {path} has no fields, its value is {shown(value)}")
+                raise ConfigError(name, detail=f"{path} has no fields, its value is {shown(value)}")
             if part not in value:
-                raise ConfigError(
-                    unknown(f"{path}.{part}: unknown field", part, value)
-                    + (
-                        "; add other arguments of the network in the file"
-                        * (path == "config.model")
-                    )
+                hint = "; add other arguments of the network in the file"
+                raise ConfigError.unknown(
+                    f"{path}.{part}",
+                    part,
+                    value,
+                    "unknown field: ",
+                    hint if path == "config.model" else "",
                 )
             kind = value.get_type(part)
             try:
@@ -108,11 +114,11 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
             path = f"{path}.{part}"
             rule = rule.get(part) if isinstance(rule, Mapping) else None
         if text is None:
-            raise ConfigError(f"{name}: expected --{name}=<value>; got none")
+            raise ConfigError(name, detail=f"expected --{name}=<value>; got none")
         suits = isinstance(rule, tuple) and rule[0](text)
         if kind in READERS and not _reads_as(READERS[kind][0], text) and not suits:
             expected, _, _ = (rule or READERS[kind])[1].partition(OR_NONE)  # which is no text
-            raise ConfigError(f"{name}: expected {expected}; got {shown(text)}")
+            raise ConfigError(name, expected, shown(text))
 
 
 def _fields(config: ConfigDict) -> Mapping[str, Any]:
@@ -130,15 +136,15 @@ def _check_group(prefix: str, config: Any, rules: Mapping[str, Any]) -> None:
     if not isinstance(config, ConfigDict):
         name = f"config.{prefix}".rstrip(".")
         expected = ", ".join(sorted(rules))
-        raise ConfigError(f"{name}: expected fields {expected}; got {shown(config)}")
+        raise ConfigError(name, f"fields {expected}", shown(config))
     for name in config:
         if name not in rules:
-            raise ConfigError(unknown(f"config.{prefix}{name}: unknown field", name, rules))
+            raise ConfigError.unknown(f"config.{prefix}{name}", name, rules, "unknown field: ")
     for name, rule in rules.items():
         if name not in config:
-            raise ConfigError(f"config.{prefix}{name}: missing")
+            raise ConfigError(f"config.{prefix}{name}", detail="missing")
         value = config[name]
         if isinstance(rule, Mapping):
             _check_group(f"{prefix}{name}.", value, rule)
         elif rule is not None and not rule[0](value):
-            raise ConfigError(f"config.{prefix}{name}: expected {rule[1]}; got {shown(value)}")
+            raise ConfigError(f"config.{prefix}{name}", rule[1], shown(value))

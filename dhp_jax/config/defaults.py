@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict, config_dict
 
-from dhp_jax.errors import ConfigError, unknown
+from dhp_jax.errors import ConfigError
 
 
 def default(task: str = "classification") -> ConfigDict:
@@ -18,7 +18,7 @@ def default(task: str = "classification") -> ConfigDict:
       ConfigError: another task.
     """
     if task not in TASKS:
-        raise ConfigError(unknown("task", task, TASKS))
+        raise ConfigError.unknown("task", task, TASKS)
     config = ConfigDict(
         {
             "seed": 0,

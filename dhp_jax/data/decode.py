@@ -76,9 +76,11 @@ def open_image(
         with Image.open(file) as image:
             yield image
     except UnidentifiedImageError as error:
-        raise DataNotFoundError(f"{argument}: cannot read {str(name)!r}: it is no image") from error
+        raise DataNotFoundError(
+            argument, detail=f"cannot read {str(name)!r}: it is no image"
+        ) from error
     except Exception as error:  # a broken file makes Pillow raise errors of many kinds
-        raise DataNotFoundError(f"{argument}: cannot read {str(name)!r}: {error}") from error
+        raise DataNotFoundError(argument, detail=f"cannot read {str(name)!r}: {error}") from error
 
 
 def check_whole(image: Image.Image) -> None:
@@ -111,8 +113,9 @@ def empty_images(shape: tuple[int, int, int, int], name: str) -> np.ndarray:
     needed, available = math.prod(shape), memory_available()
     if needed > available:
         raise DataNotFoundError(
-            f"data.image_size: {name} of {'x'.join(map(str, shape[1:]))} need {needed:,} bytes, "
-            f"expected at most the {available:,} bytes of memory that are available"
+            "data.image_size",
+            detail=f"{name} of {'x'.join(map(str, shape[1:]))} need {needed:,} bytes, expected "
+            f"at most the {available:,} bytes of memory that are available",
         )
     return np.empty(shape, np.uint8)
 

@@ -43,8 +43,9 @@ def axis_sizes(data: int, model: int, devices: int, processes: int = 1) -> tuple
     if model > devices or (every and devices % model):
         near = _nearest([n for n in range(1, devices + 1) if devices % n == 0], model)
         raise ConfigError(
-            f"config.mesh.model: expected a divisor of {devices}, the number of devices, "
-            f"such as {near}; got {model}"
+            "config.mesh.model",
+            f"a divisor of {devices}, the number of devices, such as {near}",
+            model,
         )
     most = devices // model
     if data == -1:
@@ -53,8 +54,9 @@ def axis_sizes(data: int, model: int, devices: int, processes: int = 1) -> tuple
         expected = f"{most}" if processes > 1 else f"at most {most}"
         beside = f" for config.mesh.model={model}" if model > 1 else ""
         raise ConfigError(
-            f"config.mesh.data: expected {expected}, as there are {devices} devices{beside}, or -1 "
-            f"for all; got {data}"
+            "config.mesh.data",
+            f"{expected}, as there are {devices} devices{beside}, or -1 for all",
+            data,
         )
     return data, model
 
@@ -73,8 +75,9 @@ def check_batch(batch_size: int, data: int, processes: int = 1) -> None:
         near = _nearest([n for n in range(1, data) if batch_size % n == 0], data)
         fewer = f", for which config.mesh.data={near} works" if processes == 1 else ""
         raise ConfigError(
-            f"config.batch_size: expected a multiple of {data}, the devices along "
-            f"config.mesh.data, such as {sizes}; got {batch_size}{fewer}"
+            "config.batch_size",
+            detail=f"expected a multiple of {data}, the devices along config.mesh.data, such "
+            f"as {sizes}; got {batch_size}{fewer}",
         )
 
 

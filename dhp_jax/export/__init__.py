@@ -143,7 +143,7 @@ def export(
 def _reason(failure: Exception) -> str:
     """Why a shape was not written, in one line."""
     if isinstance(failure, ExportError):
-        return str(failure).removeprefix("export: ")
+        return failure.reason
     return f"{type(failure).__name__}: {failure}".splitlines()[0].rstrip(": ")
 
 
@@ -223,14 +223,14 @@ def _compare(
         found = [np.asarray(y, np.float32) for y in jax.tree.leaves(run(jnp.asarray(x)))]
         shapes = [[y.shape for y in outputs] for outputs in (expected, found)]
         if shapes[0] != shapes[1]:
-            raise ExportError(f"export: expected outputs of shapes {shapes[0]}, got {shapes[1]}")
+            raise ExportError(f"expected outputs of shapes {shapes[0]}, got {shapes[1]}")
         pairs = list(zip(expected, found, strict=True))
         peak = max(float(np.abs(y).max()) for y in expected)
         differences[name] = max(float(np.abs(a - b).max()) for a, b in pairs)
         largest = max(largest, peak)
         if not differences[name] <= _tolerance(model) * max(1.0, peak):
             raise ExportError(
-                f"export: outputs on {name}, of shape {x.shape}, differ from the network's by up "
+                f"outputs on {name}, of shape {x.shape}, differ from the network's by up "
                 f"to {differences[name]:.3g}, where they are up to {peak:.3g}"
             )
     return differences, largest

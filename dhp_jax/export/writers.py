@@ -41,7 +41,18 @@ Forward = Callable[[Float[np.ndarray, "n *example"]], Any]
 
 
 class ExportError(RuntimeError):
-    """Raised for a file that does not compute what the network computes."""
+    """Raised for a file that does not compute what the network computes.
+
+    Args:
+      reason: how its outputs differ, in words.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"export: {self.reason}"
 
 
 def symbolic_sizes(shape: Shape) -> Shape:

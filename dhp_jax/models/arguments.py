@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from dhp_jax.errors import shown
+from dhp_jax.errors import ArgumentError, shown
 
 MAX_CHANNELS = 32_768  # of a layer; one with as many on both sides has billions of parameters
 
@@ -15,36 +15,36 @@ MAX_CHANNELS = 32_768  # of a layer; one with as many on both sides has billions
 def check_positive_integer(argument: str, value: Any, most: int = MAX_CHANNELS) -> None:
     """Raises a `ValueError` that names the argument unless its value is an integer, 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{argument}: expected a positive integer, got {shown(value)}")
+        raise ArgumentError(argument, "a positive integer", shown(value))
     if value > most:
-        raise ValueError(f"{argument}: expected at most {most}, got {shown(value)}")
+        raise ArgumentError(argument, f"at most {most}", shown(value))
 
 
 def check_positive(argument: str, value: Any, most: float = math.inf) -> None:
     """Raises a `ValueError` that names the argument unless its value is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{argument}: expected a positive number, got {shown(value)}")
+        raise ArgumentError(argument, "a positive number", shown(value))
     if value > most:
-        raise ValueError(f"{argument}: expected at most {most:g}, got {shown(value)}")
+        raise ArgumentError(argument, f"at most {most:g}", shown(value))
 
 
 def check_choice(argument: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises a `ValueError` that names the argument unless its value is one of some."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         expected = ", ".join(map(repr, choices))
-        raise ValueError(f"{argument}: expected one of {expected}, got {shown(value)}")
+        raise ArgumentError(argument, f"one of {expected}", shown(value))
 
 
 def check_boolean(argument: str, value: Any) -> None:
     """Raises a `ValueError` that names the argument unless its value is True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"{argument}: expected True or False, got {shown(value)}")
+        raise ArgumentError(argument, "True or False", shown(value))
 
 
 def check_share(argument: str, value: Any) -> None:
     """Raises a `ValueError` that names the argument unless its value is a number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{argument}: expected a share in [0, 1], got {shown(value)}")
+        raise ArgumentError(argument, "a share in [0, 1]", shown(value))
 
 
 STAGES = {2: (2,), 3: (3,), 4: (2, 2)}  # the pixel shuffles that make up each scale
@@ -82,15 +82,15 @@ def check_arguments(arguments: Mapping[str, Any], *, widest: int) -> None:
     width = arguments["width"]
     check_positive("width", width)
     if width > MAX_CHANNELS / widest:
-        raise ValueError(
-            f"width: expected at most {MAX_CHANNELS / widest:g}, for layers of no more than "
-            f"{MAX_CHANNELS} channels, got {shown(width)}"
+        raise ArgumentError(
+            "width",
+            f"at most {MAX_CHANNELS / widest:g}, for layers of no more than "
+            f"{MAX_CHANNELS} channels",
+            shown(width),
         )
 
 
 def check_images(images: Array, channels: int) -> None:
     """Raises a `ValueError` unless `images` has the shape `(batch, height, width, channels)`."""
     if images.ndim != 4 or images.shape[-1] != channels:
-        raise ValueError(
-            f"images: expected shape (batch, height, width, {channels}), got {images.shape}"
-        )
+        raise ArgumentError("images", f"shape (batch, height, width, {channels})", images.shape)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from dhp_jax.core.latent import Axis, Latent, concat
 from dhp_jax.core.layers import BatchNorm, HyperConv, Linear
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.arguments import (
     MAX_CHANNELS,
     check_arguments,
@@ -136,4 +137,4 @@ def _halve(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
 def _check_depth(depth: int) -> None:
     check_positive_integer("depth", depth, MAX_DEPTH)
     if depth <= 4 or (depth - 4) % BLOCKS:
-        raise ValueError(f"depth: expected 3 n + 4, such as 40 or 100, got {depth!r}")
+        raise ArgumentError("depth", "3 n + 4, such as 40 or 100", shown(depth))

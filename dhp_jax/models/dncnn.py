@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import HyperConv
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.arguments import check_arguments, check_images, check_positive_integer
 from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, scale_channels
 
@@ -51,7 +52,7 @@ class DnCNN(nnx.Module):
     ):
         check_positive_integer("depth", depth, MAX_DEPTH)
         if depth < 3:
-            raise ValueError(f"depth: expected at least 3, got {depth!r}")
+            raise ArgumentError("depth", "at least 3", shown(depth))
         check_arguments(locals(), widest=features)
         self.channels = channels
         self.reach = depth  # how many pixels away an output depends on the input

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dhp_jax.core.provenance import Architecture, set_architecture
-from dhp_jax.errors import shown, unknown
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.densenet import DenseNet
 from dhp_jax.models.dncnn import DnCNN
 from dhp_jax.models.edsr import EDSR
@@ -95,14 +95,14 @@ def build_abstract(name: str, **arguments: Any) -> nnx.Module:
 def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
     """Raises a `ValueError` for an unknown family, or for arguments it does not take or lacks."""
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(unknown("name", name, FAMILIES))
+        raise ArgumentError.unknown("name", name, FAMILIES)
     parameters = _parameters(name)
     for argument in arguments:
         if argument not in parameters:
-            raise ValueError(unknown(f"{argument}: unknown argument", argument, parameters))
+            raise ArgumentError.unknown(argument, argument, parameters, "unknown argument: ")
     for argument, parameter in parameters.items():
         if parameter.default is parameter.empty and argument not in arguments:
-            raise ValueError(f"{argument}: expected a value, got none")
+            raise ArgumentError(argument, detail="expected a value, got none")
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
@@ -117,5 +117,5 @@ def _dtype(given: Any) -> jnp.dtype:
     except Exception:  # whatever NumPy raises for what is none
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype: expected a name such as 'bfloat16', got {shown(given)}")
+        raise ArgumentError("dtype", "a name such as 'bfloat16'", shown(given))
     return dtype

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from dhp_jax.core.latent import Axis, Latent, repeat
 from dhp_jax.core.layers import Linear
-from dhp_jax.errors import shown
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.arguments import (
     MAX_CHANNELS,
     check_arguments,
@@ -197,10 +197,12 @@ class ResNet(nnx.Module):
 
 def _check_depth(depth: int) -> None:
     if not isinstance(depth, int) or depth not in BLOCKS:
-        raise ValueError(
-            f"depth: expected one of {tuple(CIFAR_BASIC)} or {tuple(IMAGENET_BASIC)} (basic "
-            f"blocks), {tuple(CIFAR_BOTTLENECK)} or {tuple(IMAGENET_BOTTLENECK)} (bottleneck "
-            f"blocks), got {shown(depth)}"
+        raise ArgumentError(
+            "depth",
+            f"one of {tuple(CIFAR_BASIC)} or {tuple(IMAGENET_BASIC)} (basic blocks), "
+            f"{tuple(CIFAR_BOTTLENECK)} or {tuple(IMAGENET_BOTTLENECK)} (bottleneck "
+            "blocks)",
+            shown(depth),
         )
 
 
@@ -212,8 +214,8 @@ def _check_groups(depth: int, groups: int, group_width: int | None, most: int) -
     check_positive_integer("groups", groups, most)
     if groups == 1:
         if group_width is not None:
-            raise ValueError(f"group_width: expected None with groups=1, got {shown(group_width)}")
+            raise ArgumentError("group_width", "None with groups=1", shown(group_width))
         return
     if depth not in BOTTLENECK:
-        raise ValueError(f"groups: expected 1 at depth {depth} (basic blocks), got {groups!r}")
+        raise ArgumentError("groups", f"1 at depth {depth} (basic blocks)", shown(groups))
     check_positive_integer("group_width", group_width, most // groups)

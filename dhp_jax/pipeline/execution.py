@@ -50,5 +50,6 @@ def execute(
             else:
                 work.train_baseline()
         except OriginError as error:
-            raise ConfigError(f"config.{error}; give another --workdir") from error
+            hint = "; give another --workdir"
+            raise ConfigError.of(f"config.{error.field}", error, hint) from error
         return from_first(lambda: report_write.write(run.workdir, baseline=baseline))

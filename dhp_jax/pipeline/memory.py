@@ -45,8 +45,9 @@ def _is_streamed(
         fits &= bytes_needed <= room
         if config.data.streamed is False and bytes_needed > room:
             raise ConfigError(
-                f"config.data.streamed: expected True for {what}, which take {bytes_needed:,} "
-                f"bytes of {where}; at most {room:,} are for data there; got False"
+                "config.data.streamed",
+                detail=f"expected True for {what}, which take {bytes_needed:,} bytes of {where}; "
+                f"at most {room:,} are for data there; got False",
             )
     return not fits if config.data.streamed is None else config.data.streamed
 
@@ -70,9 +71,9 @@ def _workers(config: ConfigDict, batch_bytes: int) -> int:
         return min(MOST_WORKERS, max(1, usable_cores() - 1), most)
     if config.data.workers > most:
         raise ConfigError(
-            f"config.data.workers: expected at most {most}, for {BATCHES} batches of each in "
-            f"shared memory ({room:,} bytes are free there; 0 needs none); got "
-            f"{config.data.workers}"
+            "config.data.workers",
+            detail=f"expected at most {most}, for {BATCHES} batches of each in shared memory "
+            f"({room:,} bytes are free there; 0 needs none); got {config.data.workers}",
         )
     return config.data.workers
 

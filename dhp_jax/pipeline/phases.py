@@ -200,7 +200,7 @@ class _Work:
         except BudgetError as error:  # the smallest network has become too slow
             kept = run.workdir / "search"
             hint = f"; the search is kept in {kept}, for dhp.prune_to" if kept.exists() else ""
-            raise ConfigError(f"config.budget.{error}{hint}") from error
+            raise ConfigError.of(f"config.budget.{error.field}", error, hint) from error
 
     def converge(self, source: str) -> None:
         if not from_first(lambda: self._trained("converge", source)):
@@ -334,8 +334,10 @@ class _Work:
             return True
         if not self._checkpoints(phase, source).steps():
             raise ConfigError(
-                f"config.{phase}.epochs: expected at most {progress['epochs']}, for the "
-                f"checkpoints from which more could follow are gone; got {epochs}"
+                f"config.{phase}.epochs",
+                f"at most {progress['epochs']}, for the checkpoints from which more could "
+                "follow are gone",
+                epochs,
             )
         return False
 

@@ -20,7 +20,7 @@ from dhp_jax.core.axes import check_axes
 from dhp_jax.core.cost import Cost, measure_cost
 from dhp_jax.distributed.mesh import DATA, check_batch, make_mesh
 from dhp_jax.distributed.processes import from_first, is_first
-from dhp_jax.errors import ConfigError
+from dhp_jax.errors import ConfigError, FieldError
 from dhp_jax.models import registry
 from dhp_jax.models.registry import build_abstract
 from dhp_jax.pipeline.setup import Problem, known_arguments, origins, problem
@@ -79,8 +79,9 @@ def prepare(
     method = METHODS[config.method]
     if config.targets is not None and method.prunes:
         raise ConfigError(
-            "config.targets: expected None for a single run, for `dhp_jax.targets` carries out "
-            f"several; got {tuple(config.targets)}"
+            "config.targets",
+            "None for a single run, for `dhp_jax.targets` carries out several",
+            tuple(config.targets),
         )
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     if mesh is not None:
@@ -90,7 +91,7 @@ def prepare(
     for argument, field in origins(config).items():
         if argument in arguments:
             raise ConfigError(
-                f"config.model.{argument}: follows from config.{field}, not given here"
+                f"config.model.{argument}", detail=f"follows from config.{field}, not given here"
             )
     arguments |= known_arguments(config)
     _abstract(config, arguments)  # before the data, which may have to be downloaded
@@ -104,16 +105,16 @@ def prepare(
     cost = measure_cost(abstract, asked.input_shape)
     try:
         check_budget(abstract, cost, config.multiple_of, **counted(config))
-    except ValueError as error:
-        of_target = str(error).startswith("flops:") and _target_is_smallest(config)
-        of_budget = not str(error).startswith("multiple_of:")
-        field = "target: " if of_target else "budget." if of_budget else ""
-        raise ConfigError(f"config.{field}{error}") from error
+    except FieldError as error:
+        if error.field == "flops" and _target_is_smallest(config):
+            raise ConfigError("config.target", error.expected, error.got, str(error)) from error
+        field = error.field if error.field == "multiple_of" else f"budget.{error.field}"
+        raise ConfigError.of(f"config.{field}", error) from error
     check_axes(abstract, asked.input_shape)
     try:
         asked.task.check(abstract)
-    except ValueError as error:
-        raise ConfigError(f"config.task.{error}") from error
+    except FieldError as error:
+        raise ConfigError.of(f"config.task.{error.field}", error) from error
 
     def build() -> nnx.Module:
         return registry.build(name, **arguments, rngs=nnx.Rngs(config.seed))
@@ -152,8 +153,8 @@ def _check_latency(
     timed = clock(model, input_shape, config.budget.batch or 1)
     try:
         check_latency(model, cost, config.budget.latency, timed, config.multiple_of)
-    except ValueError as error:
-        raise ConfigError(f"config.budget.{error}") from error
+    except FieldError as error:
+        raise ConfigError.of(f"config.budget.{error.field}", error) from error
 
 
 @contextlib.contextmanager
@@ -168,23 +169,26 @@ def _abstract(config: ConfigDict, arguments: dict[str, Any]) -> nnx.Module:
     """The network in shapes and dtypes; an error names the field that an argument comes from."""
     try:
         return build_abstract(config.model.name, **arguments)
-    except ValueError as error:
-        argument, _, what = str(error).partition(": ")
-        field = origins(config).get(argument, f"model.{argument}")
-        raise ConfigError(f"config.{field}: {what}") from error
+    except FieldError as error:
+        field = origins(config).get(error.field, f"model.{error.field}")
+        raise ConfigError.of(f"config.{field}", error) from error
 
 
 def _agreed_problem(config: ConfigDict, workdir: str | os.PathLike) -> Problem:
     """The task on its data, which are streamed or not as the run has begun, in all processes."""
     known = from_first(lambda: [config.to_json_best_effort(), data_choice(workdir)])
     if config.to_json_best_effort() != known[0]:
-        raise ConfigError("config: expected that of the first process; this one has another")
+        raise ConfigError(
+            "config", detail="expected that of the first process; this one has another"
+        )
     found = _problem(config, known[1])
     agreed = from_first(lambda: [found.streamed, found.checksums])
     if agreed[0] != found.streamed:
         found = _problem(config, agreed[0])
     if agreed[1] != found.checksums:
-        raise ConfigError("config.data: expected the images of the first process; these are others")
+        raise ConfigError(
+            "config.data", detail="expected the images of the first process; these are others"
+        )
     return found
 
 
@@ -196,8 +200,9 @@ def _problem(config: ConfigDict, streamed: bool | None) -> Problem:
     for phase in PHASES:
         if config[phase].epochs * steps > MOST_STEPS:
             raise ConfigError(
-                f"config.{phase}.epochs: expected at most {MOST_STEPS // steps}, of {steps} steps "
-                f"each; got {config[phase].epochs}"
+                f"config.{phase}.epochs",
+                f"at most {MOST_STEPS // steps}, of {steps} steps each",
+                config[phase].epochs,
             )
     return found
 
@@ -207,7 +212,7 @@ def fields_of_config() -> Iterator[None]:
     """An error about a field of `data` names it as one of `config`."""
     try:
         yield
-    except ValueError as error:
-        if not str(error).startswith("data."):
+    except FieldError as error:
+        if not error.field.startswith("data."):
             raise
-        raise type(error)(f"config.{error}") from error
+        raise type(error).of(f"config.{error.field}", error) from error

@@ -83,8 +83,9 @@ def _classification(config: ConfigDict, streamed: bool | None) -> Problem:
     )
     if config.batch_size > source.train_size:
         raise ConfigError(
-            f"config.batch_size: expected at most {source.train_size}, the number of training "
-            f"examples of {source.name!r}; got {config.batch_size}"
+            "config.batch_size",
+            f"at most {source.train_size}, the number of training examples of {source.name!r}",
+            config.batch_size,
         )
     needed = source.bytes("train") + source.bytes("test")
     what = f"the images of {source.name!r}"
@@ -129,8 +130,7 @@ def _super_resolution(config: ConfigDict, streamed: bool | None) -> Problem:
     settings = config.task
     if settings.patch % settings.scale:
         raise ConfigError(
-            f"config.task.patch: expected a multiple of the scale, {settings.scale}; "
-            f"got {settings.patch}"
+            "config.task.patch", f"a multiple of the scale, {settings.scale}", settings.patch
         )
     task = SuperResolution(
         patch=settings.patch,

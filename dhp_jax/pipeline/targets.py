@@ -50,12 +50,13 @@ def prepare(
         return [preparation.prepare(config, workdir, observers)]
     if not method.chooses:
         raise ConfigError(
-            f"config.targets: expected None with config.method={config.method!r}, whose source has "
-            f"a single target; got {tuple(config.targets)}"
+            "config.targets",
+            f"None with config.method={config.method!r}, whose source has a single target",
+            tuple(config.targets),
         )
     if (Path(workdir) / CONFIG).is_file():
         raise ConfigError(
-            f"workdir: {workdir} holds a run of a single target; give another --workdir"
+            "workdir", detail=f"{workdir} holds a run of a single target; give another --workdir"
         )
     runs = []
     for target in reversed(config.targets):  # what is out of reach comes before anything is made
@@ -64,10 +65,9 @@ def prepare(
         try:
             runs.append(preparation.prepare(one, Path(workdir) / folder_name(target), observers))
         except ConfigError as error:
-            told = str(error)
-            if told.startswith("config.target: "):
-                told = told.replace("config.target: ", "config.targets: ", 1)
-            raise ConfigError(told) from error
+            if error.field != "config.target":
+                raise
+            raise ConfigError.of("config.targets", error) from error
     return runs[::-1]
 
 

@@ -3,6 +3,8 @@
 from jaxtyping import Float, Shaped, UInt8
 import numpy as np
 
+from dhp_jax.errors import FieldError
+
 WINDOW = 11  # pixels on each side of SSIM's Gaussian windows
 
 
@@ -51,11 +53,12 @@ def compare(
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     if output.shape != target.shape:
-        raise ValueError(f"output: expected shape {target.shape}, got {output.shape}")
+        raise FieldError("output", detail=f"expected shape {target.shape}, got {output.shape}")
     if min(output.shape[:2]) < WINDOW + 2 * shave:
-        raise ValueError(
-            f"output: expected at least {WINDOW + 2 * shave} pixels a side for SSIM, "
-            f"got shape {output.shape}"
+        raise FieldError(
+            "output",
+            detail=f"expected at least {WINDOW + 2 * shave} pixels a side for SSIM, got shape "
+            f"{output.shape}",
         )
     images = [luminance(image) if on_luminance else image for image in (output, target)]
     if shave:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Int, UInt8, UInt32
 import numpy as np
 
 from dhp_jax.data.photos.photographs import Photograph
+from dhp_jax.errors import FieldError
 
 BLOCK = 1024  # cells, so that no index needs more than 32 bits
 
@@ -48,9 +49,10 @@ def patches(photographs: Sequence[Photograph], scale: int = 1) -> Patches:
     widths = np.array([photo.target.shape[1] // scale for photo in photographs], np.int64)
     ends = np.cumsum(heights * widths)
     if ends[-1] >= 2**32:
-        raise ValueError(
-            f"photographs: expected fewer than 2^32 pixels together (at the low resolution), got "
-            f"{ends[-1]:,}; use fewer or smaller ones"
+        raise FieldError(
+            "photographs",
+            detail="expected fewer than 2^32 pixels together (at the low resolution), got "
+            f"{ends[-1]:,}; use fewer or smaller ones",
         )
     degraded = None
     if scale > 1:

@@ -8,6 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 import numpy as np
 
+from dhp_jax.errors import FieldError
+
 logger = logging.getLogger(__name__)
 
 
@@ -34,9 +36,7 @@ class Tiling(NamedTuple):
     def check(self, argument: str, side: int | None) -> None:
         """Raises a `ValueError` that names the argument if tiles of a side are too small."""
         if side is not None and side <= 2 * self.overlap:
-            raise ValueError(
-                f"{argument}: expected more than {2 * self.overlap}, twice the overlap; got {side}"
-            )
+            raise FieldError(argument, f"more than {2 * self.overlap}, twice the overlap", side)
 
 
 def tiling(model: nnx.Module, overlap: int | None = None) -> Tiling:
@@ -93,7 +93,7 @@ def restore(
     tile = tuple(_rounded_up(side, multiple) for side in tile)
     overlap = _rounded_up(overlap, multiple)
     if min(tile) <= 2 * overlap:
-        raise ValueError(f"tile: expected sides of more than {2 * overlap}, got {tile}")
+        raise FieldError("tile", detail=f"expected sides of more than {2 * overlap}, got {tile}")
     padding = (-height % multiple, -width % multiple)
     extended = np.pad(image, (*((0, beyond) for beyond in padding), (0, 0)), mode="edge")
     result = None

@@ -21,6 +21,7 @@ from dhp_jax.core.cost import MEASURES
 from dhp_jax.data.stream import Stream
 from dhp_jax.distributed.mesh import place, settled, whole
 from dhp_jax.distributed.processes import Turns, arrays_from_first, from_first, is_first
+from dhp_jax.errors import NonFiniteError
 from dhp_jax.tasks.task import Data, Evaluation, Params, Task
 from dhp_jax.train.checkpoints import Checkpoints
 from dhp_jax.train.inputs import AHEAD, _Resident, _Streamed
@@ -207,10 +208,13 @@ class _Loop:
     def _check_origin(self, before: dict[str, Any]) -> None:
         for name, value in self.origin.items():
             if before[name] != value:
-                what = "data: checksum of the training data" if name == "data" else name
+                lead = "checksum of the training data: " if name == "data" else ""
                 raise OriginError(
-                    f"{what}: expected {before[name]}, with which the {self.phase.name} phase "
-                    f"began; got {value}"
+                    name,
+                    before[name],
+                    value,
+                    f"{lead}expected {before[name]}, with which the {self.phase.name} phase "
+                    f"began; got {value}",
                 )
 
     def done(self) -> bool:
@@ -287,7 +291,7 @@ class _Loop:
         """Records an epoch with its test, and keeps the state of the best."""
         for what, value in last.items():
             if not math.isfinite(value):
-                raise self._fault(f"test {what} is {value}", self.progress.steps)
+                raise self._fault(f"test {what} is {value}", self.progress.steps, tested=True)
         self._record(values | {f"test_{what}": value for what, value in last.items()})
         epoch = self.progress.epochs + 1
         change: dict[str, Any] = {"epochs": epoch, "last": last, "met_budget": met_budget}
@@ -361,12 +365,13 @@ class _Loop:
         name = names[0].removesuffix(".value").removesuffix(".vector")
         return f"latent {name!r} is not finite"
 
-    def _fault(self, what: str, step: int) -> FloatingPointError:
+    def _fault(self, what: str, step: int, tested: bool = False) -> NonFiniteError:
         saved = self.checkpoints.steps() if self.checkpoints and is_first() else []
         last = f"; the last good checkpoint is of step {saved[0]}" if saved else ""
-        return FloatingPointError(
-            f"{self.phase.name}: the {what} at step {step}, "
-            f"at a learning rate of {self._rate(step):g}{last}"
+        return NonFiniteError(
+            self.phase.name,
+            f"the {what} at step {step}, at a learning rate of {self._rate(step):g}{last}",
+            tested,
         )
 
     def _attend(self) -> None:

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array
 import optax
 
+from dhp_jax.errors import FieldError
 from dhp_jax.tasks.task import Params
 
 
@@ -15,7 +16,7 @@ class Stopped(Exception):
     """Training was asked to stop, and did; its state is on disk."""
 
 
-class OriginError(ValueError):
+class OriginError(FieldError):
     """A phase cannot go on with other data than it began with."""
 
 

@@ -68,8 +68,9 @@ def held(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[None]:
                 stack.enter_context(filelock.FileLock(workdir / LOCK, timeout=0))
             except filelock.Timeout:
                 raise ConfigError(
-                    f"workdir: another process is at work in {workdir}; wait until it ends, or "
-                    "give another --workdir"
+                    "workdir",
+                    detail=f"another process is at work in {workdir}; wait until it ends, or give "
+                    "another --workdir",
                 ) from None
             _check(workdir, config)
             files.write(workdir / CONFIG, json.dumps(_kept(workdir, config), indent=1))
@@ -133,14 +134,16 @@ def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[s
     for split, checksum in there["checksums"].items():
         if checksums[split] != checksum:
             raise ConfigError(
-                f"config.data: expected the {split} images that the run in {workdir} began with; "
-                "got others (their names, sizes or statistics differ); give another --workdir, or "
-                f"delete {path} to go on with these"
+                "config.data",
+                detail=f"expected the {split} images that the run in {workdir} began with; got "
+                "others (their names, sizes or statistics differ); give another --workdir, "
+                f"or delete {path} to go on with these",
             )
     if there["streamed"] != streamed:
         raise ConfigError(
-            f"config.data.streamed: expected {there['streamed']}, with which the run in {workdir} "
-            f"began; got {streamed}"
+            "config.data.streamed",
+            f"{there['streamed']}, with which the run in {workdir} began",
+            streamed,
         )
 
 
@@ -158,7 +161,8 @@ def _data(path: Path) -> dict[str, Any]:
         return _read_data(path)
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"workdir: cannot read {path}: {error}; delete it if the data are those it began with"
+            "workdir",
+            detail=f"cannot read {path}: {error}; delete it if the data are those it began with",
         ) from error
 
 
@@ -174,8 +178,9 @@ def written(workdir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"workdir: expected a directory that can be written; got {str(workdir)!r} "
-            f"({error.strerror})"
+            "workdir",
+            detail=f"expected a directory that can be written; got {str(workdir)!r} "
+            f"({error.strerror})",
         ) from error
 
 
@@ -185,15 +190,14 @@ def _check(workdir: Path, config: ConfigDict) -> None:
     if not path.is_file():
         ours = {LOCK, unfinished(path).name}
         if workdir.is_dir() and any(item.name not in ours for item in workdir.iterdir()):
-            raise ConfigError(
-                f"workdir: expected a new or empty directory, or a run's; got {workdir}"
-            )
+            raise ConfigError("workdir", "a new or empty directory, or a run's", workdir)
         return
     try:
         there = flat(dict(json.loads(path.read_text())))
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"workdir: {path} is no configuration: {error}; mend it, or give another --workdir"
+            "workdir",
+            detail=f"{path} is no configuration: {error}; mend it, or give another --workdir",
         ) from error
     here = flat(plain(config))
     differing = [
@@ -203,8 +207,9 @@ def _check(workdir: Path, config: ConfigDict) -> None:
     ]
     if differing:
         raise ConfigError(
-            f"workdir: {workdir} holds a run with another configuration: {', '.join(differing)}; "
-            "give another --workdir"
+            "workdir",
+            detail=f"{workdir} holds a run with another configuration: {', '.join(differing)}; "
+            "give another --workdir",
         )
 
 

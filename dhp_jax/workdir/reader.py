@@ -17,7 +17,7 @@ from dhp_jax.config.methods import METHODS, Method
 from dhp_jax.core.cost import MEASURES, Cost, measure_cost
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
-from dhp_jax.errors import unknown
+from dhp_jax.errors import FieldError
 from dhp_jax.models import registry
 from dhp_jax.models.registry import build_abstract
 from dhp_jax.workdir import metrics as workdir_metrics
@@ -203,7 +203,7 @@ def configuration(workdir: str | os.PathLike) -> dict[str, Any]:
         if not isinstance(config.get(name), kind):
             raise ValueError(f"run: {path} is no configuration of a run: it has no {name!r}")
     if config["method"] not in METHODS:
-        raise ValueError(f"run: {path}: {unknown('method', config['method'], METHODS)}")
+        raise FieldError.unknown("run", config["method"], METHODS, f"{path}: method: ")
     return config
 
 
@@ -217,7 +217,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     for place, kind in IN_SUMMARY.items():
         _require(path, summary, place, kind)
     if summary["method"] not in METHODS:
-        raise ValueError(f"run: {path}: {unknown('method', summary['method'], METHODS)}")
+        raise FieldError.unknown("run", summary["method"], METHODS, f"{path}: method: ")
     metric = "error" if summary["task"].get("name") == "classification" else "psnr"
     for which in ("last", "best"):
         _require(path, summary, f"test.{which}.{metric}", int | float)

@@ -83,17 +83,19 @@ def read(config: ConfigDict) -> Source:
         there = configuration(folder)
         if there["method"] != METHODS[config.method].source:
             raise ConfigError(
-                f"config.source: {expected}; that in {str(folder)!r} has config.method="
-                f"{there['method']}"
+                "config.source",
+                detail=f"{expected}; that in {str(folder)!r} has config.method={there['method']}",
             )
         source = _source(folder, there)
     except ConfigError:
         raise
     except (KeyError, OSError, TypeError, ValueError) as error:
         told = f"got {str(folder)!r} ({error})"
-        raise ConfigError(f"config.source: {expected}; {told}") from error
+        raise ConfigError("config.source", detail=f"{expected}; {told}") from error
     if source is None:
-        raise ConfigError(f"config.source: {expected}; that in {str(folder)!r} is not finished")
+        raise ConfigError(
+            "config.source", detail=f"{expected}; that in {str(folder)!r} is not finished"
+        )
     _check_same(config, there, folder)
     return source
 
@@ -133,15 +135,17 @@ def check(
     source = read(config)
     if source.checksums != dict(checksums):
         raise ConfigError(
-            f"config.source: expected a run on the same images; that in {str(config.source)!r} has "
-            "seen others (their names, sizes or statistics differ)"
+            "config.source",
+            detail=f"expected a run on the same images; that in {str(config.source)!r} has "
+            "seen others (their names, sizes or statistics differ)",
         )
     _check_network(source, model)
     began = _noted(workdir, read_description)
     if began not in (None, source.sha256):
         raise ConfigError(
-            f"config.source: expected the network that the run in {workdir} began with; "
-            f"{str(source.path)!r} is another one; give another --workdir"
+            "config.source",
+            detail=f"expected the network that the run in {workdir} began with; "
+            f"{str(source.path)!r} is another one; give another --workdir",
         )
 
 
@@ -172,8 +176,9 @@ def _check_network(source: Source, model: nnx.Module) -> None:
     for name, (expected, got) in pairs.items():
         if json.dumps(expected) != json.dumps(got):  # of which tuples are lists
             raise ConfigError(
-                f"config.source: expected a network of {name}={shown(expected)}, as here; that in "
-                f"{str(source.path)!r} has {shown(got)}"
+                "config.source",
+                detail=f"expected a network of {name}={shown(expected)}, as here; that in "
+                f"{str(source.path)!r} has {shown(got)}",
             )
 
 
@@ -207,6 +212,7 @@ def _check_same(config: ConfigDict, there: Mapping[str, Any], folder: Path) -> N
         matters = name.startswith(same) and name not in (*MAY_CHANGE, *MAY_MOVE)
         if matters and ours.get(name) != theirs.get(name):
             raise ConfigError(
-                f"config.source: expected a run with config.{name}={shown(ours.get(name))}, as "
-                f"here; that in {str(folder)!r} has {shown(theirs.get(name))}"
+                "config.source",
+                detail=f"expected a run with config.{name}={shown(ours.get(name))}, as here; that "
+                f"in {str(folder)!r} has {shown(theirs.get(name))}",
             )

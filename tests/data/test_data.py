@@ -217,6 +217,21 @@ def test_cifar_downloaded_and_prepared_here_is_read_back_exactly(name, prepared,
     assert source.std[2] == {"cifar10": 66.7, "cifar100": 70.4}[name]
 
 
+@pytest.mark.parametrize("name", CIFAR)
+def test_the_binary_version_of_cifar_is_read_as_it_lies(name, tmp_path):
+    synthetic = synthetic_cifar(name)
+    write_archive(tmp_path / "archive.tar.gz", name, synthetic)
+    with tarfile.open(tmp_path / "archive.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = data.load(name, tmp_path)
+    assert source.num_classes == {"cifar10": 10, "cifar100": 100}[name]
+    assert (source.train_size, source.test_size) == (10, 4)
+    for split, (images, labels) in synthetic.items():
+        found, classes = source.read(split)
+        np.testing.assert_array_equal(found, images)
+        np.testing.assert_array_equal(classes, labels[:, -1])
+
+
 def test_cifar_is_looked_for_in_the_default_directory_of_tfds(prepared, monkeypatch):
     from tensorflow_datasets.core import constants
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as tensorflow-datasets prepares them, without TensorFlow."""
+"""CIFAR-10 and CIFAR-100 as tensorflow-datasets prepares them, or in their binary version."""
 
 import contextlib
 import functools
@@ -10,6 +10,7 @@ import threading
 import numpy as np
 
 from dhp_jax.data.decode import decode
+from dhp_jax.data.labelled import cifar_binary
 from dhp_jax.data.labelled import tfds as labelled_tfds
 from dhp_jax.data.labelled.dataset import Source
 from dhp_jax.data.labelled.tfds import directory, is_prepared, prepare, source
@@ -24,11 +25,14 @@ STATISTICS = {
 
 def load(name: str, data_dir: str | os.PathLike | None = None) -> Source:
     """Finds prepared data, or downloads and prepares them; see `dhp_jax.data.load`."""
+    mean, std = STATISTICS[name]
+    folder = cifar_binary.found(name, data_dir)
+    if folder is not None:
+        return cifar_binary.source(name, folder, mean=mean, std=std)
     with labelled_tfds.quiet():
         builder = _builder(name, data_dir)
     if not is_prepared(builder):
         _prepare(builder, data_dir)
-    mean, std = STATISTICS[name]
     return source(
         builder,
         functools.partial(decode, mode="RGB"),
@@ -93,9 +97,10 @@ def _prepare(builder, data_dir: str | os.PathLike | None) -> None:
         obstacle = f"cannot fetch {url}"
     if obstacle is not None:
         raise DataNotFoundError(
-            f"data.dir: found no prepared {builder.name} in {builder.data_dir} and {obstacle}; "
-            f"prepare it there with TFDS in the array_record format on a machine with "
-            f"network, or run the embedded default, {labelled_tfds.DEFAULT_CONFIG}"
+            "data.dir",
+            detail=f"found no prepared {builder.name} in {builder.data_dir} and {obstacle}; "
+            "prepare it there with TFDS in the array_record format on a machine with "
+            f"network, or run the embedded default, {labelled_tfds.DEFAULT_CONFIG}",
         )
     prepare(builder)
 

@@ -14,8 +14,9 @@ def load() -> Source:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataNotFoundError(
-            "data.name: 'digits' needs scikit-learn, which is not installed; "
-            'run: pip install "dhp_jax[demo]"'
+            "data.name",
+            detail="'digits' needs scikit-learn, which is not installed; "
+            'run: pip install "dhp_jax[demo]"',
         ) from error
 
     digits = load_digits()

@@ -18,7 +18,7 @@ from dhp_jax.data.decode import (
     open_image,
 )
 from dhp_jax.data.labelled.dataset import Source
-from dhp_jax.errors import DataNotFoundError
+from dhp_jax.errors import DataNotFoundError, FieldError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -96,15 +96,16 @@ class _Files:
 def _split_folders(data_dir: str | os.PathLike | None) -> dict[str, Path]:
     """The folders of the training and the test images."""
     if data_dir is None:
-        raise DataNotFoundError("data.dir: image_folder needs a folder; got None")
+        raise DataNotFoundError("data.dir", detail="image_folder needs a folder; got None")
     root = Path(data_dir).expanduser()
     test = "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
     folders = {"train": root / "train", "test": root / test}
     for folder in folders.values():
         if not folder.is_dir():
             raise DataNotFoundError(
-                f"data.dir: expected {root} to hold the folders train and test (or val); "
-                f"{folder} is no folder"
+                "data.dir",
+                detail=f"expected {root} to hold the folders train and test (or val); {folder} is "
+                "no folder",
             )
     return folders
 
@@ -113,7 +114,9 @@ def _files_by_label(folder: Path) -> dict[str, list[Path]]:
     """The image files of each label of a split; hidden files and folders are none."""
     labels = sorted(path for path in _visible(folder) if path.is_dir())
     if not labels:
-        raise DataNotFoundError(f"data.dir: {folder} is empty, expected a folder for each label")
+        raise DataNotFoundError(
+            "data.dir", detail=f"{folder} is empty, expected a folder for each label"
+        )
     files = {
         label.name: sorted(file for file in _visible(label) if file.suffix.lower() in EXTENSIONS)
         for label in labels
@@ -121,7 +124,8 @@ def _files_by_label(folder: Path) -> dict[str, list[Path]]:
     for label, of_label in files.items():
         if not of_label:
             raise DataNotFoundError(
-                f"data.dir: {folder / label} holds no image, expected {', '.join(EXTENSIONS)}"
+                "data.dir",
+                detail=f"{folder / label} holds no image, expected {', '.join(EXTENSIONS)}",
             )
     return files
 
@@ -134,8 +138,9 @@ def _check_labels(folders: dict[str, Path], files: dict[str, dict[str, list[Path
     for split, other in (("train", "test"), ("test", "train")):
         if missing := sorted(set(files[other]).difference(files[split])):
             raise DataNotFoundError(
-                f"data.dir: {folders[split]} lacks labels that {folders[other]} has: "
-                f"{', '.join(missing)}"
+                "data.dir",
+                detail=f"{folders[split]} lacks labels that {folders[other]} has: "
+                f"{', '.join(missing)}",
             )
 
 
@@ -147,16 +152,18 @@ def _check_headers(files: list[Path], image_size: int | None) -> tuple[str, tupl
         mode, size = _header(file)
         examples.setdefault(mode, file)
         if len(examples) == 2:
-            raise ValueError(
-                f"data.dir: expected all images in gray or all in colour; "
-                f"{examples['L']} is gray, {examples['RGB']} is not"
+            raise FieldError(
+                "data.dir",
+                detail=f"expected all images in gray or all in colour; {examples['L']} is gray, "
+                f"{examples['RGB']} is not",
             )
         expected = expected or size
         if image_size is None and size != expected:
-            raise ValueError(
-                f"data.dir: {file} is {size[1]} pixels wide and {size[0]} high, expected "
-                f"{expected[1]} and {expected[0]} as in {files[0]}; "
-                f"data.image_size brings all to one size"
+            raise FieldError(
+                "data.dir",
+                detail=f"{file} is {size[1]} pixels wide and {size[0]} high, expected "
+                f"{expected[1]} and {expected[0]} as in {files[0]}; data.image_size brings "
+                "all to one size",
             )
     return mode, expected
 
@@ -167,7 +174,9 @@ def _header(file: Path) -> tuple[str, tuple[int, int]]:
         mode, (w, h) = image.mode, image.size
         check_whole(image)
     if mode not in GRAY + COLOUR:
-        raise ValueError(f"data.dir: {file} has mode {mode}, expected at most 8 bits a channel")
+        raise FieldError(
+            "data.dir", detail=f"{file} has mode {mode}, expected at most 8 bits a channel"
+        )
     return ("L" if mode in GRAY else "RGB"), (h, w)
 
 

@@ -30,11 +30,14 @@ def load(data_dir: str | os.PathLike | None = None, image_size: int | None = Non
         builder = tfds.builder("imagenet2012", data_dir=directory(data_dir))
     if not is_prepared(builder):
         raise DataNotFoundError(
-            f"data.dir: found no prepared {builder.name} in {builder.data_dir}; prepare it there "
-            f"on a machine with TensorFlow, by tfds.builder('imagenet2012').download_and_prepare("
-            f"file_format='array_record') with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar "
-            f"(downloaded by hand from https://image-net.org/download-images) in TFDS's "
-            f"downloads/manual, or run the embedded default, {labelled_tfds.DEFAULT_CONFIG}"
+            "data.dir",
+            detail=f"found no prepared {builder.name} in {builder.data_dir}; prepare it there "
+            "on a machine with TensorFlow, by "
+            "tfds.builder('imagenet2012').download_and_prepare(file_format='array_record') "
+            "with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (downloaded by "
+            "hand from https://image-net.org/download-images) in TFDS's "
+            "downloads/manual, or run the embedded default, "
+            f"{labelled_tfds.DEFAULT_CONFIG}",
         )
     return source(
         builder,

@@ -4,7 +4,7 @@ import os
 
 from dhp_jax.data.labelled import cifar, digits, image_folder, imagenet, tiny_imagenet
 from dhp_jax.data.labelled.dataset import Source
-from dhp_jax.errors import unknown
+from dhp_jax.errors import FieldError, shown
 
 NAMES = ("digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet2012", "image_folder")
 
@@ -30,7 +30,8 @@ def load(
         and "test" (or "val").
       data_dir: the folder of "image_folder"; for others the TFDS directory that holds the data,
         `data_dir/cifar10/3.0.2/...`; TFDS's own default, `~/tensorflow_datasets`, if `None`.
-        "digits" does not look at it.
+        The binary version of CIFAR as its authors give it out, `data_dir/cifar-10-batches-bin` or
+        `data_dir/cifar-100-binary`, comes first where it is. "digits" does not look at it.
       image_size: height and width in pixels; larger and smaller images are resized so that their
         centre fills it. "imagenet2012": 224 if `None`. "image_folder": if `None`, the images keep
         their size, which must be the same for all. Other data sets have the size they have.
@@ -53,15 +54,16 @@ def load(
       (1297, 8, 8, 1)
     """
     if name not in NAMES:
-        raise ValueError(unknown("data.name", name, NAMES))
+        raise FieldError.unknown("data.name", name, NAMES)
     for argument, value in {"image_size": image_size, "archive": archive}.items():
         if value is not None and name not in USERS[argument]:
-            raise ValueError(
-                f"data.{argument}: only {' and '.join(USERS[argument])} can use it, "
-                f"expected None for {name}; got {value!r}"
+            raise FieldError(
+                f"data.{argument}",
+                detail=f"only {' and '.join(USERS[argument])} can use it, expected None for "
+                f"{name}; got {value!r}",
             )
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-        raise ValueError(f"data.image_size: expected a positive integer; got {image_size!r}")
+        raise FieldError("data.image_size", "a positive integer", shown(image_size))
     match name:
         case "digits":
             return digits.load()

@@ -45,7 +45,7 @@ def prepare(builder) -> None:
             builder.download_and_prepare(file_format="array_record")
     except OSError as error:
         raise DataNotFoundError(
-            f"data.dir: cannot prepare {builder.name} in {builder.data_dir}: {error}"
+            "data.dir", detail=f"cannot prepare {builder.name} in {builder.data_dir}: {error}"
         ) from error
 
 
@@ -122,7 +122,7 @@ class _Records:
             record = self.records[number]
         except RuntimeError as error:  # a file that is missing or cut off
             raise DataNotFoundError(
-                f"data.dir: cannot read {self.directory}: {error}; {AGAIN}"
+                "data.dir", detail=f"cannot read {self.directory}: {error}; {AGAIN}"
             ) from error
         return _decode(record, self.decode, f"image {number} of {self.split} in {self.directory}")
 
@@ -138,8 +138,9 @@ def _checked_size(builder, split: str) -> int:
     """How many records a split has; fails if a file of it is missing or cut off."""
     if split not in builder.info.splits:
         raise DataNotFoundError(
-            f"data.dir: {builder.name} in {builder.data_dir} has the splits "
-            f"{', '.join(builder.info.splits)}, expected {split}, too; {AGAIN}"
+            "data.dir",
+            detail=f"{builder.name} in {builder.data_dir} has the splits "
+            f"{', '.join(builder.info.splits)}, expected {split}, too; {AGAIN}",
         )
     records = _records(builder, split)
     records.__getitems__([0, len(records) - 1])
@@ -182,12 +183,13 @@ def _read_errors(builder) -> Iterator[None]:
         yield
     except NotImplementedError as error:
         raise DataNotFoundError(
-            f"data.dir: {builder.name} in {builder.data_dir} has the file format "
-            f"{builder.info.file_format.value}, expected array_record; {AGAIN}"
+            "data.dir",
+            detail=f"{builder.name} in {builder.data_dir} has the file format "
+            f"{builder.info.file_format.value}, expected array_record; {AGAIN}",
         ) from error
     except RuntimeError as error:  # what array_record raises for a file that is missing or cut off
         raise DataNotFoundError(
-            f"data.dir: cannot read {builder.name} in {builder.data_dir}: {error}; {AGAIN}"
+            "data.dir", detail=f"cannot read {builder.name} in {builder.data_dir}: {error}; {AGAIN}"
         ) from error
 
 

@@ -13,7 +13,7 @@ from dhp_jax.data.decode import decode
 from dhp_jax.data.labelled import tfds as labelled_tfds
 from dhp_jax.data.labelled.dataset import Source
 from dhp_jax.data.labelled.tfds import directory, is_prepared, prepare, source
-from dhp_jax.errors import DataNotFoundError
+from dhp_jax.errors import DataNotFoundError, FieldError
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
@@ -98,7 +98,7 @@ def _builder(data_dir: str | os.PathLike | None):
 def _check_image(image: bytes, file: str) -> None:
     shape = decode(io.BytesIO(image), "RGB", argument="data.archive", name=file).shape
     if shape != SHAPE:
-        raise ValueError(f"data.archive: {file} has the shape {shape}, expected {SHAPE}")
+        raise FieldError("data.archive", detail=f"{file} has the shape {shape}, expected {SHAPE}")
 
 
 def _find(builder, archive: str | os.PathLike | None) -> Path:
@@ -106,9 +106,10 @@ def _find(builder, archive: str | os.PathLike | None) -> Path:
     path = Path(archive or builder.data_dir_root / PurePosixPath(URL).name).expanduser()
     if not path.exists():
         raise DataNotFoundError(
-            f"data.archive: found no prepared {builder.name} in {builder.data_dir}, and no archive "
-            f"{path}; download {URL} and give its path as data.archive, or run the embedded "
-            f"default, {labelled_tfds.DEFAULT_CONFIG}"
+            "data.archive",
+            detail=f"found no prepared {builder.name} in {builder.data_dir}, and no archive "
+            f"{path}; download {URL} and give its path as data.archive, or run the "
+            f"embedded default, {labelled_tfds.DEFAULT_CONFIG}",
         )
     return path
 
@@ -120,7 +121,7 @@ def _checked_listing(path: Path) -> tuple[list[str], Listing]:
             return _listing(files, read)
         except ValueError as error:
             raise DataNotFoundError(
-                f"data.archive: {path} is not laid out as {URL}: {error}"
+                "data.archive", detail=f"{path} is not laid out as {URL}: {error}"
             ) from error
 
 
@@ -136,7 +137,7 @@ def _open_archive(archive: Path) -> Iterator[tuple[list[str], Callable[[str], by
             with zipfile.ZipFile(archive) as opened:
                 yield opened.namelist(), opened.read
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataNotFoundError(f"data.archive: cannot read {archive}: {error}") from error
+        raise DataNotFoundError("data.archive", detail=f"cannot read {archive}: {error}") from error
 
 
 def _listing(files: list[str], read: Callable[[str], bytes]) -> tuple[list[str], Listing]:

@@ -7,6 +7,8 @@ import math
 from jaxtyping import Float, Int, UInt8
 import numpy as np
 
+from dhp_jax.errors import FieldError
+
 KERNEL_WIDTH = 4
 
 
@@ -33,11 +35,12 @@ def bicubic(image: UInt8[np.ndarray, "h w c"], scale: float | Fraction) -> UInt8
       (2, 2, 3)
     """
     if image.ndim != 3 or image.dtype != np.uint8 or not image.size:
-        raise ValueError(
-            f"image: expected a uint8 array (h, w, c); got {image.dtype} of shape {image.shape}"
+        raise FieldError(
+            "image",
+            detail=f"expected a uint8 array (h, w, c); got {image.dtype} of shape {image.shape}",
         )
     if not 1e-3 <= scale <= 1e3:
-        raise ValueError(f"scale: expected a number from 1/1000 to 1000; got {scale}")
+        raise FieldError("scale", "a number from 1/1000 to 1000", scale)
     scale = Fraction(scale).limit_denominator()  # 0.1 is 1/10, so that 0.1 * 30 is 3
     rows = _resize_rows(image, scale)
     return np.ascontiguousarray(_resize_rows(rows.swapaxes(0, 1), scale).swapaxes(0, 1))

@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from dhp_jax.data.decode import COLOUR, GRAY, check_whole, open_image
-from dhp_jax.errors import DataNotFoundError
+from dhp_jax.errors import DataNotFoundError, FieldError, shown
 
 NAMES = ("photographs", "photo_folder")
 
@@ -68,14 +68,14 @@ def find_shipped(channels: int) -> dict[str, list[PhotoFile]]:
 def find_in_folder(argument: str, folder: str | os.PathLike | None, scale: int) -> list[PhotoFile]:
     """The photographs in a folder, with their low-resolution images if it holds pairs."""
     if folder is None:
-        raise ValueError(f"{argument}: 'photo_folder' expects a folder of images; got None")
+        raise FieldError(argument, detail="'photo_folder' expects a folder of images; got None")
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise DataNotFoundError(f"{argument}: expected a folder of images; got {str(folder)!r}")
+        raise DataNotFoundError(argument, "a folder of images", shown(str(folder)))
     try:
         images = list(_images(folder))
     except OSError as error:
-        raise DataNotFoundError(f"{argument}: cannot read {str(folder)!r}: {error}") from error
+        raise DataNotFoundError(argument, detail=f"cannot read {str(folder)!r}: {error}") from error
     targets = [(name, path) for name, mark, path in images if mark != "LR"]
     lows = [(name, path) for name, mark, path in images if mark == "LR"]
     if scale > 1 and any(mark for _, mark, _ in images):
@@ -84,7 +84,8 @@ def find_in_folder(argument: str, folder: str | os.PathLike | None, scale: int) 
         counterparts = [None] * len(targets)
     if not targets:
         raise DataNotFoundError(
-            f"{argument}: expected images ({', '.join(SUFFIXES)}); found none in {str(folder)!r}"
+            argument,
+            detail=f"expected images ({', '.join(SUFFIXES)}); found none in {str(folder)!r}",
         )
     return [
         read_header(argument, name, path, low)
@@ -114,13 +115,15 @@ def _match(
         low = lows.pop(name, None) or lows.pop(f"{name}x{scale}", None)
         if low is None:
             raise DataNotFoundError(
-                f"{argument}: expected a low-resolution image to {str(path)!r}, "
-                f"*_LR beside *_HR or the same name (or with x{scale}) in LR/; found none"
+                argument,
+                detail=f"expected a low-resolution image to {str(path)!r}, *_LR beside *_HR or the "
+                f"same name (or with x{scale}) in LR/; found none",
             )
         matched.append(low)
     for low in lows.values():
         raise DataNotFoundError(
-            f"{argument}: expected a photograph to the low-resolution {str(low)!r}; found none"
+            argument,
+            detail=f"expected a photograph to the low-resolution {str(low)!r}; found none",
         )
     return matched
 
@@ -132,8 +135,9 @@ def read_header(argument: str, name: str, path: Path, low: Path | None = None) -
         check_whole(image)
     if mode not in GRAY + COLOUR:
         raise DataNotFoundError(
-            f"{argument}: expected images of 8 bits a channel; "
-            f"got {str(path)!r} in Pillow's mode {mode!r}"
+            argument,
+            detail=f"expected images of 8 bits a channel; got {str(path)!r} in Pillow's mode "
+            f"{mode!r}",
         )
     return PhotoFile(argument, name, path, (height, width), mode in GRAY, low)
 
@@ -143,9 +147,10 @@ def check_color(files: list[PhotoFile]) -> None:
     gray, color = ([file for file in files if file.gray is value] for value in (True, False))
     if gray:
         mixed = f", and {str(color[0].path)!r} is in color" if color else ""
-        raise ValueError(
-            f"{gray[0].argument}: expected color photographs for 3 channels; "
-            f"{str(gray[0].path)!r} is gray{mixed}"
+        raise FieldError(
+            f"{gray[0].argument}",
+            detail=f"expected color photographs for 3 channels; {str(gray[0].path)!r} is "
+            f"gray{mixed}",
         )
 
 
@@ -153,9 +158,10 @@ def check_sizes(files: list[PhotoFile], scale: int, least: int, what: str) -> No
     """Raises if a side of a target has fewer than `least` pixels."""
     for file in files:
         if min(target_size(file, scale)) < least:
-            raise ValueError(
-                f"{file.argument}: expected photographs no smaller than {what}, {least}x{least}; "
-                f"got {str(file.path)!r} of {_pixels(file.size)}"
+            raise FieldError(
+                f"{file.argument}",
+                detail=f"expected photographs no smaller than {what}, {least}x{least}; got "
+                f"{str(file.path)!r} of {_pixels(file.size)}",
             )
 
 
@@ -164,9 +170,10 @@ def check_names(argument: str, what: str, files: list[tuple[str, Path]]) -> None
     seen: dict[str, Path] = {}
     for name, path in files:
         if name in seen:
-            raise ValueError(
-                f"{argument}: expected one {what} of the name {name!r}, got {str(seen[name])!r} "
-                f"and {str(path)!r}"
+            raise FieldError(
+                argument,
+                detail=f"expected one {what} of the name {name!r}, got {str(seen[name])!r} and "
+                f"{str(path)!r}",
             )
         seen[name] = path
 
@@ -179,14 +186,17 @@ def check_pair(file: PhotoFile, channels: int, scale: int) -> None:
     target = target_size(file, scale)
     expected = (target[0] // scale, target[1] // scale)
     if low.size != expected:
-        raise ValueError(
-            f"{file.argument}: expected {str(file.low)!r} of {_pixels(expected)}, for a scale of "
-            f"{scale} to {str(file.path)!r} of {_pixels(file.size)}; got {_pixels(low.size)}"
+        raise FieldError(
+            f"{file.argument}",
+            f"{str(file.low)!r} of {_pixels(expected)}, for a scale of {scale} to "
+            f"{str(file.path)!r} of {_pixels(file.size)}",
+            _pixels(low.size),
         )
     if channels == 3 and low.gray != file.gray:
-        raise ValueError(
-            f"{file.argument}: expected {str(file.low)!r} {_kind(file.gray)}, as "
-            f"{str(file.path)!r} is; got it {_kind(low.gray)}"
+        raise FieldError(
+            f"{file.argument}",
+            detail=f"expected {str(file.low)!r} {_kind(file.gray)}, as {str(file.path)!r} is; "
+            f"got it {_kind(low.gray)}",
         )
 
 

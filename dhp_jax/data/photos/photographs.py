@@ -28,7 +28,7 @@ from dhp_jax.data.photos.files import (
 )
 from dhp_jax.data.photos.pixel_cache import Pixels, ReadPatches, pixel_bytes, store
 from dhp_jax.data.stream import Stream
-from dhp_jax.errors import unknown
+from dhp_jax.errors import FieldError, shown
 
 
 class Photograph(NamedTuple):
@@ -124,9 +124,11 @@ def load(
     if name == "photographs":
         for argument, folder in (("data.dir", data_dir), ("data.test_dir", test_dir)):
             if folder is not None:
-                raise ValueError(
-                    f"{argument}: expected none for data.name='photographs', which ships with "
-                    f"scikit-image; got {os.fspath(folder)!r}; folders are data.name='photo_folder'"
+                raise FieldError(
+                    argument,
+                    detail="expected none for data.name='photographs', which ships with "
+                    f"scikit-image; got {os.fspath(folder)!r}; folders are "
+                    "data.name='photo_folder'",
                 )
         files = find_shipped(channels)
     else:
@@ -163,15 +165,13 @@ def load(
 
 def _check_arguments(name: str, channels: int, scale: int, patch: int) -> None:
     if name not in NAMES:
-        raise ValueError(unknown("data.name", name, NAMES))
+        raise FieldError.unknown("data.name", name, NAMES)
     if channels not in (1, 3):
-        raise ValueError(f"channels: expected 1 (gray) or 3 (color); got {channels!r}")
+        raise FieldError("channels", "1 (gray) or 3 (color)", shown(channels))
     if not isinstance(scale, int) or scale < 1:
-        raise ValueError(f"scale: expected a whole number of at least 1; got {scale!r}")
+        raise FieldError("scale", "a whole number of at least 1", shown(scale))
     if not isinstance(patch, int) or patch < 1 or patch % scale:
-        raise ValueError(
-            f"patch: expected a positive multiple of the scale, {scale}; got {patch!r}"
-        )
+        raise FieldError("patch", f"a positive multiple of the scale, {scale}", shown(patch))
 
 
 # Reading them

@@ -1,0 +1,96 @@
+"""The one program of `benchmarks/from_trained.py` computes what pruned networks compute."""
+
+from pathlib import Path
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax.pruned.fresh_weights import carry_kernels
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import from_trained
+
+IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return from_trained.Network(8, jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def arrays(net):
+    """Weights and statistics of which none is at its initial value."""
+    rng = np.random.default_rng(1)
+    return {
+        name: (x + rng.uniform(0.05, 0.3, x.shape)).astype(np.float32)
+        for name, x in net.fresh(0).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def pruned(net, arrays):
+    """A network that the library has pruned, and the masks of prunable latents."""
+    model = nnx.clone(net.latents)
+    carry_kernels(net.model(arrays), model)
+    scores = dhp.random_scores(model, 3)
+    masks = from_trained.choose(net, scores, 0.4)
+    whole = {name: np.ones(size, bool) for name, size in net.sizes.items()}
+    return dhp.prune(model, whole | masks), masks
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_closed_gates_compute_what_the_pruned_network_computes(net, arrays, pruned, training):
+    small, masks = nnx.clone(pruned[0]), pruned[1]
+    gates = {name: jnp.asarray(mask, jnp.float32) for name, mask in masks.items()}
+    gated = net.model({**arrays, **net.gated(arrays, gates)})
+    for model in (small, gated):
+        model.train() if training else model.eval()
+    np.testing.assert_allclose(gated(IMAGES), small(IMAGES), rtol=1e-4, atol=1e-4)
+    assert np.abs(gated(IMAGES) - net.model(arrays)(IMAGES)).max() > 0.01
+
+
+def test_what_is_left_gets_the_gradients_of_the_pruned_network(net, arrays, pruned):
+    small, masks = nnx.clone(pruned[0]), pruned[1]
+    gates = {name: jnp.asarray(mask, jnp.float32) for name, mask in masks.items()}
+    weights = {name: x for name, x in arrays.items() if net.is_weight(name)}
+    statistics = {name: x for name, x in arrays.items() if name not in weights}
+
+    def of_gated(weights):
+        model = net.model({**net.gated(weights, gates), **statistics})
+        model.train()
+        return jnp.mean(model(IMAGES) ** 2)
+
+    small.train()
+    wanted = nnx.grad(lambda model: jnp.mean(model(IMAGES) ** 2))(small)
+    wanted = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(wanted)}
+    got = jax.grad(of_gated)(weights)
+    hidden, stage = masks["blocks.1.hidden.0"], masks["stages.1"]
+    name = "blocks.1.layers.1.conv.kernel"
+    cut = np.asarray(got[name])[:, :, hidden][..., stage]
+    np.testing.assert_allclose(cut, wanted[name], rtol=2e-3, atol=1e-5)
+    assert not np.asarray(got[name])[:, :, ~hidden].any()
+    assert not np.asarray(got[name])[..., ~stage].any()
+
+
+def test_the_l1_scores_are_the_librarys(net, arrays):
+    model = nnx.clone(net.latents)
+    carry_kernels(net.model(arrays), model)
+    wanted = dhp.l1_scores(model)
+    got = from_trained.magnitude_scores(net, arrays)["l1"]
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4)
+
+
+def test_every_way_is_within_its_budget(net, arrays):
+    scores = from_trained.magnitude_scores(net, arrays)
+    for by, flops in [("l1", 0.5), ("group", 0.25), ("fpgm", 0.25)]:
+        masks = from_trained.choose(net, scores[by], flops)
+        counts = net.sizes | {name: int(mask.sum()) for name, mask in masks.items()}
+        assert 0.98 * flops < net.cost.shares(counts)["flops"] <= flops
