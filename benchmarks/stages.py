@@ -214,7 +214,7 @@ def timed(
       times: as many seconds as usual.
     """
     passes = {name: function for name, (function, _) in runs.items()}
-    taken = timing.in_turn(passes, size.rounds, times * size.seconds)
+    taken = timing.time_in_turn(passes, size.rounds, times * size.seconds)
     return {name: [s / runs[name][1] for s in values] for name, values in taken.items()}
 
 
@@ -517,7 +517,8 @@ def forwards(
     cost = {m: dhp.measure_cost(model, network.input_shape).flops for m, model in models.items()}
     each = 1 if size.rehearse else 16 if batch == 1 else queued(batch)
     passes = {
-        m: timing.forward(model, network.input_shape, batch, each) for m, model in models.items()
+        m: timing.forward_pass(model, network.input_shape, batch, each)
+        for m, model in models.items()
     }
     programs = usable(together(passes), 0)  # which compiles them
     seconds = timed({m: (passes[m], each) for m in programs}, size, times=0.75)
