@@ -18,6 +18,7 @@ from runs import NETWORKS, Interrupter, Stop, check_same_end, without_times
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
 from dhp_jax import data
+from dhp_jax.artifact import reading as artifact_reading
 from dhp_jax.budgets.chosen import Time
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline import phases, preparation
@@ -572,7 +573,7 @@ def test_every_network_tells_what_was_asked_of_its_run_wherever_it_is_copied_to(
     assert checksums.keys() == {"train", "test"}
     for name in NETWORKS:
         shutil.copytree(quick.workdir / name, tmp_path / name)
-        assert dhp.checkpoint.verify(tmp_path / name)["notes"]["run"] == asked
+        assert artifact_reading.verify(tmp_path / name)["notes"]["run"] == asked
 
 
 def test_a_run_that_goes_on_measures_nothing_once_its_network_is_pruned(

@@ -131,7 +131,7 @@ def test_a_photograph_that_lies_on_its_side_is_restored_upright(restorers, tmp_p
     upright = turned(tmp_path / "a.png")
     Image.fromarray(upright).save(tmp_path / "b.png")
     saved = opened(restorers / "edsr")
-    files = predict.restored_files(
+    files = predict.restore_images(
         saved, [tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out"
     )
     one, other = (Image.open(file) for file in files)
@@ -172,7 +172,7 @@ def test_an_image_is_enlarged(restorers, tmp_path):
     pixels = write(tmp_path / "small.webp", 9, 7, 3)
     pixels = np.asarray(Image.open(tmp_path / "small.webp").convert("RGB"))
     saved = opened(restorers / "edsr")
-    (file,) = predict.restored_files(saved, [tmp_path / "small.webp"], tmp_path / "out")
+    (file,) = predict.restore_images(saved, [tmp_path / "small.webp"], tmp_path / "out")
     found = np.asarray(Image.open(file))
     assert (file.name, found.shape) == ("small.png", (18, 14, 3))
     expected = np.asarray(saved.model(jnp.asarray(pixels, jnp.float32)[None]))[0].clip(0, 255)

@@ -17,6 +17,7 @@ from runs import UNPRUNED, description
 
 import dhp_jax as dhp
 from dhp_jax import cli
+from dhp_jax.artifact import reading as artifact_reading
 from dhp_jax.budgets import timing
 from dhp_jax.budgets.timing import hardware
 from dhp_jax.report import __main__ as report_main
@@ -462,7 +463,7 @@ def test_the_plots_show_what_was_recorded(result):
     np.testing.assert_allclose(curves["unpruned, last epoch (8.46 %)"].get_ydata(), 8.46)
 
     labels = [text.get_text() for text in axes["latents"].get_legend().get_texts()]
-    survivors = dhp.checkpoint.read_description(result.workdir / "model")["survivors"]
+    survivors = artifact_reading.read_description(result.workdir / "model")["survivors"]
     latents = dhp.latents(dhp.load(result.workdir / "search"))
     prunable = [name for name, z in latents.items() if z.prunable]
     kept = sum(len(survivors[name]) for name in prunable)
