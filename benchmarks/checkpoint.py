@@ -16,7 +16,7 @@ import jax
 from record import parser, publish_each, table_of
 from zoo import NETWORKS, QUICK, search_step
 
-from dhp_jax.config.defaults import default
+from dhp_jax.config.fields import default
 from dhp_jax.train.checkpoints import Checkpoints
 
 NAMES = ("resnet20", "resnet56", "resnet110", "mobilenet_v2", "dncnn", "unet")

@@ -82,10 +82,9 @@ def events(data: jax.profiler.ProfileData) -> list[Event]:
     found = []
     for plane in planes or list(data.planes):
         lines = list(plane.lines)
-        if any(line.name == "XLA Ops" for line in lines):  # as of a TPU, which has others besides
-            lines = [line for line in lines if line.name == "XLA Ops"]
-        elif planes:
-            lines = [line for line in lines if line.name.startswith("Stream")]
+        if planes:  # a GPU has a line for each stream, a TPU one for all operations
+            streams = [line for line in lines if line.name.startswith("Stream")]
+            lines = streams or [line for line in lines if line.name == "XLA Ops"]
         for line in lines:
             for event in line.events:
                 stats = {name: value for name, value in event.stats if name is not None}

@@ -355,24 +355,35 @@ def with_generation() -> tuple[str, contextlib.AbstractContextManager[None]]:
 Switches = dict[str, tuple[contextlib.AbstractContextManager[None], dict[str, Any]]]
 
 
-def switches() -> Switches:
-    """What makes another program of the same step: by name, within what, and built with what."""
-    nothing = contextlib.nullcontext()
+def first_switches() -> Switches:
+    """What makes another program of the same step: by name, within what, and built with what.
+
+    "as it is" is the program that all others are compared with.
+    """
     generation, within = with_generation()
     found = {
-        "as it is": (nothing, {}),
+        "as it is": (contextlib.nullcontext(), {}),
         generation: (within, {}),
-        "bfloat16": (nothing, {"dtype": "bfloat16"}),
+        "bfloat16": (contextlib.nullcontext(), {"dtype": "bfloat16"}),
         "barrier before the update": (with_barrier(), {}),
-        "1 step a look (BLOCK)": (put(train_step, "BLOCK", 1), {}),
-        "8 steps a look (BLOCK)": (put(train_step, "BLOCK", 8), {}),
-        "precision highest": (jax.default_matmul_precision("highest"), {}),
-        "precision bfloat16": (jax.default_matmul_precision("bfloat16"), {}),
     }
     if jax.default_backend() == "tpu":
         found["channel axes apart"] = put(zoo, "packed", lambda model: model), {}
     if jax.default_backend() == "gpu":
         found["GPU: convolutions NHWC"] = with_options(xla_gpu_force_conv_nhwc=True), {}
+    return found
+
+
+def more_switches() -> Switches:
+    """The same of what is less likely to matter."""
+    found = {
+        "as it is": (contextlib.nullcontext(), {}),
+        "1 step a look (BLOCK)": (put(train_step, "BLOCK", 1), {}),
+        "8 steps a look (BLOCK)": (put(train_step, "BLOCK", 8), {}),
+        "precision bfloat16": (jax.default_matmul_precision("bfloat16"), {}),
+        "precision highest": (jax.default_matmul_precision("highest"), {}),
+    }
+    if jax.default_backend() == "gpu":
         found["GPU: no graphs"] = with_options(xla_gpu_enable_command_buffer=""), {}
     return found
 
@@ -392,22 +403,30 @@ def graphs() -> Switches:
 
 
 def switches_plan(size: Size, options: argparse.Namespace) -> list[Item]:
-    wanted = [("resnet56", 64), ("resnet20", 64), ("resnet56", 256), ("resnet110", 64)]
-    items = []
-    for name, batch in wanted[:1] if size.rehearse else wanted:
-        network, (batch,) = size.network(name), size.batches(batch)
-        label = f"{network.label}, batch {batch}"
-        measure = functools.partial(switched, size, network, batch, switches)
-        items.append(Item(label, measure, seconds=20.0))
+    wanted = [
+        ("resnet56", 64, "programs", first_switches),
+        ("resnet56", 64, "dispatches", None),
+        ("resnet56", 64, "more programs", more_switches),
+        ("resnet56", 256, "programs", first_switches),
+        ("resnet20", 64, "programs", first_switches),
+        ("resnet20", 64, "dispatches", None),
+        ("resnet20", 64, "more programs", more_switches),
+        ("resnet110", 64, "programs", first_switches),
+    ]
     if jax.default_backend() == "gpu":
-        network = size.network("resnet56")
-        measure = functools.partial(switched, size, network, 64, graphs)
-        items.append(Item(f"{network.label}, loops in graphs", measure, seconds=20.0))
+        wanted.append(("resnet56", 64, "loops in graphs", graphs))
+    items = []
+    for name, batch, what, of in wanted[:3] if size.rehearse else wanted:
+        network, (batch,) = size.network(name), size.batches(batch)
+        measure = functools.partial(
+            *((switched, size, network, batch, of) if of else (dispatched, size, network, batch))
+        )
+        items.append(Item(f"{network.label}, batch {batch}: {what}", measure, seconds=15.0))
     return items
 
 
 def switched(size: Size, network: Network, batch: int, switches: Callable[[], Switches]) -> Rows:
-    """The step as it is, in turn with every one of some switches and ways to dispatch it."""
+    """The step as it is, in turn with every one of some switches."""
     work, models = {}, {}
     for name, (within, changes) in switches().items():
         key = tuple(changes.items())
@@ -415,27 +434,46 @@ def switched(size: Size, network: Network, batch: int, switches: Callable[[], Sw
             models[key] = size.build(network, **changes)
         with within:
             work[name] = traced(network, models[key], batch, size.steps).compile
-    work["a program of one step"] = traced(network, models[()], batch, 1).compile
     programs = together(work)
     for name, program in programs.items():
         if isinstance(program, Exception):
             told = f"{type(program).__name__}: {program}"[:200].splitlines()[0]
             yield {"network": network.label, "batch": batch, "not compiled": name, "because": told}
     programs = usable(programs, "as it is")
-    single = programs.pop("a program of one step", None)
-    whole = programs["as it is"]
     runs = {name: (program.wait, size.steps) for name, program in programs.items()}
-    few = max(1, size.steps // 4)
-    runs[f"{few} steps a dispatch"] = several(whole, few, 4, 0), 4 * few
-    runs[f"{few} steps a dispatch, 2 ahead"] = several(whole, few, 4, 2), 4 * few
-    runs[f"{size.steps} steps a dispatch, 2 ahead"] = (
-        several(whole, size.steps, 4, 2),
-        4 * size.steps,
+    compiling = {name: program.seconds for name, program in programs.items()}
+    yield from switch_rows(network, batch, timed(runs, size, times=2.0), compiling)
+
+
+def dispatched(size: Size, network: Network, batch: int) -> Rows:
+    """The step as it is, in turn with other ways to give it to the device."""
+    model, most = size.build(network), size.steps
+    programs = together(
+        {
+            "many": traced(network, model, batch, most).compile,
+            "one": traced(network, model, batch, 1).compile,
+        }
     )
-    if single is not None:
-        runs["1 step a dispatch"] = several(single, 1, size.steps, 0), size.steps
-        runs["1 step a dispatch, 2 ahead"] = several(single, 1, size.steps, 2), size.steps
-    seconds = timed(runs, size, times=3.0)
+    program, single = usable(programs, "many")["many"], usable(programs, "one")["one"]
+    few = max(1, most // 4)
+    runs = {
+        "as it is": (program.wait, most),
+        f"{most} steps a dispatch, 2 ahead": (several(program, most, 4, 2), 4 * most),
+        f"{few} steps a dispatch": (several(program, few, 4, 0), 4 * few),
+        f"{few} steps a dispatch, 2 ahead": (several(program, few, 4, 2), 4 * few),
+        "1 step a dispatch": (several(single, 1, most, 0), most),
+        "1 step a dispatch, 2 ahead": (several(single, 1, most, 2), most),
+    }
+    yield from switch_rows(network, batch, timed(runs, size, times=2.0), {})
+
+
+def switch_rows(
+    network: Network,
+    batch: int,
+    seconds: Mapping[str, Sequence[float]],
+    compiling: Mapping[str, float],
+) -> Rows:
+    """A row for each kind of step, which says how it compares with the step as it is."""
     for name, values in seconds.items():
         yield {
             "network": network.label,
@@ -444,7 +482,7 @@ def switched(size: Size, network: Network, batch: int, switches: Callable[[], Sw
             "step, ms": milliseconds(values),
             "/ as it is": ratio(values, seconds["as it is"]),
             "rounds": len(values),
-            "compile, s": programs[name].seconds if name in programs else "",
+            "compile, s": compiling.get(name, ""),
         }
 
 

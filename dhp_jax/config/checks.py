@@ -1,15 +1,23 @@
-"""The configuration of a run: its fields with their defaults, and the check of all of them."""
+"""The check of a configuration, and of what the command line changes in it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from absl.flags import BooleanParser
 from ml_collections import ConfigDict, config_dict
 
-from dhp_jax.config.fields import FIELDS, MOST_EXAMPLES, OR_NONE, READERS, TASK_FIELDS, _reads_as
+from dhp_jax.config.fields import FIELDS, MAX_EXAMPLES, TASK_FIELDS, Field, fields_of
 from dhp_jax.config.methods import METHODS
 from dhp_jax.errors import ConfigError, shown
 from dhp_jax.models import registry
 from dhp_jax.models.registry import task_of
+
+# How the text of a flag is read, by the type of its field, and what an error expects.
+READERS: Mapping[type, tuple[Callable[[str], Any], str]] = {
+    int: (int, "an integer"),
+    float: (float, "a number"),
+    bool: (BooleanParser().parse, "True or False"),
+}
 
 
 def check(config: ConfigDict) -> None:
@@ -75,10 +83,10 @@ def _check_family(config: ConfigDict) -> None:
 
 def _check_examples(config: ConfigDict) -> None:
     steps = config.task.get("steps_per_epoch", 1)
-    if steps * config.batch_size > MOST_EXAMPLES:
+    if steps * config.batch_size > MAX_EXAMPLES:
         raise ConfigError(
             "config.task.steps_per_epoch",
-            f"at most {MOST_EXAMPLES // config.batch_size}, for {MOST_EXAMPLES} "
+            f"at most {MAX_EXAMPLES // config.batch_size}, for {MAX_EXAMPLES} "
             f"examples of {config.batch_size} a step",
             steps,
         )
@@ -115,36 +123,48 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
             rule = rule.get(part) if isinstance(rule, Mapping) else None
         if text is None:
             raise ConfigError(name, detail=f"expected --{name}=<value>; got none")
-        suits = isinstance(rule, tuple) and rule[0](text)
-        if kind in READERS and not _reads_as(READERS[kind][0], text) and not suits:
-            expected, _, _ = (rule or READERS[kind])[1].partition(OR_NONE)  # which is no text
+        if kind in READERS and not _suits(READERS[kind][0], rule, text):
+            expected = rule.rule.expected if isinstance(rule, Field) else READERS[kind][1]
             raise ConfigError(name, expected, shown(text))
 
 
+def _suits(read: Callable[[str], Any], field: Any, text: str) -> bool:
+    """Whether a text can be read as a value of a field, or is one itself."""
+    try:
+        read(text)
+    except ValueError:
+        return isinstance(field, Field) and field.rule.allows(text)
+    return True
+
+
 def _fields(config: ConfigDict) -> Mapping[str, Any]:
-    """The rules of all fields; those of `task` and `data` depend on the task."""
+    """All fields; those of `task` and `data` depend on the task.
+
+    Where that is none, fields of these two are not checked (`None`) but for `task.name`, whose
+    rule tells.
+    """
     task = config.get("task") if isinstance(config, ConfigDict) else None
     name = task.get("name") if isinstance(task, ConfigDict) else None
-    if not isinstance(name, str) or name not in TASK_FIELDS:  # the rule of `task.name` will tell
-        others = dict.fromkeys(task) if isinstance(task, ConfigDict) else {}
-        return {**FIELDS, "data": None, "task": others | FIELDS["task"]}
-    rules = TASK_FIELDS[name]
-    return {**FIELDS, "task": {**FIELDS["task"], **rules["task"]}, "data": rules["data"]}
+    if isinstance(name, str) and name in TASK_FIELDS:
+        return fields_of(name)
+    others = dict.fromkeys(task) if isinstance(task, ConfigDict) else {}
+    any_task = fields_of("classification")["task"]
+    return {**FIELDS, "data": None, "task": others | any_task}
 
 
-def _check_group(prefix: str, config: Any, rules: Mapping[str, Any]) -> None:
+def _check_group(prefix: str, config: Any, fields: Mapping[str, Any]) -> None:
     if not isinstance(config, ConfigDict):
         name = f"config.{prefix}".rstrip(".")
-        expected = ", ".join(sorted(rules))
+        expected = ", ".join(sorted(fields))
         raise ConfigError(name, f"fields {expected}", shown(config))
     for name in config:
-        if name not in rules:
-            raise ConfigError.unknown(f"config.{prefix}{name}", name, rules, "unknown field: ")
-    for name, rule in rules.items():
+        if name not in fields:
+            raise ConfigError.unknown(f"config.{prefix}{name}", name, fields, "unknown field: ")
+    for name, field in fields.items():
         if name not in config:
             raise ConfigError(f"config.{prefix}{name}", detail="missing")
         value = config[name]
-        if isinstance(rule, Mapping):
-            _check_group(f"{prefix}{name}.", value, rule)
-        elif rule is not None and not rule[0](value):
-            raise ConfigError(f"config.{prefix}{name}", rule[1], shown(value))
+        if isinstance(field, Mapping):
+            _check_group(f"{prefix}{name}.", value, field)
+        elif field is not None and not field.rule.allows(value):
+            raise ConfigError(f"config.{prefix}{name}", str(field.rule), shown(value))

@@ -1,249 +1,325 @@
-"""The rule of every field of a configuration."""
+"""Every field of a configuration: its default, its rule, and what it is.
 
-from collections.abc import Callable, Mapping
-import os
-from pathlib import Path
+`default`, the check of a configuration and the help of the command all read these tables.
+"""
+
+from collections.abc import Iterator, Mapping
+import copy
+from dataclasses import dataclass
 from typing import Any
 
-from absl.flags import BooleanParser
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
-from dhp_jax.budgets.rounding import AUTO, parse_multiples
-from dhp_jax.config.defaults import TASKS
 from dhp_jax.config.methods import METHODS
+from dhp_jax.config.rules import (
+    BOOLEAN,
+    DEVICES,
+    EPOCHS,
+    MULTIPLE,
+    PATH,
+    SHARE,
+    SHARES,
+    Rule,
+    integer,
+    number,
+    one_of,
+    or_none,
+)
 from dhp_jax.data.labelled import registry
 from dhp_jax.data.photos import files as photos_files
+from dhp_jax.errors import ConfigError
 from dhp_jax.models.arguments import MAX_CHANNELS
 from dhp_jax.train import optimizer
 
 DTYPES = ("float32", "bfloat16")
 
+MAX_SIDE = 10_000  # of images, in pixels
 
-MOST = 1_000_000  # of what is counted, if nothing else is said
+MAX_WORKERS = 1024
 
-
-LARGEST = 1e30  # of other numbers; float32 ends at 3e38
-
-
-LONGEST_SIDE = 10_000  # of images, in pixels
+MAX_EXAMPLES = 2**28  # of an epoch; their order takes 4 bytes each
 
 
-MOST_TARGETS = 20
+@dataclass(frozen=True)
+class Field:
+    """One field.
+
+    Attributes:
+      default: its value if nothing else is said; some tasks have another one, see `RECIPES`.
+      rule: which values it may have.
+      text: what it is, in one line.
+      kind: the type that values of the command line become, where the default does not tell.
+    """
+
+    default: Any
+    rule: Rule
+    text: str
+    kind: type | None = None
 
 
-SHARES = f"up to {MOST_TARGETS} shares > 0 and <= 1 in descending order, such as (0.75, 0.5)"
+Fields = Mapping[str, "Field | Fields"]  # by name; groups hold fields of their own
+
+_BUDGET = or_none(SHARE, "for no such budget")
 
 
-MOST_DROPS = 100  # each makes the compiled step larger
+def _budget(of: str) -> Field:
+    return Field(None, _BUDGET, f"share of the unpruned network's {of}", float)
 
 
-MOST_WORKERS = 1024
+def _schedule(epochs: int, drops: tuple[float, ...], text: str) -> dict[str, Field]:
+    return {
+        "epochs": Field(epochs, integer(1), text),
+        "learning_rate": Field(0.1, number(0, above=True), "of the first step"),
+        "drops": Field(drops, EPOCHS, "epochs after which the learning rate is divided by 10"),
+    }
 
 
-MOST_EXAMPLES = 2**28  # of an epoch; their order takes 4 bytes each
-
-
-OR_NONE = ", or None"
-
-
-READERS = {  # of the text of a flag, by the type of its field
-    int: (int, "an integer"),
-    float: (float, "a number"),
-    bool: (BooleanParser().parse, "True or False"),
-}
-
-
-Rule = tuple[Callable[[Any], bool], str]  # whether a value is possible, and what is expected
-
-
-def _number(low: float, high: float = LARGEST, *, above: bool = False, below: bool = False) -> Rule:
-    interval = f"a number {'>' if above else '>='} {low:g} and {'<' if below else '<='} {high:g}"
-
-    def possible(value: Any) -> bool:
-        return (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and (value > low if above else value >= low)
-            and (value < high if below else value <= high)
-        )
-
-    return possible, interval
-
-
-def _integer(low: int, high: int = MOST) -> Rule:
-    def possible(value: Any) -> bool:
-        integer = isinstance(value, int) and not isinstance(value, bool)
-        return integer and low <= value <= high
-
-    return possible, f"an integer >= {low} and <= {high}"
-
-
-def _devices(value: Any) -> bool:
-    return (type(value) is int and value == -1) or _integer(1)[0](value)
-
-
-def _one_of(*values: str | int) -> Rule:
-    def possible(value: Any) -> bool:
-        return any(type(value) is type(known) and value == known for known in values)
-
-    return possible, f"one of {', '.join(map(str, values))}"
-
-
-def _shares(value: Any) -> bool:
-    """Whether a value is shares, each smaller than the one before."""
-    if not isinstance(value, list | tuple) or not 0 < len(value) <= MOST_TARGETS:
-        return False
-    return all(map(_SHARE[0], value)) and list(value) == sorted(set(value), reverse=True)
-
-
-def _multiple(value: Any) -> bool:
-    if not isinstance(value, str):
-        return _integer(1, MAX_CHANNELS)[0](value)
-    try:
-        return value == AUTO or all(
-            number <= MAX_CHANNELS for number in parse_multiples(value).values()
-        )
-    except ValueError:
-        return False
-
-
-def _epochs(value: Any) -> bool:
-    few = isinstance(value, list | tuple) and len(value) <= MOST_DROPS
-    return few and all(_number(0, MOST)[0](v) for v in value) and list(value) == sorted(set(value))
-
-
-def _path(value: Any) -> bool:
-    """Whether a value is a path that a file system can be asked for."""
-    try:
-        os.stat(Path(value).expanduser())
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except Exception:  # of a type or form that is none, too long, the home of nobody, forbidden
-        return False
-    return True
-
-
-def _reads_as(read: Callable[[str], Any], text: str) -> bool:
-    try:
-        read(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _or_none(rule: Rule, meaning: str) -> Rule:
-    possible, expected = rule
-    return (lambda value: value is None or possible(value)), f"{expected}{OR_NONE} {meaning}"
-
-
-_PATH: Rule = (_path, "a path")
-
-
-_BOOLEAN: Rule = (lambda value: isinstance(value, bool), "True or False")
-
-
-_SCHEDULE: Mapping[str, Any] = {
-    "epochs": _integer(1),
-    "learning_rate": _number(0, above=True),
-    "drops": (_epochs, f"up to {MOST_DROPS} epochs in ascending order, such as (150, 225)"),
-}
-
-
-_SHARE = _number(0, 1, above=True)
-
-
-_BUDGET = _or_none(_SHARE, "for no such budget")
-
-
-FIELDS: Mapping[str, Any] = {
-    "seed": _integer(0, 2**32 - 1),  # of larger ones JAX would use the last 32 bits
-    "method": _one_of(*METHODS),
-    "source": _or_none(_PATH, "for a method that starts from no other run"),
-    "target": _SHARE,
-    "targets": _or_none((_shares, SHARES), "for the target alone"),
-    "budget": {
-        **dict.fromkeys(("flops", "params", "activations", "latency"), _BUDGET),
-        "batch": _or_none(_integer(1), "for one input"),
-    },
-    "multiple_of": (
-        _multiple,
-        f"{_integer(1, MAX_CHANNELS)[1]}, auto, or numbers by latent, such as stages.*:8,head:4",
+FIELDS: Fields = {
+    "seed": Field(
+        0,
+        integer(0, 2**32 - 1),  # of larger ones JAX would use the last 32 bits
+        "of all random numbers",
     ),
-    "batch_size": _integer(1),
-    "dtype": _one_of(*DTYPES),
-    "log_every": _integer(1),
-    "nonfinite": _one_of("stop", "skip"),
+    "method": Field("dhp", one_of(*METHODS), "how the smaller network is made; docs/methods.md"),
+    "source": Field(
+        None,
+        or_none(PATH, "for a method that starts from no other run"),
+        "directory of the finished run that some methods start from",
+        str,
+    ),
+    "target": Field(0.5, SHARE, "share of the FLOPs that the pruned network may use"),
+    "targets": Field(
+        None,
+        or_none(SHARES, "for the target alone"),
+        "several targets instead, from one search",
+        tuple,
+    ),
+    "budget": {  # all that are given hold, and the target
+        "flops": _budget("FLOPs"),
+        "params": _budget("parameters"),
+        "activations": _budget("bytes of the outputs of all layers"),
+        "latency": _budget("latency, measured where the run is"),
+        "batch": Field(
+            None, or_none(integer(1), "for one input"), "inputs of a pass that is timed", int
+        ),
+    },
+    "multiple_of": Field(
+        1, MULTIPLE, "widths of pruned layers are multiples of it; docs/budgets.md", object
+    ),
+    "batch_size": Field(64, integer(1), "examples of a training step"),
+    "dtype": Field(
+        "float32", one_of(*DTYPES), "of activations and kernels; parameters stay float32"
+    ),
+    "log_every": Field(100, integer(1), "steps between two records"),
+    "nonfinite": Field(
+        "stop", one_of("stop", "skip"), "at a loss or latent that is not finite: stop, or skip it"
+    ),
     "checkpoint": {
-        "seconds": _number(0),
-        "keep": _integer(2),
-        "grace": _number(0, 86_400, above=True),  # which threads can wait
+        "seconds": Field(60.0, number(0), "between two; more where writing one takes long"),
+        "keep": Field(3, integer(2), "checkpoints of each phase that are kept"),
+        "grace": Field(
+            30.0,
+            number(0, 86_400, above=True),  # as long as threads can wait
+            "seconds in which a run saves its state when it is told to end",
+        ),
     },
     "mesh": {
-        "data": (_devices, f"an integer >= 1 and <= {MOST}, or -1 for all devices"),
-        "model": _integer(1),
+        "data": Field(-1, DEVICES, "devices that divide the examples of a batch"),
+        "model": Field(1, integer(1), "devices that divide the arrays of hypernetworks"),
     },
-    "task": {"name": _one_of(*TASKS)},
-    "model": (
-        lambda value: isinstance(value, ConfigDict),
-        "the name of a network and its arguments",
+    "model": Field(
+        {"name": "resnet", "depth": 20, "width": 1.0},
+        Rule(
+            lambda value: isinstance(value, ConfigDict), "the name of a network and its arguments"
+        ),
+        "name of a family, and its arguments",
     ),
     "optimizer": {
-        "name": _one_of(*optimizer.NAMES),
-        "momentum": _number(0, 1, below=True),
-        "weight_decay": _number(0),
+        "name": Field("sgd", one_of(*optimizer.NAMES), "of all parameters"),
+        "momentum": Field(0.9, number(0, 1, below=True), "of sgd"),
+        "weight_decay": Field(1e-4, number(0), "of kernels"),
     },
     "search": {
-        **_SCHEDULE,
-        "strength": _number(0),
-        "threshold": _number(0),
-        "stop_limit": _number(0, 1),
-        "min_channels": _integer(1, MAX_CHANNELS),
+        **_schedule(100, (50.0,), "at most; the search ends when the budget is nearly met"),
+        "strength": Field(2e-4, number(0), "factor of the l1 norm of the latents"),
+        "threshold": Field(5e-3, number(0), "smaller entries of a latent count as gone"),
+        "stop_limit": Field(0.02, number(0, 1), "the search ends at target + stop_limit"),
+        "min_channels": Field(4, integer(1, MAX_CHANNELS), "entries that every latent keeps"),
     },
-    "converge": _SCHEDULE,
-    "baseline": _SCHEDULE,
+    "converge": _schedule(300, (150.0, 225.0), "of the pruned network"),
+    "baseline": _schedule(300, (150.0, 225.0), "of the unpruned network"),
+}
+
+
+_READING: Fields = {
+    "streamed": Field(
+        None,
+        or_none(BOOLEAN, "for whether they do not fit on the device"),
+        "whether data are read while they are used",
+        bool,
+    ),
+    "workers": Field(
+        None,
+        or_none(integer(0, MAX_WORKERS), "for all cores but one"),
+        "processes that read what is streamed",
+        int,
+    ),
+}
+
+_LABELLED: Fields = {
+    "name": Field("cifar10", one_of(*registry.NAMES), "of the data set"),
+    "dir": Field(
+        None, or_none(PATH, "for the default of tensorflow-datasets"), "folder of the data", str
+    ),
+    "image_size": Field(
+        None,
+        or_none(integer(1, MAX_SIDE), "for the size of the data"),
+        "sides of images of folders and ImageNet",
+        int,
+    ),
+    "archive": Field(None, or_none(PATH, "if there is none"), "of Tiny-ImageNet", str),
+    "crop_padding": Field(
+        None,
+        or_none(integer(0, MAX_SIDE), "for what suits the data"),
+        "pixels by which a random crop may lie outside",
+        int,
+    ),
+    "flip": Field(
+        None, or_none(BOOLEAN, "likewise"), "whether images are mirrored at random", bool
+    ),
+    **_READING,
+}
+
+_PHOTOGRAPHS: Fields = {
+    "name": Field(
+        "photographs", one_of(*photos_files.NAMES), "those of scikit-image, or of a folder"
+    ),
+    "dir": Field(
+        None, or_none(PATH, "for embedded photographs"), "folder of the training data", str
+    ),
+    "test_dir": Field(None, or_none(PATH, "for embedded photographs"), "of the test data", str),
+    "cache": Field(
+        None, or_none(PATH, "for the user's cache folder"), "for photographs that are streamed", str
+    ),
+    **_READING,
+}
+
+
+def _patches(side: int, channels: int, steps: int) -> dict[str, Field]:
+    """The fields of a task on patches of photographs."""
+    return {
+        "patch": Field(side, integer(1, MAX_SIDE), "side of the square of a training example"),
+        "channels": Field(channels, one_of(1, 3), "1 for gray, 3 for color"),
+        "steps_per_epoch": Field(steps, integer(1), "steps that count as an epoch"),
+        "tile": Field(
+            None,
+            or_none(integer(1, MAX_SIDE), "to run test images whole"),
+            "side of the tiles that larger test images are cut into",
+            int,
+        ),
+        "overlap": Field(
+            None,
+            or_none(integer(0, MAX_SIDE), "for as far as the network sees"),
+            "pixels of a tile's border that are not used",
+            int,
+        ),
+    }
+
+
+TASK_FIELDS: Mapping[str, Fields] = {
+    "classification": {"task": {}, "data": _LABELLED},
+    "super_resolution": {
+        "task": {
+            **_patches(96, 3, 1000),
+            "scale": Field(4, one_of(2, 3, 4), "how many times as large the output is"),
+            "psnr": Field("y", one_of("y", "rgb"), "what errors are measured on"),
+        },
+        "data": _PHOTOGRAPHS,
+    },
+    "denoising": {
+        "task": {
+            **_patches(64, 1, 10_000),
+            "sigma": Field(70.0, number(0), "standard deviation of the noise, of 255"),
+        },
+        "data": _PHOTOGRAPHS,
+    },
 }
 
 
 _RESTORATION: Mapping[str, Any] = {
-    "patch": _integer(1, LONGEST_SIDE),
-    "channels": _one_of(1, 3),
-    "steps_per_epoch": _integer(1),
-    "tile": _or_none(_integer(1, LONGEST_SIDE), "to run test images whole"),
-    "overlap": _or_none(_integer(0, LONGEST_SIDE), "for as far as the network sees"),
+    "target": 0.6,
+    "optimizer.name": "adam",
+    "optimizer.weight_decay": 0.0,
+    "search.strength": 0.1,
+    **{f"{phase}.learning_rate": 1e-4 for phase in ("search", "converge", "baseline")},
 }
 
 
-_READING: Mapping[str, Any] = {
-    "streamed": _or_none(_BOOLEAN, "for whether they do not fit on the device"),
-    "workers": _or_none(_integer(0, MOST_WORKERS), "for all cores but one"),
-}
-
-
-_LABELLED: Mapping[str, Any] = {
-    **_READING,
-    "name": _one_of(*registry.NAMES),
-    "dir": _or_none(_PATH, "for the default of tensorflow-datasets"),
-    "image_size": _or_none(_integer(1, LONGEST_SIDE), "for the size of the data"),
-    "archive": _or_none(_PATH, "if there is none"),
-    "crop_padding": _or_none(_integer(0, LONGEST_SIDE), "for what suits the data"),
-    "flip": _or_none(_BOOLEAN, "likewise"),
-}
-
-
-_PHOTOGRAPHS: Mapping[str, Any] = {
-    **_READING,
-    "cache": _or_none(_PATH, "for the user's cache folder"),
-    "name": _one_of(*photos_files.NAMES),
-    "dir": _or_none(_PATH, "for embedded photographs"),
-    "test_dir": _or_none(_PATH, "for embedded photographs"),
-}
-
-
-TASK_FIELDS: Mapping[str, Mapping[str, Any]] = {
-    "classification": {"task": {}, "data": _LABELLED},
+# The defaults of a task that differ from those of classification.
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "classification": {},
     "super_resolution": {
-        "task": {**_RESTORATION, "scale": _one_of(2, 3, 4), "psnr": _one_of("y", "rgb")},
-        "data": _PHOTOGRAPHS,
+        **_RESTORATION,
+        "batch_size": 16,
+        "model": {"name": "srresnet", "blocks": 16, "width": 1.0, "prune_upsampler": True},
+        "search.epochs": 80,
+        "search.drops": (40.0,),
+        **{f"{phase}.epochs": 300 for phase in ("converge", "baseline")},
+        **{f"{phase}.drops": (200.0,) for phase in ("converge", "baseline")},
     },
-    "denoising": {"task": {**_RESTORATION, "sigma": _number(0)}, "data": _PHOTOGRAPHS},
+    "denoising": {
+        **_RESTORATION,
+        "model": {"name": "dncnn", "depth": 17, "width": 1.0},
+        "search.epochs": 20,
+        "search.drops": (10.0,),
+        **{f"{phase}.epochs": 60 for phase in ("converge", "baseline")},
+        **{f"{phase}.drops": (40.0,) for phase in ("converge", "baseline")},
+    },
 }
+
+
+def fields_of(task: str) -> Fields:
+    """The fields of a task's configurations, in groups.
+
+    Args:
+      task: one of `TASK_FIELDS`.
+    """
+    own = TASK_FIELDS[task]
+    name = Field(task, one_of(*TASK_FIELDS), "what the network is for")
+    return {**FIELDS, "task": {"name": name, **own["task"]}, "data": own["data"]}
+
+
+def flat_fields(fields: Fields, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """Fields by their full names, such as "search.epochs"."""
+    for name, field in fields.items():
+        if isinstance(field, Field):
+            yield f"{prefix}{name}", field
+        else:
+            yield from flat_fields(field, f"{prefix}{name}.")
+
+
+def default(task: str = "classification") -> ConfigDict:
+    """The paper's recipe for a task; configurations start from it.
+
+    Args:
+      task: "classification" (ResNet-20 on CIFAR-10), "super_resolution" (SRResNet x4) or
+        "denoising" (DnCNN).
+
+    Raises:
+      ConfigError: another task.
+    """
+    if task not in TASK_FIELDS:
+        raise ConfigError.unknown("task", task, TASK_FIELDS)
+    return ConfigDict(_defaults(fields_of(task), RECIPES[task]))
+
+
+def _defaults(fields: Fields, recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if not isinstance(field, Field):
+            values[name] = _defaults(field, recipe, f"{prefix}{name}.")
+            continue
+        value = copy.copy(recipe.get(f"{prefix}{name}", field.default))
+        typed = field.kind is not None
+        values[name] = config_dict.FieldReference(value, field_type=field.kind) if typed else value
+    return values

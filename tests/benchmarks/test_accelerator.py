@@ -230,6 +230,7 @@ def test_all_stages_can_be_rehearsed(tmp_path):
         "as it is",
         "bfloat16",
         "barrier before the update",
+        "precision highest",
         "1 step a dispatch",
         "2 steps a dispatch, 2 ahead",
     }

@@ -12,7 +12,7 @@ import pytest
 
 from dhp_jax.config import fields as config_fields
 from dhp_jax.config.checks import check, check_overrides
-from dhp_jax.config.defaults import default
+from dhp_jax.config.fields import default
 from dhp_jax.errors import ConfigError, shown
 
 CONFIGS = Path(__file__).parents[2] / "experiments/configs"
@@ -653,16 +653,30 @@ def test_a_wrong_override_is_refused_in_one_line(name, text, message):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_rules_have_the_fields_of_the_default_configuration(task):
-    def names(tree):
-        return {
-            name: names(value) if isinstance(value, dict) else None for name, value in tree.items()
-        }
+def test_the_table_of_fields_is_the_default_configuration_and_says_what_each_is(task):
+    fields = dict(config_fields.flat_fields(config_fields.fields_of(task)))
+    config = default(task)
+    assert fields.keys() == {"model", *(f for f in fields_of(task) if not f.startswith("model."))}
+    for name, field in fields.items():
+        *groups, last = name.split(".")
+        group = config[groups[0]] if groups else config
+        assert field.rule.allows(group[last]), name
+        assert field.text == field.text.strip() != "", name
+        assert "\n" not in field.text
+        if field.default is None:
+            assert group.get_type(last) is field.kind, name
 
-    of_task = config_fields.TASK_FIELDS[task]
-    rules = {
-        **config_fields.FIELDS,
-        "task": {**config_fields.FIELDS["task"], **of_task["task"]},
-        "data": of_task["data"],
-    }
-    assert names(rules) == names({**default(task).to_dict(), "model": None})
+
+def test_no_default_of_a_task_is_shared_between_two_configurations():
+    one, other = default(), default()
+    one.model.depth = 56
+    one.data.dir = "somewhere"
+    one.multiple_of = 8
+    assert other.to_dict() == default().to_dict()
+    assert (other.model.depth, other.data.dir, other.multiple_of) == (20, None, 1)
+
+
+@pytest.mark.parametrize("task", RESTORATION)
+def test_every_default_of_a_recipe_is_one_of_a_field(task):
+    fields = dict(config_fields.flat_fields(config_fields.fields_of(task)))
+    assert config_fields.RECIPES[task].keys() <= fields.keys()
