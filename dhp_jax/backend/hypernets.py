@@ -48,10 +48,10 @@ def pack_axes(model: nnx.Module) -> nnx.Module:
 def generate_together(model: nnx.Module) -> None:
     """Makes layers generate small kernels of one shape together, in place; same numbers.
 
-    What that saves is the start of many programs a step, which takes a GPU longer than the work in
-    them. A layer that is called with other parameters or axes than those it has now, as within a
-    transformation of its own or after noise was added to a latent, generates its kernel then, as
-    ever; so does one with a latent or an arithmetic of its own.
+    A GPU takes longer to start many small programs than to run them. A layer generates its kernel
+    by itself where that is not known to be the same: if its arrays or axes change before it is
+    called, if it is called within a transformation, and if its class or its latents override how
+    the kernel is computed.
 
     Args:
       model: merged within a jitted function.

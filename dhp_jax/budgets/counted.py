@@ -95,19 +95,19 @@ def survivors_within(
 ) -> dict[str, np.ndarray]:
     """Chooses survivors by magnitude of the latents, within budgets and close to them.
 
-    Entries of all latents go in order of magnitude, smallest first, until the budget holds; then
-    those that still fit come back, largest first. The result is within the budget, and no channel
-    that was removed fits in what is left of it. If more than 0.5 % is left even so, costly channels
-    that do not fit are traded for the smallest of other latents.
+    First the smallest entries of all latents go, until the budget holds. Then those that still fit
+    come back, largest first. The result is within the budget, and no channel that was removed fits
+    in the rest. If more than 0.5 % of the budget is left, an expensive channel that does not fit
+    comes back in exchange for the smallest ones of other latents.
 
     Args:
       model: a network of latents.
       cost: its `measure_cost`.
-      multiple_of: latents that lose entries keep a multiple of so many; see `rounding.multiples`.
-        Entries then go and come back in groups, each by its largest, and more of the budget may be
-        left.
-      scores: numbers of at least 0 for the entries of every prunable latent by name, which count
-        instead of the magnitudes.
+      multiple_of: a latent that loses entries keeps a multiple of this number; see
+        `rounding.multiples`. Entries then go and come back in groups, ranked by their largest, and
+        more of the budget may be left.
+      scores: replace the magnitudes: numbers of at least 0 for the entries of every prunable
+        latent, by name.
       **budget: some of `flops`, `params`, `activations` (see `dhp_jax.core.cost`), shares in
         (0, 1]; all of them hold.
 

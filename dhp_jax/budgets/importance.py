@@ -20,13 +20,11 @@ from dhp_jax.core.layers import Hyper
 def l1_scores(model: nnx.Module) -> Scores:
     """Scores each entry of a latent by the l1 norm of the filters that belong to it.
 
-    A filter is the part of a kernel that makes one output channel. An entry rules the filters of
-    all convolutions whose output its latent is, as of all that are added in a residual stage: their
-    norms add up. Weight decay and BatchNorm leave layers of very different norms, so each latent's
-    sums are divided by their mean: what counts is how small an entry is beside the others of its
-    latent, and no layer is wiped out for its scale. That makes latents equal in scale, but not in
-    spread: where filters are alike, as with a wide fan-in or where norms add up, a latent keeps
-    more or less of them than others.
+    A filter is the part of a kernel that makes one output channel. Convolutions whose outputs are
+    added share a latent, so the norms of their filters add up. Layers differ widely in norm, so the
+    sums of each latent are divided by their mean: an entry is compared with the others of its
+    latent, and no layer is removed for its scale. Latents then agree in scale, but not in spread;
+    one with similar filters may keep many more or many fewer of them than others.
 
     Args:
       model: a network of latents; one that `prune` or a baseline run has made becomes one by
@@ -74,7 +72,7 @@ def _of_mean_one(values: np.ndarray) -> np.ndarray:
 def random_scores(model: nnx.Module, seed: int) -> Scores:
     """Random scores: each entry of each latent is equally likely to go.
 
-    What is left of a budget after that is filled up with entries that still fit.
+    Entries that still fit the budget come back, as for `prune_to`.
 
     Args:
       model: a network of latents.

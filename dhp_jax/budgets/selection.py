@@ -73,10 +73,10 @@ def choose(
     Args:
       model: a network of latents.
       cost: its `measure_cost`.
-      multiple_of: latents that lose entries keep a multiple of so many.
+      multiple_of: as for `prune_to`.
       by: as for `prune_to`.
-      latency: share in (0, 1] of the whole network's time, within which the upper quartile of the
-        measured ratio is, in two of three measurements; `None` for no such budget.
+      latency: share in (0, 1] of the time of the unpruned network, or `None`. The upper quartile of
+        the measured ratio must be within it, in two of three measurements.
       timed: from `clock`, if `latency` is given.
       **budget: `flops`, `params`, `activations`, shares in (0, 1].
 
@@ -104,24 +104,25 @@ def prune_to(
     batch: int = 1,
     **budget: float,
 ) -> nnx.Module:
-    """Prunes to a network that uses as much of all budgets as fits, by magnitude of the latents.
+    """Prunes a network to budgets, by magnitude of its latents.
+
+    The pruned network is within all budgets and as close to them as possible.
 
     Args:
       model: a network of latents; left as it was.
       input_shape: shape of one example, `(height, width, channels)`.
-      multiple_of: latents that lose entries keep a multiple of so many. A number for all; numbers
-        by name or pattern, such as `{"stages.*": 8}`; or "auto", for what was measured to be best
-        on this platform for the dtype of the model (see `dhp_jax.budgets.rounding`).
-      by: what decides instead of the magnitudes: scores for the entries of every prunable latent by
-        name, such as from `dhp.l1_scores` and `dhp.random_scores`, the smallest of which go first;
-        or `dhp.uniform_within`, or another function that takes and returns what that does.
-      latency: share in (0, 1] of the time that the whole network takes, measured here and now on
-        compiled forward passes of both in turn: of every four pairs three are within it, in two of
-        three measurements. Every candidate has to be compiled; there are up to ten. `None` for no
-        such budget.
-      batch: how many inputs these passes take.
+      multiple_of: a latent that loses entries keeps a multiple of this number of them. One number
+        for all latents; numbers by name or pattern, such as `{"stages.*": 8}`; or "auto", the best
+        measured one for this platform and the dtype of the model (see `dhp_jax.budgets.rounding`).
+      by: replaces the magnitudes. Either scores for the entries of every prunable latent by name,
+        as from `dhp.l1_scores` or `dhp.random_scores`; the smallest go first. Or a function that
+        chooses survivors, such as `dhp.uniform_within`.
+      latency: share in (0, 1] of the time of the unpruned network, or `None`. Both networks are
+        compiled and timed alternately on this machine. Three of four pairs of passes must be within
+        the share, in two of three measurements. Up to ten candidates are compiled.
+      batch: how many inputs a timed pass takes.
       **budget: `flops`, `params` or `activations` (bytes of the outputs of all layers; see
-        `dhp_jax.core.cost`), as shares of the model's own in (0, 1]. All that are given hold.
+        `dhp_jax.core.cost`), as shares of the model's own in (0, 1].
 
     Returns:
       The pruned network, as from `prune`.

@@ -23,17 +23,16 @@ def time_in_turn(
 ) -> dict[str, list[float]]:
     """Times functions alternately, so that other load on the machine affects all alike.
 
-    Every other round runs backwards, so that none is always the one after another that leaves
-    caches and memory in some state.
+    Every other round runs in reverse order, so that no function always follows the same other one.
 
     Args:
-      passes: by name; each runs twice before it counts.
-      rounds: how many times each counts, at most.
-      seconds: after which no round begins, once three have counted; they may take longer than that.
-      each: how many times each does the same, of which one's time is wanted.
+      passes: functions by name; each runs twice before it is timed.
+      rounds: the largest number of timed rounds.
+      seconds: no round begins after this time, except for the first three.
+      each: how many times one call repeats the work; times are divided by it.
 
     Returns:
-      The seconds that each took, by name: the i-th ones belong to one round.
+      Seconds of every call, by name; the i-th ones belong to one round.
     """
     for run in passes.values():  # compiles, then warms up
         run()

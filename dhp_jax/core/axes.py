@@ -16,10 +16,10 @@ from dhp_jax.errors import shown
 def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
     """Raises unless axes that meet in the forward pass are the same latent.
 
-    Prunes the model in several ways, so that any two latents lose different numbers of channels in
-    at least one of them, and each loses some, and traces the forward passes; nothing is computed.
-    It sees numbers of channels, not their order, and no latents of 1 or 2 channels; nor that the
-    network's own outputs, if their latent is prunable, become fewer.
+    It prunes the model in several ways and traces the forward passes; nothing is computed. Every
+    latent loses channels, and any two lose different numbers of them at least once. It compares
+    numbers of channels and not their order. It does not see latents of 1 or 2 channels, nor that
+    the outputs of the network become fewer if their latent is prunable.
 
     Args:
       model: a network of latents; left as it was.

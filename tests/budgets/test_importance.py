@@ -55,7 +55,7 @@ def check_within(model, cost, multiple_of, budget, masks):
 
 
 @given(asked())
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=20)
 def test_uniform_shares_are_one_to_within_a_step_and_the_largest_that_fit(example):
     model, cost, multiple_of, budget = example
     masks = dhp.uniform_within(model, cost, multiple_of, **budget)
