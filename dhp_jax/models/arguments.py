@@ -28,6 +28,18 @@ def check_positive(argument: str, value: Any, most: float = math.inf) -> None:
         raise ArgumentError(argument, f"at most {most:g}", shown(value))
 
 
+def check_width(width: Any, widest: int) -> None:
+    """Raises a `ValueError` unless `width` is a number above 0 that `widest` channels can bear."""
+    check_positive("width", width)
+    if width > MAX_CHANNELS / widest:
+        raise ArgumentError(
+            "width",
+            f"at most {MAX_CHANNELS / widest:g}, for layers of no more than "
+            f"{MAX_CHANNELS} channels",
+            shown(width),
+        )
+
+
 def check_choice(argument: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises a `ValueError` that names the argument unless its value is one of some."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
@@ -79,15 +91,7 @@ def check_arguments(arguments: Mapping[str, Any], *, widest: int) -> None:
     for argument, check in CHECKS.items():
         if argument in arguments:
             check(argument, arguments[argument])
-    width = arguments["width"]
-    check_positive("width", width)
-    if width > MAX_CHANNELS / widest:
-        raise ArgumentError(
-            "width",
-            f"at most {MAX_CHANNELS / widest:g}, for layers of no more than "
-            f"{MAX_CHANNELS} channels",
-            shown(width),
-        )
+    check_width(arguments["width"], widest)
 
 
 def check_images(images: Array, channels: int) -> None:

@@ -66,6 +66,6 @@ class ConvBiasNorm(nnx.Module):
         return self.norm(self.bias(self.conv(x)))
 
 
-def scale_channels(size: int, width: float) -> int:
+def scaled(size: int, width: float) -> int:
     """A number of channels multiplied by a width, at least 1."""
     return max(1, round(size * width))

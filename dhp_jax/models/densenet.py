@@ -15,7 +15,7 @@ from dhp_jax.models.arguments import (
     check_images,
     check_positive_integer,
 )
-from dhp_jax.models.blocks import scale_channels
+from dhp_jax.models.blocks import scaled
 
 BLOCKS = 3
 
@@ -97,7 +97,7 @@ class DenseNet(nnx.Module):
 
         self.channels = channels
         self.image = Latent(channels, prunable=False, min_channels=min_channels, rngs=rngs)
-        z = latent(scale_channels(STEM_GROWTHS * growth, width))
+        z = latent(scaled(STEM_GROWTHS * growth, width))
         self.stem = HyperConv(
             self.image, z, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
         )
@@ -109,7 +109,7 @@ class DenseNet(nnx.Module):
             parts = [z]
             block = nnx.List()
             for _ in range((depth - 4) // BLOCKS):
-                parts.append(latent(scale_channels(growth, width)))
+                parts.append(latent(scaled(growth, width)))
                 block.append(NormConv(z, parts[-1], 3, dtype=dtype, rngs=rngs))
                 z = concat(*parts)
             self.blocks.append(block)

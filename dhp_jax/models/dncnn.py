@@ -10,7 +10,7 @@ from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import HyperConv
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.arguments import check_arguments, check_images, check_positive_integer
-from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, scale_channels
+from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, scaled
 
 MAX_DEPTH = 256
 
@@ -59,7 +59,7 @@ class DnCNN(nnx.Module):
         self.image = Latent(channels, prunable=False, rngs=rngs)
         self.output = Latent(channels, prunable=False, rngs=rngs)
         self.features = nnx.List(
-            Latent(scale_channels(features, width), min_channels=min_channels, rngs=rngs)
+            Latent(scaled(features, width), min_channels=min_channels, rngs=rngs)
             for _ in range(depth - 1)
         )
         first, last = self.features[0], self.features[-1]

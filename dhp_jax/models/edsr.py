@@ -11,7 +11,7 @@ import numpy as np
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import Bias, HyperConv
 from dhp_jax.models.arguments import check_arguments, check_images
-from dhp_jax.models.blocks import SMALL_GAIN, scale_channels
+from dhp_jax.models.blocks import SMALL_GAIN, scaled
 from dhp_jax.models.upsampler import Upsampler
 
 MEAN = (114.4, 111.5, 103.0)  # of red, green and blue in DIV2K's training images
@@ -78,7 +78,7 @@ class EDSR(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_arguments(locals(), widest=features)
-        size = scale_channels(features, width)
+        size = scaled(features, width)
         options = {"dtype": dtype, "initial_scale": initial_scale, "rngs": rngs}
 
         def latent(prunable: bool = True) -> Latent:

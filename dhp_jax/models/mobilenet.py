@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from dhp_jax.core.latent import Axis, Latent
 from dhp_jax.core.layers import Linear
 from dhp_jax.models.arguments import check_arguments, check_images
-from dhp_jax.models.blocks import ConvNorm, scale_channels
+from dhp_jax.models.blocks import ConvNorm, scaled
 
 STEM = 32
 
@@ -114,12 +114,12 @@ class MobileNet(nnx.Module):
         def latent(size: int) -> Latent:
             return Latent(size, min_channels=min_channels, rngs=rngs)
 
-        size = scale_channels(self.features_size, width)
+        size = scaled(self.features_size, width)
         keep = max(min_channels, math.ceil(classifier_keep * size))
         self.channels = channels
         self.image = Latent(channels, prunable=False, rngs=rngs)
         self.features = Latent(size, prunable=prune_classifier, min_channels=keep, rngs=rngs)
-        z = latent(scale_channels(STEM, width))
+        z = latent(scaled(STEM, width))
         self.stem = ConvNormReLU(self.image, z, 3, stem_stride, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(self.body(z, latent, width, dtype=dtype, rngs=rngs))
         self.classifier = Linear(self.features, num_classes, dtype=dtype, rngs=rngs)
@@ -153,7 +153,7 @@ class MobileNetV1(MobileNet):
     ) -> Iterator[nnx.Module]:
         for size, stride in V1_BLOCKS:
             yield ConvNormReLU(z, z, 3, stride, groups=z.size, **options)
-            z_out = latent(scale_channels(size, width))
+            z_out = latent(scaled(size, width))
             yield ConvNormReLU(z, z_out, 1, **options)
             z = z_out
         yield ConvNormReLU(z, z, 3, groups=z.size, **options)
@@ -174,7 +174,7 @@ class MobileNetV2(MobileNet):
         self, z: Latent, latent: Callable[[int], Latent], width: float, **options: Any
     ) -> Iterator[nnx.Module]:
         for size, blocks, first_stride, expansion in V2_GROUPS:
-            z_out = latent(scale_channels(size, width))
+            z_out = latent(scaled(size, width))
             for i in range(blocks):
                 hidden = z if expansion == 1 else latent(expansion * z.size)
                 stride = first_stride if i == 0 else 1

@@ -15,7 +15,7 @@ from dhp_jax.models.arguments import (
     check_images,
     check_positive_integer,
 )
-from dhp_jax.models.blocks import ConvNorm, scale_channels
+from dhp_jax.models.blocks import ConvNorm, scaled
 
 # Blocks of each stage, by depth.
 CIFAR_BASIC = {depth: ((depth - 2) // 6,) * 3 for depth in (8, 14, 20, 32, 44, 56)}
@@ -157,17 +157,16 @@ class ResNet(nnx.Module):
 
         def hidden_axes(stage: int) -> list[Axis]:
             if group_width is not None:  # an entry stands for a group
-                return [repeat(latent(groups), scale_channels(group_width * 2**stage, width))] * 2
-            return [latent(scale_channels(widths[stage], width)) for _ in kernels[1:]]
+                return [repeat(latent(groups), scaled(group_width * 2**stage, width))] * 2
+            return [latent(scaled(widths[stage], width)) for _ in kernels[1:]]
 
         self.channels = channels
         self.max_pool = depth in IMAGENET
         self.image = latent(channels, prunable=False)
         self.stages = nnx.List(
-            latent(scale_channels(size, width) * expansion, prunable=size != widths[-1])
-            for size in widths
+            latent(scaled(size, width) * expansion, prunable=size != widths[-1]) for size in widths
         )
-        z = latent(scale_channels(widths[0], width)) if depth in BOTTLENECK else self.stages[0]
+        z = latent(scaled(widths[0], width)) if depth in BOTTLENECK else self.stages[0]
         kernel, stride = (7, 2) if depth in IMAGENET else (3, 1)
         self.stem = ConvNorm(self.image, z, kernel, stride, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List()

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import HyperConv
 from dhp_jax.models.arguments import check_arguments, check_images
-from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, scale_channels
+from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, scaled
 from dhp_jax.models.upsampler import Upsampler
 
 
@@ -65,7 +65,7 @@ class SRResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_arguments(locals(), widest=features)
-        size = scale_channels(features, width)
+        size = scaled(features, width)
 
         def latent(prunable: bool = True) -> Latent:
             return Latent(size, prunable=prunable, min_channels=min_channels, rngs=rngs)

@@ -14,7 +14,7 @@ from dhp_jax.models.arguments import (
     check_images,
     check_positive_integer,
 )
-from dhp_jax.models.blocks import SMALL_GAIN, ConvNorm, scale_channels
+from dhp_jax.models.blocks import SMALL_GAIN, ConvNorm, scaled
 
 MAX_DEPTH = 8  # resolutions; every one has four times the parameters of the one before
 
@@ -90,7 +90,7 @@ class UNet(nnx.Module):
         coarsest = 2 ** (depth - 1)  # features of the coarsest resolution, in units of the finest's
         check_positive_integer("features", features, MAX_CHANNELS // coarsest)
         check_arguments(locals(), widest=coarsest * features)
-        widths = [scale_channels(features * 2**level, width) for level in range(depth)]
+        widths = [scaled(features * 2**level, width) for level in range(depth)]
 
         def latents(size: int, count: int) -> list[Latent]:
             return [Latent(size, min_channels=min_channels, rngs=rngs) for _ in range(count)]

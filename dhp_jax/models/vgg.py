@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import Linear
 from dhp_jax.models.arguments import check_arguments, check_choice, check_images
-from dhp_jax.models.blocks import ConvNorm, scale_channels
+from dhp_jax.models.blocks import ConvNorm, scaled
 
 # Convolutions of each stage, by depth; a max pool ends the stage.
 CONVOLUTIONS = {
@@ -65,7 +65,7 @@ class VGG(nnx.Module):
         for size, convolutions in zip(STAGE_WIDTHS, CONVOLUTIONS[depth], strict=True):
             layers = nnx.List()
             for _ in range(convolutions):
-                z_out = Latent(scale_channels(size, width), min_channels=min_channels, rngs=rngs)
+                z_out = Latent(scaled(size, width), min_channels=min_channels, rngs=rngs)
                 layers.append(ConvNorm(z, z_out, 3, dtype=dtype, rngs=rngs))
                 z = z_out
             self.stages.append(layers)
