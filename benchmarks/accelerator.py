@@ -94,9 +94,13 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--commit", help="what is measured, for a tree without git")
     arguments.add_argument("--data", type=Path, help="CIFAR-10 as cifar10_pack.py makes it")
     arguments.add_argument("--recipe", choices=("resnet20", "resnet56"), default="resnet20")
-    arguments.add_argument("--resume", type=Path, help="archive of an unfinished recipe to go on")
+    arguments.add_argument(
+        "--resume", type=Path, help="the first file that an unfinished recipe left"
+    )
     arguments.add_argument("--batch", type=positive, default=64, help="of the recipe")
-    arguments.add_argument("--set", nargs="*", default=[], help="more arguments of the recipe")
+    arguments.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of the recipe"
+    )
     arguments.add_argument(
         "--cache",
         type=Path,

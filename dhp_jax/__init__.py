@@ -5,7 +5,17 @@ from dhp_jax.artifact.writing import save
 from dhp_jax.backend.inference import inference
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets.counted import BudgetError
-from dhp_jax.budgets.importance import l1_scores, random_scores, uniform_within
+from dhp_jax.budgets.importance import (
+    fpgm_scores,
+    group_scores,
+    l1_scores,
+    l2_scores,
+    per_cost,
+    random_scores,
+    scale_scores,
+    taylor_scores,
+    uniform_within,
+)
 from dhp_jax.budgets.selection import prune_to
 from dhp_jax.core.axes import check_axes
 from dhp_jax.core.cost import Cost, measure_cost
@@ -26,6 +36,7 @@ from dhp_jax.core.survivors import survivors
 from dhp_jax.pruned.classifier import with_classes
 from dhp_jax.pruned.fold import fold
 from dhp_jax.pruned.relatent import with_latents
+from dhp_jax.pruned.statistics import renew_statistics
 
 __version__ = "0.1.0"
 
@@ -44,22 +55,29 @@ __all__ = [
     "compiler_options",
     "concat",
     "fold",
+    "fpgm_scores",
+    "group_scores",
     "hyper_kernel",
     "inference",
     "l1_scores",
+    "l2_scores",
     "latents",
     "load",
     "measure_cost",
     "models",
+    "per_cost",
     "prox_l1",
     "prox_l2",
     "prunable_latents",
     "prune",
     "prune_to",
     "random_scores",
+    "renew_statistics",
     "repeat",
     "save",
+    "scale_scores",
     "survivors",
+    "taylor_scores",
     "uniform_within",
     "with_classes",
     "with_latents",

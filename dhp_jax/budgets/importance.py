@@ -1,20 +1,30 @@
-"""Importance of channels without latents: filter norms, random scores, uniform widths.
+"""Importance of channels: norms of weights, derivatives, random scores, uniform widths.
 
 Scores rank the entries of all latents, as the magnitudes of latents do, and `dhp.prune_to(...,
 by=scores)` keeps the largest. `uniform_within` needs none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+import math
+from numbers import Real
+from typing import Any
 
 from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.budgets.counted import Scores, check_budget, removals, slack
 from dhp_jax.budgets.rounding import Multiples, multiples
-from dhp_jax.core.cost import Cost
-from dhp_jax.core.latent import latents, latents_to_prune, walk
-from dhp_jax.core.layers import Hyper
+from dhp_jax.core.cost import MEASURES, Cost
+from dhp_jax.core.latent import Axis, latents, latents_to_prune, walk
+from dhp_jax.core.layers import BatchNorm, Hyper, Linear
+from dhp_jax.core.surgery import prune
+from dhp_jax.errors import ArgumentError
+
+TINY = 1e-12  # share of the cost of an entry that is free
 
 
 def l1_scores(model: nnx.Module) -> Scores:
@@ -45,28 +55,281 @@ def l1_scores(model: nnx.Module) -> Scores:
     mean as the scale, are ours; Molchanov et al., ICLR 2017 (arXiv 1611.06440), divide by the l2
     norm of a layer's scores.
     """
-    sums = {z: np.zeros(z.size) for z in latents_to_prune(model).values()}
-    ruled = set()
+    return _of_mean_one(_summed(model, lambda filters: np.abs(filters).sum(1)))
+
+
+def l2_scores(model: nnx.Module) -> Scores:
+    """Scores by the Euclidean norm of the filters that each entry of a latent rules.
+
+    As `l1_scores`, with `sqrt(sum of squares)` for the norm of a filter.
+
+    Args:
+      model: a network of latents.
+
+    Returns:
+      For each prunable latent by name an array of its size, of mean 1.
+
+    Raises:
+      ValueError: as `l1_scores`.
+
+    Example:
+      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=dhp.l2_scores(model))
+
+    Reference: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, section 3.
+    """
+    return _of_mean_one(_summed(model, lambda filters: np.sqrt((filters**2).sum(1))))
+
+
+def fpgm_scores(model: nnx.Module) -> Scores:
+    """Scores by how far a filter is from the others of its layer.
+
+    The score of filter `i` of a convolution is the sum over `j` of `|f_i - f_j|_2`. Where it is
+    small, the filter is near the geometric median of the layer, and others can stand in for it.
+    Sums over convolutions, and the mean as the scale, are as in `l1_scores`.
+
+    Args:
+      model: a network of latents.
+
+    Returns:
+      For each prunable latent by name an array of its size, of mean 1.
+
+    Raises:
+      ValueError: as `l1_scores`.
+
+    Example:
+      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=dhp.fpgm_scores(model))
+
+    Reference: He et al., Filter Pruning via Geometric Median, CVPR 2019 (arXiv 1811.00250),
+    equations 4 and 6.
+    """
+
+    def distances(filters: np.ndarray) -> np.ndarray:
+        squares = (filters**2).sum(1)
+        apart = squares[:, None] + squares - 2 * filters @ filters.T
+        np.fill_diagonal(apart, 0)
+        return np.sqrt(np.maximum(apart, 0)).sum(1)
+
+    return _of_mean_one(_summed(model, distances))
+
+
+def group_scores(model: nnx.Module) -> Scores:
+    """Scores by the Euclidean norm of all weights that go with an entry of a latent.
+
+    With an entry go the filters that make its channels, the slices of kernels and the rows of
+    linear layers that read them, and the scales of normalised channels. The score is the root of
+    the sum of all their squares; each latent's scores are divided by their mean.
+
+    Args:
+      model: a network of latents.
+
+    Returns:
+      For each prunable latent by name an array of its size, of mean 1.
+
+    Raises:
+      ValueError: a network without latents; no layer has a prunable latent.
+
+    Example:
+      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=dhp.group_scores(model))
+
+    Reference: Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023 (arXiv 2301.12900),
+    section 3.3, here of a network that was trained without its sparsity term.
+    """
+
+    pairs = []
+    for _, _, layer in walk(model):
+        match layer:
+            case Hyper():
+                squares = np.asarray(layer.kernel(), np.float64) ** 2
+                squares = squares.reshape(-1, *squares.shape[-2:]).sum(0)
+                pairs += [(layer.kernel_axis(), squares.sum(1)), (layer.z_out, squares.sum(0))]
+            case BatchNorm() if layer.scale is not None:
+                pairs.append((layer.z, np.asarray(layer.scale[...], np.float64) ** 2))
+            case Linear():
+                pairs.append((layer.z_in, (np.asarray(layer.kernel[...], np.float64) ** 2).sum(1)))
+    sums = _by_entry(model, pairs, "layers whose axes")
+    return _of_mean_one({name: np.sqrt(values) for name, values in sums.items()})
+
+
+def scale_scores(model: nnx.Module) -> Scores:
+    """Scores by the magnitude of the BatchNorm scales of the channels that an entry stands for.
+
+    They are compared across latents as they are, as in network slimming. There the network is
+    trained with an l1 term on its scales before; without one, few are near zero.
+
+    Args:
+      model: a network of latents.
+
+    Returns:
+      For each prunable latent by name an array of its size: the sum of its scales' magnitudes.
+
+    Raises:
+      ValueError: a network without latents; a prunable latent is that of no `BatchNorm` with
+        scales.
+
+    Example:
+      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=dhp.scale_scores(model))
+
+    Reference: Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV
+    2017 (arXiv 1708.06519), section 3.
+    """
+    pairs = [
+        (layer.z, np.abs(np.asarray(layer.scale[...], np.float64)))
+        for _, _, layer in walk(model)
+        if isinstance(layer, BatchNorm) and layer.scale is not None
+    ]
+    return _by_entry(model, pairs, "BatchNorms whose axes")
+
+
+def taylor_scores(
+    model: nnx.Module,
+    loss: Callable[[nnx.Module, Any], Array],
+    batches: Iterable[Any],
+    *,
+    squared: bool = True,
+) -> Scores:
+    """Scores by how much the loss would change without an entry, to first order.
+
+    Let every layer that reads the channels of entry `i` read them times `g_i`, which is 1. The
+    derivative of the loss by `g_i` is
+
+        t_i = sum over these layers of  sum(K[.., i, :] * dL/dK[.., i, :])
+
+    with their kernels `K`: `-t_i` is what the first-order Taylor polynomial says of `g_i = 0`,
+    which is the network pruned by `i`. Over batches the squares are averaged, or magnitudes. Scores
+    of all latents are compared as they are, for they are changes of one loss.
+
+    Args:
+      model: a network of latents; left as it was.
+      loss: takes the ordinary network (of `dhp.prune(model)`), in the mode of `model`, and a
+        batch; returns a number.
+      batches: what `loss` takes, arrays of one shape or trees of them; some hundred examples in
+        all are enough to rank most channels.
+      squared: whether `t_i` is squared, or its magnitude taken, before the average.
+
+    Returns:
+      For each prunable latent by name an array of its size.
+
+    Raises:
+      ValueError: a network without latents; no batches; a prunable latent that no convolution on
+        latents and no `Linear` reads.
+
+    Example:
+      >>> def loss(network, batch):
+      ...     images, labels = batch
+      ...     return optax.softmax_cross_entropy_with_integer_labels(network(images), labels).mean()
+      >>> scores = dhp.taylor_scores(model, loss, batches)
+      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=scores)
+
+    Reference: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019 (arXiv
+    1906.10771), equations 5 and 8, there with the scales of BatchNorm for `g`.
+    """
+    readers = {path: layer.z_in for path, _, layer in walk(model) if _reads(layer)}
+    open_gates = {path: jnp.ones(axis.size) for path, axis in readers.items()}
+    graphdef, state = nnx.split(prune(model))
+
+    @jax.jit
+    def derivatives(state: nnx.State, batch: Any) -> dict[str, Array]:
+        def gated_loss(gates: dict[str, Array]) -> Array:
+            network = nnx.merge(graphdef, state, copy=True)
+            for path, _, layer in walk(network):
+                if path in gates:
+                    kernel = layer.kernel[...]
+                    layer.kernel[...] = kernel * gates[path][:, None].astype(kernel.dtype)
+            return loss(network, batch)
+
+        return jax.grad(gated_loss)(open_gates)
+
+    totals: list[Scores] = []
+    for batch in batches:
+        found = derivatives(state, batch).items()
+        pairs = [(readers[path], np.asarray(values, np.float64)) for path, values in found]
+        terms = _by_entry(model, pairs, "layers that read")
+        totals.append({name: x**2 if squared else np.abs(x) for name, x in terms.items()})
+    if not totals:
+        raise ValueError("batches: expected at least one batch, got none")
+    return {name: np.mean([terms[name] for terms in totals], axis=0) for name in totals[0]}
+
+
+def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float = 1.0) -> Scores:
+    """Scores divided by what an entry costs: importance per FLOP.
+
+    The scores of a latent are divided by `c^power`, where `c` is the share of the whole network's
+    cost that goes with one of its entries, all others being there. With `power=1` and scores that
+    say what the loss loses, the smallest are those that cost most for what they are worth.
+
+    Args:
+      scores: of the entries of latents, by name.
+      cost: the network's `measure_cost`.
+      measure: `flops`, `params` or `activations`.
+      power: 0 leaves scores as they are.
+
+    Returns:
+      Scores of the same latents.
+
+    Raises:
+      ValueError: an unknown measure or latent; a power that is no number of at least 0.
+
+    Example:
+      >>> scores = dhp.per_cost(dhp.l1_scores(model), dhp.measure_cost(model, (32, 32, 3)))
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"measure: expected one of {', '.join(MEASURES)}; got {measure!r}")
+    if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < math.inf:
+        raise ValueError(f"power: expected a number >= 0, got {power!r}")
+    for name in scores:
+        if name not in cost.sizes:
+            raise ArgumentError.unknown("scores", name, cost.sizes)
+    shares = {
+        name: 1 - cost.shares({**cost.sizes, name: cost.sizes[name] - 1})[measure]
+        for name in scores
+    }
+    return {name: values / max(shares[name], TINY) ** power for name, values in scores.items()}
+
+
+def _summed(model: nnx.Module, number_of: Callable[[np.ndarray], np.ndarray]) -> Scores:
+    """The numbers of filters, given as the rows of a matrix, summed over what an entry rules."""
+    pairs = []
     for _, _, layer in walk(model):
         if isinstance(layer, Hyper):
-            kernel = np.abs(np.asarray(layer.kernel(), np.float64))
-            norms = kernel.reshape(-1, kernel.shape[-1]).sum(0)
-            for norm, (z, entry) in zip(norms, layer.z_out.entries(), strict=True):
-                sums[z][entry] += norm
-                ruled.add(z)
+            kernel = np.asarray(layer.kernel(), np.float64)
+            pairs.append((layer.z_out, number_of(kernel.reshape(-1, kernel.shape[-1]).T)))
+    return _by_entry(model, pairs, "convolutions whose output")
+
+
+def _by_entry(
+    model: nnx.Module, pairs: Iterable[tuple[Axis, np.ndarray]], what: str
+) -> dict[str, np.ndarray]:
+    """Sums the numbers of channels over all that are one entry of a prunable latent.
+
+    Args:
+      model: a network of latents.
+      pairs: axes, each with a number for each of its channels.
+      what: has prunable latents, for the error if one is in no pair.
+    """
+    sums = {z: np.zeros(z.size) for z in latents_to_prune(model).values()}
+    ruled = set()
+    for axis, numbers in pairs:
+        for number, (z, entry) in zip(numbers, axis.entries(), strict=True):
+            sums[z][entry] += number
+            ruled.add(z)
     prunable = {name: z for name, z in latents(model).items() if z.prunable}
     for name, z in prunable.items():
         if z not in ruled:
             raise ValueError(
-                f"model: expected convolutions whose output prunable latents are; {name!r} is that "
-                "of none"
+                f"model: expected {what} prunable latents are; {name!r} is that of none"
             )
-    return {name: _of_mean_one(sums[z]) for name, z in prunable.items()}
+    return {name: sums[z] for name, z in prunable.items()}
 
 
-def _of_mean_one(values: np.ndarray) -> np.ndarray:
-    mean = values.mean()
-    return values / mean if mean else values
+def _reads(layer: nnx.Module) -> bool:
+    """Whether a layer sums over the channels of its input axis."""
+    ungrouped = isinstance(layer, Hyper) and layer.kernel_axis() is layer.z_in
+    return ungrouped or isinstance(layer, Linear)
+
+
+def _of_mean_one(scores: Scores) -> Scores:
+    means = {name: values.mean() for name, values in scores.items()}
+    return {name: x / means[name] if means[name] else x for name, x in scores.items()}
 
 
 def random_scores(model: nnx.Module, seed: int) -> Scores:

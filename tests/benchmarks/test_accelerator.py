@@ -20,6 +20,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import accelerator  # noqa: E402
 import cifar10_pack  # noqa: E402
 import kernels  # noqa: E402
+import recipe  # noqa: E402
 
 NAMES = [f"class{i}" for i in range(10)]
 
@@ -208,9 +209,43 @@ def test_wrong_arguments_are_told_before_any_work(tmp_path, monkeypatch, capsys,
     assert not out.exists()
 
 
-def rehearse(out, *stages):
+def test_a_recipe_travels_with_what_it_needs_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "PART", 10_000)
+    run = tmp_path / "here/run"
+    files = {
+        "config.json": b"{}",
+        ".lock": b"",
+        "search/arrays": bytes(range(256)) * 90,
+        "pruned/arrays": b"small",
+        "checkpoints/search/700/state": b"of a phase that is done",
+        "checkpoints/converge/90/state": b"older",
+        "checkpoints/converge/100/state": b"newest",
+    }
+    for name, content in files.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(content)
+    pieces = run.with_name("pieces.json")
+    pieces.write_text("[12.5]")
+    parts = recipe.pack(run, pieces, tmp_path / "out/recipe.tar")
+    assert len(parts) > 1
+    assert max(part.stat().st_size for part in parts) <= 10_000
+    there = tmp_path / "there"
+    there.mkdir()
+    recipe.restore(parts[0], there)
+    assert (there / "pieces.json").read_text() == "[12.5]"
+    found = {
+        str(path.relative_to(there / "run")): path.read_bytes()
+        for path in (there / "run").rglob("*")
+        if path.is_file()
+    }
+    left = (".lock", "checkpoints/search/700/state", "checkpoints/converge/90/state")
+    assert found == {name: content for name, content in files.items() if name not in left}
+
+
+def rehearse(out, *stages, **options):
     command = [sys.executable, "benchmarks/accelerator.py", "--rehearse", f"--out={out}"]
-    command += [f"--cache={out}-cache", "--commit=this one", "--stages", *stages]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    command += [f"--cache={out.parent}/cache", "--commit=this one", "--stages", *stages]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr + (out / "accelerator.log").read_text()
     return [json.loads(line) for line in (out / "accelerator.jsonl").read_text().splitlines()]
@@ -239,3 +274,20 @@ def test_all_stages_can_be_rehearsed(tmp_path):
     assert recipe["exit code"] == 0
     assert len(list(out.iterdir())) <= 8
     assert "commit this one" in (out / "accelerator.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_recipe_stops_in_time_and_goes_on_from_there(tmp_path):
+    change = {"set": "converge.epochs=400"}
+    (stopped,) = rows_of(rehearse(tmp_path / "first", "b", minutes=2, **change))
+    assert stopped["exit code"] == 75
+    assert not stopped["finished"]
+    assert stopped["seconds here"] < 120
+    resumed = tmp_path / "first/recipe_resnet20.tar.00"
+    (more,) = rows_of(rehearse(tmp_path / "second", "b", minutes=2, resume=resumed, **change))
+    assert more["seconds before"] == stopped["seconds here"]
+    assert more["epochs"] > stopped["epochs"]
+
+
+def rows_of(found):
+    return [entry["row"] for entry in found if entry["event"] == "row"]

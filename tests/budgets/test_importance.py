@@ -6,6 +6,8 @@ import re
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
 from networks import MIXED_INPUT, MIXED_LATENTS, SMALL, Mixed, filled, resnet20
 import numpy as np
 import pytest
@@ -279,3 +281,170 @@ def test_a_function_that_decides_is_held_to_the_budget():
     told = r"^by: expected survivors within flops=0\.5; got flops=0\.5\d+$"
     with pytest.raises(ValueError, match=told):
         dhp.prune_to(filled(Mixed), MIXED_INPUT, flops=0.5, by=generous)
+
+
+# Other criteria, of a network whose layers are ordinary ones computed by hand
+
+
+def by_hand(model):
+    """The arrays of `Mixed`, and which rows of its kernels each latent rules."""
+    plain = dhp.prune(model)
+    arrays = {name: np.asarray(getattr(plain, name).kernel[...], np.float64) for name in KERNELS}
+    return plain, arrays
+
+
+KERNELS = ("left", "right", "join", "refine", "classifier")
+
+
+def of_mean_one(values):
+    return values / np.mean(values)
+
+
+def norm(values):
+    return np.sqrt(np.sum(np.square(values)))
+
+
+def test_l2_scores_are_the_euclidean_norms_of_filters():
+    model = filled(Mixed)
+    _, k = by_hand(model)
+    scores = dhp.l2_scores(model)
+    a = [norm(k["left"][..., o]) for o in range(7)]
+    np.testing.assert_allclose(scores[MIXED_LATENTS["a"]], of_mean_one(a), rtol=1e-5)
+    c = [norm(k["join"][..., o]) + norm(k["refine"][..., o]) for o in range(6)]
+    np.testing.assert_allclose(scores[MIXED_LATENTS["c"]], of_mean_one(c), rtol=1e-5)
+
+
+def test_fpgm_scores_are_sums_of_distances_within_a_layer():
+    model = filled(Mixed)
+    _, k = by_hand(model)
+    scores = dhp.fpgm_scores(model)
+
+    def distances(kernel):
+        n = kernel.shape[-1]
+        return np.array(
+            [sum(norm(kernel[..., i] - kernel[..., j]) for j in range(n)) for i in range(n)]
+        )
+
+    b = distances(k["right"])
+    np.testing.assert_allclose(scores[MIXED_LATENTS["b"]], of_mean_one(b), rtol=1e-5)
+    c = distances(k["join"]) + distances(k["refine"])
+    np.testing.assert_allclose(scores[MIXED_LATENTS["c"]], of_mean_one(c), rtol=1e-5)
+
+
+def test_group_scores_take_in_all_that_an_entry_rules():
+    model = filled(Mixed)
+    plain, k = by_hand(model)
+    scores = dhp.group_scores(model)
+    scale = np.asarray(plain.left_norm.scale[...])
+    a = [norm([norm(k["left"][..., e]), norm(k["join"][:, :, e]), scale[e]]) for e in range(7)]
+    np.testing.assert_allclose(scores[MIXED_LATENTS["a"]], of_mean_one(a), rtol=1e-5)
+    b = [norm([norm(k["right"][..., e]), norm(k["join"][:, :, 7 + e])]) for e in range(5)]
+    np.testing.assert_allclose(scores[MIXED_LATENTS["b"]], of_mean_one(b), rtol=1e-5)
+    scale = np.asarray(plain.join_norm.scale[...])
+    c = [
+        norm(
+            [
+                norm(k["join"][..., e]),
+                norm(k["refine"][..., e]),
+                norm(k["refine"][:, :, e]),
+                norm(k["classifier"][e::6]),
+                scale[e],
+            ]
+        )
+        for e in range(6)
+    ]
+    np.testing.assert_allclose(scores[MIXED_LATENTS["c"]], of_mean_one(c), rtol=1e-5)
+
+
+def test_scale_scores_are_the_magnitudes_of_scales_summed_over_a_stage():
+    model = resnet20()
+    rng = np.random.default_rng(0)
+    blocks = model.blocks
+    norms = [model.stem.norm, *(block.layers[1].norm for block in blocks[:3])]
+    for layer in norms:
+        layer.scale.set_value(jnp.asarray(rng.normal(size=layer.num_features), jnp.float32))
+    expected = sum(np.abs(np.asarray(layer.scale[...])) for layer in norms)
+    scores = dhp.scale_scores(model)
+    np.testing.assert_allclose(scores["stages.0"], expected, rtol=1e-6)
+    inside = np.abs(np.asarray(blocks[0].layers[0].norm.scale[...]))
+    np.testing.assert_allclose(scores["blocks.0.hidden.0"], inside, rtol=1e-6)
+
+
+def squared_outputs(network, images):
+    return jnp.mean(network(images) ** 2)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_taylor_scores_are_derivatives_by_what_layers_read(squared):
+    model = filled(Mixed)
+    model.eval()
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(size=(4, *MIXED_INPUT)).astype(np.float32) for _ in range(3)]
+    scores = dhp.taylor_scores(model, squared_outputs, batches, squared=squared)
+
+    def loss_with(gates, images):
+        """The loss where what layers read is multiplied by the gates of its channels."""
+        small = dhp.prune(model)
+        a = gates["a"] * nnx.relu(small.left_norm(small.left(images)))
+        b = gates["b"] * nnx.relu(small.right(images))
+        c = nnx.relu(small.join_norm(small.join(jnp.concatenate([a, b], -1))))
+        c = gates["c"] * (c + small.refine(gates["c"] * c))
+        return jnp.mean(small.classifier(c.reshape(len(c), -1)) ** 2)
+
+    gates = {"a": jnp.ones(7), "b": jnp.ones(5), "c": jnp.ones(6)}
+    terms = [jax.grad(loss_with)(gates, images) for images in batches]
+    for name in gates:
+        each = np.array([term[name] for term in terms], np.float64)
+        wanted = (each**2 if squared else np.abs(each)).mean(0)
+        np.testing.assert_allclose(scores[MIXED_LATENTS[name]], wanted, rtol=1e-3)
+
+
+def test_channels_that_nothing_depends_on_have_no_taylor_score_and_go_first():
+    model = filled(Mixed)
+    model.eval()
+    classifier = model.classifier.kernel[...]
+    for name in ("w2", "b2"):
+        variable = getattr(model.refine, name)
+        variable.set_value(variable[...].at[..., 2, :].set(0))
+    model.classifier.kernel.set_value(classifier.at[2::6].set(0))
+    images = np.random.default_rng(0).normal(size=(4, *MIXED_INPUT)).astype(np.float32)
+    scores = dhp.taylor_scores(model, squared_outputs, [images])
+    assert scores[MIXED_LATENTS["c"]][2] == 0
+    assert (np.delete(scores[MIXED_LATENTS["c"]], 2) > 0).all()
+
+
+def test_taylor_scores_want_batches():
+    with pytest.raises(ValueError, match=r"^batches: expected at least one batch, got none"):
+        dhp.taylor_scores(filled(Mixed), squared_outputs, [])
+
+
+def test_scores_per_flop_divide_by_what_an_entry_costs():
+    model = filled(Mixed)
+    cost = dhp.measure_cost(model, MIXED_INPUT)
+    ones = {name: np.ones(z.size) for name, z in dhp.latents(model).items() if z.prunable}
+    # By hand: multiply-accumulates of 3x3 (stride 1), 1x1, 3x3 (stride 2), 3x3 and a linear layer.
+    flops = {"left": 16 * 9 * 3 * 7 + 2 * 16 * 7, "right": 16 * 3 * 5, "join": 4 * 9 * 12 * 6}
+    flops |= {"join_norm": 2 * 4 * 6, "refine": 4 * 9 * 6 * 6, "classifier": 4 * 6 * 5}
+    assert cost.flops == sum(flops.values())
+    a = (16 * 9 * 3 + 2 * 16 + 4 * 9 * 6) / cost.flops
+    b = (16 * 3 + 4 * 9 * 6) / cost.flops
+    once, root = (dhp.per_cost(ones, cost, power=power) for power in (1.0, 0.5))
+    np.testing.assert_allclose(once[MIXED_LATENTS["a"]], 1 / a)
+    np.testing.assert_allclose(once[MIXED_LATENTS["b"]], 1 / b)
+    np.testing.assert_allclose(root[MIXED_LATENTS["a"]], a**-0.5)
+    assert all((dhp.per_cost(ones, cost, power=0)[name] == 1).all() for name in ones)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"measure": "time"}, r"^measure: expected one of flops, params, activations; got 'time'"),
+        ({"power": -1}, r"^power: expected a number >= 0, got -1"),
+        ({"scores": {"none": np.ones(3)}}, r"^scores: expected one of .*; got 'none'"),
+    ],
+)
+def test_wrong_arguments_of_scores_per_cost_are_refused(arguments, message):
+    model = filled(Mixed)
+    given = {"scores": dhp.l1_scores(model), "cost": dhp.measure_cost(model, MIXED_INPUT)}
+    with pytest.raises(ValueError, match=message):
+        dhp.per_cost(**given | arguments)

@@ -1,0 +1,61 @@
+"""Statistics of BatchNorm are those of the examples, however these are cut into batches."""
+
+from flax import nnx
+import jax.numpy as jnp
+from networks import MIXED_INPUT, Mixed, filled
+import numpy as np
+import pytest
+
+import dhp_jax as dhp
+
+
+class Two(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.BatchNorm(3, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.drop(self.first(x)))
+
+
+def test_statistics_are_the_moments_of_all_examples():
+    model = Two(nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(2, 3, (60, 5, 5, 3)).astype(np.float32)
+    x[..., 1] *= 4
+    dhp.renew_statistics(model, [x[:10], x[10:40], x[40:]])
+    flat = x.reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(model.first.mean[...], flat.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(model.first.var[...], flat.var(0), rtol=1e-4)
+
+
+def test_nothing_but_statistics_changes_and_the_mode_stays():
+    model = filled(Mixed)
+    model.train()
+    images = np.random.default_rng(1).normal(size=(8, *MIXED_INPUT)).astype(np.float32)
+    before = {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
+    dhp.renew_statistics(model, [images])
+    after = {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
+    changed = {path[-1] for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == {"mean", "var"}
+    assert not model.left_norm.use_running_average
+    assert model.left_norm.momentum == 0.9
+
+
+def test_a_network_whose_channels_were_cut_computes_in_evaluation_what_it_does_in_training():
+    model = filled(Mixed)
+    small = dhp.prune_to(model, MIXED_INPUT, flops=0.5)
+    images = np.random.default_rng(2).normal(size=(64, *MIXED_INPUT)).astype(np.float32)
+    small.train()
+    training = np.asarray(nnx.clone(small)(images))
+    small.eval()
+    assert np.abs(np.asarray(small(images)) - training).max() > 0.1
+    dhp.renew_statistics(small, [images])
+    np.testing.assert_allclose(small(images), training, rtol=1e-3, atol=1e-3)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"^model: expected a network with nnx.BatchNorm layers"):
+        dhp.renew_statistics(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [jnp.ones((1, 2))])
+    with pytest.raises(ValueError, match=r"^batches: expected at least one batch, got none"):
+        dhp.renew_statistics(Two(nnx.Rngs(0)), [])
