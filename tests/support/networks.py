@@ -46,6 +46,28 @@ def short():
         yield
 
 
+class Net(nnx.Module):
+    """Layers by name and a function that calls them."""
+
+    def __init__(self, forward, **layers):
+        self.forward = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def __call__(self, x):
+        return self.forward(self, x)
+
+
+def image_and(*sizes, rngs, **options):
+    """An image latent of 3 channels and prunable ones of the given sizes."""
+    image = dhp.Latent(3, prunable=False, rngs=rngs)
+    return image, *(dhp.Latent(size, min_channels=1, rngs=rngs, **options) for size in sizes)
+
+
+def conv(z_in, z_out, rngs, kernel=1, **options):
+    return dhp.HyperConv(z_in, z_out, (kernel, kernel), rngs=rngs, **options)
+
+
 MIXED_LATENTS = {"image": "left.z_in", "a": "left.z_out", "b": "right.z_out", "c": "join.z_out"}
 MIXED_INPUT = (4, 4, 3)
 
@@ -129,6 +151,14 @@ def arrays(model):
     """Every array of a model by its path."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {".".join(map(str, path)): np.asarray(stored.get_value()) for path, stored in flat}
+
+
+def check_same(found, expected):
+    """Arrays of two models, or statistics by path, are the same bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array, err_msg=str(name))
 
 
 # Arguments with which each family is small.

@@ -1,0 +1,149 @@
+"""Axes that meet in a forward pass must be one latent."""
+
+import re
+
+from flax import nnx
+import jax.numpy as jnp
+from networks import (
+    MIXED_INPUT,
+    Mixed,
+    Net,
+    conv,
+    filled,
+    image_and,
+    images,
+    keep_all,
+    resnet20,
+)
+import numpy as np
+import pytest
+
+import dhp_jax as dhp
+
+
+def added(size_b, forward=lambda net, x: net.a(x) + net.b(x), *, fixed=False):
+    """A network that adds two axes which are not one latent."""
+
+    def make(rngs):
+        image, a = image_and(8, rngs=rngs)
+        b = dhp.Latent(size_b, prunable=not fixed, rngs=rngs)
+        return Net(forward, a=conv(image, a, rngs), b=conv(image, b, rngs))
+
+    return filled(make)
+
+
+def test_an_addition_of_two_latents_is_found_and_both_are_named():
+    with pytest.raises(ValueError, match="axes that meet are not the same latent") as raised:
+        dhp.check_axes(added(8), (4, 4, 3))
+    assert "'a.z_out' (8 channels) or 'b.z_out' (8 channels)" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_addition_to_a_latent_that_is_not_prunable_is_found():
+    with pytest.raises(
+        ValueError, match=r"pruning 'a\.z_out' \(8 channels\) alone breaks"
+    ) as raised:
+        dhp.check_axes(added(8, fixed=True), (4, 4, 3))
+    assert "fixed width, such as latent 'b.z_out' or a number in its code;" in str(raised.value)
+
+
+def test_an_addition_to_an_ordinary_layer_is_found():
+    def make(rngs):
+        image, a = image_and(8, rngs=rngs)
+        ordinary = nnx.Conv(3, 8, (1, 1), rngs=rngs)
+        return Net(lambda net, x: net.a(x) + net.b(x), a=conv(image, a, rngs), b=ordinary)
+
+    with pytest.raises(
+        ValueError, match=r"pruning 'a\.z_out' \(8 channels\) alone breaks"
+    ) as raised:
+        dhp.check_axes(filled(make), (4, 4, 3))
+    assert "fixed width, such as 'b' (Conv) or a number in its code;" in str(raised.value)
+
+
+def test_a_parameter_that_was_forgotten_is_found_before_a_budget_is_refused():
+    def make(rngs):
+        image, a = image_and(8, rngs=rngs)
+        net = Net(lambda net, x: net.a(x) * net.scale[...], a=conv(image, a, rngs))
+        net.scale = nnx.Param(jnp.ones(8))
+        return net
+
+    with pytest.raises(ValueError, match=r"fixed width, such as 'scale' \(Param\) or a number"):
+        dhp.prune_to(filled(make), (4, 4, 3), flops=0.01)
+
+
+def test_only_the_axes_of_networks_can_be_checked():
+    with pytest.raises(ValueError, match=r"^model: expected a network, got <class"):
+        dhp.check_axes(Net, (4, 4, 3))
+
+
+def test_an_axis_that_lacks_a_part_of_a_concatenation_is_found():
+    def make(rngs):
+        image, a, b, c = image_and(4, 4, 8, rngs=rngs)
+
+        def forward(net, x):
+            return net.join(jnp.concatenate([net.a(x), net.b(x)], -1))
+
+        return Net(forward, a=conv(image, a, rngs), b=conv(image, b, rngs), join=conv(c, c, rngs))
+
+    with pytest.raises(ValueError, match="axes that meet are not the same latent") as raised:
+        dhp.check_axes(filled(make), (4, 4, 3))
+    for name in ("a.z_out", "b.z_out", "join.z_in"):
+        assert repr(name) in str(raised.value)
+
+
+def test_one_wrong_addition_among_many_latents_is_found_wherever_it_is():
+    def make(rngs, wrong):
+        image, *zs = image_and(*[5] * 10, rngs=rngs)
+        layers = nnx.List([conv(z, z, rngs) for z in zs])
+        stems = nnx.List([conv(image, z, rngs) for z in zs])
+
+        def forward(net, x):
+            ys = [layer(stem(x)) for stem, layer in zip(net.stems, net.layers, strict=True)]
+            return ys[wrong[0]] + ys[wrong[1]]
+
+        return Net(forward, stems=stems, layers=layers)
+
+    for wrong in ((0, 9), (3, 7)):
+        model = filled(lambda rngs, wrong=wrong: make(rngs, wrong))
+        with pytest.raises(ValueError, match="axes that meet") as raised:
+            dhp.check_axes(model, (4, 4, 3))
+        assert re.findall(r"'(.*?)' \(5", str(raised.value)) == [f"layers.{n}.z_in" for n in wrong]
+
+
+def test_right_axes_are_accepted():
+    dhp.check_axes(filled(Mixed), MIXED_INPUT)
+    dhp.check_axes(resnet20(), (8, 8, 3))
+    dhp.check_axes(dhp.prune(resnet20(), keep_all(resnet20())), (8, 8, 3))
+
+
+def test_prune_to_checks_the_axes_first():
+    with pytest.raises(ValueError, match="axes that meet are not the same latent"):
+        dhp.prune_to(added(8), (4, 4, 3), flops=0.8)
+
+
+def test_checking_axes_with_a_wrong_input_says_so():
+    with pytest.raises(ValueError, match=r"^input_shape: the model does not take \(4, 4, 5\)"):
+        dhp.check_axes(filled(Mixed), (4, 4, 5))
+
+
+def test_a_pixel_shuffle_is_accepted_and_pruned_to_whole_channels():
+    def make(rngs):
+        image, z = image_and(5, rngs=rngs)
+
+        def forward(net, x):
+            y = net.up(x)
+            n, h, w, c = y.shape
+            y = y.reshape(n, h, w, c // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+            return net.last(y.reshape(n, 2 * h, 2 * w, c // 4))
+
+        up, last = conv(image, dhp.repeat(z, 4), rngs), conv(z, image, rngs)
+        return Net(forward, up=up, last=last)
+
+    model, x = filled(make), images(1, 3, 3, 3)
+    dhp.check_axes(model, (3, 3, 3))
+    mask = np.array([1, 0, 1, 0, 1], bool)
+    small = dhp.prune(model, {"last.z_in": mask, "last.z_out": np.ones(3, bool)})
+    kernel = np.asarray(model.last.kernel()) * mask[:, None]
+    whole = dhp.prune(model, keep_all(model))
+    whole.last.kernel[...] = kernel
+    np.testing.assert_allclose(small(x), whole(x), rtol=1e-5, atol=1e-5)
