@@ -20,6 +20,8 @@ import pytest
 
 import dhp_jax as dhp
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 def added(size_b, forward=lambda net, x: net.a(x) + net.b(x), *, fixed=False):
     """A network that adds two axes which are not one latent."""

@@ -13,6 +13,8 @@ import dhp_jax as dhp
 from dhp_jax.core.layers import ChannelBias
 from dhp_jax.core.plain import Prunable
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 def plain_axes(rngs):
     return dhp.Latent(5, rngs=rngs), dhp.Latent(7, rngs=rngs)

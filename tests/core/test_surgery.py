@@ -30,6 +30,8 @@ import pytest
 
 import dhp_jax as dhp
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 def check_close(found, expected):
     assert found.keys() == expected.keys()
