@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import jax
 from jax import lax
 import jax.numpy as jnp
-from networks import filled
+from networks import RNGS, filled
 import numpy as np
 import optax
 import pytest
@@ -599,7 +599,7 @@ def test_a_norm_over_an_axis_still_checks_its_input():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA:CPU")
 def test_training_steps_and_evaluation_are_tuned(monkeypatch):
-    model = filled(lambda rngs: dhp.models.build("resnet", depth=20, width=0.25, rngs=rngs))
+    model = filled(lambda _: dhp.models.build("resnet", depth=20, width=0.25, rngs=RNGS))
     task = Classification((0.0,) * 3, (1.0,) * 3, crop_padding=0, flip=False)
     data = np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32)
     graphdef, optimizer, state = start(model, lambda params: optax.sgd(0.1))

@@ -13,7 +13,7 @@ import conftest
 from flax import nnx
 from jax import export as jax_export
 import jax.numpy as jnp
-from networks import MIXED_INPUT, Mixed, drawn_masks, filled, images, run
+from networks import MIXED_INPUT, RNGS, Mixed, drawn_masks, filled, images, run
 import numpy as np
 import pytest
 from runs import commanded
@@ -58,7 +58,7 @@ FORMATS = [pytest.param(name, marks=needs(name)) for name in exporting.NEEDS]
 def pruned(name):
     arguments, shape, *_ = FAMILIES[name]
     family = name.removesuffix("18")
-    model = filled(lambda rngs: dhp.models.build(family, rngs=rngs, **arguments))
+    model = filled(lambda _: dhp.models.build(family, rngs=RNGS, **arguments))
     return dhp.prune(model, drawn_masks(model, 0)), shape
 
 

@@ -2,11 +2,11 @@
 
 import functools
 
-from families import RESTORERS, RNGS, abstract, kept_by, network, output, plain, pruned
+from families import RESTORERS, abstract, kept_by, network, output, plain, pruned
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from networks import arrays, filled, images, keep_all, run
+from networks import RNGS, arrays, filled, images, keep_all, run
 import numpy as np
 import pytest
 
@@ -459,8 +459,8 @@ def test_fresh_kernels_are_as_small_as_those_of_pytorch(name):
 def test_a_network_sees_no_farther_than_its_reach(name, arguments, side):
     channels = 3 if "scale" in arguments else 1
     model = filled(
-        lambda rngs: dhp.models.build(
-            name, features=4, channels=channels, min_channels=1, rngs=rngs, **arguments
+        lambda _: dhp.models.build(
+            name, features=4, channels=channels, min_channels=1, rngs=RNGS, **arguments
         )
     )
     model = dhp.prune(model)

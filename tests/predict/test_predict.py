@@ -6,7 +6,7 @@ import shutil
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from networks import MIXED_INPUT, Mixed, filled
+from networks import MIXED_INPUT, RNGS, Mixed, filled
 import numpy as np
 from PIL import ExifTags, Image
 import pytest
@@ -364,7 +364,7 @@ def test_an_input_that_the_network_does_not_take_is_told(classifier, tmp_path, c
 def classifier(tmp_path_factory):
     """The folder of a network that labels gray images of 8 x 8."""
     arguments = {"depth": 8, "width": 0.25, "channels": 1}
-    model = filled(lambda rngs: dhp.models.build("resnet", rngs=rngs, **arguments))
+    model = filled(lambda _: dhp.models.build("resnet", rngs=RNGS, **arguments))
     folder = tmp_path_factory.mktemp("classifier")
     dhp.save(folder, dhp.prune(model), **DIGITS)
     return folder
@@ -381,7 +381,7 @@ def noting(network, folder, notes):
 
 
 def test_a_network_of_latents_is_used_as_an_ordinary_one(tmp_path):
-    model = filled(lambda rngs: dhp.models.build("dncnn", depth=3, features=4, rngs=rngs))
+    model = filled(lambda _: dhp.models.build("dncnn", depth=3, features=4, rngs=RNGS))
     dhp.save(tmp_path, model)
     saved = opened(tmp_path)
     assert not dhp.latents(saved.model)

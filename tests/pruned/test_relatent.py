@@ -3,7 +3,7 @@
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from networks import MIXED_INPUT, Mixed, arrays, drawn_masks, filled, images, run
+from networks import MIXED_INPUT, RNGS, Mixed, arrays, drawn_masks, filled, images, run
 import numpy as np
 import optax
 import pytest
@@ -32,7 +32,7 @@ def short(monkeypatch):
 def pruned(name, seed=0):
     family, arguments, shape = NETWORKS[name]
     arguments = {"min_channels": 1, **arguments}
-    model = filled(lambda rngs: dhp.models.build(family, rngs=rngs, **arguments))
+    model = filled(lambda _: dhp.models.build(family, rngs=RNGS, **arguments))
     return dhp.prune(model, drawn_masks(model, seed)), shape
 
 

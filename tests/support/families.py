@@ -1,17 +1,13 @@
 """A small network of every family, whole and pruned, which tests of families share."""
 
 import functools
-from types import SimpleNamespace
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from networks import drawn_masks, filled, images, keep_all, short
+from networks import RNGS, drawn_masks, filled, images, keep_all, short
 
 import dhp_jax as dhp
-
-RNGS = SimpleNamespace(params=lambda: jax.random.key(0))  # `nnx.Rngs` takes seconds to trace
-
 
 # Family, arguments, input: of odd widths, and of few layers; see `short`.
 CLASSIFIERS = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from types import SimpleNamespace
 from unittest import mock
 
 from flax import nnx
@@ -11,6 +12,8 @@ import numpy as np
 
 import dhp_jax as dhp
 from dhp_jax.models import mobilenet, resnet
+
+RNGS = SimpleNamespace(params=lambda: jax.random.key(0))  # `nnx.Rngs` takes seconds to trace
 
 
 class Mixed(nnx.Module):
@@ -108,7 +111,7 @@ def filled(make, seed=0):
 def resnet20(**arguments):
     """A quarter of a ResNet-20 with drawn values."""
     arguments = {"depth": 20, "width": 0.25, "min_channels": 1, **arguments}
-    return filled(lambda rngs: dhp.models.build("resnet", rngs=rngs, **arguments))
+    return filled(lambda _: dhp.models.build("resnet", rngs=RNGS, **arguments))
 
 
 def images(*shape, seed=0):

@@ -7,7 +7,7 @@ import runpy
 import subprocess
 import sys
 
-from networks import drawn_masks, filled, resnet20
+from networks import RNGS, drawn_masks, filled, resnet20
 import pytest
 
 import dhp_jax as dhp
@@ -91,7 +91,7 @@ def leave_source(workdir, method):
     run = prepare(of_digits(method=method), workdir)
     arguments = {**run.config.model, "min_channels": 1, **run.problem.arguments}
     family, shape = arguments.pop("name"), run.problem.input_shape
-    model = filled(lambda rngs: dhp.models.build(family, rngs=rngs, **arguments))
+    model = filled(lambda _: dhp.models.build(family, rngs=RNGS, **arguments))
     noted = {"phase": {"epochs": 1, "steps": 20, "met_budget": False}, "made_from": ""}
     if method == "baseline":
         dhp.save(workdir / "model", dhp.prune(model), input_shape=shape, **noted)
