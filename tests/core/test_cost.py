@@ -68,7 +68,9 @@ def test_a_cost_is_printed_in_one_line():
     assert len(printed) < 100
 
 
-@pytest.mark.parametrize("depth", RESNETS)
+@pytest.mark.parametrize(
+    "depth", [pytest.param(d, marks=[pytest.mark.slow] * (d == 164)) for d in RESNETS]
+)
 def test_resnets_cost_exactly_what_is_published(depth):
     model = abstract_resnet(depth)
     cost = dhp.measure_cost(model, (32, 32, 3))
@@ -76,7 +78,7 @@ def test_resnets_cost_exactly_what_is_published(depth):
     assert cifar_resnet_cost(depth) == RESNETS[depth][:2]
 
 
-@pytest.mark.parametrize("depth", [32, 44])
+@pytest.mark.parametrize("depth", [32, pytest.param(44, marks=pytest.mark.slow)])
 def test_resnets_without_published_counts_cost_what_their_description_says(depth):
     cost = dhp.measure_cost(abstract_resnet(depth, num_classes=100), (32, 32, 3))
     assert (cost.flops, cost.params) == cifar_resnet_cost(depth, 100)
