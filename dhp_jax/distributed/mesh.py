@@ -127,11 +127,11 @@ def arrange(devices: Sequence[jax.Device], sizes: tuple[int, int]) -> np.ndarray
         return np.array(sorted(devices, key=lambda device: device.id)).reshape(sizes)
 
 
-def over_data(mesh: Mesh | None, batch: PyTree) -> PyTree:
+def shard_batch(mesh: Mesh | None, batch: PyTree) -> PyTree:
     """The arrays of a batch, divided along their first axis; within a jitted function."""
     if mesh is None:
         return batch
-    return jax.lax.with_sharding_constraint(batch, _over_data(mesh))
+    return jax.lax.with_sharding_constraint(batch, _data_sharding(mesh))
 
 
 def gather_kernels(mesh: Mesh | None, model: nnx.Module) -> nnx.Module:
@@ -163,7 +163,7 @@ def _on_every_device(everywhere: NamedSharding) -> Callable[..., Array]:
     return kernel
 
 
-def rows_here(mesh: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:
+def local_rows(mesh: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:
     """The examples of a batch that the devices of this process hold: ascending, each once.
 
     They need not follow each other, as the order of devices is that of their connections.
@@ -171,24 +171,24 @@ def rows_here(mesh: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:
     if mesh is None:
         return np.arange(batch_size)
     held = np.zeros(batch_size, bool)
-    for index in _over_data(mesh).addressable_devices_indices_map((batch_size,)).values():
+    for index in _data_sharding(mesh).addressable_devices_indices_map((batch_size,)).values():
         held[index] = True
     return np.flatnonzero(held)
 
 
-def spread(mesh: Mesh | None, batch: PyTree, batch_size: int) -> PyTree:
-    """Takes the rows of a batch that this process has, `rows_here`, to its devices.
+def put_batch(mesh: Mesh | None, batch: PyTree, batch_size: int) -> PyTree:
+    """Takes the rows of a batch that this process has, `local_rows`, to its devices.
 
     They are copied even where the device is the host, so that shared memory is let go of.
 
     Args:
       mesh: of devices.
-      batch: NumPy arrays, whose first axis is that of `rows_here`.
+      batch: NumPy arrays, whose first axis is that of `local_rows`.
       batch_size: examples in the batch of all processes.
     """
     if mesh is None:
         return jax.tree.map(lambda array: jax.device_put(array, may_alias=False), batch)
-    sharding, rows = _over_data(mesh), rows_here(mesh, batch_size)
+    sharding, rows = _data_sharding(mesh), local_rows(mesh, batch_size)
 
     def put(array: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -201,7 +201,7 @@ def spread(mesh: Mesh | None, batch: PyTree, batch_size: int) -> PyTree:
     return jax.tree.map(put, batch)
 
 
-def settled(mesh: Mesh | None, state: PyTree) -> PyTree:
+def keep_placement(mesh: Mesh | None, state: PyTree) -> PyTree:
     """A training state that stays where `place` has put it; within a jitted function."""
     if mesh is None:
         return state
@@ -222,15 +222,15 @@ def place(mesh: Mesh | None, tree: PyTree) -> PyTree:
     return jax.tree.map(_put, tree, shardings(mesh, tree))
 
 
-def whole(tree: PyTree) -> PyTree:
+def gather(tree: PyTree) -> PyTree:
     """Arrays of a mesh as one device of this process, or its host, has them in full.
 
     All processes call it together.
     """
-    return jax.tree.map(_whole, tree)
+    return jax.tree.map(_gather, tree)
 
 
-def _over_data(mesh: Mesh) -> NamedSharding:
+def _data_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
@@ -254,7 +254,7 @@ def _put(array: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def _whole(array: Any) -> Any:
+def _gather(array: Any) -> Any:
     sharding = getattr(array, "sharding", None)
     if sharding is None or sharding.num_devices == 1:
         return array

@@ -20,7 +20,7 @@ from dhp_jax import data
 from dhp_jax.data import decode
 from dhp_jax.data.device_images import Rows
 from dhp_jax.data.stream import Stream, StreamError, epoch_order
-from dhp_jax.distributed.mesh import rows_here, spread
+from dhp_jax.distributed.mesh import local_rows, put_batch
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline import memory, setup
 from dhp_jax.tasks import Classification, evaluate
@@ -127,9 +127,9 @@ def test_tests_read_every_example_once_and_count_no_other(batch_size):
 
 
 def test_without_a_mesh_a_process_reads_whole_batches():
-    np.testing.assert_array_equal(rows_here(None, 8), np.arange(8))
+    np.testing.assert_array_equal(local_rows(None, 8), np.arange(8))
     batch = (None, np.arange(6, dtype=np.uint8))
-    degraded, targets = spread(None, batch, 6)
+    degraded, targets = put_batch(None, batch, 6)
     assert degraded is None
     np.testing.assert_array_equal(targets, np.arange(6))
 
