@@ -87,7 +87,7 @@ class Resident:
         return (*inputs, *[last - first] * (self.steps_per_call > 1), self.key)
 
     def fetch_next(self) -> None:
-        """Gets the inputs of a later step ready while the device works; here nothing is left to do."""
+        """Gets the inputs of a later step ready while the device works; resident data are ready."""
 
 
 class Streamed:

@@ -20,12 +20,12 @@ from dhp_jax.distributed.mesh import (
     arrange,
     axis_sizes,
     check_batch,
-    make_mesh,
-    shard_batch,
-    place,
-    local_rows,
-    keep_placement,
     gather,
+    keep_placement,
+    local_rows,
+    make_mesh,
+    place,
+    shard_batch,
 )
 from dhp_jax.distributed.preemption import EXIT_CODE
 from dhp_jax.distributed.processes import ProcessError, Turns, from_first, join
