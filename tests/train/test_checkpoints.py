@@ -451,7 +451,7 @@ def test_a_state_is_saved_before_a_test_that_takes_long(net, tmp_path, monkeypat
             evaluate = super().evaluation(*arguments, **options)
 
             def looking(*state):
-                checkpoints._open().wait_until_finished()
+                checkpoints.wait()
                 found.append(checkpoints.steps())
                 return evaluate(*state)
 
