@@ -19,7 +19,7 @@ from dhp_jax.config.checks import check_overrides
 from dhp_jax.config.methods import METHODS
 from dhp_jax.data import DataNotFoundError, StreamError
 from dhp_jax.distributed import processes
-from dhp_jax.distributed.preemption import EXIT_CODE, asked_to_stop, ended_at_once
+from dhp_jax.distributed.preemption import EXIT_CODE, exit_at_once, watch_for_stop
 from dhp_jax.distributed.processes import ProcessError, are_several, is_first
 from dhp_jax.errors import ConfigError, NonFiniteError
 from dhp_jax.pipeline import targets
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         options = parse(arguments)
-        with ended_at_once():
+        with exit_at_once():
             runs = prepare(options)
     except (flags.Error, ValueError, ProcessError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with (
             long_compilations(tell_compiled),
-            asked_to_stop(options.config.checkpoint.grace) as stopping,
+            watch_for_stop(options.config.checkpoint.grace) as stopping,
         ):
             baseline = options.baseline or beside(options.workdir, options.config)
             summaries = execute(
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     except (RuntimeError, ValueError) as error:
         if not are_several():
             raise
-        print(f"error: {processes.lost(error)}; the same commands go on", file=sys.stderr)
+        print(f"error: {processes.describe_loss(error)}; the same commands go on", file=sys.stderr)
         return 1
     if is_first():
         for run, summary in zip(runs, summaries, strict=True):
@@ -128,7 +128,8 @@ def join(options: flags.FlagValues) -> None:
     """Makes this process one of several, if it is told to."""
     given = options.coordinator, options.processes, options.process
     if options.distributed or any(value is not None for value in given):
-        print(f"waiting for the other processes, up to {processes.JOINING} s", file=sys.stderr)
+        wait = f"up to {processes.JOIN_TIMEOUT_S} s"
+        print(f"waiting for the other processes, {wait}", file=sys.stderr)
         processes.join(*given)
 
 
