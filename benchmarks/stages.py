@@ -31,7 +31,7 @@ from dhp_jax.backend import hypernets, inference
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets import timing
 from dhp_jax.train import step as train_step
-from dhp_jax.train.state import Ticket
+from dhp_jax.train.state import StepDone
 from dhp_jax.workdir.summary import versions
 
 Rows = Iterator[dict[str, Any]]
@@ -142,7 +142,7 @@ class Program:
     count: int | None
     seconds: float
 
-    def dispatch(self, steps: int | None = None) -> Ticket:
+    def dispatch(self, steps: int | None = None) -> StepDone:
         """Gives the device steps, as many as it was made for unless told, and does not wait."""
         inputs = self.inputs
         if self.count is not None and steps is not None:
@@ -368,7 +368,7 @@ def first_switches() -> Switches:
         "barrier before the update": (with_barrier(), {}),
     }
     if jax.default_backend() == "tpu":
-        found["channel axes apart"] = put(zoo, "packed", lambda model: model), {}
+        found["channel axes apart"] = put(zoo, "pack_axes", lambda model: model), {}
     if jax.default_backend() == "gpu":
         found["GPU: convolutions NHWC"] = with_options(xla_gpu_force_conv_nhwc=True), {}
     return found
@@ -378,8 +378,8 @@ def more_switches() -> Switches:
     """The same of what is less likely to matter."""
     found = {
         "as it is": (contextlib.nullcontext(), {}),
-        "1 step a look (BLOCK)": (put(train_step, "BLOCK", 1), {}),
-        "8 steps a look (BLOCK)": (put(train_step, "BLOCK", 8), {}),
+        "1 step a check (STEPS_PER_CHECK)": (put(train_step, "STEPS_PER_CHECK", 1), {}),
+        "8 steps a check (STEPS_PER_CHECK)": (put(train_step, "STEPS_PER_CHECK", 8), {}),
         "precision bfloat16": (jax.default_matmul_precision("bfloat16"), {}),
         "precision highest": (jax.default_matmul_precision("highest"), {}),
     }
@@ -490,7 +490,7 @@ def several(program: Program, steps: int, dispatches: int, ahead: int) -> Callab
     """A function that dispatches so often, and waits for all but the last few as runs do."""
 
     def passes() -> None:
-        waiting: deque[Ticket] = deque()
+        waiting: deque[StepDone] = deque()
         for _ in range(dispatches):
             waiting.append(program.dispatch(steps))
             while len(waiting) > ahead:
