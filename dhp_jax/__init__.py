@@ -35,6 +35,7 @@ from dhp_jax.core.surgery import prune
 from dhp_jax.core.survivors import survivors
 from dhp_jax.pruned.classifier import with_classes
 from dhp_jax.pruned.fold import fold
+from dhp_jax.pruned.gates import with_gates
 from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.pruned.statistics import renew_statistics
 
@@ -80,5 +81,6 @@ __all__ = [
     "taylor_scores",
     "uniform_within",
     "with_classes",
+    "with_gates",
     "with_latents",
 ]
