@@ -240,7 +240,7 @@ def about(field, changed):
 def check_usable(run):
     """What is prepared can be trained: its schedules and optimizers are numbers."""
     config = run.config
-    steps = run.problem.epoch // config.batch_size
+    steps = run.setup.epoch // config.batch_size
     assert steps >= 1
     for phase in ("search", "converge", "baseline"):
         schedule = drop_schedule(config[phase].learning_rate, config[phase].drops, steps)
