@@ -21,7 +21,7 @@ from dhp_jax import data
 from dhp_jax.artifact import reading as artifact_reading
 from dhp_jax.budgets.chosen import Time
 from dhp_jax.errors import ConfigError
-from dhp_jax.pipeline import preparation
+from dhp_jax.pipeline import preparation, smaller
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.train.phase import Stopped
