@@ -114,7 +114,9 @@ def join_others(options: flags.FlagValues) -> None:
     """Makes this process one of several, if it is told to."""
     given = options.coordinator, options.processes, options.process
     if options.distributed or any(value is not None for value in given):
-        print(f"waiting for the other processes, up to {processes.JOIN_TIMEOUT_S} s", file=sys.stderr)
+        print(
+            f"waiting for the other processes, up to {processes.JOIN_TIMEOUT_S} s", file=sys.stderr
+        )
         processes.join(*given)
 
 
