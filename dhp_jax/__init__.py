@@ -30,7 +30,7 @@ from dhp_jax.core.latent import (
     repeat,
 )
 from dhp_jax.core.layers import BatchNorm, Bias, HyperConv, HyperConvTranspose, Linear
-from dhp_jax.core.prox import prox_l1, prox_l2
+from dhp_jax.core.prox import prox_fade, prox_l1, prox_l2, prox_relative_l1
 from dhp_jax.core.surgery import prune
 from dhp_jax.core.survivors import survivors
 from dhp_jax.pruned.classifier import with_classes
@@ -67,8 +67,10 @@ __all__ = [
     "measure_cost",
     "models",
     "per_cost",
+    "prox_fade",
     "prox_l1",
     "prox_l2",
+    "prox_relative_l1",
     "prunable_latents",
     "prune",
     "prune_to",
