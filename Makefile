@@ -30,6 +30,7 @@ test-onnx: $(ONNX)/installed
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache --no-logo
 
 format: $(VENV)/installed
 	$(RUN) -m ruff check --fix .

@@ -223,10 +223,11 @@ def page(entries: Sequence[Mapping[str, Any]]) -> str:
     """
     begin = next(entry for entry in entries if entry["event"] == "begin")
     about = next((e["about"] for e in entries if e["event"] == "about"), {})
-    packages = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
+    packages = [f"{name} {version}" for name, version in about.get("versions", {}).items()]
+    packages += [about["platform"]] if "platform" in about else []
     parts = [
         "# Measured on an accelerator",
-        f"{about.get('date', '?')}, {about.get('hardware', 'no device')}, {packages}, "
+        f"{about.get('date', '?')}, {about.get('hardware', 'no device')}, {', '.join(packages)}, "
         f"commit {begin['commit']}",
         f"    {begin['command']}",
         "Medians, with quartiles in parentheses. What a row compares ran in turn in one process; "

@@ -53,7 +53,7 @@ def row_of(run: Path, folders: dict[str, str]) -> dict:
     tests = {}
     for name, folder in folders.items():
         config.data.update(name="photo_folder", test_dir=folder, streamed=False)
-        problem = setup.problem(config)
+        problem = setup.set_up(config)
         data = problem.read("test")
         started = problem.task.without_network(data)
         tests[name] = {"input": started, "output": evaluate(model, problem.task, data)}

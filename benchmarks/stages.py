@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import datetime
 import functools
 import gc
+import importlib.metadata
 import importlib.util
 import itertools
 import os
@@ -31,7 +32,7 @@ from dhp_jax.backend import hypernets, inference
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets import timing
 from dhp_jax.train import step as train_step
-from dhp_jax.train.state import Ticket
+from dhp_jax.train.state import StepDone
 from dhp_jax.workdir.summary import versions
 
 Rows = Iterator[dict[str, Any]]
@@ -99,7 +100,8 @@ def run(stage: str, options: argparse.Namespace, journal: Any) -> None:
     size = size_of(options.rehearse)
     about = {"hardware": timing.hardware(), "versions": versions()}
     about["date"] = datetime.date.today().isoformat()
-    if importlib.util.find_spec("torch"):
+    about["platform"] = " ".join(jax.devices()[0].client.platform_version.split())
+    if has_torch():
         about["versions"]["torch"] = importlib.metadata.version("torch")
     journal.add(stage=stage, event="about", about=about)
     items = PLANS[stage](size, options)
@@ -142,7 +144,7 @@ class Program:
     count: int | None
     seconds: float
 
-    def dispatch(self, steps: int | None = None) -> Ticket:
+    def dispatch(self, steps: int | None = None) -> StepDone:
         """Gives the device steps, as many as it was made for unless told, and does not wait."""
         inputs = self.inputs
         if self.count is not None and steps is not None:
@@ -229,9 +231,14 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> dict[str, float]:
 # a and f: against the plain step, and against PyTorch.
 
 
+def has_torch() -> bool:
+    """Whether PyTorch is installed, which is none of our packages."""
+    return importlib.util.find_spec("torch") is not None
+
+
 def steps_plan(size: Size, options: argparse.Namespace) -> list[Item]:
     """Search, plain and eager PyTorch."""
-    eager = ["eager"] if importlib.util.find_spec("torch") else []
+    eager = ["eager"] if has_torch() else []
     wanted = [("resnet56", (64, 256)), ("resnet20", (64, 256)), ("resnet110", (64, 256))]
     wanted += [("mobilenet_v2", (64, 256)), ("dncnn", (64,)), ("srresnet_x4", (16,))]
     return step_items(size, wanted[:1] if size.rehearse else wanted, eager, plain=True)
@@ -239,7 +246,7 @@ def steps_plan(size: Size, options: argparse.Namespace) -> list[Item]:
 
 def compiled_plan(size: Size, options: argparse.Namespace) -> list[Item]:
     """Search, and PyTorch's as `torch.compile` makes it."""
-    if not importlib.util.find_spec("torch") or size.rehearse:  # it needs a C++ compiler on CPU
+    if not has_torch() or size.rehearse:  # which on CPU would need a C++ compiler
         return []
     wanted = [("resnet56", (64,)), ("resnet20", (64,)), ("resnet56", (256,))]
     return step_items(size, wanted, ["compiled"], plain=False)
@@ -368,7 +375,7 @@ def first_switches() -> Switches:
         "barrier before the update": (with_barrier(), {}),
     }
     if jax.default_backend() == "tpu":
-        found["channel axes apart"] = put(zoo, "packed", lambda model: model), {}
+        found["channel axes apart"] = put(zoo, "pack_axes", lambda model: model), {}
     if jax.default_backend() == "gpu":
         found["GPU: convolutions NHWC"] = with_options(xla_gpu_force_conv_nhwc=True), {}
     return found
@@ -378,8 +385,8 @@ def more_switches() -> Switches:
     """The same of what is less likely to matter."""
     found = {
         "as it is": (contextlib.nullcontext(), {}),
-        "1 step a look (BLOCK)": (put(train_step, "BLOCK", 1), {}),
-        "8 steps a look (BLOCK)": (put(train_step, "BLOCK", 8), {}),
+        "1 step a check (STEPS_PER_CHECK)": (put(train_step, "STEPS_PER_CHECK", 1), {}),
+        "8 steps a check (STEPS_PER_CHECK)": (put(train_step, "STEPS_PER_CHECK", 8), {}),
         "precision bfloat16": (jax.default_matmul_precision("bfloat16"), {}),
         "precision highest": (jax.default_matmul_precision("highest"), {}),
     }
@@ -490,7 +497,7 @@ def several(program: Program, steps: int, dispatches: int, ahead: int) -> Callab
     """A function that dispatches so often, and waits for all but the last few as runs do."""
 
     def passes() -> None:
-        waiting: deque[Ticket] = deque()
+        waiting: deque[StepDone] = deque()
         for _ in range(dispatches):
             waiting.append(program.dispatch(steps))
             while len(waiting) > ahead:
@@ -514,24 +521,35 @@ def pruned_plan(size: Size, options: argparse.Namespace) -> list[Item]:
     items = []
     for name, dtypes, batches in wanted[:1] if size.rehearse else wanted:
         network = size.network(name)
-        # The first item of a network prunes it; the others are given what it found.
         whole_and_pruned = functools.cache(functools.partial(pruned, size, network))
+        told = functools.partial(unpruned, network, whole_and_pruned)
+        items.append(Item(f"{network.label}, pruned", told))
         for batch, dtype in itertools.product(size.batches(*batches), dtypes):
             measure = functools.partial(forwards, size, network, whole_and_pruned, batch, dtype)
             items.append(Item(f"{network.label}, batch {batch}, {dtype}", measure))
     return sorted(items, key=lambda item: ", batch 1," in item.name)  # large batches first
 
 
-def pruned(size: Size, network: Network) -> dict[int, nnx.Module]:
-    """The network without latents by 0, and pruned to half its FLOPs by the multiple of widths."""
+def pruned(size: Size, network: Network) -> tuple[dict[int, nnx.Module], dict[int, str]]:
+    """The network without latents by 0, and pruned to half its FLOPs by the multiple of widths.
+
+    Multiples for which that is impossible have a reason instead.
+    """
     model = size.build(network)
-    found = {0: dhp.prune(model)}
+    found, reasons = {0: dhp.prune(model)}, {}
     for multiple in MULTIPLES[: 2 if size.rehearse else None]:
         try:
             found[multiple] = dhp.prune_to(model, network.input_shape, multiple, flops=FLOPS)
         except ValueError as error:  # wider than its latents, or out of reach
-            print(f"{network.label}, multiple of {multiple}: {error}", flush=True)
-    return found
+            reasons[multiple] = str(error)
+    return found, reasons
+
+
+def unpruned(network: Network, networks: Callable[[], tuple[Any, dict[int, str]]]) -> Rows:
+    """A row for each multiple of widths that a network cannot be pruned with."""
+    for multiple, reason in networks()[1].items():
+        row = {"network": network.label, "widths": f"of {multiple}"}
+        yield row | {f"not pruned to {FLOPS:.0%}": reason}
 
 
 def in_dtype(model: nnx.Module, dtype: str) -> nnx.Module:
@@ -546,12 +564,12 @@ def in_dtype(model: nnx.Module, dtype: str) -> nnx.Module:
 def forwards(
     size: Size,
     network: Network,
-    networks: Callable[[], dict[int, nnx.Module]],
+    networks: Callable[[], tuple[dict[int, nnx.Module], Any]],
     batch: int,
     dtype: str,
 ) -> Rows:
     """Forward passes of the whole network and of pruned ones in turn; a row for each of these."""
-    models = {m: in_dtype(model, dtype) for m, model in networks().items()}
+    models = {m: in_dtype(model, dtype) for m, model in networks()[0].items()}
     cost = {m: dhp.measure_cost(model, network.input_shape).flops for m, model in models.items()}
     each = 1 if size.rehearse else 16 if batch == 1 else queued(batch)
     passes = {

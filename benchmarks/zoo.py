@@ -1,6 +1,5 @@
 """The networks that benchmarks measure, each at its full width with the batch of its experiment."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 import math
 from typing import Any
@@ -22,8 +21,8 @@ from dhp_jax.tasks import Classification, Denoising, SuperResolution, patches
 from dhp_jax.tasks.task import Data, Task
 from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.train.phase import Budget
-from dhp_jax.train.state import Ticket, TrainState, start
-from dhp_jax.train.step import make_step
+from dhp_jax.train.state import TrainState, start
+from dhp_jax.train.step import CompiledStep, compile_step, make_step, many, on_resident_data
 
 THRESHOLD = 5e-3  # below which entries of latents are gone
 
@@ -117,7 +116,7 @@ def search_step(
     *,
     steps: int = 1,
     images: int | None = None,
-) -> tuple[Callable[..., tuple[list[jax.Array], Ticket]], TrainState, tuple]:
+) -> tuple[CompiledStep, TrainState, tuple]:
     """The jitted step of the search, a state, and what it takes after its arrays; data are random.
 
     With more than one of `steps`, so many in a loop on the device, as runs on accelerators take
@@ -141,16 +140,16 @@ def search_step(
 
     task, data = task_on(network, images or batch)
     graphdef, transformation, state = start(pack_axes(model), make_optimizer)
-    advance = make_step(
-        jax.tree.structure(state),
+    step = make_step(
         graphdef,
         transformation,
         task,
         batch,
         budget=never_met(network, model) if latents(model) else None,
         mesh=mesh,
-        many=steps > 1,
     )
+    step = on_resident_data(step, task, batch, mesh)
+    advance = compile_step(many(step) if steps > 1 else step, jax.tree.structure(state))
     order = np.random.default_rng(0).permutation(images or batch)
     order = jnp.asarray(np.resize(order, batch * steps), jnp.int32)
     count = (steps,) * (steps > 1)

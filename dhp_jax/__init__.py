@@ -30,11 +30,12 @@ from dhp_jax.core.latent import (
     repeat,
 )
 from dhp_jax.core.layers import BatchNorm, Bias, HyperConv, HyperConvTranspose, Linear
-from dhp_jax.core.prox import prox_l1, prox_l2
+from dhp_jax.core.prox import prox_fade, prox_l1, prox_l2, prox_relative_l1
 from dhp_jax.core.surgery import prune
 from dhp_jax.core.survivors import survivors
 from dhp_jax.pruned.classifier import with_classes
 from dhp_jax.pruned.fold import fold
+from dhp_jax.pruned.gates import with_gates
 from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.pruned.statistics import renew_statistics
 
@@ -66,8 +67,10 @@ __all__ = [
     "measure_cost",
     "models",
     "per_cost",
+    "prox_fade",
     "prox_l1",
     "prox_l2",
+    "prox_relative_l1",
     "prunable_latents",
     "prune",
     "prune_to",
@@ -80,5 +83,6 @@ __all__ = [
     "taylor_scores",
     "uniform_within",
     "with_classes",
+    "with_gates",
     "with_latents",
 ]

@@ -323,3 +323,22 @@ def _defaults(fields: Fields, recipe: Mapping[str, Any], prefix: str = "") -> di
         typed = field.kind is not None
         values[name] = config_dict.FieldReference(value, field_type=field.kind) if typed else value
     return values
+
+
+def describe() -> str:
+    """All fields with what they are, what they may be and their defaults, a line each."""
+    lines = ["Fields of a configuration, such as --config.target=0.38:"]
+    lines += [_line(name, field) for name, field in flat_fields(FIELDS)]
+    for task in TASK_FIELDS:
+        fields = fields_of(task)
+        lines.append(f"Of {task}:")
+        lines += [
+            _line(name, field)
+            for group in ("task", "data")
+            for name, field in flat_fields({group: fields[group]})
+        ]
+    return "\n".join(lines)
+
+
+def _line(name: str, field: Field) -> str:
+    return f"  {name}: {field.text} ({field.rule}; default {field.default})"

@@ -1,8 +1,61 @@
-"""The methods of a run: which phases it trains, and what its smaller network starts from."""
+"""The methods of a run: what each trains, and how it makes the smaller network.
 
-from collections.abc import Mapping
+A method is one object in `METHODS`. Its function `smaller` makes the network from what the run
+gives it, a `Start`. To add a method, add one object here, and a row to docs/methods.md.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+from flax import nnx
+
+from dhp_jax.budgets.counted import Scores
+from dhp_jax.budgets.importance import l1_scores, random_scores, uniform_within
+from dhp_jax.budgets.selection import Selection
+
+
+class Smaller(NamedTuple):
+    """A network just after pruning.
+
+    Attributes:
+      model: the network.
+      budget: JSON values that tell what was chosen; see `budgets.Chosen.notes`.
+    """
+
+    model: nnx.Module
+    budget: dict[str, Any]
+
+
+class Start(Protocol):
+    """What a run gives the function that makes its smaller network.
+
+    Attributes:
+      seed: of the run's random numbers.
+    """
+
+    seed: int
+
+    def unpruned(self) -> nnx.Module:
+        """The network of latents with its initial weights."""
+        ...
+
+    def searched(self) -> nnx.Module:
+        """The network of latents at the end of this run's search."""
+        ...
+
+    def trained(self) -> nnx.Module:
+        """The network of latents with the weights of the run that this one starts from."""
+        ...
+
+    def within(self, model: nnx.Module, by: Scores | Selection | None = None) -> Smaller:
+        """What is left of a network within all budgets of the run; `by` as for `dhp.prune_to`."""
+        ...
+
+    def found(self, model: nnx.Module) -> Smaller:
+        """What is left of a network with the channels that the source has kept."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -12,6 +65,7 @@ class Method:
     Attributes:
       title: what tables call it.
       lead: what its pruned network is, with `{left}` for its share of the cost.
+      smaller: makes the smaller network; `None` where nothing is pruned.
       phases: of training, in order.
       source: the method of the finished run that it starts from, if it needs one.
       fresh: whether its network starts from fresh weights, those of a baseline's layers.
@@ -19,7 +73,8 @@ class Method:
     """
 
     title: str
-    lead: str
+    lead: str = ""
+    smaller: Callable[[Start], Smaller] | None = None
     phases: tuple[str, ...] = ("converge",)
     source: str | None = None
     fresh: bool = False
@@ -27,8 +82,8 @@ class Method:
 
     @property
     def prunes(self) -> bool:
-        """Whether it leaves a smaller network than the whole one."""
-        return "converge" in self.phases
+        """Whether it leaves a smaller network than the unpruned one."""
+        return self.smaller is not None
 
     @property
     def chooses(self) -> bool:
@@ -36,22 +91,47 @@ class Method:
         return self.prunes and (self.source is None or not METHODS[self.source].prunes)
 
 
+def _by_chance(start: Start) -> Smaller:
+    model = start.trained()
+    return start.within(model, random_scores(model, start.seed))
+
+
+def _by_filter_norm(start: Start) -> Smaller:
+    model = start.trained()
+    return start.within(model, l1_scores(model))
+
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "dhp": Method("DHP", "Pruned to {left}", phases=("search", "converge")),
-        "baseline": Method("unpruned", "", phases=("baseline",), fresh=True, network="model"),
-        "uniform": Method(
-            "uniform width", "Narrowed uniformly to {left}, from fresh weights", fresh=True
+        "dhp": Method(
+            "DHP",
+            "Pruned to {left}",
+            lambda start: start.within(start.searched()),  # by the magnitudes of its latents
+            phases=("search", "converge"),
         ),
-        "random": Method("random survivors", "Pruned at random to {left}", source="baseline"),
+        "baseline": Method("unpruned", phases=("baseline",), fresh=True, network="model"),
+        "uniform": Method(
+            "uniform width",
+            "Narrowed uniformly to {left}, from fresh weights",
+            lambda start: start.within(start.unpruned(), uniform_within),
+            fresh=True,
+        ),
+        "random": Method(
+            "random survivors",
+            "Pruned at random to {left}",
+            _by_chance,
+            source="baseline",
+        ),
         "l1_norm": Method(
             "\u21131 norm of filters",
             "Pruned by the \u21131 norm of filters to {left}",
+            _by_filter_norm,
             source="baseline",
         ),
         "scratch": Method(
             "found network, fresh weights",
             "The network that a search has found, {left}, from fresh weights",
+            lambda start: start.found(start.unpruned()),
             source="dhp",
             fresh=True,
         ),

@@ -1,1 +1,1 @@
-"""Several devices, several processes, and being told to stop."""
+"""Several devices, several processes, and signals that stop a run."""

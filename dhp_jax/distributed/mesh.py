@@ -1,9 +1,9 @@
-"""The devices that training runs on: a mesh with the axes `data` and `model`, and what lies where.
+"""The mesh of devices that training runs on, and which device holds which array.
 
-Batches are cut along `data`, the arrays of hypernetworks and their optimizer state along `model`;
-all else is on every device. The compiler finds the communication that this takes, so that losses,
-BatchNorm statistics and gradients are those of the whole batch. Where there is one device, there is
-no mesh, and nothing of this module does anything.
+The mesh has two axes. Batches are divided along `data`. The arrays of hypernetworks and their
+optimizer state are divided along `model`. Every device has all other arrays. The compiler adds the
+communication, so that losses, BatchNorm statistics and gradients are those of the whole batch.
+With one device there is no mesh, and functions return what they are given.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,7 +82,7 @@ def check_batch(batch_size: int, data: int, processes: int = 1) -> None:
 
 
 def _nearest(possible: list[int], value: int) -> str:
-    """The possible values next to another one, for people."""
+    """The nearest possible values below and above a value, in words."""
     below = [n for n in possible if n <= value][-1:]
     above = [n for n in possible if n > value][:1]
     return " or ".join(map(str, below + above))
@@ -91,7 +91,7 @@ def _nearest(possible: list[int], value: int) -> str:
 def make_mesh(
     data: int = -1, model: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh | None:
-    """The mesh of the devices of all processes; `None` if it would have one device.
+    """Makes the mesh of the devices of all processes; `None` if it would have one device.
 
     Args:
       data, model: see `axis_sizes`.
@@ -110,11 +110,11 @@ def make_mesh(
 
 
 def arrange(devices: Sequence[jax.Device], sizes: tuple[int, int]) -> np.ndarray:
-    """Devices in the shape of a mesh, neighbours in it being neighbours in the hardware.
+    """Arranges devices so that neighbours in the mesh are neighbours in the hardware.
 
-    Where slices (of TPUs, or of GPUs with fast connections) are joined by a slower network, `data`
-    goes from slice to slice. Devices that cannot be arranged so, as those that are no rectangle of
-    a TPU's topology, come in the order of their numbers.
+    Slices (of TPUs, or of GPUs with fast connections) may be joined by a slower network; `data`
+    then goes from slice to slice. Some devices cannot be arranged so, such as those that are no
+    rectangle of a TPU's topology. They come in the order of their numbers.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     options = {"devices": devices, "allow_split_physical_axes": True}
@@ -127,18 +127,18 @@ def arrange(devices: Sequence[jax.Device], sizes: tuple[int, int]) -> np.ndarray
         return np.array(sorted(devices, key=lambda device: device.id)).reshape(sizes)
 
 
-def over_data(mesh: Mesh | None, batch: PyTree) -> PyTree:
-    """The arrays of a batch, divided along their first axis; within a jitted function."""
+def shard_batch(mesh: Mesh | None, batch: PyTree) -> PyTree:
+    """Divides the arrays of a batch along their first axis; within a jitted function."""
     if mesh is None:
         return batch
-    return jax.lax.with_sharding_constraint(batch, _over_data(mesh))
+    return jax.lax.with_sharding_constraint(batch, _data_sharding(mesh))
 
 
 def gather_kernels(mesh: Mesh | None, model: nnx.Module) -> nnx.Module:
-    """Has every device use whole kernels of hypernetworks that lie in parts; in place.
+    """Has every device use whole kernels where hypernetworks are divided; in place.
 
-    Left to itself the compiler divides the channels of activations like the kernels, and sends
-    activations, which are many times larger.
+    Otherwise the compiler divides the channels of activations like the kernels. It then sends
+    activations between devices, which are many times larger.
 
     Args:
       mesh: of devices.
@@ -163,32 +163,32 @@ def _on_every_device(everywhere: NamedSharding) -> Callable[..., Array]:
     return kernel
 
 
-def rows_here(mesh: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:
-    """The examples of a batch that the devices of this process hold: ascending, each once.
+def local_rows(mesh: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:
+    """Indices of the examples of a batch that this process's devices hold, in ascending order.
 
-    They need not follow each other, as the order of devices is that of their connections.
+    They need not be consecutive: devices are ordered by their connections.
     """
     if mesh is None:
         return np.arange(batch_size)
     held = np.zeros(batch_size, bool)
-    for index in _over_data(mesh).addressable_devices_indices_map((batch_size,)).values():
+    for index in _data_sharding(mesh).addressable_devices_indices_map((batch_size,)).values():
         held[index] = True
     return np.flatnonzero(held)
 
 
-def spread(mesh: Mesh | None, batch: PyTree, batch_size: int) -> PyTree:
-    """Takes the rows of a batch that this process has, `rows_here`, to its devices.
+def put_batch(mesh: Mesh | None, batch: PyTree, batch_size: int) -> PyTree:
+    """Copies a batch from the host to the devices of this process.
 
-    They are copied even where the device is the host, so that shared memory is let go of.
+    It is copied even where the device is the host, so that shared memory can be used again.
 
     Args:
       mesh: of devices.
-      batch: NumPy arrays, whose first axis is that of `rows_here`.
+      batch: NumPy arrays of the examples `local_rows`.
       batch_size: examples in the batch of all processes.
     """
     if mesh is None:
         return jax.tree.map(lambda array: jax.device_put(array, may_alias=False), batch)
-    sharding, rows = _over_data(mesh), rows_here(mesh, batch_size)
+    sharding, rows = _data_sharding(mesh), local_rows(mesh, batch_size)
 
     def put(array: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -201,43 +201,43 @@ def spread(mesh: Mesh | None, batch: PyTree, batch_size: int) -> PyTree:
     return jax.tree.map(put, batch)
 
 
-def settled(mesh: Mesh | None, state: PyTree) -> PyTree:
-    """A training state that stays where `place` has put it; within a jitted function."""
+def keep_placement(mesh: Mesh | None, state: PyTree) -> PyTree:
+    """Keeps a training state where `place` has put it; within a jitted function."""
     if mesh is None:
         return state
     return jax.lax.with_sharding_constraint(state, shardings(mesh, state))
 
 
 def shardings(mesh: Mesh, state: PyTree) -> PyTree:
-    """Where on the mesh the arrays of a training state lie, of which shapes suffice."""
+    """Where on the mesh each array of a training state is; shapes of arrays suffice."""
     return jax.tree_util.tree_map_with_path(
         lambda path, array: NamedSharding(mesh, _spec(mesh, path, array)), state
     )
 
 
 def place(mesh: Mesh | None, tree: PyTree) -> PyTree:
-    """Takes arrays, which are the same in all processes, to the devices of the mesh."""
+    """Puts a tree, which is the same in all processes, on the devices of the mesh."""
     if mesh is None:
         return tree
     return jax.tree.map(_put, tree, shardings(mesh, tree))
 
 
-def whole(tree: PyTree) -> PyTree:
-    """Arrays of a mesh as one device of this process, or its host, has them in full.
+def gather(tree: PyTree) -> PyTree:
+    """Gathers arrays of a mesh, each in full, on one device of this process or on its host.
 
     All processes call it together.
     """
-    return jax.tree.map(_whole, tree)
+    return jax.tree.map(_gather, tree)
 
 
-def _over_data(mesh: Mesh) -> NamedSharding:
+def _data_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
 def _spec(mesh: Mesh, path: tuple[Any, ...], array: jax.Array) -> PartitionSpec:
-    """Along which axis of the mesh an array of a training state is divided: its last, or none.
+    """How an array of a training state is divided: along its last axis, or not at all.
 
-    What belongs to the arrays of a hypernetwork, as momentum does, has their name in its path.
+    Momentum of a hypernetwork's array has the name of that array in its path.
     """
     names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
     of_hypernetwork = array.ndim >= 2 and not names.isdisjoint(HypernetArrays._fields)
@@ -254,7 +254,7 @@ def _put(array: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def _whole(array: Any) -> Any:
+def _gather(array: Any) -> Any:
     sharding = getattr(array, "sharding", None)
     if sharding is None or sharding.num_devices == 1:
         return array

@@ -1,4 +1,4 @@
-"""Machines that are taken away: a process that is told to end saves what it has first."""
+"""Signals that end a process: it ends at once, or saves its state first."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -9,16 +9,14 @@ import threading
 from types import FrameType
 
 EXIT_CODE = 75  # "try again later" in sysexits.h
-
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
-def ended_at_once() -> Iterator[None]:
-    """While the block runs, which has nothing to save, SIGTERM ends the process with `EXIT_CODE`.
+def exit_at_once() -> Iterator[None]:
+    """While the block runs, SIGTERM ends the process with `EXIT_CODE`; for work without a state.
 
-    In a thread that is not the main one, where Python takes no signals, nothing changes.
+    Python takes signals in the main thread only. In another thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -31,19 +29,19 @@ def ended_at_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def asked_to_stop(grace: float) -> Iterator[Callable[[], bool]]:
-    """While the block runs, SIGTERM and Ctrl-C ask instead of ending the process.
+def watch_for_stop(grace: float) -> Iterator[Callable[[], bool]]:
+    """While the block runs, SIGTERM and Ctrl-C are noted and do not end the process.
 
-    Whoever works within the block polls what it is given. If the block has not ended `grace`
-    seconds after it was asked, as within a long compilation, the process ends with `EXIT_CODE`.
-    Ctrl-C given twice raises `KeyboardInterrupt`. In a thread that is not the main one, where
-    Python takes no signals, nothing is ever asked.
+    The block calls the function that it is given, and ends when that returns true. If it has not
+    ended `grace` seconds after the signal, as within a long compilation, the process ends with
+    `EXIT_CODE`. Ctrl-C given twice raises `KeyboardInterrupt`. Python takes signals in the main
+    thread only. In another thread the function always returns false.
 
     Args:
       grace: in seconds.
 
     Returns:
-      A function that tells whether the process was asked to end.
+      A function that tells whether such a signal has come.
     """
     asked, ended = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,7 +1,7 @@
-"""Several processes that train one network: the first one writes and decides, all go in step.
+"""Several processes that train one network together; the first one writes and decides.
 
-Each of them has some of the devices, and all run the same program. Where there is one process,
-nothing of this module does anything.
+Each process has some of the devices, and all run the same program. Where there is one process,
+functions of this module call what they are given and do nothing else.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,10 @@ import numpy as np
 
 Result = TypeVar("Result")
 
-
-JOINING = 300  # seconds that processes wait for each other at the beginning
-
-
-SILENT = 30  # seconds after which a process that is not heard of counts as dead, and all others end
-
-
-BETWEEN = 1.0  # seconds between two looks at whether to stop or to save
-
-
-PIECE = 2**24  # bytes that are told at once
+JOIN_TIMEOUT_S = 300  # that processes wait for each other at the beginning
+HEARTBEAT_TIMEOUT_S = 30  # after which a silent process counts as dead, and all others end
+SECONDS_BETWEEN_TURNS = 1.0  # in which all processes ask each other whether to stop or to save
+BROADCAST_BYTES = 2**24  # that the first process sends at once
 
 
 class ProcessError(RuntimeError):
@@ -40,9 +33,9 @@ class ProcessError(RuntimeError):
 def join(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Makes this process one of several; before JAX is asked for its devices.
+    """Makes this process one of several; to be called before JAX is asked for its devices.
 
-    Without arguments JAX finds them in its environment: Cloud TPU, GKE, SLURM, Open MPI.
+    Without arguments JAX reads them from its environment: Cloud TPU, GKE, SLURM, Open MPI.
 
     Args:
       coordinator: `host:port` of the first process.
@@ -70,9 +63,9 @@ def join(
             coordinator,
             processes,
             process,
-            initialization_timeout=JOINING,
-            heartbeat_timeout_seconds=SILENT,
-            shutdown_timeout_seconds=SILENT,
+            initialization_timeout=JOIN_TIMEOUT_S,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S,
         )
     except (RuntimeError, ValueError) as error:
         how = "--distributed" if missing else f"--coordinator={coordinator}"
@@ -101,8 +94,8 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def lost(error: Exception) -> str:
-    """Tells that work with the other processes has failed."""
+def describe_loss(error: Exception) -> str:
+    """One line that says that work with the other processes has failed."""
     return (
         f"process {jax.process_index()} of {jax.process_count()}: work with the other processes "
         f"has failed, one of them may have died: {_line(error)}"
@@ -110,9 +103,9 @@ def lost(error: Exception) -> str:
 
 
 def leave(code: int) -> None:
-    """Ends this process with an exit code; at once if others may wait for it, so that they notice.
+    """Ends this process with an exit code.
 
-    JAX would wait for them first.
+    One of several processes ends at once, so that the others notice. JAX would wait for them first.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -122,37 +115,37 @@ def leave(code: int) -> None:
 
 
 def from_first(work: Callable[[], Any]) -> Any:
-    """What the first process gets by a piece of work that it alone does, in all processes.
+    """Has the first process alone do a piece of work, and gives its result to all processes.
 
     Args:
       work: returns a JSON value.
 
     Raises:
-      Exception: in the first process what `work` has raised.
-      ProcessError: in the others that it has raised something.
+      Exception: what `work` raises, in the first process.
+      ProcessError: in the other processes, if `work` raises something.
     """
     if not are_several():
         return work()
-    told, failure = {}, None
+    sent, failure = {}, None
     if is_first():
         try:
-            told = {"result": work()}
+            sent = {"result": work()}
         except Exception as error:
-            told, failure = {"error": _line(error)}, error
-    told = json.loads(_bytes_from_first(json.dumps(told).encode()))
+            sent, failure = {"error": _line(error)}, error
+    received = json.loads(_bytes_from_first(json.dumps(sent).encode()))
     if failure is not None:
         raise failure
-    if "error" in told:
-        raise ProcessError(f"the first process has ended: {told['error']}")
-    return told["result"]
+    if "error" in received:
+        raise ProcessError(f"the first process has ended: {received['error']}")
+    return received["result"]
 
 
 def folder_from_first(folder: Path, read: Callable[[Path], Result]) -> Result:
-    """Reads a folder that the first process can see, in all processes.
+    """Reads a folder in all processes, though the first one alone may see it.
 
     Args:
       folder: of files.
-      read: of the folder, or of a copy.
+      read: is called with the folder, or with a copy of it.
     """
     if not are_several():
         return read(folder)
@@ -165,10 +158,10 @@ def folder_from_first(folder: Path, read: Callable[[Path], Result]) -> Result:
 
 
 def arrays_from_first(tree: PyTree | None, like: PyTree) -> PyTree:
-    """The first process's tree of NumPy arrays, in all processes.
+    """Gives the first process's tree of NumPy arrays to all processes.
 
     Args:
-      tree: the arrays, where this is the first process.
+      tree: the arrays; only those of the first process are looked at.
       like: arrays of the same structure, shapes and dtypes.
     """
     if not are_several():
@@ -184,39 +177,39 @@ def arrays_from_first(tree: PyTree | None, like: PyTree) -> PyTree:
 
 
 def _bytes_from_first(content: bytes) -> bytes:
-    """Told in pieces of few different sizes, each of which is compiled for."""
+    """Sends bytes in pieces of few different sizes, as JAX compiles a program for each size."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content) // 2**16)))
     rest = int(multihost_utils.broadcast_one_to_all(np.int32(len(content) % 2**16)))
     left, pieces = size * 2**16 + rest, []
     while left:
-        room = min(PIECE, max(2**10, 1 << (left - 1).bit_length()))
+        room = min(BROADCAST_BYTES, max(2**10, 1 << (left - 1).bit_length()))
         at = sum(map(len, pieces))
         piece = np.zeros(room, np.uint8)
         mine = np.frombuffer(content[at : at + room], np.uint8)
         piece[: mine.size] = mine if is_first() else 0
-        told = multihost_utils.broadcast_one_to_all(piece)
-        pieces.append(told[: min(left, room)].tobytes())
+        received = multihost_utils.broadcast_one_to_all(piece)
+        pieces.append(received[: min(left, room)].tobytes())
         left -= len(pieces[-1])
     return b"".join(pieces)
 
 
 class Turns:
-    """Looks whether to stop or to save, after the same step in all processes.
+    """Decides whether to stop or to save, after the same step in all processes.
 
-    One process looks after every step. Several do so together about once a second, because none
-    may be ahead of the others then.
+    A single process asks after every step. Several processes ask each other about once a second,
+    because they wait for each other then.
     """
 
     def __init__(self):
-        self.left = self.length = 1  # steps to the next look, and between the last two
+        self.left = self.length = 1  # steps to the next turn, and between the last two
         self.looked = time.monotonic()
 
     def look(self, stopping: Callable[[], bool], due: Callable[[], bool]) -> tuple[bool, bool]:
-        """Called after every step.
+        """Asks whether to stop and whether to save; to be called after every step.
 
         Args:
           stopping: whether this process was asked to stop.
-          due: whether it is time to save; only the first process is asked.
+          due: whether it is time to save; the first process alone calls it.
 
         Returns:
           Whether any process was asked to stop, and whether it is time to save.
@@ -228,7 +221,7 @@ class Turns:
         if self.left:
             return False, False
         now = time.monotonic()
-        wanted = int(self.length * BETWEEN / max(now - self.looked, 1e-3))
+        wanted = int(self.length * SECONDS_BETWEEN_TURNS / max(now - self.looked, 1e-3))
         next_length = max(1, min(wanted, 2 * self.length))
         mine = np.array([stopping(), is_first() and due(), next_length], np.int32)
         all_of_them = multihost_utils.process_allgather(mine)

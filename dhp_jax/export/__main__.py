@@ -21,7 +21,7 @@ from dhp_jax.data.photos import photographs
 from dhp_jax.data.stream import Stream
 from dhp_jax.export import check_format, check_path, export
 from dhp_jax.export.writers import NEEDS
-from dhp_jax.pipeline.setup import problem
+from dhp_jax.pipeline.setup import set_up
 from dhp_jax.tasks import Classification
 from dhp_jax.tasks.task import Data
 from dhp_jax.workdir.identity import CONFIG
@@ -105,7 +105,7 @@ def _prepare(saved: Saved, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.nda
 
 def _of_run(folder: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"]:
     """Inputs from a run's test data."""
-    asked = problem(ConfigDict(json.loads((folder / CONFIG).read_text())))
+    asked = set_up(ConfigDict(json.loads((folder / CONFIG).read_text())))
     data = asked.read("test")
     if isinstance(asked.task, Classification):
         return np.asarray(normalize(_first_images(data), asked.task.mean, asked.task.std))

@@ -6,7 +6,7 @@ from typing import Any
 
 from dhp_jax.distributed.processes import from_first, is_first
 from dhp_jax.errors import ConfigError
-from dhp_jax.pipeline.phases import _Work
+from dhp_jax.pipeline.phases import carry_out
 from dhp_jax.pipeline.preparation import Run, fields_of_config, held_by_first
 from dhp_jax.report import write as report_write
 from dhp_jax.train.phase import OriginError
@@ -43,12 +43,8 @@ def execute(
     with held_by_first(run.workdir, run.config):
         if command and is_first():
             note_command(run.workdir, command)
-        work = _Work(run, stopping)
         try:
-            if work.method.prunes:
-                work.converge(work.prune(work.start()))
-            else:
-                work.train_baseline()
+            carry_out(run, stopping)
         except OriginError as error:
             hint = "; give another --workdir"
             raise ConfigError.of(f"config.{error.field}", error, hint) from error

@@ -19,10 +19,10 @@ COPIES = 4  # of photographs on the host, while they are laid out
 BATCHES = 4  # of a stream that each process may have in shared memory
 
 
-MOST_WORKERS = 16  # unless more are asked for
+MAX_WORKERS = 16  # unless more are asked for
 
 
-def _is_streamed(
+def is_streamed(
     config: ConfigDict, known: bool | None, needed: int, on_host: int, what: str
 ) -> bool:
     """Whether data are read while they are used, or are on the device as a whole.
@@ -60,7 +60,7 @@ def free_memory() -> int:
     return found["bytes_limit"] - found["bytes_in_use"]
 
 
-def _workers(config: ConfigDict, batch_bytes: int) -> int:
+def count_workers(config: ConfigDict, batch_bytes: int) -> int:
     """How many processes read a stream: those that are asked for, or one a core that is left.
 
     Their batches go through shared memory, which containers may have little of.
@@ -68,7 +68,7 @@ def _workers(config: ConfigDict, batch_bytes: int) -> int:
     room = shared_memory()
     most = int(SHARE * room // (BATCHES * batch_bytes))
     if config.data.workers is None:
-        return min(MOST_WORKERS, max(1, usable_cores() - 1), most)
+        return min(MAX_WORKERS, max(1, usable_cores() - 1), most)
     if config.data.workers > most:
         raise ConfigError(
             "config.data.workers",

@@ -23,7 +23,7 @@ from dhp_jax.distributed.processes import from_first, is_first
 from dhp_jax.errors import ConfigError, FieldError
 from dhp_jax.models import registry
 from dhp_jax.models.registry import build_abstract
-from dhp_jax.pipeline.setup import Problem, known_arguments, origins, problem
+from dhp_jax.pipeline.setup import TaskSetup, argument_fields, known_arguments, set_up
 from dhp_jax.train.phase import Observer
 from dhp_jax.workdir import source_run
 from dhp_jax.workdir.identity import CONFIG, data_choice, held, settle_data
@@ -33,7 +33,7 @@ from dhp_jax.workdir.source_run import made_from
 PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
 
 
-MOST_STEPS = 2**31 - 1  # they are counted in int32
+MAX_STEPS = 2**31 - 1  # they are counted in int32
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Run:
     Attributes:
       config: its configuration.
       workdir: the directory that it writes to.
-      problem: its task and data.
+      setup: its task and data.
       build: makes the unpruned network of latents.
       cost: of that network.
       journal: its records; `None` in all processes but the first.
@@ -53,7 +53,7 @@ class Run:
 
     config: ConfigDict
     workdir: Path
-    problem: Problem
+    setup: TaskSetup
     build: Callable[[], nnx.Module]
     cost: Cost
     journal: Journal | None
@@ -88,7 +88,7 @@ def prepare(
         check_batch(config.batch_size, mesh.shape[DATA], jax.process_count())
     arguments = dict(config.model)
     name = arguments.pop("name")
-    for argument, field in origins(config).items():
+    for argument, field in argument_fields(config).items():
         if argument in arguments:
             raise ConfigError(
                 f"config.model.{argument}", detail=f"follows from config.{field}, not given here"
@@ -97,14 +97,14 @@ def prepare(
     _abstract(config, arguments)  # before the data, which may have to be downloaded
     if method.source is not None:
         from_first(lambda: made_from(config, workdir))
-    asked = _agreed_problem(config, workdir)
+    asked = _agree_on_setup(config, workdir)
     arguments |= asked.arguments
     abstract = _abstract(config, arguments)
     if method.source is not None:
         from_first(lambda: source_run.check(config, workdir, asked.checksums, abstract))
     cost = measure_cost(abstract, asked.input_shape)
     try:
-        check_budget(abstract, cost, config.multiple_of, **counted(config))
+        check_budget(abstract, cost, config.multiple_of, **counted_budgets(config))
     except FieldError as error:
         if error.field == "flops" and _target_is_smallest(config):
             raise ConfigError("config.target", error.expected, error.got, str(error)) from error
@@ -130,8 +130,8 @@ def prepare(
     return Run(config, workdir, asked, build, cost, journal, told, mesh)
 
 
-def counted(config: ConfigDict) -> dict[str, float]:
-    """The budgets that are counted, by name; of the FLOPs the smallest one."""
+def counted_budgets(config: ConfigDict) -> dict[str, float]:
+    """The budgets that are counted, as shares by name; of the FLOPs the smallest one."""
     return limits({**config.budget, "latency": None}, config.target)
 
 
@@ -170,21 +170,21 @@ def _abstract(config: ConfigDict, arguments: dict[str, Any]) -> nnx.Module:
     try:
         return build_abstract(config.model.name, **arguments)
     except FieldError as error:
-        field = origins(config).get(error.field, f"model.{error.field}")
+        field = argument_fields(config).get(error.field, f"model.{error.field}")
         raise ConfigError.of(f"config.{field}", error) from error
 
 
-def _agreed_problem(config: ConfigDict, workdir: str | os.PathLike) -> Problem:
+def _agree_on_setup(config: ConfigDict, workdir: str | os.PathLike) -> TaskSetup:
     """The task on its data, which are streamed or not as the run has begun, in all processes."""
     known = from_first(lambda: [config.to_json_best_effort(), data_choice(workdir)])
     if config.to_json_best_effort() != known[0]:
         raise ConfigError(
             "config", detail="expected that of the first process; this one has another"
         )
-    found = _problem(config, known[1])
+    found = _set_up(config, known[1])
     agreed = from_first(lambda: [found.streamed, found.checksums])
     if agreed[0] != found.streamed:
-        found = _problem(config, agreed[0])
+        found = _set_up(config, agreed[0])
     if agreed[1] != found.checksums:
         raise ConfigError(
             "config.data", detail="expected the images of the first process; these are others"
@@ -192,16 +192,16 @@ def _agreed_problem(config: ConfigDict, workdir: str | os.PathLike) -> Problem:
     return found
 
 
-def _problem(config: ConfigDict, streamed: bool | None) -> Problem:
+def _set_up(config: ConfigDict, streamed: bool | None) -> TaskSetup:
     """The task on its data."""
     with fields_of_config():
-        found = problem(config, streamed)
+        found = set_up(config, streamed)
     steps = found.epoch // config.batch_size
     for phase in PHASES:
-        if config[phase].epochs * steps > MOST_STEPS:
+        if config[phase].epochs * steps > MAX_STEPS:
             raise ConfigError(
                 f"config.{phase}.epochs",
-                f"at most {MOST_STEPS // steps}, of {steps} steps each",
+                f"at most {MAX_STEPS // steps}, of {steps} steps each",
                 config[phase].epochs,
             )
     return found

@@ -12,7 +12,7 @@ from dhp_jax.data.labelled import registry
 from dhp_jax.data.photos import photographs
 from dhp_jax.errors import ConfigError
 from dhp_jax.files import user_cache
-from dhp_jax.pipeline.memory import COPIES, _is_streamed, _workers
+from dhp_jax.pipeline.memory import COPIES, count_workers, is_streamed
 from dhp_jax.tasks import Classification, Denoising, Restoration, SuperResolution, Task, patches
 from dhp_jax.tasks.metrics import WINDOW
 from dhp_jax.tasks.task import Data
@@ -21,7 +21,7 @@ COST_SIZE = 128  # side of the photographs for which costs of restoration networ
 
 
 @dataclass(frozen=True)
-class Problem:
+class TaskSetup:
     """A task on its data.
 
     Attributes:
@@ -46,22 +46,22 @@ class Problem:
     read: Callable[[str], Data]
 
 
-def origins(config: ConfigDict) -> dict[str, str]:
+def argument_fields(config: ConfigDict) -> dict[str, str]:
     """The field that each argument of the network follows from that is not given itself."""
     shared = {"min_channels": "search.min_channels", "dtype": "dtype"}
-    return shared | ORIGINS[config.task.name]
+    return shared | ARGUMENT_FIELDS[config.task.name]
 
 
 def known_arguments(config: ConfigDict) -> dict[str, Any]:
     """The network's arguments that follow from the configuration without a look at the data."""
     arguments = {"min_channels": config.search.min_channels, "dtype": config.dtype}
-    for argument, field in ORIGINS[config.task.name].items():
+    for argument, field in ARGUMENT_FIELDS[config.task.name].items():
         if field.startswith("task."):
             arguments[argument] = config.task[field.removeprefix("task.")]
     return arguments
 
 
-def problem(config: ConfigDict, streamed: bool | None = None) -> Problem:
+def set_up(config: ConfigDict, streamed: bool | None = None) -> TaskSetup:
     """Finds the data of a configuration, and sets up its task.
 
     Args:
@@ -71,10 +71,10 @@ def problem(config: ConfigDict, streamed: bool | None = None) -> Problem:
     Raises:
       ValueError: data that are not there, cannot be read, or do not suit the task.
     """
-    return PROBLEMS[config.task.name](config, streamed)
+    return SETUPS[config.task.name](config, streamed)
 
 
-def _classification(config: ConfigDict, streamed: bool | None) -> Problem:
+def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
     source = registry.load(
         config.data.name,
         config.data.dir,
@@ -89,9 +89,9 @@ def _classification(config: ConfigDict, streamed: bool | None) -> Problem:
         )
     needed = source.bytes("train") + source.bytes("test")
     what = f"the images of {source.name!r}"
-    streamed = _is_streamed(config, streamed, needed, needed, what)
+    streamed = is_streamed(config, streamed, needed, needed, what)
     batch_bytes = config.batch_size * source.bytes("train") // source.train_size
-    workers = _workers(config, batch_bytes) if streamed else 0
+    workers = count_workers(config, batch_bytes) if streamed else 0
 
     def read(split: str) -> Data:
         if streamed:
@@ -99,7 +99,7 @@ def _classification(config: ConfigDict, streamed: bool | None) -> Problem:
         images, labels = source.read(split)
         return Rows.of(images), labels
 
-    return Problem(
+    return TaskSetup(
         task=Classification(
             source.mean,
             source.std,
@@ -126,7 +126,7 @@ def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _super_resolution(config: ConfigDict, streamed: bool | None) -> Problem:
+def _super_resolution(config: ConfigDict, streamed: bool | None) -> TaskSetup:
     settings = config.task
     if settings.patch % settings.scale:
         raise ConfigError(
@@ -143,7 +143,7 @@ def _super_resolution(config: ConfigDict, streamed: bool | None) -> Problem:
     return _restoration(config, streamed, task, arguments)
 
 
-def _denoising(config: ConfigDict, streamed: bool | None) -> Problem:
+def _denoising(config: ConfigDict, streamed: bool | None) -> TaskSetup:
     settings = config.task
     task = Denoising(
         patch=settings.patch,
@@ -156,7 +156,7 @@ def _denoising(config: ConfigDict, streamed: bool | None) -> Problem:
 
 def _restoration(
     config: ConfigDict, streamed: bool | None, task: Restoration, arguments: Mapping[str, Any]
-) -> Problem:
+) -> TaskSetup:
     settings = config.task
     source = photographs.load(
         config.data.name,
@@ -169,9 +169,9 @@ def _restoration(
     )
 
     needed, what = source.bytes, "the training photographs"
-    streamed = _is_streamed(config, streamed, needed, COPIES * needed, what)
+    streamed = is_streamed(config, streamed, needed, COPIES * needed, what)
     patch_bytes = settings.channels * task.patch**2 * (2 if task.scale > 1 else 1)
-    workers = _workers(config, config.batch_size * patch_bytes) if streamed else 0
+    workers = count_workers(config, config.batch_size * patch_bytes) if streamed else 0
 
     def read(split: str) -> Data:
         if split == "train" and streamed:
@@ -180,7 +180,7 @@ def _restoration(
         images = source.read(split)
         return patches(images, task.scale) if split == "train" else images
 
-    return Problem(
+    return TaskSetup(
         task=task,
         input_shape=(COST_SIZE, COST_SIZE, settings.channels),
         epoch=settings.steps_per_epoch * config.batch_size,
@@ -192,14 +192,14 @@ def _restoration(
     )
 
 
-PROBLEMS: Mapping[str, Callable[[ConfigDict, bool | None], Problem]] = {
+SETUPS: Mapping[str, Callable[[ConfigDict, bool | None], TaskSetup]] = {
     "classification": _classification,
     "super_resolution": _super_resolution,
     "denoising": _denoising,
 }
 
 
-ORIGINS: Mapping[str, Mapping[str, str]] = {
+ARGUMENT_FIELDS: Mapping[str, Mapping[str, str]] = {
     "classification": {"num_classes": "data.name", "channels": "data.name"},
     "super_resolution": {"scale": "task.scale", "channels": "task.channels"},
     "denoising": {"channels": "task.channels"},

@@ -1,7 +1,7 @@
 """Tasks: how examples become inputs and targets, what is lowered, and what is reported."""
 
+from dhp_jax.data.photos.patches import Patches, patches
 from dhp_jax.tasks.classification import Classification
-from dhp_jax.tasks.patch_grid import Patches, patches
 from dhp_jax.tasks.restoration import Denoising, Restoration, SuperResolution
 from dhp_jax.tasks.task import METRICS, Metric, Task, evaluate
 

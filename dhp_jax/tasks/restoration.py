@@ -17,9 +17,9 @@ from dhp_jax.backend.inference import tune
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.core.latent import LatentVector
 from dhp_jax.data.photos.bicubic import bicubic
+from dhp_jax.data.photos.patches import Pairs, Patches, cut_patches, mirror_patches
 from dhp_jax.data.photos.photographs import Photograph
 from dhp_jax.tasks.metrics import compare, pixels
-from dhp_jax.tasks.patch_grid import BLOCK, Cut, Patches, turned
 from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
 from dhp_jax.tasks.tiling import restore, tile_for, tiling
 
@@ -46,41 +46,22 @@ class Restoration:
     overlap: int | None = None
     metric: ClassVar[Metric] = METRICS["psnr"]
 
-    def examples(self, key: Key[Array, ""], data: Patches, chosen: Int[Array, " n"]) -> Cut:
+    def examples(self, key: Key[Array, ""], data: Patches, chosen: Int[Array, " n"]) -> Pairs:
         image_key, place_key, *_ = jax.random.split(key, 4)
         # Not `chosen`: an epoch is a number of patches, whatever the number of photographs.
         images = jax.random.randint(image_key, chosen.shape, 0, len(data.starts))
-        return self._cut(place_key, data, images)
+        return cut_patches(place_key, data, images, patch=self.patch, scale=self.scale)
 
     def augmented(
-        self, key: Key[Array, ""], examples: Cut
+        self, key: Key[Array, ""], examples: Pairs
     ) -> tuple[Float[Array, "n p p c"], Float[Array, "n scale*p scale*p c"]]:
         *_, turn_key, noise_key = jax.random.split(key, 4)
         degraded, target = examples
         turns = jax.random.bernoulli(turn_key, 0.5, (3, len(target), 1, 1, 1))
-        target = turned(target, turns).astype(jnp.float32)
+        target = mirror_patches(target, turns).astype(jnp.float32)
         if degraded is not None:
-            degraded = turned(degraded, turns).astype(jnp.float32)
+            degraded = mirror_patches(degraded, turns).astype(jnp.float32)
         return self.degrade(noise_key, degraded, target), target
-
-    def _cut(self, key: Key[Array, ""], data: Patches, images: Int[Array, " n"]) -> Cut:
-        """A patch at a random place of each of some photographs, and its degraded counterpart."""
-        side, n = self.patch // self.scale, len(images)
-        rows, columns = (
-            jnp.floor(u * (size[images] - side + 1)).astype(jnp.int32)
-            for u, size in zip(
-                jax.random.uniform(key, (2, n)), (data.heights, data.widths), strict=True
-            )
-        )
-        rows = rows[:, None] + jnp.arange(side)
-        columns = columns[:, None] + jnp.arange(side)
-        start, width = data.starts[images], data.widths[images]
-        inside = (rows * width[:, None])[:, :, None] + columns[:, None, :]
-        cells = start[:, None, None] + inside.astype(jnp.uint32)
-        at = (cells // BLOCK).astype(jnp.int32), (cells % BLOCK).astype(jnp.int32)
-        target = data.targets[at].reshape(n, side, side, self.scale, self.scale, -1)
-        target = target.transpose(0, 1, 3, 2, 4, 5).reshape(n, self.patch, self.patch, -1)
-        return None if data.degraded is None else data.degraded[at], target
 
     def degrade(
         self,
@@ -95,11 +76,11 @@ class Restoration:
         """The network's input for the `index`-th test photograph; always the same."""
         raise NotImplementedError
 
-    def enlarged(self, image: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h2 w2 c"]:
+    def enlarge(self, image: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h2 w2 c"]:
         """An input at the size of the target, made without a network."""
         raise NotImplementedError
 
-    def compared(
+    def compare_images(
         self, output: Shaped[np.ndarray, "h w c"], target: UInt8[np.ndarray, "h w c"]
     ) -> dict[str, float]:
         """PSNR and SSIM as papers on the task measure them."""
@@ -119,14 +100,18 @@ class Restoration:
     ) -> Evaluation:
         del batch_size  # one image at a time: their sizes differ
         smallest = min((photo.target for photo in data), key=lambda image: min(image.shape[:2]))
-        self.compared(smallest, smallest)  # refuses too small images before the work, not after
+        self.compare_images(
+            smallest, smallest
+        )  # refuses too small images before the work, not after
         restored = self._restorer(model, data)
 
         def run(params: Params, rest: nnx.State) -> dict[str, float]:
             # Comparing takes the processor, not the device: the next image need not wait for it.
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 jobs = [
-                    pool.submit(self.compared, pixels(restored(params, rest, i)), photo.target)
+                    pool.submit(
+                        self.compare_images, pixels(restored(params, rest, i)), photo.target
+                    )
                     for i, photo in enumerate(data)
                 ]
             return _means([job.result() for job in jobs])
@@ -156,7 +141,7 @@ class Restoration:
     def without_network(self, data: Sequence[Photograph]) -> dict[str, float]:
         return _means(
             [
-                self.compared(self.enlarged(self.test_input(photo, i)), photo.target)
+                self.compare_images(self.enlarge(self.test_input(photo, i)), photo.target)
                 for i, photo in enumerate(data)
             ]
         )
@@ -170,7 +155,7 @@ class Restoration:
             (
                 photo.name,
                 {
-                    "input": pixels(self.enlarged(self.test_input(photo, i))),
+                    "input": pixels(self.enlarge(self.test_input(photo, i))),
                     "output": pixels(restored((latents, weights), rest, i)),
                     "target": photo.target,
                 },
@@ -218,10 +203,10 @@ class SuperResolution(Restoration):
     def test_input(self, photograph, index):
         return photograph.degraded.astype(np.float32)
 
-    def enlarged(self, image):
+    def enlarge(self, image):
         return bicubic(pixels(image), self.scale)
 
-    def compared(self, output, target):
+    def compare_images(self, output, target):
         return compare(output, target, shave=self.shave, on_luminance=self.on_luminance)
 
     @property
@@ -249,10 +234,10 @@ class Denoising(Restoration):
         noise = np.random.default_rng((self.seed, index)).normal(size=photograph.target.shape)
         return (photograph.target + self.sigma * noise).astype(np.float32)
 
-    def enlarged(self, image):
+    def enlarge(self, image):
         return image
 
-    def compared(self, output, target):
+    def compare_images(self, output, target):
         return compare(output, target)
 
     def loss(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):

@@ -6,7 +6,7 @@ keep, open for layers of one's own.
 """
 
 from dhp_jax.tracing.discovery import Discovery, discover
+from dhp_jax.tracing.layer_sizes import resize
 from dhp_jax.tracing.proof import Mismatch
-from dhp_jax.tracing.resize import resize
 
 __all__ = ["Discovery", "Mismatch", "discover", "resize"]

@@ -12,6 +12,7 @@ import numpy as np
 
 from dhp_jax.tracing import rules_of_sums  # noqa: F401  (registers rules, as what it imports)
 from dhp_jax.tracing.flow import Axes, Flow
+from dhp_jax.tracing.layer_sizes import resize
 from dhp_jax.tracing.programs import (
     Call,
     Context,
@@ -25,7 +26,6 @@ from dhp_jax.tracing.programs import (
     with_value,
 )
 from dhp_jax.tracing.proof import Mismatch, check_restricted
-from dhp_jax.tracing.resize import resize
 
 logger = logging.getLogger(__name__)
 

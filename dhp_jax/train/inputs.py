@@ -1,4 +1,4 @@
-"""Where the batches of a phase come from: the device, or other processes."""
+"""Where the batches of a phase come from: data on the device, or processes that read them."""
 
 import collections
 from collections.abc import Iterator
@@ -9,64 +9,113 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
 import numpy as np
 
-from dhp_jax.backend.platform import steps_per_dispatch
+from dhp_jax.backend import platform
 from dhp_jax.data.stream import Stream, epoch_order
-from dhp_jax.distributed.mesh import place, rows_here, spread
-from dhp_jax.tasks.task import Data
+from dhp_jax.distributed.mesh import local_rows, place, put_batch
+from dhp_jax.tasks.task import Data, Task
+from dhp_jax.train.step import Step, many, on_resident_data, on_streamed_data, stop_at_budget
 
-AHEAD = 2  # dispatches, and batches of a stream, that the device is given before it needs them
+BATCHES_AHEAD = 2  # of a stream, that are on the device before it needs them
 
 
-class _Resident:
-    """Examples that are on the device as a whole, and the order in which an epoch takes them."""
+def make_inputs(
+    data: Data,
+    key: Key[Array, ""],
+    *,
+    examples: int,
+    batch_size: int,
+    mesh: Mesh | None = None,
+) -> "Resident | Streamed":
+    """The batches of a phase.
 
-    def __init__(self, data, seed, examples, batch_size, mesh):
+    Args:
+      data: what a task reads its examples from.
+      key: random key of the phase: the order of examples and every step's key follow from it.
+      examples: how many make an epoch.
+      batch_size: examples in a step.
+      mesh: of devices.
+    """
+    order_key, step_key = jax.random.split(key)
+    seed = np.ravel(jax.random.key_data(order_key)).tolist()
+    kind = Streamed if isinstance(data, Stream) else Resident
+    return kind(data, seed, place(mesh, step_key), examples, batch_size, mesh)
+
+
+class Resident:
+    """Data that are on the device as a whole, and the order in which an epoch takes them.
+
+    Attributes:
+      steps_per_call: how many training steps one call of the compiled step takes at most.
+      checksum: of the training data.
+    """
+
+    def __init__(self, data, seed, key, examples, batch_size, mesh):
         self.data = jax.device_put(data) if mesh is None else place(mesh, data)
-        self.seed, self.examples, self.mesh = seed, examples, mesh
-        self.steps_per_epoch = examples // batch_size
-        self.steps_at_once = steps_per_dispatch()
+        self.seed, self.key, self.mesh = seed, key, mesh
+        self.examples, self.batch_size = examples, batch_size
+        self.steps_per_call = platform.steps_per_dispatch()
         self.checksum = _checksum(data)
 
+    def feed(self, step: Step, task: Task, *, stops: bool) -> Step:
+        """The step that takes a state and what `take` returns.
+
+        Args:
+          step: of `make_step`.
+          task: how examples are taken from the data.
+          stops: whether calls after the one that meets the budget change nothing.
+        """
+        step = on_resident_data(step, task, self.batch_size, self.mesh)
+        if self.steps_per_call > 1:
+            return many(step)
+        return stop_at_budget(step) if stops else step
+
     def reading(self, first: int, last: int) -> contextlib.AbstractContextManager[None]:
+        """While this context is open, the steps from `first` to before `last` can be taken."""
         return contextlib.nullcontext()
 
     def begin_epoch(self, epoch: int) -> None:
+        """Puts the order of an epoch's examples on the device."""
         self.order = place(self.mesh, jnp.asarray(epoch_order(self.seed, epoch, self.examples)))
 
-    def of(self, first: int, last: int) -> tuple[Any, ...]:
-        """What the compiled steps from `first` to before `last` are given."""
-        inputs = self.data, self.order, first % self.steps_per_epoch
-        return inputs if self.steps_at_once == 1 else (*inputs, last - first)
+    def take(self, first: int, last: int) -> tuple[Any, ...]:
+        """What the compiled step takes after its arrays, for steps `first` to before `last`."""
+        inputs = self.data, self.order, first % (self.examples // self.batch_size)
+        return (*inputs, *[last - first] * (self.steps_per_call > 1), self.key)
 
-    def look_ahead(self) -> None:
-        """Gets ready what later steps are given, while the device is at those before."""
+    def fetch_next(self) -> None:
+        """Gets the inputs of a later step ready while the device works; resident data are ready."""
 
 
-class _Streamed:
-    """Examples that other processes read, each batch in time for its step."""
+class Streamed:
+    """Data that other processes read, each batch in time for its step; see `Resident`."""
 
-    steps_at_once = 1
+    steps_per_call = 1
 
-    def __init__(self, data: Stream, seed, examples, batch_size, mesh):
-        self.data, self.seed, self.examples, self.mesh = data, seed, examples, mesh
-        self.batch_size = batch_size
+    def __init__(self, data: Stream, seed, key, examples, batch_size, mesh):
+        self.data, self.seed, self.key, self.mesh = data, seed, key, mesh
+        self.examples, self.batch_size = examples, batch_size
         self.checksum = data.checksum
+
+    def feed(self, step: Step, task: Task, *, stops: bool) -> Step:
+        step = on_streamed_data(step)
+        return stop_at_budget(step) if stops else step
 
     @contextlib.contextmanager
     def reading(self, first: int, last: int) -> Iterator[None]:
-        rows = rows_here(self.mesh, self.batch_size)
         with self.data.training(
             self.seed,
             examples=self.examples,
             batch_size=self.batch_size,
             first=first,
             last=last,
-            rows=rows,
+            rows=local_rows(self.mesh, self.batch_size),
         ) as batches:
-            self.batches = (spread(self.mesh, batch, self.batch_size) for batch in batches)
-            self.waiting = collections.deque(itertools.islice(self.batches, AHEAD))
+            self.batches = (put_batch(self.mesh, batch, self.batch_size) for batch in batches)
+            self.waiting = collections.deque(itertools.islice(self.batches, BATCHES_AHEAD))
             try:
                 yield
             finally:
@@ -75,10 +124,10 @@ class _Streamed:
     def begin_epoch(self, epoch: int) -> None:
         pass  # the stream goes on
 
-    def of(self, first: int, last: int) -> tuple[Any, ...]:
-        return (self.waiting.popleft(),)
+    def take(self, first: int, last: int) -> tuple[Any, ...]:
+        return self.waiting.popleft(), self.key
 
-    def look_ahead(self) -> None:
+    def fetch_next(self) -> None:
         self.waiting.extend(itertools.islice(self.batches, 1))
 
 

@@ -1,4 +1,7 @@
-"""The state of training that a step takes and gives."""
+"""The training state: what a step takes and returns, and the form in which it is saved.
+
+Names of fields are names of arrays in checkpoints, and stay as they are.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +19,7 @@ from dhp_jax.tasks.task import Params
 
 
 class Measures(NamedTuple):
-    """Sums over examples, kept on the device."""
+    """Sums over training examples since the last record, kept on the device."""
 
     loss: Float[Array, ""]
     score: Float[Array, ""]  # the task's metric
@@ -28,76 +31,94 @@ class Measures(NamedTuple):
         return cls(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-class Fault(NamedTuple):
-    """The first step after which the loss or a latent was not finite."""
+class NonFinite(NamedTuple):
+    """The first step after which the loss or a latent vector was infinite or not a number."""
 
     step: Int[Array, ""]  # its number, from 1; 0 if there is none
     loss: Float[Array, ""]
 
     @classmethod
-    def none(cls) -> "Fault":
+    def none(cls) -> "NonFinite":
         return cls(jnp.zeros((), jnp.int32), jnp.zeros(()))
 
 
-class Remains(NamedTuple):
-    """What would survive of a network, where a phase has a budget."""
+class BudgetStatus(NamedTuple):
+    """The cost of what would survive now, and whether it is within the phase's budget.
 
-    flops: Float[Array, ""]  # share of the unpruned network's
+    Costs are shares of the unpruned network's. Without a budget they stay 1.
+    """
+
+    flops: Float[Array, ""]
     params: Float[Array, ""]
     activations: Float[Array, ""]
     within: Bool[Array, ""]  # all limits
 
     @classmethod
-    def all(cls) -> "Remains":
+    def unpruned(cls) -> "BudgetStatus":
         return cls(*[jnp.ones(())] * len(MEASURES), jnp.zeros((), bool))
 
 
-class Ticket(NamedTuple):
-    """What a dispatch tells when it is done; no later one takes it away."""
+class StepDone(NamedTuple):
+    """What the host reads of a call of the step.
+
+    It is apart from the state, whose arrays are donated to the next call.
+    """
 
     step: Int[Array, ""]
     within: Bool[Array, ""]  # the budget
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """All arrays that a training step changes."""
 
     params: Params
     rest: nnx.State  # BatchNorm statistics
     opt_state: optax.OptState
     step: Int[Array, ""]
-    measures: Measures  # since they were last read
-    fault: Fault
-    remains: Remains
+    measures: Measures
+    fault: NonFinite
+    remains: BudgetStatus
 
 
 def start(
     model: nnx.Module, make_optimizer: Callable[[Params], optax.GradientTransformation]
 ) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
-    """What the first step of a phase needs; the model is left as it was."""
+    """Splits a model into its structure and the state before the first step.
+
+    Args:
+      model: a network; left as it was.
+      make_optimizer: from `(latent vectors, other parameters)` to the optimizer.
+
+    Returns:
+      The structure in training mode, the optimizer, and the state, whose arrays are copies.
+    """
     model = nnx.clone(model)
     model.train()
     graphdef, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
     params = (latents, weights)
     optimizer = make_optimizer(params)
     opt_state = jax.jit(optimizer.init)(params)
-    counts = jnp.int32(0), Measures.zero(), Fault.none(), Remains.all()
-    return graphdef, optimizer, _copy(TrainState(params, rest, opt_state, *counts))
+    counts = jnp.int32(0), Measures.zero(), NonFinite.none(), BudgetStatus.unpruned()
+    return graphdef, optimizer, copy_arrays(TrainState(params, rest, opt_state, *counts))
 
 
-def _with_best(state: TrainState, has_best: bool) -> tuple[TrainState, tuple | None]:
-    """What a checkpoint holds, and of the best network so far what it has of this state."""
+def checkpoint_tree(state: TrainState, has_best: bool) -> tuple[TrainState, tuple | None]:
+    """The tree that a checkpoint holds: a state, and the best network so far if there is one.
+
+    The best network's arrays have the structure and shapes of those of `state`.
+    """
     return state, (state.params, state.rest) if has_best else None
 
 
-def _in_shape(arrays: Any, like: Any) -> Any:
-    """Arrays in the shapes that networks have, or in those that they have where `packed`.
+def reshape_like(arrays: Any, like: Any) -> Any:
+    """Gives arrays the shapes of those of another tree.
 
-    Those that have another one come from the device first, which need not hold both.
+    Networks and files have one shape of an array, and packed networks on the device another one.
+    Arrays that are reshaped come from the device first, which need not hold both.
     """
     return jax.tree.map(
         lambda x, s: x if x.shape == s.shape else np.asarray(x).reshape(s.shape), arrays, like
     )
 
 
-_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+copy_arrays = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

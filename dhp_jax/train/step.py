@@ -1,4 +1,4 @@
-"""The jitted training step."""
+"""The training step, and what is put around it: where its examples come from, a loop, `jax.jit`."""
 
 from collections.abc import Callable
 import functools
@@ -9,21 +9,23 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Bool, Float, Key
 import optax
 
 from dhp_jax.backend.inference import tune
 from dhp_jax.backend.platform import compiler_options
-from dhp_jax.distributed.mesh import gather_kernels, over_data, settled
+from dhp_jax.distributed.mesh import gather_kernels, keep_placement, shard_batch
 from dhp_jax.tasks.task import Data, Examples, Params, Task
 from dhp_jax.train.phase import Budget
-from dhp_jax.train.state import Fault, Measures, Remains, Ticket, TrainState
+from dhp_jax.train.state import BudgetStatus, Measures, NonFinite, StepDone, TrainState
 
-BLOCK = 4  # steps between two looks of the device at whether more are wanted
+STEPS_PER_CHECK = 4  # of a loop on the device, between two checks of whether to go on
+
+Step = Callable[..., TrainState]
+CompiledStep = Callable[..., tuple[list[Array], StepDone]]
 
 
 def make_step(
-    structure: PyTreeDef,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     task: Task,
@@ -32,29 +34,22 @@ def make_step(
     skip_faulty: bool = False,
     budget: Budget | None = None,
     mesh: Mesh | None = None,
-    streamed: bool = False,
-    many: bool = False,
-    ends: bool = False,
-) -> Callable[..., tuple[list[Array], Ticket]]:
-    """The jitted step `(arrays, data, order, position, key) -> (arrays, ticket)`.
+) -> Step:
+    """One training step `(state, examples, key) -> state`, to be used in a jitted function.
 
-    The arrays are the leaves of a `TrainState`, as a list because JAX takes that apart in a
-    fraction of the time at every call; they are donated. The step takes the `position`-th batch of
-    the `data` in the given `order`, augments it, and steps. With a mesh, what it is given has been
-    placed there.
+    The step augments its examples, updates the parameters, and counts what it has done.
 
     Args:
-      structure: of the state.
       graphdef, optimizer: from `start`.
       task: losses, and how examples become inputs.
       batch_size: examples in a step.
-      skip_faulty: whether a batch after which anything would not be finite only counts as a step.
-      budget: of which the state tells after every step whether it is met.
+      skip_faulty: whether a batch is left out after which anything would not be finite. It counts
+        as a step. Otherwise the state keeps the number of the first such step.
+      budget: if given, the state has the cost of what would survive after every step.
       mesh: of devices.
-      streamed: whether the step is given the examples of its batch, `(arrays, examples, key)`.
-      many: whether it is `(arrays, data, order, position, count, key)` and takes up to `count`
-        steps in a loop on the device, which ends when the budget is met.
-      ends: whether it changes nothing once the budget is met; `many` never do.
+
+    Returns:
+      The step. Its key is of that step alone.
     """
 
     def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any):
@@ -64,79 +59,132 @@ def make_step(
         return jnp.mean(task.loss(outputs, targets)), (task.score(outputs, targets), rest)
 
     def step(state: TrainState, examples: Examples, key: Key[Array, ""]) -> TrainState:
-        inputs, targets = over_data(mesh, task.augmented(key, examples))
+        inputs, targets = shard_batch(mesh, task.augmented(key, examples))
         gradient = jax.value_and_grad(loss, has_aux=True)
         (value, (scores, rest)), grads = gradient(state.params, state.rest, inputs, targets)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        loss_sum, score_sum, count, skipped = state.measures
         stepped = state._replace(
             params=optax.apply_updates(state.params, updates),
             rest=rest,
             opt_state=opt_state,
             step=state.step + 1,
-            measures=Measures(
-                loss_sum + value * batch_size,
-                score_sum + jnp.sum(scores),
-                count + batch_size,
-                skipped,
-            ),
+            measures=_count_batch(state.measures, value, scores, batch_size),
         )
-        if skip_faulty:
-            usable = jnp.isfinite(value) & _all_finite(
-                (stepped.params, stepped.rest, stepped.opt_state)
-            )
-            stepped = _or_skipped(stepped, state, usable)
-        else:
-            faulty = ~(jnp.isfinite(value) & _all_finite(stepped.params[0]))
-            first = faulty & (state.fault.step == 0)
-            fault = Fault(stepped.step, value.astype(jnp.float32))
-            stepped = stepped._replace(fault=_where(first, fault, state.fault))
+        guard = _skip_if_not_finite if skip_faulty else _note_if_not_finite
+        stepped = guard(stepped, state, value)
         if budget is not None:
-            shares = budget.shares(nnx.merge(graphdef, *stepped.params, stepped.rest))
-            met = [shares[name] <= limit for name, limit in budget.limits.items()]
-            within = functools.reduce(jnp.logical_and, met)
-            stepped = stepped._replace(remains=Remains(**shares, within=within))
-        return settled(mesh, stepped)
+            model = nnx.merge(graphdef, *stepped.params, stepped.rest)
+            stepped = stepped._replace(remains=_budget_status(budget, model))
+        return keep_placement(mesh, stepped)
 
-    def of_resident(state: TrainState, data: Data, order, position, key) -> TrainState:
+    return step
+
+
+def on_resident_data(step: Step, task: Task, batch_size: int, mesh: Mesh | None = None) -> Step:
+    """A step on data that are on the device: `(state, data, order, position, key) -> state`.
+
+    It takes the `position`-th batch of the data in the given order. `key` is the phase's.
+    """
+
+    def resident_step(state: TrainState, data: Data, order, position, key) -> TrainState:
         chosen = jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
         step_key = jax.random.fold_in(key, state.step)
-        return step(state, over_data(mesh, task.examples(step_key, data, chosen)), step_key)
+        return step(state, shard_batch(mesh, task.examples(step_key, data, chosen)), step_key)
 
-    def of_streamed(state: TrainState, examples: Examples, key) -> TrainState:
-        stepped = step(state, examples, jax.random.fold_in(key, state.step))
-        return _where(state.remains.within, state, stepped) if ends else stepped
+    return resident_step
 
-    def many_of_resident(state: TrainState, data: Data, order, position, count, key) -> TrainState:
+
+def on_streamed_data(step: Step) -> Step:
+    """A step on a batch from the host: `(state, examples, key) -> state`; `key` is the phase's."""
+
+    def streamed_step(state: TrainState, examples: Examples, key) -> TrainState:
+        return step(state, examples, jax.random.fold_in(key, state.step))
+
+    return streamed_step
+
+
+def stop_at_budget(step: Step) -> Step:
+    """The same step, but it returns a state as it is once that is within the budget."""
+
+    def stopping_step(state: TrainState, *inputs: Any) -> TrainState:
+        stepped = step(state, *inputs)
+        return _where(state.remains.within, state, stepped)
+
+    return stopping_step
+
+
+def many(step: Step) -> Step:
+    """Many steps in one loop on the device, which ends when the budget is met.
+
+    Args:
+      step: of `on_resident_data`.
+
+    Returns:
+      `(state, data, order, position, count, key) -> state`, which takes up to `count` steps.
+    """
+
+    def steps(state: TrainState, data: Data, order, position, count, key) -> TrainState:
         begin = state.step
 
         def unfinished(state: TrainState) -> Bool[Array, ""]:
             return (state.step < begin + count) & ~state.remains.within
 
         def one(state: TrainState, _: None) -> tuple[TrainState, None]:
-            stepped = of_resident(state, data, order, position + state.step - begin, key)
+            stepped = step(state, data, order, position + state.step - begin, key)
             return _where(unfinished(state), stepped, state), None
 
         # A GPU asks the host before each turn of a loop whose length it does not know.
         return jax.lax.while_loop(
-            unfinished, lambda state: jax.lax.scan(one, state, length=BLOCK)[0], state
+            unfinished, lambda state: jax.lax.scan(one, state, length=STEPS_PER_CHECK)[0], state
         )
 
-    function = of_streamed if streamed else many_of_resident if many else of_resident
+    return steps
 
-    def on_arrays(arrays: list[Array], *given: Any) -> tuple[list[Array], Ticket]:
-        state = function(jax.tree.unflatten(structure, arrays), *given)
-        return jax.tree.leaves(state), Ticket(state.step, state.remains.within)
+
+def compile_step(step: Step, structure: PyTreeDef) -> CompiledStep:
+    """The jitted step on the leaves of a state: `(arrays, *inputs) -> (arrays, StepDone)`.
+
+    The state is a list of arrays because JAX takes a list apart in a fraction of the time. The
+    arrays are donated.
+
+    Args:
+      step: from a state and inputs to the next state.
+      structure: of the state.
+    """
+
+    def on_arrays(arrays: list[Array], *inputs: Any) -> tuple[list[Array], StepDone]:
+        state = step(jax.tree.unflatten(structure, arrays), *inputs)
+        return jax.tree.leaves(state), StepDone(state.step, state.remains.within)
 
     return jax.jit(on_arrays, donate_argnums=0, compiler_options=compiler_options())
 
 
-def _or_skipped(stepped: TrainState, state: TrainState, usable: Array) -> TrainState:
-    """The state after a step, or where its batch is not usable that before it, with its count.
+def _count_batch(
+    measures: Measures, loss: Float[Array, ""], scores: Float[Array, " n"], batch_size: int
+) -> Measures:
+    return measures._replace(
+        loss=measures.loss + loss * batch_size,
+        score=measures.score + jnp.sum(scores),
+        examples=measures.examples + batch_size,
+    )
 
-    Integers in the optimizer's state go on: they are what learning rates follow.
+
+def _note_if_not_finite(stepped: TrainState, state: TrainState, loss: Array) -> TrainState:
+    """Keeps the number of the first step after which the loss or a latent is not finite."""
+    faulty = ~(jnp.isfinite(loss) & _all_finite(stepped.params[0]))
+    first = faulty & (state.fault.step == 0)
+    fault = NonFinite(stepped.step, loss.astype(jnp.float32))
+    return stepped._replace(fault=_where(first, fault, state.fault))
+
+
+def _skip_if_not_finite(stepped: TrainState, state: TrainState, loss: Array) -> TrainState:
+    """The state after a step, or that before it if anything after it is not finite.
+
+    A step that is left out is counted. Integers in the optimizer's state go on: they are what
+    learning rates follow.
     """
-    before = state._replace(
+    usable = jnp.isfinite(loss) & _all_finite((stepped.params, stepped.rest, stepped.opt_state))
+    skipped = state._replace(
         step=stepped.step,
         measures=state.measures._replace(skipped=state.measures.skipped + 1),
         opt_state=jax.tree.map(
@@ -145,7 +193,13 @@ def _or_skipped(stepped: TrainState, state: TrainState, usable: Array) -> TrainS
             state.opt_state,
         ),
     )
-    return _where(usable, stepped, before)
+    return _where(usable, stepped, skipped)
+
+
+def _budget_status(budget: Budget, model: nnx.Module) -> BudgetStatus:
+    shares = budget.shares(model)
+    met = [shares[name] <= limit for name, limit in budget.limits.items()]
+    return BudgetStatus(**shares, within=functools.reduce(jnp.logical_and, met))
 
 
 def _where(condition: Array, tree: Any, other: Any) -> Any:

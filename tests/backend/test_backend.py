@@ -26,7 +26,7 @@ from dhp_jax.core.hypernet import hyper_kernels
 from dhp_jax.core.latent import walk
 from dhp_jax.tasks import Classification, classification, evaluate
 from dhp_jax.train.state import start
-from dhp_jax.train.step import make_step
+from dhp_jax.train.step import compile_step, make_step, on_resident_data
 
 SIDES = st.integers(5, 9)
 PADS = st.integers(-1, 3)
@@ -604,7 +604,8 @@ def test_training_steps_and_evaluation_are_tuned(monkeypatch):
     data = np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32)
     graphdef, optimizer, state = start(model, lambda params: optax.sgd(0.1))
     arrays, structure = jax.tree.flatten(state)
-    step = make_step(structure, graphdef, optimizer, task, batch_size=4)
+    step = on_resident_data(make_step(graphdef, optimizer, task, batch_size=4), task, batch_size=4)
+    step = compile_step(step, structure)
     lowered = step.lower(arrays, data, jnp.arange(4), 0, jax.random.key(0)).as_text()
     convolutions = sum(isinstance(m, dhp.HyperConv) for _, _, m in walk(model))
     assert lowered.count("call @_kernel_gradient") == convolutions

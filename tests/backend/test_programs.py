@@ -116,7 +116,7 @@ import sys
 from flax import nnx
 import jax
 import dhp_jax as dhp
-from dhp_jax.mesh import make_mesh, place
+from dhp_jax.distributed.mesh import make_mesh, place
 from programs import collectives, host_transfers, size
 from zoo import Network, search_step
 network = Network("DenseNet-7", "densenet", {"depth": 7, "growth": 8}, (8, 8, 3))

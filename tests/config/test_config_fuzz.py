@@ -30,7 +30,7 @@ from dhp_jax.errors import ConfigError, shown
 from dhp_jax.models import mobilenet, registry
 from dhp_jax.models.arguments import MAX_CHANNELS
 from dhp_jax.models.registry import task_of
-from dhp_jax.pipeline import preparation
+from dhp_jax.pipeline import command, preparation
 from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.train.optimizer import drop_schedule, optimizer
 
@@ -240,7 +240,7 @@ def about(field, changed):
 def check_usable(run):
     """What is prepared can be trained: its schedules and optimizers are numbers."""
     config = run.config
-    steps = run.problem.epoch // config.batch_size
+    steps = run.setup.epoch // config.batch_size
     assert steps >= 1
     for phase in ("search", "converge", "baseline"):
         schedule = drop_schedule(config[phase].learning_rate, config[phase].drops, steps)
@@ -388,7 +388,7 @@ def parse():
     spec = importlib.util.spec_from_file_location("experiments_main", ROOT / "experiments/main.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda *arguments: module.parse(["main.py", *arguments])
+    return lambda *arguments: command.parse(["main.py", *arguments], module.define)
 
 
 TEXTS = st.one_of(

@@ -20,7 +20,7 @@ from dhp_jax import data
 from dhp_jax.data import decode
 from dhp_jax.data.device_images import Rows
 from dhp_jax.data.stream import Stream, StreamError, epoch_order
-from dhp_jax.distributed.mesh import rows_here, spread
+from dhp_jax.distributed.mesh import local_rows, put_batch
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline import memory, setup
 from dhp_jax.tasks import Classification, evaluate
@@ -127,9 +127,9 @@ def test_tests_read_every_example_once_and_count_no_other(batch_size):
 
 
 def test_without_a_mesh_a_process_reads_whole_batches():
-    np.testing.assert_array_equal(rows_here(None, 8), np.arange(8))
+    np.testing.assert_array_equal(local_rows(None, 8), np.arange(8))
     batch = (None, np.arange(6, dtype=np.uint8))
-    degraded, targets = spread(None, batch, 6)
+    degraded, targets = put_batch(None, batch, 6)
     assert degraded is None
     np.testing.assert_array_equal(targets, np.arange(6))
 
@@ -276,12 +276,12 @@ def test_a_reading_process_that_dies_ends_the_run_in_one_line(tmp_path):
 # What is streamed
 
 
-def problem(**fields):
+def set_up(**fields):
     config = dhp_config.default()
     config.data.name = "digits"
     config.update_from_flattened_dict(fields)
     dhp_config.check(config)
-    return setup.problem(config)
+    return setup.set_up(config)
 
 
 NEEDED = 1797 * 64
@@ -298,7 +298,7 @@ NEEDED = 1797 * 64
 )
 def test_what_does_not_fit_is_streamed(monkeypatch, room, asked, streamed):
     monkeypatch.setattr(memory, "free_memory", lambda: room)
-    found = problem(**({} if asked is None else {"data.streamed": asked})).read("train")
+    found = set_up(**({} if asked is None else {"data.streamed": asked})).read("train")
     assert isinstance(found, Stream) == streamed
     if not streamed:
         assert isinstance(found[0], Rows)
@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_streamed(monkeypatch, room, asked, streamed):
 def test_what_does_not_fit_is_not_put_on_the_device(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 2 * NEEDED - 2)
     with pytest.raises(ConfigError) as raised:
-        problem(**{"data.streamed": False})
+        set_up(**{"data.streamed": False})
     message = str(raised.value)
     assert message.startswith("config.data.streamed: expected True for the images of 'digits'")
     assert f"{NEEDED:,} bytes" in message
@@ -315,7 +315,7 @@ def test_what_does_not_fit_is_not_put_on_the_device(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 2**40)
     monkeypatch.setattr(decode, "memory_available", lambda: 2 * NEEDED - 2)
     with pytest.raises(ConfigError, match="bytes of the host; at most"):
-        problem(**{"data.streamed": False})
+        set_up(**{"data.streamed": False})
 
 
 def test_reading_processes_are_as_many_as_shared_memory_has_room_for(monkeypatch):
@@ -323,10 +323,10 @@ def test_reading_processes_are_as_many_as_shared_memory_has_room_for(monkeypatch
     monkeypatch.setattr(memory, "shared_memory", lambda: 2 * memory.BATCHES * 3 * batch)
     asked = {"data.streamed": True, "batch_size": 64}
     monkeypatch.setattr(memory, "usable_cores", lambda: 12)
-    assert problem(**asked).read("train").workers == 3
-    assert problem(**asked, **{"data.workers": 2}).read("train").workers == 2
+    assert set_up(**asked).read("train").workers == 3
+    assert set_up(**asked, **{"data.workers": 2}).read("train").workers == 2
     with pytest.raises(ConfigError, match=r"^config\.data\.workers: expected at most 3, .* got 4$"):
-        problem(**asked, **{"data.workers": 4})
+        set_up(**asked, **{"data.workers": 4})
 
 
 @pytest.mark.parametrize("workers", [-1, 1.5, True, 10_000])

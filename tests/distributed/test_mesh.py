@@ -20,12 +20,12 @@ from dhp_jax.distributed.mesh import (
     arrange,
     axis_sizes,
     check_batch,
+    gather,
+    keep_placement,
+    local_rows,
     make_mesh,
-    over_data,
     place,
-    rows_here,
-    settled,
-    whole,
+    shard_batch,
 )
 from dhp_jax.distributed.preemption import EXIT_CODE
 from dhp_jax.distributed.processes import ProcessError, Turns, from_first, join
@@ -255,21 +255,21 @@ def test_one_device_has_no_mesh_and_nothing_is_added_to_its_program():
     assert make_mesh(1, 1) is None
     tree = {"w1": jnp.ones((2, 4))}
     assert place(None, tree) is tree
-    assert whole(tree)["w1"] is tree["w1"]
-    step = jax.make_jaxpr(lambda tree: settled(None, over_data(None, tree)))
+    assert gather(tree)["w1"] is tree["w1"]
+    step = jax.make_jaxpr(lambda tree: keep_placement(None, shard_batch(None, tree)))
     assert not step(tree).eqns
 
 
 DIVIDED = """
 import jax, numpy as np
-from dhp_jax.mesh import make_mesh, place, whole
+from dhp_jax.distributed.mesh import make_mesh, place, gather
 mesh = make_mesh(2, 2)
 shapes = {"trace": {"w2": (3, 3, 8, 4, 6)}, "odd": {"w2": (8, 4, 5)}, "kernel": (4, 6)}
 tree = jax.tree.map(np.ones, shapes, is_leaf=lambda shape: isinstance(shape, tuple))
 placed = place(mesh, tree)
 here = jax.tree.map(lambda array: array.addressable_data(0).shape, placed)
 assert here == shapes | {"trace": {"w2": (3, 3, 8, 4, 3)}}, here
-assert jax.tree.map(np.shape, whole(placed)) == shapes
+assert jax.tree.map(np.shape, gather(placed)) == shapes
 """
 
 
@@ -313,7 +313,7 @@ def test_a_host_of_a_tpu_slice_reads_the_rows_of_its_devices_and_no_more(process
     devices = arrange(tpus(16, 16, host=(4, 2), here=process), (256, 1))
     (places,) = np.nonzero([device.process_index == process for device in devices[:, 0]])
     assert np.ptp(places) > len(places) == 8  # others lie between them
-    rows = rows_here(jax.sharding.Mesh(devices, ("data", "model")), 512)
+    rows = local_rows(jax.sharding.Mesh(devices, ("data", "model")), 512)
     np.testing.assert_array_equal(rows, np.arange(512).reshape(256, 2)[places].ravel())
 
 
@@ -323,7 +323,7 @@ def test_a_host_of_a_tpu_slice_reads_the_rows_of_its_devices_and_no_more(process
 )
 def test_rows_that_several_devices_of_a_process_hold_are_read_once(topology, sizes, rows):
     devices = arrange(tpus(*topology, host=(2, 2)), sizes)
-    assert rows_here(jax.sharding.Mesh(devices, ("data", "model")), 8).tolist() == rows
+    assert local_rows(jax.sharding.Mesh(devices, ("data", "model")), 8).tolist() == rows
 
 
 @pytest.mark.parametrize("sizes", [(3, 1), (5, 1), (7, 1), (1, 3)])
@@ -347,8 +347,8 @@ SHARED = """
 import sys, jax, numpy as np
 from jax.sharding import Mesh
 from dhp_jax.data.stream import Stream
-from dhp_jax.mesh import rows_here, spread, whole
-from dhp_jax.processes import join
+from dhp_jax.distributed.mesh import local_rows, put_batch, gather
+from dhp_jax.distributed.processes import join
 
 def read(chosen, rows, random):
     return chosen[rows], random.random((len(chosen), 2))[rows]
@@ -363,14 +363,14 @@ devices = np.array(sorted(jax.devices(), key=lambda device: device.process_index
 for order in [[0], [4], [5], [1], [2], [3], [6], [7]], [[0, 5], [4, 6], [1, 2], [3, 7]]:
     mesh = Mesh(devices[np.array(order)], ("data", "model"))
     here = [any(device in jax.local_devices() for device in row) for row in mesh.devices]
-    rows = rows_here(mesh, 16)
+    rows = local_rows(mesh, 16)
     assert rows.tolist() == np.arange(16).reshape(len(here), -1)[here].ravel().tolist()
     for part, batch in zip(batches(rows), batches(), strict=True):
-        given = spread(mesh, part, 16)
+        given = put_batch(mesh, part, 16)
         for found, expected in zip(given, batch, strict=True):
             for shard in found.addressable_shards:
                 np.testing.assert_array_equal(shard.data, expected[shard.index])
-        for found, expected in zip(whole(given), batch, strict=True):
+        for found, expected in zip(gather(given), batch, strict=True):
             np.testing.assert_array_equal(found, expected)
 """
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dhp_jax.distributed.preemption import EXIT_CODE, SIGNALS, asked_to_stop
+from dhp_jax.distributed.preemption import EXIT_CODE, SIGNALS, watch_for_stop
 
 
 def until(condition):
@@ -22,7 +22,7 @@ def until(condition):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_asks_and_does_not_end_the_process(number):
-    with asked_to_stop(grace=60) as asked:
+    with watch_for_stop(grace=60) as asked:
         assert not asked()
         os.kill(os.getpid(), number)
         until(asked)
@@ -32,7 +32,7 @@ def test_another_signal_asks_nothing():
     taken = []
     before = signal.signal(signal.SIGUSR1, lambda *_: taken.append(1))
     try:
-        with asked_to_stop(grace=60) as asked:
+        with watch_for_stop(grace=60) as asked:
             os.kill(os.getpid(), signal.SIGUSR1)
             until(lambda: taken)
             time.sleep(0.05)
@@ -54,7 +54,7 @@ def interruptible():
 def test_afterwards_signals_do_what_they_did_before(interruptible):
     before = [signal.getsignal(number) for number in SIGNALS]
     threads = threading.active_count()
-    with asked_to_stop(grace=60):
+    with watch_for_stop(grace=60):
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert threading.active_count() == threads
@@ -68,7 +68,7 @@ def interrupt():
 
 
 def interrupt_twice():
-    with asked_to_stop(grace=60) as asked:
+    with watch_for_stop(grace=60) as asked:
         interrupt()
         until(asked)
         interrupt()
@@ -80,7 +80,7 @@ def test_control_c_given_twice_interrupts():
 
 
 def test_sigterm_given_twice_still_asks_only():
-    with asked_to_stop(grace=60) as asked:
+    with watch_for_stop(grace=60) as asked:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         until(asked)
@@ -90,7 +90,7 @@ def test_in_a_thread_nothing_is_asked():
     found = []
 
     def work():
-        with asked_to_stop(grace=60) as asked:
+        with watch_for_stop(grace=60) as asked:
             found.append(asked())
 
     thread = threading.Thread(target=work)
@@ -101,8 +101,8 @@ def test_in_a_thread_nothing_is_asked():
 
 STUCK = """
 import ctypes, os, signal
-from dhp_jax.preemption import asked_to_stop
-with asked_to_stop(grace=0.2):
+from dhp_jax.distributed.preemption import watch_for_stop
+with watch_for_stop(grace=0.2):
     os.kill(os.getpid(), signal.SIGTERM)
     ctypes.CDLL(None).sleep(60)  # like a compiler: no Python runs, and no handler
 """
@@ -124,11 +124,11 @@ def test_a_process_that_is_stuck_ends_when_its_time_is_up():
 def test_where_there_is_nothing_to_save_sigterm_ends_the_process_at_once():
     code = (
         "import os, signal, time\n"
-        "from dhp_jax.preemption import ended_at_once\n"
-        "with ended_at_once():\n"
+        "from dhp_jax.distributed.preemption import exit_at_once\n"
+        "with exit_at_once():\n"
         "    pass\n"
         "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
-        "with ended_at_once():\n"
+        "with exit_at_once():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
     )

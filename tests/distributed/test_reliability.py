@@ -103,8 +103,7 @@ def test_a_last_state_that_was_saved_before_its_test_takes_no_record_away(
     finished, tmp_path, monkeypatch
 ):
     def due(checkpoints):  # the one before is always done
-        checkpoints._open().wait_until_finished()
-        checkpoints._finished()
+        checkpoints.wait()
         return True
 
     monkeypatch.setattr(Checkpoints, "due", due)

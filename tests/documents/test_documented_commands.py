@@ -13,8 +13,9 @@ import jax
 import pytest
 
 from dhp_jax import config as dhp_config
-from dhp_jax.config import defaults
+from dhp_jax.config import fields as config_fields
 from dhp_jax.distributed.mesh import axis_sizes, check_batch
+from dhp_jax.pipeline import command
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -89,7 +90,7 @@ def module_file(arguments):
 
 def accept(main, arguments, monkeypatch):
     """Raises unless a run begins as the command says, up to the data."""
-    options = main.parse(arguments)
+    options = command.parse(arguments, main.define)
     dhp_config.check(options.config)
     sizes = axis_sizes(options.config.mesh.data, options.config.mesh.model, devices=8)
     check_batch(options.config.batch_size, sizes[0])
@@ -98,7 +99,7 @@ def accept(main, arguments, monkeypatch):
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *given, **limits: joined.append(given)
     )
-    main.join(options)
+    command.join_others(options)
     several = options.distributed or options.coordinator is not None
     expected = (options.coordinator, options.processes, options.process)
     assert joined == ([expected] if several else [])
@@ -109,7 +110,7 @@ def test_files_and_fields_that_a_page_names_are_there(page):
     text = page.read_text()
     for path in PATH.findall(" ".join(pieces(text))):
         assert (ROOT / path).is_file() or path in NEW, path
-    configs = [dhp_config.default(task) for task in defaults.TASKS]
+    configs = [dhp_config.default(task) for task in config_fields.TASK_FIELDS]
     for piece in INLINE.findall(text):
         if field := FIELD.fullmatch(piece):
             parts = field[1].removeprefix("config.").split(".")

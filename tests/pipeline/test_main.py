@@ -4,7 +4,6 @@ import html
 import importlib.util
 from pathlib import Path
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -14,7 +13,9 @@ import pytest
 from runs import CONFIG, FIELDS, contents, of_digits
 
 import dhp_jax as dhp
+from dhp_jax.config.fields import fields_of, flat_fields
 from dhp_jax.data.labelled import cifar
+from dhp_jax.pipeline.command import tell_target
 
 ROOT = Path(__file__).parents[2]
 MAIN = ROOT / "experiments/main.py"
@@ -195,6 +196,9 @@ def test_help_tells_the_flags(tmp_path):
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     for part in ("Example: python experiments/main.py", "--config:", "--workdir:", "--baseline:"):
         assert part in ended.stdout
+    for task in ("classification", "super_resolution", "denoising"):
+        for name, field in flat_fields(fields_of(task)):
+            assert f"\n  {name}: {field.text} ({field.rule}; default " in ended.stdout
     assert ended.stderr == ""
 
 
@@ -253,5 +257,5 @@ def test_a_training_that_diverges_ends_with_one_line_and_exit_code_1(main, tmp_p
     ],
 )
 def test_a_target_that_holds_besides_other_budgets_is_told(capsys, fields, told):
-    runpy.run_path(str(MAIN))["tell_target"](of_digits(**fields))
+    tell_target(of_digits(**fields))
     assert capsys.readouterr().err.strip() == told

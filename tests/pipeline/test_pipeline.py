@@ -21,7 +21,7 @@ from dhp_jax import data
 from dhp_jax.artifact import reading as artifact_reading
 from dhp_jax.budgets.chosen import Time
 from dhp_jax.errors import ConfigError
-from dhp_jax.pipeline import phases, preparation
+from dhp_jax.pipeline import preparation, smaller
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.train.phase import Stopped
@@ -256,7 +256,7 @@ def test_a_network_that_is_damaged_is_made_again_and_only_that(finished, tmp_pat
         execute(prepare(tiny(), workdir, [steps]))
     check_same_end(workdir, finished.workdir)
     assert steps.taken == []
-    warnings = [r.getMessage() for r in caplog.records if r.name == "dhp_jax.pipeline.phases"]
+    warnings = [r.getMessage() for r in caplog.records if r.name == "dhp_jax.pipeline.networks"]
     assert len(warnings) == 1
     assert str(path.parent) in warnings[0]
     assert warnings[0].endswith("; it is made again")
@@ -285,15 +285,15 @@ def test_other_data_are_refused_in_the_middle_of_a_phase(tmp_path):
     with pytest.raises(Stopped):
         execute(run, stopping=lambda: len(witness.taken) == 3)
     run = prepare(tiny(), tmp_path)
-    read = run.problem.read
+    read = run.setup.read
 
     def changed(split):
         images, labels = read(split)
         return jax.tree.map(lambda pixels: pixels + 1, images), labels
 
-    other = dataclasses.replace(run.problem, read=changed)
+    other = dataclasses.replace(run.setup, read=changed)
     with pytest.raises(ValueError, match=r"^config\.data: checksum .*; give another --workdir$"):
-        execute(dataclasses.replace(run, problem=other))
+        execute(dataclasses.replace(run, setup=other))
 
 
 # More epochs
@@ -362,15 +362,15 @@ def test_a_finished_run_only_reports(finished, tmp_path):
     for lost in ("summary.json", "layers.md", "plots/error.png"):
         (workdir / lost).unlink()
     run = prepare(tiny(), workdir, [Interrupter(p, 0) for p in ("search", "converge")])
-    unread = dataclasses.replace(run.problem, read=lambda split: pytest.fail("data were read"))
-    summary = execute(dataclasses.replace(run, problem=unread))
+    unread = dataclasses.replace(run.setup, read=lambda split: pytest.fail("data were read"))
+    summary = execute(dataclasses.replace(run, setup=unread))
     assert without_times(summary) == without_times(finished.summary)
     before, after = contents(finished.workdir), contents(workdir)
     assert before.keys() == after.keys()
     measured = ("summary.json", "report.html")  # the latency, for it was lost
     for name in before:
         assert name.endswith((".png", *measured)) or before[name] == after[name], name
-    again = execute(dataclasses.replace(run, problem=unread))
+    again = execute(dataclasses.replace(run, setup=unread))
     assert again == summary  # measured once
 
 
@@ -482,7 +482,7 @@ class Clocks:
 
 def time_by(patch, clocks):
     """Has clocks time networks, before a run and in it."""
-    for module in (preparation, phases):
+    for module in (preparation, smaller):
         patch.setattr(module, "clock", clocks)
 
 
@@ -671,7 +671,7 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
     ],
 )
 def test_an_error_names_the_field(tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(preparation, "MOST_STEPS", 10**9)
+    monkeypatch.setattr(preparation, "MAX_STEPS", 10**9)
     with pytest.raises(ValueError, match=message):
         prepare(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -234,7 +234,7 @@ def test_the_noise_of_test_images_does_not_depend_on_the_seed_of_a_run(folder, t
     config = tiny("denoising", folder)
     inputs = []
     for config.seed in (0, 1):
-        task = prepare(config, tmp_path / str(config.seed)).problem.task
+        task = prepare(config, tmp_path / str(config.seed)).setup.task
         inputs.append(task.test_input(Photograph("", np.zeros((4, 4, 1), np.uint8), None), 3))
     np.testing.assert_array_equal(*inputs)
 

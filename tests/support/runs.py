@@ -15,7 +15,7 @@ from dhp_jax import cli
 from dhp_jax.budgets.selection import choose
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
-from dhp_jax.pipeline.setup import problem
+from dhp_jax.pipeline.setup import set_up
 from dhp_jax.workdir import metrics as workdir_metrics
 
 CONFIG = Path(__file__).parents[2] / "experiments/configs/digits_resnet20.py"
@@ -80,7 +80,7 @@ def leave(workdir):
     config = runpy.run_path(str(CONFIG))["get_config"]()
     (workdir / "config.json").write_text(config.to_json())
     model = resnet20(channels=1)
-    noted = problem(config)
+    noted = set_up(config)
     for name in ("best", "model"):
         small = dhp.prune(model, drawn_masks(model, len(name)))
         dhp.save(workdir / name, small, input_shape=noted.input_shape, **noted.notes)
@@ -89,8 +89,8 @@ def leave(workdir):
 def leave_source(workdir, method):
     """What another run needs of a finished one of a method; its networks have learnt nothing."""
     run = prepare(of_digits(method=method), workdir)
-    arguments = {**run.config.model, "min_channels": 1, **run.problem.arguments}
-    family, shape = arguments.pop("name"), run.problem.input_shape
+    arguments = {**run.config.model, "min_channels": 1, **run.setup.arguments}
+    family, shape = arguments.pop("name"), run.setup.input_shape
     model = filled(lambda _: dhp.models.build(family, rngs=RNGS, **arguments))
     noted = {"phase": {"epochs": 1, "steps": 20, "met_budget": False}, "made_from": ""}
     if method == "baseline":

@@ -17,9 +17,9 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.data.photos.bicubic import bicubic
+from dhp_jax.data.photos.patches import mirror_patches
 from dhp_jax.data.photos.photographs import Photograph
 from dhp_jax.tasks import Denoising, SuperResolution, evaluate, metrics, patches
-from dhp_jax.tasks.patch_grid import turned
 from dhp_jax.tasks.tiling import MAX_SHAPES, OVERLAP, logger, restore, tile_for, tiling
 
 SIZES = ((9, 12), (7, 8), (8, 6))  # in cells; a patch is 4 by 4 of them
@@ -182,7 +182,7 @@ def test_noise_is_white_gaussian_of_the_sigma_asked_for_and_not_clipped(sigma):
 def test_the_three_mirrorings_give_the_eight_views():
     image = np.arange(9).reshape(1, 3, 3, 1)
     every = [
-        np.asarray(turned(jnp.asarray(image), jnp.asarray(flags).reshape(3, 1, 1, 1, 1)))
+        np.asarray(mirror_patches(jnp.asarray(image), jnp.asarray(flags).reshape(3, 1, 1, 1, 1)))
         for flags in np.indices((2, 2, 2)).reshape(3, 8).T.astype(bool)
     ]
     assert {view.tobytes() for view in every} == {

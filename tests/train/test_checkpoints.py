@@ -27,7 +27,7 @@ from dhp_jax.train.checkpoints import CheckpointError, Checkpoints
 from dhp_jax.train.loop import train
 from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.train.phase import Budget, OriginError, Phase, Stopped
-from dhp_jax.train.step import make_step
+from dhp_jax.train.step import compile_step
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -422,13 +422,17 @@ def test_training_that_was_stopped_again_and_again_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("saves", [True, False, "before the second test"])
 def test_many_steps_a_dispatch_go_on_with_the_same_bits(net, tmp_path, monkeypatch, saves):
-    monkeypatch.setattr("dhp_jax.backend.platform.steps_per_dispatch", lambda: 4)
+    asked = []
+    monkeypatch.setattr(
+        "dhp_jax.backend.platform.steps_per_dispatch", lambda: asked.append(4) or asked[-1]
+    )
     phase = phase_of(net, budget=True)
     expected, seen = trained(net, phase, log_every=5)
     looks = itertools.count(1)  # after steps 4 and 5, the test, steps 9 and 10, the test ...
     due = (lambda _: next(looks) == 5) if isinstance(saves, str) else lambda _: saves
     monkeypatch.setattr(Checkpoints, "due", due)
     outcome, before = trained(net, phase, tmp_path, stop_after=6, log_every=5)
+    assert asked
     assert outcome is None
     outcome, after = trained(net, phase, tmp_path, log_every=5)
     check_same_outcome(outcome, expected)
@@ -439,7 +443,7 @@ def test_many_steps_a_dispatch_go_on_with_the_same_bits(net, tmp_path, monkeypat
 
 
 def test_a_state_is_saved_before_a_test_that_takes_long(net, tmp_path, monkeypatch):
-    monkeypatch.setattr("dhp_jax.train.loop.LONG_TEST", 0.0)
+    monkeypatch.setattr("dhp_jax.train.loop.SAVE_BEFORE_TEST_S", 0.0)
     checkpoints, found = Checkpoints(tmp_path, seconds=1e6), []
 
     class Looking(Classification):
@@ -447,7 +451,7 @@ def test_a_state_is_saved_before_a_test_that_takes_long(net, tmp_path, monkeypat
             evaluate = super().evaluation(*arguments, **options)
 
             def looking(*state):
-                checkpoints._open().wait_until_finished()
+                checkpoints.wait()
                 found.append(checkpoints.steps())
                 return evaluate(*state)
 
@@ -465,7 +469,7 @@ def test_a_state_is_saved_before_a_test_that_takes_long(net, tmp_path, monkeypat
 def test_a_run_that_dies_within_a_long_test_goes_on_with_the_same_bits(
     net, tmp_path, monkeypatch, budget
 ):
-    monkeypatch.setattr("dhp_jax.train.loop.LONG_TEST", 0.0)
+    monkeypatch.setattr("dhp_jax.train.loop.SAVE_BEFORE_TEST_S", 0.0)
     tests = []
 
     class Dying(Classification):
@@ -515,8 +519,8 @@ def as_on_a_tpu(patch):
         with mock.patch.object(jax, "default_backend", return_value="tpu"):
             return pack_axes(model)
 
-    def stepping(structure, *given, **named):
-        step = make_step(structure, *given, **named)
+    def stepping(*given):
+        step = compile_step(*given)
 
         def observed(arrays, *inputs):
             dimensions.update(array.ndim for array in arrays)
@@ -525,7 +529,7 @@ def as_on_a_tpu(patch):
         return observed
 
     patch.setattr("dhp_jax.backend.hypernets.pack_axes", packed_there)
-    patch.setattr("dhp_jax.train.step.make_step", stepping)
+    patch.setattr("dhp_jax.train.loop.compile_step", stepping)
     return dimensions
 
 

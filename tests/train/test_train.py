@@ -23,7 +23,7 @@ from dhp_jax.train.loop import train
 from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.train.phase import Budget, Phase
 from dhp_jax.train.state import start
-from dhp_jax.train.step import make_step
+from dhp_jax.train.step import compile_step, make_step, many, on_resident_data
 
 EXAMPLES, TESTS, BATCH, STEPS = 23, 11, 4, 5  # in an epoch; 3 examples are left over
 SHAPE, CLASSES = (6, 6, 3), 4
@@ -300,8 +300,13 @@ def test_a_search_within_its_limit_takes_one_step(net):
 @pytest.fixture
 def many_at_once(monkeypatch):
     """As on GPU and TPU; 4 steps in blocks of 3, and an epoch is no multiple of either."""
-    monkeypatch.setattr("dhp_jax.backend.platform.steps_per_dispatch", lambda: 4)
-    monkeypatch.setattr("dhp_jax.train.step.BLOCK", 3)
+    asked = []
+    monkeypatch.setattr(
+        "dhp_jax.backend.platform.steps_per_dispatch", lambda: asked.append(4) or asked[-1]
+    )
+    monkeypatch.setattr("dhp_jax.train.step.STEPS_PER_CHECK", 3)
+    yield
+    assert asked
 
 
 def check_alike(found, expected):
@@ -343,7 +348,8 @@ def test_the_device_takes_many_steps_without_the_host(net):
     budget = Budget(lambda m: cost.shares(survivor_counts(m, THRESHOLD)), {"flops": 0.5})
     graphdef, transformation, state = start(net, lambda params: optax.sgd(0.1))
     arrays, structure = jax.tree.flatten(state)
-    steps = make_step(structure, graphdef, transformation, task, BATCH, budget=budget, many=True)
+    step = make_step(graphdef, transformation, task, BATCH, budget=budget)
+    steps = compile_step(many(on_resident_data(step, task, BATCH)), structure)
     order = jnp.arange(EXAMPLES)
     lowered = steps.lower(arrays, labelled(EXAMPLES, 0), order, 0, 3, jax.random.key(0))
     program = lowered.compile().as_text()

@@ -1,20 +1,21 @@
-"""Photographs on the device, cut into patches."""
+"""Photographs laid out for the device, where square patches are cut from them and mirrored."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Int, Key, UInt8, UInt32
 import numpy as np
 
 from dhp_jax.data.photos.photographs import Photograph
 from dhp_jax.errors import FieldError
 
-BLOCK = 1024  # cells, so that no index needs more than 32 bits
+CELLS_PER_BLOCK = 1024  # so that no index needs more than 32 bits
 
 
 # Patches of low-resolution images, where there are any, and of targets.
-Cut = tuple[UInt8[Array, "n p p c"] | None, UInt8[Array, "n scale*p scale*p c"]]
+Pairs = tuple[UInt8[Array, "n p p c"] | None, UInt8[Array, "n scale*p scale*p c"]]
 
 
 class Patches(NamedTuple):
@@ -66,6 +67,52 @@ def patches(photographs: Sequence[Photograph], scale: int = 1) -> Patches:
     )
 
 
+def cut_patches(
+    key: Key[Array, ""], data: Patches, images: Int[Array, " n"], *, patch: int, scale: int
+) -> Pairs:
+    """Cuts a patch at a random place out of each of some photographs; within a jitted function.
+
+    Args:
+      key: random key of the places.
+      data: the photographs.
+      images: their numbers.
+      patch: side of a patch of the target, in pixels.
+      scale: as for `patches`.
+    """
+    side, n = patch // scale, len(images)
+    rows, columns = (
+        jnp.floor(u * (size[images] - side + 1)).astype(jnp.int32)
+        for u, size in zip(
+            jax.random.uniform(key, (2, n)), (data.heights, data.widths), strict=True
+        )
+    )
+    rows = rows[:, None] + jnp.arange(side)
+    columns = columns[:, None] + jnp.arange(side)
+    start, width = data.starts[images], data.widths[images]
+    inside = (rows * width[:, None])[:, :, None] + columns[:, None, :]
+    cells = start[:, None, None] + inside.astype(jnp.uint32)
+    at = (cells // CELLS_PER_BLOCK).astype(jnp.int32), (cells % CELLS_PER_BLOCK).astype(jnp.int32)
+    target = data.targets[at].reshape(n, side, side, scale, scale, -1)
+    target = target.transpose(0, 1, 3, 2, 4, 5).reshape(n, patch, patch, -1)
+    return None if data.degraded is None else data.degraded[at], target
+
+
+def mirror_patches(
+    images: UInt8[Array, "n p p c"], flags: Bool[Array, "3 n 1 1 1"]
+) -> UInt8[Array, "n p p c"]:
+    """Mirrors square images left to right, top to bottom, and along the diagonal.
+
+    The three together give the eight ways to turn and mirror a square.
+
+    Args:
+      images: the images.
+      flags: for each of the three ways, which images are mirrored.
+    """
+    images = jnp.where(flags[0], images[:, :, ::-1], images)
+    images = jnp.where(flags[1], images[:, ::-1], images)
+    return jnp.where(flags[2], images.swapaxes(1, 2), images)
+
+
 def _cells(image: UInt8[np.ndarray, "h w c"], scale: int) -> UInt8[np.ndarray, "cells s*s*c"]:
     h, w, c = image.shape
     blocks = image.reshape(h // scale, scale, w // scale, scale, c).transpose(0, 2, 1, 3, 4)
@@ -74,18 +121,6 @@ def _cells(image: UInt8[np.ndarray, "h w c"], scale: int) -> UInt8[np.ndarray, "
 
 def _blocks(cells: Sequence[UInt8[np.ndarray, "cells k"]]) -> UInt8[np.ndarray, "blocks 1024 k"]:
     count, size = sum(map(len, cells)), cells[0].shape[-1]
-    blocks = np.zeros((-(-count // BLOCK), BLOCK, size), np.uint8)
+    blocks = np.zeros((-(-count // CELLS_PER_BLOCK), CELLS_PER_BLOCK, size), np.uint8)
     np.concatenate(cells, out=blocks.reshape(-1, size)[:count])
     return blocks
-
-
-def turned(
-    images: UInt8[Array, "n p p c"], turns: Bool[Array, "3 n 1 1 1"]
-) -> UInt8[Array, "n p p c"]:
-    """Mirrors square images left to right, top to bottom, and along the diagonal, as told.
-
-    The three together give the eight ways to turn and mirror a square.
-    """
-    images = jnp.where(turns[0], images[:, :, ::-1], images)
-    images = jnp.where(turns[1], images[:, ::-1], images)
-    return jnp.where(turns[2], images.swapaxes(1, 2), images)

@@ -1,0 +1,35 @@
+"""Configurations in files: Python with a function `get_config()`."""
+
+from pathlib import Path
+import runpy
+
+from ml_collections import ConfigDict
+
+EXAMPLE = "experiments/configs/digits_resnet20.py"
+
+
+def read_config(given: str | None) -> ConfigDict:
+    """The configuration of a file.
+
+    Args:
+      given: what the command line gave as its path; `None` if nothing.
+
+    Raises:
+      ValueError: there is no such file, it raises something, or it gives something else.
+    """
+    path = Path(given or "")
+    if not path.is_file():
+        got = None if given is None else f"{given!r}, which is no file"
+        raise ValueError(f"--config: expected --config=FILE, such as {EXAMPLE}; got {got}")
+    try:
+        module = runpy.run_path(str(path))
+        config = module["get_config"]() if "get_config" in module else None
+    except Exception as error:  # whatever somebody's file may raise
+        raise ValueError(f"--config: {path}: {type(error).__name__}: {error}") from error
+    if "get_config" not in module:
+        raise ValueError(f"--config: expected a file with a function get_config(); got {path}")
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"--config: {path}: expected get_config() to return a ConfigDict; got {config!r:.100}"
+        )
+    return config

@@ -1,0 +1,182 @@
+"""The command of a run: from its arguments to an exit code, with one line for what goes wrong."""
+
+from collections.abc import Callable, Sequence
+import logging
+import os
+from pathlib import Path
+import sys
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from dhp_jax.backend.cache import keep_compiled, long_compilations
+from dhp_jax.config.checks import check_overrides
+from dhp_jax.config.from_file import read_config
+from dhp_jax.config.methods import METHODS
+from dhp_jax.data.stream import StreamError
+from dhp_jax.distributed import processes
+from dhp_jax.distributed.preemption import EXIT_CODE, exit_at_once, watch_for_stop
+from dhp_jax.distributed.processes import ProcessError, are_several, is_first
+from dhp_jax.errors import ConfigError, DataNotFoundError, NonFiniteError
+from dhp_jax.pipeline import targets
+from dhp_jax.pipeline.preparation import Run
+from dhp_jax.report import text as report_text
+from dhp_jax.report import write as report_write
+from dhp_jax.train.checkpoints import CheckpointError
+from dhp_jax.train.phase import Stopped
+from dhp_jax.train.progress_bar import ProgressBar
+from dhp_jax.workdir.summary import beside, read_baseline
+
+Define = Callable[[Sequence[str]], flags.FlagValues]  # the flags of a command line, not yet parsed
+
+
+def run(arguments: Sequence[str], define: Define) -> int:
+    """Carries out what a command line says, and prints what came of it.
+
+    Args:
+      arguments: the command line, with the name of the program first.
+      define: gives the flags for it: `config`, `workdir`, `baseline`, `compilation_cache`,
+        `distributed`, `coordinator`, `processes` and `process`.
+
+    Returns:
+      The exit code: 2 for wrong input; 1 for a loss that is not finite, a disk that is full, or
+      another process that has died; 75 for a run that was told to end and that the same command
+      takes up again; 130 for Ctrl-C.
+    """
+    logging.basicConfig(format="%(message)s", force=True)  # Orbax has made another at its import
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of Orbax's, where a line is ours
+    try:
+        options = parse(arguments, define)
+        with exit_at_once():
+            runs = prepare(options)
+    except (flags.Error, ValueError, ProcessError) as error:
+        print("error:", _in_one_line(error), file=sys.stderr)
+        return 2
+    try:
+        summaries = _carry_out(runs, options, arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = explain(error, options)
+        if code is None:
+            raise
+        print(line, file=sys.stderr)
+        return code
+    if is_first():
+        for one, summary in zip(runs, summaries, strict=True):
+            print(report_text.text(one.workdir, summary))
+        if runs[0].workdir != Path(options.workdir):
+            print(f"{'all sizes':<16} {Path(options.workdir) / report_write.COMPARED}")
+    return 0
+
+
+def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
+    """The options of a command line, and the directory of the run if it is not given.
+
+    Raises:
+      ValueError, flags.Error: an argument is wrong.
+    """
+    named = [a.lstrip("-").partition("=") for a in arguments if a.startswith("-")]
+    given = {name: value if equals else None for name, equals, value in named}
+    # First, because the flag parser's own complaints do not tell what is possible.
+    overrides = {name: text for name, text in given.items() if name.startswith("config.")}
+    check_overrides(read_config(given.get("config")), overrides)
+    options = define(arguments)
+    try:
+        surplus = options(arguments)[1:]
+    except TypeError as error:  # a value that cannot become one of the field's type
+        raise ValueError(error) from error
+    if surplus:
+        raise ValueError(f"expected flags only, such as --config.target=0.5; got {surplus[0]!r}")
+    if options.workdir is not None:
+        options.workdir = os.path.normpath(options.workdir)
+    else:
+        method = options.config.method
+        name = Path(given["config"]).stem
+        options.workdir = f"runs/{name}" + ("" if method == "dhp" else f"-{method}")
+    return options
+
+
+def prepare(options: flags.FlagValues) -> list[Run]:
+    """Checks all that can be checked before training; a run for each target."""
+    join_others(options)
+    if options.baseline is not None:
+        read_baseline(options.baseline)
+    keep_compiled(options.compilation_cache)
+    bar = [ProgressBar()] if is_first() else []
+    runs = targets.prepare(options.config, options.workdir, bar)
+    if is_first():
+        tell_target(options.config)
+    return runs
+
+
+def join_others(options: flags.FlagValues) -> None:
+    """Makes this process one of several, if it is told to."""
+    given = options.coordinator, options.processes, options.process
+    if options.distributed or any(value is not None for value in given):
+        print(
+            f"waiting for the other processes, up to {processes.JOIN_TIMEOUT_S} s", file=sys.stderr
+        )
+        processes.join(*given)
+
+
+def tell_target(config: ConfigDict) -> None:
+    """Prints a line where the target holds beside other budgets, and may not have been meant."""
+    others = [name for name in ("params", "activations", "latency") if config.budget[name]]
+    if others and METHODS[config.method].chooses and config.targets is None and config.target < 1:
+        print(
+            f"config.target={config.target:g} of the FLOPs holds besides {', '.join(others)}; "
+            "--config.target=1 leaves it out",
+            file=sys.stderr,
+        )
+
+
+def _carry_out(
+    runs: Sequence[Run], options: flags.FlagValues, arguments: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The summary of each run."""
+    with (
+        long_compilations(_tell_compiled),
+        watch_for_stop(options.config.checkpoint.grace) as stopping,
+    ):
+        baseline = options.baseline or beside(options.workdir, options.config)
+        return targets.execute(
+            runs, options.workdir, baseline=baseline, stopping=stopping, command=arguments
+        )
+
+
+def _tell_compiled(function: str, seconds: float) -> None:
+    """Prints a line above the bar."""
+    tqdm.write(f"compiled {function} in {seconds:.1f} s", file=sys.stderr)
+
+
+def explain(error: BaseException, options: flags.FlagValues) -> tuple[int | None, str]:
+    """The exit code for what ended a run, and the line that tells it.
+
+    The code is `None` for errors that nobody has foreseen.
+    """
+    again = "the same command goes on"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"interrupted; {again} from the last checkpoint"
+    if isinstance(error, Stopped):
+        return EXIT_CODE, f"{error}; {again} from there"
+    if isinstance(error, DataNotFoundError | ConfigError):  # as a file that is damaged when read
+        return 2, f"error: {_in_one_line(error)}"
+    if isinstance(error, NonFiniteError):
+        hint = ""
+        if options.config.nonfinite == "stop" and not error.tested:
+            rate = f"--config.{error.phase}.learning_rate"
+            hint = f"; try a smaller {rate}; --config.nonfinite=skip leaves such batches out"
+        return 1, f"error: {error}{hint}"
+    if isinstance(error, OSError):
+        where = "" if isinstance(error, CheckpointError) else f"{options.workdir}: "
+        return 1, f"error: {where}{error}; {again} once that is mended"
+    if isinstance(error, StreamError):
+        return 1, f"error: {error}; {again}"
+    if isinstance(error, RuntimeError | ValueError) and are_several():
+        return 1, f"error: {processes.describe_loss(error)}; the same commands go on"
+    return None, ""
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

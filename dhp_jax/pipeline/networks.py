@@ -1,0 +1,145 @@
+"""The networks of a run on disk: saved with notes, and found again if they are whole."""
+
+import contextlib
+import dataclasses
+import logging
+from typing import Any
+
+from flax import nnx
+from PIL import Image
+
+from dhp_jax.artifact import writing
+from dhp_jax.artifact.description import ArtifactError
+from dhp_jax.artifact.reading import exists, read_description, verify
+from dhp_jax.config.methods import METHODS
+from dhp_jax.errors import ConfigError
+from dhp_jax.pipeline.preparation import Run
+from dhp_jax.tasks.task import Data
+from dhp_jax.train.checkpoints import Checkpoints
+from dhp_jax.train.phase import Outcome, Progress
+from dhp_jax.workdir import reader
+from dhp_jax.workdir.identity import CHECKPOINTS, plain
+
+logger = logging.getLogger(__name__)
+
+PICTURES = 4  # test examples shown in the report, where a task has something to show
+
+
+def save(
+    run: Run, name: str, model: nnx.Module, progress: Progress | None = None, **notes: Any
+) -> str:
+    """Saves a network with what a reader of the file wants to know; returns its digest."""
+    path = run.workdir / name
+    phase = None if progress is None else dataclasses.asdict(progress)
+    noted = {**run.setup.notes, **notes, "run": _asked(run)}
+    writing.save(path, model, input_shape=run.setup.input_shape, phase=phase, **noted)
+    return read_description(path)["sha256"]
+
+
+def save_trained(run: Run, outcome: Outcome, test: Data, source: str) -> None:
+    """Saves the network after its best epoch on the test data, then the last: the run's end."""
+    task = run.setup.task
+    for name, images in task.pictures(outcome.model, test, PICTURES):
+        folder = run.workdir / reader.PICTURES / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for what, image in images.items():
+            Image.fromarray(image.squeeze()).save(folder / f"{what}.png")
+    save(run, "best", outcome.best_model, outcome.progress, made_from=source)
+    save(
+        run,
+        "model",
+        outcome.model,
+        outcome.progress,
+        made_from=source,
+        without_network=task.without_network(test),
+    )
+
+
+def _asked(run: Run) -> dict[str, Any]:
+    """What was asked of the run, by the names of the configuration.
+
+    It tells where a network comes from when the run's directory is not at hand.
+    """
+    fields = ("method", "seed")
+    if METHODS[run.config.method].chooses:
+        fields += ("target", "budget", "multiple_of")
+    config = plain(run.config)
+    data = {"name": config["data"]["name"], "checksums": dict(run.setup.checksums)}
+    return {name: config[name] for name in fields} | {"data": data}
+
+
+def find(run: Run, name: str) -> dict[str, Any] | None:
+    """What a network on disk says of itself, if it is there and whole."""
+    path = run.workdir / name
+    if not exists(path):
+        return None
+    try:
+        return verify(path)
+    except ArtifactError as error:
+        logger.warning("%s; it is made again", error)
+        return None
+
+
+def find_trained(run: Run, phase: str, source: str = "") -> dict[str, Any] | None:
+    """What the network at the end of a phase says of itself, if the phase is done.
+
+    A search leaves one network, the last phase two. Records of the phase that are gone come back
+    from its last checkpoint.
+
+    Raises:
+      ConfigError: as `is_complete`.
+    """
+    names = ("search",) if phase == "search" else ("best", "model")
+    for name in names:
+        found = find(run, name)
+        if not found or found["notes"].get("made_from", "") != source:
+            return None
+        if not is_complete(run, phase, found, source):
+            return None
+    _mend_records(run, phase, found, source)
+    return found
+
+
+def is_complete(run: Run, phase: str, found: dict[str, Any], source: str = "") -> bool:
+    """Whether a network was trained for as long as the configuration says.
+
+    Raises:
+      ConfigError: it was not, and there is no checkpoint from which it could be.
+    """
+    progress, epochs = found["notes"]["phase"], run.config[phase].epochs
+    if progress["met_budget"] or progress["epochs"] >= epochs:
+        return True
+    if not open_checkpoints(run, phase, source).steps():
+        raise ConfigError(
+            f"config.{phase}.epochs",
+            f"at most {progress['epochs']}, for the checkpoints from which more could follow are "
+            "gone",
+            epochs,
+        )
+    return False
+
+
+def _mend_records(run: Run, phase: str, found: dict[str, Any], source: str) -> None:
+    """Puts back records of a phase that has ended, where its last checkpoint has them."""
+    end = found["notes"]["phase"]
+    with contextlib.closing(open_checkpoints(run, phase, source)) as checkpoints:
+        for step in checkpoints.steps()[:1]:
+            try:
+                notes, _ = checkpoints.notes(step)
+            except Exception as error:  # whatever a damaged file may raise
+                logger.warning("%s: step %d: %s", checkpoints.folder, step, error)
+            else:
+                reached = notes["progress"]  # its last step may be saved before it is tested
+                same = all(reached[name] == end[name] for name in ("steps", "epochs"))
+                if notes["source"] == source and same:
+                    run.journal.mend(phase, notes["records"])
+
+
+def open_checkpoints(run: Run, phase: str, source: str) -> Checkpoints:
+    """The checkpoints of a phase that started from the network with a digest."""
+    return Checkpoints(
+        run.workdir / CHECKPOINTS / phase,
+        source=source,
+        keep=run.config.checkpoint.keep,
+        seconds=run.config.checkpoint.seconds,
+    )

@@ -1,0 +1,64 @@
+"""What a method makes its smaller network from: the run's own networks, and those of its source."""
+
+from dataclasses import dataclass
+
+from flax import nnx
+
+from dhp_jax.artifact import reading
+from dhp_jax.budgets.counted import BudgetError, Scores
+from dhp_jax.budgets.latency import clock
+from dhp_jax.budgets.selection import Selection, choose
+from dhp_jax.config.methods import Smaller
+from dhp_jax.core.latent import latents
+from dhp_jax.core.surgery import prune
+from dhp_jax.errors import ConfigError
+from dhp_jax.pipeline.preparation import Run, counted_budgets
+from dhp_jax.pruned.fresh_weights import carry_kernels
+from dhp_jax.workdir import source_run
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run gives a method; see `config.methods.Start`."""
+
+    run: Run
+
+    @property
+    def seed(self) -> int:
+        return self.run.config.seed
+
+    def unpruned(self) -> nnx.Module:
+        return self.run.build()
+
+    def searched(self) -> nnx.Module:
+        return reading.load(self.run.workdir / "search")
+
+    def trained(self) -> nnx.Module:
+        model = self.run.build()
+        carry_kernels(reading.load(source_run.read(self.run.config).path), model)
+        return model
+
+    def within(self, model: nnx.Module, by: Scores | Selection | None = None) -> Smaller:
+        run, config, timed = self.run, self.run.config, None
+        if config.budget.latency is not None:
+            timed = clock(model, run.setup.input_shape, config.budget.batch or 1)
+        try:
+            chosen = choose(
+                model,
+                run.cost,
+                config.multiple_of,
+                by=by,
+                latency=config.budget.latency,
+                timed=timed,
+                **counted_budgets(config),
+            )
+        except BudgetError as error:  # the smallest network has become too slow
+            kept = run.workdir / "search"
+            hint = f"; the search is kept in {kept}, for dhp.prune_to" if kept.exists() else ""
+            raise ConfigError.of(f"config.budget.{error.field}", error, hint) from error
+        return Smaller(prune(model, chosen.masks), chosen.notes())
+
+    def found(self, model: nnx.Module) -> Smaller:
+        source = source_run.read(self.run.config)
+        sizes = {name: z.size for name, z in latents(model).items()}
+        return Smaller(prune(model, source.masks(sizes)), source.budget)

@@ -1,0 +1,86 @@
+"""Trained networks whose latents are gates on what layers read."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dhp_jax.core.hypernet import HypernetArrays
+from dhp_jax.core.latent import latents, walk
+from dhp_jax.core.layers import Hyper, Linear
+from dhp_jax.core.surgery import override
+from dhp_jax.pruned.relatent import with_latents
+
+
+def with_gates(
+    model: nnx.Module,
+    *,
+    rngs: nnx.Rngs,
+    build: Callable[[nnx.Rngs], nnx.Module] | None = None,
+) -> nnx.Module:
+    """A trained network as one of latents that are all 1 and gate what layers read.
+
+    The kernel of a layer that reads the axis of a latent `z` is `K[.., i, o] = z[i] W[.., i, o]`,
+    with the trained kernel for `W`. At `z = 1` it is that kernel to the bit. At `z[i] = 0` the
+    network computes exactly what is left when `dhp.prune` removes entry `i`, whatever stands
+    between the layers: nothing reads the channel. The derivative of the loss by `z[i]` at 1 is the
+    first-order Taylor term of the channel (see `dhp.taylor_scores`).
+
+    This is the hypernetwork with an embedding of 1 and no biases, without the factor of the output
+    axis. A BatchNorm behind the convolution would undo that factor, and would go on adding its bias
+    to a channel whose filters are zero.
+
+    Args:
+      model: a network of latents, whose kernels are generated for the last time; or an ordinary one
+        as of `with_latents`. Left as it was.
+      rngs: the `params` stream, as for `with_latents`.
+      build: for an ordinary network of your own class, as for `with_latents`.
+
+    Returns:
+      The network, in the mode of a network of latents, or in training mode if it was ordinary.
+
+    Raises:
+      ValueError: as `with_latents`, if the network is ordinary.
+
+    Example:
+      >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
+    """
+    kernels = {
+        path: layer.kernel() if isinstance(layer, Hyper) else layer.kernel[...]
+        for path, _, layer in walk(model)
+        if isinstance(layer, Hyper | nnx.Conv | nnx.ConvTranspose)
+    }
+    given = bool(latents(model))
+    gated = nnx.clone(model) if given else with_latents(model, rngs=rngs, build=build)
+    for path, _, layer in walk(gated):
+        if isinstance(layer, Hyper):
+            for name in HypernetArrays._fields:
+                delattr(layer, name)
+            layer.weight = nnx.Param(jnp.array(kernels[path]))
+            override(layer, kernel=_gated_kernel)
+        elif isinstance(layer, Linear):
+            override(layer, plain=_gated_plain, __call__=_call_plain)
+    for z in latents(gated).values():
+        z.vector.set_value(jnp.ones_like(z.vector[...]))
+    return gated
+
+
+def _gated_kernel(_: Callable[..., Any], layer: Hyper) -> Float[Array, "*k in out"]:
+    if layer.kernel_axis() is not layer.z_in:  # channels of a group are read by their own group
+        return layer.weight[...]
+    gates = layer.z_in.value().astype(layer.weight[...].dtype)
+    return layer.weight[...] * gates[:, None]
+
+
+def _gated_plain(plain: Callable[..., Any], layer: Linear, keep: Any = None) -> nnx.Linear:
+    small = plain(layer, keep)
+    kept = layer.z_in.keep(keep)
+    gates = layer.z_in.value()[kept].astype(small.kernel[...].dtype)
+    small.kernel.set_value(small.kernel[...] * gates[:, None])
+    return small
+
+
+def _call_plain(_: Callable[..., Any], layer: Linear, x: Array) -> Array:
+    return layer.plain()(x)

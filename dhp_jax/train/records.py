@@ -1,0 +1,133 @@
+"""What is told of training: steps, records of what was measured, and numbers that went wrong."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+from jaxtyping import Array
+import numpy as np
+
+from dhp_jax.core.cost import MEASURES
+from dhp_jax.distributed.mesh import place
+from dhp_jax.distributed.processes import is_first
+from dhp_jax.errors import NonFiniteError
+from dhp_jax.train.run import Plan, Run, state_of
+from dhp_jax.train.state import Measures
+
+
+@contextlib.contextmanager
+def observe(plan: Plan, run: Run) -> Iterator[None]:
+    """Tells observers that a phase begins and, however it ends, that it has ended."""
+    for observer in plan.hooks.observers:
+        observer.begin(plan.phase.name, plan.last_step, run.progress.steps, run.records)
+    try:
+        yield
+    finally:
+        for observer in plan.hooks.observers:
+            observer.end()
+
+
+def tell_steps(plan: Plan, run: Run, steps: int) -> Run:
+    """Tells observers how many steps were taken, if they do not know yet."""
+    if steps <= run.told:
+        return run
+    for observer in plan.hooks.observers:
+        observer.step(steps - run.told)
+    return run._replace(told=steps)
+
+
+def measure(plan: Plan, run: Run) -> tuple[Run, dict[str, Any]]:
+    """Reads what was measured since the last record, and sets it to zero.
+
+    Returns:
+      The run, and for a record: epoch, loss, the task's metric, learning rate, speed, batches that
+      were left out, and for a phase with a budget the cost of what would survive.
+
+    Raises:
+      NonFiniteError: a loss or a latent is not finite, or no batch could be used.
+    """
+    check_finite(plan, run)
+    state, progress = state_of(plan, run), run.progress
+    measures = jax.device_get(state.measures)
+    if not measures.examples:
+        what = "loss or gradient of every batch since the last record is not finite"
+        raise not_finite(plan, what, progress.steps)
+    loss, score = (float(s / measures.examples) for s in (measures.loss, measures.score))
+    values = {
+        "epoch": progress.epochs + 1,
+        "loss": loss,
+        plan.metric.name: score,
+        "learning_rate": _learning_rate(plan, progress.steps),
+    }
+    if plan.phase.skip_faulty:
+        values["skipped"] = int(measures.skipped)
+        progress = dataclasses.replace(progress, skipped=progress.skipped + values["skipped"])
+    (since, before), now = run.clock, time.perf_counter()
+    if progress.steps > before:
+        examples = (progress.steps - before) * plan.batch_size
+        values["examples_per_second"] = examples / (now - since)
+    if plan.phase.budget is not None:
+        status = jax.device_get(state.remains)
+        values |= {f"{name}_ratio": float(getattr(status, name)) for name in MEASURES}
+        values |= _round(plan.history(state.params, state.rest))
+    state = state._replace(measures=place(plan.mesh, Measures.zero()))
+    clock = time.perf_counter(), progress.steps
+    return run._replace(arrays=jax.tree.leaves(state), progress=progress, clock=clock), values
+
+
+def record(plan: Plan, run: Run, values: dict[str, Any]) -> Run:
+    """Keeps a record of the run at its step, and shows it to observers."""
+    values = {"phase": plan.phase.name, "step": run.progress.steps, **values}
+    for observer in plan.hooks.observers:
+        observer.record(values)
+    return run._replace(records=(*run.records, values))
+
+
+def check_finite(plan: Plan, run: Run) -> None:
+    """Raises a `NonFiniteError` if the loss or a latent of any step was not finite."""
+    state = state_of(plan, run)
+    fault = jax.device_get(state.fault)
+    if fault.step:
+        loss = float(fault.loss)
+        what = _faulty_latent(state.params[0]) if math.isfinite(loss) else f"loss is {loss}"
+        raise not_finite(plan, what, int(fault.step))
+
+
+def not_finite(plan: Plan, what: str, step: int, *, tested: bool = False) -> NonFiniteError:
+    """The error that ends training. It names the checkpoint from which one may go on.
+
+    Args:
+      plan: of the phase.
+      what: is not finite, in words.
+      step: its number.
+      tested: whether a test found it.
+    """
+    checkpoints = plan.hooks.checkpoints
+    saved = checkpoints.steps() if checkpoints and is_first() else []
+    last = f"; the last good checkpoint is of step {saved[0]}" if saved else ""
+    rate = _learning_rate(plan, step)
+    detail = f"the {what} at step {step}, at a learning rate of {rate:g}{last}"
+    return NonFiniteError(plan.phase.name, detail, tested)
+
+
+def _learning_rate(plan: Plan, step: int) -> float:
+    return float(plan.phase.learning_rate(step - 1))
+
+
+def _faulty_latent(latents: Any) -> str:
+    found = jax.tree_util.tree_leaves_with_path(latents)
+    paths = [path for path, vector in found if not np.isfinite(vector).all()]
+    name = jax.tree_util.keystr(paths[0], simple=True, separator=".")
+    return f"latent {name.removesuffix('.value').removesuffix('.vector')!r} is not finite"
+
+
+def _round(history: dict[str, Array]) -> dict[str, list[float]]:
+    """Vectors to four digits: they are for people, and kept at every record."""
+    return {
+        name: [v if isinstance(v, int) else float(f"{v:.4g}") for v in np.asarray(vector).tolist()]
+        for name, vector in jax.device_get(history).items()
+    }

@@ -1,0 +1,96 @@
+"""Gates: the trained kernels to the bit, and at zero exactly what the pruned network computes."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from networks import MIXED_INPUT, MIXED_LATENTS, SMALL, Mixed, filled
+import numpy as np
+import pytest
+
+import dhp_jax as dhp
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(6, *MIXED_INPUT)).astype(np.float32)
+
+
+def gated_mixed():
+    return dhp.with_gates(filled(Mixed), rngs=nnx.Rngs(1))
+
+
+def squared_outputs(network, images):
+    return jnp.mean(network(images) ** 2)
+
+
+def set_to(model, masks):
+    """Gives the latents of a network the values of masks."""
+    for name, z in dhp.latents(model).items():
+        z.vector.set_value(jnp.asarray(masks[name], jnp.float32))
+
+
+def test_open_gates_generate_the_trained_kernels_to_the_bit():
+    trained = filled(Mixed)
+    plain = dhp.prune(trained)
+    gated = dhp.prune(dhp.with_gates(trained, rngs=nnx.Rngs(1)))
+    for name in ("left", "right", "join", "refine", "classifier"):
+        wanted = np.asarray(getattr(plain, name).kernel[...])
+        assert np.array_equal(getattr(gated, name).kernel[...], wanted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_closed_gates_compute_exactly_what_the_pruned_network_computes(training):
+    model = gated_mixed()
+    model.train() if training else model.eval()
+    cost = dhp.measure_cost(model, MIXED_INPUT)
+    masks = dhp.uniform_within(model, cost, flops=0.5)
+    small = dhp.prune(model, masks)
+    before = np.asarray(nnx.clone(model)(IMAGES))
+    set_to(model, masks)
+    np.testing.assert_allclose(model(IMAGES), small(IMAGES), rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(small(IMAGES)) - before).max() > 0.1
+
+
+def test_the_derivative_by_a_gate_is_the_taylor_term():
+    model = gated_mixed()
+    model.eval()
+    trained = filled(Mixed)
+    trained.eval()
+    scores = dhp.taylor_scores(trained, squared_outputs, [IMAGES], squared=False)
+    graphdef, vectors, rest = nnx.split(model, dhp.LatentVector, ...)
+
+    def loss(vectors):
+        return jnp.mean(nnx.merge(graphdef, vectors, rest, copy=True)(IMAGES) ** 2)
+
+    found = nnx.merge(graphdef, jax.grad(loss)(vectors), rest, copy=True)
+    for name, z in dhp.latents(found).items():
+        if name in scores:
+            np.testing.assert_allclose(np.abs(z.value()), scores[name], rtol=1e-3)
+
+
+def test_gates_between_0_and_1_go_into_the_kernels_of_the_pruned_network():
+    model = gated_mixed()
+    model.eval()
+    masks = {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
+    masks[MIXED_LATENTS["a"]][2] = masks[MIXED_LATENTS["c"]][4] = False
+    for name, z in dhp.latents(model).items():
+        values = RNG.uniform(0.5, 1.5, z.size) * masks[name]
+        z.vector.set_value(jnp.asarray(values, jnp.float32))
+    small = dhp.prune(model, masks)
+    np.testing.assert_allclose(small(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["resnet", "mobilenet_v2", "densenet", "edsr", "unet"])
+def test_families_compute_the_same_and_zeros_compute_what_is_pruned(family):
+    arguments = SMALL[family] | ({"scale": 2} if family == "edsr" else {})
+    trained = dhp.prune(filled(lambda rngs: dhp.models.build(family, **arguments, rngs=rngs)))
+    trained.eval()
+    gated = dhp.with_gates(trained, rngs=nnx.Rngs(3))
+    gated.eval()
+    shape = (32, 32, 1 if family == "unet" else 3)
+    x = RNG.normal(size=(1, *shape)).astype(np.float32)
+    np.testing.assert_allclose(gated(x), trained(x), rtol=1e-4, atol=1e-3)
+    cost = dhp.measure_cost(gated, shape)
+    masks = dhp.uniform_within(gated, cost, flops=0.6)
+    small = dhp.prune(gated, masks)
+    set_to(gated, masks)
+    wanted = np.asarray(small(x))
+    np.testing.assert_allclose(gated(x), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
