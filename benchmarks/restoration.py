@@ -19,7 +19,7 @@ import dhp_jax as dhp
 from dhp_jax.config.methods import METHODS
 from dhp_jax.pipeline import setup
 from dhp_jax.report import write as report_write
-from dhp_jax.report.wording import metrics_text
+from dhp_jax.report.format import metrics_text
 from dhp_jax.tasks import evaluate
 from dhp_jax.workdir import reader
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from record import publish
 
-from dhp_jax.report.wording import main_metric, metrics_text
+from dhp_jax.report.format import main_metric, metrics_text
 from dhp_jax.tasks import METRICS
 from dhp_jax.workdir import reader
 

@@ -92,7 +92,7 @@ class Size:
 
 def size_of(rehearse: bool) -> Size:
     """The size of a rehearsal, or of the real thing."""
-    return Size(True, 2, 2, 0.1) if rehearse else Size(False, 32, 15, 4.0)
+    return Size(True, 2, 3, 0.1) if rehearse else Size(False, 32, 15, 4.0)
 
 
 def run(stage: str, options: argparse.Namespace, journal: Any) -> None:
@@ -387,7 +387,7 @@ def more_switches() -> Switches:
         "as it is": (contextlib.nullcontext(), {}),
         "1 step a check (STEPS_PER_CHECK)": (put(train_step, "STEPS_PER_CHECK", 1), {}),
         "8 steps a check (STEPS_PER_CHECK)": (put(train_step, "STEPS_PER_CHECK", 8), {}),
-        "precision bfloat16": (jax.default_matmul_precision("bfloat16"), {}),
+        "precision high": (jax.default_matmul_precision("high"), {}),
         "precision highest": (jax.default_matmul_precision("highest"), {}),
     }
     if jax.default_backend() == "gpu":

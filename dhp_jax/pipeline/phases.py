@@ -29,7 +29,7 @@ from dhp_jax.pipeline import networks
 from dhp_jax.pipeline.preparation import PHASES, Run
 from dhp_jax.pipeline.smaller import RunStart
 from dhp_jax.pruned.fresh_weights import reinitialize
-from dhp_jax.report.wording import in_words
+from dhp_jax.report.format import in_words
 from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Data, Params
 from dhp_jax.train.loop import train

@@ -3,12 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from dhp_jax.report.wording import percent
+from dhp_jax.report.format import percent
 from dhp_jax.workdir.reader import PICTURES, Result
+
+if TYPE_CHECKING:  # it is slow to import, and commands that draw nothing do without
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,21 @@ def crops(result: Result, baseline: Path | None = None) -> list[Crop]:
         rows, across = _detail(images["original"])
         found.append(Crop(name, {title: image[rows, across] for title, image in images.items()}))
     return found
+
+
+def grid(pictures: Sequence[Crop]) -> "Figure":
+    """The crops as a figure, one picture a row."""
+    from matplotlib.figure import Figure
+
+    columns = len(pictures[0].images)
+    figure = Figure((2.2 * columns, 2.2 * len(pictures) + 0.3), layout="constrained")
+    axes = figure.subplots(len(pictures), columns, squeeze=False)
+    for crop, row in zip(pictures, axes, strict=True):
+        for ax, (title, image) in zip(row, crop.images.items(), strict=True):
+            ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="none")
+            ax.set_axis_off()
+            ax.set_title(title if crop is pictures[0] else "", fontsize=9)
+    return figure
 
 
 def _has_pictures(workdir: Path, names: Sequence[str]) -> bool:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dhp_jax.config.methods import METHODS
-from dhp_jax.report.wording import (
+from dhp_jax.report.format import (
     faster,
+    interval,
     main_metric,
     metrics_text,
     milliseconds,
@@ -49,6 +50,9 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             f"{metrics_text(test['best'])} (epoch {trained['best_epoch']}, by test {metric.label})",
         ),
     ]
+    if metric.name == "error" and summary.get("test_examples"):
+        count, error = summary["test_examples"], test["last"]["error"]
+        rows.insert(-1, ("  95 % interval", f"{interval(error, count)}, of {count:,} examples"))
     for name, label in (("flops", "FLOPs"), ("params", "params")):
         change = summary[name]
         text = f"{change['after']:,}"

@@ -1,11 +1,4 @@
-"""What a run leaves for people: a page, a table of its layers, a summary, and plots.
-
-Makes the page of a run again, finished or not, or one page that compares several runs.
-
-    python -m dhp_jax.report runs/resnet20                 # writes runs/resnet20/report.html;
-        # with targets, the pages of all sizes and runs/resnet20/compare.html
-    python -m dhp_jax.report runs/resnet20 runs/resnet56   # writes compare.html
-"""
+"""What a run leaves for people: a page, a table of its layers, a summary, and plots."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -15,28 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from dhp_jax import files
-from dhp_jax.report.comparison import comparison
-from dhp_jax.report.crops import crops
-from dhp_jax.report.page import Told, page
-from dhp_jax.report.plots import plots
-from dhp_jax.report.wording import layer_table
+from dhp_jax.report.comparison import comparison, comparison_charts
+from dhp_jax.report.crops import Crop, crops, grid
+from dhp_jax.report.figures import Chart
+from dhp_jax.report.format import layer_table
+from dhp_jax.report.page import page
+from dhp_jax.report.run_charts import run_charts
+from dhp_jax.report.run_report import RunReport
 from dhp_jax.workdir import target_dirs
 from dhp_jax.workdir.reader import SUMMARY, Result, read
 from dhp_jax.workdir.summary import latency, read_baseline, summarize
 from dhp_jax.workdir.target_dirs import absent
 
 logger = logging.getLogger(__name__)
-
-
 PAGE = "report.html"
-
-
 COMPARED = "compare.html"
-
-
 LAYERS = "layers.md"
-
-
 PLOTS = "plots"
 
 
@@ -74,17 +61,21 @@ def _write(
     summary = summarize(result, unpruned, times)
     files.write(result.workdir / SUMMARY, json.dumps(summary, indent=1) + "\n")
     (result.workdir / LAYERS).write_text(layer_table(result.before, result.after))
-    pictured = None if unpruned is None else Path(baseline)
-    _save_plots(result, unpruned, pictured)
-    files.write(result.workdir / PAGE, page(Told(result, summary), crops(result, pictured)))
+    run = RunReport(result, summary)
+    charts, pictures = run_charts(run), crops(result, None if unpruned is None else Path(baseline))
+    files.write(result.workdir / PAGE, page(run, charts, pictures))
+    _save_plots(run, charts, pictures)
     return summary
 
 
-def _save_plots(result: Result, unpruned: Mapping[str, Any] | None, pictured: Path | None) -> None:
-    for name, figure in plots(result, unpruned, pictured).items():
-        folder = result.workdir / PLOTS
-        folder.mkdir(exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+def _save_plots(run: RunReport, charts: Mapping[str, Chart], pictures: Sequence[Crop]) -> None:
+    """Writes every chart of the page as PNG, for papers and slides."""
+    folder = run.result.workdir / PLOTS
+    folder.mkdir(exist_ok=True)
+    for name, chart in charts.items():
+        chart.save(folder / f"{name}.png")
+    if pictures:
+        grid(pictures).savefig(folder / "crops.png", dpi=150)
 
 
 def write_page(
@@ -121,33 +112,34 @@ def write_page(
 
 def _renew(
     result: Result, path: Path, *, baseline: str | os.PathLike | None, measure: bool
-) -> Told:
+) -> RunReport:
     """Writes the page of a run; returns what it tells."""
     unpruned = None if baseline is None else _comparable(result, baseline)
-    run = _told(result, unpruned, baseline)
+    run = _report(result, unpruned, baseline)
     if measure:
-        run = Told(result, {**run.summary, "latency": latency(result, again=True)})
+        run = RunReport(result, {**run.summary, "latency": latency(result, again=True)})
         files.write(result.workdir / SUMMARY, json.dumps(run.summary, indent=1) + "\n")
-    pictured = None if unpruned is None else Path(baseline)
-    files.write(path, page(run, crops(result, pictured)))
+    pictures = crops(result, None if unpruned is None else Path(baseline))
+    files.write(path, page(run, run_charts(run), pictures))
     return run
 
 
-def _told(
+def _report(
     result: Result,
     unpruned: Mapping[str, Any] | None = None,
     baseline: str | os.PathLike | None = None,
-) -> Told:
+) -> RunReport:
     """A run with its summary, which is made if it lacks it, and brought up to the baseline."""
     if not result.finished:
-        return Told(result, None)
+        return RunReport(result, None)
     if not result.summary:
-        return Told(result, _write(result, unpruned, baseline, None))
+        return RunReport(result, _write(result, unpruned, baseline, None))
     beside = result.summary if unpruned is None else result.summary | _unpruned(result, unpruned)
+    run = RunReport(result, beside)
     if beside != result.summary:
         files.write(result.workdir / SUMMARY, json.dumps(beside, indent=1) + "\n")
-        _save_plots(result, unpruned, Path(baseline))
-    return Told(result, beside)
+        _save_plots(run, run_charts(run), crops(result, Path(baseline)))
+    return run
 
 
 def _unpruned(result: Result, unpruned: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,8 +165,8 @@ def write_comparison(
     Raises:
       ValueError: a folder is not that of a run, or the tasks of the runs differ.
     """
-    content = comparison([_told(read(workdir)) for workdir in workdirs])
-    files.write(Path(out), content)
+    runs = [_report(read(workdir)) for workdir in workdirs]
+    files.write(Path(out), comparison(runs, comparison_charts(runs)))
     return Path(out)
 
 
@@ -214,16 +206,16 @@ def write_sizes(
         for result in results
     ]
     path = Path(out) if out is not None else Path(workdir) / COMPARED
-    content = comparison([*_whole(results[0], baseline), *runs], absent(workdir))
-    files.write(path, content)
+    runs = [*_whole(results[0], baseline), *runs]
+    files.write(path, comparison(runs, comparison_charts(runs), absent(workdir)))
     return path
 
 
-def _whole(result: Result, baseline: str | os.PathLike | None) -> list[Told]:
+def _whole(result: Result, baseline: str | os.PathLike | None) -> list[RunReport]:
     """The run of the unpruned network, if there is one that compares with a run."""
     if baseline is None or _comparable(result, baseline) is None:
         return []
-    return [_told(read(baseline))]
+    return [_report(read(baseline))]
 
 
 def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] | None:

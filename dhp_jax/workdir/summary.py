@@ -126,6 +126,7 @@ def summarize(
         "target": result.config["target"] if result.prunes else None,
         "origin": result.origin,
         "test": test,
+        "test_examples": notes["model"].get("test_examples"),
         "flops": _change(result.before.flops, result.after.flops),
         "params": _change(result.before.params, result.after.params),
         "budgets": result.budgets,

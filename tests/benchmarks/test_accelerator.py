@@ -21,6 +21,7 @@ import accelerator  # noqa: E402
 import cifar10_pack  # noqa: E402
 import kernels  # noqa: E402
 import recipe  # noqa: E402
+import stages  # noqa: E402
 
 NAMES = [f"class{i}" for i in range(10)]
 
@@ -190,6 +191,22 @@ def test_a_device_that_waits_is_told_from_one_that_works():
     assert (first.name, first.count, first.seconds) == ("fusion.1", 1.0, pytest.approx(3e-3))
     assert (second.name, second.count, second.seconds) == ("k_2", 0.5, pytest.approx(1.5e-3))
     assert kernels.told(events) == pytest.approx(6 / 9)
+
+
+@pytest.mark.slow
+def test_every_switch_makes_another_program():
+    size = stages.size_of(rehearse=True)
+    network = size.network("resnet56")
+    switches = stages.first_switches() | stages.more_switches()
+    programs = {}
+    for name, (within, changes) in switches.items():
+        model = size.build(network, **changes)
+        with within:
+            programs[name] = stages.traced(network, model, 4, size.steps).lowered.as_text()
+    assert len(programs) >= 8
+    assert len(set(programs.values())) == len(programs)
+    again = stages.traced(network, size.build(network), 4, size.steps).lowered.as_text()
+    assert again == programs["as it is"]  # no switch stays on
 
 
 @pytest.mark.parametrize(

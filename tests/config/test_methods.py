@@ -29,8 +29,8 @@ from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline import preparation, targets
 from dhp_jax.pipeline.targets import execute
 from dhp_jax.report import write as report_write
+from dhp_jax.report.format import start_text
 from dhp_jax.report.text import summary_text
-from dhp_jax.report.wording import start_text
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import reader
 from dhp_jax.workdir.summary import beside
@@ -241,7 +241,7 @@ def test_the_page_of_a_method_has_no_search_and_does_not_call_it_dhp(finished_by
     for absent in ("How the latents died", "while searching", "after the search", "DHP"):
         assert absent not in page
     plots = {plot.name for plot in (workdir / report_write.PLOTS).iterdir()}
-    assert plots == {"channels.png", "error.png"}
+    assert plots == {"channels.png", "error.png", "loss.png"}
     summary = json.loads((workdir / reader.SUMMARY).read_text())
     assert f"Trained from {start_text(summary)}." in page
     assert start_text(summary) in summary_text(summary)

@@ -14,14 +14,13 @@ from dhp_jax import config as dhp_config
 from dhp_jax.data.photos.photographs import Photograph
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
-from dhp_jax.report import plots as report_plots
 from dhp_jax.report import write as report_write
+from dhp_jax.report.crops import crops
+from dhp_jax.report.format import main_metric
 from dhp_jax.report.text import summary_text
-from dhp_jax.report.wording import main_metric
 from dhp_jax.tasks import metrics
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import reader
-from dhp_jax.workdir.summary import read_baseline
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -245,8 +244,7 @@ def test_crops_leave_a_baseline_out_that_was_tested_on_other_photographs(finishe
 
     def columns():
         result = reader.read(workdir / "dhp")
-        figure = report_plots.plots(result, read_baseline(baseline), baseline)["crops"]
-        return [axes.get_title() for axes in figure.axes if axes.get_title()]
+        return list(crops(result, baseline)[0].images)
 
     with_baseline = columns()
     (baseline / "pictures" / "t1").rename(baseline / "pictures" / "t9")

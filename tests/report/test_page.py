@@ -1,69 +1,41 @@
 """The page of a run tells what the run has left, and asks nobody for anything."""
 
 import dataclasses
-from html.parser import HTMLParser
 import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
 
 import numpy as np
+from pages import Page
 import pytest
+from scipy.stats import binomtest
 
 from dhp_jax.cli import opened
 from dhp_jax.core.latent import latents
 from dhp_jax.report.crops import Crop
-from dhp_jax.report.page import Told, _most_pruned, missing, page
-from dhp_jax.report.wording import compact, duration, loss_text, milliseconds
+from dhp_jax.report.format import compact, duration, interval, loss_text, milliseconds, wilson
+from dhp_jax.report.page import page
+from dhp_jax.report.run_charts import most_pruned, run_charts
+from dhp_jax.report.run_report import RunReport, network_name
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import reader
-
-VOID = {"br", "img", "link", "meta"}
-
-
-class Page(HTMLParser):
-    """What stands in a page; elements that are not closed in order are an error."""
-
-    def __init__(self, content):
-        super().__init__()
-        self.open, self.tags, self.texts = [], [], []
-        self.feed(content)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open[-1:] not in (["style"], ["title"]):
-            self.texts.append(data)
-
-    @property
-    def text(self):
-        return "\n".join(self.texts)
-
-    def of(self, name):
-        return [attributes for tag, attributes in self.tags if tag == name]
-
-    @property
-    def sections(self):
-        return [attributes["id"] for attributes in self.of("section")]
 
 
 @pytest.fixture(scope="module")
 def run(finished):
     there = reader.read(finished)
-    return Told(there, there.summary)
+    return RunReport(there, there.summary)
 
 
 @pytest.fixture(scope="module")
-def content(run):
-    return page(run)
+def charts(run):
+    return run_charts(run)
+
+
+@pytest.fixture(scope="module")
+def content(run, charts):
+    return page(run, charts)
 
 
 @pytest.fixture
@@ -88,19 +60,22 @@ def test_a_page_is_one_file_that_loads_nothing(content):
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "xlink:href"):
             assert re.match("data:image/png;base64,|#|$", attributes.get(name, ""))
-    assert not re.search(r"https?:|url\(|@import", content)
-    assert {"default-src 'none'"} <= set(everything.of("meta")[2]["content"].split("; "))
+    assert not re.search(r"https?:|url\([^#]|@import", content)
+    policy = everything.of("meta")[2]["content"]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def test_the_answer_comes_first(run, content):
     text, summary = Page(content).text, run.summary
     last = 100 * summary["test"]["last"]["error"]
-    top = text[: text.index("Output channels")]
+    top = text[: text.index("Channels kept")]
     for expected in (
-        "resnet (depth 8, width 0.25) on digits",
+        "ResNet-8 (width 0.25) on digits",
         f"Pruned to {100 * summary['flops']['ratio']:.2f} % of the FLOPs",
         f"{last:.2f} %",
         "unpruned: not known",
+        f"95 %: {interval(last / 100, 500)}",
+        "500 test examples",
         f"{summary['flops']['after']:,}",
         f"{summary['params']['after']:,}",
         milliseconds(summary["latency"]["batches"][0]["before_ms"]["median"]),
@@ -113,59 +88,61 @@ def test_the_answer_comes_first(run, content):
     assert links == [f"#{name}" for name in Page(content).sections]
 
 
-def test_the_silhouette_is_as_wide_as_the_layers(run, content):
-    drawing = drawings(content)["Channels of every layer, before and after"]
-    heights = {
-        kind: [float(r.get("height")) for r in drawing.iter("rect") if r.get("class") == kind]
-        for kind in ("before", "after")
-    }
-    for kind, cost in (("before", run.result.before), ("after", run.result.after)):
-        widths = [layer.outputs.full for layer in cost.layers if "Conv" in layer.kind]
-        widest = max(b.outputs.full for b in run.result.before.layers if "Conv" in b.kind)
-        expected = [150 * width / widest for width in widths]
-        np.testing.assert_allclose(heights[kind], expected, atol=0.01)
-    titles = [title.text for title in drawing.iter("title")]
-    assert titles[0].startswith("stem.conv: 4 to ")
+def test_every_test_error_has_its_interval_and_the_one_after_pruning_is_explained(run, content):
+    text = Page(content).text
+    for name in ("last", "best", "after_search", "after_pruning"):
+        error = run.summary["test"][name]["error"]
+        assert f"{100 * error:.2f} %" in text
+        assert interval(error, 500) in text
+    below = text[text.index("right after pruning") :]
+    assert below.index("nothing is trained since") < below.index("last epoch")
+    assert "On 500 test examples." in text
+    few = RunReport(run.result, {**run.summary, "test_examples": 20})
+    assert interval(run.summary["test"]["last"]["error"], 20) in Page(page(few, {})).text
+
+
+def test_the_silhouette_is_as_wide_as_the_layers(run, charts):
+    (axes,) = charts["channels"].figure.axes
+    bars = [bar.get_height() for bar in axes.patches]
+    middles = [bar.get_y() + bar.get_height() / 2 for bar in axes.patches]
+    costs = (run.result.before, run.result.after)
+    layers = [layer for cost in costs for layer in cost.layers if "Conv" in layer.kind]
+    assert bars == [layer.outputs.full for layer in layers]
+    np.testing.assert_allclose(middles, 0, atol=1e-9)
 
 
 def test_the_drawings_show_what_was_recorded(run, content):
-    shown = drawings(content)
+    shown = {
+        name: [title.text for title in svg.iter("title")] for name, svg in drawings(content).items()
+    }
     search = [r for r in run.result.records if r["phase"] == "search"]
-    marks = [
-        title.text
-        for title in shown["% of the unpruned network over step of the search"].iter("title")
-    ]
-    assert marks[1] == f"FLOPs: {100 * search[0]['flops_ratio']:.2f} % at {search[0]['step']}"
+    first = f"FLOPs: {100 * search[0]['flops_ratio']:.2f} % at {search[0]['step']}"
+    assert shown["What would survive, while searching"][1] == first
     tests = [r for r in run.result.records if "test_loss" in r]
-    marks = [title.text for title in shown["loss over step"].iter("title")]
+    marks = shown["Loss"]
     assert sum(mark.startswith("training") for mark in marks) == len(run.result.records)
     assert f"test: {tests[0]['test_loss']:.4g} at {tests[0]['step']}" in marks
-    bands = [title.text for title in shown["|z|"].iter("title")]
+    bands = shown["Magnitudes of all prunable entries"]
     assert bands == [f"{10 * k} to {10 * k + 10} %" for k in range(10)]
-    strips = [
-        t.text for t in shown["Entries of every latent that are left over time"].iter("title")
-    ]
+    strips = shown["Entries left of every latent"][::2]
     names = [
         f"{name}: {left} of"
         for name, left in zip(latent_names(run), search[-1]["survivors"], strict=True)
     ]
     assert all(strip.startswith(name) for strip, name in zip(strips, names, strict=True))
+    told = shown["Output channels of every convolution, in order of execution"]
+    assert told[0].startswith("stem.conv: 4 to ")
 
 
 def test_budgets_that_end_the_search_at_one_share_have_one_line(run):
     def rules(**budget):
         there = dataclasses.replace(run.result, config={**run.result.config, "budget": budget})
-        (drawn,) = [
-            svg
-            for name, svg in drawings(page(Told(there, run.summary))).items()
-            if name == "% of the unpruned network over step of the search"
-        ]
-        groups = [group for group in drawn.iter("g") if group.get("class") == "rule"]
-        return [group.find("text").text for group in groups]
+        chart = run_charts(RunReport(there, run.summary))["ratio"]
+        return [line.get_label() for line in chart.figure.axes[0].lines if line.get_gid() == "rule"]
 
     assert rules() == ["search ends at 52 %"]
     assert rules(params=0.5) == ["search ends at 52 %"]
-    assert rules(params=0.9, activations=0.9) == ["params and activations 92 %", "FLOPs 52 %"]
+    assert rules(params=0.9, activations=0.9) == ["FLOPs 52 %", "params and activations 92 %"]
 
 
 def latent_names(run):
@@ -183,7 +160,7 @@ def test_how_to_load_it_and_how_it_was_made(finished, run, content):
     assert "No command was noted" in text
     given = "cd '/a b' && python main.py --config=x.py"
     with_command = dataclasses.replace(run.result, commands=[given])
-    assert given in Page(page(Told(with_command, run.summary))).text
+    assert given in Page(page(RunReport(with_command, run.summary), {})).text
 
 
 def test_the_code_to_load_it_runs_and_feeds_what_training_fed(finished, content):
@@ -200,14 +177,14 @@ def test_the_code_to_load_it_runs_and_feeds_what_training_fed(finished, content)
 def test_a_network_that_restores_is_fed_pixels(run):
     task = {"name": "super_resolution", "scale": 4}
     there = dataclasses.replace(run.result, config={**run.result.config, "task": task})
-    text = Page(page(Told(there, None))).text
+    text = Page(page(RunReport(there, None), {})).text
     assert "y = run(np.float32(images))  # 0 to 255, 4 times as large" in text
     assert "image.png --out=restored" in text
 
 
 def test_of_many_latents_those_are_shown_that_lost_most():
     rows = [(f"z{i}", 100, [100, i]) for i in range(60)]
-    shown = _most_pruned(rows[::-1])
+    shown = most_pruned(rows[::-1])
     assert [name for name, _, _ in shown] == [f"z{i}" for i in range(31, -1, -1)]
 
 
@@ -217,7 +194,7 @@ def test_pictures_are_in_the_page(run):
         Crop("cat", {"input": gray, "original": gray}),
         Crop("dog", {"input": colours, "original": gray}),
     ]
-    images = Page(page(run, crops)).of("img")
+    images = Page(page(run, {}, crops)).of("img")
     assert [image["alt"] for image in images] == [
         "cat: input",
         "cat: original",
@@ -233,7 +210,8 @@ def test_names_that_look_like_markup_stay_names(run):
     there = dataclasses.replace(run.result, config=config, commands=[evil])
     everything = Page(
         page(
-            Told(there, {**run.summary, "hardware": evil}),
+            RunReport(there, {**run.summary, "hardware": evil}),
+            {},
             [Crop(evil, {evil: np.zeros((4, 4), np.uint8)})],
         )
     )
@@ -282,9 +260,10 @@ def test_the_page_of_an_unfinished_run_tells_what_is_missing(copy, gone, phases,
         lines = [json.dumps(r) + "\n" for r in records if r["phase"] in phases]
         (copy / "metrics.jsonl").write_text("".join(lines))
     there = reader.read(copy)
-    everything = Page(page(Told(there, None)))
+    begun = RunReport(there, None)
+    everything = Page(page(begun, run_charts(begun)))
     assert "This run is not finished. Missing are:" in everything.text
-    absent = missing(there)
+    absent = begun.missing()
     assert len(absent) == len(told)
     assert all(part in text for part, text in zip(told, absent, strict=True))
     assert everything.sections == sections
@@ -292,10 +271,11 @@ def test_the_page_of_an_unfinished_run_tells_what_is_missing(copy, gone, phases,
 
 
 def test_a_finished_run_that_was_given_more_epochs_says_so(run):
-    assert missing(run.result) == []
+    assert run.missing() == []
     config = {**run.result.config, "converge": {"epochs": 5}}
     longer = dataclasses.replace(run.result, config=config)
-    assert missing(longer) == ["epochs 2 to 5: the run has since been given more of them"]
+    told = ["epochs 2 to 5: the run has since been given more of them"]
+    assert RunReport(longer, run.summary).missing() == told
 
 
 def test_records_of_earlier_versions_lack_the_latents_and_the_page_says_so(run):
@@ -304,15 +284,19 @@ def test_records_of_earlier_versions_lack_the_latents_and_the_page_says_so(run):
         for r in run.result.records
     ]
     old = dataclasses.replace(run.result, records=records)
-    text = Page(page(Told(old, {**run.summary, "latency": None}))).text
+    run = RunReport(old, {**run.summary, "latency": None})
+    text = Page(page(run, run_charts(run))).text
     assert "How the latents died is not shown" in text
     assert "Latency was not measured" in text
 
 
 def test_losses_that_are_not_finite_are_left_out_of_the_drawings(run):
     records = [*run.result.records, {"phase": "converge", "step": 10**6, "loss": float("nan")}]
-    drawn = drawings(page(Told(dataclasses.replace(run.result, records=records), run.summary)))
-    assert "nan" not in ET.tostring(drawn["loss over step"], "unicode").lower()
+    there = RunReport(dataclasses.replace(run.result, records=records), run.summary)
+    (axes,) = run_charts(there)["loss"].figure.axes
+    drawn = axes.lines[0].get_xdata()
+    assert np.nanmax(drawn) < 10**6
+    assert np.isnan(drawn).sum() == 1  # where one phase follows another
 
 
 # Words
@@ -330,7 +314,27 @@ def test_a_speed_up_within_the_noise_is_none(run, low, median, high, told):
     row = {"batch": 1, "rounds": 5, "before_ms": {"median": 2.0}, "after_ms": {"median": 1.0}}
     row["speedup"] = {"low": low, "median": median, "high": high}
     latency = {"batches": [row], "input_shape": [8, 8, 1], "hardware": "here"}
-    assert told in Page(page(Told(run.result, {**run.summary, "latency": latency}))).text
+    assert told in Page(page(RunReport(run.result, {**run.summary, "latency": latency}), {})).text
+
+
+@pytest.mark.parametrize(("count", "of"), [(0, 1), (1, 1), (6, 500), (263, 500), (499, 500)])
+def test_intervals_are_those_of_another_package(count, of):
+    expected = binomtest(count, of).proportion_ci(method="wilson")
+    np.testing.assert_allclose(wilson(count / of, of), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ({"name": "resnet", "depth": 20, "width": 1.0}, "ResNet-20"),
+        ({"name": "resnet", "depth": 56, "width": 0.5}, "ResNet-56 (width 0.5)"),
+        ({"name": "mobilenet_v2"}, "MobileNetV2"),
+        ({"name": "theirs", "depth": 3}, "theirs (depth 3)"),
+        ({}, "network"),
+    ],
+)
+def test_a_network_is_called_as_papers_call_it(model, name):
+    assert network_name(model) == name
 
 
 @pytest.mark.parametrize(

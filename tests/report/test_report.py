@@ -18,21 +18,21 @@ from runs import UNPRUNED, description
 import dhp_jax as dhp
 from dhp_jax import cli
 from dhp_jax.artifact import reading as artifact_reading
-from dhp_jax.budgets import timing
 from dhp_jax.budgets.timing import hardware
 from dhp_jax.report import __main__ as report_main
-from dhp_jax.report import plots
 from dhp_jax.report import text as report_text
 from dhp_jax.report import write as report_write
+from dhp_jax.report.format import layer_table
+from dhp_jax.report.run_charts import run_charts
+from dhp_jax.report.run_report import RunReport
 from dhp_jax.report.text import summary_text
-from dhp_jax.report.wording import layer_table
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import reader
 from dhp_jax.workdir import summary as workdir_summary
 from dhp_jax.workdir.reader import read_summary
 from dhp_jax.workdir.summary import summarize
 
-PLOTS = ("channels", "ratio", "latents", "error")
+PLOTS = ("channels", "ratio", "latents", "error", "loss", "magnitudes", "survivors")
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +190,7 @@ def test_the_text_of_a_run_names_paths_that_exist(finished):
     text = report_text.text(finished, summary)
     assert (finished / "layers.md").read_text() in text
     assert summary_text(summary) in text
-    assert re.fullmatch(
-        f"report +{re.escape(str(finished))}/report_write.html", text.splitlines()[-1]
-    )
+    assert re.fullmatch(f"report +{re.escape(str(finished))}/report.html", text.splitlines()[-1])
     paths = set(re.findall(re.escape(str(finished)) + r"[\w./-]*", text))
     assert all(Path(path).exists() for path in paths)
     names = {str(Path(path).relative_to(finished)) for path in paths}
@@ -227,7 +225,7 @@ def test_a_report_compares_with_an_unpruned_run_of_the_same_network_and_data(
     if "method" in changes:
         of_baseline["phases"] = of_run["phases"]
     (tmp_path / "summary.json").write_text(json.dumps(of_baseline))
-    monkeypatch.setattr(plots, "plots", lambda *arguments: {})
+    monkeypatch.setattr(report_write, "run_charts", lambda run: {})
     test = report_write.write(run, baseline=tmp_path)["test"]
     unpruned = UNPRUNED["test"]["last"] if compared else None
     assert test == of_run["test"] | {"unpruned": unpruned}
@@ -289,7 +287,7 @@ def test_latency_is_measured_again_only_for_other_networks_or_when_asked(result,
         calls.append((list(networks), shape, batch))
         return {name: [2.0, 4.0, 6.0] for name in networks}
 
-    monkeypatch.setattr(timing, "measure_latency", measure)
+    monkeypatch.setattr(workdir_summary, "measure_latency", measure)
     known = result.summary["latency"]
     assert workdir_summary.latency(result) == known
     assert not calls
@@ -328,7 +326,7 @@ def copy(finished, tmp_path):
 
 
 def test_the_page_is_made_again_without_measuring(copy, capsys, monkeypatch):
-    monkeypatch.setattr(timing, "measure_latency", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(workdir_summary, "measure_latency", lambda *args: pytest.fail("measured"))
     (copy / "report.html").unlink()
     summary = (copy / "summary.json").read_bytes()
     report_main.main([str(copy)])
@@ -338,7 +336,7 @@ def test_the_page_is_made_again_without_measuring(copy, capsys, monkeypatch):
 
 
 def test_a_summary_that_was_cut_short_is_made_again(copy, monkeypatch):
-    monkeypatch.setattr(plots, "plots", lambda *arguments: {})
+    monkeypatch.setattr(report_write, "run_charts", lambda run: {})
     before = json.loads((copy / "summary.json").read_text())
     (copy / "summary.json").write_text('{"method": "dh')
     report_main.main([str(copy)])
@@ -349,7 +347,9 @@ def test_a_summary_that_was_cut_short_is_made_again(copy, monkeypatch):
 
 def test_latency_that_is_asked_for_is_noted(copy, monkeypatch):
     monkeypatch.setattr(
-        timing, "measure_latency", lambda networks, *rest: {name: [7.0, 7.0] for name in networks}
+        workdir_summary,
+        "measure_latency",
+        lambda networks, *rest: {name: [7.0, 7.0] for name in networks},
     )
     report_main.main([str(copy), "--latency", f"--out={copy / 'other.html'}"])
     rows = json.loads((copy / "summary.json").read_text())["latency"]["batches"]
@@ -437,32 +437,33 @@ def test_a_plot_is_a_picture_with_something_in_it(finished, name):
 
 
 def test_the_plots_show_what_was_recorded(result):
-    figures = plots.plots(result, UNPRUNED)
-    assert figures.keys() == set(PLOTS)
-    axes = {name: figure.axes[0] for name, figure in figures.items()}
-
-    bars = [bar.get_height() for bar in axes["channels"].patches]
-    layers = [layer for layer in result.before.layers if "Conv" in layer.kind]
-    kept = [layer for layer in result.after.layers if "Conv" in layer.kind]
-    assert bars == [layer.outputs.full for layer in (*layers, *kept)]
+    summary = result.summary
+    test = summary["test"] | {"unpruned": UNPRUNED["test"]["last"]}
+    charts = run_charts(RunReport(result, {**summary, "test": test}))
+    assert charts.keys() == set(PLOTS)
+    axes = {name: chart.figure.axes[0] for name, chart in charts.items()}
 
     curves = {line.get_label(): line for line in axes["ratio"].lines}
     ratios = [r["flops_ratio"] for r in result.records if r["phase"] == "search"]
     np.testing.assert_allclose(curves["FLOPs"].get_ydata(), [100, *(100 * r for r in ratios)])
-    assert set(curves["target (50 %)"].get_ydata()) == {50}
-    assert set(curves["search ends (52 %)"].get_ydata()) == {52}
+    assert set(curves["search ends at 52 %"].get_ydata()) == {52}
+    assert charts["ratio"].note == "The network is then pruned to 50 % of the FLOPs."
 
     curves = {line.get_label(): line for line in axes["error"].lines}
-    searched, converged = (
-        [100 * r["test_error"] for r in result.records if r["phase"] == phase and "test_error" in r]
+    of_search, of_converge = (
+        [r for r in result.records if r["phase"] == phase and "test_error" in r]
         for phase in ("search", "converge")
     )
-    np.testing.assert_allclose(curves["search"].get_ydata(), searched)
-    np.testing.assert_allclose(curves["converge"].get_ydata(), converged)
-    assert curves["converge"].get_xdata() == [len(searched) + 1]
-    np.testing.assert_allclose(curves["unpruned, last epoch (8.46 %)"].get_ydata(), 8.46)
+    start = max(r["step"] for r in result.records if r["phase"] == "search")
+    steps = [r["step"] for r in of_search] + [np.nan] + [start + r["step"] for r in of_converge]
+    errors = [100 * r["test_error"] for r in of_search] + [np.nan]
+    errors += [100 * r["test_error"] for r in of_converge]
+    np.testing.assert_allclose(curves["test"].get_xdata(), steps)
+    np.testing.assert_allclose(curves["test"].get_ydata(), errors)
+    np.testing.assert_allclose(curves["unpruned 8.46 %"].get_ydata(), 8.46)
 
-    labels = [text.get_text() for text in axes["latents"].get_legend().get_texts()]
+    (legend,) = charts["latents"].figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
     survivors = artifact_reading.read_description(result.workdir / "model")["survivors"]
     latents = dhp.latents(dhp.load(result.workdir / "search"))
     prunable = [name for name, z in latents.items() if z.prunable]

@@ -1,7 +1,8 @@
 """The numbers of a run in words and tables."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 from dhp_jax.config.methods import METHODS
 from dhp_jax.core.cost import Cost, LayerCost
@@ -48,60 +49,104 @@ def start_text(summary: Mapping[str, Any]) -> str:
     return f"the weights of {origin['run']}, trained for {spent}"
 
 
+class LayerRow(NamedTuple):
+    """A layer in a table: its widths and costs before and after pruning, and the shares left."""
+
+    layer: str
+    inputs: str
+    outputs: str
+    flops: str
+    flops_share: float | None
+    params: str
+    params_share: float | None
+
+
+def layer_rows(before: Cost, after: Cost, arrow: str = " -> ") -> list[LayerRow]:
+    """A row for each layer, and one for all of them at the end."""
+
+    def change(old: int, new: int) -> str:
+        return f"{old:,}" if old == new else f"{old:,}{arrow}{new:,}"
+
+    def costs(old: Cost | LayerCost, new: Cost | LayerCost) -> list[Any]:
+        pairs = (old.flops, new.flops), (old.params, new.params)
+        return [cell for b, a in pairs for cell in (change(b, a), a / b if b else None)]
+
+    rows = [
+        LayerRow(
+            b.path,
+            change(b.inputs.full, a.inputs.full),
+            change(b.outputs.full, a.outputs.full),
+            *costs(b, a),
+        )
+        for b, a in zip(before.layers, after.layers, strict=True)
+    ]
+    return [*rows, LayerRow("total", "", "", *costs(before, after))]
+
+
 def layer_table(before: Cost, after: Cost) -> str:
     """A Markdown table of every layer: channels, FLOPs and params, before and after pruning."""
-    rows = [("layer", "channels in", "channels out", "FLOPs", "", "params", "")]
-    for b, a in zip(before.layers, after.layers, strict=True):
-        rows.append(_layer_row(b, a))
-    rows.append(
-        (
-            "total",
-            "",
-            "",
-            _arrow(before.flops, after.flops),
-            _share(before.flops, after.flops),
-            _arrow(before.params, after.params),
-            _share(before.params, after.params),
-        )
-    )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(_cells(row, widths)) + " |" for row in rows]
-    ruler = "|" + "|".join(
-        "-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)
-    )
-    return "\n".join([lines[0], ruler + "|", *lines[1:]]) + "\n"
-
-
-def _layer_row(before: LayerCost, after: LayerCost) -> tuple[str, ...]:
-    return (
-        before.path,
-        _arrow(before.inputs.full, after.inputs.full),
-        _arrow(before.outputs.full, after.outputs.full),
-        _arrow(before.flops, after.flops),
-        _share(before.flops, after.flops),
-        _arrow(before.params, after.params),
-        _share(before.params, after.params),
-    )
-
-
-def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [
-        cell.ljust(width) if i == 0 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    header = ("layer", "channels in", "channels out", "FLOPs", "", "params", "")
+    rows = [
+        header,
+        *(
+            ["" if x is None else percent(x) if isinstance(x, float) else x for x in row]
+            for row in layer_rows(before, after)
+        ),
     ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| "
+        + " | ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in rows
+    ]
+    first, *others = ("-" * (width + 1) for width in widths)
+    ruler = f"|{first}-|" + "|".join(f"{dashes}:" for dashes in others) + "|"
+    return "\n".join([lines[0], ruler, *lines[1:]]) + "\n"
 
 
-def _arrow(before: int, after: int) -> str:
-    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+def interval(share: float, count: int) -> str:
+    """The 95 % interval of a share of examples, for people: "0.55 to 2.60 %"."""
+    low, high = wilson(share, count)
+    return f"{100 * low:.2f} to {100 * high:.2f} %"
 
 
-def _share(before: int, after: int) -> str:
-    return "" if before == 0 else percent(after / before)
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share that was found among some examples, after Wilson.
+
+    Args:
+      share: from 0 to 1.
+      count: the number of examples; at least one.
+
+    Returns:
+      Its ends, from 0 to 1.
+
+    References:
+      E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
+    """
+    z2 = 1.959963984540054**2
+    middle = share + z2 / (2 * count)
+    reach = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
+    whole = 1 + z2 / count
+    return max(0.0, (middle - reach) / whole), min(1.0, (middle + reach) / whole)
+
+
+def upper_first(text: str) -> str:
+    """Text that begins with a capital letter."""
+    return text[:1].upper() + text[1:]
 
 
 def percent(share: float) -> str:
     """A share for people: "49.98 %"."""
     return f"{100 * share:.2f} %"
+
+
+def quartiles(shares: Mapping[str, float]) -> str:
+    """The median of shares, and their quartiles: "49.98 % (49.50 % to 50.25 %)"."""
+    return "{} ({} to {})".format(*(percent(shares[name]) for name in ("median", "low", "high")))
 
 
 def compact(count: int) -> str:

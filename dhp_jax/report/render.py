@@ -1,0 +1,70 @@
+"""Pages from templates: one file each that needs no other; all that is filled in is escaped."""
+
+import functools
+from importlib import resources
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dhp_jax.report.format import LABELS, duration, percent, quartiles
+
+STYLE_SHEET = (resources.files("dhp_jax.report") / "style.css").read_text()
+
+
+class Cell(NamedTuple):
+    """A cell of a table.
+
+    Attributes:
+      text: its value.
+      more: what belongs to it, shown smaller, below it.
+      share: drawn as a short bar, if given.
+      colour: number of the colour of a square before it, if given.
+    """
+
+    text: str
+    more: str = ""
+    share: float | None = None
+    colour: int | None = None
+
+
+class Table(NamedTuple):
+    """A table; cells are text or `Cell`.
+
+    Attributes:
+      header: names of the columns.
+      rows: below it.
+      total: the last row, if it is one of all others; it stays in sight.
+      note: below the table.
+    """
+
+    header: list[str]
+    rows: list[list[Any]]
+    total: list[Any] | None = None
+    note: str = ""
+
+
+def render(template: str, **content: Any) -> str:
+    """A page.
+
+    Args:
+      template: name of its file.
+      **content: the names that the template uses.
+    """
+    return templates().get_template(template).render(style=Markup(STYLE_SHEET), **content)
+
+
+@functools.cache
+def templates() -> Environment:
+    """The templates of this package; a name that one needs and is not given is an error."""
+    environment = Environment(
+        loader=PackageLoader("dhp_jax.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "quartiles": quartiles, "duration": duration}
+    environment.filters["svg"] = lambda chart: Markup(chart.svg())
+    environment.globals["LABELS"] = LABELS
+    return environment
