@@ -14,9 +14,10 @@ from dhp_jax.budgets.importance import (
     random_scores,
     scale_scores,
     taylor_scores,
-    uniform_within,
 )
 from dhp_jax.budgets.selection import prune_to
+from dhp_jax.budgets.shrinkage import prox_fade, prox_relative_l1
+from dhp_jax.budgets.uniform import uniform_within
 from dhp_jax.core.axes import check_axes
 from dhp_jax.core.cost import Cost, measure_cost
 from dhp_jax.core.hypernet import hyper_kernel
@@ -30,7 +31,7 @@ from dhp_jax.core.latent import (
     repeat,
 )
 from dhp_jax.core.layers import BatchNorm, Bias, HyperConv, HyperConvTranspose, Linear
-from dhp_jax.core.prox import prox_fade, prox_l1, prox_l2, prox_relative_l1
+from dhp_jax.core.prox import prox_l1, prox_l2
 from dhp_jax.core.surgery import prune
 from dhp_jax.core.survivors import survivors
 from dhp_jax.pruned.classifier import with_classes

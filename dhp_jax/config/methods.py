@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, Protocol
 from flax import nnx
 
 from dhp_jax.budgets.counted import Scores
-from dhp_jax.budgets.importance import l1_scores, random_scores, uniform_within
+from dhp_jax.budgets.importance import l1_scores, random_scores
 from dhp_jax.budgets.selection import Selection
+from dhp_jax.budgets.uniform import uniform_within
 
 
 class Smaller(NamedTuple):

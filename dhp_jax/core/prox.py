@@ -113,7 +113,7 @@ def prox_l1(
         shrunk = soft_threshold(target, amount)
         return shrunk if where is None else jnp.where(where(target), shrunk, target)
 
-    return _proximal("prox_l1", shrink, strength, learning_rate)
+    return proximal("prox_l1", shrink, strength, learning_rate)
 
 
 def prox_l2(
@@ -154,125 +154,24 @@ def prox_l2(
       Parikh, Boyd, Proximal Algorithms, 2014, section 6.5.1; Yuan, Lin, Model selection and
       estimation in regression with grouped variables, 2006.
     """
-    return _proximal(
+    return proximal(
         "prox_l2", lambda target, amount: shrink_norm(target, amount, axis), strength, learning_rate
     )
 
 
-def prox_relative_l1(
-    strength: ScalarOrSchedule, learning_rate: ScalarOrSchedule = 1.0
-) -> optax.GradientTransformationExtraArgs:
-    """Soft-thresholds each array relative to its own mean; put it last in the chain.
-
-    With the updates `u` of the transformations before it, each array of parameters becomes
-
-        t = p + u,   r = t / mean|t|,   s = sign(r) max(|r| - strength * learning_rate, 0),
-        s / mean|s|
-
-    Its mean magnitude is 1 after every step. Where the loss does not feel the scale of an array, as
-    in front of BatchNorm, `prox_l1` shrinks all entries alike, and says little about which ones
-    matter. Here an entry shrinks only beside the others of its array.
-
-    Args:
-      strength: weight of the l1 term, a number or an optax schedule; times the learning rate it is
-        below 1.
-      learning_rate: step size of the gradient step before it, a number or the same schedule.
-
-    Returns:
-      A transformation whose `update` needs `params`. Its state is that of `prox_l1`. An array whose
-      entries would all become zero stays at `r`.
-
-    Raises:
-      ValueError: as `prox_l1`.
-
-    Example:
-      >>> tx = optax.chain(optax.sgd(0.1), prox_relative_l1(strength=1.0, learning_rate=0.1))
-      >>> params = jnp.array([0.01, 0.2, 0.3])
-      >>> updates, _ = tx.update(jnp.zeros(3), tx.init(params), params)
-      >>> optax.apply_updates(params, updates)
-      Array([0.       , 1.1666667, 1.8333334], dtype=float32)
-    """
-
-    def shrink(target: Array, amount: Array) -> Array:
-        mean = jnp.mean(jnp.abs(target))
-        relative = target / jnp.where(mean > 0, mean, 1)
-        shrunk = soft_threshold(relative, amount)
-        left = jnp.mean(jnp.abs(shrunk))
-        return jnp.where(left > 0, shrunk / jnp.where(left > 0, left, 1), relative)
-
-    return _proximal("prox_relative_l1", shrink, strength, learning_rate)
-
-
-class FadeState(NamedTuple):
-    """State of a fade: for how many steps each entry has been fading."""
-
-    count: Any
-
-
-def prox_fade(steps: int) -> optax.GradientTransformationExtraArgs:
-    """Brings chosen entries to zero in a number of steps; put it last in the chain.
-
-    With the updates `u` of the transformations before it, an entry that has been fading for `k`
-    steps becomes
-
-        sign(p + u) max(|p + u| - a, 0),   a = |p + u| / (steps - k)
-
-    a proximal step of the l1 norm whose strength is what is needed to reach zero in time. An entry
-    that nothing else moves falls in a straight line. It is exactly zero after `steps` steps, and
-    from then on. All other entries are left alone. An entry that is chosen no more keeps its value,
-    and begins anew if it is chosen again.
-
-    Args:
-      steps: in how many steps; at least 1.
-
-    Returns:
-      A transformation whose `update` needs `params`, and `fading`: a tree like the parameters, of
-      booleans, each for an entry. With `nnx.Optimizer`: `update(model, grads, fading=...)`. Its
-      state is a `FadeState`.
-
-    Raises:
-      ValueError: `steps` is no positive integer; from `update`, `params` or `fading` missing.
-
-    Example:
-      >>> tx = optax.chain(optax.sgd(0.1), prox_fade(2))
-      >>> params, fading = jnp.array([1.0, 1.0]), jnp.array([True, False])
-      >>> updates, _ = tx.update(jnp.zeros(2), tx.init(params), params, fading=fading)
-      >>> optax.apply_updates(params, updates)
-      Array([0.5, 1. ], dtype=float32)
-    """
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ValueError(f"prox_fade: steps: expected an integer of at least 1, got {steps!r}")
-
-    def init(params: optax.Params) -> FadeState:
-        return FadeState(jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.int32), params))
-
-    def update(updates, state, params=None, *, fading=None, **extra_args):
-        del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
-        if fading is None:
-            raise ValueError("prox_fade: fading: expected a tree of booleans, got none")
-
-        def faded_update(u: Array, p: Array, chosen: Array, count: Array) -> Array:
-            target = p + u
-            amount = jnp.abs(target) / jnp.maximum(steps - count, 1)
-            return jnp.where(chosen, soft_threshold(target, amount), target) - p
-
-        def counted(chosen: Array, count: Array) -> Array:
-            return jnp.where(chosen, jnp.minimum(count + 1, steps), 0)
-
-        updates = jax.tree.map(faded_update, updates, params, fading, state.count)
-        return updates, FadeState(jax.tree.map(counted, fading, state.count))
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _proximal(
+def proximal(
     name: str,
     shrink: Callable[[Array, Array], Array],
     strength: ScalarOrSchedule,
     learning_rate: ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
+    """A proximal step as a transformation.
+
+    Args:
+      name: of the function whose arguments are checked, for errors.
+      shrink: the proximal operator of an array, by an amount.
+      strength, learning_rate: numbers or schedules, whose product is the amount.
+    """
     for argument, value in (("strength", strength), ("learning_rate", learning_rate)):
         negative = isinstance(value, Real) and not value >= 0
         if negative or not (callable(value) or isinstance(value, Real | np.ndarray | jax.Array)):
