@@ -581,7 +581,7 @@ class Counted(nnx.Module):
 
 
 def state_of(model):
-    _, latents, weights, rest = nnx.split(model, dhp.latent.LatentVector, nnx.Param, ...)
+    _, latents, weights, rest = nnx.split(model, dhp.LatentVector, nnx.Param, ...)
     return (latents, weights), rest
 
 
