@@ -20,12 +20,13 @@ from safetensors.numpy import load_file
 
 import dhp_jax as dhp
 from dhp_jax.artifact import description as artifact_description
-from dhp_jax.artifact import reading as checkpoint
+from dhp_jax.artifact import reading, writing
 from dhp_jax.artifact.arrays import ARRAYS, DESCRIPTION
 from dhp_jax.artifact.description import OPTIONAL, ArtifactError
 from dhp_jax.artifact.reading import read_description
 from dhp_jax.core.provenance import architecture_of
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 X = images(3, 8, 8, 3)
 
 
@@ -319,7 +320,7 @@ def test_a_save_that_fails_leaves_the_network_that_was_there(tmp_path, monkeypat
         return rename(path, *args)
 
     if fails != "note":
-        monkeypatch.setattr(*(checkpoint, "write") if fails == "write" else (Path, "rename"), full)
+        monkeypatch.setattr(*(writing, "write") if fails == "write" else (Path, "rename"), full)
         with pytest.raises(OSError, match="No space left"):
             dhp.save(tmp_path / "out", filled(Mixed, 1))
         with pytest.raises(OSError, match="No space left"):

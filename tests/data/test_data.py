@@ -166,10 +166,11 @@ def mirror(tmp_path_factory):
 
 def download_from(address, monkeypatch):
     """Makes TFDS download CIFAR from another host."""
+    from tensorflow_datasets.image_classification import cifar as builders
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    for builder in (cifar.Cifar10, cifar.Cifar100):
+    for builder in (builders.Cifar10, builders.Cifar100):
 
         def redirected(self, original=builder._cifar_info.fget):
             return original(self)._replace(url=f"{address}/{self.name}.tar.gz")

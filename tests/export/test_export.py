@@ -24,6 +24,7 @@ from dhp_jax.cli import opened
 from dhp_jax.files import unfinished
 
 exporting = importlib.import_module("dhp_jax.export")
+command = importlib.import_module("dhp_jax.export.__main__")
 ROOT = Path(__file__).parents[2]
 FREE = ("batch", "height", "width")
 FAMILIES = {  # arguments, input, and the sizes that are free in StableHLO and in ONNX
@@ -354,7 +355,7 @@ def test_tests_of_onnx_are_never_skipped_where_they_are_asked_for(monkeypatch, a
 
 def told(capsys, *arguments):
     """The exit code, and what was printed to each stream."""
-    return commanded(capsys, exporting.main, "export", *arguments)
+    return commanded(capsys, command.main, "export", *arguments)
 
 
 def test_a_run_is_exported_and_tried_on_its_test_images(digits_run, tmp_path, capsys):
