@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 import dhp_jax as dhp
 from dhp_jax.artifact import description as artifact_description
-from dhp_jax.artifact import reading, writing
+from dhp_jax.artifact import writing
 from dhp_jax.artifact.arrays import ARRAYS, DESCRIPTION
 from dhp_jax.artifact.description import OPTIONAL, ArtifactError
 from dhp_jax.artifact.reading import read_description
