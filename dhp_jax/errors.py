@@ -92,9 +92,9 @@ def shown(value: Any) -> str:
     except Exception:  # an integer of thousands of digits, lists too deep, a class of one's own
         return f"<{type(value).__name__} that cannot be shown>"
     text = _one_line(text)
-    return (
-        text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}...{text[-MAX_SHOWN // 4 :]}"
-    )
+    if len(text) <= MAX_SHOWN:
+        return text
+    return f"{text[: MAX_SHOWN // 2]}...{text[-MAX_SHOWN // 4 :]}"
 
 
 def _one_line(text: str) -> str:
