@@ -1,15 +1,17 @@
-"""Ways of choosing the channels of a trained network, at equal cost and an equal number of updates.
+"""Ways of pruning a trained network, at equal cost and an equal number of updates.
 
-    python benchmarks/from_trained.py --data cifar10.npz --out DIR --stages train explore
-    python benchmarks/from_trained.py --data cifar10.npz --out DIR --stages final \
+    python benchmarks/from_trained.py --data cifar10.pack --out DIR --stages train explore
+    python benchmarks/from_trained.py --data cifar10.pack --out DIR --stages train final \
         --weights DIR/resnet20.npz
+    python benchmarks/from_trained.py --table DIR/rows.jsonl --name from_trained \
+        --out benchmarks/results
     python benchmarks/from_trained.py --rehearse --out DIR --stages train explore final
 
-A ResNet-20 is trained on CIFAR-10. Every row of the table then begins with its weights, is brought
-down to a share of its FLOPs, and is trained for the same number of updates, those of a search
-included. All of it is one compiled program of a few dozen steps: a channel that is gone has gate 0
-behind its BatchNorm, and then the network computes what `dhp.prune` leaves (tests check it). Which
-channels fit a budget is counted by the library.
+A ResNet-20 is trained on CIFAR-10. Every row of the table begins with its weights, is brought down
+to a share of its FLOPs, and is trained for the same number of updates, those of a search included.
+All of it is one compiled program of a few dozen updates, whose latents gate what layers read: a
+network with gates of 0 computes what `dhp.prune` leaves (tests check it). The library counts which
+channels fit a budget.
 
 A row is written to DIR/rows.jsonl the moment it is measured. DIR/resnet20.npz holds the weights.
 """
@@ -18,13 +20,17 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+import datetime
 import functools
 import io
 import json
 from pathlib import Path
+import shlex
+import sys
 import time
 from typing import Any, NamedTuple
 
+import flax
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -39,6 +45,14 @@ from dhp_jax.core.layers import Hyper
 from dhp_jax.core.prox import soft_threshold
 from dhp_jax.pruned.fresh_weights import reinitialize
 
+TITLE = "Ways of pruning a trained network at equal cost"
+NOTE = (
+    "ResNet-20 on CIFAR-10 (JPEG): every row begins with the same trained weights and has as many "
+    "updates as any other, those of its search included. Means over the seeds of the order of the "
+    "images, with the least and the most. After the cut: the test error of the first seed with "
+    "renewed statistics, before any update (for a search: after it). Beyond the search: the error "
+    "less that of the search with the same seed; above 0 is worse than the search."
+)
 SHAPE = (32, 32, 3)
 BORDER = 4  # pixels of padding, out of which crops are cut
 MEAN, DEVIATION = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
@@ -46,8 +60,10 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 TEMPERATURE = 4.0  # of the distillation
 PARTS = "train", "test"
 BINARY = "data_batch_*.bin", "test_batch.bin"  # files of CIFAR-10's binary version
+WEIGHTS = "resnet20.npz"
 TARGETS = (0.5, 0.25)  # shares of the FLOPs
 
+Array = jax.Array
 Arrays = dict[str, jax.Array]
 Scores = dict[str, np.ndarray]
 
@@ -64,7 +80,7 @@ class Size:
     updates: int = 980  # of every row
 
 
-REHEARSAL = Size(depth=8, batch=8, segment=1, epochs=1, updates=12)
+REHEARSAL = Size(depth=8, batch=8, segment=1, epochs=1, updates=9)
 
 
 # ---------------------------------------------------------------------------------- the program
@@ -84,19 +100,19 @@ class Plan(NamedTuple):
 
     Attributes:
       mask: 1 for the entries of latents that are there, 0 for those that are gone.
-      amount: by how much each update moves an entry towards 0; towards 1 if negative.
+      amount: by how much the proximal step of each update moves an entry towards 0.
       strength: of the l1 norm of each entry; times the learning rate, it is added to the amount.
-      relative: whether each latent is rescaled to a mean of 1 after every update.
       rate: of the latents, as a multiple of the learning rate.
       distillation: share of the loss that compares with the teacher.
+      both: whether latents multiply the kernels that make their channels, too.
     """
 
     mask: Arrays
     amount: Arrays
     strength: Arrays
-    relative: bool = False
-    rate: float = 0.0
-    distillation: float = 0.0
+    rate: Array | float = 0.0
+    distillation: Array | float = 0.0
+    both: Array | float = 0.0
 
 
 class Batches(NamedTuple):
@@ -117,7 +133,7 @@ class Sums(NamedTuple):
 
 
 class Network:
-    """An ordinary network of the library whose BatchNorms have gates, as pure functions.
+    """An ordinary network of the library with gates on what layers read, as pure functions.
 
     Args:
       depth: of the ResNet.
@@ -132,12 +148,11 @@ class Network:
         self.sizes = {name: z.size for name, z in named.items()}
         self.cost = dhp.measure_cost(self.latents, SHAPE)
         self.layers = {path: layer for path, _, layer in walk(self.latents)}
-        self.gates = {
-            f"{path}.{array}": self.names[layer.z]
-            for path, layer in self.layers.items()
-            if isinstance(layer, dhp.BatchNorm)
-            for array in ("scale", "bias")
-        }
+        self.reads = {}  # the latent that each kernel reads, and that which it makes
+        for path, layer in self.layers.items():
+            if isinstance(layer, Hyper | dhp.Linear):
+                made = self.names[layer.z_out] if isinstance(layer, Hyper) else None
+                self.reads[f"{path}.kernel"] = self.names[layer.z_in], made
         self.graphdef, state = nnx.split(dhp.prune(self.latents))
         self.variables = {".".join(map(str, p)): (p, v) for p, v in nnx.to_flat_state(state)}
 
@@ -166,12 +181,22 @@ class Network:
         ]
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat), copy=True)
 
-    def gated(self, weights: Arrays, gates: Arrays) -> Arrays:
-        """Weights with the scale and bias of each normalised channel times the channel's gate."""
-        return {
-            name: array * gates[self.gates[name]] if self.gates.get(name) in gates else array
-            for name, array in weights.items()
-        }
+    def gated(self, weights: Arrays, gates: Arrays, both: Array | float = 0.0) -> Arrays:
+        """Weights with the rows of each kernel times the gates of the channels that they read.
+
+        Args:
+          weights: of the ordinary network.
+          gates: of prunable latents.
+          both: 1 if the columns are multiplied by the gates of the channels that they make, too;
+            then the kernel is that of a hypernetwork with an embedding of 1 and no biases.
+        """
+        found = dict(weights)
+        for name, (read, made) in self.reads.items():
+            if read in gates:
+                found[name] = found[name] * gates[read][:, None]
+            if made in gates:
+                found[name] = found[name] * (1 + both * (gates[made] - 1))
+        return found
 
     def full(self, value: float) -> dict[str, np.ndarray]:
         """A number for each entry of each prunable latent."""
@@ -202,8 +227,8 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Calla
         crops = jax.vmap(crop)(index, shift)
         return normalised(jnp.where(flip[:, None, None, None], crops[:, :, ::-1], crops))
 
-    def logits_of(weights, gates, statistics, images, training):
-        model = net.model({**net.gated(weights, gates), **statistics})
+    def logits_of(weights, gates, statistics, images, training, both=0.0):
+        model = net.model({**net.gated(weights, gates, both), **statistics})
         model.train() if training else model.eval()
         return model(images).astype(jnp.float32), net.split(model)[1]
 
@@ -224,7 +249,9 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Calla
 
         def loss_of(weights, z):
             gates = jax.tree.map(jnp.multiply, z, plan.mask)
-            logits, statistics = logits_of(weights, gates, run.statistics, images, training=True)
+            logits, statistics = logits_of(
+                weights, gates, run.statistics, images, training=True, both=plan.both
+            )
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
             apart = optax.kl_divergence(jax.nn.log_softmax(logits / TEMPERATURE), target).mean()
             loss = (1 - share) * loss + share * TEMPERATURE**2 * apart
@@ -239,19 +266,14 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Calla
         step, step_z = jax.tree.map(lambda v, g: g + MOMENTUM * v, after, (grads, grads_z))
         weights = jax.tree.map(lambda w, s: w - rate * s, run.weights, step)
 
-        def moved(z, s, mask, amount, strength):
-            z = z - rate * plan.rate * s
-            amount = amount + rate * strength
-            shrunk = soft_threshold(z, jnp.maximum(amount, 0))
-            z = jnp.where(amount < 0, jnp.minimum(z - amount, 1), shrunk)
-            mean = jnp.sum(jnp.abs(z) * mask) / jnp.maximum(jnp.sum(mask), 1)
-            return jnp.where(plan.relative, z / jnp.maximum(mean, 1e-6), z)
+        def moved(z, s, amount, strength):
+            return soft_threshold(z - rate * plan.rate * s, amount + rate * strength)
 
-        z = jax.tree.map(moved, run.z, step_z, plan.mask, plan.amount, plan.strength)
+        z = jax.tree.map(moved, run.z, step_z, plan.amount, plan.strength)
         sums = Sums(jax.tree.map(jnp.abs, terms), jax.tree.map(jnp.square, terms), loss)
         return Run(weights, z, after, statistics), sums
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @jax.jit
     def advance(data, run, plan, teacher, batches):
         def body(carry, batch):
             run, total = carry
@@ -340,9 +362,9 @@ def group_scores(net: Network, weights: Arrays) -> Scores:
 def scale_scores(net: Network, weights: Arrays) -> Scores:
     """The magnitudes of the BatchNorm scales of an entry, added up (slimming)."""
     total = {name: np.zeros(net.sizes[name]) for name in net.prunable}
-    for array, name in net.gates.items():
-        if array.endswith("scale") and name in total:
-            total[name] += np.abs(np.asarray(weights[array], np.float64))
+    for path, layer in net.layers.items():
+        if isinstance(layer, dhp.BatchNorm) and net.names[layer.z] in total:
+            total[net.names[layer.z]] += np.abs(np.asarray(weights[f"{path}.scale"], np.float64))
     return total
 
 
@@ -403,31 +425,23 @@ class Way:
 
     Attributes:
       name: of the row.
-      by: the criterion.
+      by: the criterion; "fade" for the search from trained weights, "dhp" for the paper's.
       power: of the FLOPs, by which the criterion is divided.
-      fade: segments over which entries are brought to zero; 0 cuts at once.
-      steps: in how many steps the budget is reached; 1 for at once.
-      again: whether entries are chosen anew in every segment of a fade in one step.
-      gate_rate: of the latents, as a multiple of the learning rate.
-      strength: of the l1 norm on relative latents, in a search that ends when the budget holds.
+      relative: whether roots of the scores are divided by their mean over each latent.
+      stages: of the search, each a segment long, after one that only measures.
+      strength: of the l1 norm of the paper's search.
       distillation: share of the loss that compares with the unpruned network.
       rate: largest learning rate.
-      relative: whether the scores of each latent are divided by their mean.
-      decay: share of a segment's Taylor terms that the average keeps from before.
     """
 
     name: str
-    by: str = "l1"
+    by: str
     power: float = 0.0
-    fade: int = 0
-    steps: int = 1
-    again: bool = False
-    gate_rate: float = 0.0
+    relative: bool = False
+    stages: int = 0
     strength: float = 0.0
     distillation: float = 0.0
     rate: float = 0.05
-    relative: bool = False
-    decay: float = 0.5
 
 
 class Bench:
@@ -481,21 +495,12 @@ class Bench:
             yield Batches(order[:each].reshape(shape), shift, flip, rate)
             order = order[each:]
 
-    def plan(self, mask: Mapping[str, np.ndarray], **fields: Any) -> Plan:
-
-        def as_arrays(tree):
-            return {name: jnp.asarray(values, jnp.float32) for name, values in tree.items()}
-
+    def plan(self, mask: Mapping[str, np.ndarray], way: Way | None = None, **fields: Any) -> Plan:
+        """A plan of float32 arrays; what is not given is zero."""
         given = {"amount": self.net.full(0), "strength": self.net.full(0)} | fields
-        arrays = {name: as_arrays(given.pop(name)) for name in ("amount", "strength")}
-        numbers = {"relative": False, "rate": 0.0, "distillation": 0.0} | given
-        return Plan(
-            as_arrays(mask),
-            **arrays,
-            relative=jnp.asarray(numbers["relative"]),
-            rate=jnp.float32(numbers["rate"]),
-            distillation=jnp.float32(numbers["distillation"]),
-        )
+        given |= {"distillation": way.distillation if way else 0.0}
+        plan = Plan(dict(mask), **given)
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), plan)
 
     def step(self, run: Run, plan: Plan, batches: Batches) -> tuple[Run, Sums]:
         return self.advance(run, plan, self.teacher, batches)
@@ -508,16 +513,17 @@ def cosine(peak: float, updates: int, warm_up: int) -> np.ndarray:
     return peak * np.where(at < warm_up, (at + 1) / warm_up, down)
 
 
-def train(bench: Bench, mask: Mapping[str, np.ndarray], seed: int, epochs: int) -> Run:
-    """Training from fresh weights, of the whole network or of one with less channels."""
+def train(
+    bench: Bench, start: Mapping[str, np.ndarray], rate: float, seed: int, epochs: int
+) -> Run:
+    """Training of the whole network."""
     size = bench.size
     segments = max(2, round(epochs * len(bench.train[1]) / size.batch / size.segment))
     updates = segments * size.segment
-    run, plan = bench.begin(bench.net.fresh(seed)), bench.plan(mask)
-    rates = cosine(size.rate, updates, min(2 * size.segment, updates // 2))
+    run, plan = bench.begin(start), bench.plan(bench.net.full(1))
+    rates = cosine(rate, updates, min(2 * size.segment, updates // 2))
     for batches in bench.batches(1000 + seed, rates):
         run, sums = bench.step(run, plan, batches)
-    jax.block_until_ready(run)
     if not np.isfinite(float(sums.loss)):
         raise RuntimeError("the training has diverged")
     return run
@@ -542,22 +548,51 @@ def uniform(net: Network, scores: Scores, flops: float) -> dict[str, np.ndarray]
     return kept
 
 
-def pruned_row(bench: Bench, way: Way, flops: float, seed: int) -> None:
-    """Prunes the trained network in one way, trains what is left, and writes the row."""
-    began, size = time.monotonic(), bench.size
+def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = False) -> None:
+    """Prunes the trained network in one way, trains what is left, and writes the row.
+
+    Args:
+      bench: what rows share.
+      way: how.
+      flops: the share that is left.
+      seed: of the order of the images, and of what is drawn.
+      look: whether the network is tested right after the cut, too, its statistics renewed.
+    """
+    began, net, size = time.monotonic(), bench.net, bench.size
     run = bench.begin(bench.trained)
-    rates = cosine(way.rate, size.updates, size.segment)
-    stream = bench.batches(seed, rates)
-    options = {"rate": way.gate_rate, "distillation": way.distillation}
-    history = []
-    if way.fade:
-        run, mask = faded(bench, way, flops, run, stream, options, history)
+    stream = bench.batches(seed, cosine(way.rate, size.updates, size.segment))
+    if way.by == "fade":
+        run, mask = faded(bench, way, flops, run, stream)
+    elif way.by == "dhp":
+        run, mask = shrunk(bench, way, flops, run, stream)
     else:
         mask = cut(bench, way, flops, seed)
-    plan = bench.plan(mask, **options)
+    plan = bench.plan(mask, way)
+    after_cut = error_after_cut(bench, run, mask) if look else None
     for batches in stream:
         run, sums = bench.step(run, plan, batches)
-    finished(bench, way.name, asdict(way), flops, seed, run, mask, began, sums, history)
+    counts = net.sizes | {name: int(np.sum(kept)) for name, kept in mask.items()}
+    bench.write(
+        name=way.name,
+        target=flops,
+        seed=seed,
+        **bench.evaluate(run, plan.mask),
+        after_cut=after_cut,
+        train_loss=float(sums.loss),
+        **net.cost.shares(counts),
+        widths={name: counts[name] for name in net.prunable},
+        updates=size.updates,
+        seconds=round(time.monotonic() - began, 3),
+        way=asdict(way),
+    )
+
+
+def error_after_cut(bench: Bench, run: Run, mask: Mapping[str, np.ndarray]) -> float:
+    """The test error, in percent, once a segment without updates has renewed the statistics."""
+    plan = bench.plan(mask)
+    (batches,) = bench.batches(778, np.zeros(bench.size.segment))
+    run, _ = bench.step(run, plan, batches)
+    return bench.evaluate(run, plan.mask)["error"]
 
 
 def cut(bench: Bench, way: Way, flops: float, seed: int) -> dict[str, np.ndarray]:
@@ -573,213 +608,131 @@ def cut(bench: Bench, way: Way, flops: float, seed: int) -> dict[str, np.ndarray
     return choose(net, per_cost(net, scores, way.power, {}), flops)
 
 
-def finished(bench, name, way, flops, seed, run, mask, began, sums=None, history=()) -> None:
-    """Measures a network and writes its row."""
-    counts = {**bench.net.sizes, **{k: int(np.sum(v)) for k, v in mask.items()}}
-    bench.write(
-        name=name,
-        target=flops,
-        seed=seed,
-        **bench.evaluate(run, bench.plan(mask).mask),
-        train_loss=None if sums is None else float(sums.loss),
-        **bench.net.cost.shares(counts),
-        widths={name: counts[name] for name in bench.net.prunable},
-        updates=bench.size.updates,
-        seconds=round(time.monotonic() - began, 3),
-        history=list(history),
-        way=way,
-    )
+def faded(bench: Bench, way: Way, flops: float, run: Run, stream: Iterator[Batches]):
+    """The search from trained weights: what the budget has no room for fades, stage by stage.
 
-
-def faded(bench, way, flops, run, stream, options, history):
-    """Brings the entries that a budget has no room for to zero, little by little.
-
-    The first segment only measures (and trains). Then, in every segment, the entries that are to go
-    move towards zero by the same amount in every update: a proximal step of the l1 norm, of the
-    strength that brings them there in time.
+    The first segment only trains, and averages squared Taylor terms. Each of the others brings to
+    zero what has to go by then; see `dhp.fade_to_budget`.
     """
-    net, size = bench.net, bench.size
-    mask = net.full(1)
-    average = None
-
-    def observe(sums):
-        nonlocal average
-        terms = sums.absolute if way.by == "taylor" else sums.squares
-        terms = {name: np.asarray(values, np.float64) for name, values in terms.items()}
-        if average is None:
-            average = terms
-        else:
-            average = {
-                name: way.decay * average[name] + (1 - way.decay) * terms[name] for name in terms
-            }
-
-    def ranked():
-        counts = {name: int(values.sum()) for name, values in mask.items()}
-        scores = average if way.by.startswith("taylor") else bench.scores[way.by]
-        scores = per_cost(net, scores, way.power, counts)
-        return {name: np.maximum(scores[name], 1e-30) * mask[name] for name in mask}
-
-    if way.by == "latent":
-        strength = {name: way.strength * mask[name] for name in mask}
-        if way.power:  # in proportion to what an entry costs; 1 on average
-            cost = per_cost(net, net.full(1), -way.power, {})
-            mean = np.mean(np.concatenate(list(cost.values())))
-            strength = {name: strength[name] * cost[name] / mean for name in mask}
-        plan = bench.plan(mask, strength=strength, relative=True, **options)
-        for _ in range(way.fade):
-            run, sums = bench.step(run, plan, next(stream))
-        history += [np.asarray(values).round(4).tolist() for values in run.z.values()]
-        scores = {name: np.abs(np.asarray(run.z[name], np.float64)) for name in mask}
-        return run, choose(net, scores, flops)
-    run, sums = bench.step(run, bench.plan(mask, **options), next(stream))
-    observe(sums)
-    if way.steps == 1:
-        keep = None
-        for left in range(way.fade, 0, -1):
-            if keep is None or way.again:
-                keep = choose(net, unfaded(ranked(), run.z, way), flops)
-            amount = {
-                name: np.where(
-                    keep[name],
-                    -1.0 / (way.fade * size.segment),
-                    np.asarray(run.z[name]) / (left * size.segment),
-                )
-                for name in mask
-            }
-            plan = bench.plan(mask, amount=amount, **options)
-            run, sums = bench.step(run, plan, next(stream))
-            observe(sums)
-        mask = {name: keep[name].astype(float) for name in mask}
-    else:
-        each = way.fade // way.steps
-        for number in range(1, way.steps + 1):
-            share = 1 - (1 - flops) * (1 - (1 - number / way.steps) ** 2)
-            share = flops if number == way.steps else max(share, flops)
-            keep = choose(net, ranked(), share)
-            amount = {
-                name: np.where(keep[name], 0, np.asarray(run.z[name]) / (each * size.segment))
-                for name in mask
-            }
-            plan = bench.plan(mask, amount=amount, **options)
-            for _ in range(each):
-                run, sums = bench.step(run, plan, next(stream))
-            observe(sums)
-            mask = {name: mask[name] * keep[name] for name in mask}
-            history.append({"share": share, "train_loss": float(sums.loss)})
+    net, mask = bench.net, bench.net.full(1)
+    run, sums = bench.step(run, bench.plan(mask, way), next(stream))
+    average = jax.tree.map(np.asarray, sums.squares)
+    for stage in range(1, way.stages + 1):
+        share = 1 - (1 - flops) * (1 - (1 - stage / way.stages) ** 2)
+        counts = {name: int(there.sum()) for name, there in mask.items()}
+        scores = per_cost(net, average, way.power, counts)
+        scores = {name: np.maximum(scores[name], 1e-30) * mask[name] for name in mask}
+        keep = choose(net, scores, share)
+        amount = {
+            name: np.where(keep[name], 0, np.asarray(run.z[name]) / bench.size.segment)
+            for name in mask
+        }
+        run, sums = bench.step(run, bench.plan(mask, way, amount=amount), next(stream))
+        average = jax.tree.map(lambda a, s: (a + np.asarray(s)) / 2, average, sums.squares)
+        mask = {name: mask[name] * keep[name] for name in mask}
     return run, mask
 
 
-def unfaded(scores: Scores, z: Arrays, way: Way) -> Scores:
-    """Taylor terms as they would be with gates at 1: `(g z)^2 / z^2`."""
-    if not way.again:
-        return scores
-    power = 1 if way.by == "taylor" else 2 if way.by == "taylor_square" else 0
-    return {
-        name: values / np.maximum(np.asarray(z[name], np.float64), 0.1) ** power
-        for name, values in scores.items()
-    }
+def shrunk(bench: Bench, way: Way, flops: float, run: Run, stream: Iterator[Batches]):
+    """The paper's search, from trained kernels with all latents at 1, and its cut by magnitude.
+
+    Latents are in the kernels that make their channels and in those that read them, and are
+    trained; an l1 norm of one strength is on all. Then the kernels are generated once.
+    """
+    net, mask = bench.net, bench.net.full(1)
+    strength = {name: way.strength * ones for name, ones in mask.items()}
+    plan = bench.plan(mask, way, strength=strength, rate=1.0, both=1.0)
+    for _ in range(way.stages + 1):
+        run, _ = bench.step(run, plan, next(stream))
+    z = {name: np.abs(np.asarray(x, np.float64)) for name, x in run.z.items()}
+    arrays = {**net.gated(run.weights, run.z, 1.0), **run.statistics}
+    arrays = {name: np.asarray(x, np.float32) for name, x in arrays.items()}
+    return bench.begin(arrays), choose(net, z, flops)
 
 
 # ----------------------------------------------------------------------------------- the stages
 
 
 def train_stage(bench: Bench, options: argparse.Namespace) -> None:
-    """Trains the network and keeps it, its kernels in half precision."""
-    began = time.monotonic()
-    run = train(bench, bench.net.full(1), options.seed, bench.size.epochs)
+    """Trains the network, or goes on with one, and keeps it, its kernels in half precision."""
+    began, size = time.monotonic(), bench.size
+    start, rate = bench.net.fresh(options.seed), size.rate
+    if options.weights is not None:
+        start, rate = stored(options.weights), size.rate / 4
+    run = train(bench, start, rate, options.seed, size.epochs)
     arrays = {name: np.asarray(x) for name, x in {**run.weights, **run.statistics}.items()}
     arrays = {
         name: x.astype(np.float16) if name.endswith("kernel") else x.astype(np.float32)
         for name, x in arrays.items()
     }
-    np.savez_compressed(bench.out / "resnet20.npz", **arrays)
+    np.savez_compressed(bench.out / WEIGHTS, **arrays)
+    run = bench.begin(stored(bench.out / WEIGHTS))
     bench.write(
         name="unpruned",
-        epochs=bench.size.epochs,
+        epochs=size.epochs,
         seed=options.seed,
-        seconds=round(time.monotonic() - began, 3),
+        goes_on=options.weights is not None,
         **bench.evaluate(run, bench.plan(bench.net.full(1)).mask),
+        seconds=round(time.monotonic() - began, 3),
     )
 
 
-def load(bench: Bench, path: Path) -> None:
+def stored(path: Path) -> dict[str, np.ndarray]:
+    """Weights and statistics that the stage train has kept."""
+    with np.load(path) as file:
+        return {name: file[name].astype(np.float32) for name in file.files}
+
+
+def load(bench: Bench, options: argparse.Namespace) -> None:
     """Takes the trained network as what all rows begin with, and as the teacher."""
-    with np.load(path) as stored:
-        bench.trained = {name: stored[name].astype(np.float32) for name in stored.files}
+    own = bench.out / WEIGHTS
+    bench.trained = stored(own if own.exists() else options.weights)
     run = bench.begin(bench.trained)
     bench.teacher = run.weights, run.z, run.statistics
     bench.scores = magnitude_scores(bench.net, bench.trained)
-    bench.scores |= measure_taylor(bench, bench.begin(bench.trained))
+    bench.scores |= measure_taylor(bench, run)
 
 
-CRITERIA = ("l1", "group", "taylor", "taylor_square", "scale", "fpgm", "l2", "random", "uniform_l1")
-FADED = Way("", by="taylor_square", fade=6)
+CRITERIA = ("l1", "group", "taylor_square", "scale", "fpgm", "random", "uniform_l1")
+ONE = {by: Way(by, by=by) for by in (*CRITERIA, "taylor", "l2", "uniform_taylor_square")}
+FADE = Way("fade", by="fade", power=1.0, stages=6)
+DISTILLED = (
+    replace(FADE, name="fade, distilled", distillation=0.9),
+    replace(ONE["l1"], name="l1, distilled", distillation=0.9),
+)
+PER_FLOP = Way("taylor_square per flop^0.5", by="taylor_square", power=0.5)
+PAPER = Way("dhp, latents in kernels", by="dhp", stages=6, strength=0.04)
 
 
 def explore_stage(bench: Bench, options: argparse.Namespace) -> None:
-    """Short runs of many ways, the most telling ones first, as many as there is time for."""
-    load(bench, options.weights or bench.out / "resnet20.npz")
-    tried = list(exploration())
-    for seed, flops, way in tried[2::7] if options.rehearse else tried:
+    """Single runs of many ways at a quarter of the FLOPs, the most telling ones first."""
+    load(bench, options)
+    half = replace(FADE, name="fade per flop^0.5", power=0.5)
+    ways = [ONE["l1"], ONE["taylor_square"], half, FADE, ONE["random"], ONE["uniform_l1"]]
+    ways += [ONE["uniform_taylor_square"], PER_FLOP]
+    ways += [replace(PER_FLOP, name="taylor_square per flop", power=1.0)]
+    ways += [Way("root of taylor_square, mean 1", by="taylor_square", relative=True)]
+    ways += [replace(ONE["l1"], name=f"l1, rate {rate}", rate=rate) for rate in (0.02, 0.1)]
+    ways += [replace(half, name="fade per flop^0.5, distilled", distillation=0.9), DISTILLED[1]]
+    ways += [replace(FADE, name="fade, not per flop", power=0.0)]
+    for way in ways[:: 3 if options.rehearse else 1]:
         if bench.left() < 0:
             return
-        pruned_row(bench, way, flops, seed)
-
-
-def exploration() -> Iterator[tuple[int, float, Way]]:
-    """What is tried in which order: seed, target and row."""
-    one = {by: Way(by, by=by) for by in (*CRITERIA, "uniform_taylor_square")}
-    for power in (0.5, 1.0):
-        name = f"taylor_square per flop^{power}"
-        one[name] = Way(name, by="taylor_square", power=power)
-    one["root"] = Way("root of taylor_square, mean 1", by="taylor_square", relative=True)
-    steps = {
-        power: replace(FADED, name=f"six steps, per flop^{power}", steps=6, power=power)
-        for power in (0.0, 0.5, 1.0)
-    }
-    half = steps[0.5]
-    more = [
-        replace(half, name="six steps, absolute, per flop^0.5", by="taylor"),
-        replace(half, name="one step", steps=1),
-        replace(half, name="one step, chosen again", steps=1, again=True),
-        replace(half, name="one step, l1", by="l1", steps=1, power=0.0),
-        replace(half, name="ten steps", fade=10, steps=10),
-        replace(half, name="three steps", fade=3, steps=3),
-        replace(half, name="six steps, gates trained", gate_rate=1.0),
-        Way("relative latents", by="latent", fade=6, gate_rate=1.0, strength=0.5),
-    ]
-    distilled = replace(half, name="six steps, per flop^0.5, distilled 0.9", distillation=0.9)
-    l1_distilled = replace(one["l1"], name="l1, distilled 0.9", distillation=0.9)
-    rates = [replace(one["l1"], name=f"l1, rate {rate}", rate=rate) for rate in (0.02, 0.1)]
-    at_once = [
-        one[name] for name in one if name.startswith(("uniform", "taylor_square per", "root"))
-    ]
-    for way in [one["l1"], one["taylor_square"], half, steps[1.0], one["random"], *at_once, *rates]:
-        yield 10, 0.25, way
-    for way in [distilled, l1_distilled, steps[0.0], more[2], more[-1]]:
-        yield 10, 0.25, way
-    for way in [one["l1"], half, steps[1.0], one["taylor_square"], distilled, one["uniform_l1"]]:
-        yield 10, 0.5, way
-    for way in [one["group"], *more[:2], *more[3:-1], one["taylor"], one["scale"], one["fpgm"]]:
-        yield 10, 0.25, way
-    for seed in (11, 12):
-        for flops in (0.25, 0.5):
-            for way in [one["l1"], half, steps[1.0], one["taylor_square"], one["group"]]:
-                yield seed, flops, way
-    for way in [one["random"], one["scale"], one["fpgm"], one["taylor"], one["group"], more[-1]]:
-        yield 10, 0.5, way
+        pruned_row(bench, way, 0.25, 10)
 
 
 def final_stage(bench: Bench, options: argparse.Namespace) -> None:
-    """The table: every row for every seed, both targets."""
-    load(bench, options.weights or bench.out / "resnet20.npz")
-    ways = [Way(by, by=by) for by in CRITERIA]
-    for seed in options.seeds:
-        for flops in TARGETS:
-            for way in ways:
-                if bench.left() < 0:
-                    return
-                pruned_row(bench, way, flops, seed)
+    """The table: what matters most is measured first, for every seed and both targets."""
+    load(bench, options)
+    first = [FADE, *(ONE[by] for by in CRITERIA)]
+    others = [*DISTILLED], [PER_FLOP, PAPER], [replace(FADE, name="fade per flop^0.5", power=0.5)]
+    for ways in (first, *others):
+        for seed in options.seeds:
+            for flops in TARGETS:
+                for way in ways[:: -5 if options.rehearse else 1]:
+                    if bench.left() < 0:
+                        return
+                    pruned_row(bench, way, flops, seed, look=seed == options.seeds[0])
 
 
 STAGES = {"train": train_stage, "explore": explore_stage, "final": final_stage}
@@ -803,7 +756,7 @@ def read(path: Path, rehearse: bool) -> tuple[tuple, tuple]:
     if path.suffix == ".npz":
         with np.load(path) as stored:
             return tuple((stored[f"{part}_images"], stored[f"{part}_labels"]) for part in PARTS)
-    from cifar10_pack import unpacked
+    from cifar10_pack import unpacked  # needs the library's data
 
     splits, _ = unpacked(path.read_bytes())
     return tuple((decoded(images), np.asarray(labels)) for images, labels in map(splits.get, PARTS))
@@ -829,6 +782,59 @@ def decoded(images: Sequence[bytes]) -> np.ndarray:
         return np.concatenate([np.stack(part) for part in pool.map(some, parts)])
 
 
+def table(rows: Sequence[dict]) -> str:
+    """Means over the seeds, with the least and the most, and what is lost against the search."""
+    from record import table_of  # imports more than a device needs
+
+    errors: dict[tuple[str, float], dict[int, dict]] = {}
+    for row in rows:
+        if "target" in row:
+            errors.setdefault((row["name"], row["target"]), {})[row["seed"]] = row
+    columns = ["row"]
+    for target in TARGETS:
+        columns += [f">{target:.0%}: params", ">after the cut", ">test error", ">beyond the search"]
+    lines = []
+    for name in dict.fromkeys(name for name, _ in errors):
+        line = [name]
+        for target in TARGETS:
+            line += cells(errors.get((name, target), {}), errors.get((FADE.name, target), {}))
+        lines.append(line)
+    return table_of([*columns, ">seeds"], [[*line, seeds_of(errors, line[0])] for line in lines])
+
+
+def cells(found: Mapping[int, dict], search: Mapping[int, dict]) -> list[str]:
+    """Of one row and target: params, the error after the cut and at the end, and differences."""
+    if not found:
+        return ["", "", "", ""]
+    errors = [row["error"] for row in found.values()]
+    apart = [row["error"] - search[seed]["error"] for seed, row in found.items() if seed in search]
+    after = [row["after_cut"] for row in found.values() if row.get("after_cut") is not None]
+    return [
+        f"{np.mean([row['params'] for row in found.values()]):.0%}",
+        f"{np.mean(after):.1f} %" if after else "",
+        f"{np.mean(errors):.2f} % ({min(errors):.2f} to {max(errors):.2f})",
+        f"{np.mean(apart):+.2f} ({min(apart):+.2f} to {max(apart):+.2f})" if apart else "",
+    ]
+
+
+def seeds_of(errors: Mapping[tuple[str, float], dict], name: str) -> str:
+    return ", ".join(str(len(errors[name, t])) for t in TARGETS if (name, t) in errors)
+
+
+def publish(options: argparse.Namespace) -> None:
+    """Makes NAME.json and NAME.md of the rows that a device has measured."""
+    from record import write
+
+    rows = [json.loads(line) for line in options.table.read_text().splitlines()]
+    about = next(row for row in rows if row["name"] == "begin")
+    about = {key: about[key] for key in ("date", "command", "commit", "hardware", "versions")}
+    unpruned = [row["error"] for row in rows if row["name"] == "unpruned"]
+    whole = f" The unpruned network has {unpruned[0]:.2f} %." if unpruned else ""
+    note = f"{options.note} {NOTE}{whole}".strip()
+    print(table(rows))
+    write(options.out, options.name, TITLE, note, rows, table(rows), about)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="CIFAR-10: train_images, ..., test_labels")
@@ -838,17 +844,31 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no row begins")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the rows")
+    parser.add_argument("--table", type=Path, help="rows.jsonl: publish it, measure nothing")
+    parser.add_argument("--name", default="from_trained", help="of the files of --table")
+    parser.add_argument("--note", default="", help="put before the table")
+    parser.add_argument("--commit", default="", help="of the code, for the record")
     parser.add_argument("--epochs", type=int, help="of the training")
     parser.add_argument("--updates", type=int, help="of every row")
     parser.add_argument("--rehearse", action="store_true", help="a smoke run of a minute on a CPU")
     options = parser.parse_args()
+    if options.table is not None:
+        return publish(options)
     size = REHEARSAL if options.rehearse else Size()
     given = {name: getattr(options, name) for name in ("epochs", "updates")}
     size = replace(size, **{name: value for name, value in given.items() if value is not None})
     if size.updates % size.segment:
         parser.error(f"--updates: expected a multiple of {size.segment}, got {size.updates}")
     bench = Bench(options, size)
-    bench.write(name="begin", device=str(jax.devices()[0].device_kind), jax=jax.__version__)
+    bench.write(
+        name="begin",
+        date=datetime.date.today().isoformat(),
+        command=shlex.join(["python", *sys.argv]),
+        commit=options.commit,
+        hardware=str(jax.devices()[0].device_kind),
+        versions={module.__name__: module.__version__ for module in (dhp, jax, flax, optax)},
+        size=asdict(size),
+    )
     for stage in options.stages:
         began = time.monotonic()
         STAGES[stage](bench, options)

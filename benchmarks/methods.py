@@ -34,8 +34,8 @@ from dhp_jax.workdir.identity import (
     MAY_CHANGE_GROUPS,
     MAY_GROW,
     MAY_MOVE,
-    data_checksums,
-    flat,
+    flatten,
+    read_data_checksums,
 )
 from dhp_jax.workdir.reader import SUMMARY
 
@@ -158,7 +158,7 @@ def runs_in(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
 def check_alike(configs: Mapping[Path, Mapping[str, Any]]) -> None:
     """Raises unless runs have the same network, data, budget and recipes."""
     for (run, config), (other, others) in itertools.combinations(configs.items(), 2):
-        here, there = flat(config), flat(others)
+        here, there = flatten(config), flatten(others)
         for name in sorted({*here, *there}):
             may = may_differ(name, config["method"], others["method"])
             if not may and here.get(name) != there.get(name):
@@ -167,7 +167,7 @@ def check_alike(configs: Mapping[Path, Mapping[str, Any]]) -> None:
                     f"{here.get(name)!r} in {run} and {there.get(name)!r} in {other}"
                 )
     for run, other in itertools.pairwise(configs):
-        if data_checksums(run) != data_checksums(other):
+        if read_data_checksums(run) != read_data_checksums(other):
             raise ValueError(
                 f"folder: expected runs on the same images; those of {run} and {other} differ in "
                 "names, sizes or statistics"

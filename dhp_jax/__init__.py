@@ -5,6 +5,7 @@ from dhp_jax.artifact.writing import save
 from dhp_jax.backend.inference import inference
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets.counted import BudgetError
+from dhp_jax.budgets.gradual import fade_to_budget
 from dhp_jax.budgets.importance import (
     fpgm_scores,
     group_scores,
@@ -56,6 +57,7 @@ __all__ = [
     "check_axes",
     "compiler_options",
     "concat",
+    "fade_to_budget",
     "fold",
     "fpgm_scores",
     "group_scores",

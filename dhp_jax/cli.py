@@ -1,4 +1,4 @@
-"""What commands on saved networks have in common: which one, its notes, one line for an error."""
+"""What commands on saved networks share: finding a network, its notes, one line for an error."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -24,18 +24,18 @@ from dhp_jax.errors import shown
 from dhp_jax.models.registry import task_of
 from dhp_jax.workdir import target_dirs
 
-WHICH = ("model", "best", "pruned", "search")  # what a run leaves
+WHICH = ("model", "best", "pruned", "search")  # the networks of a run
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of arguments whose errors are one line."""
+    """A parser of arguments that prints an error as one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
 def parser(description: str) -> Parser:
-    """A parser of the arguments that tell which network is meant."""
+    """A parser of the arguments that say which network is meant."""
     made = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("model", type=Path, help="a run's folder, or one that dhp.save wrote")
     made.add_argument("--which", choices=WHICH, help="of a run's networks; model by default")
@@ -46,7 +46,7 @@ def parser(description: str) -> Parser:
 def run(main: Callable[[Sequence[str]], None]) -> int:
     """Runs a command on the arguments given to the process; returns its exit code.
 
-    That is 2 for wrong input, and 1 for work that has failed, which is a `RuntimeError`.
+    It is 2 for wrong input, and 1 where the work failed (`RuntimeError`).
     """
     try:
         main(sys.argv[1:])
@@ -58,12 +58,12 @@ def run(main: Callable[[Sequence[str]], None]) -> int:
 
 @dataclass(frozen=True)
 class Saved:
-    """A network from a folder, ordinary and in evaluation mode, with what was noted of it.
+    """A saved network, ordinary and in evaluation mode, with its notes.
 
     Attributes:
       path: the folder.
-      model: the network; latents are gone.
-      notes: JSON values.
+      model: the network, without latents.
+      notes: JSON values that were saved with it.
     """
 
     path: Path
@@ -72,18 +72,18 @@ class Saved:
 
     @property
     def task(self) -> str | None:
-        """What it is for; of networks without that note, what their family is for."""
+        """Its task; without a note, the task of its family."""
         family = architecture_of(self.model).family
         return self.notes.get("task", family and task_of(family))
 
     @property
     def input_shape(self) -> tuple[int, ...] | None:
-        """Of one example."""
+        """Shape of one example, `(h, w, c)`."""
         shape = self.notes.get("input_shape")
         return None if shape is None else tuple(shape)
 
     def inputs(self, images: UInt8[np.ndarray, "n h w c"]) -> Float[Array, "n h w c"]:
-        """What the network takes for images of 0 .. 255.
+        """The network's inputs for images of 0 .. 255.
 
         Raises:
           ValueError: it classifies, and mean and standard deviation of its data are not noted.

@@ -82,7 +82,7 @@ class NonFiniteError(FloatingPointError):
         return f"{self.phase}: {self.detail}"
 
 
-LONGEST = 200  # characters of a value in a message
+MAX_SHOWN = 200  # characters of a value in a message
 
 
 def shown(value: Any) -> str:
@@ -92,7 +92,9 @@ def shown(value: Any) -> str:
     except Exception:  # an integer of thousands of digits, lists too deep, a class of one's own
         return f"<{type(value).__name__} that cannot be shown>"
     text = _one_line(text)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 4 :]}"
+    if len(text) <= MAX_SHOWN:
+        return text
+    return f"{text[: MAX_SHOWN // 2]}...{text[-MAX_SHOWN // 4 :]}"
 
 
 def _one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens to the process or to the power."""
+"""Files that are whole or absent, even if the process or the machine dies while writing."""
 
 import os
 from pathlib import Path
@@ -6,10 +6,10 @@ import shutil
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
-    """Replaces a file's content; a reader finds what was there before, or all of this.
+    """Replaces a file's content; a reader finds the old content or all of the new.
 
     Raises:
-      OSError: it cannot be written; what was there before is still there.
+      OSError: it cannot be written; the old content is still there.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
@@ -25,21 +25,21 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def user_cache(name: str) -> Path:
-    """Where what can be made again is kept: `dhp_jax/NAME` in the user's cache folder."""
+    """A folder for what can be made again: `dhp_jax/NAME` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "dhp_jax" / name
 
 
 def unfinished(path: Path) -> Path:
-    """Where a file is while it is written; what is left of it after a death means nothing."""
+    """The path of a file while it is being written; a crash may leave such a file behind."""
     return path.with_name(f".{path.name}.unfinished")
 
 
 def put(part: Path, path: Path) -> None:
-    """Gives a finished file or folder its name; what had it goes.
+    """Renames a finished file or folder to its final path, and removes what was there.
 
     Raises:
-      OSError: it cannot have it; what was there before is still there.
+      OSError: it cannot be renamed; what was there before is still there.
     """
     if not part.is_dir():
         part.replace(path)

@@ -197,8 +197,10 @@ def _build_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
             raise ValueError("expected a network of the arrays in the file, got one of more layers")
         return jax.random.key(0)
 
+    arguments = {**registry.absent(family), **description["arguments"]}
+
     def build() -> nnx.Module:
-        return registry.build(family, rngs=SimpleNamespace(params=draw), **description["arguments"])
+        return registry.build(family, rngs=SimpleNamespace(params=draw), **arguments)
 
     try:
         return nnx.eval_shape(build)

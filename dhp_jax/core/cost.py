@@ -1,11 +1,11 @@
 """FLOPs, params and activations of a network, whole or pruned.
 
 FLOPs are multiply-accumulates: convolutions (transposed ones as if every tap met every output) and
-linear layers, plus 2 for every normalised element and 1 for every element of a `Bias` layer; biases
-of convolutions are not counted. Params are kernels, biases, BatchNorm scales and biases, slopes of
-PReLU. Activations are the bytes of the outputs of all layers that have FLOPs, each in the dtype
-that it computes in, for one example: a sum, and not the peak. What ReLU, pools and additions return
-is not counted.
+linear layers, plus 2 for every normalised element and 1 for every element of the last call of a
+`ReLU` or PReLU layer; biases and `nnx.relu` are not counted. Params are kernels, biases, BatchNorm
+scales and biases, slopes of PReLU. Activations are the bytes of the outputs of all other layers
+that have FLOPs, each in the dtype that it computes in, for one example: a sum, and not the peak.
+What ReLU, pools and additions return is not counted.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
+from dhp_jax.core.activations import ReLU
 from dhp_jax.core.latent import Axis, Latent, latents, walk
 from dhp_jax.core.layers import BatchNorm, Bias, ChannelBias, HyperConv, HyperConvTranspose, Linear
 from dhp_jax.core.surgery import override
@@ -52,8 +53,9 @@ class Width:
 class LayerCost:
     """The cost of one call of a layer.
 
-    FLOPs are `flops_terms[0] * in * out + flops_terms[1] * out`, params and activations likewise. A
-    layer that is called again costs FLOPs and activations again, but no params.
+    FLOPs are `flops_terms[0] * in * out + flops_terms[1] * out`, activations likewise, and params
+    too, plus `params_terms[2]` if there is one. A layer that is called again costs FLOPs and
+    activations again, but no params.
     """
 
     path: str
@@ -61,7 +63,7 @@ class LayerCost:
     inputs: Width
     outputs: Width
     flops_terms: tuple[int, int]
-    params_terms: tuple[int, int]
+    params_terms: tuple[int, ...]
     activations_terms: tuple[int, int]
 
     def amounts(self, counts: Counts) -> "tuple[int | Array, ...]":
@@ -82,8 +84,8 @@ class LayerCost:
 
     def _evaluate(self, n_in, n_out):
         return tuple(
-            per_pair * n_in * n_out + per_output * n_out
-            for per_pair, per_output in (
+            per_pair * n_in * n_out + per_output * n_out + sum(fixed)
+            for per_pair, per_output, *fixed in (
                 self.flops_terms,
                 self.params_terms,
                 self.activations_terms,
@@ -191,7 +193,11 @@ def measure_cost(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
     check_input_shape(input_shape)
     calls, names = _trace(model, input_shape)
     layers, seen = [], set()
-    for path, layer, output in calls:
+    last = {path: call for call, (path, _, _) in enumerate(calls)}
+    for call, (path, layer, output) in enumerate(calls):
+        is_activation = isinstance(layer, ReLU | nnx.PReLU)
+        if is_activation and call != last[path]:
+            continue
         inputs, outputs, flops_terms, params_terms = layer_terms(layer, output.shape)
         outputs = _width(outputs, names)
         layers.append(
@@ -202,14 +208,16 @@ def measure_cost(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
                 outputs=outputs,
                 flops_terms=flops_terms,
                 params_terms=(0, 0) if path in seen else params_terms,
-                activations_terms=(0, any(flops_terms) * output.nbytes // outputs.full),
+                activations_terms=(0, 0)
+                if is_activation
+                else (0, any(flops_terms) * output.nbytes // outputs.full),
             )
         )
         seen.add(path)
     return Cost(tuple(layers), {name: latent.size for latent, name in names.items()})
 
 
-Terms = tuple["Axis | int", "Axis | int", tuple[int, int], tuple[int, int]]
+Terms = tuple["Axis | int", "Axis | int", tuple[int, int], tuple[int, ...]]
 
 
 @functools.singledispatch
@@ -221,8 +229,9 @@ def layer_terms(layer: nnx.Module, output_shape: tuple[int, ...]) -> Terms | Non
       output_shape: shape of what the call returned, batch of one.
 
     Returns:
-      Input and output width (an axis, or a number), and the pairs `(per in * out, per out)` of
-      FLOPs and params; `None` for a module that costs nothing itself.
+      Input and output width (an axis, or a number), the pair `(per in * out, per out)` of FLOPs,
+      and that of params, to which a third number may be added; `None` for a module that costs
+      nothing itself.
     """
     return None
 
@@ -254,12 +263,14 @@ def _(layer: nnx.BatchNorm, output_shape):
 @layer_terms.register
 def _(layer: ChannelBias, output_shape):
     channels = layer.z if isinstance(layer, Bias) else layer.num_features
-    return channels, channels, (0, math.prod(output_shape) // layer.num_features), (0, 1)
+    return channels, channels, (0, 0), (0, 1)
 
 
 @layer_terms.register
-def _(layer: nnx.PReLU, output_shape):
-    return 1, 1, (0, 0), (0, 1)
+def _(layer: ReLU | nnx.PReLU, output_shape):
+    channels = getattr(layer, "z", None) or output_shape[-1]
+    slopes = int(isinstance(layer, nnx.PReLU))
+    return channels, channels, (0, math.prod(output_shape[:-1])), (0, 0, slopes)
 
 
 @layer_terms.register

@@ -6,6 +6,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dhp_jax.core.activations import ReLU
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import HyperConv
 from dhp_jax.errors import ArgumentError, shown
@@ -68,11 +69,12 @@ class DnCNN(nnx.Module):
             ConvBiasNorm(z_in, z_out, dtype=dtype, rngs=rngs)
             for z_in, z_out in zip(self.features[:-1], self.features[1:], strict=True)
         )
+        self.activations = nnx.List(ReLU(z) for z in self.features[1:])
         self.tail = HyperConv(last, self.output, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, images: Float[Array, "n h w channels"]) -> Float[Array, "n h w channels"]:
         check_images(images, self.channels)
         x = nnx.relu(self.head(images))
-        for layer in self.middle:
-            x = nnx.relu(layer(x))
+        for layer, activation in zip(self.middle, self.activations, strict=True):
+            x = activation(layer(x))
         return images + self.tail(x)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from dhp_jax.core.activations import ReLU
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import Bias, HyperConv
 from dhp_jax.models.arguments import check_arguments, check_images
@@ -22,15 +23,19 @@ class Constant(nnx.Variable):
 
 
 class Block(nnx.Module):
-    """Two convolutions, ReLU between them, added to their input."""
+    """Two convolutions, ReLU between them, added to their input.
 
-    def __init__(self, z: Latent, z_hidden: Latent, **options: Any):
+    All blocks of the released network share one ReLU module, and its last call alone counts.
+    """
+
+    def __init__(self, z: Latent, z_hidden: Latent, *, counted: bool, **options: Any):
         self.hidden = z_hidden
+        self.activation = ReLU(z_hidden) if counted else nnx.relu
         self.first = HyperConv(z, z_hidden, (3, 3), padding=1, **options)
         self.second = HyperConv(z_hidden, z, (3, 3), padding=1, **options)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        return x + self.second(nnx.relu(self.first(x)))
+        return x + self.second(self.activation(self.first(x)))
 
 
 class EDSR(nnx.Module):
@@ -95,9 +100,11 @@ class EDSR(nnx.Module):
         self.upsampled = self.body if prune_upsampler else latent(prunable=False)
         self.center = _shift(channels, -1, rngs=rngs)
         self.head = conv(self.image, self.body)
-        self.blocks = nnx.List(Block(self.body, latent(), **options) for _ in range(blocks))
+        self.blocks = nnx.List(
+            Block(self.body, latent(), counted=i == blocks - 1, **options) for i in range(blocks)
+        )
         self.last = conv(self.body, self.body, use_bias=False)
-        self.bias = Bias(self.body, rngs=rngs)  # a layer of its own: see docs/architecture.md
+        self.bias = Bias(self.body, rngs=rngs)
         self.upsampler = Upsampler(self.body, self.upsampled, scale, **options)
         options = {**options, "dtype": jnp.float32}
         self.tail = HyperConv(self.upsampled, self.output, (3, 3), padding=1, **options)

@@ -56,8 +56,14 @@ def build(name: str, *, rngs: nnx.Rngs, **arguments: Any) -> nnx.Module:
         given["dtype"] = _dtype(given["dtype"])
         arguments = {**arguments, "dtype": given["dtype"].name}
     model = FAMILIES[name](**given, rngs=rngs)
-    set_architecture(model, Architecture(name, arguments))
+    said = {argument: _parameters(name)[argument].default for argument in absent(name)}
+    set_architecture(model, Architecture(name, {**said, **arguments}))
     return model
+
+
+def absent(name: str) -> dict[str, Any]:
+    """What a file means that lacks an argument of a family, because it is older than that."""
+    return dict(getattr(FAMILIES[name], "absent", {}))
 
 
 def task_of(name: str) -> str:

@@ -6,6 +6,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dhp_jax.core.activations import PReLU
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import HyperConv
 from dhp_jax.models.arguments import check_arguments, check_images
@@ -19,7 +20,7 @@ class Block(nnx.Module):
     def __init__(self, z: Latent, z_hidden: Latent, *, dtype: Any, rngs: nnx.Rngs):
         self.hidden = z_hidden
         self.first = ConvBiasNorm(z, z_hidden, dtype=dtype, rngs=rngs)
-        self.activation = nnx.PReLU(0.25, dtype=dtype)
+        self.activation = PReLU(z_hidden, dtype=dtype)
         self.second = ConvBiasNorm(z_hidden, z, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
@@ -77,7 +78,7 @@ class SRResNet(nnx.Module):
         self.body = latent()
         self.upsampled = self.body if prune_upsampler else latent(prunable=False)
         self.head = HyperConv(self.image, self.body, (9, 9), padding=4, dtype=dtype, rngs=rngs)
-        self.activation = nnx.PReLU(0.25, dtype=dtype)
+        self.activation = PReLU(self.body, dtype=dtype)
         self.blocks = nnx.List(
             Block(self.body, latent(), dtype=dtype, rngs=rngs) for _ in range(blocks)
         )
@@ -86,7 +87,7 @@ class SRResNet(nnx.Module):
             self.body,
             self.upsampled,
             scale,
-            activation=nnx.PReLU(0.25, dtype=dtype),
+            activation=PReLU(self.upsampled, dtype=dtype),
             dtype=dtype,
             rngs=rngs,
         )

@@ -1,11 +1,12 @@
 """U-Net: down to coarse features and back, with skip connections at every scale."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dhp_jax.core.activations import ReLU
 from dhp_jax.core.latent import Axis, Latent, concat
 from dhp_jax.core.layers import HyperConv, HyperConvTranspose
 from dhp_jax.models.arguments import (
@@ -20,29 +21,50 @@ MAX_DEPTH = 8  # resolutions; every one has four times the parameters of the one
 
 
 class Double(nnx.Module):
-    """Two 3x3 convolutions with ReLU, the first of them with BatchNorm."""
+    """Two 3x3 convolutions, each with a ReLU behind it.
 
-    def __init__(self, z_in: Axis, z_hidden: Latent, z_out: Latent, *, dtype, rngs):
+    The convolutions have biases. With `batch_norm` they have none, and BatchNorm follows the first.
+    """
+
+    def __init__(
+        self,
+        z_in: Axis,
+        z_hidden: Latent,
+        z_out: Latent,
+        *,
+        batch_norm: bool,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         self.hidden, self.output = z_hidden, z_out
-        self.first = ConvNorm(z_in, z_hidden, 3, dtype=dtype, rngs=rngs)
-        self.second = HyperConv(
-            z_hidden, z_out, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
+        options = {"padding": 1, "use_bias": not batch_norm, "dtype": dtype, "rngs": rngs}
+        self.first = (
+            ConvNorm(z_in, z_hidden, 3, dtype=dtype, rngs=rngs)
+            if batch_norm
+            else HyperConv(z_in, z_hidden, (3, 3), **options)
         )
+        self.second = HyperConv(z_hidden, z_out, (3, 3), **options)
+        self.first_activation, self.second_activation = ReLU(z_hidden), ReLU(z_out)
 
     def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h w out"]:
-        return nnx.relu(self.second(nnx.relu(self.first(x))))
+        x = self.first_activation(self.first(x))
+        return self.second_activation(self.second(x))
 
 
 class Up(nnx.Module):
     """Doubles the resolution, then two convolutions of that and of the skip, in this order."""
 
-    def __init__(self, z_in: Latent, z_skip: Latent, axes: list[Latent], *, dtype, rngs):
+    def __init__(
+        self, z_in: Latent, z_skip: Latent, axes: list[Latent], *, batch_norm, dtype, rngs
+    ):
         z_up, z_hidden, z_out = axes
         self.upsampled = z_up
         self.up = HyperConvTranspose(
             z_in, z_up, (2, 2), strides=(2, 2), padding="VALID", dtype=dtype, rngs=rngs
         )
-        self.convs = Double(concat(z_up, z_skip), z_hidden, z_out, dtype=dtype, rngs=rngs)
+        self.convs = Double(
+            concat(z_up, z_skip), z_hidden, z_out, batch_norm=batch_norm, dtype=dtype, rngs=rngs
+        )
 
     def __call__(
         self, x: Float[Array, "n h w in"], skip: Float[Array, "n 2*h 2*w skip"]
@@ -61,6 +83,8 @@ class UNet(nnx.Module):
       features: channels at the finest; every coarser one has twice as many.
       channels: channels of the images.
       width: multiplies `features`.
+      batch_norm: whether BatchNorm follows the first of each two convolutions, which have no biases
+        then. The network of the paper has none.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
         parameters stay float32.
@@ -74,6 +98,7 @@ class UNet(nnx.Module):
     """
 
     initial_gain = SMALL_GAIN
+    absent: ClassVar = {"batch_norm": True}  # what a file means that does not say it
 
     def __init__(
         self,
@@ -82,6 +107,7 @@ class UNet(nnx.Module):
         features: int = 32,
         channels: int = 1,
         width: float = 1.0,
+        batch_norm: bool = False,
         min_channels: int = 4,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -90,6 +116,7 @@ class UNet(nnx.Module):
         coarsest = 2 ** (depth - 1)  # features of the coarsest resolution, in units of the finest's
         check_positive_integer("features", features, MAX_CHANNELS // coarsest)
         check_arguments(locals(), widest=coarsest * features)
+        options = {"batch_norm": batch_norm, "dtype": dtype, "rngs": rngs}
         widths = [scaled(features * 2**level, width) for level in range(depth)]
 
         def latents(size: int, count: int) -> list[Latent]:
@@ -102,10 +129,10 @@ class UNet(nnx.Module):
         self.output = Latent(channels, prunable=False, rngs=rngs)
         z, self.down, self.up = self.image, nnx.List(), nnx.List()
         for size in widths:
-            self.down.append(Double(z, *latents(size, 2), dtype=dtype, rngs=rngs))
+            self.down.append(Double(z, *latents(size, 2), **options))
             z = self.down[-1].output
         for size, level in list(zip(widths, self.down, strict=True))[-2::-1]:
-            self.up.append(Up(z, level.output, latents(size, 3), dtype=dtype, rngs=rngs))
+            self.up.append(Up(z, level.output, latents(size, 3), **options))
             z = self.up[-1].convs.output
         self.tail = HyperConv(z, self.output, (1, 1), dtype=jnp.float32, rngs=rngs)
 

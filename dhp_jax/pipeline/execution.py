@@ -7,13 +7,13 @@ from typing import Any
 from dhp_jax.distributed.processes import from_first, is_first
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline.phases import carry_out
-from dhp_jax.pipeline.preparation import Run, fields_of_config, held_by_first
+from dhp_jax.pipeline.preparation import Run, hold_by_first, name_data_fields
 from dhp_jax.report import write as report_write
 from dhp_jax.train.phase import OriginError
 from dhp_jax.workdir.identity import note_command
 
 
-@fields_of_config()
+@name_data_fields()
 def execute(
     run: Run,
     *,
@@ -40,7 +40,7 @@ def execute(
       DataNotFoundError: an image cannot be decoded.
       ProcessError: another of the processes that carry out this run has failed.
     """
-    with held_by_first(run.workdir, run.config):
+    with hold_by_first(run.workdir, run.config):
         if command and is_first():
             note_command(run.workdir, command)
         try:

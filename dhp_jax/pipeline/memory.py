@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 from dhp_jax.data.decode import memory_available
 from dhp_jax.errors import ConfigError
 
-SHARE = 0.5  # of the memory that is free, for data
+SHARE_FOR_DATA = 0.5  # of the memory that is free
 
 
-COPIES = 4  # of photographs on the host, while they are laid out
+HOST_COPIES = 4  # of photographs in the host's memory, while they are laid out
 
 
-BATCHES = 4  # of a stream that each process may have in shared memory
+BATCHES_PER_WORKER = 4  # of a stream, in shared memory
 
 
 MAX_WORKERS = 16  # unless more are asked for
@@ -25,14 +25,14 @@ MAX_WORKERS = 16  # unless more are asked for
 def is_streamed(
     config: ConfigDict, known: bool | None, needed: int, on_host: int, what: str
 ) -> bool:
-    """Whether data are read while they are used, or are on the device as a whole.
+    """Whether data are read while they are used; otherwise all of them are on the device.
 
     Args:
-      config: says which, or leaves it to what is known, or to their size.
-      known: whether they were when the run began.
+      config: `data.streamed` decides, if it is given.
+      known: whether they were streamed when the run began; `None` leaves it to their size.
       needed: bytes that they would take on the device.
       on_host: bytes that they would take in the host's memory.
-      what: an error calls them.
+      what: what an error calls the data.
     """
     if config.data.streamed is None and known is not None:
         return known
@@ -41,7 +41,7 @@ def is_streamed(
         (needed, "the device", free_memory()),
         (on_host, "the host", memory_available()),
     ):
-        room = int(SHARE * free)
+        room = int(SHARE_FOR_DATA * free)
         fits &= bytes_needed <= room
         if config.data.streamed is False and bytes_needed > room:
             raise ConfigError(
@@ -61,19 +61,19 @@ def free_memory() -> int:
 
 
 def count_workers(config: ConfigDict, batch_bytes: int) -> int:
-    """How many processes read a stream: those that are asked for, or one a core that is left.
+    """How many processes read a stream: `data.workers`, or all usable cores but one.
 
-    Their batches go through shared memory, which containers may have little of.
+    Their batches pass through shared memory, which may be small in a container.
     """
     room = shared_memory()
-    most = int(SHARE * room // (BATCHES * batch_bytes))
+    most = int(SHARE_FOR_DATA * room // (BATCHES_PER_WORKER * batch_bytes))
     if config.data.workers is None:
         return min(MAX_WORKERS, max(1, usable_cores() - 1), most)
     if config.data.workers > most:
         raise ConfigError(
             "config.data.workers",
-            detail=f"expected at most {most}, for {BATCHES} batches of each in shared memory "
-            f"({room:,} bytes are free there; 0 needs none); got {config.data.workers}",
+            detail=f"expected at most {most}, for {BATCHES_PER_WORKER} batches of each in shared "
+            f"memory ({room:,} bytes are free there; 0 needs none); got {config.data.workers}",
         )
     return config.data.workers
 

@@ -18,7 +18,7 @@ from dhp_jax.tasks.task import Data
 from dhp_jax.train.checkpoints import Checkpoints
 from dhp_jax.train.phase import Outcome, Progress
 from dhp_jax.workdir import reader
-from dhp_jax.workdir.identity import CHECKPOINTS, plain
+from dhp_jax.workdir.identity import CHECKPOINTS, as_json
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def _asked(run: Run) -> dict[str, Any]:
     fields = ("method", "seed")
     if METHODS[run.config.method].chooses:
         fields += ("target", "budget", "multiple_of")
-    config = plain(run.config)
+    config = as_json(run.config)
     data = {"name": config["data"]["name"], "checksums": dict(run.setup.checksums)}
     return {name: config[name] for name in fields} | {"data": data}
 

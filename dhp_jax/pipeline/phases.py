@@ -36,7 +36,7 @@ from dhp_jax.train.loop import train
 from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
 from dhp_jax.train.phase import Budget, Observer, Outcome, Phase
 from dhp_jax.workdir import source_run
-from dhp_jax.workdir.identity import grow, stored
+from dhp_jax.workdir.identity import grow, read_field
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def find_start(work: Work) -> str:
         return search(work)
     if method.source is None:
         return ""
-    return from_first(lambda: source_run.made_from(run.config, run.workdir))
+    return from_first(lambda: source_run.find_digest(run.config, run.workdir))
 
 
 def search(work: Work) -> str:
@@ -211,7 +211,9 @@ def _observers(run: Run, phase: str) -> Sequence[Observer]:
         return run.observers
     steps = run.setup.epoch // run.config.batch_size
     field, epochs = f"{phase}.epochs", run.config[phase].epochs
-    growth = _Growth(steps * stored(run.workdir, field), lambda: grow(run.workdir, field, epochs))
+    growth = _Growth(
+        steps * read_field(run.workdir, field), lambda: grow(run.workdir, field, epochs)
+    )
     return (*run.observers, growth, run.journal)
 
 

@@ -1,4 +1,4 @@
-"""What of a run can be checked before any work is done: its configuration, data and directory."""
+"""Checks a run before any work is done: its configuration, data and directory."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -26,11 +26,11 @@ from dhp_jax.models.registry import build_abstract
 from dhp_jax.pipeline.setup import TaskSetup, argument_fields, known_arguments, set_up
 from dhp_jax.train.phase import Observer
 from dhp_jax.workdir import source_run
-from dhp_jax.workdir.identity import CONFIG, data_choice, held, settle_data
+from dhp_jax.workdir.identity import CONFIG, hold, read_data_choice, settle_data
 from dhp_jax.workdir.metrics import Journal
-from dhp_jax.workdir.source_run import made_from
+from dhp_jax.workdir.source_run import find_digest
 
-PHASES = ("search", "converge", "baseline")  # the position gives each its random stream
+PHASES = ("search", "converge", "baseline")  # the position selects the random stream of each
 
 
 MAX_STEPS = 2**31 - 1  # they are counted in int32
@@ -38,16 +38,16 @@ MAX_STEPS = 2**31 - 1  # they are counted in int32
 
 @dataclass(frozen=True)
 class Run:
-    """A run whose configuration, data and directory have been found good.
+    """A run whose configuration, data and directory have passed all checks.
 
     Attributes:
       config: its configuration.
       workdir: the directory that it writes to.
       setup: its task and data.
       build: makes the unpruned network of latents.
-      cost: of that network.
-      journal: its records; `None` in all processes but the first.
-      observers: told how training goes, beside the journal; in the first process.
+      cost: the cost of that network.
+      journal: writes its records; `None` in all processes but the first.
+      observers: are told how training goes, as the journal is; in the first process.
       mesh: the devices, if there are several.
     """
 
@@ -64,16 +64,17 @@ class Run:
 def prepare(
     config: ConfigDict, workdir: str | os.PathLike, observers: Sequence[Observer] = ()
 ) -> Run:
-    """Checks everything that can be checked before work is done.
+    """Checks everything that can be checked before any work is done.
 
     Args:
       config: see `dhp_jax.config.default`.
       workdir: directory of the run; made if it is not there.
-      observers: told how training goes, beside the journal in `workdir`.
+      observers: are told how training goes, as the journal in `workdir` is.
 
     Raises:
-      ValueError: a field of `config`, the data, or a `workdir` that cannot be written or is that
-        of another configuration; the message names it, its value and what is possible.
+      ValueError: a field of `config` or the data are wrong; or `workdir` cannot be written, or
+        belongs to another configuration. The message names the field, its value and what is
+        possible.
     """
     check(config)
     method = METHODS[config.method]
@@ -96,7 +97,7 @@ def prepare(
     arguments |= known_arguments(config)
     _abstract(config, arguments)  # before the data, which may have to be downloaded
     if method.source is not None:
-        from_first(lambda: made_from(config, workdir))
+        from_first(lambda: find_digest(config, workdir))
     asked = _agree_on_setup(config, workdir)
     arguments |= asked.arguments
     abstract = _abstract(config, arguments)
@@ -122,7 +123,7 @@ def prepare(
     workdir = Path(workdir)
     if method.chooses and config.budget.latency is not None:
         from_first(lambda: _check_latency(config, workdir, build, cost, asked.input_shape))
-    with held_by_first(workdir, config):  # so that an error comes now
+    with hold_by_first(workdir, config):  # so that an error comes now
         from_first(lambda: settle_data(workdir, asked.streamed, asked.checksums))
     journal = Journal(workdir, PHASES) if is_first() else None
 
@@ -146,7 +147,7 @@ def _check_latency(
     cost: Cost,
     input_shape: tuple[int, ...],
 ) -> None:
-    """Raises if a run that is new has a latency budget that its smallest network exceeds."""
+    """Raises if a run has not begun and its smallest network exceeds the latency budget."""
     if (workdir / CONFIG).is_file():
         return
     model = build()
@@ -158,15 +159,15 @@ def _check_latency(
 
 
 @contextlib.contextmanager
-def held_by_first(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Holds the directory of a run while the first process is in the block."""
+def hold_by_first(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Locks the directory of a run, in the first process, while the block runs."""
     with contextlib.ExitStack() as stack:
-        from_first(lambda: stack.enter_context(held(workdir, config)))
+        from_first(lambda: stack.enter_context(hold(workdir, config)))
         yield
 
 
 def _abstract(config: ConfigDict, arguments: dict[str, Any]) -> nnx.Module:
-    """The network in shapes and dtypes; an error names the field that an argument comes from."""
+    """The network as shapes and dtypes; an error names the field that an argument follows from."""
     try:
         return build_abstract(config.model.name, **arguments)
     except FieldError as error:
@@ -175,8 +176,8 @@ def _abstract(config: ConfigDict, arguments: dict[str, Any]) -> nnx.Module:
 
 
 def _agree_on_setup(config: ConfigDict, workdir: str | os.PathLike) -> TaskSetup:
-    """The task on its data, which are streamed or not as the run has begun, in all processes."""
-    known = from_first(lambda: [config.to_json_best_effort(), data_choice(workdir)])
+    """The task and its data, alike in all processes; streamed if they were when the run began."""
+    known = from_first(lambda: [config.to_json_best_effort(), read_data_choice(workdir)])
     if config.to_json_best_effort() != known[0]:
         raise ConfigError(
             "config", detail="expected that of the first process; this one has another"
@@ -193,8 +194,8 @@ def _agree_on_setup(config: ConfigDict, workdir: str | os.PathLike) -> TaskSetup
 
 
 def _set_up(config: ConfigDict, streamed: bool | None) -> TaskSetup:
-    """The task on its data."""
-    with fields_of_config():
+    """The task and its data, with few enough steps in each phase."""
+    with name_data_fields():
         found = set_up(config, streamed)
     steps = found.epoch // config.batch_size
     for phase in PHASES:
@@ -208,8 +209,8 @@ def _set_up(config: ConfigDict, streamed: bool | None) -> TaskSetup:
 
 
 @contextlib.contextmanager
-def fields_of_config() -> Iterator[None]:
-    """An error about a field of `data` names it as one of `config`."""
+def name_data_fields() -> Iterator[None]:
+    """An error in the block about a field such as "data.dir" names it "config.data.dir"."""
     try:
         yield
     except FieldError as error:

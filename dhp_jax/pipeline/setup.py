@@ -1,4 +1,4 @@
-"""What a configuration asks for: a task on its data, and what of the network follows from them."""
+"""The task and the data of a configuration, and the network's arguments that follow from them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,27 +12,27 @@ from dhp_jax.data.labelled import registry
 from dhp_jax.data.photos import photographs
 from dhp_jax.errors import ConfigError
 from dhp_jax.files import user_cache
-from dhp_jax.pipeline.memory import COPIES, count_workers, is_streamed
+from dhp_jax.pipeline.memory import HOST_COPIES, count_workers, is_streamed
 from dhp_jax.tasks import Classification, Denoising, Restoration, SuperResolution, Task, patches
 from dhp_jax.tasks.metrics import WINDOW
 from dhp_jax.tasks.task import Data
 
-COST_SIZE = 128  # side of the photographs for which costs of restoration networks are published
+COST_SIZE = 128  # side of the photographs for which papers publish the cost of restoration
 
 
 @dataclass(frozen=True)
 class TaskSetup:
-    """A task on its data.
+    """A task and its data.
 
     Attributes:
       task: the task.
       input_shape: of one example, for FLOPs.
-      epoch: how many training examples make an epoch.
-      arguments: of the network.
-      notes: JSON values that `dhp_jax.predict` needs of a network, see `dhp_jax.save`.
+      epoch: the number of training examples in an epoch.
+      arguments: of the network, those that follow from the task and the data.
+      notes: JSON values saved with a network, which `dhp_jax.predict` needs; see `dhp.save`.
       streamed: whether the data are read while they are used.
-      checksums: of the training and the test data tell them from others, by "train" and "test".
-      read: `read("train")` and `read("test")` give the data that the task reads examples from: a
+      checksums: of the training and the test data, by "train" and "test".
+      read: `read("train")` and `read("test")` give the data that the task takes examples from: a
         stream, or trees of NumPy arrays (`Rows` of images and their labels; `Patches`).
     """
 
@@ -47,13 +47,13 @@ class TaskSetup:
 
 
 def argument_fields(config: ConfigDict) -> dict[str, str]:
-    """The field that each argument of the network follows from that is not given itself."""
+    """The field of the configuration that each derived argument of the network follows from."""
     shared = {"min_channels": "search.min_channels", "dtype": "dtype"}
     return shared | ARGUMENT_FIELDS[config.task.name]
 
 
 def known_arguments(config: ConfigDict) -> dict[str, Any]:
-    """The network's arguments that follow from the configuration without a look at the data."""
+    """The network's arguments that follow from the configuration without reading the data."""
     arguments = {"min_channels": config.search.min_channels, "dtype": config.dtype}
     for argument, field in ARGUMENT_FIELDS[config.task.name].items():
         if field.startswith("task."):
@@ -65,8 +65,8 @@ def set_up(config: ConfigDict, streamed: bool | None = None) -> TaskSetup:
     """Finds the data of a configuration, and sets up its task.
 
     Args:
-      config: one that `dhp_jax.config.check` has found good.
-      streamed: whether to stream the data where `config` leaves that open; by size if `None`.
+      config: a configuration that `dhp_jax.config.check` accepts.
+      streamed: whether to stream the data if `config` does not say; `None` decides by their size.
 
     Raises:
       ValueError: data that are not there, cannot be read, or do not suit the task.
@@ -103,8 +103,8 @@ def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
         task=Classification(
             source.mean,
             source.std,
-            _given(config.data.crop_padding, source.crop_padding),
-            _given(config.data.flip, source.flip),
+            _or_default(config.data.crop_padding, source.crop_padding),
+            _or_default(config.data.flip, source.flip),
         ),
         input_shape=source.image_shape,
         epoch=source.train_size,
@@ -123,7 +123,7 @@ def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
     )
 
 
-def _given(value: Any, default: Any) -> Any:
+def _or_default(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
@@ -170,7 +170,7 @@ def _restoration(
     )
 
     needed, what = source.bytes, "the training photographs"
-    streamed = is_streamed(config, streamed, needed, COPIES * needed, what)
+    streamed = is_streamed(config, streamed, needed, HOST_COPIES * needed, what)
     patch_bytes = settings.channels * task.patch**2 * (2 if task.scale > 1 else 1)
     workers = count_workers(config, config.batch_size * patch_bytes) if streamed else 0
 

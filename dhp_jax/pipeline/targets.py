@@ -1,8 +1,9 @@
-"""Several sizes from one search: a network for each of some targets, each converged on its own.
+"""Several targets from one search: each gives a network, which converges on its own.
 
-Each target has a run of its own, in a directory of its own, that ends as it would alone. What they
-share is the search: it is a function of the seed and the step, and the target only says when it
-ends, so that of a smaller target goes on from the last checkpoint of that of the larger one.
+Each target has its own run in its own directory, and ends with the network that it would give
+alone. The targets share the search. A search depends on the seed and the step, and the target only
+says when it ends. So the search of a smaller target continues from the last checkpoint of the
+search of a larger one.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ def prepare(
     Args:
       config: with `targets`, or without for a single run.
       workdir: directory of the run; with `targets` it gets one for each, such as `workdir/0.75`.
-      observers: told how training goes.
+      observers: are told how training goes.
 
     Returns:
       A run for each target, the largest first.
@@ -99,7 +100,7 @@ def execute(
     for place, run in enumerate(runs):
         if place:
             larger = runs[place - 1].workdir
-            from_first(lambda larger=larger, run=run: _go_on(larger, run.workdir))
+            from_first(lambda larger=larger, run=run: _continue_search(larger, run.workdir))
         summaries.append(
             execution.execute(run, baseline=baseline, stopping=stopping, command=command)
         )
@@ -108,8 +109,8 @@ def execute(
     return summaries
 
 
-def _go_on(larger: Path, smaller: Path) -> None:
-    """Gives a search that has not begun the last checkpoint before a larger target was met."""
+def _continue_search(larger: Path, smaller: Path) -> None:
+    """Copies the last checkpoint before a larger target was met to a search that has not begun."""
     begun, folder = smaller / CHECKPOINTS / "search", larger / CHECKPOINTS / "search"
     if begun.exists() or exists(smaller / "search") or not folder.is_dir():
         return
@@ -117,7 +118,7 @@ def _go_on(larger: Path, smaller: Path) -> None:
     there = Checkpoints(folder)
     try:
         for step in there.steps():
-            if step < end and _whole(there, step):
+            if step < end and _is_whole(there, step):
                 unfinished = begun.with_name("search.unfinished")
                 shutil.rmtree(unfinished, ignore_errors=True)
                 shutil.copytree(folder / str(step), unfinished / str(step))
@@ -127,7 +128,7 @@ def _go_on(larger: Path, smaller: Path) -> None:
         there.close()
 
 
-def _whole(checkpoints: Checkpoints, step: int) -> bool:
+def _is_whole(checkpoints: Checkpoints, step: int) -> bool:
     try:
         checkpoints.notes(step)
     except Exception as error:  # whatever a damaged file may raise; an earlier one will do

@@ -1,4 +1,4 @@
-"""The directory of a run: of one configuration, and of one process at a time."""
+"""A run's directory belongs to one configuration, and to one process at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
@@ -21,20 +21,20 @@ CONFIG, LOCK, COMMANDS = "config.json", ".lock", "command.txt"
 CHECKPOINTS = "checkpoints"  # a folder for each phase
 
 
-LEARNT = (f"{CHECKPOINTS}/*/[0-9]*", "search", "best", "model")  # what is there after training
+LEARNT = (f"{CHECKPOINTS}/*/[0-9]*", "search", "best", "model")  # exist once a step was trained
 
 
-DATA = "data.json"  # what the data were when it began
+DATA = "data.json"  # what the data were when the run began
 
 
-# What may differ when a run is started again in its directory.
+# Fields that may have another value when a run is started again in its directory.
 MAY_CHANGE = (
     "log_every",
     "nonfinite",
-    "source",  # `dhp_jax.source.check` sees to it
+    "source",  # `source_run.check` decides
     "data.dir",
     "data.archive",
-    "data.streamed",  # `settle_data` sees to it
+    "data.streamed",  # `settle_data` decides
     "data.workers",
     "data.cache",
 )
@@ -43,26 +43,26 @@ MAY_CHANGE = (
 MAY_CHANGE_GROUPS = ("checkpoint.", "mesh.")
 
 
-MAY_MOVE = ("data.test_dir",)  # may lie elsewhere, by the same name
+MAY_MOVE = ("data.test_dir",)  # the folder may move, but keeps its name
 
 
 MAY_GROW = ("search.epochs", "converge.epochs", "baseline.epochs")
 
 
 @contextlib.contextmanager
-def held(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[None]:
-    """Holds the directory of a run against other processes; made if it is not there.
+def hold(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[None]:
+    """Locks the directory of a run against other processes; makes it if it is not there.
 
-    The operating system lets go of it when the process ends, whichever way.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Raises:
-      ConfigError: another process holds it, it is that of another configuration, or it cannot be
-        written.
+      ConfigError: another process has the lock, the directory belongs to another configuration,
+        or it cannot be written.
     """
     workdir = Path(workdir)
     _check(workdir, config)
     with contextlib.ExitStack() as stack:
-        with written(workdir):
+        with refuse_unwritable(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(filelock.FileLock(workdir / LOCK, timeout=0))
@@ -73,13 +73,13 @@ def held(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[None]:
                     "another --workdir",
                 ) from None
             _check(workdir, config)
-            files.write(workdir / CONFIG, json.dumps(_kept(workdir, config), indent=1))
+            files.write(workdir / CONFIG, json.dumps(_as_stored(workdir, config), indent=1))
         yield
 
 
-def _kept(workdir: Path, config: ConfigDict) -> dict[str, Any]:
-    """A configuration as it is stored: what may grow stays as it was until `grow` is called."""
-    kept, path = plain(config), workdir / CONFIG
+def _as_stored(workdir: Path, config: ConfigDict) -> dict[str, Any]:
+    """A configuration as it is stored: fields that may grow keep their value until `grow`."""
+    kept, path = as_json(config), workdir / CONFIG
     if path.is_file():
         there = json.loads(path.read_text())
         for name in MAY_GROW:
@@ -88,13 +88,13 @@ def _kept(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     return kept
 
 
-def stored(workdir: str | os.PathLike, name: str) -> Any:
-    """The value of a field, such as "converge.epochs", that the directory of a run holds."""
-    return flat(json.loads((Path(workdir) / CONFIG).read_text()))[name]
+def read_field(workdir: str | os.PathLike, name: str) -> Any:
+    """The value of a field, such as "converge.epochs", in the directory of a run."""
+    return flatten(json.loads((Path(workdir) / CONFIG).read_text()))[name]
 
 
 def grow(workdir: str | os.PathLike, name: str, value: int) -> None:
-    """Notes that a run has gone beyond what a field said that may grow."""
+    """Stores a larger value of a field that may grow, once training goes beyond the old one."""
     path = Path(workdir) / CONFIG
     there = json.loads(path.read_text())
     group, field = name.split(".")
@@ -102,25 +102,25 @@ def grow(workdir: str | os.PathLike, name: str, value: int) -> None:
     files.write(path, json.dumps(there, indent=1))
 
 
-def data_choice(workdir: str | os.PathLike) -> bool | None:
-    """Whether the data of a run that has begun are streamed; `None` if it has not."""
+def read_data_choice(workdir: str | os.PathLike) -> bool | None:
+    """Whether the data of a run are streamed; `None` if the run has not begun."""
     path = Path(workdir) / DATA
-    return _data(path)["streamed"] if path.is_file() else None
+    return _read_data_or_tell(path)["streamed"] if path.is_file() else None
 
 
-def data_checksums(workdir: str | os.PathLike) -> dict[str, int]:
-    """What tells the training and the test images of a run from others.
+def read_data_checksums(workdir: str | os.PathLike) -> dict[str, int]:
+    """Checksums of the training and the test images that a run began with.
 
     Raises:
-      KeyError, OSError, TypeError, ValueError: the directory does not tell.
+      KeyError, OSError, TypeError, ValueError: the directory has none, or they are damaged.
     """
     return _read_data(Path(workdir) / DATA)["checksums"]
 
 
 def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[str, int]) -> None:
-    """Notes what the data of a run are when it begins, and later checks that they still are.
+    """Stores what the data of a run are when it begins; later checks that they are the same.
 
-    They may change as long as nothing has been learnt from them, as when a damaged file is mended.
+    They may change until the first step is trained, for instance when a damaged file is replaced.
 
     Raises:
       ConfigError: they differ.
@@ -130,7 +130,7 @@ def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[s
     if not path.is_file() or not learnt:
         files.write(path, json.dumps(here))
         return
-    there = _data(path)
+    there = _read_data_or_tell(path)
     for split, checksum in there["checksums"].items():
         if checksums[split] != checksum:
             raise ConfigError(
@@ -148,7 +148,7 @@ def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[s
 
 
 def note_command(workdir: str | os.PathLike, command: Sequence[str]) -> None:
-    """Adds a command line, with the folder that it was given in, to those that a run has had."""
+    """Adds a command line and the current folder to the commands of a run, unless it is there."""
     path = Path(workdir) / COMMANDS
     line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(['python', *command])}\n"
     there = path.read_text(errors="replace") if path.is_file() else ""
@@ -156,7 +156,7 @@ def note_command(workdir: str | os.PathLike, command: Sequence[str]) -> None:
         files.write(path, there + line)
 
 
-def _data(path: Path) -> dict[str, Any]:
+def _read_data_or_tell(path: Path) -> dict[str, Any]:
     try:
         return _read_data(path)
     except (KeyError, OSError, TypeError, ValueError) as error:
@@ -172,8 +172,8 @@ def _read_data(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def written(workdir: Path) -> Iterator[None]:
-    """Tells of a directory that cannot be written by a `ConfigError`."""
+def refuse_unwritable(workdir: Path) -> Iterator[None]:
+    """Turns an `OSError` in the block into a `ConfigError` about the directory."""
     try:
         yield
     except OSError as error:
@@ -185,7 +185,7 @@ def written(workdir: Path) -> Iterator[None]:
 
 
 def _check(workdir: Path, config: ConfigDict) -> None:
-    """Raises a `ConfigError` unless a directory is new, empty, or that of this configuration."""
+    """Raises a `ConfigError` unless a directory is new, empty, or has this configuration."""
     path = workdir / CONFIG
     if not path.is_file():
         ours = {LOCK, unfinished(path).name}
@@ -193,17 +193,18 @@ def _check(workdir: Path, config: ConfigDict) -> None:
             raise ConfigError("workdir", "a new or empty directory, or a run's", workdir)
         return
     try:
-        there = flat(dict(json.loads(path.read_text())))
+        there = flatten(dict(json.loads(path.read_text())))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "workdir",
             detail=f"{path} is no configuration: {error}; mend it, or give another --workdir",
         ) from error
-    here = flat(plain(config))
+    here = flatten(as_json(config))
     differing = [
         f"config.{name} is {there.get(name)!r} there and {here.get(name)!r} here"
         for name in {**here, **there}
-        if there.get(name) != here.get(name) and not _may(name, there.get(name), here.get(name))
+        if there.get(name) != here.get(name)
+        and not _may_differ(name, there.get(name), here.get(name))
     ]
     if differing:
         raise ConfigError(
@@ -213,8 +214,8 @@ def _check(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def _may(name: str, there: Any, here: Any) -> bool:
-    """Whether a field may have another value than before."""
+def _may_differ(name: str, there: Any, here: Any) -> bool:
+    """Whether a field may have another value than the one that is stored."""
     if name in MAY_GROW:
         return isinstance(there, int) and isinstance(here, int) and here > there
     if name in MAY_MOVE:
@@ -222,15 +223,15 @@ def _may(name: str, there: Any, here: Any) -> bool:
     return name in MAY_CHANGE or name.startswith(MAY_CHANGE_GROUPS)
 
 
-def plain(config: ConfigDict) -> dict[str, Any]:
+def as_json(config: ConfigDict) -> dict[str, Any]:
     """A configuration as JSON values."""
     return json.loads(config.to_json_best_effort())
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields of a configuration by their full names, such as "converge.epochs"."""
     found = {}
     for name, value in tree.items():
         inner = isinstance(value, Mapping)
-        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+        found |= flatten(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return found

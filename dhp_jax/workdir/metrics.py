@@ -15,12 +15,11 @@ RECORDS = "metrics.jsonl"
 class Journal:
     """Writes every record of a phase to `metrics.jsonl` and to TensorBoard; an `Observer`.
 
-    A phase that begins, anew or again, first drops what it had written before, but for the records
-    of the steps that it goes on from.
+    When a phase begins, its earlier records are replaced by those of the steps it continues from.
 
     Args:
       workdir: where they are written.
-      phases: in this order their records are, once a phase has ended.
+      phases: the order of the records in the file once a phase has ended.
     """
 
     def __init__(self, workdir: str | os.PathLike, phases: Sequence[str] = ()):
@@ -54,7 +53,7 @@ class Journal:
         self._write(read(self.records))
 
     def mend(self, phase: str, records: Sequence[dict[str, Any]]) -> None:
-        """Puts back the records of a phase that has ended, if any are gone."""
+        """Restores the records of a phase that has ended, if any are missing."""
         if [record for record in read(self.records) if record["phase"] == phase] != list(records):
             self._replace(phase, records)
 
@@ -69,9 +68,9 @@ class Journal:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; none if there is no such file.
+    """The records of a `metrics.jsonl`; an empty list if there is no such file.
 
-    A line that is no record, as a machine that went down may leave it, is left out.
+    Damaged lines, which a crash of the machine may leave, are skipped.
     """
     path = Path(path)
     content = path.read_text(errors="replace") if path.exists() else ""

@@ -1,4 +1,4 @@
-"""What a run has left on disk, finished or not."""
+"""Reads the directory of a run, finished or not."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ PICTURES = "pictures"
 NETWORKS = ("search", "pruned", "model")
 
 
-IN_SUMMARY = {  # what no summary is without
+IN_SUMMARY = {  # what every summary has
     **dict.fromkeys(("method", "data", "hardware"), str),
     **dict.fromkeys(("task", "model", "phases", "versions"), Mapping),
     **{
@@ -50,7 +50,7 @@ IN_SUMMARY = {  # what no summary is without
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has on disk.
+    """What the directory of a run holds.
 
     Attributes:
       workdir: its directory.
@@ -58,11 +58,11 @@ class Result:
       records: of training.
       notes: of each network saved, by its folder.
       search: the network of latents at the end of the search, if there is one.
-      trained: the network after the last epoch or, before that, just after pruning.
+      trained: the network after the last epoch; until that is there, the one just after pruning.
       before: cost of the unpruned network, if any network is there.
       after: cost of `trained`.
-      summary: what `summary.json` says, if it is there and whole.
-      commands: with which it was begun and taken up again, each once.
+      summary: the content of `summary.json`, if it is there and not damaged.
+      commands: the command lines that started or continued it, each once.
     """
 
     workdir: Path
@@ -78,45 +78,46 @@ class Result:
 
     @property
     def finished(self) -> bool:
-        """Whether the last network is there."""
+        """Whether the network after the last epoch is there."""
         return "model" in self.notes
 
     @property
     def method(self) -> Method:
-        """What it does."""
+        """The method of its configuration."""
         return METHODS[self.config["method"]]
 
     @property
     def prunes(self) -> bool:
-        """Whether it is no run of the unpruned network."""
+        """Whether its method makes a smaller network."""
         return self.method.prunes
 
     @property
     def searches(self) -> bool:
-        """Whether it has latents that die."""
+        """Whether it has a search, in which latents shrink to zero."""
         return "search" in self.phases
 
     @property
     def pruned(self) -> bool:
-        """Whether there is a network that was made smaller."""
+        """Whether its smaller network is there."""
         return self.prunes and self.after is not None
 
     @property
     def origin(self) -> dict[str, Any] | None:
-        """The run that it started from, if there is one; see `dhp_jax.source.Source`."""
+        """The run that it started from, if there is one; see `source_run.Source`."""
         return self.notes.get("pruned", {}).get("origin")
 
     @property
     def asked(self) -> dict[str, float]:
-        """The shares that its search comes down to; see `dhp_jax.budgets.limits`."""
+        """The shares at which its search ends; see `budgets.counted.limits`."""
         return limits(self.config.get("budget", {}), self.config["target"])
 
     @property
     def budgets(self) -> dict[str, dict[str, Any]]:
-        """Every budget of a network that was pruned: asked for, predicted, and what it came to.
+        """Every budget of a pruned network: asked for, predicted, and reached.
 
-        FLOPs, params and activations are shares, predicted from the survivors and counted in the
-        network. Latency is predicted as the FLOPs and measured: `time`, see `budgets.Chosen`.
+        FLOPs, params and activations are shares. They are predicted from the survivors, and
+        counted in the pruned network. For latency the share of the FLOPs is the prediction, and
+        `time` is measured; see `budgets.chosen.Chosen`.
         """
         noted = self.notes.get("pruned", {}).get("budget")
         if not noted or not self.pruned:
@@ -135,11 +136,11 @@ class Result:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of the networks that are there."""
+        """Shape of one input of its networks, `(h, w, c)`."""
         return tuple(next(iter(self.notes.values()))["input_shape"])
 
     def unpruned(self) -> nnx.Module:
-        """The network with nothing pruned, of any weights, for measuring its latency."""
+        """The network with nothing pruned, for measuring its latency; its weights mean nothing."""
         if self.search is not None:
             return prune(self.search)
         made = architecture_of(self.trained)
@@ -155,7 +156,7 @@ def read(workdir: str | os.PathLike) -> Result:
     """Reads a run.
 
     Raises:
-      ValueError: the folder is not that of a run, or one of its files is damaged.
+      ValueError: the folder is not the directory of a run, or one of its files is damaged.
     """
     workdir = Path(workdir)
     config = configuration(workdir)
@@ -208,7 +209,7 @@ def configuration(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What a run came to, with everything that tables and pages are made of.
+    """The summary of a run; tables and pages are made from it.
 
     Raises:
       ValueError: the file is damaged, or something is missing in it.
@@ -228,7 +229,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def _require(path: Path, summary: Mapping[str, Any], place: str, kind: Any) -> None:
-    """Refuses a summary that has nothing of a kind at a place such as "flops.ratio"."""
+    """Raises unless a summary has a value of a type at a place such as "flops.ratio"."""
     value = summary
     for name in place.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None

@@ -1,4 +1,4 @@
-"""The finished run that another one starts from: its weights, or the channels that it has kept."""
+"""The source of a run: a finished run whose weights or channels it starts from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from dhp_jax.artifact.reading import exists, read_description, verify
 from dhp_jax.config.methods import METHODS
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import ConfigError, shown
-from dhp_jax.workdir.identity import MAY_CHANGE, MAY_MOVE, data_checksums, flat, plain
+from dhp_jax.workdir.identity import MAY_CHANGE, MAY_MOVE, as_json, flatten, read_data_checksums
 from dhp_jax.workdir.reader import configuration
 
 SAME = ("task.", "model.", "data.")  # fields in which both runs agree
 
 
-SAME_BUDGET = (  # where channels are taken
+SAME_BUDGET = (  # these too where the source's channels are taken
     "target",
     "budget.",
     "multiple_of",
@@ -30,7 +30,7 @@ SAME_BUDGET = (  # where channels are taken
 )
 
 
-MAY_DIFFER = ("min_channels", "dtype")  # arguments of a network that say nothing of its channels
+MAY_DIFFER = ("min_channels", "dtype")  # arguments that do not change a network's channels
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Source:
     Attributes:
       path: its folder.
       description: what it says of itself.
-      origin: JSON values that tell what it cost: `run`, `method`, `phase`, `epochs`, `steps`.
-      checksums: of the data that its run has seen.
+      origin: JSON values that tell how it was trained: `run`, `method`, `phase`, `epochs`, `steps`.
+      checksums: of the data that its run was trained and tested on.
     """
 
     path: Path
@@ -51,12 +51,12 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """Tells it from other networks."""
+        """The digest of its arrays."""
         return self.description["sha256"]
 
     @property
     def budget(self) -> dict[str, Any]:
-        """What was noted when its survivors were chosen; see `budgets.Chosen.notes`."""
+        """JSON values stored when its survivors were chosen; see `Chosen.notes`."""
         return self.description["notes"]["budget"]
 
     def masks(self, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -65,7 +65,7 @@ class Source:
         return {name: np.isin(np.arange(size), kept[name]) for name, size in sizes.items()}
 
 
-def folder_of(config: Mapping[str, Any]) -> Path:
+def source_folder(config: Mapping[str, Any]) -> Path:
     """The directory of the run that one with this configuration starts from."""
     return Path(config["source"]).expanduser()
 
@@ -77,8 +77,8 @@ def read(config: ConfigDict) -> Source:
       ConfigError: there is no such run, it is not finished, or it is of another network, task, data
         or budget; the message names `config.source` and what was expected.
     """
-    folder = folder_of(config)
-    expected = f"expected the directory of a finished run with {_method(config)}"
+    folder = source_folder(config)
+    expected = f"expected the directory of a finished run with {_describe_method(config)}"
     try:
         there = configuration(folder)
         if there["method"] != METHODS[config.method].source:
@@ -86,7 +86,7 @@ def read(config: ConfigDict) -> Source:
                 "config.source",
                 detail=f"{expected}; that in {str(folder)!r} has config.method={there['method']}",
             )
-        source = _source(folder, there)
+        source = _find_source(folder, there)
     except ConfigError:
         raise
     except (KeyError, OSError, TypeError, ValueError) as error:
@@ -100,16 +100,16 @@ def read(config: ConfigDict) -> Source:
     return source
 
 
-def made_from(config: ConfigDict, workdir: str | os.PathLike) -> str:
+def find_digest(config: ConfigDict, workdir: str | os.PathLike) -> str:
     """The digest of the network that a run starts from.
 
-    A run that has made a network from its source no longer needs it: while that is whole, and
-    `config.source` as it was, the source may be changed or gone.
+    A run reads its source once, to make its pruned network. While that network is whole and
+    `config.source` has the same value, the source may change or be deleted.
 
     Raises:
       ConfigError: as `read`, if the source is needed.
     """
-    return _taken(config, workdir) or read(config).sha256
+    return _find_taken(config, workdir) or read(config).sha256
 
 
 def check(
@@ -118,7 +118,7 @@ def check(
     checksums: Mapping[str, int],
     model: nnx.Module,
 ) -> None:
-    """Raises if a run needs its source, and that does not suit: its data, its network.
+    """Raises if a run needs its source, and the source has other data or another network.
 
     Args:
       config: of the run.
@@ -130,7 +130,7 @@ def check(
       ConfigError: as `read`; other data, another network, or another source than the run has begun
         with.
     """
-    if _taken(config, workdir):
+    if _find_taken(config, workdir):
         return
     source = read(config)
     if source.checksums != dict(checksums):
@@ -140,7 +140,7 @@ def check(
             "seen others (their names, sizes or statistics differ)",
         )
     _check_network(source, model)
-    began = _noted(workdir, read_description)
+    began = _read_made_from(workdir, read_description)
     if began not in (None, source.sha256):
         raise ConfigError(
             "config.source",
@@ -149,17 +149,19 @@ def check(
         )
 
 
-def _taken(config: ConfigDict, workdir: str | os.PathLike) -> str | None:
-    """The digest of what a run has taken from its source, if it is done with it."""
+def _find_taken(config: ConfigDict, workdir: str | os.PathLike) -> str | None:
+    """The digest of the source's network, if the run has made its own from it."""
     try:
         given = configuration(workdir).get("source")
-    except ValueError:  # none yet, or a damaged one, of which `workdir.held` tells
+    except ValueError:  # none yet, or a damaged one, of which `identity.hold` tells
         return None
-    return _noted(workdir, verify) if given == str(config.source) else None
+    return _read_made_from(workdir, verify) if given == str(config.source) else None
 
 
-def _noted(workdir: str | os.PathLike, read: Callable[[Path], dict[str, Any]]) -> str | None:
-    """The digest of what the network just after pruning was made from, if that can be read."""
+def _read_made_from(
+    workdir: str | os.PathLike, read: Callable[[Path], dict[str, Any]]
+) -> str | None:
+    """The digest that is stored beside the pruned network of a run, if it can be read."""
     path = Path(workdir) / "pruned"
     try:
         return read(path)["notes"].get("made_from") if exists(path) else None
@@ -168,7 +170,7 @@ def _noted(workdir: str | os.PathLike, read: Callable[[Path], dict[str, Any]]) -
 
 
 def _check_network(source: Source, model: nnx.Module) -> None:
-    """Raises if a source, other than its configuration says, is not of the network of a run."""
+    """Raises unless the network of a source is that of the run, whatever configurations say."""
     ours, made = architecture_of(model), source.description
     pairs = {"family": (ours.family, made["family"])}
     for name in sorted({*ours.arguments, *made["arguments"]} - {*MAY_DIFFER}):
@@ -182,12 +184,12 @@ def _check_network(source: Source, model: nnx.Module) -> None:
             )
 
 
-def _method(config: ConfigDict) -> str:
+def _describe_method(config: ConfigDict) -> str:
     needed = METHODS[config.method].source
     return f"config.method={needed}, for config.method={config.method}"
 
 
-def _source(folder: Path, there: Mapping[str, Any]) -> Source | None:
+def _find_source(folder: Path, there: Mapping[str, Any]) -> Source | None:
     """The network of a run; `None` if it is not finished."""
     method = there["method"]
     phase, trained = METHODS[method].phases[0], METHODS[method].phases[-1]
@@ -201,12 +203,12 @@ def _source(folder: Path, there: Mapping[str, Any]) -> Source | None:
     origin = {"run": folder.name, "method": method, "phase": phase}
     origin |= {name: reached[name] for name in ("epochs", "steps")}
     path = folder / METHODS[method].network
-    return Source(path, verify(path), origin, data_checksums(folder))
+    return Source(path, verify(path), origin, read_data_checksums(folder))
 
 
 def _check_same(config: ConfigDict, there: Mapping[str, Any], folder: Path) -> None:
     """Raises unless both runs agree in all that makes their networks comparable."""
-    ours, theirs = flat(plain(config)), flat(there)
+    ours, theirs = flatten(as_json(config)), flatten(there)
     same = SAME if METHODS[config.method].chooses else SAME + SAME_BUDGET
     for name in sorted({**ours, **theirs}):
         matters = name.startswith(same) and name not in (*MAY_CHANGE, *MAY_MOVE)

@@ -1,4 +1,4 @@
-"""The summary of a run: numbers of its networks, measured once."""
+"""The summary of a run: its errors, costs and times in numbers."""
 
 from collections.abc import Mapping, Sequence
 import importlib.metadata
@@ -10,7 +10,7 @@ from dhp_jax.artifact.reading import read_description
 from dhp_jax.budgets.timing import hardware, measure_latency, quartiles
 from dhp_jax.config.methods import METHODS
 from dhp_jax.workdir.reader import SUMMARY, Result, read_summary
-from dhp_jax.workdir.source_run import folder_of
+from dhp_jax.workdir.source_run import source_folder
 from dhp_jax.workdir.target_dirs import is_size
 
 PACKAGES = ("dhp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -21,11 +21,11 @@ def latency(result: Result, *, again: bool = False) -> dict[str, Any]:
 
     Args:
       result: the run.
-      again: whether to measure them even if its summary has those of these networks.
+      again: whether to measure them even if the summary has the times of these networks.
 
     Returns:
-      A row for one input and one for the batch of the configuration, with quartiles of the
-      milliseconds and of the speed-up of pairs of passes.
+      Under `batches` a row for one input and one for the batch size of the configuration. A row has
+      quartiles of the milliseconds, and of the speed-up over pairs of passes.
     """
     names = [name for name in ("search", "model") if name in result.notes]
     of = [read_description(result.workdir / name)["sha256"] for name in names]
@@ -54,7 +54,7 @@ def _timed(networks: Mapping[str, Any], shape: Sequence[int], batch: int) -> dic
 
 
 def beside(workdir: str | os.PathLike, config: Mapping[str, Any]) -> str:
-    """Where the run of the unpruned network lies if no other place is given.
+    """The directory where the run of the unpruned network is expected if none is given.
 
     Args:
       workdir: directory of a run, such as `runs/NAME` or `runs/NAME-METHOD`, or of one of its
@@ -62,12 +62,12 @@ def beside(workdir: str | os.PathLike, config: Mapping[str, Any]) -> str:
       config: its configuration.
 
     Returns:
-      Its source if that is a baseline that is there, and otherwise `runs/NAME-baseline`.
+      The run's source if that is a baseline and exists; otherwise `runs/NAME-baseline`.
     """
     method = config["method"]
     begun = METHODS[method].source
-    if begun is not None and not METHODS[begun].prunes and folder_of(config).is_dir():
-        return str(folder_of(config))
+    if begun is not None and not METHODS[begun].prunes and source_folder(config).is_dir():
+        return str(source_folder(config))
     whole = Path(os.path.abspath(workdir))
     own, of_all = (
         f"{str(folder).removesuffix(f'-{method}')}-baseline" for folder in (whole, whole.parent)
@@ -80,7 +80,7 @@ def read_baseline(directory: str | os.PathLike) -> dict[str, Any]:
     """The summary of a finished run of the unpruned network.
 
     Raises:
-      ValueError: there is none, or it lacks something.
+      ValueError: there is none, or it is not complete.
     """
     path = Path(directory) / SUMMARY
     summary = read_summary(path) if path.is_file() else {}

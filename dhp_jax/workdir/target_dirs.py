@@ -1,4 +1,4 @@
-"""The directory of a run of several targets: in it a run for each, in a folder of its own."""
+"""The directory of a run with several targets: each target has a folder with its own run."""
 
 from collections.abc import Sequence
 import json
@@ -6,30 +6,30 @@ import os
 from pathlib import Path
 
 from dhp_jax import files
-from dhp_jax.workdir.identity import CONFIG, written
+from dhp_jax.workdir.identity import CONFIG, refuse_unwritable
 
-TARGETS = "targets.json"  # those that were asked for last
+TARGETS = "targets.json"  # the targets of the last command
 
 
 def folder_name(target: float) -> str:
-    """The folder of a target's run: "0.75", "1"; different targets have different ones."""
+    """The name of a target's folder, such as "0.75" or "1"; no two targets share one."""
     return repr(float(target)).removesuffix(".0")
 
 
 def note(workdir: str | os.PathLike, targets: Sequence[float]) -> None:
-    """Notes the targets of a run when it begins; makes its directory if it is not there.
+    """Stores the targets of a run when it begins; makes its directory if it is not there.
 
     Raises:
       ConfigError: the directory cannot be written.
     """
     workdir = Path(workdir)
-    with written(workdir):
+    with refuse_unwritable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         files.write(workdir / TARGETS, json.dumps([float(target) for target in targets]))
 
 
 def begun(workdir: str | os.PathLike) -> list[Path]:
-    """The runs of the targets that have begun, the largest first; none in other directories."""
+    """The directories of targets whose run has begun, the largest target first."""
     workdir = Path(workdir)
     if not workdir.is_dir() or (workdir / CONFIG).is_file():
         return []
@@ -38,7 +38,7 @@ def begun(workdir: str | os.PathLike) -> list[Path]:
 
 
 def absent(workdir: str | os.PathLike) -> list[str]:
-    """The folders of the targets that were noted and have not begun, the largest first.
+    """The folders of stored targets whose run has not begun, the largest first.
 
     Raises:
       ValueError: the note is damaged.
@@ -55,7 +55,7 @@ def absent(workdir: str | os.PathLike) -> list[str]:
 
 
 def is_size(path: Path) -> bool:
-    """Whether a folder is called as that of a target."""
+    """Whether the name of a folder is the name of a target's folder."""
     try:
         target = float(path.name)
     except ValueError:
@@ -64,6 +64,6 @@ def is_size(path: Path) -> bool:
 
 
 def hint(workdir: str | os.PathLike) -> str:
-    """What to add to an error where a single run was expected; nothing in other directories."""
+    """What an error adds where one run was expected and the directory holds several targets."""
     runs = ", ".join(map(str, begun(workdir)))
     return f"; it holds several sizes, give one of them: {runs}" if runs else ""

@@ -271,7 +271,7 @@ def rehearse(out, *stages, **options):
 @pytest.mark.slow
 def test_all_stages_can_be_rehearsed(tmp_path):
     out = tmp_path / "out"
-    found = rehearse(out, "a", "c", "d", "e", "f", "b")
+    found = rehearse(out, "a", "c", "d", "e", "f", "b", minutes=60)
     planned = {(e["stage"], name) for e in found if e["event"] == "plan" for name in e["items"]}
     done = {(e["stage"], e["item"]) for e in found if e["event"] == "done"}
     assert planned == done

@@ -88,9 +88,38 @@ def test_the_l1_scores_are_the_librarys(net, arrays):
         np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4)
 
 
+def test_generated_kernels_are_those_of_an_embedding_of_1(net, arrays):
+    rng = np.random.default_rng(2)
+    z = {name: jnp.asarray(rng.normal(size=net.sizes[name]), jnp.float32) for name in net.prunable}
+    one, both = (net.gated(arrays, z, factor) for factor in (0.0, 1.0))
+    name, hidden, stage = "blocks.0.layers.1.conv.kernel", "blocks.0.hidden.0", "stages.0"
+    rows = arrays[name] * np.asarray(z[hidden])[:, None]
+    np.testing.assert_allclose(one[name], rows, rtol=1e-6)
+    np.testing.assert_allclose(both[name], rows * np.asarray(z[stage]), rtol=1e-5)
+
+
 def test_every_way_is_within_its_budget(net, arrays):
     scores = from_trained.magnitude_scores(net, arrays)
     for by, flops in [("l1", 0.5), ("group", 0.25), ("fpgm", 0.25)]:
         masks = from_trained.choose(net, scores[by], flops)
         counts = net.sizes | {name: int(mask.sum()) for name, mask in masks.items()}
         assert 0.98 * flops < net.cost.shares(counts)["flops"] <= flops
+
+
+def test_the_table_tells_means_ranges_and_paired_differences():
+    rows = [
+        {
+            "name": name,
+            "target": 0.5,
+            "seed": seed,
+            "error": error,
+            "params": 0.6,
+            "after_cut": None,
+        }
+        for name, errors in (("fade", (8.0, 9.0)), ("l1", (8.5, 10.0)))
+        for seed, error in enumerate(errors)
+    ]
+    lines = from_trained.table([{"name": "begin"}, *rows]).splitlines()
+    assert "| fade | 60% |  | 8.50 % (8.00 to 9.00) | +0.00 (+0.00 to +0.00) |" in lines[2]
+    assert "| l1 | 60% |  | 9.25 % (8.50 to 10.00) | +0.75 (+0.50 to +1.00) |" in lines[3]
+    assert lines[3].endswith("| 2 |")

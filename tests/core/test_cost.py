@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.core.activations import PReLU, ReLU
 from dhp_jax.core.cost import layer_terms
 from dhp_jax.core.layers import ChannelBias
 from dhp_jax.core.survivors import survivor_counts
@@ -335,8 +336,9 @@ RNGS = nnx.Rngs(0)
             6 * 64 * 24,
             6 * 24,
         ),
-        (lambda rngs: ChannelBias(3, rngs=rngs), 64 * 3, 3),
-        (lambda rngs: nnx.PReLU(), 0, 1),
+        (lambda rngs: ChannelBias(3, rngs=rngs), 0, 3),
+        (lambda rngs: nnx.PReLU(), 64 * 3, 1),
+        (lambda rngs: ReLU(), 64 * 3, 0),
         (lambda rngs: nnx.Linear(3, 7, rngs=rngs), 64 * 21, 21 + 7),
         (lambda rngs: nnx.Linear(3, 7, use_bias=False, rngs=rngs), 64 * 21, 21),
         (lambda rngs: nnx.BatchNorm(3, rngs=rngs), 2 * 64 * 3, 6),
@@ -388,12 +390,12 @@ def shrinking(z, rngs):
             (9 * 16 * 3 * 12, 9 * 3 * 12),
             {"z_in.base": 4, "z_group": 3},
         ),
-        (lambda z, rngs: dhp.Bias(z, rngs=rngs), 6, (16 * 6, 6), (16 * 5, 5), {"z": 5}),
+        (lambda z, rngs: dhp.Bias(z, rngs=rngs), 6, (0, 6), (0, 5), {"z": 5}),
         (
             lambda z, rngs: dhp.Bias(dhp.concat(z, z), rngs=rngs),
             12,
-            (16 * 12, 12),
-            (16 * 2, 2),
+            (0, 12),
+            (0, 2),
             {"z.parts.0": 1},
         ),
     ],
@@ -581,3 +583,30 @@ def test_what_is_no_shape_of_an_example_is_refused(shape):
     for function in (dhp.measure_cost, dhp.check_axes):
         with pytest.raises(ValueError, match=r"^input_shape: expected positive integers, such as"):
             function(resnet20(), shape)
+
+
+def test_the_last_call_of_an_activation_counts_and_no_other():
+    """As the published costs have it: one count a module, however often it is called."""
+
+    def forward(net, x):
+        y = net.layer(x)
+        return net.layer(jnp.concatenate([y, y], axis=1))
+
+    for make, slopes in ((lambda rngs: ReLU(), 0), (lambda rngs: nnx.PReLU(), 1)):
+        cost = dhp.measure_cost(Net(forward, layer=filled(make)), (4, 6, 5))
+        assert (cost.flops, cost.params) == (2 * 4 * 6 * 5, slopes)
+
+
+@pytest.mark.parametrize(("layer", "slopes"), [(ReLU, 0), (PReLU, 1)])
+def test_elements_of_activations_on_latents_count_by_survivors(layer, slopes):
+    model = Net(lambda net, x: net.layer(x), layer=layer(dhp.Latent(6, rngs=nnx.Rngs(0))))
+    cost = dhp.measure_cost(model, (4, 4, 6))
+    amounts = cost.amounts(dict.fromkeys(cost.sizes, 5))
+    assert (cost.flops, cost.params) == (16 * 6, slopes)
+    assert (amounts["flops"], amounts["params"]) == (16 * 5, slopes)
+    small = dhp.prune(model, {name: np.arange(6) < 5 for name in cost.sizes})
+    found = dhp.measure_cost(small, (4, 4, 5))
+    assert (found.flops, found.params) == (16 * 5, slopes)
+    x = jnp.linspace(-1, 1, 80).reshape(1, 4, 4, 5)
+    expected = np.where(x > 0, x, (0.25 if slopes else 0.0) * x)
+    np.testing.assert_allclose(small(x), expected, atol=1e-7)

@@ -320,7 +320,7 @@ def test_what_does_not_fit_is_not_put_on_the_device(monkeypatch):
 
 def test_reading_processes_are_as_many_as_shared_memory_has_room_for(monkeypatch):
     batch = 64 * 64  # bytes
-    monkeypatch.setattr(memory, "shared_memory", lambda: 2 * memory.BATCHES * 3 * batch)
+    monkeypatch.setattr(memory, "shared_memory", lambda: 2 * memory.BATCHES_PER_WORKER * 3 * batch)
     asked = {"data.streamed": True, "batch_size": 64}
     monkeypatch.setattr(memory, "usable_cores", lambda: 12)
     assert set_up(**asked).read("train").workers == 3

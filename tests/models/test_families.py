@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.core.layers import ChannelBias, Hyper
+from dhp_jax.core.activations import ReLU
+from dhp_jax.core.layers import Hyper
 from dhp_jax.models.edsr import Constant
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -201,7 +202,11 @@ def test_activations_are_of_the_dtype_and_parameters_stay_float32(name):
 
 def counted(model, shape):
     """FLOPs and params from the arrays that are there and the shapes of what layers return."""
-    flops = []
+    flops, activated = [], {}
+
+    def last_call(layer, y):
+        activated[id(layer)] = y.size
+        return 0
 
     def counting(kind, cost):
         call = kind.__call__
@@ -221,13 +226,14 @@ def counted(model, shape):
             (nnx.Conv, every_pair_at_every_output),
             (nnx.ConvTranspose, every_pair_at_every_output),
             (nnx.BatchNorm, lambda norm, y: 2 * y.size),
-            (ChannelBias, lambda bias, y: y.size),
+            (ReLU, last_call),
+            (nnx.PReLU, last_call),
             (nnx.Linear, lambda linear, y: linear.kernel[...].size),
         ):
             stack.enter_context(counting(kind, cost))
         output(model, (1, *shape))
     stored = nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Constant)))
-    return sum(flops), sum(v.get_value().size for _, v in stored)
+    return sum(flops) + sum(activated.values()), sum(v.get_value().size for _, v in stored)
 
 
 @every_family

@@ -143,7 +143,7 @@ def test_what_follows_a_skip_reads_the_upsampled_channels_and_then_the_skip():
     model = abstract("unet", depth=4)
     for level, skipped in zip(model.up, model.down[-2::-1], strict=True):
         expected = [(z, i) for z in (level.upsampled, skipped.output) for i in range(z.size)]
-        assert level.convs.first.conv.z_in.entries() == expected
+        assert level.convs.first.z_in.entries() == expected
     every = [m.z_out for _, m in nnx.iter_modules(model) if isinstance(m, Hyper)]
     assert len(set(every)) == len(every)  # one latent for every convolution
 
@@ -212,7 +212,9 @@ def dncnn_by_description(net, x):
 
 def unet_by_description(net, x):
     def doubled(convs, x):
-        x = jnp.maximum(convs.first.norm(convs.first.conv(x)), 0)
+        normalised = hasattr(convs.first, "norm")
+        x = convs.first.norm(convs.first.conv(x)) if normalised else convs.first(x)
+        x = jnp.maximum(x, 0)
         return jnp.maximum(convs.second(x), 0)
 
     def from_level(number, x):
@@ -234,6 +236,7 @@ def unet_by_description(net, x):
         ("edsr", edsr_by_description),
         ("dncnn", dncnn_by_description),
         ("unet", unet_by_description),
+        ("unet, BatchNorm", unet_by_description),
     ],
 )
 def test_a_network_computes_what_its_description_says(name, by_description):
@@ -305,7 +308,7 @@ CONVOLUTIONS = {  # network, the layer, the survivors of its input and output
     ),
     "after a skip": (
         "unet",
-        lambda m: m.up[0].convs.first.conv,
+        lambda m: m.up[0].convs.first,
         lambda m, kept: (
             np.concatenate([kept(m.up[0].upsampled), kept(m.down[1].output)]),
             kept(m.up[0].convs.hidden),

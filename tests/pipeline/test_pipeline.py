@@ -418,14 +418,14 @@ def test_what_may_change_is_taken(finished, tmp_path, field, value):
 def test_what_may_grow_is_taken_and_stored_once_it_is_reached(finished, tmp_path, field):
     path = shutil.copytree(finished.workdir, tmp_path / "run")
     prepare(tiny(**{field: 3}), path)
-    assert identity.stored(path, field) == 2
+    assert identity.read_field(path, field) == 2
     identity.grow(path, field, 3)
-    assert identity.stored(path, field) == 3
+    assert identity.read_field(path, field) == 3
 
 
 def test_a_directory_in_which_another_is_at_work_is_refused(tmp_path):
     message = f"workdir: another process is at work in {tmp_path}; wait until it ends, or give "
-    with identity.held(tmp_path, tiny()):
+    with identity.hold(tmp_path, tiny()):
         before = contents(tmp_path)
         with pytest.raises(ValueError, match=f"^{re.escape(message)}another --workdir$"):
             prepare(tiny(log_every=7), tmp_path)

@@ -23,7 +23,7 @@ FAMILIES = {  # arguments, input, layers that are folded, layers of these kinds 
     "densenet": ({"depth": 7, "growth": 4}, (8, 8, 3), 0, 6),
     "mobilenet_v1": ({"width": 0.1}, (16, 16, 3), 7, 0),
     "mobilenet_v2": ({"width": 0.1}, (16, 16, 3), 10, 0),
-    "unet": ({"depth": 2, "features": 4}, (8, 8, 1), 3, 0),
+    "unet": ({"depth": 2, "features": 4, "batch_norm": True}, (8, 8, 1), 3, 0),
     "srresnet": ({"scale": 2, "blocks": 1, "features": 8}, (6, 6, 3), 6, 0),
     "edsr": ({"scale": 2, "blocks": 1, "features": 8}, (6, 6, 3), 1, 0),
     "dncnn": ({"depth": 4, "features": 6}, (8, 8, 1), 4, 0),

@@ -31,6 +31,7 @@ RESTORERS = {
     "edsr": ("edsr", {"scale": 2, "blocks": 2, "features": 7}, (6, 5, 3)),
     "dncnn": ("dncnn", {"depth": 4, "features": 9}, (9, 8, 1)),
     "unet": ("unet", {"depth": 3, "features": 5}, (10, 13, 1)),
+    "unet, BatchNorm": ("unet", {"depth": 3, "features": 5, "batch_norm": True}, (10, 13, 1)),
 }
 FAMILIES = CLASSIFIERS | RESTORERS
 

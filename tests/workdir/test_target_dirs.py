@@ -82,8 +82,8 @@ def test_a_report_of_all_sizes_tells_what_there_is_and_what_is_missing(begun, ca
         "unpruned</text>",
     ):
         assert expected in content
-    assert "unpruned 8.46 %" in (begun / "0.75/report_write.html").read_text()
-    assert "This run is not finished" in (begun / "0.5/report_write.html").read_text()
+    assert "unpruned 8.46 %" in (begun / "0.75/report.html").read_text()
+    assert "This run is not finished" in (begun / "0.5/report.html").read_text()
 
 
 @pytest.mark.slow

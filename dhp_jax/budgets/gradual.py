@@ -1,0 +1,235 @@
+"""A search from trained weights: what a budget has no room for fades away, little by little."""
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+import numpy as np
+import optax
+from optax._src.base import NO_PARAMS_MSG
+
+from dhp_jax.budgets.counted import check_budget
+from dhp_jax.budgets.importance import per_cost
+from dhp_jax.core.cost import Cost
+from dhp_jax.core.latent import LatentVector, latents
+from dhp_jax.core.prox import soft_threshold
+from dhp_jax.core.survivors import survivor_mask
+
+Vectors = dict[str, Array]  # by the name of a prunable latent
+
+
+class FadeToBudgetState(NamedTuple):
+    """State of `fade_to_budget`.
+
+    Attributes:
+      count: steps taken.
+      average: of the squared first-order Taylor terms of each entry.
+      keep: entries that are not to fade.
+      inner: of the optimizer.
+    """
+
+    count: Int[Array, ""]
+    average: dict[str, Float[Array, " size"]]
+    keep: dict[str, Bool[Array, " size"]]
+    inner: Any
+
+
+def fade_to_budget(
+    inner: optax.GradientTransformation,
+    model: nnx.Module,
+    cost: Cost,
+    *,
+    steps: int,
+    stages: int = 6,
+    power: float = 0.5,
+    memory: float = 0.98,
+    **budget: float,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains a network with gates while the channels that a budget has no room for fade away.
+
+    With `z` for an entry of a latent, `g` for the derivative of the loss by it, and `c` for the
+    share of the FLOPs that goes with an entry of its latent, every step averages
+
+        v <- memory v + (1 - memory) (g z)^2
+
+    In the first of `stages + 1` equal parts of the steps nothing fades. At the beginning of part
+    `j = 1 .. stages` the entries with the smallest `v / c^power` are chosen, of all latents at
+    once, as many as have to go so that no share is above
+
+        1 - (1 - target) (1 - (1 - j / stages)^2)
+
+    and with them those that are gone. Until the end of the part, `k` steps away, every step ends
+    with the proximal step of an l1 norm that brings them to zero in time:
+
+        z <- sign(z) max(|z| - |z| / k, 0)
+
+    Entries that stay are trained as `inner` says. What has become zero stays zero. So after the
+    last step the network is, to the bit, one that is pruned within the budget, and the cut changes
+    nothing that it computes.
+
+    Args:
+      inner: the optimizer of all parameters; latents included.
+      model: what is trained, from `with_gates`.
+      cost: its `measure_cost`.
+      steps: in how many steps the budget is met; at least `stages + 1`.
+      stages: in how many parts, each with a choice of its own.
+      power: 0 ranks by the loss alone, 1 by loss per FLOP.
+      memory: share of the average that a step leaves.
+      **budget: some of `flops`, `params`, `activations`, shares in (0, 1]; all of them hold.
+
+    Returns:
+      A transformation of all `nnx.Param` of the model, in their own order, as `nnx.Optimizer(model,
+      tx, wrt=nnx.Param)` and a tuple of its latent vectors and other parameters have it.
+
+    Raises:
+      ValueError: a number outside its range; budgets as of `prune_to`; from `update`, `params`
+        missing.
+
+    Example:
+      >>> model = dhp.with_gates(trained, rngs=nnx.Rngs(0))
+      >>> cost = dhp.measure_cost(model, (32, 32, 3))
+      >>> tx = dhp.fade_to_budget(
+      ...     optax.sgd(0.05, momentum=0.9), model, cost, steps=300, flops=0.5
+      ... )
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    References: DHP (arXiv 2003.13683) for latents and the proximal step; Molchanov et al., CVPR
+    2019 (arXiv 1906.10771), for the terms; Wang et al., Neural Pruning via Growing Regularization,
+    ICLR 2021 (arXiv 2012.09243), for strengths that grow for what is to go.
+    """
+    _check_numbers(steps, stages, power, memory)
+    check_budget(model, cost, **budget)
+    named = {name: z for name, z in latents(model).items() if z.prunable}
+    floors = {name: z.min_channels for name, z in named.items()}
+    sizes = {name: z.size for name, z in named.items()}
+    names = _vector_names(model)
+    weights = _cost_weights(cost, sizes, power)
+    part = steps // (stages + 1)
+
+    def vectors_of(tree: PyTree) -> Vectors:
+        leaves, places = jax.tree.leaves(tree), _vectors(tree, names)
+        return {name: leaves[places[name]] for name in named}
+
+    def init(params: optax.Params) -> FadeToBudgetState:
+        return FadeToBudgetState(
+            jnp.zeros([], jnp.int32),
+            {name: jnp.zeros(size) for name, size in sizes.items()},
+            {name: jnp.ones(size, bool) for name, size in sizes.items()},
+            inner.init(params),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError(NO_PARAMS_MSG)
+        z, average = vectors_of(params), {}
+        for name, gradient in vectors_of(updates).items():
+            term = (gradient * z[name]) ** 2
+            average[name] = memory * state.average[name] + (1 - memory) * term
+        updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
+        stage, done = state.count // part, state.count % part
+        keep = jax.lax.cond(
+            (done == 0) & (stage >= 1) & (stage <= stages),
+            lambda: _chosen(average, z, stage / stages, weights, cost, floors, budget),
+            lambda: state.keep,
+        )
+        left = jnp.where(stage > stages, 1, part - done)
+
+        def faded(name: str, u: Array) -> Array:
+            target = z[name] + u
+            shrunk = soft_threshold(target, jnp.abs(target) / left)
+            return jnp.where(keep[name], target, shrunk) - z[name]
+
+        leaves, structure = jax.tree.flatten(updates)
+        for name, place in _vectors(updates, names).items():
+            if name in named:
+                leaves[place] = faded(name, leaves[place])
+        count = optax.safe_increment(state.count)
+        updates = jax.tree.unflatten(structure, leaves)
+        return updates, FadeToBudgetState(count, average, keep, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _chosen(
+    average: Vectors,
+    z: Vectors,
+    progress: Array,
+    weights: Mapping[str, float],
+    cost: Cost,
+    floors: Mapping[str, int],
+    budget: Mapping[str, float],
+) -> Vectors:
+    """Which entries stay when a part of the way to the budget is due; usable in jit.
+
+    Every score is tried as a threshold, all at once, and the smallest taken that is within.
+    """
+    # What is zero scores below everything, so that it never comes back.
+    scores = {name: jnp.where(z[name] != 0, average[name] / weights[name], -1.0) for name in z}
+    order = jnp.argsort(jnp.concatenate(list(scores.values())))
+    total = order.size
+    ranks = jnp.zeros(total, jnp.int32).at[order].set(jnp.arange(total, dtype=jnp.int32))
+    ends = np.cumsum([score.size for score in scores.values()])[:-1]
+    ranks = dict(zip(scores, jnp.split(ranks, ends), strict=True))
+    removed = jnp.arange(total + 1)  # how many of the smallest go
+    counts: dict[str, Any] = dict(cost.sizes)
+    for name, rank in ranks.items():
+        gone = jnp.searchsorted(jnp.sort(rank), removed)
+        counts[name] = jnp.maximum(rank.size - gone, floors[name])
+    shares = cost.shares({name: jnp.asarray(count) for name, count in counts.items()})
+    within = jnp.ones(removed.shape, bool)
+    for measure, target in budget.items():
+        within &= shares[measure] <= 1 - (1 - target) * (1 - (1 - progress) ** 2)
+    first = jnp.argmax(within.at[-1].set(True))
+    return {
+        name: survivor_mask(rank.astype(jnp.float32), first, floors[name]) & (z[name] != 0)
+        for name, rank in ranks.items()
+    }
+
+
+def _vector_names(model: nnx.Module) -> list[str]:
+    """Names of all latents in the order of their vectors in the model's state."""
+    numbered = nnx.clone(model)
+    named = latents(numbered)
+    for number, z in enumerate(named.values()):
+        z.vector.set_value(jnp.full(z.size, number))
+    names = list(named)
+    return [names[int(x[0])] for x in jax.tree.leaves(nnx.state(numbered, LatentVector))]
+
+
+def _vectors(params: PyTree, names: list[str]) -> dict[str, int]:
+    """Where among the leaves of parameters the vector of each latent is."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    places = [place for place, path in enumerate(paths) if _is_vector(path)]
+    if len(places) != len(names):
+        raise ValueError(
+            f"fade_to_budget: params: expected those of the model, with {len(names)} latent "
+            f"vectors; got {len(places)}"
+        )
+    return dict(zip(names, places, strict=True))
+
+
+def _is_vector(path: tuple[Any, ...]) -> bool:
+    keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    return "vector" in keys[-2:]
+
+
+def _cost_weights(cost: Cost, sizes: Mapping[str, int], power: float) -> dict[str, float]:
+    """A power of the share of the FLOPs that one entry of each latent costs."""
+    ones = {name: np.ones(1) for name in sizes}
+    return {name: float(1 / x[0]) for name, x in per_cost(ones, cost, power=power).items()}
+
+
+def _check_numbers(steps: int, stages: int, power: float, memory: float) -> None:
+    for name, value, least in (("stages", stages, 1), ("steps", steps, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if steps <= stages:
+        raise ValueError(f"steps: expected more than the {stages} stages, got {steps!r}")
+    if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < float("inf"):
+        raise ValueError(f"power: expected a number >= 0, got {power!r}")
+    if isinstance(memory, bool) or not isinstance(memory, Real) or not 0 <= memory < 1:
+        raise ValueError(f"memory: expected a number in [0, 1), got {memory!r}")

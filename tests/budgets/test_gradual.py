@@ -1,0 +1,159 @@
+"""The search from trained weights: its choice by hand, its budget, and a cut that loses nothing."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from networks import MIXED_INPUT, Mixed, filled
+import numpy as np
+import optax
+import pytest
+
+import dhp_jax as dhp
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(16, *MIXED_INPUT)).astype(np.float32)
+LABELS = np.arange(16) % 5
+
+
+def gated():
+    model = dhp.with_gates(filled(Mixed), rngs=nnx.Rngs(1))
+    model.train()
+    return model, dhp.measure_cost(model, MIXED_INPUT)
+
+
+def loss(model):
+    return optax.softmax_cross_entropy_with_integer_labels(model(IMAGES), LABELS).mean()
+
+
+@nnx.jit
+def step(model, optimizer):
+    value, grads = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, grads)
+    return value
+
+
+def prunable(model):
+    return {name: z for name, z in dhp.latents(model).items() if z.prunable}
+
+
+def shares_left(model, cost):
+    counts = {n: int((np.asarray(z.value()) != 0).sum()) for n, z in dhp.latents(model).items()}
+    return cost.shares(counts)
+
+
+@pytest.mark.parametrize("budget", [{"flops": 0.5}, {"flops": 0.7, "params": 0.6}])
+def test_the_budget_is_met_in_time_and_the_cut_changes_nothing(budget):
+    model, cost = gated()
+    tx = dhp.fade_to_budget(
+        optax.sgd(0.02, momentum=0.9), model, cost, steps=20, stages=3, **budget
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    shares = []
+    for _ in range(20):
+        step(model, optimizer)
+        shares.append(shares_left(model, cost))
+    assert shares[4]["flops"] == shares[8]["flops"] == 1
+    assert all(shares[-1][name] <= share for name, share in budget.items())
+    gone = {name: np.asarray(z.value()) == 0 for name, z in prunable(model).items()}
+    for _ in range(3):
+        step(model, optimizer)
+    for name, z in prunable(model).items():
+        assert np.array_equal(np.asarray(z.value()) == 0, gone[name])
+        assert z.size - gone[name].sum() >= z.min_channels
+    model.eval()
+    masks = {name: np.asarray(z.value()) != 0 for name, z in dhp.latents(model).items()}
+    small = dhp.prune(model, masks)
+    np.testing.assert_allclose(small(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_choice_is_that_of_squared_taylor_terms_per_flop():
+    model, cost = gated()
+    tx = dhp.fade_to_budget(
+        optax.set_to_zero(), model, cost, steps=8, stages=1, power=1.0, memory=0.5, flops=0.5
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(loss)(model)
+    by_name = dhp.latents(nnx.merge(nnx.graphdef(model), grads, nnx.state(model, nnx.BatchStat)))
+    values = {name: np.asarray(z.value(), np.float64) for name, z in by_name.items()}
+    for _ in range(5):  # four that measure, one that chooses
+        step(model, optimizer)
+    whole = dict(cost.sizes)
+    entries = []
+    for name in prunable(model):
+        flops = cost.shares(whole | {name: whole[name] - 1})["flops"]
+        entries += [(values[name][i] ** 2 / (1 - flops), name, i) for i in range(whole[name])]
+    left, gone = dict(whole), {name: set() for name in prunable(model)}
+    for _, name, i in sorted(entries):  # the smallest go, until the budget holds
+        if cost.shares(left)["flops"] <= 0.5:
+            break
+        gone[name].add(i)
+        floor = prunable(model)[name].min_channels
+        left[name] = max(floor, whole[name] - len(gone[name]))
+    for name, z in prunable(model).items():
+        fading = set(np.flatnonzero(np.asarray(z.value()) < 1))
+        assert fading <= gone[name]
+        assert len(fading) == whole[name] - left[name]
+        np.testing.assert_allclose(np.asarray(z.value())[sorted(fading)], 0.75, rtol=1e-6)
+
+
+def test_entries_that_stay_are_trained_as_the_optimizer_says():
+    model, cost = gated()
+    inner = optax.adam(0.01)
+    tx = dhp.fade_to_budget(inner, model, cost, steps=4, stages=1, flops=0.6)
+    params = nnx.state(model, nnx.Param)
+    state = tx.init(params)
+    alone = inner.init(params)
+    for k in range(4):
+        grads = jax.tree.map(lambda p, k=k: jnp.cos(k + 7 * p), params)
+        updates, state = tx.update(grads, state, params)
+        wanted, alone = inner.update(grads, alone, params)
+        keep = {name: np.asarray(mask) for name, mask in state.keep.items()}
+        changed = 0
+        for path, update in nnx.to_flat_state(updates):
+            expected = dict(nnx.to_flat_state(wanted))[path]
+            same = np.isclose(update[...], expected[...], atol=1e-7)
+            if path[-1] == "vector":
+                changed += (~same).sum()
+            else:
+                assert same.all()
+        assert changed <= sum((~mask).sum() for mask in keep.values())
+        params = optax.apply_updates(params, updates)
+    assert changed > 0
+
+
+def test_parameters_may_be_latent_vectors_and_others():
+    model, cost = gated()
+    tx = dhp.fade_to_budget(optax.sgd(0.01), model, cost, steps=6, stages=2, flops=0.5)
+    graphdef, vectors, others, rest = nnx.split(model, dhp.LatentVector, nnx.Param, ...)
+    params = vectors, others
+    state = tx.init(params)
+    for _ in range(6):
+        grads = jax.grad(lambda p: loss(nnx.merge(graphdef, *p, rest, copy=True)))(params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert shares_left(nnx.merge(graphdef, *params, rest), cost)["flops"] <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, r"^steps: expected an integer of at least 1, got 0"),
+        ({"steps": 6}, r"^steps: expected more than the 6 stages, got 6"),
+        ({"stages": 0}, r"^stages: expected an integer of at least 1, got 0"),
+        ({"power": -1}, r"^power: expected a number >= 0, got -1"),
+        ({"memory": 1}, r"^memory: expected a number in \[0, 1\), got 1"),
+        ({"flops": 0.01}, r"^flops: 0.01 cannot be reached"),
+        ({"flops": 2}, r"^flops: expected a share in \(0, 1\], got 2"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    model, cost = gated()
+    with pytest.raises(ValueError, match=message):
+        dhp.fade_to_budget(optax.sgd(0.1), model, cost, **{"steps": 20, "flops": 0.5} | arguments)
+
+
+def test_parameters_of_another_model_are_refused():
+    model, cost = gated()
+    tx = dhp.fade_to_budget(optax.sgd(0.1), model, cost, steps=20, flops=0.5)
+    with pytest.raises(ValueError, match=r"^fade_to_budget: params: expected those of the model"):
+        tx.update({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}), {"w": jnp.ones(3)})
