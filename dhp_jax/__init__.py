@@ -4,6 +4,7 @@ from dhp_jax.artifact.reading import load
 from dhp_jax.artifact.writing import save
 from dhp_jax.backend.inference import inference
 from dhp_jax.backend.platform import compiler_options
+from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.counted import BudgetError
 from dhp_jax.budgets.gradual import fade_to_budget
 from dhp_jax.budgets.importance import (
@@ -19,7 +20,6 @@ from dhp_jax.budgets.importance import (
 from dhp_jax.budgets.selection import prune_to
 from dhp_jax.budgets.shrinkage import prox_fade, prox_relative_l1
 from dhp_jax.budgets.uniform import uniform_within
-from dhp_jax.core.axes import check_axes
 from dhp_jax.core.cost import Cost, measure_cost
 from dhp_jax.core.hypernet import hyper_kernel
 from dhp_jax.core.latent import (

@@ -7,11 +7,11 @@ import inspect
 from flax import nnx
 import numpy as np
 
+from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.chosen import Chosen, describe_choice
 from dhp_jax.budgets.counted import BudgetError, Scores, check_budget, check_share, survivors_within
 from dhp_jax.budgets.latency import Clock, LatencySearch, clock
 from dhp_jax.budgets.rounding import Multiples
-from dhp_jax.core.axes import check_axes
 from dhp_jax.core.cost import Cost, measure_cost
 from dhp_jax.core.surgery import check_masks, prune
 from dhp_jax.errors import shown

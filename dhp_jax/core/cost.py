@@ -28,11 +28,7 @@ from dhp_jax.core.surgery import override
 from dhp_jax.errors import shown
 
 logger = logging.getLogger(__name__)
-
-
 Counts = Mapping[str, "int | Array"]
-
-
 MEASURES = ("flops", "params", "activations")
 
 

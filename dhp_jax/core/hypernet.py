@@ -16,11 +16,7 @@ from dhp_jax.core.initializers import uniform
 from dhp_jax.core.latent import Axis
 
 EMBEDDING = 8  # m in the paper
-
-
 MAX_FUSED_SIZE = 2**20  # numbers of an array whose sums are left to the compiler
-
-
 MAX_TERMS = 128  # of a sum that is written out
 
 

@@ -8,8 +8,6 @@ from jaxtyping import Array, Float, Key
 import numpy as np
 
 MIN_DRAWS = 256
-
-
 DEVIATION = 0.8796256610342398  # of N(0, 1) cut off at -2 and 2
 
 

@@ -12,8 +12,6 @@ import numpy as np
 from dhp_jax.core.latent import Axis, Latent
 
 Keep = Mapping[Latent, np.ndarray]
-
-
 NO_RNGS: Any = SimpleNamespace(params=lambda: None)  # for layers whose initial values are given
 
 

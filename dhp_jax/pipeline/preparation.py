@@ -12,11 +12,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.counted import check_budget, limits
 from dhp_jax.budgets.latency import check_latency, clock
 from dhp_jax.config.checks import check
 from dhp_jax.config.methods import METHODS
-from dhp_jax.core.axes import check_axes
 from dhp_jax.core.cost import Cost, measure_cost
 from dhp_jax.distributed.mesh import DATA, check_batch, make_mesh
 from dhp_jax.distributed.processes import from_first, is_first

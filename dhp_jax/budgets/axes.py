@@ -1,4 +1,4 @@
-"""A check that layers whose channels meet share a latent."""
+"""A check before pruning to a budget: layers whose channels meet must share a latent."""
 
 from flax import nnx
 import jax
