@@ -122,7 +122,9 @@ def _scores(run: RunReport) -> list[Cell]:
     last = run.last_tested
     if last is None:
         return [Cell("not finished"), Cell("")]
-    return [Cell(f"{metric.text(last[f'test_{name}'])} so far", when(last)), Cell("")]
+    value = last[f"test_{name}"]
+    more = "; ".join(filter(None, [when(last), run.interval(metric, value)]))
+    return [Cell(f"{metric.text(value)} so far", more), Cell("")]
 
 
 def _costs(run: RunReport) -> list[Cell]:

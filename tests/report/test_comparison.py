@@ -104,7 +104,8 @@ def test_a_run_that_is_not_finished_stands_beside_one_that_is(finished, run, tmp
     cells = Page(content).row("begun")
     for name, cell in (("flops", cells[2]), ("params", cells[3])):
         assert cell.endswith(f"({100 * run.summary[name]['ratio']:.2f} %)")
-    assert cells[0] == f"{100 * test:.2f} % so far (converge phase, epoch 1)"
+    more = f"converge phase, epoch 1; {interval(test, 500)}"
+    assert cells[0] == f"{100 * test:.2f} % so far ({more})"
     assert ">begun, so far</text>" in content
 
 
