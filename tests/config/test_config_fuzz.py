@@ -23,8 +23,9 @@ import numpy as np
 import pytest
 
 from dhp_jax import config as dhp_config
-from dhp_jax.budgets import axes, cost
+from dhp_jax.budgets import axes
 from dhp_jax.config.methods import METHODS
+from dhp_jax.core import cost
 from dhp_jax.data.labelled import digits
 from dhp_jax.errors import ConfigError, shown
 from dhp_jax.models import mobilenet, registry
