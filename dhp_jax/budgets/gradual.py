@@ -13,11 +13,12 @@ import optax
 from optax._src.base import NO_PARAMS_MSG
 
 from dhp_jax.budgets.counted import check_budget
-from dhp_jax.budgets.importance import per_cost
-from dhp_jax.core.cost import Cost
+from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, latents
 from dhp_jax.core.prox import soft_threshold
 from dhp_jax.core.survivors import survivor_mask
+
+TINY = 1e-12  # share of the cost of an entry that is free
 
 Vectors = dict[str, Array]  # by the name of a prunable latent
 
@@ -45,14 +46,14 @@ def fade_to_budget(
     *,
     steps: int,
     stages: int = 6,
-    power: float = 0.5,
+    power: float = 1.0,
     memory: float = 0.98,
     **budget: float,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a network with gates while the channels that a budget has no room for fade away.
 
-    With `z` for an entry of a latent, `g` for the derivative of the loss by it, and `c` for the
-    share of the FLOPs that goes with an entry of its latent, every step averages
+    With `z` for an entry of a latent, and `g` for the derivative of the loss by it, every step
+    averages the square of the first-order Taylor term:
 
         v <- memory v + (1 - memory) (g z)^2
 
@@ -62,17 +63,19 @@ def fade_to_budget(
 
         1 - (1 - target) (1 - (1 - j / stages)^2)
 
-    and with them those that are gone. Until the end of the part, `k` steps away, every step ends
-    with the proximal step of an l1 norm that brings them to zero in time:
+    Here `c` is what an entry costs in the network that is left: the derivative of its FLOPs by the
+    width of the latent. (Of several budgets the first counts.) Until the end of the part, `k` steps
+    away, every step ends with the proximal step of an l1 norm that brings these entries to zero in
+    time:
 
         z <- sign(z) max(|z| - |z| / k, 0)
 
-    Entries that stay are trained as `inner` says. What has become zero stays zero. So after the
-    last step the network is, to the bit, one that is pruned within the budget, and the cut changes
-    nothing that it computes.
+    Nothing else moves a latent: the others stay at 1, for the scales of BatchNorm and the kernels
+    do what they could. What has become zero stays zero. So after the last step the network computes
+    what `dhp.prune` leaves, and the cut loses nothing.
 
     Args:
-      inner: the optimizer of all parameters; latents included.
+      inner: the optimizer of all other parameters; what it says of latents is not heeded.
       model: what is trained, from `with_gates`.
       cost: its `measure_cost`.
       steps: in how many steps the budget is met; at least `stages + 1`.
@@ -107,7 +110,6 @@ def fade_to_budget(
     floors = {name: z.min_channels for name, z in named.items()}
     sizes = {name: z.size for name, z in named.items()}
     names = _vector_names(model)
-    weights = _cost_weights(cost, sizes, power)
     part = steps // (stages + 1)
 
     def vectors_of(tree: PyTree) -> Vectors:
@@ -133,20 +135,19 @@ def fade_to_budget(
         stage, done = state.count // part, state.count % part
         keep = jax.lax.cond(
             (done == 0) & (stage >= 1) & (stage <= stages),
-            lambda: _chosen(average, z, stage / stages, weights, cost, floors, budget),
+            lambda: _chosen(average, z, stage / stages, cost, floors, power, budget),
             lambda: state.keep,
         )
         left = jnp.where(stage > stages, 1, part - done)
 
         def faded(name: str, u: Array) -> Array:
-            target = z[name] + u
-            shrunk = soft_threshold(target, jnp.abs(target) / left)
-            return jnp.where(keep[name], target, shrunk) - z[name]
+            shrunk = soft_threshold(z[name], jnp.abs(z[name]) / left)
+            return jnp.where(keep[name], 0, shrunk - z[name]).astype(u.dtype)
 
         leaves, structure = jax.tree.flatten(updates)
         for name, place in _vectors(updates, names).items():
-            if name in named:
-                leaves[place] = faded(name, leaves[place])
+            fades = name in named
+            leaves[place] = faded(name, leaves[place]) if fades else 0 * leaves[place]
         count = optax.safe_increment(state.count)
         updates = jax.tree.unflatten(structure, leaves)
         return updates, FadeToBudgetState(count, average, keep, inner_state)
@@ -158,9 +159,9 @@ def _chosen(
     average: Vectors,
     z: Vectors,
     progress: Array,
-    weights: Mapping[str, float],
     cost: Cost,
     floors: Mapping[str, int],
+    power: float,
     budget: Mapping[str, float],
 ) -> Vectors:
     """Which entries stay when a part of the way to the budget is due; usable in jit.
@@ -168,7 +169,10 @@ def _chosen(
     Every score is tried as a threshold, all at once, and the smallest taken that is within.
     """
     # What is zero scores below everything, so that it never comes back.
-    scores = {name: jnp.where(z[name] != 0, average[name] / weights[name], -1.0) for name in z}
+    worth = _marginal(cost, z, next(iter(budget)))
+    scores = {
+        name: jnp.where(z[name] != 0, average[name] / worth[name] ** power, -1.0) for name in z
+    }
     order = jnp.argsort(jnp.concatenate(list(scores.values())))
     total = order.size
     ranks = jnp.zeros(total, jnp.int32).at[order].set(jnp.arange(total, dtype=jnp.int32))
@@ -217,10 +221,17 @@ def _is_vector(path: tuple[Any, ...]) -> bool:
     return "vector" in keys[-2:]
 
 
-def _cost_weights(cost: Cost, sizes: Mapping[str, int], power: float) -> dict[str, float]:
-    """A power of the share of the FLOPs that one entry of each latent costs."""
-    ones = {name: np.ones(1) for name in sizes}
-    return {name: float(1 / x[0]) for name, x in per_cost(ones, cost, power=power).items()}
+def _marginal(cost: Cost, z: Vectors, measure: str) -> Vectors:
+    """What one more entry of each latent costs beside those that are not zero, as a share."""
+    place = MEASURES.index(measure)
+    sizes = {name: jnp.float32(size) for name, size in cost.sizes.items()}
+    counts = sizes | {name: jnp.sum(x != 0).astype(jnp.float32) for name, x in z.items()}
+
+    def total(counts: Vectors) -> Array:
+        return sum(layer.amounts(counts)[place] for layer in cost.layers)
+
+    amount, derivatives = jax.value_and_grad(total)(counts)
+    return {name: jnp.maximum(derivatives[name] / amount, TINY) for name in z}
 
 
 def _check_numbers(steps: int, stages: int, power: float, memory: float) -> None:
