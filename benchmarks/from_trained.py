@@ -782,43 +782,43 @@ def decoded(images: Sequence[bytes]) -> np.ndarray:
         return np.concatenate([np.stack(part) for part in pool.map(some, parts)])
 
 
-def table(rows: Sequence[dict]) -> str:
-    """Means over the seeds, with the least and the most, and what is lost against the search."""
+def tables(rows: Sequence[dict]) -> str:
+    """A table for each target: means over the seeds, and what is lost against the search."""
     from record import table_of  # imports more than a device needs
 
-    errors: dict[tuple[str, float], dict[int, dict]] = {}
+    found: dict[float, dict[str, dict[int, dict]]] = {}
     for row in rows:
         if "target" in row:
-            errors.setdefault((row["name"], row["target"]), {})[row["seed"]] = row
-    columns = ["row"]
-    for target in TARGETS:
-        columns += [f">{target:.0%}: params", ">after the cut", ">test error", ">beyond the search"]
-    lines = []
-    for name in dict.fromkeys(name for name, _ in errors):
-        line = [name]
-        for target in TARGETS:
-            line += cells(errors.get((name, target), {}), errors.get((FADE.name, target), {}))
-        lines.append(line)
-    return table_of([*columns, ">seeds"], [[*line, seeds_of(errors, line[0])] for line in lines])
+            found.setdefault(row["target"], {}).setdefault(row["name"], {})[row["seed"]] = row
+    columns = ["row", ">params", ">after the cut", ">test error", ">beyond the search", ">seeds"]
+    return "\n\n".join(
+        f"## {target:.0%} of the FLOPs\n\n"
+        + table_of(
+            columns, [[name, *cells(of_seeds, ways[FADE.name])] for name, of_seeds in ways.items()]
+        )
+        for target, ways in sorted(found.items(), reverse=True)
+    )
 
 
 def cells(found: Mapping[int, dict], search: Mapping[int, dict]) -> list[str]:
     """Of one row and target: params, the error after the cut and at the end, and differences."""
-    if not found:
-        return ["", "", "", ""]
-    errors = [row["error"] for row in found.values()]
     apart = [row["error"] - search[seed]["error"] for seed, row in found.items() if seed in search]
-    after = [row["after_cut"] for row in found.values() if row.get("after_cut") is not None]
+    after = [row["after_cut"] for row in found.values() if row["after_cut"] is not None]
     return [
         f"{np.mean([row['params'] for row in found.values()]):.0%}",
-        f"{np.mean(after):.1f} %" if after else "",
-        f"{np.mean(errors):.2f} % ({min(errors):.2f} to {max(errors):.2f})",
-        f"{np.mean(apart):+.2f} ({min(apart):+.2f} to {max(apart):+.2f})" if apart else "",
+        f"{after[0]:.2f} %" if after else "",
+        spread([row["error"] for row in found.values()], ".2f", " %"),
+        spread(apart, "+.2f"),
+        str(len(found)),
     ]
 
 
-def seeds_of(errors: Mapping[tuple[str, float], dict], name: str) -> str:
-    return ", ".join(str(len(errors[name, t])) for t in TARGETS if (name, t) in errors)
+def spread(values: Sequence[float], form: str, unit: str = "") -> str:
+    """A mean, with the least and the most of several."""
+    if not values:
+        return ""
+    several = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{unit}{several}"
 
 
 def publish(options: argparse.Namespace) -> None:
@@ -831,8 +831,8 @@ def publish(options: argparse.Namespace) -> None:
     unpruned = [row["error"] for row in rows if row["name"] == "unpruned"]
     whole = f" The unpruned network has {unpruned[0]:.2f} %." if unpruned else ""
     note = f"{options.note} {NOTE}{whole}".strip()
-    print(table(rows))
-    write(options.out, options.name, TITLE, note, rows, table(rows), about)
+    print(tables(rows))
+    write(options.out, options.name, TITLE, note, rows, tables(rows), about)
 
 
 def main() -> None:
