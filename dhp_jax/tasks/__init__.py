@@ -1,4 +1,4 @@
-"""Tasks: how examples become inputs and targets, what is lowered, and what is reported."""
+"""Tasks: how examples become inputs and targets, the loss, and the metrics."""
 
 from dhp_jax.data.photos.patches import Patches, patches
 from dhp_jax.tasks.classification import Classification

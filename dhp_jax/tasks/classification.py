@@ -1,4 +1,4 @@
-"""Classification: labelled images, cross-entropy, the share of wrong labels."""
+"""Classification: labelled images, cross-entropy, and the share of wrong labels."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
@@ -105,7 +105,7 @@ class Classification:
 
 @contextlib.contextmanager
 def _batches(data: Images | Stream, batch_size: int) -> Iterator[Iterator[tuple[Images, int, int]]]:
-    """Arrays of images, and where a batch of them begins and ends; the last may have fewer."""
+    """Arrays of images, and where in them each batch begins and ends; the last may be smaller."""
     if isinstance(data, Stream):
         with data.in_order(batch_size) as batches:
             yield ((images, 0, count) for images, count in batches)

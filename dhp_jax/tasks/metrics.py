@@ -1,4 +1,4 @@
-"""How near a restored image comes to the original: PSNR and SSIM, as papers report them."""
+"""PSNR and SSIM of restored images, as papers report them."""
 
 from jaxtyping import Float, Shaped, UInt8
 import numpy as np
@@ -8,7 +8,7 @@ from dhp_jax.errors import FieldError
 WINDOW = 11  # pixels on each side of SSIM's Gaussian windows
 
 
-BEST_PSNR = 100.0  # dB, of equal images: means and records of infinity tell nothing
+MAX_PSNR = 100.0  # dB, of equal images, in place of infinity, which has no mean
 
 
 def luminance(image: Shaped[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w 1"]:
@@ -23,7 +23,7 @@ def luminance(image: Shaped[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w 1"]:
 
 
 def pixels(image: Float[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
-    """What is left of an image when it is stored: whole numbers from 0 to 255."""
+    """Rounds and clips an image to the whole numbers from 0 to 255, as files store it."""
     return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
@@ -49,7 +49,7 @@ def compare(
 
     Reference: Wang et al., Image quality assessment, 2004.
     """
-    # Here, because it is slow, and labels need none of it.
+    # Imported here because it takes long, and classification does not need it.
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     if output.shape != target.shape:
@@ -75,4 +75,4 @@ def compare(
     )
     with np.errstate(divide="ignore"):
         psnr = peak_signal_noise_ratio(target, output, data_range=255)
-    return {"psnr": min(float(psnr), BEST_PSNR), "ssim": float(ssim)}
+    return {"psnr": min(float(psnr), MAX_PSNR), "ssim": float(ssim)}

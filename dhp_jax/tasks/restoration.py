@@ -28,15 +28,15 @@ PEAK = 255.0
 
 @dataclass(frozen=True)
 class Restoration:
-    """What super-resolution and denoising have in common: patches, whole images, PSNR.
+    """What super-resolution and denoising share: patches in training, whole images in tests, PSNR.
 
     Attributes:
       patch: side of a training patch of the target, in pixels.
       scale: how many times larger the target is than the input.
       seed: of the noise of test images, which is the same in every test.
-      tile: side of the tiles that larger test images are cut into, in pixels of the input; `None`
-        cuts only where the images have many different shapes.
-      overlap: of the tiles; `None` is as far as the network sees.
+      tile: side of the tiles that larger test images are cut into, in pixels of the input. With
+        `None` they are cut only if the images have many different shapes.
+      overlap: of the tiles, in pixels; with `None` the reach of the network.
     """
 
     patch: int
@@ -48,7 +48,7 @@ class Restoration:
 
     def examples(self, key: Key[Array, ""], data: Patches, chosen: Int[Array, " n"]) -> Pairs:
         image_key, place_key, *_ = jax.random.split(key, 4)
-        # Not `chosen`: an epoch is a number of patches, whatever the number of photographs.
+        # `chosen` is not used: an epoch is a number of patches, whatever the number of photographs.
         images = jax.random.randint(image_key, chosen.shape, 0, len(data.starts))
         return cut_patches(place_key, data, images, patch=self.patch, scale=self.scale)
 
@@ -69,15 +69,15 @@ class Restoration:
         degraded: Float[Array, "n h w c"] | None,
         target: Float[Array, "n h2 w2 c"],
     ) -> Float[Array, "n h w c"]:
-        """The network's inputs for some targets."""
+        """Makes the network's inputs in training."""
         raise NotImplementedError
 
     def test_input(self, photograph: Photograph, index: int) -> Float[np.ndarray, "h w c"]:
-        """The network's input for the `index`-th test photograph; always the same."""
+        """Makes the network's input for the `index`-th test photograph, the same in every test."""
         raise NotImplementedError
 
     def enlarge(self, image: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h2 w2 c"]:
-        """An input at the size of the target, made without a network."""
+        """Brings an input to the size of the target without a network."""
         raise NotImplementedError
 
     def compare_images(
@@ -106,7 +106,7 @@ class Restoration:
         restored = self._restorer(model, data)
 
         def run(params: Params, rest: nnx.State) -> dict[str, float]:
-            # Comparing takes the processor, not the device: the next image need not wait for it.
+            # Images are compared on the host, while the device works on the next one.
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 jobs = [
                     pool.submit(
@@ -165,7 +165,7 @@ class Restoration:
 
 
 class _Structure:
-    """What of a network is no array, as the key of a cache: equal ones compute the same."""
+    """A network's structure as the key of a cache; networks of equal structure compute the same."""
 
     def __init__(self, graphdef: nnx.GraphDef):
         self.graphdef = graphdef
@@ -174,10 +174,10 @@ class _Structure:
         return self.graphdef == other.graphdef
 
     def __hash__(self) -> int:
-        return 0  # attributes of a network may be lists, which have none
+        return 0  # attributes of a network may be lists, which have no hash
 
 
-@functools.lru_cache(maxsize=1)  # the network at hand: its pictures share programs with its tests
+@functools.lru_cache(maxsize=1)  # so that pictures of a network use the programs of its test
 def _forward(network: _Structure) -> Callable[[Params, nnx.State, Array], Array]:
     @functools.partial(jax.jit, compiler_options=compiler_options())
     def forward(params: Params, rest: nnx.State, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""What a task is to the training loop, and the metrics that tasks report."""
+"""The protocol of tasks that the training loop uses, and the metrics that tasks report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,28 +12,22 @@ from dhp_jax.core.latent import LatentVector
 from dhp_jax.data.stream import Stream
 
 Data = PyTree[Any] | Stream  # what a task reads its examples from
-
-
-Examples = PyTree[Array]  # some of them
-
-
+Examples = PyTree[Array]  # some of them, as they are stored
 Params = tuple[nnx.State, nnx.State]  # latent vectors, all other parameters
-
-
 Evaluation = Callable[[Params, nnx.State], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that tells how good a network is.
+    """A number that says how good a network is, and how it is written.
 
     Attributes:
       name: in records and summaries.
-      label: for people.
-      higher_is_better: which way is up.
-      form: formats it, multiplied by `factor`.
-      factor: from the number to the unit that people read.
-      unit: that unit.
+      label: in tables and reports.
+      higher_is_better: whether a larger number is better.
+      form: a format string for the number times `factor`.
+      factor: from the number in records to that in reports.
+      unit: of the number in reports.
     """
 
     name: str
@@ -44,7 +38,7 @@ class Metric:
     unit: str = ""
 
     def text(self, value: float) -> str:
-        """The value for people, with its unit."""
+        """The value as reports show it, with its unit."""
         return f"{self.form.format(self.factor * value)} {self.unit}".rstrip()
 
     def better(self, value: float, other: float | None) -> bool:
@@ -61,24 +55,24 @@ METRICS = {
 
 
 class Task(Protocol):
-    """What a network is trained for.
+    """What a network is trained for: its inputs and targets, loss and metrics.
 
     Attributes:
-      metric: the one that tells which of two networks is better.
+      metric: the metric that decides which of two networks is better.
     """
 
     metric: Metric
 
     def examples(self, key: Key[Array, ""], data: Data, chosen: Int[Array, " n"]) -> Examples:
-        """Some examples of training data that are on the device, as they are stored; jitted."""
+        """Takes examples of training data on the device, as they are stored; jitted."""
         ...
 
     def augmented(self, key: Key[Array, ""], examples: Examples) -> tuple[Array, Any]:
-        """Inputs and targets of some examples, augmented afresh; jitted."""
+        """Makes inputs and targets of examples, with random augmentation; jitted."""
         ...
 
     def loss(self, outputs: Array, targets: Any) -> Float[Array, " n"]:
-        """What training lowers, of each example."""
+        """The loss of each example."""
         ...
 
     def score(self, outputs: Array, targets: Any) -> Float[Array, " n"]:
@@ -90,23 +84,23 @@ class Task(Protocol):
         ...
 
     def evaluation(self, model: nnx.Module, data: Data, *, batch_size: int) -> Evaluation:
-        """Prepares a test on all of the test data: `(parameters, rest) -> metrics by name`."""
+        """Prepares a test on all test data: a function `(parameters, rest) -> metrics by name`."""
         ...
 
     def without_network(self, data: Data) -> dict[str, float]:
-        """Metrics of the test inputs as they are; empty where that means nothing."""
+        """Metrics of the test inputs without a network; empty if a task has none."""
         ...
 
     def pictures(
         self, model: nnx.Module, data: Data, count: int
     ) -> Sequence[tuple[str, Mapping[str, np.ndarray]]]:
-        """Names of some test examples, with pictures `input`, `output` and `target` of each."""
+        """Names of the first test examples, each with pictures `input`, `output` and `target`."""
         ...
 
 
 def evaluate(
     model: nnx.Module, task: Task, data: Data, *, batch_size: int = 256
 ) -> dict[str, float]:
-    """Metrics by name of a model over all of the test data, in evaluation mode."""
+    """Tests a model on all test data, in evaluation mode; returns metrics by name."""
     _, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
     return task.evaluation(model, data, batch_size=batch_size)((latents, weights), rest)

@@ -1,4 +1,4 @@
-"""Whole images of any size through a network, in few compilations or in tiles without a seam."""
+"""Runs networks over whole images of any size: in tiles without seams, with few compilations."""
 
 from collections.abc import Callable, Iterable, Iterator
 import logging
@@ -13,17 +13,17 @@ from dhp_jax.errors import FieldError
 logger = logging.getLogger(__name__)
 
 
-MAX_SHAPES = 16  # so many image shapes are compiled for before images are cut into tiles
+MAX_SHAPES = 16  # of images that are run whole; for more, images are cut into tiles
 
 
-OVERLAP = 48  # pixels of a tile's border that are not used; DnCNN and SRResNet see less far
+OVERLAP = 48  # pixels of a tile's border that are not used; more than DnCNN and SRResNet reach
 
 
 Forward = Callable[[Float[Array, "1 h w c"]], Float[Array, "1 h2 w2 c"]]
 
 
 class Tiling(NamedTuple):
-    """Where the tiles of a network may lie.
+    """How images are cut into tiles for a network.
 
     Attributes:
       overlap: pixels of a tile's border that are not used, a multiple of `multiple`.
@@ -40,12 +40,12 @@ class Tiling(NamedTuple):
 
 
 def tiling(model: nnx.Module, overlap: int | None = None) -> Tiling:
-    """Where the tiles of a network may lie.
+    """How images are cut into tiles for a network.
 
     Args:
-      model: its `reach` is how many pixels away an output depends on the input, and its `multiple`
-        where tiles begin; 48 and 1 where it does not tell.
-      overlap: in pixels, instead of its reach.
+      model: its attribute `reach` is how many pixels away an output depends on the input, 48 if it
+        has none. Tiles begin at multiples of its attribute `multiple`, 1 if it has none.
+      overlap: in pixels, in place of the reach.
 
     Returns:
       The overlap, rounded up to a multiple, and the multiple.
@@ -56,7 +56,7 @@ def tiling(model: nnx.Module, overlap: int | None = None) -> Tiling:
     """
     multiple = getattr(model, "multiple", 1)
     overlap = getattr(model, "reach", OVERLAP) if overlap is None else overlap
-    return Tiling(_rounded_up(overlap, multiple), multiple)
+    return Tiling(_round_up(overlap, multiple), multiple)
 
 
 def restore(
@@ -69,17 +69,17 @@ def restore(
 ) -> Float[np.ndarray, "h2 w2 c"]:
     """Runs a network over an image, whole or tile by tile.
 
-    Every pixel is taken from a tile in which it lies at least `overlap` pixels from any side that
-    is not a side of the image. Where a network sees no farther than that, the result is that of the
-    whole image.
+    Every pixel is taken from a tile in which it is at least `overlap` pixels from any side that is
+    not a side of the image. If the network's reach is not larger, the result is that of the whole
+    image.
 
     Args:
       forward: the network, for a batch of one; its output may be larger by a whole factor.
       image: the image.
       tile: height and width of a tile; smaller images are run whole. `None` runs all whole.
-      overlap: how far a network sees.
-      multiple: tiles begin at multiples of it, and the image is extended to one by its last row and
-        column, as networks that halve the resolution want it.
+      overlap: in pixels of the input.
+      multiple: tiles begin at multiples of it. The image is extended to a multiple by its last row
+        and column, as networks that halve the resolution need it.
 
     Returns:
       The output, as large as the image times the network's factor.
@@ -90,8 +90,8 @@ def restore(
     if _fits(image.shape[:2], tile):
         return np.asarray(forward(image[None])[0])
     height, width, _ = image.shape
-    tile = tuple(_rounded_up(side, multiple) for side in tile)
-    overlap = _rounded_up(overlap, multiple)
+    tile = tuple(_round_up(side, multiple) for side in tile)
+    overlap = _round_up(overlap, multiple)
     if min(tile) <= 2 * overlap:
         raise FieldError("tile", detail=f"expected sides of more than {2 * overlap}, got {tile}")
     padding = (-height % multiple, -width % multiple)
@@ -120,7 +120,7 @@ def _fits(shape: tuple[int, int], tile: tuple[int, int] | None) -> bool:
     return tile is None or (shape[0] <= tile[0] and shape[1] <= tile[1])
 
 
-def _rounded_up(size: int, multiple: int) -> int:
+def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
@@ -143,20 +143,21 @@ def tile_for(
     multiple: int = 1,
     side: int | None = None,
 ) -> tuple[int, int] | None:
-    """The tile to cut images into, so that few shapes are compiled for.
+    """Chooses the tile that images are cut into, so that few shapes are compiled.
 
     Up to 16 shapes are run whole. For more, the tile has the smallest height and the smallest width
-    above `3 * overlap`. Images that are no larger than the tile in a direction are not cut in it,
-    nor padded to it, which would change what is computed at their border: each of their sizes is
-    compiled for, and a warning tells if that leaves more than 16 shapes.
+    above `3 * overlap`. Images that are no larger than the tile in a direction are neither cut nor
+    padded in it, as padding would change their border. Each of their sizes is compiled. A warning
+    is given if that leaves more than 16 shapes.
 
     Args:
       shapes: heights and widths of the images.
       overlap, multiple: as for `restore`.
-      side: of a square tile that was asked for, whatever the shapes are.
+      side: of a square tile, whatever the shapes are.
 
     Returns:
-      Height and width, or `None` to run all whole, as where cutting would leave as many shapes.
+      Height and width, or `None` to run all images whole, because there are few shapes or cutting
+      would leave as many.
 
     Example:
       >>> tile_for([(200 + i, 300) for i in range(17)])
@@ -194,6 +195,6 @@ def _run(shape: tuple[int, int], tile: tuple[int, int] | None, multiple: int) ->
     if _fits(shape, tile):
         return shape
     height, width = (
-        _rounded_up(min(size, side), multiple) for size, side in zip(shape, tile, strict=True)
+        _round_up(min(size, side), multiple) for size, side in zip(shape, tile, strict=True)
     )
     return height, width

@@ -1,4 +1,4 @@
-"""The optimizers of the method: schedules, SGD or Adam, and the proximal step on the latents."""
+"""Optimizers: learning rate schedules, SGD or Adam, and the proximal step on the latents."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,13 @@ NAMES = ("sgd", "adam")
 def drop_schedule(
     learning_rate: float, drops: Sequence[float], steps_per_epoch: int
 ) -> optax.Schedule:
-    """A learning rate that is divided by 10 at each of some epochs."""
+    """A learning rate that is divided by 10 at given epochs.
+
+    Args:
+      learning_rate: before the first of them.
+      drops: epochs, not necessarily whole ones; one that is given twice divides by 100.
+      steps_per_epoch: training steps.
+    """
     steps = [round(epoch * steps_per_epoch) for epoch in drops]
     boundaries = {step: 0.1 ** steps.count(step) for step in steps}
     return optax.piecewise_constant_schedule(learning_rate, boundaries)

@@ -1,4 +1,4 @@
-"""A phase of training: what is asked for, what is told, what comes out."""
+"""A phase of training: its settings, its observers, and its result."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from dhp_jax.tasks.task import Params
 
 
 class Stopped(Exception):
-    """Training was asked to stop, and did; its state is on disk."""
+    """Training was asked to stop, saved its state, and stopped."""
 
 
 class OriginError(FieldError):
@@ -21,10 +21,11 @@ class OriginError(FieldError):
 
 
 class Observer(Protocol):
-    """Someone to tell how training goes.
+    """Something that is told how training goes, such as a progress bar.
 
-    A phase begins with the number of its steps at most, how many of them were taken before it was
-    stopped, and the records of those.
+    `begin` is told the most steps that the phase may take, how many of them were taken before the
+    phase was stopped, and the records of those. `step` is told how many steps were taken, `record`
+    what was measured.
     """
 
     def begin(
@@ -37,12 +38,14 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """A stop rule: train until no share is above its limit, which is looked at every step.
+    """A stop rule: training ends with the first step after which no share is above its limit.
 
     Attributes:
-      shares: shares of FLOPs, params and activations by name, as of `Cost.shares`; jitted.
+      shares: from a model to shares of FLOPs, params and activations by name, as `Cost.shares`;
+        called in a jitted function.
       limits: of some of these, by name.
-      history: what else of the model every record keeps, vectors by name; jitted.
+      history: from a model to vectors by name, which every record keeps; called in a jitted
+        function.
     """
 
     shares: Callable[[nnx.Module], Mapping[str, Array]]
@@ -52,18 +55,18 @@ class Budget:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training.
+    """The settings of a phase of training: search, converge, or the unpruned baseline.
 
     Attributes:
       name: in records and seeds.
       epochs: how many at most.
       learning_rate: of each step, for the records.
-      optimizer: makes the transformation of `(latent vectors, other parameters)`.
+      optimizer: makes the optimizer of `(latent vectors, other parameters)`.
       budget: a rule that ends the phase early.
       skip_faulty: whether a batch is left out, and counted, after which anything would not be
-        finite; otherwise a loss or latent that is not finite ends training.
+        finite. Otherwise a loss or latent that is not finite ends training.
       elementwise: whether the optimizer treats each number by itself, whatever the shape of its
-        array, as SGD and Adam do. Then a TPU holds hypernetworks in a shape that it reads faster.
+        array, as SGD and Adam do. Then a TPU keeps hypernetworks in a shape that it reads faster.
     """
 
     name: str
@@ -77,14 +80,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Progress:
-    """How a phase went, in numbers.
+    """How far a phase has come, in numbers; checkpoints and summaries have these fields.
 
     Attributes:
-      epochs, steps: how many there were; an epoch counts when it was tested.
+      epochs, steps: how many were taken; an epoch counts once it was tested.
       seconds: how long they took, tests included.
       met_budget: whether the stop rule ended the phase.
       last: metrics of the last epoch on the test data, by name.
-      best: those of the epoch that was best by the task's metric.
+      best: those of the best epoch by the task's metric.
       best_epoch: its number, from 1.
       skipped: how many batches were left out because of `Phase.skip_faulty`.
     """
@@ -101,9 +104,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a phase came to: the model after its last epoch, and after its best on the test data.
+    """The result of a phase: the model after its last epoch, and after its best on the test data.
 
-    A phase with a budget keeps no best model; the last stands in for it.
+    A phase with a budget keeps no best model. There `best_model` is the last one.
     """
 
     model: nnx.Module

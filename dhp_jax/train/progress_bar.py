@@ -1,4 +1,4 @@
-"""Progress on a terminal, or line by line in a log: an observer of training."""
+"""An observer of training that shows progress on a terminal, or line by line in a log."""
 
 from collections.abc import Sequence
 import sys
@@ -19,9 +19,9 @@ SHOWN = {
 
 
 class ProgressBar:
-    """One bar a phase, with losses, errors, what would survive, and images a second.
+    """Shows a bar for each phase: loss, error, the cost of what would survive, images a second.
 
-    Where standard error is no terminal, a line an epoch stands in for the bar.
+    Where standard error is no terminal, it prints a line for each epoch.
     """
 
     def begin(self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]) -> None:
