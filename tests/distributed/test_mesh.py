@@ -136,9 +136,58 @@ def test_four_devices_give_the_losses_and_survivors_of_one(one, tmp_path):
     check_same(tmp_path / "run", one)
 
 
+@pytest.mark.slow
 def test_divided_hypernetworks_and_streamed_data_give_those_of_replicated_ones(one, tmp_path):
     finish(begin(tmp_path / "run", devices=4, **{"mesh.data": 2, "mesh.model": 2}, **STREAMED))
     check_same(tmp_path / "run", one)
+
+
+TRAINED = """
+import sys
+_, workdir, *folders = sys.argv
+sys.path[:0] = folders
+import jax
+import numpy as np
+from dhp_jax.distributed.mesh import make_mesh
+from dhp_jax.pipeline.preparation import prepare
+from networks import arrays, filled
+from runs import of_digits
+from test_checkpoints import Net, phase_of, trained
+from test_train import EXAMPLES, streamed_labelled
+jax.config.update("jax_disable_most_optimizations", True)
+net = filled(Net)
+streamed = streamed_labelled(EXAMPLES, 0)
+for budget, ways in [
+    (True, [(make_mesh(4, 1), None), (make_mesh(2, 2), streamed)]),
+    (False, [(make_mesh(2, 2), None)]),
+]:
+    phase = phase_of(net, budget)
+    expected, once = trained(net, phase)
+    for mesh, data in ways:
+        assert mesh.size == 4
+        found, again = trained(net, phase, mesh=mesh, data=data)
+        assert [*map(list, again.records)] == [*map(list, once.records)]
+        for a, b in zip(again.records, once.records):
+            numbers = [name for name in b if name != "phase"]
+            assert a["phase"] == b["phase"]
+            np.testing.assert_allclose(
+                [a[n] for n in numbers], [b[n] for n in numbers], rtol=1e-3, err_msg=str((mesh, b))
+            )
+        for name in ("model", "best_model"):
+            ours, theirs = arrays(getattr(found, name)), arrays(getattr(expected, name))
+            assert ours.keys() == theirs.keys()
+            for path, array in theirs.items():
+                np.testing.assert_allclose(ours[path], array, rtol=1e-3, atol=1e-4, err_msg=path)
+run = prepare(of_digits(**{"mesh.data": 2, "mesh.model": 2}), workdir)
+assert dict(run.mesh.shape) == {"data": 2, "model": 2}
+"""
+
+
+def test_training_on_a_mesh_gives_the_records_and_the_networks_of_one_device(tmp_path):
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    folders = [str(ROOT / "tests" / name) for name in ("support", "train")]
+    arguments = [sys.executable, "-c", TRAINED, str(tmp_path / "run"), *folders]
+    subprocess.run(arguments, env=os.environ | flags, check=True)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from test_train import Climb as Tables
 import dhp_jax as dhp
 from dhp_jax.backend.hypernets import pack_axes
 from dhp_jax.core.survivors import survivor_counts
+from dhp_jax.data.stream import Stream
 from dhp_jax.tasks import Classification
 from dhp_jax.train.checkpoints import CheckpointError, Checkpoints
 from dhp_jax.train.loop import train
@@ -351,7 +352,7 @@ def phase_of(model, budget):
     return Phase("search", 3, schedule, make, limit if budget else None)
 
 
-def trained(model, phase, folder=None, stop_after=None, log_every=2, data=None):
+def trained(model, phase, folder=None, stop_after=None, log_every=2, data=None, **options):
     """The outcome, or None where training was stopped, and what an observer saw."""
     data = labelled(EXAMPLES, 0) if data is None else data
     witness = Witness()
@@ -367,13 +368,14 @@ def trained(model, phase, folder=None, stop_after=None, log_every=2, data=None):
             Classification((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True),
             data,
             labelled(11, 1),
-            examples=len(data[1]),
+            examples=data.size if isinstance(data, Stream) else len(data[1]),
             batch_size=BATCH,
             log_every=log_every,
             key=jax.random.key(0),
             observers=[witness],
             checkpoints=checkpoints,
             stopping=stopping,
+            **options,
         )
     except Stopped:
         outcome = None

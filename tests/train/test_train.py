@@ -96,6 +96,12 @@ def labelled(n, seed):
     return jnp.asarray(images), jnp.asarray(rng.integers(0, CLASSES, n))
 
 
+def streamed_labelled(n, seed):
+    """The same examples, as other processes would read them."""
+    images = list(zip(*map(np.asarray, labelled(n, seed)), strict=True))
+    return Stream(n, ReadLabelled(images), checksum=0, workers=0)
+
+
 def searched(model, *, limit=0.0, log_every=LOG_EVERY, streamed=False):
     """A search, the batches that it went through, and what its observer saw."""
     task = Recording((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True)
@@ -108,15 +114,11 @@ def searched(model, *, limit=0.0, log_every=LOG_EVERY, streamed=False):
 
     budget = Budget(lambda m: cost.shares(survivor_counts(m, THRESHOLD)), {"flops": limit})
     phase = Phase("search", EPOCHS, SCHEDULE, with_proximal_step, budget)
-    data = labelled(EXAMPLES, 0)
-    if streamed:
-        images = list(zip(*map(np.asarray, data), strict=True))
-        data = Stream(EXAMPLES, ReadLabelled(images), checksum=0, workers=0)
     outcome = train(
         model,
         phase,
         task,
-        data,
+        (streamed_labelled if streamed else labelled)(EXAMPLES, 0),
         labelled(TESTS, 1),
         examples=EXAMPLES,
         batch_size=BATCH,
