@@ -32,6 +32,15 @@ def checkpoints(workdir, phase="*"):
     return set((workdir / "checkpoints").glob(f"{phase}/*"))
 
 
+@pytest.fixture(scope="module")
+def finished(compiled_once, tmp_path_factory):
+    """The directory of a run of the same command that met no misfortune."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, told = end(begin(workdir))
+    assert code == 0, told
+    return workdir
+
+
 def test_a_run_that_met_every_misfortune_ends_with_the_bits_of_one_that_met_none(
     finished, tmp_path
 ):
