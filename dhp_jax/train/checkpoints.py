@@ -83,7 +83,7 @@ class Checkpoints:
         if self._started is not None:
             if self._open().is_saving_in_progress():
                 return False
-            self.wait()
+            self._finish()  # an error of writing is raised by the next `save`
         return monotonic() - self._rested >= self.interval
 
     @property
@@ -147,7 +147,8 @@ class Checkpoints:
             try:
                 notes, layout = self.notes(step)
                 if notes["source"] != self.source:
-                    self._remove(step)
+                    _remove(self.folder, step)
+                    self._open().reload()
                     continue
                 args = ocp.args.Composite(**{ARRAYS: ocp.args.StandardRestore()})
                 packed = self._open().restore(step, args=args)[ARRAYS][ARRAYS]
@@ -189,6 +190,10 @@ class Checkpoints:
         """Waits until the last checkpoint is on disk."""
         if self._manager is not None:
             self._manager.wait_until_finished()
+        self._finish()
+
+    def _finish(self) -> None:
+        """Has the disk keep the last checkpoint, and notes how long it took."""
         if self._started is None:
             return
         for path in [*(self.folder / str(self._step)).rglob("*"), self.folder]:
@@ -222,15 +227,6 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=self.options)
         return self._manager
 
-    def _remove(self, step: int) -> None:
-        """Removes a checkpoint of another source, and those that were set aside with it."""
-        removed = self.folder / f"{step}{REMOVED}"
-        (self.folder / str(step)).rename(removed)  # at once: half of one would pass for damaged
-        files.sync(self.folder)
-        for path in [removed, *self.folder.glob(f"*{DAMAGED}")]:
-            shutil.rmtree(path)
-        self._open().reload()
-
     def _set_aside(self, step: int, reason: str) -> None:
         """Renames a damaged checkpoint."""
         logger.warning("%s: the checkpoint of step %d is damaged: %s", self.folder, step, reason)
@@ -241,6 +237,15 @@ class Checkpoints:
         (self.folder / str(step)).rename(aside)
         files.sync(self.folder)
         self._open().reload()
+
+
+def _remove(folder: Path, step: int) -> None:
+    """Removes a checkpoint of another source, and those that were set aside with it."""
+    removed = folder / f"{step}{REMOVED}"
+    (folder / str(step)).rename(removed)  # at once: half of one would pass for damaged
+    files.sync(folder)
+    for path in [removed, *folder.glob(f"*{DAMAGED}")]:
+        shutil.rmtree(path)
 
 
 def _seal(notes: Mapping[str, Any], layout: Mapping[str, list]) -> dict[str, Any]:
