@@ -7,6 +7,7 @@ from pages import Page
 import pytest
 
 from dhp_jax.report import __main__ as report_main
+from dhp_jax.report import write as report_write
 from dhp_jax.report.comparison import check_same_task, comparison, comparison_charts, labels
 from dhp_jax.report.format import interval
 from dhp_jax.report.run_report import RunReport
@@ -131,6 +132,7 @@ def test_a_run_in_its_search_shows_what_would_survive_so_far(run, tmp_path):
 
 def test_the_page_is_compare_html_if_no_other_is_named(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report_write, "comparison_charts", lambda runs: {})
     report_main.main([str(finished), str(finished)])
     assert (tmp_path / "compare.html").is_file()
 

@@ -327,6 +327,7 @@ def copy(finished, tmp_path):
 
 def test_the_page_is_made_again_without_measuring(copy, capsys, monkeypatch):
     monkeypatch.setattr(workdir_summary, "measure_latency", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(report_write, "run_charts", lambda run: {})
     (copy / "report.html").unlink()
     summary = (copy / "summary.json").read_bytes()
     report_main.main([str(copy)])
@@ -351,6 +352,7 @@ def test_latency_that_is_asked_for_is_noted(copy, monkeypatch):
         "measure_latency",
         lambda networks, *rest: {name: [7.0, 7.0] for name in networks},
     )
+    monkeypatch.setattr(report_write, "run_charts", lambda run: {})
     report_main.main([str(copy), "--latency", f"--out={copy / 'other.html'}"])
     rows = json.loads((copy / "summary.json").read_text())["latency"]["batches"]
     assert [row["after_ms"]["median"] for row in rows] == [7.0, 7.0]
