@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+from filelock import FileLock
 import jax
 from jax.experimental.compilation_cache import compilation_cache as cache
 import pytest
@@ -73,8 +74,16 @@ def digits_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(compiled_once, tmp_path_factory):
-    """The directory of a finished run of `runs.py`; tests copy it before they change it."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    carry_out(workdir)
-    return workdir
+def finished(compiled_once, tmp_path_factory, worker_id):
+    """The directory of a finished run of `runs.py`; tests copy it before they change it.
+
+    All processes that test share it: the first that needs it carries it out.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "finished"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "done").exists():
+            carry_out(folder / "run")
+            (folder / "done").touch()
+    return folder / "run"

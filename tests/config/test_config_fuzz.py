@@ -256,11 +256,8 @@ def check_usable(run):
     assert task_of(config.model.name) == config.task.name
 
 
-@pytest.mark.usefixtures("cached")
-@given(configurations())
-@settings(derandomize=True, deadline=None, max_examples=800)
-def test_a_configuration_prepares_a_run_or_one_line_names_a_field_that_was_changed(example):
-    config, changed = example
+def check_prepared_or_refused(config, changed):
+    """A configuration prepares a run, or one line names a field that was changed."""
     started, memory = time.process_time(), peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -275,6 +272,21 @@ def test_a_configuration_prepares_a_run_or_one_line_names_a_field_that_was_chang
             check_usable(run)
     assert time.process_time() - started < 30
     assert peak_memory() - memory < 2**30
+
+
+@pytest.mark.usefixtures("cached")
+@given(configurations())
+@settings(derandomize=True, deadline=None, max_examples=120)
+def test_a_configuration_prepares_a_run_or_one_line_names_a_field_that_was_changed(example):
+    check_prepared_or_refused(*example)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cached")
+@given(configurations())
+@settings(derandomize=True, deadline=None, max_examples=800)
+def test_many_configurations_prepare_a_run_or_one_line_names_a_field_that_was_changed(example):
+    check_prepared_or_refused(*example)
 
 
 # The arguments of networks
@@ -297,13 +309,20 @@ def may_suit(argument, kind, value):
 
 
 @pytest.mark.parametrize("family", SMALL)
-def test_every_argument_of_a_family_refuses_other_types_and_what_no_machine_can_hold(family):
+@pytest.mark.parametrize(
+    "values",
+    [[*NUMBERS, *OTHERS][::7], pytest.param([*NUMBERS, *OTHERS], marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_every_argument_of_a_family_refuses_other_types_and_what_no_machine_can_hold(
+    family, values
+):
     parameters = dict(inspect.signature(registry.FAMILIES[family].__init__).parameters)
     del parameters["self"], parameters["rngs"], parameters["dtype"]
     arguments = SMALL[family] | ({"scale": 2} if "scale" in parameters else {})
     for argument, parameter in parameters.items():
         kind = int if parameter.annotation == int | None else parameter.annotation
-        for value in [*NUMBERS, *OTHERS]:
+        for value in values:
             if not may_suit(argument, kind, value):
                 message = refusal(family, **arguments | {argument: value})
                 assert re.fullmatch(rf"{argument}: expected .+", message), (message, value)
@@ -427,10 +446,8 @@ def mentioned(field, message):
     return "".join(message.split()).startswith(starts)
 
 
-@given(command_lines())
-@settings(derandomize=True, deadline=None, max_examples=250)
-def test_a_command_line_is_parsed_or_one_line_names_a_field_that_was_given(parse, example):
-    path, overrides = example
+def check_parsed_or_refused(parse, path, overrides):
+    """A command line is parsed, or one line names a field that was given."""
     given = [
         f"--config.{field}" + ("" if text is None else f"={text}")
         for field, text in overrides.items()
@@ -441,3 +458,16 @@ def test_a_command_line_is_parsed_or_one_line_names_a_field_that_was_given(parse
         message = " ".join(str(error).split())  # as `main` prints it
         known = any(mentioned(field, message) for field in overrides)
         assert known or about(named(message), overrides), message
+
+
+@given(command_lines())
+@settings(derandomize=True, deadline=None, max_examples=80)
+def test_a_command_line_is_parsed_or_one_line_names_a_field_that_was_given(parse, example):
+    check_parsed_or_refused(parse, *example)
+
+
+@pytest.mark.slow
+@given(command_lines())
+@settings(derandomize=True, deadline=None, max_examples=400)
+def test_many_command_lines_are_parsed_or_one_line_names_a_field_that_was_given(parse, example):
+    check_parsed_or_refused(parse, *example)

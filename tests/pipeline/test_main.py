@@ -235,7 +235,12 @@ def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
 
 def test_a_training_that_diverges_ends_with_one_line_and_exit_code_1(main, tmp_path, capsys):
     steep = ["--config.search.learning_rate=1e30", "--config.search.epochs=1"]
-    small = ["--config.model.width=0.5", "--config.multiple_of=1", f"--workdir={tmp_path / 'run'}"]
+    small = [
+        "--config.model.depth=8",
+        "--config.model.width=0.5",
+        "--config.multiple_of=1",
+        f"--workdir={tmp_path / 'run'}",
+    ]
     assert main(DIGITS, *small, *steep) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.match(r"error: search: the (loss is|latent .* is not finite)", last)
