@@ -91,7 +91,10 @@ def test_a_run_leaves_all_that_it_promises(finished):
         files = {path.name for path in (finished.workdir / name).iterdir()}
         assert files == {"model.json", "arrays.safetensors"}
     plots = {path.name for path in (finished.workdir / "plots").iterdir()}
-    assert plots == {"channels.png", "error.png", "latents.png", "ratio.png"}
+    assert plots == {
+        *("channels.png", "error.png", "latents.png", "loss.png", "magnitudes.png"),
+        *("ratio.png", "survivors.png"),
+    }
     assert {path.name for path in (finished.workdir / "tensorboard").iterdir()} == {
         "search",
         "converge",
@@ -202,7 +205,7 @@ def test_a_run_that_goes_on_after_a_phase_ends_with_the_same_bits(finished, tmp_
 
 def test_a_run_that_died_in_each_phase_ends_with_the_same_bits(finished, tmp_path):
     often = {"checkpoint.seconds": 0}
-    for phase, step, left in (("search", 13, set()), ("converge", 25, {"search", "pruned"})):
+    for phase, step, left in (("search", 11, set()), ("converge", 25, {"search", "pruned"})):
         run = prepare(tiny(**often), tmp_path, [Interrupter(phase, step)])
         with pytest.raises(Stop):
             execute(run)
@@ -214,7 +217,7 @@ def test_a_run_that_died_in_each_phase_ends_with_the_same_bits(finished, tmp_pat
     check_same_end(tmp_path, finished.workdir)
 
 
-@pytest.mark.parametrize("phase", ["search", "converge"])
+@pytest.mark.parametrize("phase", ["search", pytest.param("converge", marks=pytest.mark.slow)])
 def test_a_run_that_is_told_to_stop_goes_on_where_it_was(finished, tmp_path, phase):
     witness = Steps()
     run = prepare(tiny(), tmp_path, [witness])
@@ -319,6 +322,7 @@ def test_a_finished_run_with_more_epochs_goes_on_as_if_it_had_had_them_before(fi
         prepare(tiny(), workdir)
 
 
+@pytest.mark.slow
 def test_more_epochs_that_were_not_reached_can_be_taken_back(finished, tmp_path):
     for config in (tiny(), tiny(**{"converge.epochs": 30})):
         run = prepare(config, tmp_path, [Interrupter("converge", 13)])
