@@ -29,8 +29,6 @@ from dhp_jax.tasks.metrics import pixels
 from dhp_jax.tasks.tiling import restore, tiling
 
 LABELS = "classification"
-
-
 TASKS = (LABELS, "super_resolution", "denoising")
 
 

@@ -15,8 +15,6 @@ from dhp_jax.artifact.description import DTYPES, ArtifactError, check_like, chec
 from dhp_jax.errors import shown
 
 DESCRIPTION = "model.json"
-
-
 ARRAYS = "arrays.safetensors"
 
 

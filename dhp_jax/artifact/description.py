@@ -18,46 +18,19 @@ import jax.numpy as jnp
 from dhp_jax.errors import shown
 
 FORMAT = "dhp_jax"
-
-
 VERSION = 1
-
-
 MAX_DESCRIPTION_BYTES = 2**24  # bytes of model.json
-
-
 MAX_FILE_BYTES = 2**32  # bytes of all arrays
-
-
 MAX_ARRAYS = 2**14
-
-
 MAX_AXES = 32  # of an array
-
-
 MAX_DEPTH = 32  # lists and objects within each other
-
-
 MAX_DIGITS = 20  # digits
-
-
 MAX_TEXT = 1024  # characters of a name
-
-
 MAX_NUMBER = 2**20  # among arguments, and the largest index of a survivor
-
-
 MAX_LIST = 64  # of an argument
-
-
 MAX_EXAMPLE = 2**28  # numbers in an input of the network
-
-
 MIN_SCALE = 1e-6  # that pixels are divided by
-
-
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # characters that a terminal may obey
-
 
 FIELDS = {  # of model.json, with what they hold
     "format": (str,),
@@ -70,9 +43,7 @@ FIELDS = {  # of model.json, with what they hold
     "notes": (dict,),
 }
 
-
 OPTIONAL = {"renewed": (bool,), "folded": (list,), "cost": (dict,), "provenance": (dict,)}
-
 
 KINDS = {
     str: "a text",
@@ -82,7 +53,6 @@ KINDS = {
     bool: "true or false",
     type(None): "null",
 }
-
 
 DTYPES = {  # by their codes in safetensors
     "BOOL": "bool",

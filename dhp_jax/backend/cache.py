@@ -11,11 +11,7 @@ import jax
 from dhp_jax.files import user_cache
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
 LONG = 1.0  # seconds of a compilation that is worth telling
-
-
 MAX_BYTES = 2**31  # of the cache
 
 

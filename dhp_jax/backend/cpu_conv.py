@@ -13,11 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-
-
 MAX_TAPS = 49  # of a depthwise kernel that is written out
-
-
 Pads = tuple[tuple[int, int], ...]
 
 

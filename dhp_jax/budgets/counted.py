@@ -30,14 +30,8 @@ def limits(budget: Mapping[str, float | None], target: float) -> dict[str, float
 
 
 Scores = Mapping[str, np.ndarray]  # by latent a number for each entry; the smallest go first
-
-
 TOLERANCE = 0.005  # of a budget that may be left before entries are traded
-
-
 TRADES = 32
-
-
 Group = tuple[str, tuple[int, ...]]  # a latent, and entries of it that go together
 
 

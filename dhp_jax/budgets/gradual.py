@@ -19,7 +19,6 @@ from dhp_jax.core.prox import soft_threshold
 from dhp_jax.core.survivors import survivor_mask
 
 TINY = 1e-12  # share of the cost of an entry that is free
-
 Vectors = dict[str, Array]  # by the name of a prunable latent
 
 

@@ -20,11 +20,7 @@ from dhp_jax.core.cost import Cost
 from dhp_jax.core.surgery import prune
 
 RESOLUTION = 0.01  # of the FLOPs, at which the bisection ends
-
-
 ROUNDS, SECONDS = 101, 2.0  # of a measurement, at most
-
-
 Clock = Callable[[nnx.Module], Time]
 
 

@@ -21,7 +21,6 @@ MEASURED: Mapping[tuple[str, str], int] = MappingProxyType(
     {("cpu", "float32"): 8, ("cpu", "bfloat16"): 8}
 )
 
-
 Multiples = int | str | Mapping[str, int]
 
 

@@ -32,11 +32,8 @@ from dhp_jax.models.arguments import MAX_CHANNELS
 from dhp_jax.train import optimizer
 
 DTYPES = ("float32", "bfloat16")
-
 MAX_SIDE = 10_000  # of images, in pixels
-
 MAX_WORKERS = 1024
-
 MAX_EXAMPLES = 2**28  # of an epoch; their order takes 4 bytes each
 
 
@@ -58,7 +55,6 @@ class Field:
 
 
 Fields = Mapping[str, "Field | Fields"]  # by name; groups hold fields of their own
-
 _BUDGET = or_none(SHARE, "for no such budget")
 
 
@@ -149,7 +145,6 @@ FIELDS: Fields = {
     "converge": _schedule(300, (150.0, 225.0), "of the pruned network"),
     "baseline": _schedule(300, (150.0, 225.0), "of the unpruned network"),
 }
-
 
 _READING: Fields = {
     "streamed": Field(
@@ -244,7 +239,6 @@ TASK_FIELDS: Mapping[str, Fields] = {
         "data": _PHOTOGRAPHS,
     },
 }
-
 
 _RESTORATION: Mapping[str, Any] = {
     "target": 0.6,

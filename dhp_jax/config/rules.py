@@ -9,11 +9,8 @@ from dhp_jax.budgets.rounding import AUTO, parse_multiples
 from dhp_jax.models.arguments import MAX_CHANNELS
 
 MAX_COUNT = 1_000_000  # of what is counted, if the field has no limit of its own
-
 MAX_NUMBER = 1e30  # of other numbers; float32 ends at 3e38
-
 MAX_TARGETS = 20
-
 MAX_DROPS = 100  # each makes the compiled step larger
 
 
@@ -117,9 +114,7 @@ def _is_devices(value: Any) -> bool:
 
 
 PATH = Rule(_is_path, "a path")
-
 BOOLEAN = Rule(lambda value: isinstance(value, bool), "True or False")
-
 SHARE = number(0, 1, above=True)
 
 SHARES = Rule(
@@ -133,5 +128,4 @@ MULTIPLE = Rule(
 )
 
 EPOCHS = Rule(_are_epochs, f"up to {MAX_DROPS} epochs in ascending order, such as (150, 225)")
-
 DEVICES = Rule(_is_devices, f"an integer >= 1 and <= {MAX_COUNT}, or -1 for all devices")

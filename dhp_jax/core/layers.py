@@ -26,7 +26,6 @@ __all__ = [
     "Linear",
 ]
 
-
 _zeros = nnx.initializers.zeros_init()
 
 

@@ -14,14 +14,8 @@ from dhp_jax.errors import DataNotFoundError
 
 # What Pillow calls images of 8 bits or less a channel.
 GRAY = ("1", "L", "LA")
-
-
 COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
-
-
 ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # of files that are not truncated
-
-
 CHUNK = 100  # images that one thread decodes in a row
 
 

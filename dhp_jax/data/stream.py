@@ -40,11 +40,7 @@ def epoch_order(seed: Sequence[int], epoch: int, examples: int) -> Int[np.ndarra
 
 
 BATCHES_AHEAD = 1  # batches that wait at each stage between a process and its reader
-
-
 DRAWS = 2**32 - 1  # tells the numbers drawn for a batch from those for the order of an epoch
-
-
 Batch = tuple[Any, ...]  # of NumPy arrays
 
 

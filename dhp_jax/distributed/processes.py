@@ -19,7 +19,6 @@ from jaxtyping import PyTree
 import numpy as np
 
 Result = TypeVar("Result")
-
 JOIN_TIMEOUT_S = 300  # that processes wait for each other at the beginning
 HEARTBEAT_TIMEOUT_S = 30  # after which a silent process counts as dead, and all others end
 SECONDS_BETWEEN_TURNS = 1.0  # in which all processes ask each other whether to stop or to save

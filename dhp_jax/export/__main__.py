@@ -27,8 +27,6 @@ from dhp_jax.tasks.task import Data
 from dhp_jax.workdir.identity import CONFIG
 
 ENDINGS = {"stablehlo": ".stablehlo", "onnx": ".onnx", "safetensors": "-folded"}
-
-
 REAL = 8  # test images that an export is tried on, at most
 
 

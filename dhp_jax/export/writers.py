@@ -19,10 +19,7 @@ from dhp_jax.artifact import reading, writing
 from dhp_jax.core.latent import walk
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-
-
 OPSET = 21  # of ONNX; onnxruntime has it since 1.20
-
 
 NEEDS = {  # packages that an extra of the same name brings
     "stablehlo": ("flatbuffers",),
@@ -30,13 +27,8 @@ NEEDS = {  # packages that an extra of the same name brings
     "safetensors": (),
 }
 
-
 Shape = tuple[Any, ...]  # of a batch; texts are sizes that are free
-
-
 Build = Callable[[nnx.Rngs], nnx.Module] | None
-
-
 Forward = Callable[[Float[np.ndarray, "n *example"]], Any]
 
 

@@ -61,7 +61,6 @@ def check_share(argument: str, value: Any) -> None:
 
 STAGES = {2: (2,), 3: (3,), 4: (2, 2)}  # the pixel shuffles that make up each scale
 
-
 CHECKS: Mapping[str, Callable[[str, Any], None]] = {  # of arguments that several families take
     "num_classes": check_positive_integer,
     "channels": check_positive_integer,

@@ -18,11 +18,7 @@ from dhp_jax.models.arguments import (
 from dhp_jax.models.blocks import scaled
 
 BLOCKS = 3
-
-
 MAX_DEPTH = 304  # layers read all before them, so that their number counts twice
-
-
 STEM_GROWTHS = 2  # width of the stem, in units of the growth
 
 

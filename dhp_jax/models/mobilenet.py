@@ -15,7 +15,6 @@ from dhp_jax.models.blocks import ConvNorm, scaled
 
 STEM = 32
 
-
 V1_BLOCKS = (  # channels and stride, of all but the last
     (64, 1),
     (128, 2),
@@ -26,7 +25,6 @@ V1_BLOCKS = (  # channels and stride, of all but the last
     *((512, 1),) * 5,
     (1024, 2),
 )
-
 
 V2_GROUPS = (  # channels, blocks, stride of the first block, expansion
     (16, 1, 1, 1),

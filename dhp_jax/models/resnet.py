@@ -19,32 +19,14 @@ from dhp_jax.models.blocks import ConvNorm, scaled
 
 # Blocks of each stage, by depth.
 CIFAR_BASIC = {depth: ((depth - 2) // 6,) * 3 for depth in (8, 14, 20, 32, 44, 56)}
-
-
 CIFAR_BOTTLENECK = {depth: ((depth - 2) // 9,) * 3 for depth in (110, 164)}
-
-
 IMAGENET_BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
-
-
 IMAGENET_BOTTLENECK = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-
-
 BOTTLENECK = CIFAR_BOTTLENECK | IMAGENET_BOTTLENECK
-
-
 IMAGENET = IMAGENET_BASIC | IMAGENET_BOTTLENECK
-
-
 BLOCKS = CIFAR_BASIC | BOTTLENECK | IMAGENET
-
-
 CIFAR_WIDTHS = (16, 32, 64)
-
-
 IMAGENET_WIDTHS = (64, 128, 256, 512)
-
-
 EXPANSION = 4  # of bottleneck blocks
 
 

@@ -11,14 +11,8 @@ from dhp_jax.data.decode import memory_available
 from dhp_jax.errors import ConfigError
 
 SHARE_FOR_DATA = 0.5  # of the memory that is free
-
-
 HOST_COPIES = 4  # of photographs in the host's memory, while they are laid out
-
-
 BATCHES_PER_WORKER = 4  # of a stream, in shared memory
-
-
 MAX_WORKERS = 16  # unless more are asked for
 
 

@@ -21,7 +21,6 @@ from dhp_jax.workdir import reader
 from dhp_jax.workdir.identity import CHECKPOINTS, as_json
 
 logger = logging.getLogger(__name__)
-
 PICTURES = 4  # test examples shown in the report, where a task has something to show
 
 

@@ -31,8 +31,6 @@ from dhp_jax.workdir.metrics import Journal
 from dhp_jax.workdir.source_run import find_digest
 
 PHASES = ("search", "converge", "baseline")  # the position selects the random stream of each
-
-
 MAX_STEPS = 2**31 - 1  # they are counted in int32
 
 

@@ -199,7 +199,6 @@ SETUPS: Mapping[str, Callable[[ConfigDict, bool | None], TaskSetup]] = {
     "denoising": _denoising,
 }
 
-
 ARGUMENT_FIELDS: Mapping[str, Mapping[str, str]] = {
     "classification": {"num_classes": "data.name", "channels": "data.name"},
     "super_resolution": {"scale": "task.scale", "channels": "task.channels"},

@@ -29,11 +29,7 @@ from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
 from dhp_jax.core.surgery import override, replace_modules
 
 logger = logging.getLogger(__name__)
-
-
 LINEAR = (nnx.Conv, nnx.ConvTranspose, nnx.Linear)
-
-
 FOLLOWING = (nnx.BatchNorm, ChannelBias)
 
 

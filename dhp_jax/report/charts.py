@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # it is slow to import, and commands that draw nothing do wit
 WIDTH, HEIGHT = 360, 230  # of a chart without its legend, in pixels of a page
 MAX_MARKED = 30  # a line of so many points or fewer has a marker at each
 MARKERS = "os^DvPX*"
-
 Point = tuple[float, float]
 
 

@@ -12,8 +12,6 @@ from dhp_jax.tasks.task import METRICS, Metric
 from dhp_jax.workdir.reader import Result
 
 PHASES = {"search": "search", "converge": "pruned", "baseline": "unpruned"}
-
-
 Point = tuple[float, float]
 
 

@@ -6,8 +6,6 @@ import numpy as np
 from dhp_jax.errors import FieldError
 
 WINDOW = 11  # pixels on each side of SSIM's Gaussian windows
-
-
 MAX_PSNR = 100.0  # dB, of equal images, in place of infinity, which has no mean
 
 

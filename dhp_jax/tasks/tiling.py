@@ -11,14 +11,8 @@ import numpy as np
 from dhp_jax.errors import FieldError
 
 logger = logging.getLogger(__name__)
-
-
 MAX_SHAPES = 16  # of images that are run whole; for more, images are cut into tiles
-
-
 OVERLAP = 48  # pixels of a tile's border that are not used; more than DnCNN and SRResNet reach
-
-
 Forward = Callable[[Float[Array, "1 h w c"]], Float[Array, "1 h2 w2 c"]]
 
 

@@ -18,14 +18,8 @@ from dhp_jax import files
 from dhp_jax.train.packing import UnlikeError, pack, unpack
 
 logger = logging.getLogger(__name__)
-
-
 ARRAYS, NOTES = "arrays", "notes"
-
-
 DAMAGED, REMOVED = ".damaged", ".removed"  # endings of folders that are no checkpoints
-
-
 WRITING_SHARE = 0.05  # of the time of training, at most, that checkpoints are being written
 
 

@@ -20,7 +20,6 @@ from dhp_jax.train.phase import Budget
 from dhp_jax.train.state import BudgetStatus, Measures, NonFinite, StepDone, TrainState
 
 STEPS_PER_CHECK = 4  # of a loop on the device, between two checks of whether to go on
-
 Step = Callable[..., TrainState]
 CompiledStep = Callable[..., tuple[list[Array], StepDone]]
 

@@ -16,14 +16,8 @@ from dhp_jax.errors import ConfigError
 from dhp_jax.files import unfinished
 
 CONFIG, LOCK, COMMANDS = "config.json", ".lock", "command.txt"
-
-
 CHECKPOINTS = "checkpoints"  # a folder for each phase
-
-
 LEARNT = (f"{CHECKPOINTS}/*/[0-9]*", "search", "best", "model")  # exist once a step was trained
-
-
 DATA = "data.json"  # what the data were when the run began
 
 
@@ -39,13 +33,8 @@ MAY_CHANGE = (
     "data.cache",
 )
 
-
 MAY_CHANGE_GROUPS = ("checkpoint.", "mesh.")
-
-
 MAY_MOVE = ("data.test_dir",)  # the folder may move, but keeps its name
-
-
 MAY_GROW = ("search.epochs", "converge.epochs", "baseline.epochs")
 
 

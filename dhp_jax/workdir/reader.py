@@ -25,16 +25,9 @@ from dhp_jax.workdir import target_dirs
 from dhp_jax.workdir.identity import COMMANDS, CONFIG
 
 logger = logging.getLogger(__name__)
-
-
 SUMMARY = "summary.json"
-
-
 PICTURES = "pictures"
-
-
 NETWORKS = ("search", "pruned", "model")
-
 
 IN_SUMMARY = {  # what every summary has
     **dict.fromkeys(("method", "data", "hardware"), str),

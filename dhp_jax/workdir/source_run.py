@@ -21,14 +21,12 @@ from dhp_jax.workdir.reader import configuration
 
 SAME = ("task.", "model.", "data.")  # fields in which both runs agree
 
-
 SAME_BUDGET = (  # these too where the source's channels are taken
     "target",
     "budget.",
     "multiple_of",
     "search.min_channels",
 )
-
 
 MAY_DIFFER = ("min_channels", "dtype")  # arguments that do not change a network's channels
 

@@ -11,8 +11,6 @@ from dhp_jax.errors import DataNotFoundError
 
 # Of red, green and blue in the training images, pixels 0 .. 255.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-
-
 DEFAULT_IMAGE_SIZE = 224
 
 

@@ -7,8 +7,6 @@ from dhp_jax.data.labelled.dataset import Source
 from dhp_jax.errors import FieldError, shown
 
 NAMES = ("digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet2012", "image_folder")
-
-
 USERS = {"image_size": ("imagenet2012", "image_folder"), "archive": ("tiny_imagenet",)}
 
 

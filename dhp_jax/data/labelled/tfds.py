@@ -18,8 +18,6 @@ from dhp_jax.data.labelled.dataset import Labelled, Source
 from dhp_jax.errors import DataNotFoundError
 
 DEFAULT_CONFIG = "--config=experiments/configs/digits_resnet20.py"
-
-
 AGAIN = 'give another directory, or prepare it again with file_format="array_record"'
 
 

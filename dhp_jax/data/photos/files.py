@@ -11,11 +11,7 @@ from dhp_jax.data.decode import COLOUR, GRAY, check_whole, open_image
 from dhp_jax.errors import DataNotFoundError, FieldError, shown
 
 NAMES = ("photographs", "photo_folder")
-
-
 MARKS = ("HR", "LR")  # of the two images of a pair, in upper or lower case
-
-
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -30,7 +26,6 @@ SHIPPED = {
     ),
     "test": ("chelsea.png", "coffee.png"),
 }
-
 
 SHIPPED_GRAY = {
     "train": ("brick.png", "coins.png", "grass.png", "gravel.png"),
