@@ -106,9 +106,10 @@ def test_a_run_leaves_pictures_and_plots_beside_what_every_run_leaves(finished):
         "baseline": {*RUN, *REPORT},
         "dhp": {*RUN, *REPORT, "search", "pruned"},
     }
-    for method, more in (("baseline", set()), ("dhp", {"channels", "ratio", "latents"})):
+    searched = {"channels", "ratio", "latents", "magnitudes", "survivors"}
+    for method, more in (("baseline", set()), ("dhp", searched)):
         plots = {path.stem for path in (workdir / method / "plots").iterdir()}
-        assert plots == {"psnr", "crops"} | more
+        assert plots == {"psnr", "crops", "loss"} | more
         pictures = {
             str(p.relative_to(workdir / method)) for p in workdir.glob(f"{method}/pic*/*/*")
         }
