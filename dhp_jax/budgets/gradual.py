@@ -109,7 +109,7 @@ def fade_to_budget(
     floors = {name: z.min_channels for name, z in named.items()}
     sizes = {name: z.size for name, z in named.items()}
     names = _vector_names(model)
-    part = steps // (stages + 1)
+    begins = np.array([round(j * steps / (stages + 1)) for j in range(stages + 2)])
 
     def vectors_of(tree: PyTree) -> Vectors:
         leaves, places = jax.tree.leaves(tree), _vectors(tree, names)
@@ -131,13 +131,15 @@ def fade_to_budget(
             term = (gradient * z[name]) ** 2
             average[name] = memory * state.average[name] + (1 - memory) * term
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
-        stage, done = state.count // part, state.count % part
+        stage = jnp.searchsorted(jnp.asarray(begins), state.count, side="right") - 1
+        chooses = jnp.isin(state.count, begins[1:-1])
         keep = jax.lax.cond(
-            (done == 0) & (stage >= 1) & (stage <= stages),
+            chooses,
             lambda: _chosen(average, z, stage / stages, cost, floors, power, budget),
             lambda: state.keep,
         )
-        left = jnp.where(stage > stages, 1, part - done)
+        end = jnp.asarray(begins)[jnp.minimum(stage + 1, stages + 1)]
+        left = jnp.maximum(end - state.count, 1)
 
         def faded(name: str, u: Array) -> Array:
             shrunk = soft_threshold(z[name], jnp.abs(z[name]) / left)

@@ -10,11 +10,22 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from flax import nnx
+import numpy as np
 
-from dhp_jax.budgets.counted import Scores
-from dhp_jax.budgets.importance import l1_scores, random_scores
+from dhp_jax.budgets.counted import Scores, survivors_within
+from dhp_jax.budgets.importance import (
+    fpgm_scores,
+    group_scores,
+    l1_scores,
+    l2_scores,
+    random_scores,
+    scale_scores,
+)
+from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.budgets.selection import Selection
 from dhp_jax.budgets.uniform import uniform_within
+from dhp_jax.core.cost import Cost
+from dhp_jax.core.survivors import survivors
 
 
 class Smaller(NamedTuple):
@@ -69,6 +80,7 @@ class Method:
       smaller: makes the smaller network; `None` where nothing is pruned.
       phases: of training, in order.
       source: the method of the finished run that it starts from, if it needs one.
+      fades: whether its search is that of `dhp.fade_to_budget`, from the weights of its source.
       fresh: whether its network starts from fresh weights, those of a baseline's layers.
       network: folder of the one of its networks that other runs start from.
     """
@@ -78,6 +90,7 @@ class Method:
     smaller: Callable[[Start], Smaller] | None = None
     phases: tuple[str, ...] = ("converge",)
     source: str | None = None
+    fades: bool = False
     fresh: bool = False
     network: str = "pruned"
 
@@ -97,9 +110,25 @@ def _by_chance(start: Start) -> Smaller:
     return start.within(model, random_scores(model, start.seed))
 
 
-def _by_filter_norm(start: Start) -> Smaller:
-    model = start.trained()
-    return start.within(model, l1_scores(model))
+def _not_faded(
+    model: nnx.Module, cost: Cost, multiple_of: Multiples = 1, **budget: float
+) -> dict[str, np.ndarray]:
+    """What a search from trained weights has left, rounded if widths are to be multiples."""
+    masks = survivors(model)
+    left = cost.shares({name: int(mask.sum()) for name, mask in masks.items()})
+    if multiple_of == 1 and all(left[name] <= share for name, share in budget.items()):
+        return masks
+    return survivors_within(model, cost, multiple_of, **budget)
+
+
+def _by_weights(title: str, what: str, scores_of: Callable[[nnx.Module], Scores]) -> Method:
+    """A method that prunes a trained network by scores that its weights have."""
+
+    def smaller(start: Start) -> Smaller:
+        model = start.trained()
+        return start.within(model, scores_of(model))
+
+    return Method(title, f"Pruned by {what} to {{left}}", smaller, source="baseline")
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -123,12 +152,19 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             _by_chance,
             source="baseline",
         ),
-        "l1_norm": Method(
-            "\u21131 norm of filters",
-            "Pruned by the \u21131 norm of filters to {left}",
-            _by_filter_norm,
+        "fade": Method(
+            "DHP from trained weights",
+            "Pruned to {left} by a search from trained weights",
+            lambda start: start.within(start.searched(), _not_faded),
+            phases=("search", "converge"),
             source="baseline",
+            fades=True,
         ),
+        "l1_norm": _by_weights("\u21131 norm of filters", "the \u21131 norm of filters", l1_scores),
+        "l2_norm": _by_weights("\u21132 norm of filters", "the \u21132 norm of filters", l2_scores),
+        "group_norm": _by_weights("group norm", "the norm of whole groups", group_scores),
+        "norm_scale": _by_weights("BatchNorm scale", "the scales of BatchNorm", scale_scores),
+        "fpgm": _by_weights("FPGM", "distance to the geometric median", fpgm_scores),
         "scratch": Method(
             "found network, fresh weights",
             "The network that a search has found, {left}, from fresh weights",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import functools
 import logging
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -21,6 +22,7 @@ import optax
 
 from dhp_jax.artifact import reading
 from dhp_jax.budgets.counted import limits
+from dhp_jax.budgets.gradual import fade_to_budget
 from dhp_jax.config.methods import METHODS
 from dhp_jax.core.surgery import prune
 from dhp_jax.core.survivors import latent_history, survivor_counts
@@ -29,6 +31,7 @@ from dhp_jax.pipeline import networks
 from dhp_jax.pipeline.preparation import PHASES, Run
 from dhp_jax.pipeline.smaller import RunStart
 from dhp_jax.pruned.fresh_weights import reinitialize
+from dhp_jax.pruned.gates import ungate, with_gates
 from dhp_jax.report.format import in_words
 from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Data, Params
@@ -69,26 +72,38 @@ def carry_out(run: Run, stopping: Callable[[], bool]) -> None:
 
 def find_start(work: Work) -> str:
     """Returns the digest of the network that channels are taken from; "" for an untrained."""
-    run, method = work.run, METHODS[work.run.config.method]
-    if "search" in method.phases:
-        return search(work)
-    if method.source is None:
-        return ""
-    return from_first(lambda: source_run.find_digest(run.config, run.workdir))
+    run, method, source = work.run, METHODS[work.run.config.method], ""
+    if method.source is not None:
+        source = from_first(lambda: source_run.find_digest(run.config, run.workdir))
+    return search(work, source) if "search" in method.phases else source
 
 
-def search(work: Work) -> str:
-    """Trains until enough latents are gone; returns the digest of the network then."""
+def search(work: Work, source: str = "") -> str:
+    """Trains until enough latents are gone; returns the digest of the network then.
+
+    Args:
+      work: the run.
+      source: digest of the trained network that the search begins with; "" for fresh weights.
+    """
     run, settings, cost = work.run, work.run.config.search, work.run.cost
-    if found := from_first(lambda: networks.find_trained(run, "search")):
+    fades = METHODS[run.config.method].fades
+    if found := from_first(lambda: networks.find_trained(run, "search", source)):
         return found["sha256"]
     asked = limits(run.config.budget, run.config.target)
+    # What fades reaches the budget itself, at the end of the phase.
+    margin = 0.0 if fades else settings.stop_limit
     budget = Budget(
         shares=lambda model: cost.shares(survivor_counts(model, settings.threshold)),
-        limits={name: share + settings.stop_limit for name, share in asked.items()},
+        limits={name: share + margin for name, share in asked.items()},
         history=lambda model: latent_history(model, settings.threshold),
     )
-    outcome = _train(work, "search", run.build(), budget)
+    model = run.build()
+    if fades:
+        path = from_first(lambda: str(source_run.read(run.config).path))
+        trained = folder_from_first(Path(path), reading.load)
+        model = with_gates(trained, rngs=nnx.Rngs(run.config.seed))
+    outcome = _train(work, "search", model, budget, source)
+    searched = ungate(outcome.model, run.build()) if fades else outcome.model
     if not outcome.progress.met_budget and is_first():
         logger.warning(
             "search: did not come down to %s within search.epochs=%d; pruning to %s anyway",
@@ -96,7 +111,8 @@ def search(work: Work) -> str:
             settings.epochs,
             in_words(asked),
         )
-    return from_first(lambda: networks.save(run, "search", outcome.model, outcome.progress))
+    noted = {"made_from": source} if source else {}
+    return from_first(lambda: networks.save(run, "search", searched, outcome.progress, **noted))
 
 
 def prune_to_budget(work: Work, made_from: str) -> str:
@@ -159,10 +175,10 @@ def _train(
         name=name,
         epochs=settings.epochs,
         learning_rate=schedule,
-        optimizer=_optimizer(run, name, schedule, proximal=budget is not None),
+        optimizer=_optimizer(run, name, schedule, None if budget is None else model),
         budget=budget,
         skip_faulty=config.nonfinite == "skip",
-        elementwise=True,
+        elementwise=name != "search" or not METHODS[config.method].fades,
     )
     with contextlib.closing(networks.open_checkpoints(run, name, source)) as checkpoints:
         return train(
@@ -183,8 +199,9 @@ def _train(
 
 
 def _optimizer(
-    run: Run, name: str, schedule: optax.Schedule, *, proximal: bool
+    run: Run, name: str, schedule: optax.Schedule, searched: nnx.Module | None
 ) -> Callable[[Params], optax.GradientTransformation]:
+    """Makes the optimizer of a phase, with the proximal step of a search if it is one."""
     settings = run.config.optimizer
     plain = optimizer(
         settings.name,
@@ -202,7 +219,14 @@ def _optimizer(
         )
         return optax.chain(plain, shrink)
 
-    return with_proximal_step if proximal else lambda params: plain
+    if searched is None:
+        return lambda params: plain
+    if not METHODS[run.config.method].fades:
+        return with_proximal_step
+    steps = run.config[name].epochs * (run.setup.epoch // run.config.batch_size)
+    asked = limits(run.config.budget, run.config.target)
+    fading = fade_to_budget(plain, searched, run.cost, steps=steps, **asked)
+    return lambda params: fading
 
 
 def _observers(run: Run, phase: str) -> Sequence[Observer]:

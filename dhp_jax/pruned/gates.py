@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import latents, walk
 from dhp_jax.core.layers import Hyper, Linear
-from dhp_jax.core.surgery import override
+from dhp_jax.core.surgery import override, prune
+from dhp_jax.pruned.fresh_weights import carry_kernels
 from dhp_jax.pruned.relatent import with_latents
 
 
@@ -65,6 +66,25 @@ def with_gates(
     for z in latents(gated).values():
         z.vector.set_value(jnp.ones_like(z.vector[...]))
     return gated
+
+
+def ungate(gated: nnx.Module, model: nnx.Module) -> nnx.Module:
+    """The network of latents with the kernels of one with gates, and the gates for latents.
+
+    Args:
+      gated: from `with_gates`; left as it was.
+      model: the network of latents that it was made of, or a fresh one; left as it was.
+
+    Returns:
+      A network that computes what `gated` does, and whose entries survive by their gates. It can be
+      saved and loaded. Its latents do not act on its kernels.
+    """
+    model = nnx.clone(model)
+    carry_kernels(prune(gated), model)
+    gates = latents(gated)
+    for name, z in latents(model).items():
+        z.vector.set_value(gates[name].value())
+    return model
 
 
 def _gated_kernel(_: Callable[..., Any], layer: Hyper) -> Float[Array, "*k in out"]:

@@ -7,6 +7,7 @@ import inspect
 from flax import nnx
 import numpy as np
 
+from dhp_jax.core.activations import PReLU, ReLU
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
 from dhp_jax.core.layers import BatchNorm, Bias, Hyper, Linear
@@ -123,6 +124,8 @@ def _narrow_layer(layer: nnx.Module, keep: Keep) -> None:
             kept = layer.z_in.keep(keep)
             _cut_variables(layer, ("kernel",), kept)
             layer.in_features = int(kept.sum())
+        case ReLU() | PReLU():
+            pass  # nothing of theirs belongs to one channel
         case Prunable():
             raise ValueError(f"model: {type(layer).__name__} is a layer that cannot be cut down")
 

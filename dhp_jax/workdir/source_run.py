@@ -138,7 +138,7 @@ def check(
             "seen others (their names, sizes or statistics differ)",
         )
     _check_network(source, model)
-    began = _read_made_from(workdir, read_description)
+    began = _read_made_from(config, workdir, read_description)
     if began not in (None, source.sha256):
         raise ConfigError(
             "config.source",
@@ -153,14 +153,15 @@ def _find_taken(config: ConfigDict, workdir: str | os.PathLike) -> str | None:
         given = configuration(workdir).get("source")
     except ValueError:  # none yet, or a damaged one, of which `identity.hold` tells
         return None
-    return _read_made_from(workdir, verify) if given == str(config.source) else None
+    return _read_made_from(config, workdir, verify) if given == str(config.source) else None
 
 
 def _read_made_from(
-    workdir: str | os.PathLike, read: Callable[[Path], dict[str, Any]]
+    config: ConfigDict, workdir: str | os.PathLike, read: Callable[[Path], dict[str, Any]]
 ) -> str | None:
-    """The digest that is stored beside the pruned network of a run, if it can be read."""
-    path = Path(workdir) / "pruned"
+    """The digest that is stored beside the first network of a run, if it can be read."""
+    searches = "search" in METHODS[config.method].phases
+    path = Path(workdir) / ("search" if searches else "pruned")
     try:
         return read(path)["notes"].get("made_from") if exists(path) else None
     except ArtifactError:  # it is made again

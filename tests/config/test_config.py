@@ -13,6 +13,7 @@ import pytest
 from dhp_jax.config import fields as config_fields
 from dhp_jax.config.checks import check, check_overrides
 from dhp_jax.config.fields import default
+from dhp_jax.config.methods import METHODS
 from dhp_jax.errors import ConfigError, shown
 
 CONFIGS = Path(__file__).parents[2] / "experiments/configs"
@@ -162,7 +163,7 @@ CHANNELS = "an integer >= 1 and <= 32768"
 WORDS = [None, 1, "", "SGD", "dhp ", ["dhp"], {}]
 BAD = {
     "seed": ([*INTEGERS, -1, 2**32], "an integer >= 0 and <= 4294967295"),
-    "method": (WORDS, "one of dhp, baseline, uniform, random, l1_norm, scratch"),
+    "method": (WORDS, f"one of {', '.join(METHODS)}"),
     "source": (
         [3, ["somewhere"], "x" * 5000],
         "a path, or None for a method that starts from no other run",

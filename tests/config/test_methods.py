@@ -25,6 +25,7 @@ from dhp_jax import config as dhp_config
 from dhp_jax.budgets import latency
 from dhp_jax.config.methods import METHODS
 from dhp_jax.core.latent import walk
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline import preparation, targets
 from dhp_jax.pipeline.targets import execute
@@ -40,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 SHAPE = (8, 8, 1)
 ARGUMENTS = {"depth": 8, "width": 0.25, "num_classes": 10, "channels": 1, "min_channels": 1}
 OTHERS = ("uniform", "random", "l1_norm", "scratch")
+BY_WEIGHTS = ("l2_norm", "group_norm", "norm_scale", "fpgm")
 
 
 OF_SECONDS = [  # whole runs; those of the other methods take long to compile
@@ -67,7 +69,8 @@ def found(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sources(baseline, found):
     """The run that each method starts from."""
-    return {"uniform": None, "random": baseline, "l1_norm": baseline, "scratch": found}
+    of_baseline = dict.fromkeys(("random", "l1_norm", "fade", *BY_WEIGHTS), baseline)
+    return {"uniform": None, "scratch": found} | of_baseline
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +176,59 @@ def test_what_survives_by_norm_are_the_largest_filters_of_the_trained_network(pr
         indices = kept[f"blocks.{number}.hidden.0"]
         assert sorted(indices) == sorted(order[: len(indices)])
     assert kept != survivors(pruned["random"])
+
+
+SCORES = {"l2_norm": dhp.l2_scores, "group_norm": dhp.group_scores}
+SCORES |= {"norm_scale": dhp.scale_scores, "fpgm": dhp.fpgm_scores}
+
+
+@pytest.mark.parametrize("method", BY_WEIGHTS)
+def test_methods_by_weights_keep_what_their_criterion_says(sources, baseline, tmp_path, method):
+    with pytest.raises(Stop):
+        carry_out(
+            tmp_path, [Interrupter("converge", 0)], method=method, source=path(sources[method])
+        )
+    model = dhp.with_latents(dhp.load(baseline / "model"), rngs=nnx.Rngs(0))
+    expected = dhp.prune_to(model, SHAPE, flops=0.5, by=SCORES[method](model))
+    kept = architecture_of(expected).survivors
+    assert survivors(tmp_path) == {name: list(indices) for name, indices in kept.items()}
+
+
+@pytest.fixture(scope="module")
+def faded(sources, compiled_once, tmp_path_factory):
+    """The directory of a run whose search has begun with trained weights."""
+    workdir = tmp_path_factory.mktemp("faded") / "run"
+    carry_out(workdir, method="fade", source=path(sources["fade"]))
+    return workdir
+
+
+def test_a_search_from_trained_weights_meets_its_budget_and_its_cut_loses_nothing(faded, baseline):
+    summary = json.loads((faded / reader.SUMMARY).read_text())
+    assert list(summary["phases"]) == ["search", "converge"]
+    assert 0.45 < summary["flops"]["ratio"] <= 0.5
+    searched, cut = description(faded / "search"), description(faded / "pruned")
+    assert searched["notes"]["made_from"] == description(baseline / "model")["sha256"]
+    assert searched["notes"]["phase"]["met_budget"]
+    assert cut["notes"]["made_from"] == searched["sha256"]
+    model = dhp.load(faded / "search")
+    values = np.concatenate([z.value() for z in dhp.latents(model).values()])
+    assert set(values.tolist()) == {0.0, 1.0}
+    small = dhp.load(faded / "pruned")
+    for network in (model, small):
+        network.eval()
+    images = np.random.default_rng(0).normal(size=(16, *SHAPE)).astype(np.float32)
+    np.testing.assert_allclose(small(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_search_from_trained_weights_that_is_stopped_ends_with_the_same_bits(
+    faded, sources, tmp_path
+):
+    fields = {"method": "fade", "source": path(sources["fade"]), "checkpoint.seconds": 0}
+    for phase, step in (("search", 25), ("converge", 3)):
+        with pytest.raises(Stop):
+            carry_out(tmp_path / "run", [Interrupter(phase, step)], **fields)
+    carry_out(tmp_path / "run", **fields)
+    check_same_end(tmp_path / "run", faded)
 
 
 def test_the_network_of_scratch_is_the_one_that_was_found_with_other_weights(pruned, found):

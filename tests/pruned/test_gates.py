@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.pruned.gates import ungate
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(6, *MIXED_INPUT)).astype(np.float32)
@@ -76,6 +77,18 @@ def test_gates_between_0_and_1_go_into_the_kernels_of_the_pruned_network():
         z.vector.set_value(jnp.asarray(values, jnp.float32))
     small = dhp.prune(model, masks)
     np.testing.assert_allclose(small(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_ungated_computes_the_same_and_survives_by_its_gates():
+    model = gated_mixed()
+    model.eval()
+    values = {name: RNG.uniform(0.5, 1.5, z.size) for name, z in dhp.latents(model).items()}
+    values[MIXED_LATENTS["b"]][3] = 0
+    set_to(model, values)
+    found = ungate(model, filled(Mixed))
+    found.eval()
+    np.testing.assert_allclose(found(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+    assert list(np.flatnonzero(~dhp.survivors(found)[MIXED_LATENTS["b"]])) == [3]
 
 
 @pytest.mark.parametrize("family", ["resnet", "mobilenet_v2", "densenet", "edsr", "unet"])
