@@ -103,7 +103,7 @@ class Restoration:
         self.compare_images(
             smallest, smallest
         )  # refuses too small images before the work, not after
-        restored = self._restorer(model, data)
+        restored = _prepare_restoring(self, model, data)
 
         def run(params: Params, rest: nnx.State) -> dict[str, float]:
             # Images are compared on the host, while the device works on the next one.
@@ -117,23 +117,6 @@ class Restoration:
             return _means([job.result() for job in jobs])
 
         return run
-
-    def _restorer(self, model: nnx.Module, data: Sequence[Photograph]):
-        """Prepares `(parameters, rest, index) -> output` for whole test photographs."""
-        model = nnx.clone(model)
-        model.eval()
-        forward = _forward(_Structure(nnx.graphdef(model)))
-        overlap, multiple = tiling(model, self.overlap)
-        sizes = (photo.target.shape[:2] for photo in data)
-        shapes = ((height // self.scale, width // self.scale) for height, width in sizes)
-        tile = tile_for(shapes, overlap, multiple, self.tile)
-
-        def restored(params: Params, rest: nnx.State, index: int) -> np.ndarray:
-            image = self.test_input(data[index], index)
-            bound = functools.partial(forward, params, rest)
-            return restore(bound, image, tile=tile, overlap=overlap, multiple=multiple)
-
-        return restored
 
     def check(self, model: nnx.Module) -> None:
         tiling(model, self.overlap).check("tile", self.tile)
@@ -149,7 +132,7 @@ class Restoration:
     def pictures(
         self, model: nnx.Module, data: Sequence[Photograph], count: int
     ) -> Sequence[tuple[str, Mapping[str, np.ndarray]]]:
-        restored = self._restorer(model, data)
+        restored = _prepare_restoring(self, model, data)
         _, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
         return [
             (
@@ -162,6 +145,26 @@ class Restoration:
             )
             for i, photo in enumerate(data[:count])
         ]
+
+
+def _prepare_restoring(
+    task: Restoration, model: nnx.Module, data: Sequence[Photograph]
+) -> Callable[[Params, nnx.State, int], np.ndarray]:
+    """Prepares `(parameters, rest, index) -> output` for whole test photographs."""
+    model = nnx.clone(model)
+    model.eval()
+    forward = _forward(_Structure(nnx.graphdef(model)))
+    overlap, multiple = tiling(model, task.overlap)
+    sizes = (photo.target.shape[:2] for photo in data)
+    shapes = ((height // task.scale, width // task.scale) for height, width in sizes)
+    tile = tile_for(shapes, overlap, multiple, task.tile)
+
+    def restored(params: Params, rest: nnx.State, index: int) -> np.ndarray:
+        image = task.test_input(data[index], index)
+        bound = functools.partial(forward, params, rest)
+        return restore(bound, image, tile=tile, overlap=overlap, multiple=multiple)
+
+    return restored
 
 
 class _Structure:

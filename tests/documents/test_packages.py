@@ -1,10 +1,12 @@
 """The library as a package: what importing it loads, what a name is, and what a wheel contains."""
 
+import ast
 import configparser
 import fnmatch
 import importlib
 from pathlib import Path
 import pkgutil
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -71,3 +73,34 @@ def test_a_wheel_contains_every_file_of_the_library():
         name = path.relative_to(folder).as_posix()
         kept = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
         assert path.suffix == ".py" or kept, f"{package}: {name} is in no package_data of setup.cfg"
+
+
+def trees():
+    """Every module of the library with its lines and its syntax."""
+    for path in sorted(LIBRARY.rglob("*.py")):
+        text = path.read_text()
+        yield path.relative_to(LIBRARY), text.splitlines(), ast.parse(text)
+
+
+def test_a_module_is_read_in_one_sitting():
+    """Families are one file each, however long their description is."""
+    lengths = {path: len(lines) for path, lines, _ in trees() if path.parts[0] != "models"}
+    assert {path: n for path, n in lengths.items() if n > 400} == {}
+    core = sum(n for path, n in lengths.items() if path.parts[0] == "core")
+    assert 1000 < core < 2100
+
+
+def test_a_class_has_at_most_12_methods():
+    for path, _, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+                assert len(methods) <= 12, f"{path}: {node.name}"
+
+
+def test_no_module_imports_a_private_name_of_another():
+    for path, _, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dhp_jax"):
+                private = [a.name for a in node.names if re.match(r"_[a-z]", a.name)]
+                assert not private, f"{path}: {node.module}: {private}"
