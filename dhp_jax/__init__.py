@@ -20,7 +20,7 @@ from dhp_jax.budgets.importance import (
 from dhp_jax.budgets.selection import prune_to
 from dhp_jax.budgets.shrinkage import prox_fade, prox_relative_l1
 from dhp_jax.budgets.uniform import uniform_within
-from dhp_jax.core.cost import Cost, measure_cost
+from dhp_jax.core.cost import Cost
 from dhp_jax.core.hypernet import hyper_kernel
 from dhp_jax.core.latent import (
     Axis,
@@ -40,6 +40,8 @@ from dhp_jax.pruned.fold import fold
 from dhp_jax.pruned.gates import with_gates
 from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.pruned.statistics import renew_statistics
+from dhp_jax.tracing.counts import measure_cost
+from dhp_jax.tracing.explain import explain
 
 __version__ = "0.1.0"
 
@@ -57,6 +59,7 @@ __all__ = [
     "check_axes",
     "compiler_options",
     "concat",
+    "explain",
     "fade_to_budget",
     "fold",
     "fpgm_scores",

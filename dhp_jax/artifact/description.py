@@ -43,7 +43,14 @@ FIELDS = {  # of model.json, with what they hold
     "notes": (dict,),
 }
 
-OPTIONAL = {"renewed": (bool,), "folded": (list,), "cost": (dict,), "provenance": (dict,)}
+OPTIONAL = {
+    "renewed": (bool,),
+    "folded": (list,),
+    "cuts": (dict,),
+    "latents": (dict,),
+    "cost": (dict,),
+    "provenance": (dict,),
+}
 
 KINDS = {
     str: "a text",

@@ -1,6 +1,7 @@
 """Loads saved networks: a JSON description and arrays in safetensors; no pickle."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 import hashlib
 import os
 from pathlib import Path
@@ -27,18 +28,24 @@ from dhp_jax.artifact.description import (
     check_description,
     parse_json,
 )
+from dhp_jax.artifact.traced import cuts_from_json, table_from_json
 from dhp_jax.core.latent import latents
+from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import FieldError, shown
 from dhp_jax.models import registry
 from dhp_jax.pruned.fold import remove_folded_layers
 from dhp_jax.pruned.relatent import make_network, narrow
+from dhp_jax.tracing.network import install
 
 MODEL = "model"  # of the folders in a run's, the one that it ends with
 
 
 def load(
-    path: str | os.PathLike, *, build: Callable[[nnx.Rngs], nnx.Module] | None = None
+    path: str | os.PathLike,
+    *,
+    build: Callable[[nnx.Rngs], nnx.Module] | None = None,
+    call: Callable[..., Any] | None = None,
 ) -> nnx.Module:
     """Reads a network that `save` has written; safe with files from strangers.
 
@@ -52,6 +59,9 @@ def load(
       build: for a network of your own class: makes the unpruned network, as `build(rngs)` or
         `build(rngs=rngs)`, whichever it takes. Random state that the file lacks, of a layer of
         dropout that is new, is that of `build(nnx.Rngs(0))`.
+        For a network whose latents were found by tracing it makes the ordinary one that
+        `dhp.with_latents` was given first.
+      call: of such a network how it is called, if that is not `model(*inputs)`.
 
     Returns:
       The network, in evaluation mode and ready to call; `.train()` makes it ready for fine-tuning.
@@ -67,11 +77,15 @@ def load(
     path = Path(path)
     description = verify(path)
     whole = _build_family(description, path / DESCRIPTION) if build is None else _call_build(build)
-    masks = _masks(whole, description["survivors"], path / DESCRIPTION)
+    traced = _Traced(description, path / DESCRIPTION, call)
+    survivors = None if traced else description["survivors"]
+    masks = _masks(whole, survivors, path / DESCRIPTION)
     folded = description.get("folded", [])
 
     def make(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
-        if description.get("renewed"):
+        if traced:
+            model = traced.made(model)
+        elif description.get("renewed"):
             model = narrow(model, description["survivors"] or {})
         elif masks is not None:
             model = prune(model, masks)
@@ -90,6 +104,33 @@ def load(
     model = nnx.merge(graphdef, state)
     model.eval()
     return model
+
+
+class _Traced:
+    """What a file says of axes that were found by tracing; false if nothing."""
+
+    def __init__(self, description: Mapping[str, Any], where: Path, call: Any):
+        cuts, table = description.get("cuts"), description.get("latents")
+        self.cuts = None if cuts is None else cuts_from_json(cuts, str(where))
+        self.table, self.least = None, {}
+        if table is not None:
+            self.table, self.least = table_from_json(table, str(where))
+            if call is not None:
+                self.table = replace(self.table, call=call)
+
+    def __bool__(self) -> bool:
+        return self.cuts is not None or self.table is not None
+
+    def made(self, model: nnx.Module) -> nnx.Module:
+        """The network of a whole one."""
+        if self.cuts is not None:
+            model = self.cuts.apply(model)
+        if self.table is not None:
+            generated = self.table.notes["generated"]
+            model = install(model, self.table, generated, min_channels=self.least, rngs=nnx.Rngs(0))
+        made = replace(architecture_of(model), axes=self.table, cuts=self.cuts)
+        set_architecture(model, made)
+        return model
 
 
 def verify(path: str | os.PathLike) -> dict[str, Any]:

@@ -25,10 +25,12 @@ from dhp_jax.artifact.arrays import (
 )
 from dhp_jax.artifact.description import FORMAT, VERSION
 from dhp_jax.artifact.reading import parse_description
-from dhp_jax.core.cost import measure_cost
+from dhp_jax.artifact.traced import cuts_as_json, table_as_json
+from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import shown
 from dhp_jax.files import put, unfinished, write
+from dhp_jax.tracing.counts import measure_cost
 
 
 def save(
@@ -80,7 +82,8 @@ def save(
     if input_shape is not None:
         cost = measure_cost(model, input_shape)
         description["cost"] = {"flops": cost.flops, "params": cost.params}
-        notes["input_shape"] = list(input_shape)
+        if all(isinstance(size, int) for size in input_shape):
+            notes["input_shape"] = list(input_shape)
     text = json.dumps(description, indent=1)
     parse_description(text.encode(), path / DESCRIPTION)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +119,12 @@ def _description(
     model: nnx.Module, arrays: Mapping[str, np.ndarray], content: bytes, notes: Mapping[str, Any]
 ) -> dict[str, Any]:
     architecture = architecture_of(model)
+    traced = {}
+    if architecture.cuts is not None:
+        traced["cuts"] = cuts_as_json(architecture.cuts)
+    if architecture.axes is not None:
+        least = {name: z.min_channels for name, z in latents(model).items()}
+        traced["latents"] = table_as_json(architecture.axes, least)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -126,6 +135,7 @@ def _description(
         "arrays": {name: shape_and_dtype(array) for name, array in arrays.items()},
         "renewed": architecture.renewed,
         "folded": [list(chain) for chain in architecture.folded],
+        **traced,
         "provenance": _provenance(),
         "notes": notes,
     }

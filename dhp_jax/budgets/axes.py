@@ -1,5 +1,7 @@
 """A check before pruning to a budget: layers whose channels meet must share a latent."""
 
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -9,28 +11,63 @@ import numpy as np
 from dhp_jax.core.cost import check_input_shape, input_refused
 from dhp_jax.core.latent import Axis, latents, walk
 from dhp_jax.core.plain import Prunable
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import shown
+from dhp_jax.tracing.counts import looks_like_a_shape
+from dhp_jax.tracing.declared import analysis_of, prove_declared
+from dhp_jax.tracing.programs import Call, default_call
 
 
-def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
-    """Raises unless axes that meet in the forward pass are the same latent.
+def check_axes(model: nnx.Module, input_shape: Any, *, call: Call | None = None) -> None:
+    """Raises unless the latents of a network say which axes are one.
 
-    It prunes the model in several ways and traces the forward passes; nothing is computed. Every
-    latent loses channels, and any two lose different numbers of them at least once. It compares
-    numbers of channels and not their order. It does not see latents of 1 or 2 channels, nor that
-    the outputs of the network become fewer if their latent is prunable.
+    It prunes the network in several ways and traces it, in evaluation and in training mode: what is
+    left must be, operation for operation, the whole network without what is gone. Nothing is
+    computed. Layers whose numbers change by their nature, as a LayerNorm over channels that go, are
+    allowed.
 
     Args:
       model: a network of latents; left as it was.
-      input_shape: shape of one example, `(height, width, channels)`.
+      input_shape: shape of one example, `(height, width, channels)`, or other inputs, as
+        `dhp.measure_cost` takes.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`.
 
     Raises:
       ValueError: no network; axes of different latents meet, or one and something of fixed width
-        (it tells which); or the model does not take such an input.
+        (it tells which); positions that go together are declared not to, with the place in the
+        code; or the model does not take such an input.
 
     Example:
       >>> dhp.check_axes(model, (32, 32, 3))
+    """
+    if not isinstance(model, nnx.Module) or (call is None and looks_like_a_shape(input_shape)):
+        _check_widths(model, input_shape)
+    if not any(z.prunable for z in latents(model).values()):
+        return
+    if architecture_of(model).axes is not None:
+        return  # each pruning of latents that were found by tracing is proved by itself
+    analysis = analysis_of(model, input_shape, call or default_call)
+    prove_declared(model, _random_survivors(model), analysis)
+
+
+def _random_survivors(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Random survivors, not equally many of each latent."""
+    rng, masks = np.random.default_rng(0), {}
+    for name, z in latents(model).items():
+        masks[name] = np.ones(z.size, bool)
+        if z.prunable and z.size > 2:
+            most = max(1, min(z.size - 2, round(0.6 * z.size)))
+            gone = rng.integers(1, most + 1)
+            masks[name][rng.choice(z.size, gone, replace=False)] = False
+    return masks
+
+
+def _check_widths(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
+    """Raises unless numbers of channels fit where axes meet, whatever is pruned.
+
+    Every latent loses channels, and any two lose different numbers of them at least once. Its
+    errors name the latents; of the order of channels it sees nothing.
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(f"model: expected a network, got {shown(model)}")
@@ -39,15 +76,16 @@ def check_axes(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
     prunable = [name for name, z in latents(model).items() if z.prunable and z.size > 2]
     numbers = {name: number for number, name in enumerate(prunable, start=1)}  # 0: not pruned
     base = min([8, *(sizes[name] - 1 for name in prunable)])
+    dtype = _input_dtype(model, input_shape, sizes)
     place = 1
     while place <= len(numbers):
         removed = {name: number // place % base for name, number in numbers.items()}
-        error = _forward_error(model, input_shape, sizes, removed)
+        error = _forward_error(model, input_shape, sizes, removed, dtype)
         if error is not None:
-            whole_error = _forward_error(model, input_shape, sizes, {})
+            whole_error = _forward_error(model, input_shape, sizes, {}, dtype)
             if whole_error is not None:
                 raise ValueError(input_refused(input_shape, whole_error))
-            alone = {n: _forward_error(model, input_shape, sizes, {n: 1}) for n in numbers}
+            alone = {n: _forward_error(model, input_shape, sizes, {n: 1}, dtype) for n in numbers}
             clashing = [name for name in numbers if alone[name] is not None]
             if len(clashing) == 1:
                 error = alone[clashing[0]]
@@ -78,7 +116,16 @@ def _of_fixed_width(model: nnx.Module, width: int) -> list[str]:
     return found
 
 
-def _forward_error(model, input_shape, sizes, removed) -> Exception | None:
+def _input_dtype(model, input_shape, sizes):
+    """Integers where a network takes them and no floats, as one of tokens."""
+    takes = {
+        dtype: _forward_error(model, input_shape, sizes, {}, dtype) is None
+        for dtype in (jnp.float32, jnp.int32)
+    }
+    return jnp.int32 if takes[jnp.int32] and not takes[jnp.float32] else jnp.float32
+
+
+def _forward_error(model, input_shape, sizes, removed, dtype) -> Exception | None:
     """The error of a forward pass after some latents have lost their last entries, if any."""
     keep = {name: np.arange(size) < size - removed.get(name, 0) for name, size in sizes.items()}
 
@@ -89,7 +136,7 @@ def _forward_error(model, input_shape, sizes, removed) -> Exception | None:
 
     graphdef, state = nnx.split(model)
     try:
-        jax.eval_shape(forward, state, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+        jax.eval_shape(forward, state, jax.ShapeDtypeStruct((1, *input_shape), dtype))
     except (TypeError, ValueError) as error:
         return error
     return None

@@ -19,8 +19,11 @@ from dhp_jax.budgets.counted import Scores
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import Axis, latents, latents_to_prune, walk
 from dhp_jax.core.layers import BatchNorm, Hyper, Linear
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError
+from dhp_jax.tracing.generated import ordinary
+from dhp_jax.tracing.network import variables_of
 
 TINY = 1e-12  # share of the cost of an entry that is free
 
@@ -53,6 +56,9 @@ def l1_scores(model: nnx.Module) -> Scores:
     mean as the scale, are ours; Molchanov et al., ICLR 2017 (arXiv 1611.06440), divide by the l2
     norm of a layer's scores.
     """
+    latents_to_prune(model)
+    if architecture_of(model).axes is not None:
+        return _of_mean_one(_traced_l1(model))
     return _of_mean_one(_summed(model, lambda filters: np.abs(filters).sum(1)))
 
 
@@ -282,6 +288,28 @@ def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float
         for name in scores
     }
     return {name: values / max(shares[name], TINY) ** power for name, values in scores.items()}
+
+
+def _traced_l1(model: nnx.Module) -> Scores:
+    """Of latents that were found by tracing, sums of the norms along the last axes of arrays.
+
+    A latent that is no last axis, as of attention heads, has the norms along all of its axes.
+    """
+    table = architecture_of(model).axes
+    variables = variables_of(ordinary(model))
+    last, others = ({name: np.zeros(size) for name, size in table.sizes.items()} for _ in range(2))
+    for array, axes in table.places.items():
+        value = variables[array].get_value()
+        if value.ndim < 2 or not isinstance(variables[array], nnx.Param):
+            continue
+        magnitude = np.abs(np.asarray(value, np.float64))
+        for k, positions in axes.items():
+            norms = magnitude.sum(tuple(j for j in range(value.ndim) if j != k))
+            sums = last if k == value.ndim - 1 else others
+            for number, name in enumerate(table.sizes):
+                own = positions.owner == number
+                np.add.at(sums[name], positions.entry[own], norms[own])
+    return {name: last[name] if last[name].any() else others[name] for name in table.sizes}
 
 
 def _summed(model: nnx.Module, number_of: Callable[[np.ndarray], np.ndarray]) -> Scores:

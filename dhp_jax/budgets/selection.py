@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 import functools
 import inspect
+from typing import Any
 
 from flax import nnx
 import numpy as np
@@ -11,10 +12,14 @@ from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.chosen import Chosen, describe_choice
 from dhp_jax.budgets.counted import BudgetError, Scores, check_budget, check_share, survivors_within
 from dhp_jax.budgets.latency import Clock, LatencySearch, clock
+from dhp_jax.budgets.limits import with_least
 from dhp_jax.budgets.rounding import Multiples
-from dhp_jax.core.cost import Cost, measure_cost
+from dhp_jax.core.cost import Cost
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import check_masks, prune
 from dhp_jax.errors import shown
+from dhp_jax.tracing.counts import measure_cost
+from dhp_jax.tracing.declared import analysis_of, prove_declared
 
 Selection = Callable[..., dict[str, np.ndarray]]  # takes what `survivors_within` does
 
@@ -96,10 +101,11 @@ def choose(
 
 def prune_to(
     model: nnx.Module,
-    input_shape: tuple[int, ...],
+    input_shape: Any = None,
     multiple_of: Multiples = 1,
     *,
     by: Scores | Selection | None = None,
+    keep: Mapping[str, float] | None = None,
     latency: float | None = None,
     batch: int = 1,
     **budget: float,
@@ -110,7 +116,8 @@ def prune_to(
 
     Args:
       model: a network of latents; left as it was.
-      input_shape: shape of one example, `(height, width, channels)`.
+      input_shape: shape of one example, `(height, width, channels)`, or other inputs, as for
+        `dhp.measure_cost`; `None` for those that `dhp.with_latents` was given.
       multiple_of: a latent that loses entries keeps a multiple of this number of them. One number
         for all latents; numbers by name or pattern, such as `{"stages.*": 8}`; or "auto", the best
         measured one for this platform and the dtype of the model (see `dhp_jax.budgets.rounding`).
@@ -144,6 +151,11 @@ def prune_to(
         check_share("latency", latency)
         budget = {"flops": 1.0, **budget}
     selection(by, budget)  # so that what it refuses is told before any work
+    table = architecture_of(model).axes if isinstance(model, nnx.Module) else None
+    if input_shape is None and table is not None:
+        input_shape = table.inputs
+    if keep is not None:
+        model = with_least(model, keep)
     cost = measure_cost(model, input_shape)
     try:
         check_budget(model, cost, multiple_of, **budget)
@@ -153,4 +165,6 @@ def prune_to(
     check_axes(model, input_shape)
     timed = None if latency is None else clock(model, input_shape, batch)
     chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
+    if table is None:
+        prove_declared(model, chosen.masks, analysis_of(model, input_shape))
     return prune(model, chosen.masks)

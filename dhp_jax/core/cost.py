@@ -1,11 +1,11 @@
 """FLOPs, params and activations of a network, whole or pruned.
 
 FLOPs are multiply-accumulates: convolutions (transposed ones as if every tap met every output) and
-linear layers, plus 2 for every normalised element and 1 for every element of the last call of a
-`ReLU` or PReLU layer; biases and `nnx.relu` are not counted. Params are kernels, biases, BatchNorm
-scales and biases, slopes of PReLU. Activations are the bytes of the outputs of all other layers
+contractions, plus 2 for every normalised element and 1 for every element of the last call of a
+`ReLU` or PReLU layer; biases and `nnx.relu` are not counted. Params are the arrays of `nnx.Param`
+that are read. Activations are the bytes of the outputs of all other layers
 that have FLOPs, each in the dtype that it computes in, for one example: a sum, and not the peak.
-What ReLU, pools and additions return is not counted.
+What ReLU, pools and additions return is not counted. `dhp_jax.tracing.counts` measures all of them.
 """
 
 from collections.abc import Mapping
@@ -22,9 +22,8 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.core.activations import ReLU
-from dhp_jax.core.latent import Axis, Latent, latents, walk
+from dhp_jax.core.latent import Axis
 from dhp_jax.core.layers import BatchNorm, Bias, ChannelBias, HyperConv, HyperConvTranspose, Linear
-from dhp_jax.core.surgery import override
 from dhp_jax.errors import shown
 
 logger = logging.getLogger(__name__)
@@ -45,48 +44,54 @@ class Width:
         return self.fixed + sum(times * counts[name] for name, times in self.latents)
 
 
+class Product(NamedTuple):
+    """A number of operations, of numbers or of bytes: a factor times some widths."""
+
+    factor: int
+    widths: tuple[Width, ...] = ()
+
+    def amount(self, counts: Counts) -> "int | Array":
+        """The product when `counts[name]` entries of each latent survive."""
+        return math.prod((width.channels(counts) for width in self.widths), start=self.factor)
+
+    @property
+    def full(self) -> int:
+        """The product when everything survives."""
+        return math.prod((width.full for width in self.widths), start=self.factor)
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """The cost of one call of a layer.
 
-    FLOPs are `flops_terms[0] * in * out + flops_terms[1] * out`, activations likewise, and params
-    too, plus `params_terms[2]` if there is one. A layer that is called again costs FLOPs and
-    activations again, but no params.
+    FLOPs, params and activations are sums of products of widths. A layer that is called again costs
+    FLOPs and activations again, but no params.
     """
 
     path: str
     kind: str
     inputs: Width
     outputs: Width
-    flops_terms: tuple[int, int]
-    params_terms: tuple[int, ...]
-    activations_terms: tuple[int, int]
+    flops_terms: tuple[Product, ...]
+    params_terms: tuple[Product, ...]
+    activations_terms: tuple[Product, ...]
 
     def amounts(self, counts: Counts) -> "tuple[int | Array, ...]":
         """FLOPs, params and activations when `counts[name]` entries of each latent survive."""
-        return self._evaluate(self.inputs.channels(counts), self.outputs.channels(counts))
+        each = (self.flops_terms, self.params_terms, self.activations_terms)
+        return tuple(sum(term.amount(counts) for term in terms) for terms in each)
 
     @property
     def flops(self) -> int:
-        return self._evaluate(self.inputs.full, self.outputs.full)[0]
+        return sum(term.full for term in self.flops_terms)
 
     @property
     def params(self) -> int:
-        return self._evaluate(self.inputs.full, self.outputs.full)[1]
+        return sum(term.full for term in self.params_terms)
 
     @property
     def activations(self) -> int:
-        return self._evaluate(self.inputs.full, self.outputs.full)[2]
-
-    def _evaluate(self, n_in, n_out):
-        return tuple(
-            per_pair * n_in * n_out + per_output * n_out + sum(fixed)
-            for per_pair, per_output, *fixed in (
-                self.flops_terms,
-                self.params_terms,
-                self.activations_terms,
-            )
-        )
+        return sum(term.full for term in self.activations_terms)
 
 
 @dataclass(frozen=True)
@@ -162,57 +167,6 @@ def _share(amount, whole: int):
     return amount / whole if whole else 1.0
 
 
-def measure_cost(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
-    """Counts what a model costs by tracing one forward pass; nothing is computed.
-
-    Works on models with hypernetworks and on pruned or ordinary ones. Counted are convolutions,
-    transposed convolutions, `BatchNorm`, `Bias`, `Linear`, `nnx.PReLU` and what `layer_terms` is
-    registered for; a warning names layers with parameters that are not counted.
-
-    Args:
-      model: called with one array; left as it was.
-      input_shape: shape of one example without the batch axis, `(height, width, channels)`.
-
-    Returns:
-      The cost: `.flops`, `.params`, `.activations` (bytes, see the module), `.layers`; and
-      `.amounts(counts)` or `.shares(counts)` of what survives, by these names.
-
-    Raises:
-      ValueError: no shape of an example; the forward pass fails on such an input, for instance
-        because it adds axes of latents of different lengths.
-
-    Example:
-      >>> cost = dhp.measure_cost(model, (32, 32, 3))
-      >>> cost.flops, cost.params, cost.activations
-      (41214592, 272474, 1605672)
-    """
-    check_input_shape(input_shape)
-    calls, names = _trace(model, input_shape)
-    layers, seen = [], set()
-    last = {path: call for call, (path, _, _) in enumerate(calls)}
-    for call, (path, layer, output) in enumerate(calls):
-        is_activation = isinstance(layer, ReLU | nnx.PReLU)
-        if is_activation and call != last[path]:
-            continue
-        inputs, outputs, flops_terms, params_terms = layer_terms(layer, output.shape)
-        outputs = _width(outputs, names)
-        layers.append(
-            LayerCost(
-                path=path,
-                kind=type(layer).__name__,
-                inputs=_width(inputs, names),
-                outputs=outputs,
-                flops_terms=flops_terms,
-                params_terms=(0, 0) if path in seen else params_terms,
-                activations_terms=(0, 0)
-                if is_activation
-                else (0, any(flops_terms) * output.nbytes // outputs.full),
-            )
-        )
-        seen.add(path)
-    return Cost(tuple(layers), {name: latent.size for latent, name in names.items()})
-
-
 Terms = tuple["Axis | int", "Axis | int", tuple[int, int], tuple[int, ...]]
 
 
@@ -265,7 +219,7 @@ def _(layer: ChannelBias, output_shape):
 @layer_terms.register
 def _(layer: ReLU | nnx.PReLU, output_shape):
     channels = getattr(layer, "z", None) or output_shape[-1]
-    slopes = int(isinstance(layer, nnx.PReLU))
+    slopes = layer.negative_slope.get_value().size if isinstance(layer, nnx.PReLU) else 0
     return channels, channels, (0, math.prod(output_shape[:-1])), (0, 0, slopes)
 
 
@@ -274,41 +228,6 @@ def _(layer: nnx.Linear, output_shape):
     inputs = layer.z_in if isinstance(layer, Linear) else layer.in_features
     positions = math.prod(output_shape[:-1])
     return inputs, layer.out_features, (positions, 0), (1, int(layer.use_bias))
-
-
-def _trace(model, input_shape):
-    """Runs the model on an abstract example; returns calls of counted layers, and the latents."""
-    calls: list[tuple[str, nnx.Module, _Output]] = []
-    names: dict[Latent, str] = {}
-    uncounted: dict[str, str] = {}
-    graphdef, state = nnx.split(model)
-
-    def forward(state, x):
-        traced = nnx.merge(graphdef, state, copy=True)
-        traced.eval()  # tracing the update of BatchNorm statistics is slow in deep networks
-        names.update({latent: name for name, latent in latents(traced).items()})
-        for path, _, module in list(walk(traced)):
-            if _costs_something(module):
-                # The module of this walk, not that of the call: under `nnx.jit` or `nnx.remat` the
-                # latter is a copy whose latents are none of ours.
-                module.report_call = nnx.static(_note_calls(calls, path, module))
-                override(module, __call__=_report_call)
-            elif _has_parameters(module):
-                uncounted[type(module).__name__] = path
-        return traced(x)
-
-    try:
-        jax.eval_shape(forward, state, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
-    except (TypeError, ValueError) as error:
-        raise ValueError(input_refused(input_shape, error)) from error
-    if uncounted:
-        kinds = ", ".join(f"{kind} ({path})" if path else kind for kind, path in uncounted.items())
-        logger.warning(
-            "measure_cost: no FLOPs or params are counted for %s; register a function with "
-            "dhp_jax.core.cost.layer_terms to count them",
-            kinds,
-        )
-    return calls, names
 
 
 def check_input_shape(input_shape: tuple[int, ...]) -> None:
@@ -328,36 +247,3 @@ def input_refused(input_shape: tuple[int, ...], error: Exception) -> str:
     if "incompatible shapes" in message:
         message = message.rstrip(".") + "; axes that are added must be one latent"
     return message
-
-
-def _costs_something(module: nnx.Module) -> bool:
-    return layer_terms.dispatch(type(module)) is not layer_terms.dispatch(object)
-
-
-def _has_parameters(module: nnx.Module) -> bool:
-    values = vars(module).values()
-    return not isinstance(module, Axis) and any(isinstance(v, nnx.Param) for v in values)
-
-
-class _Output(NamedTuple):
-    """Shape and bytes of what a call has returned."""
-
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-def _note_calls(calls: list, path: str, layer: nnx.Module):
-    return lambda output: calls.append((path, layer, output))
-
-
-def _report_call(call, layer, *args, **options):
-    output = call(layer, *args, **options)
-    layer.report_call(_Output(output.shape, output.size * output.dtype.itemsize))
-    return output
-
-
-def _width(channels: Axis | int, names: Mapping[Latent, str]) -> Width:
-    if isinstance(channels, int):
-        return Width(channels, channels)
-    multiplicity = channels.multiplicity().items()
-    return Width(channels.size, 0, tuple((names[latent], times) for latent, times in multiplicity))

@@ -18,6 +18,8 @@ import numpy as np
 from dhp_jax.core.initializers import normal
 from dhp_jax.errors import shown
 
+TRACED = "traced_latents"  # attribute of a network that holds latents which were found by tracing
+
 
 class LatentVector(nnx.Param):
     """The trainable vector behind a `Latent`; its own type, so optimizers can filter by it.
@@ -216,7 +218,8 @@ def latents(model: nnx.Module) -> dict[str, Latent]:
     """Every latent of a model, by name.
 
     A latent's name is the shortest attribute path that leads to it (`"blocks.3.hidden"`), the first
-    in natural order among equally short ones.
+    in natural order among equally short ones. Latents that were found by tracing have the name of a
+    layer whose outputs they are.
 
     Args:
       model: any `nnx.Module`.
@@ -227,7 +230,8 @@ def latents(model: nnx.Module) -> dict[str, Latent]:
     Example:
       >>> {name: z.size for name, z in dhp.latents(model).items() if z.prunable}
     """
-    return {path: m for path, _, m in walk(model) if isinstance(m, Latent)}
+    found = ((path.removeprefix(f"{TRACED}."), m) for path, _, m in walk(model))
+    return {name: m for name, m in found if isinstance(m, Latent)}
 
 
 def latents_to_prune(model: nnx.Module) -> dict[str, Latent]:
@@ -273,7 +277,7 @@ def children(module: nnx.Module) -> list[tuple[str, nnx.Module]]:
 
 def modules_in(value: Any, path: str = "") -> Iterator[tuple[str, nnx.Module]]:
     """Yields `(path, module)` for a module, or for those in lists, tuples and dicts of modules."""
-    if isinstance(value, nnx.Module):
+    if isinstance(value, nnx.Pytree):  # modules, and blocks that are no modules
         yield path, value
     elif isinstance(value, list | tuple | dict):
         items = value.items() if isinstance(value, dict) else enumerate(value)

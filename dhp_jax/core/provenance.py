@@ -19,6 +19,8 @@ class Architecture:
       survivors: indices kept of each latent; `None` before pruning.
       renewed: whether it is one of latents whose entries are the survivors of an earlier pruning.
       folded: layers that others were folded into, with those, by their paths.
+      axes: the table of latents that were found by tracing (`dhp_jax.tracing.table`).
+      cuts: what was kept of the axes of its arrays (`dhp_jax.tracing.cuts`).
     """
 
     family: str | None = None
@@ -26,6 +28,8 @@ class Architecture:
     survivors: Mapping[str, tuple[int, ...]] | None = None
     renewed: bool = False
     folded: Chains = ()
+    axes: Any = None
+    cuts: Any = None
 
     def __hash__(self) -> int:  # a static attribute of modules, so `nnx.jit` hashes it
         return hash((self.family, tuple(self.arguments), tuple(self.survivors or ()), self.folded))

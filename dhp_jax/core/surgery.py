@@ -33,7 +33,8 @@ def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
 
     Raises:
       ValueError: a mask that is missing, unknown, of another length, or keeps nothing; masks for a
-        network without latents.
+        network without latents; of a network of traced latents, survivors for which the smaller
+        network is not proved to be right.
 
     Example:
       >>> small = dhp.prune(model, dhp.survivors(model, threshold=5e-3))
@@ -41,6 +42,8 @@ def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
     if keep is None:
         keep = {name: np.ones(z.size, bool) for name, z in latents(model).items()}
     check_masks(model, keep)
+    if architecture_of(model).axes is not None:
+        return architecture_of(model).axes.prune(model, keep)
     model = nnx.clone(model)
     masks = {z: np.asarray(keep[name], bool) for name, z in latents(model).items()}
     architecture = architecture_of(model)

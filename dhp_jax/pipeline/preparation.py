@@ -17,13 +17,14 @@ from dhp_jax.budgets.counted import check_budget, limits
 from dhp_jax.budgets.latency import check_latency, clock
 from dhp_jax.config.checks import check
 from dhp_jax.config.methods import METHODS
-from dhp_jax.core.cost import Cost, measure_cost
+from dhp_jax.core.cost import Cost
 from dhp_jax.distributed.mesh import DATA, check_batch, make_mesh
 from dhp_jax.distributed.processes import from_first, is_first
 from dhp_jax.errors import ConfigError, FieldError
 from dhp_jax.models import registry
 from dhp_jax.models.registry import build_abstract
 from dhp_jax.pipeline.setup import TaskSetup, argument_fields, known_arguments, set_up
+from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.train.phase import Observer
 from dhp_jax.workdir import source_run
 from dhp_jax.workdir.identity import CONFIG, hold, read_data_choice, settle_data

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 import inspect
+from typing import Any
 
 from flax import nnx
 import numpy as np
@@ -13,38 +14,77 @@ from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
 from dhp_jax.core.layers import BatchNorm, Bias, Hyper, Linear
 from dhp_jax.core.plain import Keep, Prunable, select_entries, slice_axis
 from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.errors import shown
 from dhp_jax.models import registry
 from dhp_jax.pruned.fresh_weights import take_arrays
+from dhp_jax.tracing.network import EMBEDDING, GATES_ABOVE, traced
 
 
 def with_latents(
     model: nnx.Module,
+    inputs: Any = None,
     *,
-    rngs: nnx.Rngs,
+    call: Callable[..., Any] | None = None,
+    embedding: int = EMBEDDING,
+    gates_above: int = GATES_ABOVE,
+    min_channels: int = 4,
+    rngs: nnx.Rngs | None = None,
     build: Callable[[nnx.Rngs], nnx.Module] | None = None,
 ) -> nnx.Module:
-    """Gives a pruned network latents again, so that it can be searched and pruned again.
+    """A network as one of latents, so that it can be searched and pruned.
 
-    It computes what `model` computes: the hypernetworks are fresh, but their last biases make up
-    for the difference to its kernels. The latents, of the sizes that pruning has left, are drawn
-    from N(0, 1), so the proximal step has to run before their magnitudes mean something.
+    With `inputs` it may be any network of `flax.nnx`, with its trained weights. It is traced to
+    find which channels can go (`dhp.explain` tells); the arrays that these are axes of are
+    generated from latents, and all else stays: the network is called, trained, saved, jitted as it
+    was. Latents begin at 1, and it computes what `model` computes, to the bit in float32.
+
+    Without `inputs` it is a network that `prune` or a run of this library has made of latents. It
+    computes what `model` computes: the hypernetworks are fresh, but their last biases make up for
+    the difference to its kernels. The latents, of the sizes that pruning has left, are drawn from
+    N(0, 1), so the proximal step has to run before their magnitudes mean something.
 
     Args:
-      model: a network from `prune`, `prune_to` or `load`; left as it was.
-      rngs: the `params` stream draws latents and hypernetworks.
-      build: for a network of your own class: makes the unpruned network, as for `load`.
+      model: a network; left as it was.
+      inputs: the shape of one example, such as `(height, width, channels)`; an array or abstract
+        array with its batch axis; or a tuple or list of arguments or a dict, of these.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`.
+      embedding: size `m` of the embedding of each pair of channels in hypernetworks.
+      gates_above: arrays of more numbers have latents as gates only: one number of each weight,
+        that the latents of its axes multiply.
+      min_channels: how many entries of each latent survive at least.
+      rngs: the `params` stream draws what hypernetworks, and without `inputs` latents, begin with.
+      build: without `inputs`, for a network of your own class: makes the unpruned network, as for
+        `load`.
 
     Returns:
-      The network, in training mode. What `prune` makes of it is saved and loaded like `model`.
+      The network, in the mode of `model` with `inputs`, in training mode without.
 
     Raises:
-      ValueError: a network that was not pruned, has latents, or is folded; one of your own class
+      ValueError: the network does not take such inputs, or nothing of it can be pruned; without
+        `inputs` a network that was not pruned, has latents, or is folded; one of your own class
         without `build`; a layer of your own that can be pruned, which this does not know.
 
     Example:
+      >>> net = dhp.with_latents(model, (224, 224, 3))
+      >>> small = dhp.prune_to(net, flops=0.5, by=dhp.l1_scores(net))
       >>> again = dhp.with_latents(dhp.load("runs/resnet56/model"), rngs=nnx.Rngs(1))
-      >>> smaller = dhp.prune_to(again, (32, 32, 3), flops=0.5)
     """
+    if inputs is not None:
+        if not isinstance(model, nnx.Module):
+            raise ValueError(f"model: expected a network, got {shown(model)}")
+        if latents(model):
+            raise ValueError("model: expected a network without latents; prune(model) makes one")
+        return traced(
+            model,
+            inputs,
+            call=call,
+            embedding=embedding,
+            gates_above=gates_above,
+            min_channels=min_channels,
+            rngs=rngs,
+        )
+    if rngs is None:
+        raise ValueError("rngs: expected nnx.Rngs for a network that was pruned; got None")
     made = architecture_of(model)
     if made.survivors is None or made.folded or latents(model):
         raise ValueError("model: expected a pruned network, without latents and not folded")

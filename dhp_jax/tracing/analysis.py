@@ -161,8 +161,8 @@ def analyse(model: nnx.Module, inputs: Any, call: Call = default_call) -> Analys
         untrainable = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning("the network cannot be traced in training mode: %s", untrainable)
     flow = Flow()
-    arrays = _array_axes(flow, program)
-    _solve(flow, programs, arrays)
+    arrays = array_axes(flow, program)
+    solve(flow, programs, arrays)
     return Analysis(whole, call, given, programs, flow, arrays, untrainable=untrainable)
 
 
@@ -188,7 +188,7 @@ def _as_integers(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, jnp.int32) if x.dtype == jnp.float32 else x
 
 
-def _array_axes(flow: Flow, program: Program) -> list[Axes]:
+def array_axes(flow: Flow, program: Program) -> list[Axes]:
     """New atoms for every axis of every array but the states of random generators."""
     axes = []
     flat = nnx.to_flat_state(program.state)
@@ -202,7 +202,7 @@ def _array_axes(flow: Flow, program: Program) -> list[Axes]:
     return axes
 
 
-def _solve(flow: Flow, programs: dict[Context, Program], arrays: Sequence[Axes]) -> None:
+def solve(flow: Flow, programs: dict[Context, Program], arrays: Sequence[Axes]) -> None:
     """States all equations until nothing changes."""
     for _ in range(MAX_PASSES):
         before = flow.terms.changes

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dhp_jax.tracing.analysis import Analysis
+from dhp_jax.tracing.analysis import EVALUATION, Analysis
 from dhp_jax.tracing.programs import all_programs, is_literal
 from dhp_jax.tracing.terms import TRUE
 
@@ -18,7 +18,7 @@ class Family:
     """Units that are alike, each an entry.
 
     Attributes:
-      name: the shortest path of what it is the outputs of, unique in a network.
+      name: the path of the first layer whose outputs it is, unique in a network.
       atoms: one an entry.
       places: by (array, axis) the entry that each position belongs to, -1 for none.
       numbers: of all arrays, that go with one entry.
@@ -141,14 +141,14 @@ def _family(analysis: Analysis, units: list[Unit]) -> Family:
 def _names(analysis: Analysis, families: list[Family]) -> list[str]:
     """A name for each family: the path of a layer whose outputs it is, with more if need be."""
     taken: set[str] = set()
-    names = []
+    names, order = [], _first_reads(analysis)
     for family in families:
         candidates = []
         for number, k in family.places:
             path, rank = analysis.names[number], len(analysis.leaves[number].shape)
             layer = path.rpartition(".")[0] or path
-            candidates.append((rank < 2, k != rank - 1, path.count("."), number, k, layer))
-        *_, k, name = min(candidates)
+            candidates.append((rank < 2, k != rank - 1, order[number], number, k, layer))
+        *_, k, name = min(candidates)  # the first that makes it
         full = name if name not in taken else f"{name}.axis{k}"
         number = 2
         while full in taken:
@@ -156,3 +156,14 @@ def _names(analysis: Analysis, families: list[Family]) -> list[str]:
         taken.add(full)
         names.append(full)
     return names
+
+
+def _first_reads(analysis: Analysis) -> list[int]:
+    """For each array the number of the operation that reads it first."""
+    jaxpr = analysis.programs[EVALUATION].closed.jaxpr
+    first: dict[int, int] = {}
+    for number, eqn in enumerate(jaxpr.eqns):
+        for atom in eqn.invars:
+            first.setdefault(id(atom), number)
+    arrays = jaxpr.invars[: len(analysis.arrays)]
+    return [first.get(id(variable), len(jaxpr.eqns)) for variable in arrays]

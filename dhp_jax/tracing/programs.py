@@ -1,12 +1,14 @@
 """A network's program: its traced forward pass, in which every array of the network is an input."""
 
 from collections.abc import Callable, Iterator
+import contextlib
 import os
 from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
 from jax._src import source_info_util  # where an operation comes from; there is no public way
+from jax._src.interpreters import partial_eval
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 import jax.numpy as jnp
 import numpy as np
@@ -59,9 +61,26 @@ def trace_program(model: nnx.Module, call: Call, inputs: tuple[Any, ...]) -> Pro
         kept = [after.get(path, x) for (path, _), x in zip(flat, arrays, strict=True)]
         return outputs, [value_of(leaf) for leaf in kept]
 
-    closed = jax.make_jaxpr(forward)(abstract, *inputs)
+    with _short_errors():
+        closed = jax.make_jaxpr(forward)(abstract, *inputs)
     names = tuple(".".join(map(str, path)) for path, _ in flat)
     return Program(closed, names, graphdef, state, tuple(arrays))
+
+
+@contextlib.contextmanager
+def _short_errors() -> Iterator[None]:
+    """Keeps JAX from looking for the origin of traced arrays, for errors that nobody sees.
+
+    Flax asks each for its sharding when BatchNorm's statistics are set, and catches the error. In
+    deep networks looking for its text takes most of the time of tracing.
+    """
+    kind = partial_eval.DynamicJaxprTracer
+    before = kind._origin_msg
+    kind._origin_msg = lambda self: ""
+    try:
+        yield
+    finally:
+        kind._origin_msg = before
 
 
 def value_of(leaf: nnx.Variable | jax.Array) -> jax.Array:

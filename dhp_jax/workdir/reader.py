@@ -14,12 +14,13 @@ from dhp_jax.artifact import reading
 from dhp_jax.artifact.reading import exists, read_description
 from dhp_jax.budgets.counted import limits
 from dhp_jax.config.methods import METHODS, Method
-from dhp_jax.core.cost import MEASURES, Cost, measure_cost
+from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import FieldError
 from dhp_jax.models import registry
 from dhp_jax.models.registry import build_abstract
+from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import target_dirs
 from dhp_jax.workdir.identity import COMMANDS, CONFIG

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.budgets import selection
 from dhp_jax.budgets.counted import removals, smallest_ratio, survivors_within
 from dhp_jax.budgets.rounding import multiples
-from dhp_jax.core import cost as core_cost
 from dhp_jax.models import registry
 from dhp_jax.models.registry import build_abstract, task_of
 
@@ -268,7 +268,7 @@ def test_a_network_that_has_been_pruned_is_named_and_how_to_prune_it_again(use):
 
 @pytest.mark.parametrize("by", ["l1", dhp.l1_scores, dhp.random_scores])
 def test_what_decides_nothing_is_refused_before_any_work(by, monkeypatch):
-    monkeypatch.setattr(core_cost, "measure_cost", None)
+    monkeypatch.setattr(selection, "measure_cost", None)
     with pytest.raises(ValueError, match=r"^by: expected scores by latent, .*; got ") as told:
         dhp.prune_to(filled(Mixed), MIXED_INPUT, flops=0.5, by=by)
     assert str(told.value).endswith(repr(by))

@@ -23,9 +23,7 @@ import numpy as np
 import pytest
 
 from dhp_jax import config as dhp_config
-from dhp_jax.budgets import axes
 from dhp_jax.config.methods import METHODS
-from dhp_jax.core import cost
 from dhp_jax.data.labelled import digits
 from dhp_jax.errors import ConfigError, shown
 from dhp_jax.models import mobilenet, registry
@@ -200,8 +198,8 @@ def cached():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "build_abstract", build_abstract)
-        patch.setattr(cost, "measure_cost", functools.cache(cost.measure_cost))
-        patch.setattr(axes, "check_axes", functools.cache(axes.check_axes))
+        for name in ("measure_cost", "check_axes"):
+            patch.setattr(preparation, name, functools.cache(getattr(preparation, name)))
         patch.setattr(
             preparation, "_check_latency", lambda *arguments: None
         )  # it compiles networks

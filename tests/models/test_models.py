@@ -158,7 +158,7 @@ def test_feature_maps_halve_in_the_second_and_third_stage():
     model = abstract()
     cost = dhp.measure_cost(model, (32, 32, 3))
     positions = [
-        layer.flops_terms[0] // 9
+        layer.flops_terms[0].factor // 9
         for layer in cost.layers
         if layer.kind == "HyperConv" and "layers" in layer.path
     ]

@@ -1,0 +1,249 @@
+"""What model.json says of networks whose axes were found by tracing: cuts of arrays, and latents.
+
+Positions of an axis that are the same in many arrays are written once, as runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dhp_jax.artifact.description import DTYPES, MAX_ARRAYS, MAX_NUMBER, ArtifactError
+from dhp_jax.errors import shown
+from dhp_jax.tracing.cuts import ArrayCuts
+from dhp_jax.tracing.generated import Positions
+from dhp_jax.tracing.programs import default_call
+from dhp_jax.tracing.table import LatentTable, SizeEntry
+
+Runs = tuple[tuple[int, ...], ...]
+
+
+class _Listed:
+    """Lists that are written once each, and the number of each."""
+
+    def __init__(self):
+        self.lists: list[list[list[int]]] = []
+        self.numbers: dict[Any, int] = {}
+
+    def number(self, columns: Sequence[Sequence[int]]) -> int:
+        """The number of a list of tuples, given by column."""
+        runs = _as_runs(np.array(columns, np.int64).T)
+        if runs not in self.numbers:
+            self.numbers[runs] = len(self.lists)
+            self.lists.append([list(run) for run in runs])
+        return self.numbers[runs]
+
+
+def _as_runs(rows: np.ndarray) -> Runs:
+    """Rows as runs `(count, step, first row ...)` whose last number rises by `step`."""
+    runs: list[tuple[int, ...]] = []
+    start = 0
+    while start < len(rows):
+        step, end = 0, start + 1
+        if end < len(rows) and (rows[end, :-1] == rows[start, :-1]).all():
+            step = int(rows[end, -1] - rows[start, -1])
+            while (
+                end < len(rows)
+                and (rows[end, :-1] == rows[start, :-1]).all()
+                and rows[end, -1] - rows[end - 1, -1] == step
+            ):
+                end += 1
+        runs.append((end - start, step, *map(int, rows[start])))
+        start = end
+    return tuple(runs)
+
+
+def _from_runs(runs: Any, columns: int, where: str) -> np.ndarray:
+    """The rows of runs that a file holds.
+
+    Raises:
+      ArtifactError: they are none.
+    """
+    rows: list[np.ndarray] = []
+    total = 0
+    for run in runs if isinstance(runs, list) else [None]:
+        fits = (
+            isinstance(run, list)
+            and len(run) == columns + 2
+            and all(type(n) is int and abs(n) <= MAX_NUMBER for n in run)
+            and run[0] > 0
+        )
+        total += run[0] if fits else 0
+        if not fits or total > MAX_NUMBER:
+            raise ArtifactError(f"path: {where}: expected runs of positions, got {shown(run)}")
+        count, step, *first = run
+        made = np.tile(np.array(first, np.int64), (count, 1))
+        made[:, -1] += step * np.arange(count)
+        rows.append(made)
+    return np.concatenate(rows)
+
+
+def cuts_as_json(cuts: ArrayCuts) -> dict[str, Any]:
+    """Cuts as model.json holds them."""
+    listed = _Listed()
+    kept = {
+        name: {str(k): listed.number([positions]) for k, positions in axes.items()}
+        for name, axes in cuts.kept.items()
+    }
+    numbers = [list(entry) for entry in cuts.numbers]
+    return {"kept": kept, "positions": listed.lists, "numbers": numbers}
+
+
+def cuts_from_json(value: Mapping[str, Any], where: str) -> ArrayCuts:
+    """Cuts from model.json.
+
+    Raises:
+      ArtifactError: it does not hold any.
+    """
+    where = f"{where}: cuts"
+    _check_keys(value, {"kept", "positions", "numbers"}, where)
+    lists = [_from_runs(runs, 1, where)[:, 0] for runs in _list(value["positions"], where)]
+    for positions in lists:
+        if positions.min() < 0 or not (np.diff(positions) > 0).all():
+            raise ArtifactError(f"path: {where}: expected rising positions")
+    kept = {
+        name: {k: tuple(lists[number].tolist()) for k, number in axes.items()}
+        for name, axes in _axes(value["kept"], len(lists), where).items()
+    }
+    numbers = []
+    for entry in _list(value["numbers"], where):
+        if not isinstance(entry, list) or list(map(type, entry)) != [str, str, int]:
+            raise ArtifactError(f"path: {where}: numbers: got {shown(entry)}")
+        numbers.append(tuple(entry))
+    return ArrayCuts(kept, tuple(numbers))
+
+
+def table_as_json(table: LatentTable, least: Mapping[str, int]) -> dict[str, Any]:
+    """A table of latents as model.json holds it.
+
+    Args:
+      table: of the network.
+      least: how many entries of each latent survive at least.
+    """
+    listed = _Listed()
+    places = {
+        name: {str(k): listed.number([p.owner, p.entry]) for k, p in axes.items()}
+        for name, axes in table.places.items()
+    }
+    numbers = [[n.path, n.attribute, n.latent, n.array, n.axis] for n in table.numbers]
+    return {
+        "sizes": dict(table.sizes),
+        "least": dict(least),
+        "places": places,
+        "positions": listed.lists,
+        "numbers": numbers,
+        "generated": list(table.notes["generated"]),
+        "settings": dict(table.notes["settings"]),
+        "inputs": None if table.call is not default_call else _inputs_as_json(table.inputs),
+    }
+
+
+def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, dict[str, int]]:
+    """A table of latents from model.json, and how many entries of each survive at least.
+
+    Raises:
+      ArtifactError: it does not hold any.
+    """
+    where = f"{where}: latents"
+    keys = {"sizes", "least", "places", "positions", "numbers", "generated", "settings", "inputs"}
+    _check_keys(value, keys, where)
+    sizes, least = value["sizes"], value["least"]
+    for numbers in (sizes, least, value["settings"]):
+        if not isinstance(numbers, dict) or len(numbers) > MAX_ARRAYS:
+            raise ArtifactError(f"path: {where}: got {shown(numbers)}")
+        for number in numbers.values():
+            if type(number) is not int or not 0 <= number <= 2**40:
+                raise ArtifactError(f"path: {where}: expected a size, got {shown(number)}")
+    if sizes.keys() != least.keys() or value["settings"].keys() != {"embedding", "gates_above"}:
+        raise ArtifactError(f"path: {where}: sizes, least or settings lack something")
+    if not all(0 < size <= MAX_NUMBER for size in sizes.values()):
+        raise ArtifactError(f"path: {where}: sizes: got {shown(sizes)}")
+    lists = [_from_runs(runs, 2, where) for runs in _list(value["positions"], where)]
+    widths = np.array([1, *sizes.values()])
+    for rows in lists:
+        owner, entry = rows[:, 0], rows[:, 1]
+        if owner.min() < -1 or owner.max() >= len(sizes):
+            raise ArtifactError(f"path: {where}: positions of an unknown latent")
+        if entry.min() < 0 or (entry >= widths[owner + 1]).any():
+            raise ArtifactError(f"path: {where}: positions of an unknown entry")
+    places = {
+        name: {k: Positions(*lists[number].T) for k, number in axes.items()}
+        for name, axes in _axes(value["places"], len(lists), where).items()
+    }
+    generated = _list(value["generated"], where)
+    if not all(isinstance(name, str) and name in places for name in generated):
+        raise ArtifactError(f"path: {where}: generated: got {shown(generated)}")
+    inputs = value["inputs"]
+    notes = {"generated": generated, "settings": value["settings"]}
+    table = LatentTable(
+        sizes,
+        places,
+        tuple(_size_entry(entry, sizes, where) for entry in _list(value["numbers"], where)),
+        None if inputs is None else _inputs_from_json(inputs, where),
+        None if inputs is None else default_call,
+        notes,
+    )
+    return table, least
+
+
+def _size_entry(entry: Any, sizes: Mapping[str, int], where: str) -> SizeEntry:
+    if isinstance(entry, list) and len(entry) == 5:
+        path, attribute, latent, array, axis = entry
+        texts = all(isinstance(text, str) for text in (path, attribute))
+        of_latent = isinstance(latent, str) and latent in sizes and array is None
+        of_array = latent is None and isinstance(array, str)
+        if texts and (of_latent or of_array) and type(axis) is int:
+            return SizeEntry(path, attribute, latent, array, axis)
+    raise ArtifactError(f"path: {where}: numbers: got {shown(entry)}")
+
+
+def _axes(value: Any, lists: int, where: str) -> dict[str, dict[int, int]]:
+    """By array and axis the number of a list."""
+    found: dict[str, dict[int, int]] = {}
+    for name, axes in value.items() if isinstance(value, dict) else [("", None)]:
+        if not isinstance(axes, dict):
+            raise ArtifactError(f"path: {where}: expected axes of arrays, got {shown(axes)}")
+        for k, number in axes.items():
+            if not k.isdecimal() or len(k) > 2 or type(number) is not int:
+                raise ArtifactError(f"path: {where}: {shown(name)}: got {shown({k: number})}")
+            if not 0 <= number < lists:
+                raise ArtifactError(f"path: {where}: {shown(name)}: no list {number}")
+            found.setdefault(name, {})[int(k)] = number
+    return found
+
+
+def _inputs_as_json(inputs: Any) -> Any:
+    if isinstance(inputs, tuple | list):
+        return [_inputs_as_json(item) for item in inputs]
+    if isinstance(inputs, dict):
+        return {"named": {str(k): _inputs_as_json(item) for k, item in inputs.items()}}
+    if inputs is None:
+        return None
+    return {"shape": list(inputs.shape), "dtype": str(inputs.dtype)}
+
+
+def _inputs_from_json(value: Any, where: str, depth: int = 0) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return tuple(_inputs_from_json(item, where, depth + 1) for item in value)
+    if isinstance(value, dict) and value.keys() == {"named"} and isinstance(value["named"], dict):
+        return {k: _inputs_from_json(item, where) for k, item in value["named"].items()}
+    shape = value.get("shape") if isinstance(value, dict) else None
+    sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+    if not sizes or len(shape) > 32 or value.get("dtype") not in DTYPES.values():
+        raise ArtifactError(f"path: {where}: inputs: got {shown(value)}")
+    return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(value["dtype"]))
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list) or len(value) > MAX_NUMBER:
+        raise ArtifactError(f"path: {where}: expected a list, got {shown(value)}")
+    return value
+
+
+def _check_keys(value: Any, keys: set[str], where: str) -> None:
+    if not isinstance(value, dict) or value.keys() != keys:
+        raise ArtifactError(f"path: {where}: expected {sorted(keys)}, got {shown(value)}")

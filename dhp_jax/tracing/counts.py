@@ -1,0 +1,366 @@
+"""What a network costs, read from its program: FLOPs, params, activations of what survives."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dhp_jax.core.activations import ReLU
+from dhp_jax.core.cost import (
+    Cost,
+    LayerCost,
+    Product,
+    Width,
+    check_input_shape,
+    input_refused,
+    layer_terms,
+)
+from dhp_jax.core.latent import Axis, Latent, latents
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.tracing.analysis import EVALUATION, array_axes, solve
+from dhp_jax.tracing.flow import Axes, Flow
+from dhp_jax.tracing.generated import ordinary
+from dhp_jax.tracing.marks import (
+    SUMMING,
+    LayerCall,
+    Operation,
+    call_size,
+    costly_operations,
+    mark_calls,
+    used_inputs,
+)
+from dhp_jax.tracing.programs import (
+    Call,
+    Program,
+    abstract_inputs,
+    default_call,
+    shape_of,
+    trace_program,
+)
+from dhp_jax.tracing.terms import Axis as TermAxis
+
+Owner = Callable[[int], str | None]  # of a term the latent that rules it
+
+
+def measure_cost(model: nnx.Module, input_shape: Any, *, call: Call | None = None) -> Cost:
+    """Counts what a model costs by tracing one forward pass; nothing is computed.
+
+    Every contraction and convolution counts, wherever it stands: in a loop as often as that runs,
+    under `vmap` for all. Layers on latents and those that `layer_terms` is registered for have the
+    FLOPs that are told there. Params are the arrays of `nnx.Param` that the pass reads, each once.
+
+    Args:
+      model: with latents or without; left as it was.
+      input_shape: shape of one example without the batch axis, `(height, width, channels)`; or an
+        array, an abstract array, or a tuple, list or dict of them, as for `dhp.with_latents`.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`; for a
+        network of traced latents the one that it was made with.
+
+    Returns:
+      The cost: `.flops`, `.params`, `.activations` (bytes, see the module), `.layers`; and
+      `.amounts(counts)` or `.shares(counts)` of what survives, by these names.
+
+    Raises:
+      ValueError: no shape of an example; the forward pass fails on such an input, for instance
+        because it adds axes of latents of different lengths; a loop whose length is not known.
+
+    Example:
+      >>> cost = dhp.measure_cost(model, (32, 32, 3))
+      >>> cost.flops, cost.params, cost.activations
+      (41214592, 272474, 1605672)
+    """
+    table = architecture_of(model).axes
+    if table is not None:
+        call = call or table.call or default_call
+        return _TracedCount(ordinary(model), input_shape, call, table).cost()
+    call = call or default_call
+    if latents(model):
+        return _count_layers(model, input_shape, call)
+    return _TracedCount(model, input_shape, call, None).cost()
+
+
+def _traced(
+    model: nnx.Module, input_shape: Any, call: Call, is_layer: Callable[[nnx.Module], bool]
+) -> tuple[Program, list[LayerCall], dict[Latent, str], tuple[Any, ...]]:
+    """The program of evaluation with marks of layers, their calls, and the names of latents."""
+    if looks_like_a_shape(input_shape):
+        check_input_shape(input_shape)
+    inputs = abstract_inputs(input_shape)
+    calls: list[LayerCall] = []
+    names: dict[Latent, str] = {}
+
+    def called(merged: nnx.Module, *given: Any) -> Any:
+        calls.clear(), names.clear()
+        names.update({latent: name for name, latent in latents(merged).items()})
+        made = mark_calls(merged, is_layer)
+        outputs = call(merged, *given)
+        calls.extend(made)
+        return outputs
+
+    graphdef, state = nnx.split(model)
+    model = nnx.merge(graphdef, state, copy=True)
+    model.eval()  # tracing the update of BatchNorm statistics is slow in deep networks
+    first = None
+    for given in (inputs, jax.tree.map(_integers, inputs)):
+        try:
+            return trace_program(model, called, given), calls, names, given
+        except (TypeError, ValueError) as error:
+            first = first or error
+    raise ValueError(input_refused(input_shape, first)) from first
+
+
+def looks_like_a_shape(value: Any) -> bool:
+    """Whether a value is meant as the shape of one example."""
+    if isinstance(value, dict) or hasattr(value, "dtype"):
+        return False
+    nested = isinstance(value, tuple | list) and any(
+        isinstance(v, tuple | list | dict) or hasattr(v, "dtype") for v in value
+    )
+    return not nested
+
+
+def _integers(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.int32) if x.dtype == jnp.float32 else x
+
+
+def is_counted(module: nnx.Module) -> bool:
+    """Whether `layer_terms` is registered for a module."""
+    return layer_terms.dispatch(type(module)) is not layer_terms.dispatch(object)
+
+
+def _is_activation(module: nnx.Module) -> bool:
+    """Whether it is a layer of which the last call alone counts, as in the published costs."""
+    return isinstance(module, ReLU | nnx.PReLU)
+
+
+def _has_arrays(module: nnx.Module) -> bool:
+    return not isinstance(module, Axis) and (
+        is_counted(module) or any(isinstance(v, nnx.Variable) for v in vars(module).values())
+    )
+
+
+# Networks whose layers say what they cost
+
+
+def _count_layers(model: nnx.Module, input_shape: Any, call: Call) -> Cost:
+    """The cost of a network of layers on latents, each of which says what a call of it costs."""
+    program, calls, names, _ = _traced(model, input_shape, call, lambda module: is_counted(module))
+    layers, seen = [], set()
+    last = {call.path: number for number, call in enumerate(calls)}
+    for operation in costly_operations(program.closed.jaxpr):
+        if operation.eqn.primitive.name == "layer_output":
+            found = calls[operation.call]
+            if _is_activation(found.layer) and operation.call != last[found.path]:
+                continue
+            layers.append(_layer_cost(found, operation, names, found.path not in seen))
+            seen.add(found.path)
+        elif operation.call is None:
+            layers.append(_TracedCount.fixed(operation))
+    layers += _other_params(program, calls)
+    return Cost(tuple(layers), {name: latent.size for latent, name in names.items()})
+
+
+def _layer_cost(
+    found: LayerCall, operation: Operation, names: Mapping[Latent, str], is_first: bool
+) -> LayerCost:
+    inputs, outputs, flops, params = layer_terms(found.layer, found.shape)
+    inputs, outputs = _width(inputs, names), _width(outputs, names)
+    runs = call_size(operation) // max(1, math.prod(found.shape))
+
+    def terms(pair: tuple[int, ...], times: int) -> tuple[Product, ...]:
+        per_pair, per_output, *fixed = pair
+        products = (
+            Product(per_pair * times, (inputs, outputs)),
+            Product(per_output * times, (outputs,)),
+            Product(sum(fixed)),
+        )
+        return tuple(product for product in products if product.factor)
+
+    is_stored = any(flops) and not _is_activation(found.layer)
+    bytes_each = is_stored * found.nbytes // outputs.full
+    return LayerCost(
+        path=found.path,
+        kind=type(found.layer).__name__,
+        inputs=inputs,
+        outputs=outputs,
+        flops_terms=terms(flops, runs),
+        params_terms=terms(params, 1) if is_first else (),
+        activations_terms=terms((0, bytes_each), runs),
+    )
+
+
+def _width(channels: Axis | int, names: Mapping[Latent, str]) -> Width:
+    if isinstance(channels, int | np.integer):
+        return Width(int(channels), int(channels))
+    multiplicity = channels.multiplicity().items()
+    return Width(channels.size, 0, tuple((names[latent], times) for latent, times in multiplicity))
+
+
+def _other_params(program: Program, calls: list[LayerCall]) -> list[LayerCost]:
+    """Params that the pass reads and no layer has counted."""
+    counted = {call.path for call in calls}
+    used = used_inputs(program.closed.jaxpr)
+    flat = nnx.to_flat_state(program.state)
+    layers = []
+    for (path, leaf), variable in zip(flat, program.closed.jaxpr.invars, strict=False):
+        name = ".".join(map(str, path))
+        owners = {"", *(name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1))}
+        on_latents = path[-1] == "vector" or any(owner in counted for owner in owners)
+        if isinstance(leaf, nnx.Param) and variable in used and not on_latents:
+            layers.append(_params_only(name, type(leaf).__name__, Product(leaf.get_value().size)))
+    return layers
+
+
+def _params_only(path: str, kind: str, product: Product) -> LayerCost:
+    none = Width(1, 1)
+    return LayerCost(path, kind, none, none, (), (product,), ())
+
+
+# Networks whose program says what they cost
+
+
+class _TracedCount:
+    """Counts of a program, in which widths are sums of survivors."""
+
+    def __init__(self, model: nnx.Module, input_shape: Any, call: Call, table: Any):
+        self.table = table
+        self.program, self.calls, _, _ = _traced(model, input_shape, call, _has_arrays)
+        self.flow: Flow | None = None
+        self.owner: dict[int, str] = {}
+        if table is not None:
+            self._solve()
+
+    def _solve(self) -> None:
+        """Which latent rules each term of the program."""
+        self.flow = Flow()
+        arrays = array_axes(self.flow, self.program)
+        solve(self.flow, {EVALUATION: self.program}, arrays)
+        names, terms = list(self.table.sizes), self.flow.terms
+        for name, axes in zip(self.program.names, arrays, strict=True):
+            for k, positions in self.table.places.get(name, {}).items():
+                for term, owner in zip(
+                    terms.roots(axes[k]).tolist(), positions.owner.tolist(), strict=True
+                ):
+                    if owner >= 0:
+                        for atom in terms.atoms(term):
+                            self.owner.setdefault(atom, names[owner])
+
+    def cost(self) -> Cost:
+        """The sum over all calls of layers, and what belongs to none."""
+        by_call: dict[Any, list[Operation]] = {}
+        for operation in costly_operations(self.program.closed.jaxpr):
+            key = operation.call if operation.call is not None else ("other", len(by_call))
+            by_call.setdefault(key, []).append(operation)
+        params = self._params()
+        layers, last = [], {call.path: number for number, call in enumerate(self.calls)}
+        for key, operations in by_call.items():
+            layer = self._layer(key, operations)
+            if isinstance(key, int) and _is_activation(self.calls[key].layer):
+                if key != last[layer.path]:
+                    continue
+                layer = replace(layer, activations_terms=())
+            own = params.pop(layer.path, ())
+            if layer.flops_terms or own:
+                layers.append(replace(layer, params_terms=tuple(own)))
+        for path, own in params.items():
+            layers.append(replace(_params_only(path, "Param", own[0]), params_terms=own))
+        return Cost(tuple(layers), dict(self.table.sizes) if self.table else {})
+
+    def _layer(self, key: Any, operations: list[Operation]) -> LayerCost:
+        found = self.calls[key] if isinstance(key, int) else None
+        flops, activations, ends = [], [], (Width(1, 1), Width(1, 1))
+        for operation in operations:
+            eqn, out = operation.eqn, operation.eqn.outvars[0]
+            widths = self.widths(operation.context, out)
+            if eqn.primitive.name in SUMMING:
+                product, pair = self._contraction(operation, widths)
+                ends = pair if not flops else ends
+            else:
+                each = _flops_of_an_element(found)
+                if not each:
+                    continue
+                product = Product(each * operation.times, widths)
+                ends = (widths[-1], widths[-1]) if not flops else ends
+            flops.append(product)
+            nbytes = jnp.dtype(out.aval.dtype).itemsize
+            activations.append(Product(nbytes * operation.times, widths))
+        path = found.path if found else f"operation {key[1]}"
+        kind = type(found.layer).__name__ if found else operations[0].eqn.primitive.name
+        return LayerCost(path, kind, *ends, tuple(flops), (), tuple(activations))
+
+    def _contraction(
+        self, operation: Operation, widths: tuple[Width, ...]
+    ) -> tuple[Product, tuple[Width, Width]]:
+        """FLOPs of a contraction, and its widths of input and output."""
+        eqn, context = operation.eqn, operation.context
+        if eqn.primitive.name == "dot_general":
+            summed = eqn.params["dimension_numbers"][0][0]
+            left = self.widths(context, eqn.invars[0])
+            over = tuple(left[k] for k in summed)
+            ends = (over[0] if over else Width(1, 1), widths[-1] if widths else Width(1, 1))
+        else:
+            kernel = self.widths(context, eqn.invars[1])
+            _, (out, into, *_), _ = eqn.params["dimension_numbers"]
+            over = tuple(width for k, width in enumerate(kernel) if k != out)
+            ends = (kernel[into], kernel[out])
+        return Product(operation.times, (*widths, *over)), ends
+
+    def _params(self) -> dict[str, tuple[Product, ...]]:
+        """By the path of its module the params that the program reads."""
+        used = used_inputs(self.program.closed.jaxpr)
+        modules = {call.path for call in self.calls}
+        flat = nnx.to_flat_state(self.program.state)
+        found: dict[str, tuple[Product, ...]] = {}
+        for (path, leaf), variable in zip(flat, self.program.closed.jaxpr.invars, strict=False):
+            if isinstance(leaf, nnx.Param) and variable in used:
+                name = ".".join(map(str, path))
+                layer = name.rpartition(".")[0]
+                key = layer if layer in modules else name
+                product = Product(1, self.widths((), variable))
+                found[key] = (*found.get(key, ()), product)
+        return found
+
+    def widths(self, context: Any, atom: Any) -> tuple[Width, ...]:
+        """The width of each axis of a value."""
+        sizes = shape_of(atom)
+        if self.flow is None or hasattr(atom, "val"):
+            return tuple(Width(size, size) for size in sizes)
+        axes: Axes = self.flow.at[context, atom]
+        return tuple(self.width(axis, size) for axis, size in zip(axes, sizes, strict=True))
+
+    def width(self, axis: TermAxis, size: int) -> Width:
+        """How many positions of an axis are left, by the survivors of latents."""
+        if axis is None:
+            return Width(size, size)
+        times: dict[str, int] = {}
+        for term in self.flow.terms.roots(axis).tolist():
+            owners = {self.owner[a] for a in self.flow.terms.atoms(term) if a in self.owner}
+            for owner in sorted(owners)[:1]:
+                times[owner] = times.get(owner, 0) + 1
+        found = tuple((name, n / self.table.sizes[name]) for name, n in times.items())
+        whole = tuple((name, int(n)) if n == int(n) else (name, n) for name, n in found)
+        return Width(size, size - sum(times.values()), whole)
+
+    @staticmethod
+    def fixed(operation: Operation) -> LayerCost:
+        """An operation of no layer, at its full width."""
+        eqn = operation.eqn
+        count = _TracedCount.__new__(_TracedCount)
+        count.flow = None
+        widths = count.widths((), eqn.outvars[0])
+        product, ends = count._contraction(operation, widths)
+        return LayerCost("", eqn.primitive.name, *ends, (product,), (), ())
+
+
+def _flops_of_an_element(found: LayerCall | None) -> int:
+    """FLOPs of each number that a layer returns, where `layer_terms` says so; else 0."""
+    if found is None or not is_counted(found.layer):
+        return 0
+    _, outputs, flops, _ = layer_terms(found.layer, found.shape)
+    full = outputs if isinstance(outputs, int) else outputs.size
+    return flops[1] * full // max(1, math.prod(found.shape))

@@ -1,0 +1,85 @@
+"""What was kept of each axis of the arrays of a network: enough to cut its like again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+import jax
+import numpy as np
+
+from dhp_jax.tracing.analysis import cut_model
+
+Numbers = Sequence[tuple[str, str, int]]  # path of a module, attribute, value
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayCuts:
+    """What was kept of the axes of a network's arrays.
+
+    Attributes:
+      kept: by array and axis the positions that were kept; other axes are whole.
+      numbers: sizes that modules of the user's have then: path, attribute, value.
+    """
+
+    kept: Mapping[str, Mapping[int, tuple[int, ...]]]
+    numbers: tuple[tuple[str, str, int], ...] = ()
+
+    def then(self, masks: Mapping[str, Sequence[np.ndarray]], numbers: Numbers) -> "ArrayCuts":
+        """These cuts, and after them others: boolean masks of the axes of what they leave."""
+        kept: dict[str, dict[int, tuple[int, ...]]] = {
+            name: dict(axes) for name, axes in self.kept.items()
+        }
+        for name, axes in masks.items():
+            for k, mask in enumerate(axes):
+                if not mask.all():
+                    before = np.asarray(kept.get(name, {}).get(k, range(len(mask))))
+                    kept.setdefault(name, {})[k] = tuple(before[mask].tolist())
+        merged = {(path, attribute): value for path, attribute, value in self.numbers}
+        merged |= {(path, attribute): value for path, attribute, value in numbers}
+        return ArrayCuts(kept, tuple((*place, value) for place, value in merged.items()))
+
+    def apply(self, model: nnx.Module) -> nnx.Module:
+        """The network that is left of a whole one, which may be abstract and stays as it was.
+
+        Raises:
+          ValueError: it lacks an array, an axis or a module, or has too few positions.
+        """
+        graphdef, state = nnx.split(model)
+        flat = nnx.to_flat_state(state)
+        names = {".".join(map(str, path)) for path, _ in flat}
+        for name in sorted(self.kept.keys() - names):
+            raise ValueError(f"cuts: the network has no array {name!r}")
+        masks = []
+        for (path, _), x in zip(flat, jax.tree.leaves(state), strict=True):
+            own = self.kept.get(".".join(map(str, path)), {})
+            masks.append(_masks(".".join(map(str, path)), tuple(x.shape), own))
+        small = cut_model(graphdef, state, masks)
+        set_numbers(small, self.numbers)
+        return small
+
+
+NO_CUTS = ArrayCuts({})
+
+
+def _masks(name: str, shape: tuple[int, ...], own: Mapping[int, Any]) -> list[np.ndarray]:
+    masks = [np.ones(size, bool) for size in shape]
+    for k, positions in own.items():
+        if not 0 <= k < len(shape) or not positions or max(positions) >= shape[k]:
+            raise ValueError(f"cuts: array {name!r} of shape {shape} has no such axis {k}")
+        masks[k][:] = False
+        masks[k][list(positions)] = True
+    return masks
+
+
+def set_numbers(model: nnx.Module, numbers: Numbers) -> None:
+    """Sets sizes in modules.
+
+    Raises:
+      ValueError: there is no such module, or it has no such number.
+    """
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    for path, attribute, value in numbers:
+        if type(vars(modules.get(path, model)).get(attribute)) is not int or path not in modules:
+            raise ValueError(f"cuts: the network has no number {attribute!r} in {path!r}")
+        setattr(modules[path], attribute, value)

@@ -1,0 +1,140 @@
+"""The proof of axes that were declared by hand: what pruning does to every array must be right."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+import jax
+import numpy as np
+
+from dhp_jax.core.latent import Axis, walk
+from dhp_jax.core.layers import Hyper
+from dhp_jax.core.surgery import prune
+from dhp_jax.tracing.analysis import Analysis, analyse
+from dhp_jax.tracing.programs import Call, default_call
+from dhp_jax.tracing.proof import Mismatch
+from dhp_jax.tracing.pruning import prove_kept
+
+EXACT = 2**24  # integers below this are float32 numbers
+Masks = Mapping[str, np.ndarray]
+
+
+def analysis_of(model: nnx.Module, inputs: Any, call: Call = default_call) -> Analysis:
+    """The solved equations of the ordinary network that a network of latents is."""
+    return analyse(nnx.eval_shape(prune, model), inputs, call)
+
+
+def prove_declared(model: nnx.Module, masks: Masks, analysis: Analysis) -> None:
+    """Raises unless a network of declared latents may be pruned to some survivors.
+
+    Args:
+      model: the network of latents.
+      masks: a boolean mask for every latent by name.
+      analysis: from `analysis_of`.
+
+    Raises:
+      ValueError: it may not; it tells why, and where.
+    """
+    masks = {name: _at_least_two(np.asarray(mask, bool)) for name, mask in masks.items()}
+    try:
+        kept = kept_arrays(model, masks)
+        prove_kept(analysis, kept, nnx.eval_shape(lambda whole: prune(whole, masks), model))
+    except Mismatch as error:
+        raise ValueError(f"model: its latents do not say which axes are one: {error}") from None
+
+
+def kept_arrays(model: nnx.Module, masks: Masks) -> dict[str, list[np.ndarray]]:
+    """What pruning keeps of each axis of every array of the ordinary network, by its path.
+
+    Every array is given the numbers of its positions, and those that are left are read.
+
+    Raises:
+      Mismatch: a layer does not keep whole positions of axes.
+    """
+    whole = nnx.to_flat_state(nnx.state(nnx.eval_shape(prune, model)))
+    shapes = {".".join(map(str, path)): _shape(leaf) for path, leaf in whole}
+    numbered, largest = _numbered(model, 0), max(map(np.prod, shapes.values()), default=1)
+    low = _arrays(prune(numbered, masks))
+    high = _arrays(prune(_numbered(model, 1), masks)) if largest > EXACT else {}
+    kept = {}
+    for name, shape in shapes.items():
+        if jax.dtypes.issubdtype(low[name].dtype, jax.dtypes.prng_key):
+            kept[name] = [np.ones(size, bool) for size in shape]
+            continue
+        numbers = np.asarray(low[name]).astype(np.int64)
+        if high:
+            numbers = numbers + EXACT * np.asarray(high[name]).astype(np.int64)
+        kept[name] = _axes_of(name, numbers, shape)
+    return kept
+
+
+def _axes_of(name: str, numbers: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
+    """The positions of each axis, by the numbers of what is left of an array."""
+    masks = []
+    if numbers.ndim != len(shape) or numbers.size == 0:
+        raise Mismatch(f"{name!r}: expected what is left of shape {shape}, got {numbers.shape}")
+    places = np.unravel_index(np.clip(numbers, 0, int(np.prod(shape)) - 1), shape)
+    for k, size in enumerate(shape):
+        line = np.moveaxis(places[k], k, 0).reshape(numbers.shape[k], -1)
+        if not (line == line[:, :1]).all() or not (np.diff(line[:, 0]) > 0).all():
+            raise Mismatch(f"{name!r}: what pruning leaves of axis {k} is no part of it, in order")
+        mask = np.zeros(size, bool)
+        mask[line[:, 0]] = True
+        masks.append(mask)
+    return masks
+
+
+def _numbered(model: nnx.Module, part: int) -> nnx.Module:
+    """A copy whose arrays hold the numbers of their positions, or how often `EXACT` fits in."""
+
+    def numbers(shape: tuple[int, ...]) -> np.ndarray:
+        flat = np.arange(int(np.prod(shape)), dtype=np.int64)
+        flat = flat // EXACT if part else flat % EXACT
+        return flat.astype(np.float32).reshape(shape)
+
+    graphdef, state = nnx.split(model)
+    filled = []
+    for path, leaf in nnx.to_flat_state(state):
+        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        made = jax.random.split(jax.random.key(0), value.shape) if is_key else numbers(value.shape)
+        filled.append((path, leaf.replace(made) if isinstance(leaf, nnx.Variable) else made))
+    copy = nnx.merge(graphdef, nnx.from_flat_state(filled), copy=True)
+    for _, _, layer in walk(copy):
+        if isinstance(layer, Hyper):
+            shape = (*layer.kernel_size, layer.kernel_axis().size, layer.z_out.size)
+            layer.kernel = nnx.static(_Given(numbers(shape)))
+        if not isinstance(layer, Axis) and hasattr(layer, "param_dtype"):
+            layer.param_dtype = np.dtype("float32")
+    return copy
+
+
+class _Given:
+    """A function that returns an array."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def __call__(self) -> np.ndarray:
+        return self.array
+
+
+def _arrays(model: nnx.Module) -> dict[str, Any]:
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {
+        ".".join(map(str, path)): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        for path, leaf in flat
+    }
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    return tuple(value.shape)
+
+
+def _at_least_two(mask: np.ndarray) -> np.ndarray:
+    """A mask that keeps two entries: an axis of one is broadcast, and another program."""
+    if mask.sum() == 1 and len(mask) > 2:
+        mask = mask.copy()
+        mask[np.flatnonzero(~mask)[0]] = True
+    return mask

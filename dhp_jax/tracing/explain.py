@@ -1,0 +1,115 @@
+"""What can be pruned of a network of traced latents, and what cannot, and why."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from dhp_jax.core.latent import latents
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.tracing.discovery import Discovery
+from dhp_jax.tracing.generated import GeneratedArray
+
+MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `dhp.explain` found; printed as text.
+
+    Attributes:
+      latents: by name how many entries it has, and the arrays and axes that they are in.
+      fixed: by reason the arrays and axes that stay.
+      notes: what else is to be known, in sentences.
+    """
+
+    latents: dict[str, tuple[int, list[str]]]
+    fixed: dict[str, list[str]]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        lines = ["What can be pruned:"]
+        for name, (size, places) in self.latents.items():
+            lines.append(f"  {name}: {size} entries, in {_some(places)}")
+        lines.append("What stays:" if self.fixed else "Nothing else has an axis.")
+        lines += [f"  {_some(places)}: {why}" for why, places in self.fixed.items()]
+        return "\n".join([*lines, *self.notes])
+
+    __repr__ = __str__
+
+
+def explain(net: nnx.Module) -> Explanation:
+    """Tells what can be pruned of a network of traced latents, what cannot, and why.
+
+    Args:
+      net: from `dhp.with_latents(model, inputs)`.
+
+    Raises:
+      ValueError: another network.
+
+    Example:
+      >>> print(dhp.explain(net))
+    """
+    table = architecture_of(net).axes if isinstance(net, nnx.Module) else None
+    if table is None:
+        raise ValueError(
+            f"net: expected a network from with_latents(model, inputs), got a {type(net).__name__}"
+        )
+    names, found = list(table.sizes), {}
+    for number, name in enumerate(names):
+        places = [
+            f"{array}[{k}]"
+            for array, axes in table.places.items()
+            for k, positions in axes.items()
+            if (positions.owner == number).any()
+        ]
+        found[name] = (latents(net)[name].size, places)
+    return Explanation(found, dict(table.notes.get("fixed", {})), _sentences(net, table))
+
+
+def _sentences(net: nnx.Module, table: Any) -> list[str]:
+    """What is to be known beside the axes: numbers that change, memory, arrays that are cut."""
+    notes = list(table.notes.get("sentences", ()))
+    stand_ins = {id(n): n for _, n in nnx.iter_graph(net) if isinstance(n, GeneratedArray)}
+    trained = sum(node.numbers() for node in stand_ins.values())
+    there = sum(node.size for node in stand_ins.values())
+    if stand_ins:
+        notes.append(
+            f"{len(stand_ins)} arrays are generated: {trained:_} numbers are trained in the place "
+            f"of {there:_} ({trained / there:.1f} times; 1.0 with latents as gates)."
+        )
+    by_name = {node.name for node in stand_ins.values()}
+    own = dict(nnx.to_flat_state(nnx.state(net, nnx.Param)))
+    cut = [".".join(map(str, path)) for path, leaf in own.items() if leaf.get_value().ndim > 1]
+    cut = [name for name in cut if name in table.places and name not in by_name]
+    if cut:
+        notes.append(f"Cut, but not generated, for the code reads it otherwise: {_some(cut)}.")
+    return notes
+
+
+def notes_of(found: Discovery) -> dict[str, Any]:
+    """What a discovery tells beside the table."""
+    fixed = {
+        why or "it is not reached": [f"{name}[{k}]" for name, k in places]
+        for why, places in found.fixed().items()
+    }
+    sentences = []
+    for family in found.families:
+        if family.renormalises:
+            sentences.append(
+                f"{family.name}: a normalisation or mean goes over it, so what is left is "
+                "normalised anew when entries go."
+            )
+        elif family.summed:
+            sentences.append(f"{family.name}: its entries are added up at {family.summed}.")
+    for tied in found.ties:
+        sentences.append(f"{tied[0]}: entries go together with those of {', '.join(tied[1:])}.")
+    if found.analysis.untrainable:
+        sentences.append(f"Not proved in training mode: {found.analysis.untrainable}.")
+    return {"fixed": fixed, "sentences": sentences}
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,282 @@
+"""Arrays that latents generate, in the place of a network's own; its code stays as it is."""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import contextvars
+from dataclasses import replace
+import operator
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from dhp_jax.core.hypernet import HypernetArrays, hyper_kernel
+from dhp_jax.core.initializers import uniform
+from dhp_jax.core.latent import TRACED, Axis, Latent
+from dhp_jax.core.provenance import architecture_of, set_architecture
+
+SMALL_START = 0.1  # of the second layer where the first is zero, as a share of the kernel's scale
+_REPLACED: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar(
+    "replaced", default=None
+)
+
+
+class Positions:
+    """Which entry of which latent each position of an axis belongs to; constant, and hashed once.
+
+    Attributes:
+      owner: number of the latent in a list, -1 for a position that stays.
+      entry: index in that latent, 0 for a position that stays.
+    """
+
+    def __init__(self, owner: Sequence[int] | np.ndarray, entry: Sequence[int] | np.ndarray):
+        self.owner = np.asarray(owner, np.int64)
+        self.entry = np.asarray(entry, np.int64)
+        self._hash = hash((self.owner.tobytes(), self.entry.tobytes()))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Positions)
+            and np.array_equal(self.owner, other.owner)
+            and np.array_equal(self.entry, other.entry)
+        )
+
+    def kept(self, masks: Sequence[np.ndarray]) -> np.ndarray:
+        """Which positions are left, by a boolean mask of each latent."""
+        kept = np.ones(len(self.owner), bool)
+        for number, mask in enumerate(masks):
+            own = self.owner == number
+            kept[own] = np.asarray(mask, bool)[self.entry[own]]
+        return kept
+
+
+class PlacedAxis(Axis):
+    """An axis of an array, each position of which is an entry of a latent, or stays.
+
+    Args:
+      latents: the latents.
+      positions: which position belongs to which of them.
+    """
+
+    def __init__(self, latents: Sequence[Latent], positions: Positions):
+        used = [n for n in range(len(latents)) if (positions.owner == n).any()]
+        number = {old: new for new, old in enumerate(used)}
+        owner = [number.get(n, -1) for n in positions.owner.tolist()]
+        self.latents = nnx.List([latents[n] for n in used])
+        self.positions = nnx.static(Positions(owner, positions.entry))
+        self.size = len(owner)
+
+    def value(self) -> Float[Array, " size"]:
+        """The entries at each position; 1 where a position stays."""
+        if not len(self.latents):
+            return jnp.ones(self.size)
+        owner, entry = self.positions.owner, self.positions.entry
+        one = len(self.latents) == 1 and self.latents[0].size == self.size
+        if one and (owner == 0).all() and np.array_equal(entry, np.arange(self.size)):
+            return self.latents[0].value()
+        starts = np.cumsum([1, *(latent.size for latent in self.latents)])
+        values = jnp.concatenate([jnp.ones(1), *(latent.value() for latent in self.latents)])
+        return values[np.where(owner < 0, 0, starts[owner] + entry)]
+
+    def multiplicity(self) -> dict[Latent, int]:
+        """How many positions belong to each entry, on average."""
+        owner = self.positions.owner
+        return {z: int((owner == n).sum()) // z.size for n, z in enumerate(self.latents)}
+
+    def entries(self) -> list[tuple[Latent, int]]:
+        """The latent and index of each position that does not stay."""
+        both = zip(self.positions.owner.tolist(), self.positions.entry.tolist(), strict=True)
+        return [(self.latents[owner], entry) for owner, entry in both if owner >= 0]
+
+    def keep(self, masks: Mapping[Latent, np.ndarray] | None) -> np.ndarray:
+        """Which positions survive."""
+        if masks is None:
+            return np.ones(self.size, bool)
+        return self.positions.kept([masks[latent] for latent in self.latents])
+
+
+class GeneratedArray(nnx.Module):
+    """What stands in the place of a parameter: it answers as that does, with a generated array.
+
+    Where two axes are on latents a hypernetwork makes the array of them (`hyper_kernel`), with all
+    other axes as taps. The cheap form, `embedding=None`, multiplies one number of each weight with
+    the latents of all its axes. Both begin with the array that was there, to the bit, if all
+    latents are 1.
+
+    Args:
+      name: path of the parameter.
+      parameter: what it stands for.
+      axes: the axes on latents, by their number in the array.
+      embedding: size `m` of the hypernetwork's embedding; `None` for the cheap form.
+      rngs: the `params` stream draws what the hypernetwork begins with beside the array.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameter: nnx.Variable,
+        axes: Mapping[int, PlacedAxis],
+        *,
+        embedding: int | None,
+        rngs: nnx.Rngs,
+    ):
+        value = parameter.get_value()
+        self.name = name
+        self.kind = nnx.static(type(parameter))
+        self.metadata = nnx.static(_Metadata(parameter.get_metadata()))
+        self.array_shape = tuple(map(int, value.shape))
+        self.array_dtype = jnp.dtype(value.dtype).name
+        self.embedding = embedding
+        self.on_latents = nnx.Dict({str(k): axis for k, axis in sorted(axes.items())})
+        self.pair = _pair(self.array_shape, sorted(axes)) if embedding else None
+        if self.pair is None:
+            self.weight = nnx.Param(value)
+            return
+        kernel = jnp.moveaxis(value, self.pair, (-2, -1))
+        arrays = _starting_at(kernel, embedding, rngs)
+        for field, array in arrays._asdict().items():
+            setattr(self, field, nnx.Param(array))
+
+    def get_value(self) -> Array:
+        """The generated array."""
+        replaced = _REPLACED.get()
+        if replaced is not None:
+            return replaced[self.name]
+        axes = {int(k): axis for k, axis in self.on_latents.items()}
+        if self.pair is None:
+            made = self.weight[...]
+            for k, axis in axes.items():
+                others = [j for j in range(len(self.array_shape)) if j != k]
+                made = made * jnp.expand_dims(axis.value(), others).astype(made.dtype)
+            return made
+        values = [
+            axes[k].value() if k in axes else jnp.ones(self.array_shape[k]) for k in self.pair
+        ]
+        arrays = HypernetArrays(*(getattr(self, field)[...] for field in HypernetArrays._fields))
+        kernel = hyper_kernel(*values, **arrays._asdict()).astype(self.array_dtype)
+        return jnp.moveaxis(kernel, (-2, -1), self.pair)
+
+    def plain(self) -> nnx.Variable:
+        """The parameter, with the generated array."""
+        return self.kind(self.get_value(), **self.metadata.items)
+
+    def numbers(self) -> int:
+        """How many numbers are trained in the place of the array's."""
+        fields = ("weight",) if self.pair is None else HypernetArrays._fields
+        return sum(getattr(self, field).get_value().size for field in fields)
+
+    def __getitem__(self, index: Any) -> Array:
+        return self.get_value()[index]
+
+    def __jax_array__(self) -> Array:
+        return self.get_value()
+
+    def __getattr__(self, name: str) -> Any:
+        """What arrays have, such as `shape`, `T` and `astype`."""
+        if name == "value":
+            return self.get_value()
+        if name in ("shape", "dtype", "ndim", "size"):
+            like = jax.ShapeDtypeStruct(self.array_shape, jnp.dtype(self.array_dtype))
+            return getattr(like, name)
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.get_value(), name)
+
+
+def _operator(name: str, reflected: bool) -> Any:
+    function = getattr(operator, name)
+
+    def apply(self: GeneratedArray, other: Any) -> Any:
+        other = other.get_value() if isinstance(other, GeneratedArray | nnx.Variable) else other
+        value = self.get_value()
+        return function(other, value) if reflected else function(value, other)
+
+    return apply
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "mod"):
+    setattr(GeneratedArray, f"__{_name}__", _operator(_name, False))
+    setattr(GeneratedArray, f"__r{_name}__", _operator(_name, True))
+GeneratedArray.__neg__ = lambda self: -self.get_value()
+GeneratedArray.__len__ = lambda self: self.array_shape[0]
+
+
+class _Metadata:
+    """What is known of a parameter beside its array; of one object equal to itself alone."""
+
+    def __init__(self, items: Mapping[str, Any]):
+        self.items = dict(items)
+
+
+def ordinary(net: nnx.Module) -> nnx.Module:
+    """The network without latents, which computes the same; `net` is left as it was."""
+    net = nnx.clone(net)
+    stand_ins = {
+        id(node): node for _, node in nnx.iter_graph(net) if isinstance(node, GeneratedArray)
+    }
+    replace_nodes(net, {key: node.plain() for key, node in stand_ins.items()})
+    delattr(net, TRACED)
+    set_architecture(net, replace(architecture_of(net), axes=None))
+    return net
+
+
+def replace_nodes(model: nnx.Module, others: Mapping[int, Any]) -> None:
+    """Puts others in the place of variables and modules, by their `id`, wherever they stand."""
+    nodes = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree)]
+    for node in nodes:
+        for attribute, value in list(vars(node).items()):
+            if id(value) in others:
+                setattr(node, attribute, others[id(value)])
+
+
+@contextlib.contextmanager
+def arrays_replaced(values: Mapping[str, Any]):
+    """Lets generated arrays answer with given ones, by the paths of their parameters."""
+    token = _REPLACED.set(values)
+    try:
+        yield
+    finally:
+        _REPLACED.reset(token)
+
+
+def _pair(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int] | None:
+    """The two axes of a hypernetwork's inputs; `None` if more than two are on latents."""
+    rank = len(shape)
+    if len(axes) > 2 or rank < 2:
+        return None
+    if len(axes) == 2:
+        return axes[0], axes[1]
+    (axis,) = axes
+    if axis in (rank - 2, rank - 1):
+        return rank - 2, rank - 1
+    other = max((k for k in range(rank) if k != axis), key=lambda k: (shape[k], k))
+    return min(axis, other), max(axis, other)
+
+
+def _starting_at(kernel: Array, embedding: int, rngs: nnx.Rngs) -> HypernetArrays:
+    """Arrays of a hypernetwork that makes a kernel, to the bit, of latents that are 1.
+
+    The first number of the embedding is the product of the latents, and its weights are the kernel;
+    the others are zero, with small random weights, so that gradients reach both.
+    """
+    *taps, into, out = kernel.shape
+    pair, dtype = (into, out), kernel.dtype
+    rest = ()
+    if embedding > 1:
+        draws = uniform(rngs.params(), (embedding - 1) * kernel.size)
+        scale = SMALL_START * jnp.sqrt(jnp.mean(jnp.square(kernel.astype(jnp.float32))))
+        draws = scale * jnp.asarray(draws).reshape(*taps, embedding - 1, *pair)
+        rest = (draws.astype(dtype),)
+    return HypernetArrays(
+        b0=jnp.zeros(pair, dtype),
+        w1=jnp.zeros((embedding, *pair), dtype).at[0].set(1),
+        b1=jnp.zeros((embedding, *pair), dtype),
+        w2=jnp.concatenate([jnp.expand_dims(kernel, -3), *rest], -3),
+        b2=jnp.zeros(kernel.shape, dtype),
+    )

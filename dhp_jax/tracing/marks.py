@@ -1,0 +1,179 @@
+"""Calls of layers, marked in a traced program: whose an operation is, and how often it runs."""
+
+from collections.abc import Callable, Iterator
+import re
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn, Primitive
+from jax.interpreters import ad, batching
+import numpy as np
+
+from dhp_jax.core.latent import walk
+from dhp_jax.core.surgery import override
+from dhp_jax.tracing.flow import rule
+from dhp_jax.tracing.programs import CALLS, Context, inner_program, shape_of, where
+from dhp_jax.tracing.rules import elementwise
+
+SUMMING = ("dot_general", "conv_general_dilated")
+_SCOPE = re.compile(r"layer_call_(\d+)")
+
+layer_output = Primitive("layer_output")  # what a call of a layer returned; computes nothing
+
+
+@layer_output.def_impl
+def _(x, call):
+    return x
+
+
+@layer_output.def_abstract_eval
+def _(x, call):
+    return x
+
+
+batching.defvectorized(layer_output)
+ad.deflinear2(layer_output, lambda cotangent, x, call: [cotangent])
+rule("layer_output")(elementwise)
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer, as the code makes it."""
+
+    path: str
+    layer: nnx.Module
+    shape: tuple[int, ...]  # of what it returned
+    nbytes: int
+
+
+class Operation(NamedTuple):
+    """An operation that costs something, or the mark of a call.
+
+    Attributes:
+      eqn: the operation.
+      context: of the program that it stands in.
+      call: number of the call that it belongs to; `None` if of no layer.
+      times: how often it runs.
+    """
+
+    eqn: JaxprEqn
+    context: Context
+    call: int | None
+    times: int
+
+
+def mark_calls(model: nnx.Module, is_layer: Callable[[nnx.Module], bool]) -> list[LayerCall]:
+    """Lets every call of a model's layers leave a mark in what is traced, in place.
+
+    Args:
+      model: one that was merged for a trace.
+      is_layer: which modules are layers.
+
+    Returns:
+      A list, to which each call is added when it ends.
+    """
+    calls: list[LayerCall] = []
+    for path, _, module in list(walk(model)):
+        if is_layer(module):
+            # The module of this walk, not that of the call: under `nnx.jit` or `nnx.remat` the
+            # latter is a copy whose latents are none of ours.
+            module.marks = nnx.static((_started(calls, path, module), _ended(calls)))
+            override(module, __call__=_marked_call)
+    return calls
+
+
+def _started(calls: list[LayerCall], path: str, module: nnx.Module) -> Callable[[], int]:
+    """A function that notes the start of a call and returns its number."""
+
+    def start() -> int:
+        calls.append(LayerCall(path, module, (), 0))
+        return len(calls) - 1
+
+    return start
+
+
+def _ended(calls: list[LayerCall]) -> Callable[[int, jax.Array], None]:
+    """A function that notes what a call returned."""
+
+    def end(number: int, output: jax.Array) -> None:
+        nbytes = output.size * output.dtype.itemsize
+        calls[number] = calls[number]._replace(shape=output.shape, nbytes=nbytes)
+
+    return end
+
+
+def _marked_call(call: Callable[..., Any], layer: nnx.Module, *args: Any, **options: Any) -> Any:
+    start, end = layer.marks
+    number = start()
+    with jax.named_scope(f"layer_call_{number}"):
+        output = call(layer, *args, **options)
+    if isinstance(output, jax.Array):
+        end(number, output)
+        output = layer_output.bind(output, call=number)
+    return output
+
+
+def costly_operations(
+    jaxpr: Jaxpr, context: Context = (), times: int = 1, call: int | None = None
+) -> Iterator[Operation]:
+    """Contractions, convolutions and marks of a program, wherever they stand.
+
+    Loops count as often as they run, and of branches the one with most numbers.
+
+    Raises:
+      ValueError: a loop with a contraction in it runs as often as the data wants.
+    """
+    for number, eqn in enumerate(jaxpr.eqns):
+        name, inner = eqn.primitive.name, (*context, number)
+        scopes = _SCOPE.findall(str(eqn.source_info.name_stack))
+        own = int(scopes[-1]) if scopes else call
+        if name in SUMMING:
+            yield Operation(eqn, context, own, times)
+        elif name == "layer_output":
+            yield Operation(eqn, context, eqn.params["call"], times)
+        elif name in CALLS:
+            yield from costly_operations(inner_program(eqn)[0], inner, times, own)
+        elif name == "scan":
+            runs = times * eqn.params["length"]
+            yield from costly_operations(eqn.params["jaxpr"].jaxpr, inner, runs, own)
+        elif name == "while":
+            body = eqn.params["body_jaxpr"].jaxpr
+            if any(found.eqn.primitive.name in SUMMING for found in costly_operations(body, inner)):
+                raise ValueError(
+                    f"model: the loop at {where(eqn)} runs as often as its data wants, so what it "
+                    "costs cannot be counted; a loop of fixed length can be"
+                )
+        elif name == "cond":
+            branches = [
+                list(costly_operations(branch.jaxpr, (*inner, n), times, own))
+                for n, branch in enumerate(eqn.params["branches"])
+            ]
+            yield from max(branches, key=lambda found: sum(map(_numbers, found)))
+
+
+def _numbers(operation: Operation) -> int:
+    shapes = [shape_of(atom) for atom in (*operation.eqn.invars[:2], *operation.eqn.outvars)]
+    return operation.times * sum(int(np.prod(shape)) for shape in shapes)
+
+
+def call_size(operation: Operation) -> int:
+    """How many numbers a mark stands for, all runs together."""
+    return operation.times * int(np.prod(shape_of(operation.eqn.outvars[0])))
+
+
+def used_inputs(jaxpr: Jaxpr) -> set[Any]:
+    """The inputs of a program that an operation reads, if only to hand them on to one."""
+    used: set[Any] = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in CALLS:
+            inner = inner_program(eqn)[0]
+            within = used_inputs(inner)
+            pairs = zip(eqn.invars, inner.invars, strict=True)
+            used |= {outer for outer, variable in pairs if variable in within}
+        else:
+            used |= set(_variables(eqn))
+    return used & set(jaxpr.invars)
+
+
+def _variables(eqn: JaxprEqn) -> list[Any]:
+    return [atom for atom in eqn.invars if not hasattr(atom, "val")]

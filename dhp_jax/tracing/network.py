@@ -1,0 +1,235 @@
+"""Any network as one of latents: its arrays are on latents, and its code stays as it is."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+import logging
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dhp_jax.core.latent import TRACED, Latent
+from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.tracing.analysis import EVALUATION, Analysis
+from dhp_jax.tracing.discovery import Discovery, discover, keep_one_factor
+from dhp_jax.tracing.explain import notes_of
+from dhp_jax.tracing.generated import GeneratedArray, PlacedAxis, arrays_replaced, replace_nodes
+from dhp_jax.tracing.programs import Call, default_call, trace_program
+from dhp_jax.tracing.proof import check_restricted
+from dhp_jax.tracing.table import LatentTable, table_of
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING = 1
+MOST_TRIED = 8  # arrays that are tried one by one
+GATES_ABOVE = 2**24  # numbers of an array that is generated in the cheap form
+
+
+def traced(
+    model: nnx.Module,
+    inputs: Any,
+    *,
+    call: Call | None = None,
+    embedding: int = EMBEDDING,
+    gates_above: int = GATES_ABOVE,
+    min_channels: int = 4,
+    rngs: nnx.Rngs | None = None,
+) -> nnx.Module:
+    """A network with its arrays on latents, found by tracing it; see `dhp.with_latents`."""
+    call = call or default_call
+    rngs = rngs or nnx.Rngs(0)
+    found = discover(model, inputs, call)
+    keep_one_factor(found)
+    if not found.families:
+        raise ValueError(f"model: nothing of it can be pruned. {_first_reasons(found)}")
+    table = table_of(_abstract(found), notes_of(found))
+    analysis = found.analysis
+    wanted = [name for name in table.places if _may_be_generated(model, name)]
+    generated = _that_fit(model, table, analysis, wanted)
+    table.notes["generated"] = generated
+    table.notes["settings"] = {"embedding": embedding, "gates_above": gates_above}
+    return install(nnx.clone(model), table, generated, min_channels=min_channels, rngs=rngs)
+
+
+def install(
+    net: nnx.Module,
+    table: LatentTable,
+    generated: list[str],
+    *,
+    min_channels: int | Mapping[str, int] = 4,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """Puts latents and generated arrays into a network, in place; returns it.
+
+    Args:
+      net: an ordinary network, which may be abstract.
+      table: which latents there are, and where.
+      generated: the paths of arrays that latents generate.
+      min_channels: of the latents, for all or by name.
+      rngs: the `params` stream draws what hypernetworks begin with.
+    """
+    settings = table.notes.get("settings", {"embedding": EMBEDDING, "gates_above": GATES_ABOVE})
+    latents = []
+    for name, size in table.sizes.items():
+        least = min_channels if isinstance(min_channels, int) else min_channels[name]
+        z = Latent(size, min_channels=least, rngs=_CONSTANT)
+        z.vector.set_value(jnp.ones(size))
+        latents.append(z)
+    variables = variables_of(net)
+    stand_ins: dict[int, nnx.Module] = {}
+    for name in generated:
+        variable = variables[name]
+        axes = {k: PlacedAxis(latents, places) for k, places in table.places[name].items()}
+        cheap = variable.get_value().size > settings["gates_above"]
+        stand_ins[id(variable)] = GeneratedArray(
+            name, variable, axes, embedding=None if cheap else settings["embedding"], rngs=rngs
+        )
+    replace_nodes(net, stand_ins)
+    setattr(net, TRACED, nnx.Dict(dict(zip(table.sizes, latents, strict=True))))
+    set_architecture(net, replace(architecture_of(net), axes=table))
+    return net
+
+
+def is_traced(model: nnx.Module) -> bool:
+    """Whether a network has latents that were found by tracing."""
+    return architecture_of(model).axes is not None and hasattr(model, TRACED)
+
+
+def variables_of(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables of a network by the path that their arrays have in its state."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): leaf for path, leaf in flat}
+
+
+def _may_be_generated(model: nnx.Module, name: str) -> bool:
+    variable = variables_of(model)[name]
+    if not isinstance(variable, nnx.Param) or isinstance(variable, GeneratedArray):
+        return False
+    value = variable.get_value()
+    return value.ndim > 1 and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _that_fit(
+    model: nnx.Module, table: LatentTable, analysis: Analysis, names: list[str]
+) -> list[str]:
+    """The arrays in whose place others may stand: with them the network computes what it did."""
+    fit, left = _by_halves(model, table, analysis, names)
+    if left and _same_numbers(model, table, analysis, fit + left):
+        fit, left = fit + left, []
+    for name in left if len(left) <= MOST_TRIED else []:
+        if _same_numbers(model, table, analysis, [*fit, name]):
+            fit = [*fit, name]
+    return [name for name in names if name in fit]
+
+
+def _by_halves(model, table, analysis, names) -> tuple[list[str], list[str]]:
+    """The arrays with which the program is the same, and those for which that is not shown."""
+    if not names or _same_program(model, table, analysis, names):
+        return names, []
+    if len(names) == 1:
+        return [], names
+    half = len(names) // 2
+    parts = [_by_halves(model, table, analysis, part) for part in (names[:half], names[half:])]
+    return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+
+
+def _same_program(
+    model: nnx.Module, table: LatentTable, analysis: Analysis, names: list[str]
+) -> bool:
+    """Whether the network's program is the same with generated arrays in the place of some."""
+    template = nnx.eval_shape(lambda: install(nnx.clone(model), table, names, rngs=nnx.Rngs(0)))
+
+    def called(merged: nnx.Module, *inputs: Any) -> Any:
+        variables = variables_of(merged)
+        own = [
+            (path, variables.get(".".join(map(str, path)), leaf))
+            for path, leaf in nnx.to_flat_state(hollow)
+        ]
+        net = nnx.merge(template_def, nnx.from_flat_state(own))
+        with arrays_replaced({name: variables[name].get_value() for name in names}):
+            return analysis.call(net, *inputs)
+
+    graphdef, state = nnx.split(model)
+    whole = nnx.merge(graphdef, state, copy=True)
+    for context, program in analysis.programs.items():
+        for each in (whole, template):
+            each.eval() if context == EVALUATION else each.train()
+        template_def, hollow = nnx.split(template)
+        try:
+            other = trace_program(whole, called, analysis.inputs)
+            check_restricted(analysis.flow, program.closed, other.closed, frozenset(), context)
+        except Exception as error:  # whatever the network's code makes of such arrays
+            logger.debug("not shown to be the same: %s: %s", names, error)
+            return False
+    return True
+
+
+def _same_numbers(
+    model: nnx.Module, table: LatentTable, analysis: Analysis, names: list[str]
+) -> bool:
+    """Whether the network computes the same, to the bit, of random inputs, and sets the same."""
+    rng = np.random.default_rng(0)
+    inputs = jax.tree.map(lambda like: _random(rng, like), analysis.inputs)
+    net = install(nnx.clone(model), table, names, rngs=nnx.Rngs(0))
+    outputs = []
+    try:
+        for each in (model, net):
+            for context in analysis.programs:
+                graphdef, state = nnx.split(nnx.clone(each))
+                copy = nnx.merge(graphdef, state, copy=True)
+                copy.eval() if context == EVALUATION else copy.train()
+                graphdef, state = nnx.split(copy)
+                outputs.append(_computed(graphdef, analysis.call)(state, inputs))
+    except Exception as error:  # whatever the network's code makes of such arrays
+        logger.debug("not generated: %s: %s", names, error)
+        return False
+    half = len(outputs) // 2
+    return all(
+        np.array_equal(one, other, equal_nan=True)
+        for one, other in zip(
+            jax.tree.leaves(outputs[:half]), jax.tree.leaves(outputs[half:]), strict=True
+        )
+    )
+
+
+def _computed(graphdef: nnx.GraphDef, call: Call) -> Any:
+    @jax.jit
+    def compute(state: nnx.State, inputs: Any) -> Any:
+        model = nnx.merge(graphdef, state, copy=True)
+        outputs = call(model, *inputs)
+        return outputs, jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+
+    return compute
+
+
+def _random(rng: np.random.Generator, like: jax.ShapeDtypeStruct) -> jax.Array:
+    if jnp.issubdtype(like.dtype, jnp.floating):
+        return jnp.asarray(rng.normal(size=like.shape), like.dtype)
+    return jnp.asarray(rng.integers(0, 2, like.shape), like.dtype)
+
+
+def _abstract(found: Discovery) -> Discovery:
+    """The same without the numbers of arrays, which need not be kept."""
+    for context, program in list(found.analysis.programs.items()):
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.state)
+        arrays = tuple(jax.tree.leaves(state))
+        found.analysis.programs[context] = program._replace(state=state, arrays=arrays)
+    found.analysis.model = None
+    return found
+
+
+def _first_reasons(found: Discovery) -> str:
+    reasons = [why for _, why in found.frozen] or list(found.fixed())
+    return "; ".join(reasons[:3])
+
+
+class _Constant:
+    """Random generators for latents that are set afterwards."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+_CONSTANT: Any = _Constant()

@@ -1,0 +1,170 @@
+"""Which entry of which latent each position of a network's arrays belongs to; how it is cut."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flax import nnx
+import jax
+import numpy as np
+
+from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.tracing.analysis import Analysis, analyse, cut_model
+from dhp_jax.tracing.cuts import NO_CUTS, set_numbers
+from dhp_jax.tracing.discovery import Discovery
+from dhp_jax.tracing.generated import Positions, ordinary
+from dhp_jax.tracing.programs import Call, default_call
+from dhp_jax.tracing.proof import Mismatch
+from dhp_jax.tracing.pruning import prove_kept
+from dhp_jax.tracing.terms import TRUE
+
+
+@dataclass(frozen=True)
+class SizeEntry:
+    """A number in a module of the user's that is cut with an axis.
+
+    Attributes:
+      path: of the module.
+      attribute: of the number.
+      latent: it is the number of survivors of this; or
+      array, axis: it is the size of this axis.
+    """
+
+    path: str
+    attribute: str
+    latent: str | None = None
+    array: str | None = None
+    axis: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class LatentTable:
+    """What a network of traced latents is.
+
+    Attributes:
+      sizes: of the latents, by name.
+      places: by array and axis the entry of which latent (by its number in `sizes`) each position
+        belongs to; axes of which all positions stay are left out.
+      numbers: that are cut with the axes.
+      inputs: abstract arguments that it was traced with.
+      call: how it is called; `None` for a function that is not known, of a network from a file.
+      notes: what `dhp.explain` tells.
+    """
+
+    sizes: Mapping[str, int]
+    places: Mapping[str, Mapping[int, Positions]]
+    numbers: tuple[SizeEntry, ...] = ()
+    inputs: tuple[Any, ...] | None = None
+    call: Call | None = default_call
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def kept(self, name: str, shape: Sequence[int], masks: Mapping[str, np.ndarray]):
+        """What is left of each axis of an array, boolean masks."""
+        ordered, places = [masks[latent] for latent in self.sizes], self.places.get(name, {})
+        return [
+            places[k].kept(ordered) if k in places else np.ones(size, bool)
+            for k, size in enumerate(shape)
+        ]
+
+    def all_kept(
+        self, shapes: Mapping[str, Sequence[int]], masks: Mapping[str, np.ndarray]
+    ) -> dict[str, list[np.ndarray]]:
+        """What is left of each axis of every array, by the array's path."""
+        return {name: self.kept(name, shape, masks) for name, shape in shapes.items()}
+
+    def numbers_of(
+        self, kept: Mapping[str, list[np.ndarray]], masks: Mapping[str, np.ndarray]
+    ) -> list[tuple[str, str, int]]:
+        """The numbers in modules after cutting: path, attribute and value."""
+        found = []
+        for entry in self.numbers:
+            if entry.latent is not None:
+                left = int(np.sum(masks[entry.latent]))
+            else:
+                left = int(kept[entry.array][entry.axis].sum())
+            found.append((entry.path, entry.attribute, left))
+        return found
+
+    def prune(self, net: nnx.Module, masks: Mapping[str, np.ndarray]) -> nnx.Module:
+        """The network of what survives, proved to be that; `net` is left as it was.
+
+        Raises:
+          ValueError: it cannot be proved.
+        """
+        made = architecture_of(net)
+        plain = ordinary(net)
+        if all(np.all(mask) for mask in masks.values()):
+            return plain
+        graphdef, state = nnx.split(plain)
+        names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
+        shapes = dict(zip(names, (x.shape for x in jax.tree.leaves(state)), strict=True))
+        kept = self.all_kept(shapes, masks)
+        small = cut_model(graphdef, state, [kept[name] for name in names])
+        numbers = self.numbers_of(kept, masks)
+        set_numbers(small, numbers)
+        try:
+            prove_kept(self.analysis(plain), kept, small)
+        except Mismatch as error:
+            raise ValueError(f"keep: these survivors are not proved to be right: {error}") from None
+        cuts = (made.cuts or NO_CUTS).then(kept, numbers)
+        set_architecture(small, replace(made, axes=None, cuts=cuts))
+        return small
+
+    def analysis(self, model: nnx.Module) -> Analysis:
+        """The equations of the ordinary network; solved once."""
+        if "analysis" not in self.cache:
+            if self.call is None or self.inputs is None:
+                raise ValueError(
+                    "model: expected a network whose inputs and call are known; "
+                    "give load those that with_latents had"
+                )
+            self.cache["analysis"] = analyse(model, self.inputs, self.call)
+        return self.cache["analysis"]
+
+
+def table_of(found: Discovery, notes: Mapping[str, Any]) -> LatentTable:
+    """The table of what was discovered."""
+    analysis = found.analysis
+    terms = analysis.flow.terms
+    owner = {
+        terms.root(atom): (number, entry)
+        for number, family in enumerate(found.families)
+        for entry, atom in enumerate(family.atoms)
+    }
+    places: dict[str, dict[int, Positions]] = {}
+    for name, axes in zip(analysis.names, analysis.arrays, strict=True):
+        for k, axis in enumerate(axes):
+            if axis is None:
+                continue
+            owned = [_owner(terms, term, owner) for term in terms.roots(axis).tolist()]
+            if any(number >= 0 for number, _ in owned):
+                places.setdefault(name, {})[k] = Positions(*zip(*owned, strict=True))
+    family_of = {atom: family.name for family in found.families for atom in family.atoms}
+    numbers = []
+    for rule in analysis.sizes:
+        path = ".".join(map(str, rule.path))
+        if rule.axis is not None:
+            array, k = rule.axis
+            numbers.append(SizeEntry(path, rule.attribute, None, analysis.names[array], k))
+        elif rule.atoms[0] in family_of:
+            numbers.append(SizeEntry(path, rule.attribute, family_of[rule.atoms[0]]))
+    return LatentTable(
+        {family.name: family.size for family in found.families},
+        places,
+        tuple(numbers),
+        analysis.inputs,
+        analysis.call,
+        notes,
+        {"analysis": analysis},
+    )
+
+
+def _owner(terms: Any, term: int, owner: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
+    """The latent and entry of a position; several only if one alone would not do."""
+    if term == TRUE:
+        return (-1, 0)
+    found = [owner[atom] for atom in terms.atoms(term) if atom in owner]
+    if len(found) > 1:
+        raise RuntimeError("a position belongs to several latents")
+    return found[0] if found else (-1, 0)
