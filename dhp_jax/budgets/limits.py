@@ -29,5 +29,6 @@ def with_least(model: nnx.Module, keep: Mapping[str, float]) -> nnx.Module:
         if not fitting:
             raise ArgumentError.unknown("keep", pattern, prunable)
         for z in fitting:
-            z.min_channels = max(1, math.ceil(share * z.size - 1e-9))
+            least = max(1, math.ceil(share * z.size - 1e-9))
+            z.vector.set_metadata(min_channels=least)
     return model

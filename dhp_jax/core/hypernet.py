@@ -92,7 +92,9 @@ def hyper_kernel(
                 f"hyper_kernel: {name}: expected shape {shape} for latent vectors of shapes "
                 f"{z_in.shape} and {z_out.shape}, got {array.shape}"
             )
-    return _generate_jitted(z_in, z_out, HypernetArrays(b0, w1, b1, w2, b2))
+    arrays = HypernetArrays(b0, w1, b1, w2, b2)
+    generate = _generate_jitted if isinstance(w2, jax.core.Tracer) else _generate_apart
+    return generate(z_in, z_out, arrays)
 
 
 def _embedding(z_in: Array, z_out: Array, arrays: HypernetArrays) -> tuple[Array, Array]:
@@ -157,6 +159,16 @@ _generate.defvjp(
 
 
 _generate_jitted = jax.jit(_generate, inline=True)
+
+
+@jax.jit
+def _generate_apart(z_in: Array, z_out: Array, arrays: HypernetArrays) -> Array:
+    """The same of arrays that are constants of a program, as of a network that it closes over.
+
+    XLA:CPU (jaxlib 0.10.2) computes a kernel of about a million such numbers wrongly when it folds
+    it as a constant.
+    """
+    return _generate(*jax.lax.optimization_barrier((z_in, z_out, arrays)))
 
 
 @jax.custom_vjp

@@ -54,14 +54,37 @@ def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
         kept = {name: tuple(indices.tolist()) for name, indices in kept.items()}
         architecture = replace(architecture, survivors=kept, renewed=False)
 
+    shared: dict[Any, nnx.Variable] = {}
+
     def plain(module: nnx.Module) -> Any:
         if isinstance(module, Axis):
             return None
-        return module.plain(masks) if isinstance(module, Prunable) else module
+        if not isinstance(module, Prunable):
+            return module
+        made = module.plain(masks)
+        _tie(module, made, shared)
+        return made
 
     small = replace_modules(model, plain)
     set_architecture(small, architecture)
     return small
+
+
+def _tie(layer: nnx.Module, made: nnx.Module, shared: dict[Any, nnx.Variable]) -> None:
+    """Makes variables of plain layers one where those of the layers on latents are.
+
+    A variable that the layer has too is one with those of the same variable elsewhere; all others
+    are made of all that the layer has.
+    """
+    own = {name: v for name, v in vars(layer).items() if isinstance(v, nnx.Variable)}
+    axes = tuple(id(v) for v in vars(layer).values() if isinstance(v, Axis))
+    for name, variable in list(vars(made).items()):
+        if isinstance(variable, nnx.Variable):
+            if name in own:
+                source = (id(own[name]),)
+            else:
+                source = tuple(id(v) for n, v in own.items() if n not in vars(made))
+            setattr(made, name, shared.setdefault((name, *source, axes), variable))
 
 
 def replace_modules(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> Any:

@@ -17,6 +17,7 @@ from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.errors import shown
 from dhp_jax.models import registry
 from dhp_jax.pruned.fresh_weights import take_arrays
+from dhp_jax.tracing.declared import kept_of_layer
 from dhp_jax.tracing.network import EMBEDDING, GATES_ABOVE, traced
 
 
@@ -62,7 +63,7 @@ def with_latents(
     Raises:
       ValueError: the network does not take such inputs, or nothing of it can be pruned; without
         `inputs` a network that was not pruned, has latents, or is folded; one of your own class
-        without `build`; a layer of your own that can be pruned, which this does not know.
+        without `build`; a layer of your own whose `plain` does not keep parts of its arrays.
 
     Example:
       >>> net = dhp.with_latents(model, (224, 224, 3))
@@ -167,7 +168,10 @@ def _narrow_layer(layer: nnx.Module, keep: Keep) -> None:
         case ReLU() | PReLU():
             pass  # nothing of theirs belongs to one channel
         case Prunable():
-            raise ValueError(f"model: {type(layer).__name__} is a layer that cannot be cut down")
+            for name, kept in kept_of_layer(layer, keep).items():
+                variable = getattr(layer, name)
+                for axis, mask in enumerate(kept):
+                    variable.set_value(slice_axis(variable[...], mask, axis))
 
 
 def _cut_variables(layer: nnx.Module, names: tuple[str, ...], kept: np.ndarray) -> None:

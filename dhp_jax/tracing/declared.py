@@ -68,6 +68,35 @@ def kept_arrays(model: nnx.Module, masks: Masks) -> dict[str, list[np.ndarray]]:
     return kept
 
 
+def kept_of_layer(layer: nnx.Module, keep: Mapping[Any, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """What `layer.plain(keep)` keeps of each axis of every array that the layer has, by its name.
+
+    Raises:
+      ValueError: the plain layer lacks an array, or it is no part of the layer's.
+    """
+    own = {name: v for name, v in vars(layer).items() if isinstance(v, nnx.Variable)}
+    values = {name: variable.get_value() for name, variable in own.items()}
+    with jax.ensure_compile_time_eval():
+        for name, variable in own.items():
+            variable.set_value(_positions(values[name].shape, 0))
+        try:
+            made = layer.plain(keep)
+            found = {name: np.asarray(getattr(made, name).get_value()) for name in own}
+        except AttributeError as error:
+            kind = type(layer).__name__
+            raise ValueError(f"model: {kind}: its plain layer lacks an array: {error}") from None
+        finally:
+            for name, variable in own.items():
+                variable.set_value(values[name])
+    try:
+        return {
+            name: _axes_of(name, numbers.astype(np.int64), values[name].shape)
+            for name, numbers in found.items()
+        }
+    except Mismatch as error:
+        raise ValueError(f"model: {type(layer).__name__}: {error}") from None
+
+
 def _axes_of(name: str, numbers: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
     """The positions of each axis, by the numbers of what is left of an array."""
     masks = []
@@ -86,27 +115,32 @@ def _axes_of(name: str, numbers: np.ndarray, shape: tuple[int, ...]) -> list[np.
 
 def _numbered(model: nnx.Module, part: int) -> nnx.Module:
     """A copy whose arrays hold the numbers of their positions, or how often `EXACT` fits in."""
-
-    def numbers(shape: tuple[int, ...]) -> np.ndarray:
-        flat = np.arange(int(np.prod(shape)), dtype=np.int64)
-        flat = flat // EXACT if part else flat % EXACT
-        return flat.astype(np.float32).reshape(shape)
-
     graphdef, state = nnx.split(model)
     filled = []
     for path, leaf in nnx.to_flat_state(state):
         value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
         is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
-        made = jax.random.split(jax.random.key(0), value.shape) if is_key else numbers(value.shape)
+        made = (
+            jax.random.split(jax.random.key(0), value.shape)
+            if is_key
+            else _positions(value.shape, part)
+        )
         filled.append((path, leaf.replace(made) if isinstance(leaf, nnx.Variable) else made))
     copy = nnx.merge(graphdef, nnx.from_flat_state(filled), copy=True)
     for _, _, layer in walk(copy):
         if isinstance(layer, Hyper):
             shape = (*layer.kernel_size, layer.kernel_axis().size, layer.z_out.size)
-            layer.kernel = nnx.static(_Given(numbers(shape)))
+            layer.kernel = nnx.static(_Given(_positions(shape, part)))
         if not isinstance(layer, Axis) and hasattr(layer, "param_dtype"):
             layer.param_dtype = np.dtype("float32")
     return copy
+
+
+def _positions(shape: tuple[int, ...], part: int) -> np.ndarray:
+    """The number of each position of an array, or how often `EXACT` fits in it."""
+    flat = np.arange(int(np.prod(shape)), dtype=np.int64)
+    flat = flat // EXACT if part else flat % EXACT
+    return flat.astype(np.float32).reshape(shape)
 
 
 class _Given:

@@ -58,10 +58,7 @@ def find_families(analysis: Analysis) -> list[Family]:
                     analysis.flow.terms.freeze(atom, "it is one unit alone")
             else:
                 families.append(_family(analysis, part))
-    families.sort(key=lambda family: min(family.places))
-    for family, name in zip(families, _names(analysis, families), strict=True):
-        family.name = name
-    return families
+    return _named(analysis, families)
 
 
 def _positions(analysis: Analysis) -> dict[int, dict[Place, list[int]]]:
@@ -138,24 +135,27 @@ def _family(analysis: Analysis, units: list[Unit]) -> Family:
     return Family("", atoms, places, numbers, summed=next(filter(None, sums), ""))
 
 
-def _names(analysis: Analysis, families: list[Family]) -> list[str]:
-    """A name for each family: the path of a layer whose outputs it is, with more if need be."""
-    taken: set[str] = set()
-    names, order = [], _first_reads(analysis)
+def _named(analysis: Analysis, families: list[Family]) -> list[Family]:
+    """The families in the order in which they are made, each named after what makes it first."""
+    order, makers = _first_reads(analysis), []
     for family in families:
         candidates = []
         for number, k in family.places:
-            path, rank = analysis.names[number], len(analysis.leaves[number].shape)
-            layer = path.rpartition(".")[0] or path
-            candidates.append((rank < 2, k != rank - 1, order[number], number, k, layer))
-        *_, k, name = min(candidates)  # the first that makes it
-        full = name if name not in taken else f"{name}.axis{k}"
-        number = 2
-        while full in taken:
-            full, number = f"{name}.{number}", number + 1
-        taken.add(full)
-        names.append(full)
-    return names
+            rank = len(analysis.leaves[number].shape)
+            candidates.append((rank < 2, k != rank - 1, order[number], number, k))
+        makers.append((*min(candidates)[2:], family))
+    makers.sort(key=lambda maker: maker[:3])
+    taken: set[str] = set()
+    for _, number, k, family in makers:
+        path = analysis.names[number]
+        layer = path.rpartition(".")[0] or path
+        name = layer if layer not in taken else f"{layer}.axis{k}"
+        times = 2
+        while name in taken:
+            name, times = f"{layer}.{times}", times + 1
+        taken.add(name)
+        family.name = name
+    return [family for *_, family in makers]
 
 
 def _first_reads(analysis: Analysis) -> list[int]:
