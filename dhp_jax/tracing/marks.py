@@ -13,7 +13,14 @@ import numpy as np
 from dhp_jax.core.latent import walk
 from dhp_jax.core.surgery import override
 from dhp_jax.tracing.flow import rule
-from dhp_jax.tracing.programs import CALLS, Context, inner_program, shape_of, where
+from dhp_jax.tracing.programs import (
+    CALLS,
+    Context,
+    inner_program,
+    is_literal,
+    shape_of,
+    where,
+)
 from dhp_jax.tracing.rules import elementwise
 
 SUMMING = ("dot_general", "conv_general_dilated")
@@ -169,11 +176,7 @@ def used_inputs(jaxpr: Jaxpr) -> set[Any]:
             inner = inner_program(eqn)[0]
             within = used_inputs(inner)
             pairs = zip(eqn.invars, inner.invars, strict=True)
-            used |= {outer for outer, variable in pairs if variable in within}
+            used |= {a for a, variable in pairs if variable in within and not is_literal(a)}
         else:
-            used |= set(_variables(eqn))
+            used |= {atom for atom in eqn.invars if not is_literal(atom)}
     return used & set(jaxpr.invars)
-
-
-def _variables(eqn: JaxprEqn) -> list[Any]:
-    return [atom for atom in eqn.invars if not hasattr(atom, "val")]

@@ -70,7 +70,9 @@ def test_a_miniature_is_pruned_to_the_right_numbers(name, fast_compilation):
         expected = jax.jit(lambda *x: restricted(found.analysis, gone, x))(*inputs)
         graphdef, state = nnx.split(small)
         outputs = jax.jit(lambda s, *x: nnx.merge(graphdef, s, copy=True)(*x))(state, *inputs)
-        assert difference(outputs, expected) < (1e-12 if double else 1e-6)
+        wide = all(x.dtype == jnp.float64 for x in jax.tree.leaves(outputs))
+        assert wide or name in ("Decoder", "Gru", "Lstm")  # compute in float32 whatever they have
+        assert difference(outputs, expected) < (1e-12 if wide else 1e-6)
 
 
 @pytest.mark.parametrize("name", MINIATURES)
