@@ -72,7 +72,7 @@ def kept_of_layer(layer: nnx.Module, keep: Mapping[Any, np.ndarray]) -> dict[str
     """What `layer.plain(keep)` keeps of each axis of every array that the layer has, by its name.
 
     Raises:
-      ValueError: the plain layer lacks an array, or it is no part of the layer's.
+      ValueError: the plain layer has other arrays, or they are no parts of the layer's.
     """
     own = {name: v for name, v in vars(layer).items() if isinstance(v, nnx.Variable)}
     values = {name: variable.get_value() for name, variable in own.items()}
@@ -81,10 +81,12 @@ def kept_of_layer(layer: nnx.Module, keep: Mapping[Any, np.ndarray]) -> dict[str
             variable.set_value(_positions(values[name].shape, 0))
         try:
             made = layer.plain(keep)
+            theirs = {name for name, v in vars(made).items() if isinstance(v, nnx.Variable)}
+            if theirs != own.keys():
+                raise ValueError(
+                    f"model: {type(layer).__name__} is a layer that cannot be cut down"
+                )
             found = {name: np.asarray(getattr(made, name).get_value()) for name in own}
-        except AttributeError as error:
-            kind = type(layer).__name__
-            raise ValueError(f"model: {kind}: its plain layer lacks an array: {error}") from None
         finally:
             for name, variable in own.items():
                 variable.set_value(values[name])
