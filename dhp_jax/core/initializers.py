@@ -1,9 +1,10 @@
-"""Random initial values, drawn with few compilations."""
+"""Random initial values in float32, drawn with few compilations."""
 
 from collections.abc import Callable
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 import numpy as np
 
@@ -37,14 +38,14 @@ def _draw(sample: Callable[[Array, int], Array], key: Array, count: int) -> Arra
 
 @functools.partial(jax.jit, static_argnums=1)
 def _uniform(key: Array, size: int) -> Array:
-    return jax.random.uniform(key, (size,), minval=-1.0, maxval=1.0)
+    return jax.random.uniform(key, (size,), jnp.float32, minval=-1.0, maxval=1.0)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _normal(key: Array, size: int) -> Array:
-    return jax.random.normal(key, (size,))
+    return jax.random.normal(key, (size,), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _truncated_normal(key: Array, size: int) -> Array:
-    return jax.random.truncated_normal(key, -2.0, 2.0, (size,)) / DEVIATION
+    return jax.random.truncated_normal(key, -2.0, 2.0, (size,), jnp.float32) / DEVIATION

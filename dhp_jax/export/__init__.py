@@ -31,7 +31,7 @@ from dhp_jax.export.writers import (
     symbolic_sizes,
 )
 from dhp_jax.files import unfinished
-from dhp_jax.pruned.fold import Identity, fold
+from dhp_jax.pruned.fold import Identity, fold_for_batch
 from dhp_jax.tasks.tiling import tiling
 
 
@@ -46,8 +46,8 @@ class Exported:
       differences: by the name of the inputs it was tried on, the largest absolute difference of its
         outputs to the network's.
       largest: the largest absolute value among the network's outputs.
-      fixed: why height and width are fixed, in one line; `None` where they are free, or were not
-        to be.
+      fixed: why sizes are fixed that might be free (height and width, or all of them), in one line;
+        `None` where they are free, or were not to be.
     """
 
     path: Path
@@ -70,13 +70,14 @@ def export(
 ) -> Exported:
     """Writes a network for inference, with BatchNorm folded where that is exact, and tries it.
 
-    The batch size is free, and height and width too where the network and the format allow.
+    The batch size is free, and height and width of images too, where the network and the format
+    allow. Otherwise height and width are fixed, and then the batch, at one example.
 
     Args:
       model: an ordinary or pruned network; left as it was.
       path: the file to write, or the folder for safetensors; a file, or a folder with a network
         only, is replaced once what was written has been tried.
-      input_shape: of one example, `(height, width, channels)`.
+      input_shape: of one example, such as `(height, width, channels)`.
       format: "stablehlo" (for cpu, cuda and tpu; `jax.export.deserialize` reads it), "onnx" (in
         float32) or "safetensors" (a folder that `dhp.load` reads).
       inputs: float32 batches by name on which the outputs of what was written are compared with the
@@ -114,14 +115,17 @@ def export(
     multiple = tiling(model).multiple
     shapes = list(_shapes(input_shape, multiple))
     if format == "safetensors":  # read as the network that it is, with all its freedom
-        shapes = shapes[-1:]
+        shapes = [("batch", *input_shape)]
     failure = None
     for shape in shapes:
-        tried = dict(inputs)
-        if "batch" not in shape[1:] and shape[1:] != input_shape:
+        tried = {name: x[: None if shape[0] == "batch" else 1] for name, x in inputs.items()}
+        if shape[1:] != input_shape:
             tried["another size"] = extend_images(next(iter(inputs.values())), multiple)
         try:
-            folded = fold(model, input_shape if format == "safetensors" else symbolic_sizes(shape))
+            example = (1, *input_shape)
+            folded = fold_for_batch(
+                model, example if format == "safetensors" else symbolic_sizes(shape)
+            )
             with _without_file(part):
                 run = write(folded, part, shape, notes or {})
                 differences, largest = _compare(model, run, tried)
@@ -130,21 +134,21 @@ def export(
             failure = error
             continue
         count = sum(isinstance(module, Identity) for _, _, module in walk(folded))
-        fixed = _reason(failure) if failure is not None and shape == shapes[-1] else None
+        fixed = None if failure is None or shape[1:] != input_shape else _reason(failure)
         return Exported(path, shape, count, differences, largest, fixed)
     if isinstance(failure, ExportError):
         raise failure
-    what = _reason(failure)
-    if "_DimExpr" in what:
-        what += "; the batch size is symbolic, so write x.shape[0] for len(x)"
-    raise ValueError(f"model: it cannot be written as {format}: {what}") from failure
+    raise ValueError(f"model: it cannot be written as {format}: {_reason(failure)}") from failure
 
 
 def _reason(failure: Exception) -> str:
     """Why a shape was not written, in one line."""
     if isinstance(failure, ExportError):
         return failure.reason
-    return f"{type(failure).__name__}: {failure}".splitlines()[0].rstrip(": ")
+    what = f"{type(failure).__name__}: {failure}".splitlines()[0].rstrip(": ")
+    if "_DimExpr" in what:
+        what += "; the batch size is symbolic, so write x.shape[0] for len(x)"
+    return what
 
 
 def check_format(format: str) -> None:
@@ -186,6 +190,7 @@ def _shapes(input_shape: tuple[int, ...], multiple: int) -> Iterator[Shape]:
         if multiple > 1:
             yield "batch", f"{multiple}*height", f"{multiple}*width", input_shape[-1]
     yield "batch", *input_shape
+    yield 1, *input_shape
 
 
 @contextlib.contextmanager

@@ -62,7 +62,9 @@ def main(arguments: Sequence[str]) -> None:
     sizes = ", ".join(map(str, made.shape))
     print(f"{made.path}: takes ({sizes}) in float32; {made.folded} layers folded into others")
     if made.fixed is not None:
-        print(f"height and width are fixed, because with free ones: {made.fixed}")
+        batch, images = made.shape[0] != "batch", len(shape) == 3
+        what = "all sizes" if batch else "height and width" if images else "sizes"
+        print(f"{what} are fixed, because with free ones: {made.fixed}")
     told = ", ".join(f"{value:.2g} on {name}" for name, value in made.differences.items())
     print(f"largest difference to the network: {told}; its outputs are up to {made.largest:.4g}")
 

@@ -57,6 +57,19 @@ def extend_images(x: Float[np.ndarray, "n h w c"], multiple: int) -> Float[np.nd
     return np.pad(x, ((0, 0), (0, multiple), (0, 2 * multiple), (0, 0)), mode="wrap")
 
 
+def output_names(model: nnx.Module, shape: Shape) -> list[str]:
+    """Names of a network's outputs: `output`, or the places of several, as the keys of a dict.
+
+    Args:
+      model: called with a batch.
+      shape: of the batch.
+    """
+    images = jax.ShapeDtypeStruct(symbolic_sizes(shape), jnp.float32)
+    places, _ = jax.tree.flatten_with_path(nnx.eval_shape(lambda model, x: model(x), model, images))
+    named = [jax.tree_util.keystr(place, simple=True, separator=".") for place, _ in places]
+    return [f"output_{name}" if name.isdigit() else name or "output" for name in named]
+
+
 # Writing, and reading what was written
 
 
@@ -79,6 +92,7 @@ def _onnx(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any])
             model_name=type(model).__name__,
             opset=OPSET,
             input_names=["images"],
+            output_names=output_names(model, shape),
         )
     # jax2onnx 0.17 moves transpositions about, but not the shapes noted of what lies between them.
     del made.graph.value_info[:]

@@ -50,8 +50,9 @@ def fold(model: nnx.Module, input_shape: tuple[Any, ...]) -> nnx.Module:
 
     Args:
       model: an ordinary or pruned network; left as it was.
-      input_shape: shape of one example, `(height, width, channels)`, for which the forward pass is
-        traced. Where the forward pass depends on the shape, this is the one it is exact for.
+      input_shape: shape of one example, such as `(height, width, channels)`, for which the forward
+        pass is traced. Where the forward pass depends on the shape, this is the one it is exact
+        for.
 
     Returns:
       The network in evaluation mode, for inference only. It computes the same numbers up to
@@ -63,6 +64,11 @@ def fold(model: nnx.Module, input_shape: tuple[Any, ...]) -> nnx.Module:
     Example:
       >>> fast = dhp.fold(small, (32, 32, 3))
     """
+    return fold_for_batch(model, (1, *input_shape))
+
+
+def fold_for_batch(model: nnx.Module, shape: tuple[Any, ...]) -> nnx.Module:
+    """`fold` for a whole batch, of which sizes may be symbolic: `(n, *input_shape)`."""
     if latents(model):
         raise ValueError(
             f"model: expected a network without latents, got {len(latents(model))}; "
@@ -71,7 +77,7 @@ def fold(model: nnx.Module, input_shape: tuple[Any, ...]) -> nnx.Module:
     whole = nnx.clone(model)
     whole.eval()
     try:
-        program = _Program(whole, input_shape)
+        program = _Program(whole, shape)
     except NotImplementedError as error:  # layers under jax.vmap, jax.grad and the like
         logger.warning("fold: nothing is folded: %s", str(error).splitlines()[0])
         return whole
@@ -80,7 +86,7 @@ def fold(model: nnx.Module, input_shape: tuple[Any, ...]) -> nnx.Module:
     for path, array in _folded_arrays(whole, chains).items():
         layer, _, name = path.rpartition(".")
         getattr(_layers(folded)[layer], name).set_value(array)
-    if _Program(folded, input_shape).rows() != program.rows(chains):
+    if _Program(folded, shape).rows() != program.rows(chains):
         logger.warning("fold: nothing is folded: the forward pass depends on what layers it has")
         return whole
     return folded
@@ -162,7 +168,7 @@ def _float64(variable: nnx.Variable) -> np.ndarray:
 class _Program:
     """The trace of a forward pass, in which each layer is one opaque call."""
 
-    def __init__(self, model: nnx.Module, input_shape: tuple[Any, ...]):
+    def __init__(self, model: nnx.Module, shape: tuple[Any, ...]):
         graphdef, state = nnx.split(model)
         self.names = [".".join(map(str, name)) for name, _ in nnx.to_flat_state(state)]
 
@@ -170,7 +176,6 @@ class _Program:
             leaves = jax.tree.unflatten(jax.tree.structure(state), arrays)
             return _opaque(nnx.merge(graphdef, leaves, copy=True))(x)
 
-        shape = input_shape if len(input_shape) == 4 else (1, *input_shape)
         traced, self.outputs = jax.make_jaxpr(forward, return_shape=True)(
             jax.tree.leaves(state), jax.ShapeDtypeStruct(shape, jnp.float32)
         )

@@ -1,5 +1,9 @@
 """Channel axes: their values, multiplicities, survivors and names."""
 
+import os
+import subprocess
+import sys
+
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +39,46 @@ def test_latents_of_one_generator_differ_and_of_equal_seeds_are_equal():
     first, second = (np.asarray(dhp.Latent(3, rngs=rngs).value()) for _ in range(2))
     assert not np.any(first == second)
     np.testing.assert_array_equal(first, latent(3, 7).value())
+
+
+X64 = """
+import sys
+from flax import nnx
+import jax
+import numpy as np
+import dhp_jax as dhp
+
+made, read = sys.argv[1:]
+model = dhp.models.build("resnet", depth=8, width=0.25, rngs=nnx.Rngs(0))
+dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))}
+assert dtypes == {"float32"}, dtypes
+x = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
+dhp.save(made, model)
+if read != "none":
+    model.eval()
+    other = dhp.load(read)
+    for mine, its in zip(dhp.latents(model).values(), dhp.latents(other).values(), strict=True):
+        np.testing.assert_array_equal(mine.value(), its.value())
+    np.testing.assert_allclose(other(x), model(x), rtol=1e-3, atol=1e-5)
+    dhp.with_latents(dhp.prune(model), rngs=nnx.Rngs(1))
+"""
+
+
+def test_networks_are_float32_under_x64_and_load_across_the_setting(tmp_path):
+    for x64, made, read in (("0", "a", "none"), ("1", "b", "a"), ("0", "c", "b")):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                X64,
+                tmp_path / made,
+                tmp_path / read if read != "none" else read,
+            ],
+            env={**os.environ, "JAX_ENABLE_X64": x64},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_min_channels_are_at_most_the_size():
