@@ -33,6 +33,14 @@ def check(config: ConfigDict) -> None:
     _check_source(config)
     _check_family(config)
     _check_examples(config)
+    _check_nesterov(config)
+
+
+def _check_nesterov(config: ConfigDict) -> None:
+    if config.optimizer.nesterov and config.optimizer.name != "sgd":
+        raise ConfigError(
+            "config.optimizer.nesterov", f"False, for {config.optimizer.name} has none", True
+        )
 
 
 def _check_filled_in(group: str, config: ConfigDict) -> None:

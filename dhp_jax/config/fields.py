@@ -29,9 +29,14 @@ from dhp_jax.data.labelled import registry
 from dhp_jax.data.photos import files as photos_files
 from dhp_jax.errors import ConfigError
 from dhp_jax.models.arguments import MAX_CHANNELS
+from dhp_jax.tasks.restoration import LOSSES
 from dhp_jax.train import optimizer
 
 DTYPES = ("float32", "bfloat16")
+
+PRECISIONS = ("default", "high", "highest")
+
+NEVER: Any = object()  # of `Field.absent`
 MAX_SIDE = 10_000  # of images, in pixels
 MAX_WORKERS = 1024
 MAX_EXAMPLES = 2**28  # of an epoch; their order takes 4 bytes each
@@ -46,12 +51,15 @@ class Field:
       rule: which values it may have.
       text: what it is, in one line.
       kind: the type that values of the command line become, where the default does not tell.
+      absent: what a stored configuration means that lacks the field, because its run was begun
+        earlier; `NEVER` if none lacks it.
     """
 
     default: Any
     rule: Rule
     text: str
     kind: type | None = None
+    absent: Any = NEVER
 
 
 Fields = Mapping[str, "Field | Fields"]  # by name; groups hold fields of their own
@@ -106,6 +114,12 @@ FIELDS: Fields = {
     "dtype": Field(
         "float32", one_of(*DTYPES), "of activations and kernels; parameters stay float32"
     ),
+    "precision": Field(
+        "default",
+        one_of(*PRECISIONS),
+        "of products of float32; by default a TPU rounds their inputs to bfloat16",
+        absent="default",
+    ),
     "log_every": Field(100, integer(1), "steps between two records"),
     "nonfinite": Field(
         "stop", one_of("stop", "skip"), "at a loss or latent that is not finite: stop, or skip it"
@@ -133,6 +147,9 @@ FIELDS: Fields = {
     "optimizer": {
         "name": Field("sgd", one_of(*optimizer.NAMES), "of all parameters"),
         "momentum": Field(0.9, number(0, 1, below=True), "of sgd"),
+        "nesterov": Field(
+            False, BOOLEAN, "whether the momentum of sgd is Nesterov's", absent=False
+        ),
         "weight_decay": Field(1e-4, number(0), "of kernels"),
     },
     "search": {
@@ -200,9 +217,15 @@ _PHOTOGRAPHS: Fields = {
 }
 
 
-def _patches(side: int, channels: int, steps: int) -> dict[str, Field]:
+def _patches(side: int, channels: int, steps: int, absent_loss: str) -> dict[str, Field]:
     """The fields of a task on patches of photographs."""
     return {
+        "loss": Field(
+            "l1",
+            one_of(*LOSSES),
+            "mean absolute (l1) or squared (l2) error of pixels, which training lowers",
+            absent=absent_loss,
+        ),
         "patch": Field(side, integer(1, MAX_SIDE), "side of the square of a training example"),
         "channels": Field(channels, one_of(1, 3), "1 for gray, 3 for color"),
         "steps_per_epoch": Field(steps, integer(1), "steps that count as an epoch"),
@@ -225,7 +248,7 @@ TASK_FIELDS: Mapping[str, Fields] = {
     "classification": {"task": {}, "data": _LABELLED},
     "super_resolution": {
         "task": {
-            **_patches(96, 3, 1000),
+            **_patches(96, 3, 2013, "l1"),  # 32,208 patches in batches of 16
             "scale": Field(4, one_of(2, 3, 4), "how many times as large the output is"),
             "psnr": Field("y", one_of("y", "rgb"), "what errors are measured on"),
         },
@@ -233,8 +256,14 @@ TASK_FIELDS: Mapping[str, Fields] = {
     },
     "denoising": {
         "task": {
-            **_patches(64, 1, 10_000),
+            **_patches(64, 1, 10_000, "l2"),
             "sigma": Field(70.0, number(0), "standard deviation of the noise, of 255"),
+            "shave": Field(
+                1,
+                integer(0, MAX_SIDE),
+                "pixels of each border that PSNR and SSIM leave out",
+                absent=0,
+            ),
         },
         "data": _PHOTOGRAPHS,
     },
@@ -290,6 +319,18 @@ def flat_fields(fields: Fields, prefix: str = "") -> Iterator[tuple[str, Field]]
             yield f"{prefix}{name}", field
         else:
             yield from flat_fields(field, f"{prefix}{name}.")
+
+
+def absent_values(task: Any) -> dict[str, Any]:
+    """What a stored configuration means that lacks fields, for it is older: values by full name.
+
+    Args:
+      task: its task; of one that is none, nothing is known.
+    """
+    if not isinstance(task, str) or task not in TASK_FIELDS:
+        return {}
+    fields = flat_fields(fields_of(task))
+    return {name: field.absent for name, field in fields if field.absent is not NEVER}
 
 
 def default(task: str = "classification") -> ConfigDict:

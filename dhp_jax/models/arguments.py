@@ -59,6 +59,13 @@ def check_share(argument: str, value: Any) -> None:
         raise ArgumentError(argument, "a share in [0, 1]", shown(value))
 
 
+def check_dropout(argument: str, value: Any) -> None:
+    """Raises a `ValueError` that names the argument unless its value is a share below 1."""
+    check_share(argument, value)
+    if value == 1:
+        raise ArgumentError(argument, "a share below 1", shown(value))
+
+
 STAGES = {2: (2,), 3: (3,), 4: (2, 2)}  # the pixel shuffles that make up each scale
 
 CHECKS: Mapping[str, Callable[[str, Any], None]] = {  # of arguments that several families take
@@ -74,6 +81,7 @@ CHECKS: Mapping[str, Callable[[str, Any], None]] = {  # of arguments that severa
     "prune_upsampler": check_boolean,
     "prune_classifier": check_boolean,
     "classifier_keep": check_share,
+    "dropout": check_dropout,
 }
 
 

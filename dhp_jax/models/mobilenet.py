@@ -82,6 +82,8 @@ class MobileNet(nnx.Module):
       prune_classifier: whether the channels of the last convolution, and the classifier's rows with
         them, may be pruned; they are trained in any case.
       classifier_keep: share of these channels that stays at least, if they may be pruned.
+      dropout: share of the classifier's inputs that training leaves out at random, 0.2 in the
+        paper. In a training loop of your own, give the layer `dropout` its `rngs`; runs do.
       stem_stride: 2 for images of 64 by 64 pixels or more, 1 for smaller ones.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels; parameters stay float32.
@@ -89,7 +91,8 @@ class MobileNet(nnx.Module):
 
     Raises:
       ValueError: an argument that is not positive or makes too many channels, a share outside
-        [0, 1], another stride; when called, images of another rank or channel count.
+        [0, 1], a dropout of 1, another stride; when called, images of another rank or channel
+        count.
     """
 
     features_size: int  # channels of the last convolution
@@ -102,6 +105,7 @@ class MobileNet(nnx.Module):
         width: float = 1.0,
         prune_classifier: bool = True,
         classifier_keep: float = 0.4,
+        dropout: float = 0.0,
         stem_stride: int = 2,
         min_channels: int = 4,
         dtype: Any = None,
@@ -120,6 +124,7 @@ class MobileNet(nnx.Module):
         z = latent(scaled(STEM, width))
         self.stem = ConvNormReLU(self.image, z, 3, stem_stride, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(self.body(z, latent, width, dtype=dtype, rngs=rngs))
+        self.dropout = nnx.Dropout(dropout)
         self.classifier = Linear(self.features, num_classes, dtype=dtype, rngs=rngs)
 
     def body(
@@ -133,7 +138,7 @@ class MobileNet(nnx.Module):
         x = self.stem(images)
         for layer in self.layers:
             x = layer(x)
-        return self.classifier(jnp.mean(x, axis=(1, 2)))
+        return self.classifier(self.dropout(jnp.mean(x, axis=(1, 2))))
 
 
 class MobileNetV1(MobileNet):

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 import os
 from typing import Any
 
+import jax
+
 from dhp_jax.distributed.processes import from_first, is_first
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline.phases import carry_out
@@ -40,7 +42,8 @@ def execute(
       DataNotFoundError: an image cannot be decoded.
       ProcessError: another of the processes that carry out this run has failed.
     """
-    with hold_by_first(run.workdir, run.config):
+    precision = None if run.config.precision == "default" else run.config.precision
+    with hold_by_first(run.workdir, run.config), jax.default_matmul_precision(precision):
         if command and is_first():
             note_command(run.workdir, command)
         try:

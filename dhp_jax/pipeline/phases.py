@@ -29,6 +29,7 @@ from dhp_jax.core.survivors import latent_history, survivor_counts
 from dhp_jax.distributed.processes import folder_from_first, from_first, is_first
 from dhp_jax.pipeline import networks
 from dhp_jax.pipeline.preparation import PHASES, Run
+from dhp_jax.pipeline.reach import tell_reach
 from dhp_jax.pipeline.smaller import RunStart
 from dhp_jax.pruned.fresh_weights import reinitialize
 from dhp_jax.pruned.gates import ungate, with_gates
@@ -102,6 +103,8 @@ def search(work: Work, source: str = "") -> str:
         path = from_first(lambda: str(source_run.read(run.config).path))
         trained = folder_from_first(Path(path), reading.load)
         model = with_gates(trained, rngs=nnx.Rngs(run.config.seed))
+    elif is_first():
+        tell_reach(run, model, budget)
     outcome = _train(work, "search", model, budget, source)
     searched = ungate(outcome.model, run.build()) if fades else outcome.model
     if not outcome.progress.met_budget and is_first():
@@ -208,6 +211,7 @@ def _optimizer(
         schedule,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
     )
 
     def with_proximal_step(params: Params) -> optax.GradientTransformation:

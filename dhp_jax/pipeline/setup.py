@@ -138,6 +138,7 @@ def _super_resolution(config: ConfigDict, streamed: bool | None) -> TaskSetup:
         scale=settings.scale,
         tile=settings.tile,
         overlap=settings.overlap,
+        loss_name=settings.loss,
         on_luminance=settings.psnr == "y",
     )
     arguments = {"scale": settings.scale, "channels": settings.channels}
@@ -151,6 +152,8 @@ def _denoising(config: ConfigDict, streamed: bool | None) -> TaskSetup:
         sigma=settings.sigma,
         tile=settings.tile,
         overlap=settings.overlap,
+        loss_name=settings.loss,
+        shave=settings.shave,
     )
     return _restoration(config, streamed, task, {"channels": settings.channels})
 

@@ -25,6 +25,8 @@ from dhp_jax.tasks.tiling import restore, tile_for, tiling
 
 PEAK = 255.0
 
+LOSSES = {"l1": jnp.abs, "l2": jnp.square}  # of the error of a pixel
+
 
 @dataclass(frozen=True)
 class Restoration:
@@ -37,6 +39,7 @@ class Restoration:
       tile: side of the tiles that larger test images are cut into, in pixels of the input. With
         `None` they are cut only if the images have many different shapes.
       overlap: of the tiles, in pixels; with `None` the reach of the network.
+      loss_name: of `LOSSES`; its mean over the pixels is lowered.
     """
 
     patch: int
@@ -44,6 +47,7 @@ class Restoration:
     seed: int = 0
     tile: int | None = None
     overlap: int | None = None
+    loss_name: str = "l1"
     metric: ClassVar[Metric] = METRICS["psnr"]
 
     def examples(self, key: Key[Array, ""], data: Patches, chosen: Int[Array, " n"]) -> Pairs:
@@ -86,10 +90,8 @@ class Restoration:
         """PSNR and SSIM as papers on the task measure them."""
         raise NotImplementedError
 
-    @property
-    def shave(self) -> int:
-        """Pixels along each border of a test image that are not compared."""
-        return 0
+    def loss(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
+        return _mean(LOSSES[self.loss_name](outputs.astype(jnp.float32) - targets))
 
     def score(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
         error = _mean(jnp.square(outputs.astype(jnp.float32) - targets))
@@ -191,7 +193,7 @@ def _forward(network: _Structure) -> Callable[[Params, nnx.State, Array], Array]
 
 @dataclass(frozen=True)
 class SuperResolution(Restoration):
-    """Enlarges photographs; the mean absolute error is lowered.
+    """Enlarges photographs.
 
     Attributes:
       on_luminance: whether PSNR and SSIM are those of the Y channel, with `scale` pixels shaved off
@@ -214,21 +216,21 @@ class SuperResolution(Restoration):
 
     @property
     def shave(self) -> int:
+        """Pixels along each border of a test image that are not compared."""
         return self.scale + (0 if self.on_luminance else 6)
-
-    def loss(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
-        return _mean(jnp.abs(outputs.astype(jnp.float32) - targets))
 
 
 @dataclass(frozen=True)
 class Denoising(Restoration):
-    """Removes white Gaussian noise from photographs; the mean squared error is lowered.
+    """Removes white Gaussian noise from photographs.
 
     Attributes:
       sigma: standard deviation of the noise, which is not clipped.
+      shave: pixels along each border of a test image that are not compared.
     """
 
     sigma: float = 70.0
+    shave: int = 1
 
     def degrade(self, key, degraded, target):
         return target + self.sigma * jax.random.normal(key, target.shape)
@@ -241,10 +243,7 @@ class Denoising(Restoration):
         return image
 
     def compare_images(self, output, target):
-        return compare(output, target)
-
-    def loss(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
-        return _mean(jnp.square(outputs.astype(jnp.float32) - targets))
+        return compare(output, target, shave=self.shave)
 
 
 def _mean(values: Float[Array, "n h w c"]) -> Float[Array, " n"]:

@@ -1,6 +1,7 @@
 """Optimizers: learning rate schedules, SGD or Adam, and the proximal step on the latents."""
 
 from collections.abc import Sequence
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,12 @@ def drop_schedule(
 
 
 def optimizer(
-    name: str, schedule: optax.Schedule, *, momentum: float, weight_decay: float
+    name: str,
+    schedule: optax.Schedule,
+    *,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool = False,
 ) -> optax.GradientTransformation:
     """SGD with momentum or Adam, with the weight decay added to the gradient.
 
@@ -37,18 +43,73 @@ def optimizer(
       name: "sgd" or "adam".
       schedule: the learning rate of each step.
       momentum: of SGD; Adam's first decay rate.
+      nesterov: whether SGD looks ahead, as Nesterov's momentum does; Adam does not.
       weight_decay: of every parameter, those of latents, hypernetworks and BatchNorm included.
 
     Raises:
       ValueError: another name.
     """
     if name == "sgd":
-        step = optax.sgd(schedule, momentum=momentum)
+        step = optax.sgd(schedule, momentum=momentum, nesterov=nesterov)
     elif name == "adam":
         step = optax.adam(schedule, b1=momentum)
     else:
         raise ValueError(f"optimizer.name: expected one of {', '.join(NAMES)}; got {name!r}")
     return optax.chain(optax.add_decayed_weights(weight_decay), step)
+
+
+def largest_to_vanish(
+    name: str,
+    learning_rate: float,
+    drops: Sequence[float],
+    steps_per_epoch: int,
+    epochs: int,
+    *,
+    strength: float,
+    threshold: float,
+    momentum: float,
+    weight_decay: float,
+) -> float:
+    """The largest magnitude that a search brings down to the threshold if the loss is flat.
+
+    Of a step of size r the proximal step takes `strength * r`; weight decay takes the share
+    `weight_decay * r / (1 - momentum)` with SGD, and up to r with Adam.
+
+    Args:
+      name, momentum, weight_decay: as of `optimizer`.
+      learning_rate, drops, steps_per_epoch: as of `drop_schedule`.
+      epochs: of the search.
+      strength, threshold: as of `shrink_latents`.
+
+    Returns:
+      The magnitude of an entry before the first step; infinity if it exceeds all floats.
+
+    Example:
+      >>> largest_to_vanish("adam", 1e-4, (40,), 2013, 40, strength=0.1, threshold=0.0,
+      ...                   momentum=0.9, weight_decay=0.0)
+      0.8052...
+    """
+    total = epochs * steps_per_epoch
+    ends = [min(total, round(epoch * steps_per_epoch)) for epoch in drops]
+    begins, rates = [0, *ends], [learning_rate * 0.1**i for i in range(len(ends) + 1)]
+    magnitude = threshold
+    for begin, end, rate in reversed(list(zip(begins, [*ends, total], rates, strict=True))):
+        taken, steps = rate * strength, end - begin
+        share = 0.0
+        if name == "adam" and weight_decay:
+            taken += rate
+        elif name == "sgd":
+            share = min(weight_decay * rate / (1 - momentum), 1.0)
+        if share == 1.0 and steps:
+            return math.inf
+        if share * steps < 1e-9:  # the limit of what follows
+            magnitude += taken * steps
+            continue
+        growth = -steps * math.log1p(-share)  # step by step: m -> (m + taken) / (1 - share)
+        if growth > 700:  # e^700 is near the largest float
+            return math.inf
+        magnitude = magnitude * math.exp(growth) + taken * math.expm1(growth) / share
+    return magnitude
 
 
 def shrink_latents(

@@ -1,6 +1,7 @@
 """The training step, and what is put around it: where its examples come from, a loop, `jax.jit`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import functools
 from typing import Any
 
@@ -14,10 +15,13 @@ import optax
 
 from dhp_jax.backend.inference import tune
 from dhp_jax.backend.platform import compiler_options
+from dhp_jax.core.latent import walk
 from dhp_jax.distributed.mesh import gather_kernels, keep_placement, shard_batch
 from dhp_jax.tasks.task import Data, Examples, Params, Task
 from dhp_jax.train.phase import Budget
 from dhp_jax.train.state import BudgetStatus, Measures, NonFinite, StepDone, TrainState
+
+DROPOUT = 0x64726F70  # tells the key of dropout from those of a step's examples
 
 STEPS_PER_CHECK = 4  # of a loop on the device, between two checks of whether to go on
 Step = Callable[..., TrainState]
@@ -51,16 +55,20 @@ def make_step(
       The step. Its key is of that step alone.
     """
 
-    def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any):
+    def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any, key: Array):
         model = gather_kernels(mesh, tune(nnx.merge(graphdef, *params, rest, copy=True)))
-        outputs = model(inputs)
+        with dropout_from(key, model):
+            outputs = model(inputs)
         rest = nnx.state(model, nnx.Not(nnx.Param))
         return jnp.mean(task.loss(outputs, targets)), (task.score(outputs, targets), rest)
 
     def step(state: TrainState, examples: Examples, key: Key[Array, ""]) -> TrainState:
         inputs, targets = shard_batch(mesh, task.augmented(key, examples))
         gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, (scores, rest)), grads = gradient(state.params, state.rest, inputs, targets)
+        dropout_key = jax.random.fold_in(key, DROPOUT)
+        (value, (scores, rest)), grads = gradient(
+            state.params, state.rest, inputs, targets, dropout_key
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         stepped = state._replace(
             params=optax.apply_updates(state.params, updates),
@@ -77,6 +85,24 @@ def make_step(
         return keep_placement(mesh, stepped)
 
     return step
+
+
+@contextlib.contextmanager
+def dropout_from(key: Key[Array, ""], model: nnx.Module) -> Iterator[None]:
+    """Within the block, dropout that has no random numbers of its own draws them from a key.
+
+    The key is of one step, so a network has no random state that must be saved with it.
+
+    Args:
+      key: each layer folds its number in it, in the order of `walk`.
+      model: any network; it is the same after the block.
+    """
+    layers = [m for _, _, m in walk(model) if isinstance(m, nnx.Dropout) and m.rngs is None]
+    for number, layer in enumerate(layers):
+        layer.rngs = nnx.Rngs(jax.random.fold_in(key, number))[layer.rng_collection]
+    yield
+    for layer in layers:
+        layer.rngs = None
 
 
 def on_resident_data(step: Step, task: Task, batch_size: int, mesh: Mesh | None = None) -> Step:

@@ -12,6 +12,7 @@ import filelock
 from ml_collections import ConfigDict
 
 from dhp_jax import files
+from dhp_jax.config.fields import absent_values
 from dhp_jax.errors import ConfigError
 from dhp_jax.files import unfinished
 
@@ -188,6 +189,7 @@ def _check(workdir: Path, config: ConfigDict) -> None:
             "workdir",
             detail=f"{path} is no configuration: {error}; mend it, or give another --workdir",
         ) from error
+    there = absent_values(there.get("task.name")) | there
     here = flatten(as_json(config))
     differing = [
         f"config.{name} is {there.get(name)!r} there and {here.get(name)!r} here"

@@ -13,6 +13,7 @@ import numpy as np
 
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.reading import exists, read_description, verify
+from dhp_jax.config.fields import absent_values
 from dhp_jax.config.methods import METHODS
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import ConfigError, shown
@@ -208,6 +209,7 @@ def _find_source(folder: Path, there: Mapping[str, Any]) -> Source | None:
 def _check_same(config: ConfigDict, there: Mapping[str, Any], folder: Path) -> None:
     """Raises unless both runs agree in all that makes their networks comparable."""
     ours, theirs = flatten(as_json(config)), flatten(there)
+    theirs = absent_values(theirs.get("task.name")) | theirs
     same = SAME if METHODS[config.method].chooses else SAME + SAME_BUDGET
     for name in sorted({**ours, **theirs}):
         matters = name.startswith(same) and name not in (*MAY_CHANGE, *MAY_MOVE)

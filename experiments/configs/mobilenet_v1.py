@@ -20,6 +20,7 @@ def get_config():
         "width": 1.0,
         "prune_classifier": True,
         "classifier_keep": 0.4,
+        "dropout": 0.2,
     }
     config.target = 0.5
     config.search.update(strength=5e-5, threshold=2e-3, stop_limit=0.02, drops=(50.0, 70.0))

@@ -19,6 +19,7 @@ def get_config():
         "width": 2.0,
         "prune_classifier": True,
         "classifier_keep": 0.45,
+        "dropout": 0.2,
     }
     config.target = 0.24
     config.search.update(strength=1e-4, threshold=5e-3, stop_limit=0.02, drops=(50.0, 70.0))

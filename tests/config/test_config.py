@@ -81,7 +81,9 @@ def test_the_cifar_configurations_have_the_papers_hyperparameters(
     config = read(name)
     assert (config.model.name, config.model.depth, config.model.width) == ("resnet", depth, 1.0)
     assert (config.data.name, config.batch_size, config.method) == ("cifar10", 64, "dhp")
-    assert config.optimizer.to_dict() == {"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4}
+    assert config.optimizer.to_dict() == {
+        **{"name": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4}
+    }
     assert config.target == target
     assert config.log_every == 100
     assert config.search.strength == strength
@@ -99,8 +101,14 @@ def test_the_cifar_configurations_have_the_papers_hyperparameters(
 @pytest.mark.parametrize(
     ("name", "model", "task"),
     [
-        ("srresnet_x4", ("srresnet", {"blocks": 16}), {"scale": 4, "patch": 96, "channels": 3}),
-        ("dncnn_s70", ("dncnn", {"depth": 17}), {"sigma": 70.0, "patch": 64, "channels": 1}),
+        (
+            *("srresnet_x4", ("srresnet", {"blocks": 16})),
+            {"scale": 4, "patch": 96, "channels": 3, "loss": "l1", "steps_per_epoch": 2013},
+        ),
+        (
+            *("dncnn_s70", ("dncnn", {"depth": 17})),
+            {"sigma": 70.0, "patch": 64, "channels": 1, "loss": "l1", "shave": 1},
+        ),
     ],
 )
 def test_the_restoration_configurations_are_of_the_papers_networks(name, model, task):
@@ -109,6 +117,22 @@ def test_the_restoration_configurations_are_of_the_papers_networks(name, model, 
     assert model[1].items() <= config.model.to_dict().items()
     assert task.items() <= config.task.to_dict().items()
     assert (config.optimizer.name, config.target, config.data.name) == ("adam", 0.6, "photo_folder")
+
+
+def test_densenet_has_nesterovs_momentum_and_mobilenets_have_dropout():
+    for path in CONFIGS.glob("*.py"):
+        config = read(path.stem)
+        assert config.optimizer.nesterov == (path.stem == "densenet40")
+        mobile = path.stem.startswith("mobilenet")
+        assert config.model.get("dropout") == (0.2 if mobile else None)
+
+
+def test_adam_with_nesterovs_momentum_is_refused():
+    config = default("denoising")
+    config.optimizer.nesterov = True
+    assert refusal(config) == (
+        "config.optimizer.nesterov: expected False, for adam has none; got True"
+    )
 
 
 # One wrong value
@@ -127,6 +151,7 @@ GOOD = {
     "batch_size": [1, 4096],
     "dtype": ["float32", "bfloat16"],
     "log_every": [1],
+    "precision": ["default", "high", "highest"],
     "nonfinite": ["stop", "skip"],
     "checkpoint.seconds": [0, 0.5, 3600],
     "checkpoint.keep": [2, 10],
@@ -147,6 +172,7 @@ GOOD = {
     "data.workers": [None, 0, 4],
     "optimizer.name": ["sgd", "adam"],
     "optimizer.momentum": [0, 0.99],
+    "optimizer.nesterov": [False, True],
     "optimizer.weight_decay": [0, 3.0],
     "search.strength": [0, 100],
     "search.threshold": [0.0, 1],
@@ -188,6 +214,7 @@ BAD = {
     ),
     "batch_size": ([*INTEGERS, 0, -64], COUNT),
     "dtype": ([*WORDS, "float16"], "one of float32, bfloat16"),
+    "precision": ([*WORDS, "float32"], "one of default, high, highest"),
     "log_every": ([*INTEGERS, 0], COUNT),
     "nonfinite": ([*WORDS, "ignore"], "one of stop, skip"),
     "checkpoint.seconds": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
@@ -224,6 +251,7 @@ BAD = {
     ),
     "optimizer.name": (WORDS, "one of sgd, adam"),
     "optimizer.momentum": ([*NUMBERS, -0.1, 1, 1.1], "a number >= 0 and < 1"),
+    "optimizer.nesterov": ([None, 0, 1, "no"], "True or False"),
     "optimizer.weight_decay": ([*NUMBERS, -1e-9], "a number >= 0 and <= 1e+30"),
     "search.strength": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
     "search.threshold": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
@@ -251,6 +279,7 @@ PHOTOGRAPHS = {
     "task.name": (RESTORATION, [*WORDS, "classify"], BAD["task.name"][1]),
     "task.patch": ([1, 96], [*INTEGERS, 0, -8], "an integer >= 1 and <= 10000"),
     "task.channels": ([1, 3], [None, 2, 0, "3", 3.0, True], "one of 1, 3"),
+    "task.loss": (["l1", "l2"], [*WORDS, "L1", "mse"], "one of l1, l2"),
     "task.steps_per_epoch": ([1, 10**6], [*INTEGERS, 0], COUNT),
     "task.tile": (
         [None, 1, 256],
@@ -292,6 +321,7 @@ OF_TASK = {
     "denoising": {
         **PHOTOGRAPHS,
         "task.name": (RESTORATION[1:], *PHOTOGRAPHS["task.name"][1:]),
+        "task.shave": ([0, 1, 4], [*INTEGERS, -1], "an integer >= 0 and <= 10000"),
         "task.sigma": ([0, 25.0, 70], [*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
     },
 }
@@ -583,8 +613,8 @@ def test_overrides_of_the_fields_of_a_task_pass():
             "denoising",
             "config.task.sgima",
             "1",
-            "config.task.sgima: unknown field: expected one of channels, name, overlap, patch, "
-            "sigma, steps_per_epoch, tile; got 'sgima'; did you mean 'sigma'?",
+            "config.task.sgima: unknown field: expected one of channels, loss, name, overlap, "
+            "patch, shave, sigma, steps_per_epoch, tile; got 'sgima'; did you mean 'sigma'?",
         ),
         (
             "classification",
@@ -630,8 +660,8 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
             "3",
             "config.serch: unknown field: expected one of baseline, batch_size, budget, "
             "checkpoint, converge, data, dtype, log_every, mesh, method, model, multiple_of, "
-            "nonfinite, optimizer, search, seed, source, target, targets, task; got 'serch'; "
-            "did you mean 'search'?",
+            "nonfinite, optimizer, precision, search, seed, source, target, targets, task; "
+            "got 'serch'; did you mean 'search'?",
         ),
         (
             "config.data.dri",

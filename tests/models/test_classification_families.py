@@ -46,6 +46,28 @@ def test_any_number_of_classes_channels_and_pixels_is_taken(name):
             output(model, shape)
 
 
+@pytest.mark.parametrize("family", ["mobilenet_v1", "mobilenet_v2"])
+def test_a_mobilenet_has_dropout_before_its_classifier_in_training_alone(family):
+    with short():
+        model = filled(lambda rngs: dhp.models.build(family, width=0.05, dropout=0.2, rngs=rngs))
+        small = dhp.prune(model)
+    x = images(2, 16, 16, 3)
+    for each in (model, small):
+        assert each.dropout.rate == 0.2
+        each.train()
+        with pytest.raises(ValueError, match="rngs"):
+            each(x)
+        seen = []
+        each.dropout = lambda y, seen=seen: seen.append(y) or y * 0
+        assert (each(x) == each.classifier.bias[...]).all()
+        assert seen[0].shape == (2, each.classifier.in_features)
+
+
+def test_a_dropout_of_all_is_refused():
+    with pytest.raises(ValueError, match=r"^dropout: expected a share below 1, got 1.0"):
+        abstract("mobilenet_v1", dropout=1.0)
+
+
 # Which axes are one
 
 

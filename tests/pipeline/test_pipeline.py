@@ -461,14 +461,47 @@ def test_a_search_that_runs_out_of_epochs_says_so_and_is_pruned_to_the_target(tm
     run = prepare(config, tmp_path, [Interrupter("converge", 0)])
     with caplog.at_level(logging.WARNING), pytest.raises(Stop):
         execute(run)
-    assert caplog.messages == [
+    told, ended = caplog.messages  # before the search, and after it
+    assert ended == (
         "search: did not come down to 0.42 of the FLOPs within search.epochs=1; "
         "pruning to 0.4 of the FLOPs anyway"
-    ]
+    )
+    assert told.startswith("search: may not come down to 0.42 of the FLOPs: within search.epochs=1")
+    # 20 steps of 0.1, each with the proximal step and a decay of 0.1 % by momentum.
+    magnitudes = np.concatenate(
+        [abs(z.value()) for z in dhp.latents(run.build()).values() if z.prunable]
+    )
+    reach = 5e-3
+    for _ in range(run.setup.epoch // config.batch_size):
+        reach = (reach + 0.1 * 1e-4) / (1 - 0.1 * 1e-4 / (1 - 0.9))
+    assert f"below {reach:.3g} reach" in told
+    assert f"{100 * np.mean(magnitudes < reach):.0f} % of all" in told
     phase = description(tmp_path, "search")["notes"]["phase"]
     assert (phase["met_budget"], phase["epochs"]) == (False, 1)
     full, small = (dhp.measure_cost(dhp.load(tmp_path / n), SHAPE) for n in ("search", "pruned"))
     assert 0.38 < small.flops / full.flops <= 0.4
+
+
+def test_a_search_whose_schedule_suffices_says_nothing(tmp_path, caplog):
+    run = prepare(tiny(), tmp_path, [Interrupter("converge", 0)])
+    with caplog.at_level(logging.WARNING), pytest.raises(Stop):
+        execute(run)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("field", "lost"), [("optimizer.nesterov", True), ("precision", "highest")]
+)
+def test_a_run_that_was_begun_before_a_field_was_there_has_what_it_meant(tmp_path, field, lost):
+    prepare(tiny(), tmp_path)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    group, _, name = field.rpartition(".")
+    del (stored[group] if group else stored)[name]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=rf"config\.{field} is (False|'default') there"):
+        prepare(tiny(**{field: lost}), tmp_path)
+    prepare(tiny(), tmp_path)
 
 
 # Several budgets, and that of measured time

@@ -211,7 +211,9 @@ MEAN_ABSOLUTE, MEAN_SQUARED = [5 / 4, 10 / 4], [13 / 4, 100 / 4]
     ("task", "expected"),
     [
         (SuperResolution(patch=2, scale=2), MEAN_ABSOLUTE),
-        (Denoising(patch=2), MEAN_SQUARED),
+        (Denoising(patch=2), MEAN_ABSOLUTE),
+        (SuperResolution(patch=2, scale=2, loss_name="l2"), MEAN_SQUARED),
+        (Denoising(patch=2, loss_name="l2"), MEAN_SQUARED),
     ],
 )
 def test_the_loss_is_the_mean_over_the_pixels_of_each_example(task, expected, dtype):
@@ -220,7 +222,9 @@ def test_the_loss_is_the_mean_over_the_pixels_of_each_example(task, expected, dt
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("task", [SuperResolution(patch=2, scale=2), Denoising(patch=2)])
+@pytest.mark.parametrize(
+    "task", [SuperResolution(patch=2, scale=2), Denoising(patch=2, loss_name="l2")]
+)
 def test_the_loss_of_bfloat16_outputs_is_computed_in_float32(task):
     outputs = jnp.full((1, 2, 2, 1), 255, jnp.bfloat16)  # next to it are 254 and 256
     loss = task.loss(outputs, jnp.full((1, 2, 2, 1), 254.75, jnp.float32))
@@ -598,10 +602,29 @@ def by_hand(forward, inputs, targets, *, shave=0, on_luminance=False):
     return dict(zip(("psnr", "ssim"), np.mean(measured, axis=0), strict=True))
 
 
+@pytest.mark.parametrize("shave", [0, 1, 3])
+def test_a_test_of_denoising_shaves_what_it_is_told(shave):
+    data = [Photograph(str(i), picture(*s, 1, i), None) for i, s in enumerate([(24, 30), (21, 26)])]
+    noise = [np.random.default_rng((0, i)).normal(size=p.target.shape) for i, p in enumerate(data)]
+    pairs = [
+        (p.target + 20 * n.astype(np.float64), p.target) for p, n in zip(data, noise, strict=True)
+    ]
+    inside = (slice(shave, -shave), slice(shave, -shave)) if shave else ()
+    expected = np.mean([psnr(x[inside], target[inside]) for x, target in pairs])
+    found = Denoising(patch=8, sigma=20.0, shave=shave).without_network(data)["psnr"]
+    assert found == pytest.approx(expected, rel=1e-6)
+    other = Denoising(patch=8, sigma=20.0, shave=shave + 2).without_network(data)["psnr"]
+    assert found != pytest.approx(other, rel=1e-4)
+
+
+def test_a_test_of_denoising_shaves_one_pixel_as_papers_do():
+    assert Denoising(patch=8).shave == 1
+
+
 def test_a_test_of_denoising_is_the_mean_over_whole_images_and_compiles_once_a_shape():
     sizes = [(24, 30), (21, 26), (24, 30)]
     data = [Photograph(str(i), picture(*s, 1, i), None) for i, s in enumerate(sizes)]
-    task = Denoising(patch=8, sigma=20.0, seed=7)
+    task = Denoising(patch=8, sigma=20.0, seed=7, shave=0)
     model, forward = network("dncnn", depth=3, features=4, channels=1)
     model.train()
     shapes, before = [], arrays(model)

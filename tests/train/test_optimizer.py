@@ -10,7 +10,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.core.latent import prunable_latents
-from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.train.optimizer import drop_schedule, largest_to_vanish, optimizer, shrink_latents
 
 LR = 0.5
 
@@ -212,3 +212,78 @@ def test_a_mask_of_bare_arrays_is_refused_rather_than_empty():
         dhp.prunable_latents({"z": jnp.ones(4)})
     with pytest.raises(ValueError, match=r"such as nnx\.state\(model, nnx\.Param\); got a Mixed"):
         dhp.prunable_latents(filled(Mixed))
+
+
+# What a search can bring to zero
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum", "weight_decay"),
+    [("sgd", 0.0, 0.0), ("sgd", 0.0, 0.02), ("adam", 0.9, 0.0)],
+)
+def test_what_vanishes_under_a_flat_loss_is_what_was_said_to(name, momentum, weight_decay):
+    schedule_of = {"learning_rate": 0.1, "drops": (1.5,), "steps_per_epoch": 10}
+    steps = {"strength": 1.0, "threshold": 0.05}
+    given = {"momentum": momentum, "weight_decay": weight_decay}
+    largest = largest_to_vanish(name, **schedule_of, epochs=2, **steps, **given)
+    taken = 15 * 0.1 + 5 * 0.01 + 0.05
+    assert largest > 1.001 * taken if weight_decay else largest == pytest.approx(taken)
+    schedule = drop_schedule(0.1, (1.5,), 10)
+    before = parameters(wide=[largest - 1e-4, largest + 1e-4, 9, 9, 9, 9])
+    shrink = shrink_latents(before, schedule=schedule, **steps)
+    after = stepped(before, optax.chain(optimizer(name, schedule, **given), shrink), steps=20)
+    gone, left, *_ = np.abs(value(after, "wide"))
+    assert gone < 0.05 < left
+
+
+def test_momentum_makes_weight_decay_stronger_as_it_was_said_to():
+    given = {"momentum": 0.9, "weight_decay": 1e-3}
+    largest = largest_to_vanish("sgd", 0.1, (), 100, 20, strength=0.01, threshold=0.05, **given)
+    schedule = drop_schedule(0.1, (), 100)
+    before = parameters(wide=[0.98 * largest, 1.02 * largest, 99, 99, 99, 99])
+    shrink = shrink_latents(before, strength=0.01, schedule=schedule, threshold=0.05)
+    chain = optax.chain(optimizer("sgd", schedule, **given), shrink)
+    state, params = chain.init(before), before
+
+    @jax.jit
+    def step(params, state):
+        updates, state = chain.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(2000):
+        params, state = step(params, state)
+    gone, left, *_ = np.abs(value(params, "wide"))
+    assert gone < 0.05 < left
+
+
+@pytest.mark.parametrize("weight_decay", [1.0, 1e30])
+def test_weight_decay_that_takes_all_leaves_nothing(weight_decay):
+    found = largest_to_vanish(
+        *("sgd", 1.0, (), 10_000, 10_000),
+        **{"strength": 0.0, "threshold": 1e-3, "momentum": 0.0, "weight_decay": weight_decay},
+    )
+    assert found == np.inf
+
+
+def test_super_resolution_shrinks_by_twice_as_much_in_2013_steps_an_epoch_as_in_1000():
+    given = {"strength": 0.1, "threshold": 0.0, "momentum": 0.9, "weight_decay": 0.0}
+    few, all_steps = (
+        largest_to_vanish("adam", 1e-4, (40,), steps, 40, **given) for steps in (1000, 2013)
+    )
+    assert (few, all_steps) == (pytest.approx(0.4), pytest.approx(0.8052))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_nesterovs_sgd_is_that_of_the_textbook(momentum):
+    rng = np.random.default_rng(0)
+    sgd = optimizer("sgd", lambda step: 0.3, momentum=momentum, weight_decay=0.01, nesterov=True)
+    params = jnp.asarray(rng.normal(size=5), jnp.float32)
+    state, expected, velocity = sgd.init(params), np.asarray(params, np.float64), np.zeros(5)
+    for _ in range(4):
+        gradient = rng.normal(size=5)
+        updates, state = sgd.update(jnp.asarray(gradient, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        gradient = gradient + 0.01 * expected
+        velocity = momentum * velocity + gradient
+        expected = expected - 0.3 * (gradient + momentum * velocity)
+        np.testing.assert_allclose(params, expected, rtol=1e-5)
