@@ -24,6 +24,7 @@ from absl import flags
 from record import progress, publish, table_of
 
 from dhp_jax.config.methods import METHODS
+from dhp_jax.pipeline import command
 from dhp_jax.report.format import main_metric, milliseconds, percent
 from dhp_jax.tasks import METRICS
 from dhp_jax.tasks.task import Metric
@@ -58,6 +59,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the runs")
     parser.add_argument("--train", action="store_true", help="carry out what is not finished")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --train")
+    parser.add_argument(
+        "--methods", nargs="+", choices=ORDER, default=ORDER, help="of --train; with those needed"
+    )
     parser.add_argument("--name", default="methods", help="of the files in --out")
     parser.add_argument("--title", default="Methods at equal cost")
     parser.add_argument("--note", default="", help="put before the table")
@@ -70,7 +74,7 @@ def main() -> None:
         parser.error(f"expected arguments of experiments/main.py {expected}; got {given}")
     try:
         if options.train:
-            train(options.folder, options.seeds, overrides)
+            train(options.folder, options.seeds, overrides, options.methods)
         runs = runs_in(options.folder)
     except (flags.Error, ValueError) as error:
         parser.error(" ".join(str(error).split()))
@@ -79,18 +83,30 @@ def main() -> None:
     publish(options.out, options.name, options.title, note, rows, as_table(rows))
 
 
-def train(folder: Path, seeds: Sequence[int], overrides: Sequence[str]) -> None:
-    """Carries out all methods for each seed; ends the program where one of the runs fails."""
-    asked = runpy.run_path(str(MAIN))["parse"]([str(MAIN), *overrides]).config
+def with_needs(chosen: Sequence[str]) -> list[str]:
+    """Methods, and those that they need, in an order in which they can be carried out."""
+    needed = set(chosen)
+    for method in reversed(ORDER):
+        if method in needed:
+            needed |= NEEDS[method]
+    return [method for method in ORDER if method in needed]
+
+
+def train(
+    folder: Path, seeds: Sequence[int], overrides: Sequence[str], chosen: Sequence[str] = ORDER
+) -> None:
+    """Carries out methods for each seed; ends the program where one of the runs fails."""
+    define = runpy.run_path(str(MAIN))["define"]
+    asked = command.parse([str(MAIN), *overrides], define).config
     for seed in seeds:
-        for method in ORDER:
+        for method in with_needs(chosen):
             run = folder / f"seed{seed}" / method
-            command = command_of(run, method, seed, overrides)
-            if is_noted(run, command) and finished(run, asked):
+            arguments = command_of(run, method, seed, overrides)
+            if is_noted(run, arguments) and finished(run, asked):
                 progress(f"{run}: finished")
                 continue
-            progress(f"{run}: {shlex.join(command)}")
-            code = subprocess.run([sys.executable, *command], check=False).returncode
+            progress(f"{run}: {shlex.join(arguments)}")
+            code = subprocess.run([sys.executable, *arguments], check=False).returncode
             if code:
                 progress(f"error: {run} ended with code {code}; the same command goes on")
                 sys.exit(code)

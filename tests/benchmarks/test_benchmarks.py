@@ -450,6 +450,8 @@ def test_all_methods_are_carried_out_after_those_that_they_need():
     for name, method in methods.METHODS.items():
         if method.source is not None:
             assert methods.ORDER.index(method.source) < methods.ORDER.index(name)
+    assert methods.with_needs(["scratch"]) == ["baseline", "dhp", "scratch"]
+    assert set(methods.with_needs(["fade", "uniform"])) == {"baseline", "fade", "uniform"}
 
 
 @pytest.mark.slow
@@ -463,14 +465,14 @@ def test_all_methods_are_trained_for_a_seed_and_what_is_finished_is_left_alone(t
     process = begin("methods", *given)
     printed, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert len(printed.strip().splitlines()[-6:]) == 6
     runs = sorted(path.parent.name for path in (tmp_path / "runs/seed3").glob("*/summary.json"))
-    assert runs == ["baseline", "dhp", "l1_norm", "random", "scratch", "uniform"]
+    assert runs == sorted(methods.METHODS)
     flops = {
         name: json.loads((tmp_path / "runs/seed3" / name / "summary.json").read_text())["flops"]
         for name in runs
     }
-    assert all(0.49 < flops[name]["ratio"] <= 0.5 for name in runs if name != "baseline")
+    least = {name: 0.4 if name == "fade" else 0.49 for name in runs if name != "baseline"}
+    assert all(low < flops[name]["ratio"] <= 0.5 for name, low in least.items())
     again = begin("methods", *given)
     repeated, errors = again.communicate()
     assert errors.count(": finished") == 6
