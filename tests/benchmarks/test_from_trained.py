@@ -44,6 +44,7 @@ def pruned(net, arrays):
     return dhp.prune(model, whole | masks), masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_closed_gates_compute_what_the_pruned_network_computes(net, arrays, pruned, training):
     small, masks = nnx.clone(pruned[0]), pruned[1]
@@ -55,6 +56,7 @@ def test_closed_gates_compute_what_the_pruned_network_computes(net, arrays, prun
     assert np.abs(gated(IMAGES) - net.model(arrays)(IMAGES)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_what_is_left_gets_the_gradients_of_the_pruned_network(net, arrays, pruned):
     small, masks = nnx.clone(pruned[0]), pruned[1]
     gates = {name: jnp.asarray(mask, jnp.float32) for name, mask in masks.items()}

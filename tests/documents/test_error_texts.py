@@ -12,6 +12,7 @@ SOURCES = sorted([*(ROOT / "dhp_jax").rglob("*.py"), *(ROOT / "experiments").glo
 # Errors of other libraries that tell by their text alone what has happened.
 FOREIGN = {
     ("dhp_jax/data/stream.py", "_told"),  # Grain, of a process that died
+    ("dhp_jax/export/__init__.py", "_reason"),  # JAX, of a converter; it adds advice, no more
     ("dhp_jax/train/checkpoints.py", "_is_damage"),  # TensorStore, of a file that is there
 }
 
