@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 import logging
+import re
 from typing import Any
 
 from flax import nnx
@@ -107,12 +108,27 @@ class Analysis:
             setattr(modules[rule.path], rule.attribute, left)
         return model
 
-    def prove(self, gone: frozenset[int], pruned: nnx.Module | None = None) -> frozenset[int]:
+    def trials(self) -> tuple[Context, ...]:
+        """The modes whose programs differ: enough for trials, but not for the last proof."""
+        texts = {  # without addresses of functions
+            context: re.sub("0x[0-9a-f]+", "", str(program.closed))
+            for context, program in self.programs.items()
+        }
+        same = texts.get(TRAINING) == texts[EVALUATION]
+        return (EVALUATION,) if same else tuple(self.programs)
+
+    def prove(
+        self,
+        gone: frozenset[int],
+        pruned: nnx.Module | None = None,
+        contexts: tuple[Context, ...] | None = None,
+    ) -> frozenset[int]:
         """Raises unless a pruned network is the whole one without some atoms.
 
         Args:
           gone: atoms.
           pruned: the network; what `cut` makes if `None`.
+          contexts: the modes that are compared; all if `None`.
 
         Returns:
           The atoms over which it renormalises.
@@ -122,7 +138,8 @@ class Analysis:
         """
         pruned = self.cut(gone, abstract=True) if pruned is None else nnx.clone(pruned)
         notes: frozenset[int] = frozenset()
-        for context, program in self.programs.items():
+        for context in self.programs if contexts is None else contexts:
+            program = self.programs[context]
             _set_mode(pruned, context)
             try:
                 small = trace_program(pruned, self.call, self.inputs)

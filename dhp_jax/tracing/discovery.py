@@ -93,6 +93,7 @@ class _Trial:
 
     def __init__(self, found: Discovery, rng: np.random.Generator):
         self.found, self.analysis, self.rng = found, found.analysis, rng
+        self.contexts = found.analysis.trials()
 
     def settle(self) -> None:
         """Freezes families that cannot be proved; the others pass together, in several ways."""
@@ -112,7 +113,7 @@ class _Trial:
     def attempt(self, families: Sequence[Family]) -> tuple[Mismatch | None, frozenset[int]]:
         """What the proof says of random survivors of some families."""
         try:
-            return None, self.analysis.prove(self._some(families))
+            return None, self.analysis.prove(self._some(families), None, self.contexts)
         except Mismatch as error:
             return error, frozenset()
 
@@ -210,7 +211,7 @@ class _Trial:
             entries = [e for e, atom in enumerate(group[0].atoms) if root(atom) in gone]
             together = frozenset(root(family.atoms[e]) for family in group for e in entries)
             try:
-                self.analysis.prove(together)
+                self.analysis.prove(together, None, self.contexts)
             except Mismatch:
                 return False
         return True

@@ -51,8 +51,9 @@ def find_families(analysis: Analysis) -> list[Family]:
         else:
             analysis.flow.terms.freeze(atom, "nothing is summed over it")
     families = []
+    products = _products(analysis)
     for units in groups.values():
-        for part in _factors(analysis, units):
+        for part in _factors(products, units):
             if len(part) < 2:
                 for atom, _ in part:
                     analysis.flow.terms.freeze(atom, "it is one unit alone")
@@ -90,17 +91,24 @@ def _contracted(analysis: Analysis) -> frozenset[int]:
     return found
 
 
-def _factors(analysis: Analysis, units: list[Unit]) -> list[list[Unit]]:
-    """Units that are alike but meet in products, such as groups and places in them, apart."""
-    terms, ours = analysis.flow.terms, {atom for atom, _ in units}
-    neighbours: dict[int, set[int]] = {atom: set() for atom in ours}
+def _products(analysis: Analysis) -> list[frozenset[int]]:
+    """The atoms of every position of an array that is a product."""
+    terms, found = analysis.flow.terms, set()
     for axes in analysis.arrays:
         for axis in axes:
             if axis is not None:
-                for term in np.unique(terms.roots(axis)).tolist():
-                    both = terms.atoms(term) & ours
-                    for atom in both:
-                        neighbours[atom] |= both - {atom}
+                found |= {t for t in np.unique(terms.roots(axis)).tolist() if t in terms.parts}
+    return [atoms for term in found if len(atoms := terms.atoms(term)) > 1]
+
+
+def _factors(products: list[frozenset[int]], units: list[Unit]) -> list[list[Unit]]:
+    """Units that are alike but meet in products, such as groups and places in them, apart."""
+    ours = {atom for atom, _ in units}
+    neighbours: dict[int, set[int]] = {atom: set() for atom in ours}
+    for product in products:
+        both = product & ours
+        for atom in both:
+            neighbours[atom] |= both - {atom}
     if not any(neighbours.values()):
         return [units]
     side: dict[int, int] = {}

@@ -91,10 +91,10 @@ class Flow:
 
     def note_sum(self, axis: Axis, eqn: JaxprEqn) -> None:
         """An axis over which numbers are added up."""
-        if axis is not None:
-            for term in np.unique(self.terms.roots(axis)).tolist():
-                for atom in self.terms.atoms(term):
-                    self.sums.setdefault(atom, where(eqn))
+        if atoms := self.atoms_of(axis):
+            place = where(eqn)
+            for atom in atoms:
+                self.sums.setdefault(atom, place)
 
     def kept(self, axis: Axis, gone: frozenset[int], size: int) -> np.ndarray:
         """Which positions of an axis are left without some atoms, a boolean mask."""
