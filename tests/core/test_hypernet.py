@@ -265,3 +265,15 @@ def test_sums_written_out_equal_reductions(monkeypatch, kernel_size, size_in, si
         results.append(jax.tree.leaves((kernel, pull(grad))))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_network_that_a_program_closes_over_is_computed_as_one_that_it_is_given():
+    """XLA:CPU (jaxlib 0.10.2) folds kernels of a million numbers wrongly, in a network as large."""
+    model = dhp.models.build("unet", rngs=nnx.Rngs(0))
+    model.eval()
+    graphdef, state = nnx.split(model)
+    x = jax.random.normal(jax.random.key(0), (1, 32, 32, 1))
+    given = jax.jit(lambda state, x: nnx.merge(graphdef, state, copy=True)(x))(state, x)
+    closed_over = jax.jit(lambda x: model(x))(x)
+    np.testing.assert_allclose(closed_over, given, atol=1e-5 * float(jnp.abs(given).max()))

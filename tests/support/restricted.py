@@ -113,7 +113,7 @@ class _Evaluator:
             counts[eqn.outvars[0]] = tuple(
                 math.prod(count(masks[k]) for k in axes) for count in (len, np.sum)
             )
-        elif name == "div" and sums[0] and _is_number(given[1]) and given[1] == sums[0][0]:
+        elif name == "div" and sums[0] and _is_number(given[1]) and float(given[1]) == sums[0][0]:
             given[1] = np.asarray(sums[0][1], np.asarray(given[1]).dtype)
         elif name in PASSING and sums[0]:
             counts[eqn.outvars[0]] = sums[0]
