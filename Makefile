@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ONNX := .venv-onnx
 
-.PHONY: demo demo-denoise demo-sr test test-slow test-onnx lint format bench bench-accelerator docs clean
+.PHONY: demo demo-denoise demo-sr test test-slow test-onnx lint format bench bench-accelerator docs dist clean
 
 demo: $(VENV)/installed
 	$(RUN) experiments/main.py --config=experiments/configs/digits_resnet20.py --config.method=baseline
@@ -45,6 +45,11 @@ bench-accelerator: $(VENV)/installed
 docs: $(VENV)/documents
 	$(RUN) -m sphinx -W --keep-going --quiet -b html -c docs . build
 	@echo "build/docs/index.html"
+
+dist: $(VENV)/installed
+	rm -rf build/dist
+	$(RUN) -m build --outdir build/dist .
+	$(RUN) -m twine check --strict build/dist/*
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -5,22 +5,38 @@ import runpy
 
 from ml_collections import ConfigDict
 
+SHIPPED = Path(__file__).parents[1] / "configs"  # a link to experiments/configs, files in a wheel
+
+
 EXAMPLE = "experiments/configs/digits_resnet20.py"
+
+
+def find_config(given: str) -> str:
+    """The path of a configuration: the given one, or that of a name which the library knows.
+
+    Args:
+      given: such as "experiments/configs/resnet20.py", or "resnet20".
+    """
+    shipped = SHIPPED / f"{given}.py"
+    return str(shipped) if not Path(given).exists() and shipped.is_file() else given
 
 
 def read_config(given: str | None) -> ConfigDict:
     """The configuration of a file.
 
     Args:
-      given: what the command line gave as its path; `None` if nothing.
+      given: what the command line gave as its path or name; `None` if nothing.
 
     Raises:
       ValueError: there is no such file, it raises something, or it gives something else.
     """
-    path = Path(given or "")
+    path = Path(find_config(given or ""))
     if not path.is_file():
         got = None if given is None else f"{given!r}, which is no file"
-        raise ValueError(f"--config: expected --config=FILE, such as {EXAMPLE}; got {got}")
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.py")))
+        raise ValueError(
+            f"--config: expected --config=FILE, such as {EXAMPLE}, or one of {names}; got {got}"
+        )
     try:
         module = runpy.run_path(str(path))
         config = module["get_config"]() if "get_config" in module else None

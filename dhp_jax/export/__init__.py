@@ -32,7 +32,6 @@ from dhp_jax.export.writers import (
 )
 from dhp_jax.files import unfinished
 from dhp_jax.pruned.fold import Identity, fold_for_batch
-from dhp_jax.tasks.tiling import tiling
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def export(
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     part = unfinished(target)
-    multiple = tiling(model).multiple
+    multiple = getattr(model, "multiple", 1)  # of height and width, see `dhp_jax.tasks.tiling`
     shapes = list(_shapes(input_shape, multiple))
     if format == "safetensors":  # read as the network that it is, with all its freedom
         shapes = [("batch", *input_shape)]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dhp_jax.backend.cache import keep_compiled, long_compilations
 from dhp_jax.config.checks import check_overrides
-from dhp_jax.config.from_file import read_config
+from dhp_jax.config.from_file import find_config, read_config
 from dhp_jax.config.methods import METHODS
 from dhp_jax.data.stream import StreamError
 from dhp_jax.distributed import processes
@@ -81,6 +81,11 @@ def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
     # First, because the flag parser's own complaints do not tell what is possible.
     overrides = {name: text for name, text in given.items() if name.startswith("config.")}
     check_overrides(read_config(given.get("config")), overrides)
+    found = find_config(given["config"])  # for a name, its file
+    arguments = [
+        a.replace(given["config"], found) if a.lstrip("-").startswith("config=") else a
+        for a in arguments
+    ]
     options = define(arguments)
     try:
         surplus = options(arguments)[1:]

@@ -1,6 +1,7 @@
 """Channel axes: their values, multiplicities, survivors and names."""
 
 import os
+from pathlib import Path
 import subprocess
 import sys
 
@@ -74,7 +75,7 @@ def test_networks_are_float32_under_x64_and_load_across_the_setting(tmp_path):
                 tmp_path / made,
                 tmp_path / read if read != "none" else read,
             ],
-            env={**os.environ, "JAX_ENABLE_X64": x64},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "JAX_ENABLE_X64": x64},
             capture_output=True,
             text=True,
         )

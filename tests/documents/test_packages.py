@@ -4,6 +4,7 @@ import ast
 import configparser
 import fnmatch
 import importlib
+import os
 from pathlib import Path
 import pkgutil
 import re
@@ -14,6 +15,7 @@ from types import ModuleType
 import pytest
 
 import dhp_jax
+from dhp_jax.config.from_file import find_config, read_config
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "dhp_jax"
@@ -30,6 +32,80 @@ def test_importing_the_library_loads_nothing_that_few_need(line):
     loaded = {name.partition(".")[0] for name in ended.stdout.split()}
     assert {"dhp_jax", "jax", "flax", "optax"} <= loaded
     assert not loaded & {*SLOW_TO_IMPORT}
+
+
+ONLY_THE_LIBRARY = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import numpy as np
+from flax import nnx
+import dhp_jax as dhp
+from dhp_jax.export import export
+model = dhp.models.build("resnet", depth=8, width=0.25, rngs=nnx.Rngs(0))
+small = dhp.prune_to(model, (8, 8, 3), flops=0.8)
+dhp.save("small", small, input_shape=(8, 8, 3))
+export(dhp.load("small"), "folded", (8, 8, 3), format="safetensors")
+sys.argv = ["dhp-train", "--config=resnet20"]
+from dhp_jax import commands
+commands.train()
+"""
+
+
+def requirements(group):
+    """The packages that setup.cfg lists, as names to import."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    section, _, option = group.rpartition(".")
+    lines = settings[section][option].splitlines()
+    names = [re.match(r"[\w.-]*", line)[0] for line in lines]
+    other = {"pillow": "PIL", "scikit-image": "skimage"}
+    brought = ("", "absl-py", "orbax-checkpoint")  # the last two by flax and optax
+    return [other.get(name, name.replace("-", "_")) for name in names if name not in brought]
+
+
+def test_the_library_works_without_the_packages_of_experiments(tmp_path):
+    names = requirements("options.extras_require.experiments")
+    assert {"PIL", "ml_collections", "grain"} <= set(names)
+    ended = subprocess.run(
+        [sys.executable, "-c", ONLY_THE_LIBRARY.format(names=set(names))],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2, ended.stderr
+    error = ended.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r'error: \w+ is not installed; run: pip install "dhp_jax\[experiments\]"', error
+    )
+    assert (tmp_path / "folded/model.json").is_file()
+
+
+def test_console_commands_are_functions_that_are_there():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    lines = settings["options.entry_points"]["console_scripts"].split("\n")
+    commands = dict(line.split(" = ") for line in lines if line)
+    assert commands.keys() == {"dhp-train", "dhp-export", "dhp-predict", "dhp-report"}
+    for target in commands.values():
+        module, _, name = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_a_configuration_of_the_paper_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_config("resnet56").model.depth == 56
+    assert Path(find_config("resnet56")).read_text().startswith('"""ResNet-56')
+    (tmp_path / "resnet56").write_text("mine")
+    assert find_config("resnet56") == "resnet56"
+    with pytest.raises(ValueError, match=r"or one of densenet40, .*resnet20.*; got 'resnet57'"):
+        read_config("resnet57")
 
 
 def modules(package=dhp_jax):
