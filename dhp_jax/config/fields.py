@@ -189,6 +189,13 @@ _LABELLED: Fields = {
         "sides of images of folders and ImageNet",
         int,
     ),
+    "channels": Field(
+        None,
+        or_none(one_of(1, 3), "for what the images have"),
+        "of image_folder: 1 makes all images gray, 3 colour",
+        int,
+        absent=None,
+    ),
     "archive": Field(None, or_none(PATH, "if there is none"), "of Tiny-ImageNet", str),
     "crop_padding": Field(
         None,

@@ -15,6 +15,15 @@ from dhp_jax.errors import DataNotFoundError
 # What Pillow calls images of 8 bits or less a channel.
 GRAY = ("1", "L", "LA")
 COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # also upper-case
+
+
+ORIENTATION = 0x0112  # a tag of EXIF
+
+
+TURNED = 5  # from this orientation on, width and height change places
+
+
 ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # of files that are not truncated
 CHUNK = 100  # images that one thread decodes in a row
 
@@ -36,8 +45,7 @@ def decode(
       mode: "L" for gray or "RGB".
       argument: what an error says is to be changed.
       name: what an error calls the file; its path if `None`.
-      upright: whether to turn it as its EXIF orientation says, as a phone's photograph. Data sets
-        are read as they lie, as elsewhere.
+      upright: whether to turn it as its EXIF orientation says, as a phone's photograph.
       resize: the shorter side after a resize (bicubic, antialiased) that keeps the proportions;
         `None` keeps the size.
       crop: side of the square that is cut out of the centre; `None` keeps everything.
@@ -49,7 +57,8 @@ def decode(
       DataNotFoundError: the file cannot be decoded.
     """
     with open_image(file, argument=argument, name=name) as encoded:
-        image = (ImageOps.exif_transpose(encoded) if upright else encoded).convert(mode)
+        turned = upright and _orientation(encoded) > 1
+        image = (ImageOps.exif_transpose(encoded) if turned else encoded).convert(mode)
     if resize is not None and min(image.size) != resize:
         scale = resize / min(image.size)
         size = tuple(round(scale * side) for side in image.size)
@@ -58,6 +67,22 @@ def decode(
         left, top = ((side - crop) // 2 for side in image.size)
         image = image.crop((left, top, left + crop, top + crop))
     return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened image, once it is turned as its EXIF orientation says."""
+    return image.size if _orientation(image) >= TURNED else image.size[::-1]
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 if none is told.
+
+    Pillow looks for EXIF behind the pixels of a PNG too, and decodes them for that; here it counts
+    only where it stands before them.
+    """
+    if image.format == "PNG" and not any("exif" in str(name).lower() for name in image.info):
+        return 1
+    return image.getexif().get(ORIENTATION, 1)
 
 
 @contextlib.contextmanager

@@ -80,6 +80,7 @@ def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
         config.data.dir,
         image_size=config.data.image_size,
         archive=config.data.archive,
+        channels=config.data.get("channels"),  # absent in the configurations of older runs
     )
     if config.batch_size > source.train_size:
         raise ConfigError(

@@ -186,6 +186,55 @@ def test_every_extension_in_any_case_counts_and_nothing_else_does(folder):
     assert source.read("train")[0].shape == (10, 6, 8, 3)
 
 
+@pytest.mark.parametrize("ending", ["bmp", "gif", "tif", "TIFF"])
+def test_other_formats_of_pillow_are_read(folder, ending):
+    file = folder / f"train/cat/0.{ending}"
+    (folder / "train/cat/0.png").unlink()
+    save(file, pixels(7, 6, 8, 3))
+    images, _ = data.load("image_folder", folder).read("train")
+    np.testing.assert_array_equal(images[0], Image.open(file).convert("RGB"))
+
+
+def test_one_warning_tells_what_is_left_out(folder, caplog):
+    data.load("image_folder", folder)
+    assert caplog.text == ""
+    (folder / "train/cat/more").mkdir()
+    save(folder / "train/cat/more/a.png", pixels(0, 6, 8, 3))
+    (folder / "test/dog/notes.txt").write_text("no image")
+    (folder / "test/dog/.hidden").write_text("no image")
+    data.load("image_folder", folder)
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert told.startswith(f"data.dir: 2 files left out, such as {folder}/train/cat/more/a.png;")
+
+
+@pytest.mark.parametrize("image_size", [None, 6])
+@pytest.mark.parametrize("ending", ["tif", "png", "webp"])
+def test_images_are_turned_upright(folder, image_size, ending):
+    turned, exif = Image.fromarray(pixels(3, 8, 6, 3)), Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    (folder / "train/cat/0.png").unlink()
+    turned.save(folder / f"train/cat/0.{ending}", exif=exif, lossless=True)
+    source = data.load("image_folder", folder, image_size=image_size)
+    images, _ = source.read("train")
+    upright = np.rot90(pixels(3, 8, 6, 3), -1)
+    np.testing.assert_array_equal(images[0], upright if image_size is None else upright[:, 1:7])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_make_gray_and_colour_images_one_kind(folder, channels):
+    save(folder / "train/cat/0.png", pixels(0, 6, 8))
+    source = data.load("image_folder", folder, channels=channels)
+    images, _ = source.read("train")
+    assert images.shape == (6, 6, 8, channels) == (6, *source.image_shape)
+    np.testing.assert_array_equal(images[0], pixels(0, 6, 8)[..., None].repeat(channels, -1))
+    for wrong in (2, "3"):
+        with pytest.raises(ValueError, match=r"^data.channels: expected 1 or 3; got"):
+            data.load("image_folder", folder, channels=wrong)
+    with pytest.raises(ValueError, match=r"only image_folder can use it"):
+        data.load("digits", channels=1)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA"])
 def test_gray_images_have_one_channel(tmp_path, mode):
     image = Image.fromarray(pixels(0, 8, 8)).convert(mode)
@@ -261,14 +310,19 @@ DAMAGED = {
     "no training images": (remove("train"), ("data.dir", "pets/train", "test (or val)")),
     "no test images": (remove("test"), ("data.dir", "pets/test", "test (or val)")),
     "empty split": (empty("train"), ("data.dir", "pets/train", "empty")),
-    "empty label": (empty("test/dog"), ("data.dir", "pets/test/dog", ".png, .jpg, .jpeg, .webp")),
+    "empty label": (empty("test/dog"), ("data.dir", "pets/test/dog", ".jpeg, .jpg, .png")),
     "label only in training": (remove("test/dog"), ("pets/test lacks", "pets/train has: dog")),
     "label only in test": (remove("train/cat"), ("pets/train lacks", "pets/test has: cat")),
     "no image": (write("test/dog/1.png", b"text"), ("data.dir", "pets/test/dog/1.png", "no image")),
     "empty file": (write("test/dog/1.png", b""), ("data.dir", "pets/test/dog/1.png")),
     "gray among colour": (
         replace("train/dog/1.png", pixels(0, 6, 8)),
-        ("data.dir", "pets/train/dog/1.png is gray", "pets/train/cat/0.png is not"),
+        (
+            "data.dir",
+            "pets/train/dog/1.png is gray",
+            "pets/train/cat/0.png is not",
+            "data.channels=3",
+        ),
     ),
     "16 bits": (
         replace("train/cat/1.png", pixels(0, 6, 8).astype(np.uint16)),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import chain
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,33 @@ import numpy as np
 from dhp_jax.data.decode import (
     COLOUR,
     GRAY,
+    SUFFIXES,
     check_whole,
     decode,
     empty_images,
     for_each_chunk,
     open_image,
+    upright_size,
 )
 from dhp_jax.data.labelled.dataset import Source
 from dhp_jax.errors import DataNotFoundError, FieldError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+logger = logging.getLogger(__name__)
 
 
 # Images from which the mean and standard deviation are taken, if there are more.
 SAMPLE = 2000
 
 
-def load(data_dir: str | os.PathLike | None, image_size: int | None = None) -> Source:
-    """Finds the images `data_dir/split/label/*.png` (or jpg, jpeg, webp); see `dhp_jax.data.load`.
+def load(
+    data_dir: str | os.PathLike | None,
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> Source:
+    """Finds the images `data_dir/split/label/*` that Pillow reads; see `dhp_jax.data.load`.
+
+    All are turned upright, as their EXIF orientation says, in training, in tests and in
+    `dhp_jax.predict`. One warning tells how many files are left out.
 
     The splits are "train" and "test" or, where there is no "test", "val"; labels are numbered in
     the order of their names. If there are more than `SAMPLE` training images, the mean and the
@@ -38,9 +48,10 @@ def load(data_dir: str | os.PathLike | None, image_size: int | None = None) -> S
     folders = _split_folders(data_dir)
     files = {split: _files_by_label(folder) for split, folder in folders.items()}
     _check_labels(folders, files)
+    _tell_left_out(folders, files)
     images = {split: list(chain(*by_label.values())) for split, by_label in files.items()}
-    mode, (h, w) = _check_headers(images["train"] + images["test"], image_size)
-    decoding = {"mode": mode, "resize": image_size, "crop": image_size}
+    mode, (h, w) = _check_headers(images["train"] + images["test"], image_size, channels)
+    decoding = {"mode": mode, "resize": image_size, "crop": image_size, "upright": True}
     mean, std = _statistics(images["train"], decoding)
 
     def one_by_one(split: str) -> tuple["_Files", str]:
@@ -118,20 +129,47 @@ def _files_by_label(folder: Path) -> dict[str, list[Path]]:
             "data.dir", detail=f"{folder} is empty, expected a folder for each label"
         )
     files = {
-        label.name: sorted(file for file in _visible(label) if file.suffix.lower() in EXTENSIONS)
+        label.name: sorted(file for file in _visible(label) if file.suffix.lower() in SUFFIXES)
         for label in labels
     }
     for label, of_label in files.items():
         if not of_label:
             raise DataNotFoundError(
                 "data.dir",
-                detail=f"{folder / label} holds no image, expected {', '.join(EXTENSIONS)}",
+                detail=f"{folder / label} holds no image, expected {', '.join(SUFFIXES)}",
             )
     return files
 
 
 def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _tell_left_out(folders: dict[str, Path], files: dict[str, dict[str, list[Path]]]) -> None:
+    """Warns of files that are read as no image: other endings, and folders within a label's."""
+    known = {
+        file for of_split in files.values() for of_label in of_split.values() for file in of_label
+    }
+    left = [
+        path
+        for split, folder in folders.items()
+        for label in files[split]
+        for path in sorted((folder / label).rglob("*"))
+        if path not in known and path.is_file() and not _hidden(path, folder)
+    ]
+    if left:
+        logger.warning(
+            "data.dir: %d file%s left out, such as %s; images lie right in the folder of their "
+            "label and end in %s",
+            len(left),
+            "" if len(left) == 1 else "s",
+            left[0],
+            ", ".join(SUFFIXES),
+        )
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _check_labels(folders: dict[str, Path], files: dict[str, dict[str, list[Path]]]) -> None:
@@ -144,18 +182,20 @@ def _check_labels(folders: dict[str, Path], files: dict[str, dict[str, list[Path
             )
 
 
-def _check_headers(files: list[Path], image_size: int | None) -> tuple[str, tuple[int, int]]:
+def _check_headers(
+    files: list[Path], image_size: int | None, channels: int | None
+) -> tuple[str, tuple[int, int]]:
     """The mode, "L" or "RGB", and the height and width that all images are decoded to."""
     examples: dict[str, Path] = {}  # an image of each mode
     expected = None if image_size is None else (image_size, image_size)
     for file in files:
         mode, size = _header(file)
         examples.setdefault(mode, file)
-        if len(examples) == 2:
+        if channels is None and len(examples) == 2:
             raise FieldError(
                 "data.dir",
                 detail=f"expected all images in gray or all in colour; {examples['L']} is gray, "
-                f"{examples['RGB']} is not",
+                f"{examples['RGB']} is not; data.channels=3 makes all of them colour, 1 gray",
             )
         expected = expected or size
         if image_size is None and size != expected:
@@ -165,19 +205,20 @@ def _check_headers(files: list[Path], image_size: int | None) -> tuple[str, tupl
                 f"{expected[1]} and {expected[0]} as in {files[0]}; data.image_size brings "
                 "all to one size",
             )
-    return mode, expected
+    return {None: mode, 1: "L", 3: "RGB"}[channels], expected
 
 
 def _header(file: Path) -> tuple[str, tuple[int, int]]:
     """The mode to decode an image to, and its height and width."""
     with open_image(file) as image:
-        mode, (w, h) = image.mode, image.size
+        mode = image.mode
         check_whole(image)
+        size = upright_size(image)  # last: it may decode the image, which closes the file
     if mode not in GRAY + COLOUR:
         raise FieldError(
             "data.dir", detail=f"{file} has mode {mode}, expected at most 8 bits a channel"
         )
-    return ("L" if mode in GRAY else "RGB"), (h, w)
+    return ("L" if mode in GRAY else "RGB"), size
 
 
 def _statistics(

@@ -7,7 +7,11 @@ from dhp_jax.data.labelled.dataset import Source
 from dhp_jax.errors import FieldError, shown
 
 NAMES = ("digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet2012", "image_folder")
-USERS = {"image_size": ("imagenet2012", "image_folder"), "archive": ("tiny_imagenet",)}
+USERS = {
+    "image_size": ("imagenet2012", "image_folder"),
+    "archive": ("tiny_imagenet",),
+    "channels": ("image_folder",),
+}
 
 
 def load(
@@ -16,6 +20,7 @@ def load(
     *,
     image_size: int | None = None,
     archive: str | os.PathLike | None = None,
+    channels: int | None = None,
 ) -> Source:
     """Finds a data set; downloads CIFAR first if it is not there and a network is.
 
@@ -24,8 +29,8 @@ def load(
         scikit-learn and needs no network. "cifar10" and "cifar100" are downloaded.
         "tiny_imagenet" (64x64x3, 200 classes) is prepared from its zip, "imagenet2012" has to be
         prepared by TFDS beforehand; the validation images of both serve as test images.
-        "image_folder" is `data_dir/split/label/*.png` (or jpg, jpeg, webp), for the splits "train"
-        and "test" (or "val").
+        "image_folder" is `data_dir/split/label/*.png` (or another format that Pillow reads), for
+        the splits "train" and "test" (or "val"); images are turned upright, as EXIF says.
       data_dir: the folder of "image_folder"; for others the TFDS directory that holds the data,
         `data_dir/cifar10/3.0.2/...`; TFDS's own default, `~/tensorflow_datasets`, if `None`.
         The binary version of CIFAR as its authors give it out, `data_dir/cifar-10-batches-bin` or
@@ -35,6 +40,8 @@ def load(
         their size, which must be the same for all. Other data sets have the size they have.
       archive: `tiny-imagenet-200.zip`, or the folder extracted from it, from which
         "tiny_imagenet" is prepared if it is not yet; `data_dir/tiny-imagenet-200.zip` if `None`.
+      channels: 1 makes all images of "image_folder" gray, 3 colour; `None` takes them as they are,
+        all of one kind.
 
     Returns:
       The data set, whose images are read when asked for. The split of "digits" into 1,297
@@ -53,7 +60,8 @@ def load(
     """
     if name not in NAMES:
         raise FieldError.unknown("data.name", name, NAMES)
-    for argument, value in {"image_size": image_size, "archive": archive}.items():
+    given = {"image_size": image_size, "archive": archive, "channels": channels}
+    for argument, value in given.items():
         if value is not None and name not in USERS[argument]:
             raise FieldError(
                 f"data.{argument}",
@@ -62,6 +70,8 @@ def load(
             )
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
         raise FieldError("data.image_size", "a positive integer", shown(image_size))
+    if channels not in (None, 1, 3):
+        raise FieldError("data.channels", "1 or 3", shown(channels))
     match name:
         case "digits":
             return digits.load()
@@ -70,6 +80,6 @@ def load(
         case "imagenet2012":
             return imagenet.load(data_dir, image_size)
         case "image_folder":
-            return image_folder.load(data_dir, image_size)
+            return image_folder.load(data_dir, image_size, channels)
         case _:
             return cifar.load(name, data_dir)
