@@ -547,3 +547,17 @@ def test_every_method_is_documented_and_carried_out():
     phases = {*itertools.chain(*(method.phases for method in METHODS.values()))}
     assert phases == set(preparation.PHASES)
     assert dhp_config.default().source is None
+
+
+def test_each_of_several_targets_is_searched_from_the_trained_weights(sources, tmp_path):
+    fields = {"method": "fade", "source": path(sources["fade"]), "targets": (0.7, 0.5)}
+    fields |= {"converge.epochs": 1, "search.epochs": 1}
+    runs = targets.prepare(of_digits(**fields), tmp_path / "run")
+    summaries = targets.execute(runs, tmp_path / "run")
+    ratios = [summary["flops"]["ratio"] for summary in summaries]
+    assert 0.6 < ratios[0] <= 0.7
+    assert 0.4 < ratios[1] <= 0.5
+    for run in runs:
+        searched = description(run.workdir / "search")["notes"]
+        assert searched["phase"]["met_budget"]
+        assert searched["phase"]["steps"] <= 22
