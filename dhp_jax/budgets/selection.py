@@ -124,6 +124,8 @@ def prune_to(
       by: replaces the magnitudes. Either scores for the entries of every prunable latent by name,
         as from `dhp.l1_scores` or `dhp.random_scores`; the smallest go first. Or a function that
         chooses survivors, such as `dhp.uniform_within`.
+      keep: least share in (0, 1] of the entries of latents, by name or pattern, such as
+        `{"stages.*": 0.5, "stem*": 1.0}`; the last pattern that fits counts.
       latency: share in (0, 1] of the time of the unpruned network, or `None`. Both networks are
         compiled and timed alternately on this machine. Three of four pairs of passes must be within
         the share, in two of three measurements. Up to ten candidates are compiled.

@@ -45,6 +45,9 @@ def explain(net: nnx.Module) -> Explanation:
     Args:
       net: from `dhp.with_latents(model, inputs)`.
 
+    Returns:
+      What is found, which prints as a table.
+
     Raises:
       ValueError: another network.
 
