@@ -67,7 +67,7 @@ def fade_to_budget(
     away, every step ends with the proximal step of an l1 norm that brings these entries to zero in
     time:
 
-        z <- sign(z) max(|z| - |z| / k, 0)
+        `z <- sign(z) max(|z| - |z| / k, 0)`
 
     Nothing else moves a latent: the others stay at 1, for the scales of BatchNorm and the kernels
     do what they could. What has become zero stays zero. So after the last step the network computes

@@ -19,8 +19,8 @@ def prox_relative_l1(
 
     With the updates `u` of the transformations before it, each array of parameters becomes
 
-        t = p + u,   r = t / mean|t|,   s = sign(r) max(|r| - strength * learning_rate, 0),
-        s / mean|s|
+        `s / mean|s|`   with   `s = sign(r) max(|r| - strength * learning_rate, 0)`,
+        `r = t / mean|t|`,   `t = p + u`
 
     Its mean magnitude is 1 after every step. Where the loss does not feel the scale of an array, as
     in front of BatchNorm, `prox_l1` shrinks all entries alike, and says little about which ones
@@ -68,7 +68,7 @@ def prox_fade(steps: int) -> optax.GradientTransformationExtraArgs:
     With the updates `u` of the transformations before it, an entry that has been fading for `k`
     steps becomes
 
-        sign(p + u) max(|p + u| - a, 0),   a = |p + u| / (steps - k)
+        `sign(p + u) max(|p + u| - a, 0)`,   `a = |p + u| / (steps - k)`
 
     a proximal step of the l1 norm whose strength is what is needed to reach zero in time. An entry
     that nothing else moves falls in a straight line. It is exactly zero after `steps` steps, and

@@ -165,6 +165,7 @@ GOOD = {
     ],
     "data.dir": [None, "somewhere", Path("somewhere")],
     "data.image_size": [None, 1, 224],
+    "data.channels": [None, 1, 3],
     "data.archive": [None, "some.zip", Path("some.zip")],
     "data.crop_padding": [None, 0, 4],
     "data.flip": [None, True, False],
@@ -234,6 +235,10 @@ BAD = {
     "data.image_size": (
         [*INTEGERS[1:], 0, -1],
         "an integer >= 1 and <= 10000, or None for the size of the data",
+    ),
+    "data.channels": (
+        [0, 2, "3", True],
+        "one of 1, 3, or None for what the images have",
     ),
     "data.archive": ([3, ["some.zip"]], "a path, or None if there is none"),
     "data.crop_padding": (
@@ -666,7 +671,7 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
         (
             "config.data.dri",
             "3",
-            "config.data.dri: unknown field: expected one of archive, crop_padding, dir, flip, "
+            "config.data.dri: unknown field: expected one of archive, channels, crop_padding, dir, flip, "
             "image_size, name, streamed, workers; "
             "got 'dri'; did you mean 'dir'?",
         ),

@@ -6,12 +6,14 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tarfile
 import threading
+from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ import numpy as np
 import pytest
 
 from dhp_jax import data
-from dhp_jax.data.labelled import cifar
+from dhp_jax.data.labelled import cifar, registry
 
 CIFAR = ("cifar10", "cifar100")
 Split = collections.namedtuple("Split", "images labels")
@@ -279,6 +281,11 @@ def test_missing_data_without_network_name_the_directory_and_two_ways_out(
     message = one_line_error(name, tmp_path / "nowhere")
     assert str(tmp_path / "nowhere" / name) in message
     assert "array_record" in message
+    code = re.search(r'python -c "(.*?)"', message)[1]
+    loaded = mock.Mock()
+    monkeypatch.setattr(registry, "load", loaded)
+    exec(code, {})  # the command that prepares the data
+    loaded.assert_called_once_with(name, ".")
     assert "--config=experiments/configs/digits_resnet20.py" in message
     assert not (tmp_path / "nowhere").exists()
 

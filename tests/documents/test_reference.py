@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from pathlib import Path
+import pkgutil
 import re
 
 import pytest
@@ -53,6 +54,28 @@ def test_a_docstring_tells_every_argument(name):
         told = inspect.getdoc(thing).partition("Args:")[2]
         for parameter in set(parameters.parameters) - {"self"}:
             assert re.search(rf"^  [\w*, ]*\b{parameter}\b[\w*, ]*:", told, re.MULTILINE), parameter
+
+
+DIRECTIVE = re.compile(r"^\.\. auto(\w+):: (\S+)(?:\n   :members: (.*))?$", re.MULTILINE)
+
+
+def documented():
+    """What the reference shows: directive, dotted name, and the names of its members."""
+    for page in sorted(REFERENCE.glob("*.rst")):
+        text = page.read_text()
+        (module,) = re.findall(r"currentmodule:: (\S+)", text)[:1] or ["dhp_jax"]
+        for kind, name, members in DIRECTIVE.findall(text):
+            whole = name if kind == "module" or name.startswith("dhp_jax.") else f"{module}.{name}"
+            yield pytest.param(whole, members.split(", ") if members else [], id=whole)
+
+
+@pytest.mark.parametrize(("name", "members"), list(documented()))
+def test_what_the_reference_shows_is_there_and_can_be_typeset(name, members):
+    found = pkgutil.resolve_name(name)
+    for text in map(inspect.getdoc, (found, *(getattr(found, member) for member in members))):
+        prose = re.sub(r"``.*?``|`[^`]*`", "", text or "", flags=re.DOTALL)
+        prose = re.sub(r"^ *(>>>|\.\.\.) .*$", "", prose, flags=re.MULTILINE)
+        assert not re.search(r"\|\w[^|]*\|", prose), f"{name}: |x| outside of `code`"
 
 
 def test_every_public_name_is_in_the_reference():

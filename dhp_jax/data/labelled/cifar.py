@@ -99,8 +99,10 @@ def _prepare(builder, data_dir: str | os.PathLike | None) -> None:
         raise DataNotFoundError(
             "data.dir",
             detail=f"found no prepared {builder.name} in {builder.data_dir} and {obstacle}; "
-            "prepare it there with TFDS in the array_record format on a machine with "
-            f"network, or run the embedded default, {labelled_tfds.DEFAULT_CONFIG}",
+            "prepare it (as array_record) on a machine with network, and copy the folder: "
+            'python -c "from dhp_jax.data.labelled import registry; '
+            f"registry.load('{builder.name}', '.')\"; "
+            f"or run the embedded default, {labelled_tfds.DEFAULT_CONFIG}",
         )
     prepare(builder)
 
