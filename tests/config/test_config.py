@@ -671,8 +671,8 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
         (
             "config.data.dri",
             "3",
-            "config.data.dri: unknown field: expected one of archive, channels, crop_padding, dir, flip, "
-            "image_size, name, streamed, workers; "
+            "config.data.dri: unknown field: expected one of archive, channels, crop_padding, dir, "
+            "flip, image_size, name, streamed, workers; "
             "got 'dri'; did you mean 'dir'?",
         ),
         (
