@@ -80,7 +80,6 @@ def choose(
       cost: its `measure_cost`.
       multiple_of: as for `prune_to`.
       by: as for `prune_to`.
-      keep: the least share in (0, 1] of the entries of latents that is left, by name or pattern.
       latency: share in (0, 1] of the time of the unpruned network, or `None`. The upper quartile of
         the measured ratio must be within it, in two of three measurements.
       timed: from `clock`, if `latency` is given.
