@@ -72,6 +72,7 @@ CHECKS: Mapping[str, Callable[[str, Any], None]] = {  # of arguments that severa
     "num_classes": check_positive_integer,
     "channels": check_positive_integer,
     "features": check_positive_integer,
+    "embedding": functools.partial(check_positive_integer, most=64),
     "min_channels": check_positive_integer,
     "blocks": functools.partial(check_positive_integer, most=256),
     "scale": functools.partial(check_choice, choices=tuple(STAGES)),

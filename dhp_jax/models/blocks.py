@@ -5,6 +5,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Axis
 from dhp_jax.core.layers import BatchNorm, Bias, HyperConv
 
@@ -20,6 +21,7 @@ class ConvNorm(nnx.Module):
       kernel: its size, the same in both directions.
       strides: its stride.
       groups: its number of groups; `z_in.size` for a depthwise convolution.
+      embedding: of its hypernetwork.
       dtype: of the computation.
       rngs: the `params` stream draws the initial values.
     """
@@ -32,6 +34,7 @@ class ConvNorm(nnx.Module):
         strides: int = 1,
         *,
         groups: int = 1,
+        embedding: int = EMBEDDING,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
@@ -43,6 +46,7 @@ class ConvNorm(nnx.Module):
             padding=kernel // 2,
             feature_group_count=groups,
             use_bias=False,
+            embedding=embedding,
             dtype=dtype,
             rngs=rngs,
         )
@@ -55,9 +59,24 @@ class ConvNorm(nnx.Module):
 class ConvBiasNorm(nnx.Module):
     """A 3x3 convolution with its bias as a layer (see docs/architecture.md), then BatchNorm."""
 
-    def __init__(self, z_in: Axis, z_out: Axis, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        z_in: Axis,
+        z_out: Axis,
+        *,
+        embedding: int = EMBEDDING,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         self.conv = HyperConv(
-            z_in, z_out, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
+            z_in,
+            z_out,
+            (3, 3),
+            padding=1,
+            use_bias=False,
+            embedding=embedding,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.bias = Bias(z_out, rngs=rngs)
         self.norm = BatchNorm(z_out, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)

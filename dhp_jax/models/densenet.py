@@ -6,6 +6,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Axis, Latent, concat
 from dhp_jax.core.layers import BatchNorm, HyperConv, Linear
 from dhp_jax.errors import ArgumentError, shown
@@ -28,11 +29,21 @@ class NormConv(nnx.Module):
     Args:
       z_in, z_out: axes of its input and output; BatchNorm is pruned with the input.
       kernel: its size, the same in both directions.
+      embedding: of its hypernetwork.
       dtype: of the computation.
       rngs: the `params` stream draws the initial values.
     """
 
-    def __init__(self, z_in: Axis, z_out: Axis, kernel: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        z_in: Axis,
+        z_out: Axis,
+        kernel: int,
+        *,
+        embedding: int = EMBEDDING,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         self.norm = BatchNorm(z_in, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.conv = HyperConv(
             z_in,
@@ -40,6 +51,7 @@ class NormConv(nnx.Module):
             (kernel, kernel),
             padding=kernel // 2,
             use_bias=False,
+            embedding=embedding,
             dtype=dtype,
             rngs=rngs,
         )
@@ -60,6 +72,7 @@ class DenseNet(nnx.Module):
       num_classes: number of outputs.
       channels: channels of the input images.
       width: multiplies the growth.
+      embedding: size of the embedding of each pair of channels in the hypernetworks.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels; parameters stay float32.
       rngs: the `params` stream draws the initial values.
@@ -79,6 +92,7 @@ class DenseNet(nnx.Module):
         num_classes: int = 10,
         channels: int = 3,
         width: float = 1.0,
+        embedding: int = EMBEDDING,
         min_channels: int = 4,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -95,18 +109,27 @@ class DenseNet(nnx.Module):
         self.image = Latent(channels, prunable=False, min_channels=min_channels, rngs=rngs)
         z = latent(scaled(STEM_GROWTHS * growth, width))
         self.stem = HyperConv(
-            self.image, z, (3, 3), padding=1, use_bias=False, dtype=dtype, rngs=rngs
+            self.image,
+            z,
+            (3, 3),
+            padding=1,
+            use_bias=False,
+            embedding=embedding,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.blocks, self.transitions = nnx.List(), nnx.List()
         for number in range(BLOCKS):
             if number > 0:
                 z_in, z = z, latent(z.size)
-                self.transitions.append(NormConv(z_in, z, 1, dtype=dtype, rngs=rngs))
+                self.transitions.append(
+                    NormConv(z_in, z, 1, embedding=embedding, dtype=dtype, rngs=rngs)
+                )
             parts = [z]
             block = nnx.List()
             for _ in range((depth - 4) // BLOCKS):
                 parts.append(latent(scaled(growth, width)))
-                block.append(NormConv(z, parts[-1], 3, dtype=dtype, rngs=rngs))
+                block.append(NormConv(z, parts[-1], 3, embedding=embedding, dtype=dtype, rngs=rngs))
                 z = concat(*parts)
             self.blocks.append(block)
         self.norm = BatchNorm(z, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhp_jax.core.activations import ReLU
+from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import HyperConv
 from dhp_jax.errors import ArgumentError, shown
@@ -26,6 +27,7 @@ class DnCNN(nnx.Module):
       features: channels between convolutions.
       channels: channels of the images.
       width: multiplies `features`.
+      embedding: size of the embedding of each pair of channels in the hypernetworks.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
         parameters stay float32.
@@ -47,6 +49,7 @@ class DnCNN(nnx.Module):
         features: int = 64,
         channels: int = 1,
         width: float = 1.0,
+        embedding: int = EMBEDDING,
         min_channels: int = 4,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -64,13 +67,17 @@ class DnCNN(nnx.Module):
             for _ in range(depth - 1)
         )
         first, last = self.features[0], self.features[-1]
-        self.head = HyperConv(self.image, first, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+        self.head = HyperConv(
+            self.image, first, (3, 3), padding=1, embedding=embedding, dtype=dtype, rngs=rngs
+        )
         self.middle = nnx.List(
-            ConvBiasNorm(z_in, z_out, dtype=dtype, rngs=rngs)
+            ConvBiasNorm(z_in, z_out, embedding=embedding, dtype=dtype, rngs=rngs)
             for z_in, z_out in zip(self.features[:-1], self.features[1:], strict=True)
         )
         self.activations = nnx.List(ReLU(z) for z in self.features[1:])
-        self.tail = HyperConv(last, self.output, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
+        self.tail = HyperConv(
+            last, self.output, (3, 3), padding=1, embedding=embedding, dtype=jnp.float32, rngs=rngs
+        )
 
     def __call__(self, images: Float[Array, "n h w channels"]) -> Float[Array, "n h w channels"]:
         check_images(images, self.channels)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from dhp_jax.core.activations import ReLU
+from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import Bias, HyperConv
 from dhp_jax.models.arguments import check_arguments, check_images
@@ -54,6 +55,7 @@ class EDSR(nnx.Module):
         them as small as PyTorch's, trains this network without BatchNorm much faster at first.
       prune_upsampler: whether the up-sampler is pruned with the body; it keeps a latent of its own
         that is not pruned otherwise.
+      embedding: size of the embedding of each pair of channels in the hypernetworks.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
         parameters stay float32.
@@ -78,13 +80,19 @@ class EDSR(nnx.Module):
         width: float = 1.0,
         initial_scale: float = 1.0,
         prune_upsampler: bool = True,
+        embedding: int = EMBEDDING,
         min_channels: int = 4,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         check_arguments(locals(), widest=features)
         size = scaled(features, width)
-        options = {"dtype": dtype, "initial_scale": initial_scale, "rngs": rngs}
+        options = {
+            "embedding": embedding,
+            "dtype": dtype,
+            "initial_scale": initial_scale,
+            "rngs": rngs,
+        }
 
         def latent(prunable: bool = True) -> Latent:
             return Latent(size, prunable=prunable, min_channels=min_channels, rngs=rngs)

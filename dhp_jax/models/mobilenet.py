@@ -8,6 +8,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Axis, Latent
 from dhp_jax.core.layers import Linear
 from dhp_jax.models.arguments import check_arguments, check_images
@@ -85,6 +86,7 @@ class MobileNet(nnx.Module):
       dropout: share of the classifier's inputs that training leaves out at random, 0.2 in the
         paper. In a training loop of your own, give the layer `dropout` its `rngs`; runs do.
       stem_stride: 2 for images of 64 by 64 pixels or more, 1 for smaller ones.
+      embedding: size of the embedding of each pair of channels in the hypernetworks.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels; parameters stay float32.
       rngs: the `params` stream draws the initial values.
@@ -107,6 +109,7 @@ class MobileNet(nnx.Module):
         classifier_keep: float = 0.4,
         dropout: float = 0.0,
         stem_stride: int = 2,
+        embedding: int = EMBEDDING,
         min_channels: int = 4,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -122,8 +125,12 @@ class MobileNet(nnx.Module):
         self.image = Latent(channels, prunable=False, rngs=rngs)
         self.features = Latent(size, prunable=prune_classifier, min_channels=keep, rngs=rngs)
         z = latent(scaled(STEM, width))
-        self.stem = ConvNormReLU(self.image, z, 3, stem_stride, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(self.body(z, latent, width, dtype=dtype, rngs=rngs))
+        self.stem = ConvNormReLU(
+            self.image, z, 3, stem_stride, embedding=embedding, dtype=dtype, rngs=rngs
+        )
+        self.layers = nnx.List(
+            self.body(z, latent, width, embedding=embedding, dtype=dtype, rngs=rngs)
+        )
         self.dropout = nnx.Dropout(dropout)
         self.classifier = Linear(self.features, num_classes, dtype=dtype, rngs=rngs)
 

@@ -6,6 +6,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Axis, Latent, repeat
 from dhp_jax.core.layers import Linear
 from dhp_jax.errors import ArgumentError, shown
@@ -39,6 +40,7 @@ class Block(nnx.Module):
       z_out: axis of the output; the input is added as it is where this is `z_in` and `stride` 1.
       kernels: kernel size of each convolution; the stride goes to the first of size 3.
       groups: of the convolutions of size 3.
+      embedding: of the hypernetworks.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Block(nnx.Module):
         stride: int,
         *,
         groups: int = 1,
+        embedding: int = EMBEDDING,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
@@ -63,6 +66,7 @@ class Block(nnx.Module):
                 kernel,
                 stride if i == strided else 1,
                 groups=groups if kernel == 3 else 1,
+                embedding=embedding,
                 dtype=dtype,
                 rngs=rngs,
             )
@@ -70,7 +74,9 @@ class Block(nnx.Module):
         )
         identity = stride == 1 and z_in is z_out
         self.projection = (
-            nnx.data(None) if identity else ConvNorm(z_in, z_out, 1, stride, dtype=dtype, rngs=rngs)
+            nnx.data(None)
+            if identity
+            else ConvNorm(z_in, z_out, 1, stride, embedding=embedding, dtype=dtype, rngs=rngs)
         )
 
     def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h2 w2 out"]:
@@ -98,6 +104,7 @@ class ResNet(nnx.Module):
       groups: of the 3 by 3 convolutions of bottleneck blocks.
       group_width: channels of a group in the first stage; they double with every stage. Given if,
         and only if, there are several groups.
+      embedding: size of the embedding of each pair of channels in the hypernetworks.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels; parameters stay float32.
       rngs: the `params` stream draws the initial values.
@@ -120,6 +127,7 @@ class ResNet(nnx.Module):
         width: float = 1.0,
         groups: int = 1,
         group_width: int | None = None,
+        embedding: int = EMBEDDING,
         min_channels: int = 4,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -150,7 +158,9 @@ class ResNet(nnx.Module):
         )
         z = latent(scaled(widths[0], width)) if depth in BOTTLENECK else self.stages[0]
         kernel, stride = (7, 2) if depth in IMAGENET else (3, 1)
-        self.stem = ConvNorm(self.image, z, kernel, stride, dtype=dtype, rngs=rngs)
+        self.stem = ConvNorm(
+            self.image, z, kernel, stride, embedding=embedding, dtype=dtype, rngs=rngs
+        )
         self.blocks = nnx.List()
         for stage, (z_stage, blocks) in enumerate(zip(self.stages, BLOCKS[depth], strict=True)):
             for i in range(blocks):
@@ -158,7 +168,15 @@ class ResNet(nnx.Module):
                 stride = 2 if stage > 0 and i == 0 else 1
                 self.blocks.append(
                     Block(
-                        z, hidden, z_stage, kernels, stride, groups=groups, dtype=dtype, rngs=rngs
+                        z,
+                        hidden,
+                        z_stage,
+                        kernels,
+                        stride,
+                        groups=groups,
+                        embedding=embedding,
+                        dtype=dtype,
+                        rngs=rngs,
                     )
                 )
                 z = z_stage

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhp_jax.core.activations import PReLU
+from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import HyperConv
 from dhp_jax.models.arguments import check_arguments, check_images
@@ -17,11 +18,11 @@ from dhp_jax.models.upsampler import Upsampler
 class Block(nnx.Module):
     """Two convolutions with BatchNorm, PReLU between them, added to their input."""
 
-    def __init__(self, z: Latent, z_hidden: Latent, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, z: Latent, z_hidden: Latent, *, embedding: int, dtype: Any, rngs: nnx.Rngs):
         self.hidden = z_hidden
-        self.first = ConvBiasNorm(z, z_hidden, dtype=dtype, rngs=rngs)
+        self.first = ConvBiasNorm(z, z_hidden, embedding=embedding, dtype=dtype, rngs=rngs)
         self.activation = PReLU(z_hidden, dtype=dtype)
-        self.second = ConvBiasNorm(z_hidden, z, dtype=dtype, rngs=rngs)
+        self.second = ConvBiasNorm(z_hidden, z, embedding=embedding, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         return x + self.second(self.activation(self.first(x)))
@@ -38,6 +39,7 @@ class SRResNet(nnx.Module):
       width: multiplies `features`.
       prune_upsampler: whether the up-sampler is pruned with the body; it keeps a latent of its own
         that is not pruned otherwise.
+      embedding: size of the embedding of each pair of channels in the hypernetworks.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
         parameters stay float32.
@@ -61,6 +63,7 @@ class SRResNet(nnx.Module):
         channels: int = 3,
         width: float = 1.0,
         prune_upsampler: bool = True,
+        embedding: int = EMBEDDING,
         min_channels: int = 4,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -77,22 +80,32 @@ class SRResNet(nnx.Module):
         self.output = Latent(channels, prunable=False, rngs=rngs)
         self.body = latent()
         self.upsampled = self.body if prune_upsampler else latent(prunable=False)
-        self.head = HyperConv(self.image, self.body, (9, 9), padding=4, dtype=dtype, rngs=rngs)
+        self.head = HyperConv(
+            self.image, self.body, (9, 9), padding=4, embedding=embedding, dtype=dtype, rngs=rngs
+        )
         self.activation = PReLU(self.body, dtype=dtype)
         self.blocks = nnx.List(
-            Block(self.body, latent(), dtype=dtype, rngs=rngs) for _ in range(blocks)
+            Block(self.body, latent(), embedding=embedding, dtype=dtype, rngs=rngs)
+            for _ in range(blocks)
         )
-        self.last = ConvBiasNorm(self.body, self.body, dtype=dtype, rngs=rngs)
+        self.last = ConvBiasNorm(self.body, self.body, embedding=embedding, dtype=dtype, rngs=rngs)
         self.upsampler = Upsampler(
             self.body,
             self.upsampled,
             scale,
             activation=PReLU(self.upsampled, dtype=dtype),
+            embedding=embedding,
             dtype=dtype,
             rngs=rngs,
         )
         self.tail = HyperConv(
-            self.upsampled, self.output, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs
+            self.upsampled,
+            self.output,
+            (3, 3),
+            padding=1,
+            embedding=embedding,
+            dtype=jnp.float32,
+            rngs=rngs,
         )
 
     def __call__(

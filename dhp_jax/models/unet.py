@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhp_jax.core.activations import ReLU
+from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Axis, Latent, concat
 from dhp_jax.core.layers import HyperConv, HyperConvTranspose
 from dhp_jax.models.arguments import (
@@ -33,13 +34,20 @@ class Double(nnx.Module):
         z_out: Latent,
         *,
         batch_norm: bool,
+        embedding: int,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
         self.hidden, self.output = z_hidden, z_out
-        options = {"padding": 1, "use_bias": not batch_norm, "dtype": dtype, "rngs": rngs}
+        options = {
+            "padding": 1,
+            "use_bias": not batch_norm,
+            "embedding": embedding,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         self.first = (
-            ConvNorm(z_in, z_hidden, 3, dtype=dtype, rngs=rngs)
+            ConvNorm(z_in, z_hidden, 3, embedding=embedding, dtype=dtype, rngs=rngs)
             if batch_norm
             else HyperConv(z_in, z_hidden, (3, 3), **options)
         )
@@ -55,15 +63,36 @@ class Up(nnx.Module):
     """Doubles the resolution, then two convolutions of that and of the skip, in this order."""
 
     def __init__(
-        self, z_in: Latent, z_skip: Latent, axes: list[Latent], *, batch_norm, dtype, rngs
+        self,
+        z_in: Latent,
+        z_skip: Latent,
+        axes: list[Latent],
+        *,
+        batch_norm,
+        embedding,
+        dtype,
+        rngs,
     ):
         z_up, z_hidden, z_out = axes
         self.upsampled = z_up
         self.up = HyperConvTranspose(
-            z_in, z_up, (2, 2), strides=(2, 2), padding="VALID", dtype=dtype, rngs=rngs
+            z_in,
+            z_up,
+            (2, 2),
+            strides=(2, 2),
+            padding="VALID",
+            embedding=embedding,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.convs = Double(
-            concat(z_up, z_skip), z_hidden, z_out, batch_norm=batch_norm, dtype=dtype, rngs=rngs
+            concat(z_up, z_skip),
+            z_hidden,
+            z_out,
+            batch_norm=batch_norm,
+            embedding=embedding,
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(
@@ -85,6 +114,7 @@ class UNet(nnx.Module):
       width: multiplies `features`.
       batch_norm: whether BatchNorm follows the first of each two convolutions, which have no biases
         then. The network of the paper has none.
+      embedding: size of the embedding of each pair of channels in the hypernetworks.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
         parameters stay float32.
@@ -108,6 +138,7 @@ class UNet(nnx.Module):
         channels: int = 1,
         width: float = 1.0,
         batch_norm: bool = False,
+        embedding: int = EMBEDDING,
         min_channels: int = 4,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -116,7 +147,7 @@ class UNet(nnx.Module):
         coarsest = 2 ** (depth - 1)  # features of the coarsest resolution, in units of the finest's
         check_positive_integer("features", features, MAX_CHANNELS // coarsest)
         check_arguments(locals(), widest=coarsest * features)
-        options = {"batch_norm": batch_norm, "dtype": dtype, "rngs": rngs}
+        options = {"batch_norm": batch_norm, "embedding": embedding, "dtype": dtype, "rngs": rngs}
         widths = [scaled(features * 2**level, width) for level in range(depth)]
 
         def latents(size: int, count: int) -> list[Latent]:
@@ -134,7 +165,9 @@ class UNet(nnx.Module):
         for size, level in list(zip(widths, self.down, strict=True))[-2::-1]:
             self.up.append(Up(z, level.output, latents(size, 3), **options))
             z = self.up[-1].convs.output
-        self.tail = HyperConv(z, self.output, (1, 1), dtype=jnp.float32, rngs=rngs)
+        self.tail = HyperConv(
+            z, self.output, (1, 1), embedding=embedding, dtype=jnp.float32, rngs=rngs
+        )
 
     def __call__(self, images: Float[Array, "n h w channels"]) -> Float[Array, "n h w channels"]:
         check_images(images, self.channels)

@@ -6,6 +6,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import Linear
 from dhp_jax.models.arguments import check_arguments, check_choice, check_images
@@ -33,6 +34,7 @@ class VGG(nnx.Module):
       num_classes: number of outputs.
       channels: channels of the input images.
       width: multiplies the widths 64, 128, 256, 512, 512 of the stages.
+      embedding: size of the embedding of each pair of channels in the hypernetworks.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels; parameters stay float32.
       rngs: the `params` stream draws the initial values.
@@ -51,6 +53,7 @@ class VGG(nnx.Module):
         num_classes: int = 10,
         channels: int = 3,
         width: float = 1.0,
+        embedding: int = EMBEDDING,
         min_channels: int = 4,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -65,7 +68,7 @@ class VGG(nnx.Module):
             layers = nnx.List()
             for _ in range(convolutions):
                 z_out = Latent(scaled(size, width), min_channels=min_channels, rngs=rngs)
-                layers.append(ConvNorm(z, z_out, 3, dtype=dtype, rngs=rngs))
+                layers.append(ConvNorm(z, z_out, 3, embedding=embedding, dtype=dtype, rngs=rngs))
                 z = z_out
             self.stages.append(layers)
         self.classifier = Linear(z, num_classes, dtype=dtype, rngs=rngs)

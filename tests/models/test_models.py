@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.core.latent import walk
+from dhp_jax.core.layers import Hyper
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.models.resnet import Block
 
@@ -219,3 +221,16 @@ def test_activations_are_of_the_dtype_and_parameters_stay_float32(dtype):
     assert output(model, (1, 8, 8, 3)).dtype == jnp.dtype(dtype or "float32")
     stored = {v.get_value().dtype for _, v in nnx.to_flat_state(nnx.state(model))}
     assert stored == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", sorted(dhp.models.FAMILIES))
+def test_every_hypernetwork_of_a_family_has_the_embedding_that_is_asked_for(name):
+    given = {"resnet": {"depth": 8}, "vgg": {"depth": 11}, "densenet": {"depth": 7, "growth": 4}}
+    scale = {"scale": 2} if name in ("srresnet", "edsr") else {}
+    for embedding in (2, 8):
+        asked = {"embedding": embedding} if embedding != 8 else {}  # the paper's is the default
+        model = dhp.models.build_abstract(name, **given.get(name, {}), **scale, **asked)
+        sizes = {m.w1.shape[0] for _, _, m in walk(model) if isinstance(m, Hyper)}
+        assert sizes == {embedding}
+    with pytest.raises(ValueError, match=r"^embedding: expected a positive integer, got 0"):
+        dhp.models.build_abstract(name, **given.get(name, {}), **scale, embedding=0)
