@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-EMBEDDING, FLOOR, THRESHOLD, DECAY, MOMENTUM = 8, 3, 0.05, 1e-2, 0.9
+EMBEDDING, FLOOR, THRESHOLD, DECAY, MOMENTUM = 8, 3, 0.3, 1e-2, 0.9
 EPS, KEPT = 1e-5, 0.9  # of BatchNorm; how much of a running statistic stays
-STEPS, DROP, BATCH, CLASSES = 8, 5, 4, 4  # the learning rate falls after DROP steps
+STEPS, DROP, BATCH, CLASSES = 8, 6, 4, 4  # the learning rate falls after DROP steps
 
 
 def drawn(network: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -223,7 +223,7 @@ def searched(network: Network) -> dict:
     loss(network, 0)  # makes the arrays; what BatchNorm keeps begins anew
     network.running.clear()
     adam = isinstance(network, UNet)
-    rate, strength = (0.01, 10.0) if adam else (0.05, 2.4)
+    rate, strength = (0.01, 6.0) if adam else (0.05, 1.2)
     leaves = network.leaves.values()
     if adam:
         optimizer = torch.optim.Adam(leaves, rate, weight_decay=DECAY)

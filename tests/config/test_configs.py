@@ -17,9 +17,15 @@ from dhp_jax.pipeline.preparation import prepare
 
 CONFIGS = sorted((Path(__file__).parents[2] / "experiments/configs").glob("*.py"))
 # As deep as they are, for their short networks would be the same as another's.
-WHOLE = ("resnet56", "resnet56_38", "resnet110", "resnet164", "mobilenet_v1_x2", "mobilenet_v2_x2")
+WHOLE = (
+    *("resnet56", "resnet56_38", "resnet56_x2", "resnet110", "resnet164"),
+    *("mobilenet_v1_x2", "mobilenet_v2_x2"),
+)
 # What other tests train, or a network much like another's.
-NEAR = ("digits_resnet20", "resnet20", "photographs_dncnn", "photographs_edsr", "mobilenet_v1")
+NEAR = (
+    *("digits_resnet20", "resnet20", "resnet20_x2"),
+    *("photographs_dncnn", "photographs_edsr", "mobilenet_v1"),
+)
 SIZES = {"digits": 8, "cifar10": 32, "tiny_imagenet": 64}
 SHORT = {
     "resnet": {"depth": 8},

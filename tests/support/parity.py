@@ -31,8 +31,8 @@ from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents  # 
 from dhp_jax.train.state import start  # noqa: E402
 from dhp_jax.train.step import make_step  # noqa: E402
 
-FLOOR, THRESHOLD, DECAY, MOMENTUM = 3, 0.05, 1e-2, 0.9
-STEPS, DROP, BATCH, CLASSES = 8, 5, 4, 4
+FLOOR, THRESHOLD, DECAY, MOMENTUM = 3, 0.3, 1e-2, 0.9
+STEPS, DROP, BATCH, CLASSES = 8, 6, 4, 4
 
 
 def drawn(network, name, shape):
@@ -134,7 +134,7 @@ def searched(network):
     paths = {id(z): path for path, z in dhp.latents(model).items()}
     names = {name: paths[id(z)] for name, z in named.items()}
     task, adam = InFloat64(network), network == "unet"
-    rate, strength = (0.01, 10.0) if adam else (0.05, 2.4)
+    rate, strength = (0.01, 6.0) if adam else (0.05, 1.2)
     schedule = drop_schedule(rate, (1,), DROP)
 
     def make_optimizer(params):
