@@ -158,6 +158,9 @@ FIELDS: Fields = {
         "threshold": Field(5e-3, number(0), "smaller entries of a latent count as gone"),
         "stop_limit": Field(0.02, number(0, 1), "the search ends at target + stop_limit"),
         "min_channels": Field(4, integer(1, MAX_CHANNELS), "entries that every latent keeps"),
+        "keep": Field(
+            0.0, number(0, 1), "least share of its entries that every latent keeps", absent=0.0
+        ),
     },
     "converge": _schedule(300, (150.0, 225.0), "of the pruned network"),
     "baseline": _schedule(300, (150.0, 225.0), "of the unpruned network"),

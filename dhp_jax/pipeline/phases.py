@@ -22,6 +22,7 @@ import optax
 
 from dhp_jax.artifact import reading
 from dhp_jax.budgets.counted import limits
+from dhp_jax.budgets.floors import keep_share
 from dhp_jax.budgets.gradual import fade_to_budget
 from dhp_jax.config.methods import METHODS
 from dhp_jax.core.surgery import prune
@@ -103,6 +104,7 @@ def search(work: Work, source: str = "") -> str:
         path = from_first(lambda: str(source_run.read(run.config).path))
         trained = folder_from_first(Path(path), reading.load)
         model = with_gates(trained, rngs=nnx.Rngs(run.config.seed))
+        model = keep_share(model, settings.keep)
     elif is_first():
         tell_reach(run, model, budget)
     outcome = _train(work, "search", model, budget, source)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.counted import check_budget, limits
+from dhp_jax.budgets.floors import keep_share
 from dhp_jax.budgets.latency import check_latency, clock
 from dhp_jax.config.checks import check
 from dhp_jax.config.methods import METHODS
@@ -117,7 +118,8 @@ def prepare(
         raise ConfigError.of(f"config.task.{error.field}", error) from error
 
     def build() -> nnx.Module:
-        return registry.build(name, **arguments, rngs=nnx.Rngs(config.seed))
+        model = registry.build(name, **arguments, rngs=nnx.Rngs(config.seed))
+        return keep_share(model, config.search.keep)
 
     workdir = Path(workdir)
     if method.chooses and config.budget.latency is not None:
@@ -168,7 +170,7 @@ def hold_by_first(workdir: Path, config: ConfigDict) -> Iterator[None]:
 def _abstract(config: ConfigDict, arguments: dict[str, Any]) -> nnx.Module:
     """The network as shapes and dtypes; an error names the field that an argument follows from."""
     try:
-        return build_abstract(config.model.name, **arguments)
+        return keep_share(build_abstract(config.model.name, **arguments), config.search.keep)
     except FieldError as error:
         field = argument_fields(config).get(error.field, f"model.{error.field}")
         raise ConfigError.of(f"config.{field}", error) from error

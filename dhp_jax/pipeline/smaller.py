@@ -6,6 +6,7 @@ from flax import nnx
 
 from dhp_jax.artifact import reading
 from dhp_jax.budgets.counted import BudgetError, Scores
+from dhp_jax.budgets.floors import keep_share
 from dhp_jax.budgets.latency import clock
 from dhp_jax.budgets.selection import Selection, choose
 from dhp_jax.config.methods import Smaller
@@ -31,7 +32,8 @@ class RunStart:
         return self.run.build()
 
     def searched(self) -> nnx.Module:
-        return reading.load(self.run.workdir / "search")
+        model = reading.load(self.run.workdir / "search")
+        return keep_share(model, self.run.config.search.keep)
 
     def trained(self) -> nnx.Module:
         model = self.run.build()

@@ -27,6 +27,7 @@ SAME_BUDGET = (  # these too where the source's channels are taken
     "budget.",
     "multiple_of",
     "search.min_channels",
+    "search.keep",
 )
 
 MAY_DIFFER = ("min_channels", "dtype")  # arguments that do not change a network's channels

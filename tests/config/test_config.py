@@ -179,6 +179,7 @@ GOOD = {
     "search.threshold": [0.0, 1],
     "search.stop_limit": [0, 1],
     "search.min_channels": [1, 1000],
+    "search.keep": [0, 0.1, 1],
     **{f"{phase}.epochs": [1, 10**6] for phase in PHASES},
     **{f"{phase}.learning_rate": [1e-9, 10] for phase in PHASES},
     **{f"{phase}.drops": [(), [], (1,), [0, 0.5, 7.25]] for phase in PHASES},
@@ -262,6 +263,7 @@ BAD = {
     "search.threshold": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
     "search.stop_limit": ([*NUMBERS, -0.01, 1.01], "a number >= 0 and <= 1"),
     "search.min_channels": ([*INTEGERS, 0], CHANNELS),
+    "search.keep": ([*NUMBERS, -0.1, 1.1], "a number >= 0 and <= 1"),
     **{f"{phase}.epochs": ([*INTEGERS, 0], COUNT) for phase in PHASES},
     **{
         f"{phase}.learning_rate": ([*NUMBERS, 0, -1], "a number > 0 and <= 1e+30")

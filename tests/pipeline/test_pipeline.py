@@ -490,7 +490,8 @@ def test_a_search_whose_schedule_suffices_says_nothing(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("field", "lost"), [("optimizer.nesterov", True), ("precision", "highest")]
+    ("field", "lost"),
+    [("optimizer.nesterov", True), ("precision", "highest"), ("search.keep", 0.1)],
 )
 def test_a_run_that_was_begun_before_a_field_was_there_has_what_it_meant(tmp_path, field, lost):
     prepare(tiny(), tmp_path)
@@ -499,9 +500,26 @@ def test_a_run_that_was_begun_before_a_field_was_there_has_what_it_meant(tmp_pat
     group, _, name = field.rpartition(".")
     del (stored[group] if group else stored)[name]
     path.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=rf"config\.{field} is (False|'default') there"):
+    with pytest.raises(ValueError, match=rf"config\.{field} is (False|'default'|0.0) there"):
         prepare(tiny(**{field: lost}), tmp_path)
     prepare(tiny(), tmp_path)
+
+
+def test_every_latent_keeps_its_least_share(tmp_path):
+    config = tiny(**{"search.keep": 0.6, "target": 0.55, "search.strength": 1.0})
+    run = prepare(config, tmp_path, [Interrupter("converge", 0)])
+    with pytest.raises(Stop):
+        execute(run)
+    kept = description(tmp_path, "pruned")["survivors"]
+    sizes = {name: z.size for name, z in dhp.latents(run.build()).items()}
+    shares = {name: len(kept[name]) / size for name, size in sizes.items()}
+    assert min(shares.values()) >= 0.6
+    assert any(share < 0.8 for share in shares.values())
+
+
+def test_a_target_below_what_the_least_shares_need_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"config.target: 0.5 cannot be reached"):
+        prepare(tiny(**{"search.keep": 0.9}), tmp_path)
 
 
 # Several budgets, and that of measured time
