@@ -6,6 +6,7 @@ from dhp_jax.backend.inference import inference
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.counted import BudgetError
+from dhp_jax.budgets.gradients import gradient_scores
 from dhp_jax.budgets.gradual import fade_to_budget
 from dhp_jax.budgets.importance import (
     fpgm_scores,
@@ -63,6 +64,7 @@ __all__ = [
     "fade_to_budget",
     "fold",
     "fpgm_scores",
+    "gradient_scores",
     "group_scores",
     "hyper_kernel",
     "inference",
