@@ -1,5 +1,6 @@
 """The check of a configuration, and of what the command line changes in it."""
 
+import ast
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -131,9 +132,24 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
             rule = rule.get(part) if isinstance(rule, Mapping) else None
         if text is None:
             raise ConfigError(name, detail=f"expected --{name}=<value>; got none")
+        if isinstance(value, ConfigDict) and not _is_dict(text):  # a group, and not a field
+            first = "name" if "name" in value else sorted(value)[0]
+            raise ConfigError(
+                name,
+                detail=f"expected a field of it, such as --{name}.{first}=<value>; "
+                f"got {shown(text)}",
+            )
         if kind in READERS and not _suits(READERS[kind][0], rule, text):
             expected = rule.rule.expected if isinstance(rule, Field) else READERS[kind][1]
             raise ConfigError(name, expected, shown(text))
+
+
+def _is_dict(text: str) -> bool:
+    """Whether a text is a literal of a dict, such as "{'epochs': 3}"."""
+    try:
+        return isinstance(ast.literal_eval(text), dict)
+    except (ValueError, SyntaxError):
+        return False
 
 
 def _suits(read: Callable[[str], Any], field: Any, text: str) -> bool:

@@ -21,6 +21,7 @@ from dhp_jax.distributed.preemption import EXIT_CODE, exit_at_once, watch_for_st
 from dhp_jax.distributed.processes import ProcessError, are_several, is_first
 from dhp_jax.errors import ConfigError, DataNotFoundError, NonFiniteError
 from dhp_jax.pipeline import targets
+from dhp_jax.pipeline.header import header
 from dhp_jax.pipeline.preparation import Run
 from dhp_jax.report import text as report_text
 from dhp_jax.report import write as report_write
@@ -28,6 +29,14 @@ from dhp_jax.train.checkpoints import CheckpointError
 from dhp_jax.train.phase import Stopped
 from dhp_jax.train.progress_bar import ProgressBar
 from dhp_jax.workdir.summary import beside, read_baseline
+
+PROGRAMS = {  # by the name of the function that is compiled
+    "on_arrays": "the training step",
+    "add": "the test",
+    "forward": "the test",
+    "compiled": "the forward pass",
+}
+
 
 Define = Callable[[Sequence[str]], flags.FlagValues]  # the flags of a command line, not yet parsed
 
@@ -112,6 +121,7 @@ def prepare(options: flags.FlagValues) -> list[Run]:
     runs = targets.prepare(options.config, options.workdir, bar)
     if is_first():
         tell_target(options.config)
+        print(header(runs), file=sys.stderr, flush=True)
     return runs
 
 
@@ -151,8 +161,10 @@ def _carry_out(
 
 
 def _tell_compiled(function: str, seconds: float) -> None:
-    """Prints a line above the bar."""
-    tqdm.write(f"compiled {function} in {seconds:.1f} s", file=sys.stderr)
+    """Prints a line above the bar for a program that a run is made of."""
+    name = function.removeprefix("jit(").removesuffix(")")
+    if name in PROGRAMS:
+        tqdm.write(f"compiled {PROGRAMS[name]} in {seconds:.1f} s", file=sys.stderr)
 
 
 def explain(error: BaseException, options: flags.FlagValues) -> tuple[int | None, str]:

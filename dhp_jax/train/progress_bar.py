@@ -6,16 +6,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-SHOWN = {
-    "loss": ("loss", "{:.3f}"),
-    "error": ("train error", "{:.1%}"),
-    "psnr": ("train PSNR", "{:.2f} dB"),
+SHOWN = {  # the most important first: what does not fit beside a bar is left out whole
     "test_error": ("test error", "{:.2%}"),
     "test_psnr": ("test PSNR", "{:.2f} dB"),
     "flops_ratio": ("FLOPs", "{:.1%}"),
-    "params_ratio": ("params", "{:.1%}"),
+    "loss": ("loss", "{:.3f}"),
     "examples_per_second": ("images/s", "{:.0f}"),
+    "params_ratio": ("params", "{:.1%}"),
+    "error": ("train error", "{:.1%}"),
+    "psnr": ("train PSNR", "{:.2f} dB"),
 }
+
+
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+CELLS = 6  # of the bar, at least
 
 
 class ProgressBar:
@@ -34,6 +40,7 @@ class ProgressBar:
             desc=phase,
             unit="step",
             dynamic_ncols=True,
+            bar_format=FORMAT,
             disable=None,
             leave=True,
         )
@@ -45,12 +52,29 @@ class ProgressBar:
         for name, (label, form) in SHOWN.items():
             if name in values:
                 self.shown[label] = form.format(values[name])
-        self.bar.set_postfix(self.shown)
+        self.shown = {
+            label: self.shown[label] for label, _ in SHOWN.values() if label in self.shown
+        }
+        if not self.bar.disable:
+            self.bar.set_postfix_str(self._fitting())
         if self.bar.disable and any(name.startswith("test_") for name in values):
             shown = ", ".join(f"{label} {value}" for label, value in self.shown.items())
             position = f"epoch {values['epoch']}, step {values['step']} of {self.total}"
             print(f"{self.phase}: {position}: {shown}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        self.bar.total = self.bar.n  # a search that has met its budget is complete
+        if sys.exception() is None:  # and not at Ctrl-C or an error
+            self.bar.total = self.bar.n  # a search that has met its budget is complete
         self.bar.close()
+
+    def _fitting(self) -> str:
+        """What is shown behind the bar: whole numbers, as many as the terminal is wide."""
+        columns, _ = self.bar.dynamic_ncols(self.bar.fp)
+        around = f"{self.phase}: 100%|| {self.total}/{self.total} [0:00:00<0:00:00]"
+        room = (columns or sys.maxsize) - 1 - len(around) - CELLS
+        text = ""
+        for label, value in self.shown.items():
+            longer = f"{text}, {label}={value}" if text else f"{label}={value}"
+            if len(", ") + len(longer) <= room:
+                text = longer
+        return text

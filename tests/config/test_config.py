@@ -718,3 +718,10 @@ def test_no_default_of_a_task_is_shared_between_two_configurations():
 def test_every_default_of_a_recipe_is_one_of_a_field(task):
     fields = dict(config_fields.flat_fields(config_fields.fields_of(task)))
     assert config_fields.RECIPES[task].keys() <= fields.keys()
+
+
+@pytest.mark.parametrize("group", ["optimizer", "search", "model", "data"])
+def test_a_value_for_a_group_of_fields_is_refused_in_one_line(group):
+    with pytest.raises(ConfigError, match=rf"^config.{group}: expected a field of it") as caught:
+        check_overrides(default(), {f"config.{group}": "adamw"})
+    assert str(caught.value).endswith("got 'adamw'")

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import struct
 import sys
 
@@ -185,10 +186,10 @@ def shown(stderr, monkeypatch):
 def test_where_standard_error_is_no_terminal_each_epoch_is_a_line(monkeypatch):
     assert shown(io.StringIO(), monkeypatch) == (
         "search: epoch 1, step 150 of 450: "
-        "loss 2.000, train error 85.0%, FLOPs 80.0%, test error 77.77%\n"
+        "test error 77.77%, FLOPs 80.0%, loss 2.000, train error 85.0%\n"
         "search: epoch 2, step 300 of 450: "
-        "loss 1.500, train error 85.0%, FLOPs 80.0%, test error 60.00%, "
-        "images/s 1234, params 50.0%\n"
+        "test error 60.00%, FLOPs 80.0%, loss 1.500, images/s 1234, params 50.0%, "
+        "train error 85.0%\n"
     )
 
 
@@ -213,3 +214,48 @@ def test_on_a_terminal_there_is_one_bar_that_is_full_when_the_phase_ends(monkeyp
     assert "300/300" in last
     for part in ("loss=1.500", "test error=60.00%", "FLOPs=80.0%", "params=50.0%"):
         assert part in last
+
+
+class Narrow(io.StringIO):
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        return 2  # of which `os.get_terminal_size` is asked
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 120])
+def test_a_bar_shows_whole_numbers_on_a_terminal_of_any_width(columns, monkeypatch):
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((columns, 24)))
+    whole = {"test error=77.77%", "test error=60.00%", "FLOPs=80.0%", "images/s=1234"}
+    whole |= {"loss=2.346", "loss=2.000", "loss=1.500", "params=50.0%"}
+    whole |= {"train error=90.0%", "train error=85.0%"}
+    lines = shown(Narrow(), monkeypatch).rstrip("\n").split("\r")
+    for line in lines:
+        assert len(line) <= columns
+        if line.strip():
+            assert line.rstrip().endswith("]")
+            assert set(line.rstrip("] ").split(", ")[1:]) <= whole
+    if columns >= 80:
+        assert "test error=60.00%, FLOPs=80.0%" in lines[-1]
+
+
+def test_a_bar_that_is_interrupted_is_not_full(monkeypatch):
+    stderr = Narrow()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("COLUMNS", "100")
+    bar = ProgressBar()
+    bar.begin("search", 200, 0, [])
+
+    def stop():
+        try:
+            bar.step(41)
+            raise KeyboardInterrupt
+        finally:
+            bar.end()
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    last = stderr.getvalue().rstrip("\n").split("\r")[-1]
+    assert "41/200" in last
+    assert "100%" not in last

@@ -1,0 +1,39 @@
+"""What a run tells before it begins, and of what it compiles."""
+
+from pathlib import Path
+import runpy
+
+import pytest
+
+from dhp_jax.pipeline import command, targets
+from dhp_jax.pipeline.header import header
+
+CONFIG = Path(__file__).parents[2] / "experiments/configs/digits_resnet20.py"
+
+
+def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tmp_path):
+    config = runpy.run_path(str(CONFIG))["get_config"]()
+    config.targets = (0.7, 0.5)
+    config.budget.params = 0.6
+    runs = targets.prepare(config, tmp_path / "run")
+    lines = dict(line.split(maxsplit=1) for line in header(runs).splitlines())
+    cost = runs[0].cost
+    assert lines["network"] == (
+        f"resnet (depth 20, width 1.0): {cost.flops:,} FLOPs, {cost.params:,} params"
+    )
+    assert lines["data"] == "digits: 1,297 examples of 8x8x1 in an epoch"
+    assert lines["budget"] == (
+        "70 % of the FLOPs and 60 % of the params; 50 % of the FLOPs and 60 % of the params"
+    )
+    assert lines["directory"] == f"{tmp_path}/run/0.7, {tmp_path}/run/0.5"
+    assert lines["next"].startswith(f"a search of at most {config.search.epochs} epochs, then ")
+    assert "cpu" in lines["device"]
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [("jit(on_arrays)", "compiled the training step in 2.5 s\n"), ("jit(broadcast_in_dim)", "")],
+)
+def test_what_is_compiled_is_told_by_what_it_is_for(function, told, capsys):
+    command._tell_compiled(function, 2.54)
+    assert capsys.readouterr().err == told
