@@ -91,8 +91,10 @@ GOOD = {
     "data.crop_padding": [None, 0, 2],
     "optimizer.name": ["sgd", "adam"],
     "optimizer.momentum": [0, 0.9],
+    "optimizer.nesterov": [False, True],
     "search.stop_limit": [0, 0.02],
     "search.min_channels": [1, 2, 4],
+    "search.keep": [0, 0.1],
     "model.name": [*SMALL],
     "model.width": [0.0625, 0.25, 1.0],
     "model.depth": [7, 11, 20],
@@ -101,21 +103,34 @@ GOOD = {
     "model.prune_upsampler": [True, False],
     "model.prune_classifier": [True, False],
     "model.classifier_keep": [0, 0.4, 1.0],
+    "model.dropout": [0, 0.2],
+    "model.embedding": [2, 8],
     "model.stem_stride": [1, 2],
 }
 COUNTS = [1, 2, 100]  # suit every other number
 
+FLOORS = ("search.min_channels", "search.keep")
+
 # Fields that a message may be about although others were changed, which they are measured by.
 MEASURED_BY = {
     "source": ("method",),
-    "target": ("model", "search.min_channels", "multiple_of", "task", "data"),
-    "budget": ("target", "model", "search.min_channels", "multiple_of", "task", "data"),
+    "target": ("model", *FLOORS, "multiple_of", "task", "data"),
+    "budget": ("target", "model", *FLOORS, "multiple_of", "task", "data"),
     "multiple_of": ("model",),
     "task.steps_per_epoch": ("batch_size",),
     "task.patch": ("task.scale",),
     "task.tile": ("task.overlap", "model"),
     "task": ("task.name",),
-    "data": ("task.name", "task.patch", "task.channels", "data.name", "data.dir", "data.test_dir"),
+    "optimizer.nesterov": ("optimizer.name",),
+    "data": (
+        "task.name",
+        "task.patch",
+        "task.channels",
+        "task.shave",
+        "data.name",
+        "data.dir",
+        "data.test_dir",
+    ),
     "model": ("task.name", "model.name", "model.depth", "model.groups"),
 }
 
