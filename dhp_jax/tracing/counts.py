@@ -317,9 +317,11 @@ class _TracedCount:
         flat = nnx.to_flat_state(self.program.state)
         found: dict[str, tuple[Product, ...]] = {}
         for (path, leaf), variable in zip(flat, self.program.closed.jaxpr.invars, strict=False):
-            if isinstance(leaf, nnx.Param) and variable in used:
-                name = ".".join(map(str, path))
-                layer = name.rpartition(".")[0]
+            name = ".".join(map(str, path))
+            layer = name.rpartition(".")[0]
+            # The kernel of a layer that is not trained, as EDSR's mean shift, counts as well.
+            is_weight = layer in modules and path[-1] in ("kernel", "bias")
+            if (isinstance(leaf, nnx.Param) or is_weight) and variable in used:
                 key = layer if layer in modules else name
                 product = Product(1, self.widths((), variable))
                 found[key] = (*found.get(key, ()), product)

@@ -318,7 +318,9 @@ def may_suit(argument, kind, value):
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     number = isinstance(value, int if kind is int else int | float)
-    return number and (0 < value < 10**6 or (argument == "classifier_keep" and value == 0))
+    return number and (
+        0 < value < 10**6 or (argument in ("classifier_keep", "dropout") and value == 0)
+    )
 
 
 @pytest.mark.parametrize("family", SMALL)

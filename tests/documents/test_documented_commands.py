@@ -9,6 +9,7 @@ from pathlib import Path
 import re
 import shlex
 
+from absl import flags
 import jax
 import pytest
 
@@ -146,5 +147,5 @@ def test_a_wrong_command_is_found(main, monkeypatch):
     monkeypatch.chdir(ROOT)
     base = ["experiments/main.py", "--config=experiments/configs/resnet56.py"]
     for wrong in ("--config.mesh.dat=2", "--config.mesh.data=3", "--config.target=2", "--hosts=2"):
-        with pytest.raises((ValueError, main.flags.Error)):
+        with pytest.raises((ValueError, flags.Error)):
             accept(main, [*base, wrong], monkeypatch)
