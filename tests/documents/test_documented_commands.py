@@ -5,6 +5,7 @@ process would join.
 """
 
 import importlib.util
+import inspect
 from pathlib import Path
 import re
 import shlex
@@ -13,6 +14,7 @@ from absl import flags
 import jax
 import pytest
 
+import dhp_jax as dhp
 from dhp_jax import config as dhp_config
 from dhp_jax.config import fields as config_fields
 from dhp_jax.distributed.mesh import axis_sizes, check_batch
@@ -115,7 +117,11 @@ def test_files_and_fields_that_a_page_names_are_there(page):
     for piece in INLINE.findall(text):
         if field := FIELD.fullmatch(piece):
             parts = field[1].removeprefix("config.").split(".")
-            assert any(has(config, parts) for config in configs), piece
+            argument = parts[0] == "model" and any(
+                parts[1] in inspect.signature(family.__init__).parameters
+                for family in dhp.models.FAMILIES.values()
+            )
+            assert argument or any(has(config, parts) for config in configs), piece
 
 
 # What a guide tells to write.
