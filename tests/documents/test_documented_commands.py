@@ -118,7 +118,7 @@ def test_files_and_fields_that_a_page_names_are_there(page):
         if field := FIELD.fullmatch(piece):
             parts = field[1].removeprefix("config.").split(".")
             argument = parts[0] == "model" and any(
-                parts[1] in inspect.signature(family.__init__).parameters
+                parts[-1] in inspect.signature(family.__init__).parameters
                 for family in dhp.models.FAMILIES.values()
             )
             assert argument or any(has(config, parts) for config in configs), piece
