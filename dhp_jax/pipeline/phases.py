@@ -21,6 +21,7 @@ import jax
 import optax
 
 from dhp_jax.artifact import reading
+from dhp_jax.artifact.arrays import array_name, array_of, is_finite
 from dhp_jax.budgets.counted import limits
 from dhp_jax.budgets.floors import keep_share
 from dhp_jax.budgets.gradual import fade_to_budget
@@ -28,6 +29,7 @@ from dhp_jax.config.methods import METHODS
 from dhp_jax.core.surgery import prune
 from dhp_jax.core.survivors import latent_history, survivor_counts
 from dhp_jax.distributed.processes import folder_from_first, from_first, is_first
+from dhp_jax.errors import NonFiniteError
 from dhp_jax.pipeline import networks
 from dhp_jax.pipeline.preparation import PHASES, Run
 from dhp_jax.pipeline.reach import tell_reach
@@ -136,6 +138,8 @@ def _prune_to_budget(work: Work, made_from: str) -> str:
     if found and found["notes"]["made_from"] == made_from:
         return found["sha256"]
     small, budget = method.smaller(RunStart(run))
+    if "search" in method.phases:
+        _check_weights(small)
     notes: dict[str, Any] = {"budget": budget}
     if method.source is not None:
         notes["origin"] = dict(source_run.read(run.config).origin)
@@ -145,6 +149,18 @@ def _prune_to_budget(work: Work, made_from: str) -> str:
         batch_size = 4 * run.config.batch_size
         notes["test"] = evaluate(small, run.setup.task, work.read("test"), batch_size=batch_size)
     return networks.save(run, "pruned", small, made_from=made_from, **notes)
+
+
+def _check_weights(small: nnx.Module) -> None:
+    """Raises a `NonFiniteError` if weights that a search has made are not finite.
+
+    They are products of what it trains, and overflow where that is finite.
+    """
+    for location, leaf in nnx.to_flat_state(nnx.state(small)):
+        if not is_finite(array_of(leaf)):
+            what = f"the array {array_name(location)!r} of the pruned network is not finite"
+            hint = "try a smaller --config.search.learning_rate"
+            raise NonFiniteError("search", f"{what}; {hint}", tested=True)
 
 
 def train_last(work: Work, phase: str, make: Callable[[], nnx.Module], source: str = "") -> None:

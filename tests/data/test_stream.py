@@ -17,7 +17,6 @@ from runs import ROOT, Interrupter, Stop, begin, carry_out, check_same_end
 
 from dhp_jax import config as dhp_config
 from dhp_jax import data
-from dhp_jax.data import decode
 from dhp_jax.data.device_images import Rows
 from dhp_jax.data.stream import Stream, StreamError, epoch_order
 from dhp_jax.distributed.mesh import local_rows, put_batch
@@ -41,7 +40,7 @@ class Read:
     def __call__(self, chosen, rows, random):
         drawn = random.random(len(chosen))
         if self.fails_at in chosen:
-            raise data.DataNotFoundError("data.dir: cannot read 'x.png'")
+            raise data.DataNotFoundError("data.dir", detail="cannot read 'x.png'")
         if self.raises is not None:
             raise self.raises
         if self.dies:
@@ -313,7 +312,7 @@ def test_what_does_not_fit_is_not_put_on_the_device(monkeypatch):
     assert f"{NEEDED:,} bytes" in message
     assert f"{NEEDED - 1:,}" in message
     monkeypatch.setattr(memory, "free_memory", lambda: 2**40)
-    monkeypatch.setattr(decode, "memory_available", lambda: 2 * NEEDED - 2)
+    monkeypatch.setattr(memory, "memory_available", lambda: 2 * NEEDED - 2)
     with pytest.raises(ConfigError, match="bytes of the host; at most"):
         set_up(**{"data.streamed": False})
 

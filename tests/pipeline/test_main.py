@@ -233,19 +233,36 @@ def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
     assert html.escape(command) in (workdir / "report.html").read_text()
 
 
+STEEP = (
+    "--config.model.depth=8",
+    "--config.model.width=0.5",
+    "--config.multiple_of=1",
+    "--config.search.learning_rate=1e30",
+    "--config.search.epochs=1",
+)
+
+
 def test_a_training_that_diverges_ends_with_one_line_and_exit_code_1(main, tmp_path, capsys):
-    steep = ["--config.search.learning_rate=1e30", "--config.search.epochs=1"]
-    small = [
-        "--config.model.depth=8",
-        "--config.model.width=0.5",
-        "--config.multiple_of=1",
-        f"--workdir={tmp_path / 'run'}",
-    ]
-    assert main(DIGITS, *small, *steep) == 1
+    wide = "--config.search.strength=0"  # with latents that vanish, the first step ends the search
+    assert main(DIGITS, *STEEP, wide, f"--workdir={tmp_path / 'run'}") == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.match(r"error: search: the (loss is|latent .* is not finite)", last)
     assert ", at a learning rate of 1e+30; " in last
     assert last.endswith("; --config.nonfinite=skip leaves such batches out")
+
+
+def test_weights_that_overflow_where_the_budget_is_met_end_a_run_with_one_line(
+    main, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    assert main(DIGITS, *STEEP, f"--workdir={run}") == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"error: search: the array 'blocks\..*' of the pruned network is not finite; "
+        r"try a smaller --config\.search\.learning_rate",
+        last,
+    )
+    assert not (run / "pruned").exists()
 
 
 @pytest.mark.parametrize(

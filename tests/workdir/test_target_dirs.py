@@ -3,6 +3,7 @@
 import json
 import shutil
 
+from pages import Page
 import pytest
 from runs import UNPRUNED, commanded
 
@@ -10,6 +11,7 @@ from dhp_jax import predict
 from dhp_jax.budgets import timing
 from dhp_jax.export import __main__ as export_main
 from dhp_jax.report import __main__ as report_main
+from dhp_jax.report.format import interval
 from dhp_jax.workdir import reader, target_dirs
 from dhp_jax.workdir.target_dirs import absent, folder_name, is_size
 
@@ -74,14 +76,17 @@ def test_a_report_of_all_sizes_tells_what_there_is_and_what_is_missing(begun, ca
         "3 runs compared",
         "0.5: the trained network: the converge phase has not ended",
         "0.25: has not begun",
-        "</i>run-baseline</td><td>8.46 %</td>",
-        " % so far <span",
+        "</i>run-baseline</td>",
         "<title>run-baseline: 8.46 at ",
         "<title>0.75: ",
         "<title>0.5, so far: ",
         "unpruned</text>",
     ):
         assert expected in content
+    page = Page(content)
+    error = UNPRUNED["test"]["last"]["error"]
+    assert page.row("run-baseline")[0] == f"8.46 % ({interval(error, 500)})"
+    assert " % so far (" in page.row("0.5")[0]
     assert "unpruned 8.46 %" in (begun / "0.75/report.html").read_text()
     assert "This run is not finished" in (begun / "0.5/report.html").read_text()
 
