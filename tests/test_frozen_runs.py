@@ -22,6 +22,7 @@ PHASES = ("search", "converge")
 CONFIG = f"--config={RUN_CONFIG}"
 DIGIT = (8, 8, 1)
 TARGET = 0.6
+ADDED = ("test_examples",)  # notes of a saved network that are newer than the fixtures
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_a_half_finished_run_goes_on_and_ends_like_one_that_was_never_stopped(
     if without_times(done) != without_times(records(undisturbed)[: len(done)]):
         pytest.skip("this processor rounds otherwise than that of the fixture")
     assert steps == expected
-    check_same_end(workdir, undisturbed)
+    check_same_end(workdir, undisturbed, dict.fromkeys({p.parent.name for p in networks}, ADDED))
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -121,8 +121,12 @@ def without_times(value):
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
-def check_same_end(workdir, expected):
-    """Two finished runs have left the same, bit for bit, but for what the clock says."""
+def check_same_end(workdir, expected, added=None):
+    """Two finished runs have left the same, bit for bit, but for what the clock says.
+
+    `added` has, for each network of `workdir` that earlier code saved, the notes that this code
+    adds: they are in the description of the expected network only.
+    """
     names = sorted(path.parent.name for path in expected.glob("*/model.json"))
     assert names == sorted(path.parent.name for path in workdir.glob("*/model.json"))
     for name in names:
@@ -131,6 +135,9 @@ def check_same_end(workdir, expected):
         assert again == once, name
         of_both = (without_times(description(folder / name)) for folder in (workdir, expected))
         again, once = of_both
+        for note in (added or {}).get(name, ()):
+            assert note not in again["notes"], (name, note)
+            del once["notes"][note]
         assert again == once, name
     of_both = (
         workdir_metrics.read(folder / workdir_metrics.RECORDS) for folder in (workdir, expected)
