@@ -225,7 +225,9 @@ def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
     assert printed.out.endswith(f" {paths[-1]}\n")
     assert Path(paths[-1]).name == "report.html"
     assert all(Path(path).exists() for path in paths)
-    assert "converge: epoch 1, step 20 of 20: loss " in printed.err
+    assert re.search(
+        r"^converge: epoch 1, step 20 of 20: test error \d+\.\d\d%, loss \d", printed.err, re.M
+    )
     assert "search" not in printed.err
     (command,) = (workdir / "command.txt").read_text().splitlines()
     given = shlex.split(command.removeprefix(f"cd {shlex.quote(str(tmp_path))} && "))
