@@ -32,7 +32,7 @@ def uniform_within(
       A boolean mask for each latent by name; the first entries survive.
 
     Raises:
-      ValueError: as `dhp_jax.prune.survivors_within`.
+      ValueError: as `dhp_jax.budgets.counted.survivors_within`.
 
     Example:
       >>> narrow = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=dhp.uniform_within)
