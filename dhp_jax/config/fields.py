@@ -1,11 +1,11 @@
 """Every field of a configuration: its default, its rule, and what it is.
 
-`default`, the check of a configuration and the help of the command all read these tables.
+`default`, the check of a configuration, the help of the command and docs/configuration.md all read
+these tables.
 """
 
 from collections.abc import Iterator, Mapping
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -16,53 +16,30 @@ from dhp_jax.config.rules import (
     DEVICES,
     EPOCHS,
     MULTIPLE,
+    NEVER,
     PATH,
     SHARE,
     SHARES,
+    Field,
+    Fields,
     Rule,
     integer,
     number,
     one_of,
     or_none,
 )
-from dhp_jax.data.labelled import registry
-from dhp_jax.data.photos import files as photos_files
+from dhp_jax.config.task_fields import TASK_FIELDS
 from dhp_jax.errors import ConfigError
 from dhp_jax.models.arguments import MAX_CHANNELS
-from dhp_jax.tasks.restoration import LOSSES
 from dhp_jax.train import optimizer
 
 DTYPES = ("float32", "bfloat16")
 
 PRECISIONS = ("default", "high", "highest")
 
-NEVER: Any = object()  # of `Field.absent`
-MAX_SIDE = 10_000  # of images, in pixels
-MAX_WORKERS = 1024
 MAX_EXAMPLES = 2**28  # of an epoch; their order takes 4 bytes each
 
 
-@dataclass(frozen=True)
-class Field:
-    """One field.
-
-    Attributes:
-      default: its value if nothing else is said; some tasks have another one, see `RECIPES`.
-      rule: which values it may have.
-      text: what it is, in one line.
-      kind: the type that values of the command line become, where the default does not tell.
-      absent: what a stored configuration means that lacks the field, because its run was begun
-        earlier; `NEVER` if none lacks it.
-    """
-
-    default: Any
-    rule: Rule
-    text: str
-    kind: type | None = None
-    absent: Any = NEVER
-
-
-Fields = Mapping[str, "Field | Fields"]  # by name; groups hold fields of their own
 _BUDGET = or_none(SHARE, "for no such budget")
 
 
@@ -73,7 +50,7 @@ def _budget(of: str) -> Field:
 def _schedule(epochs: int, drops: tuple[float, ...], text: str) -> dict[str, Field]:
     return {
         "epochs": Field(epochs, integer(1), text),
-        "learning_rate": Field(0.1, number(0, above=True), "of the first step"),
+        "learning_rate": Field(0.1, number(0, above=True), "learning rate of the first step"),
         "drops": Field(drops, EPOCHS, "epochs after which the learning rate is divided by 10"),
     }
 
@@ -82,7 +59,7 @@ FIELDS: Fields = {
     "seed": Field(
         0,
         integer(0, 2**32 - 1),  # of larger ones JAX would use the last 32 bits
-        "of all random numbers",
+        "seed of all random numbers",
     ),
     "method": Field("dhp", one_of(*METHODS), "how the smaller network is made; docs/methods.md"),
     "source": Field(
@@ -125,7 +102,9 @@ FIELDS: Fields = {
         "stop", one_of("stop", "skip"), "at a loss or latent that is not finite: stop, or skip it"
     ),
     "checkpoint": {
-        "seconds": Field(60.0, number(0), "between two; more where writing one takes long"),
+        "seconds": Field(
+            60.0, number(0), "seconds between two checkpoints; more where writing one takes long"
+        ),
         "keep": Field(3, integer(2), "checkpoints of each phase that are kept"),
         "grace": Field(
             30.0,
@@ -150,10 +129,10 @@ FIELDS: Fields = {
         "nesterov": Field(
             False, BOOLEAN, "whether the momentum of sgd is Nesterov's", absent=False
         ),
-        "weight_decay": Field(1e-4, number(0), "of kernels"),
+        "weight_decay": Field(1e-4, number(0), "of every parameter"),
     },
     "search": {
-        **_schedule(100, (50.0,), "at most; the search ends when the budget is nearly met"),
+        **_schedule(100, (50.0,), "epochs at most; the search ends when the budget is nearly met"),
         "strength": Field(2e-4, number(0), "factor of the l1 norm of the latents"),
         "threshold": Field(5e-3, number(0), "smaller entries of a latent count as gone"),
         "stop_limit": Field(0.02, number(0, 1), "the search ends at target + stop_limit"),
@@ -162,121 +141,8 @@ FIELDS: Fields = {
             0.0, number(0, 1), "least share of its entries that every latent keeps", absent=0.0
         ),
     },
-    "converge": _schedule(300, (150.0, 225.0), "of the pruned network"),
-    "baseline": _schedule(300, (150.0, 225.0), "of the unpruned network"),
-}
-
-_READING: Fields = {
-    "streamed": Field(
-        None,
-        or_none(BOOLEAN, "for whether they do not fit on the device"),
-        "whether data are read while they are used",
-        bool,
-    ),
-    "workers": Field(
-        None,
-        or_none(integer(0, MAX_WORKERS), "for all cores but one"),
-        "processes that read what is streamed",
-        int,
-    ),
-}
-
-_LABELLED: Fields = {
-    "name": Field("cifar10", one_of(*registry.NAMES), "of the data set"),
-    "dir": Field(
-        None, or_none(PATH, "for the default of tensorflow-datasets"), "folder of the data", str
-    ),
-    "image_size": Field(
-        None,
-        or_none(integer(1, MAX_SIDE), "for the size of the data"),
-        "sides of images of folders and ImageNet",
-        int,
-    ),
-    "channels": Field(
-        None,
-        or_none(one_of(1, 3), "for what the images have"),
-        "of image_folder: 1 makes all images gray, 3 colour",
-        int,
-        absent=None,
-    ),
-    "archive": Field(None, or_none(PATH, "if there is none"), "of Tiny-ImageNet", str),
-    "crop_padding": Field(
-        None,
-        or_none(integer(0, MAX_SIDE), "for what suits the data"),
-        "pixels by which a random crop may lie outside",
-        int,
-    ),
-    "flip": Field(
-        None, or_none(BOOLEAN, "likewise"), "whether images are mirrored at random", bool
-    ),
-    **_READING,
-}
-
-_PHOTOGRAPHS: Fields = {
-    "name": Field(
-        "photographs", one_of(*photos_files.NAMES), "those of scikit-image, or of a folder"
-    ),
-    "dir": Field(
-        None, or_none(PATH, "for embedded photographs"), "folder of the training data", str
-    ),
-    "test_dir": Field(None, or_none(PATH, "for embedded photographs"), "of the test data", str),
-    "cache": Field(
-        None, or_none(PATH, "for the user's cache folder"), "for photographs that are streamed", str
-    ),
-    **_READING,
-}
-
-
-def _patches(side: int, channels: int, steps: int, absent_loss: str) -> dict[str, Field]:
-    """The fields of a task on patches of photographs."""
-    return {
-        "loss": Field(
-            "l1",
-            one_of(*LOSSES),
-            "mean absolute (l1) or squared (l2) error of pixels, which training lowers",
-            absent=absent_loss,
-        ),
-        "patch": Field(side, integer(1, MAX_SIDE), "side of the square of a training example"),
-        "channels": Field(channels, one_of(1, 3), "1 for gray, 3 for color"),
-        "steps_per_epoch": Field(steps, integer(1), "steps that count as an epoch"),
-        "tile": Field(
-            None,
-            or_none(integer(1, MAX_SIDE), "to run test images whole"),
-            "side of the tiles that larger test images are cut into",
-            int,
-        ),
-        "overlap": Field(
-            None,
-            or_none(integer(0, MAX_SIDE), "for as far as the network sees"),
-            "pixels of a tile's border that are not used",
-            int,
-        ),
-    }
-
-
-TASK_FIELDS: Mapping[str, Fields] = {
-    "classification": {"task": {}, "data": _LABELLED},
-    "super_resolution": {
-        "task": {
-            **_patches(96, 3, 2013, "l1"),  # 32,208 patches in batches of 16
-            "scale": Field(4, one_of(2, 3, 4), "how many times as large the output is"),
-            "psnr": Field("y", one_of("y", "rgb"), "what errors are measured on"),
-        },
-        "data": _PHOTOGRAPHS,
-    },
-    "denoising": {
-        "task": {
-            **_patches(64, 1, 10_000, "l2"),
-            "sigma": Field(70.0, number(0), "standard deviation of the noise, of 255"),
-            "shave": Field(
-                1,
-                integer(0, MAX_SIDE),
-                "pixels of each border that PSNR and SSIM leave out",
-                absent=0,
-            ),
-        },
-        "data": _PHOTOGRAPHS,
-    },
+    "converge": _schedule(300, (150.0, 225.0), "epochs of the pruned network"),
+    "baseline": _schedule(300, (150.0, 225.0), "epochs of the unpruned network"),
 }
 
 _RESTORATION: Mapping[str, Any] = {
@@ -368,22 +234,3 @@ def _defaults(fields: Fields, recipe: Mapping[str, Any], prefix: str = "") -> di
         typed = field.kind is not None
         values[name] = config_dict.FieldReference(value, field_type=field.kind) if typed else value
     return values
-
-
-def describe() -> str:
-    """All fields with what they are, what they may be and their defaults, a line each."""
-    lines = ["Fields of a configuration, such as --config.target=0.38:"]
-    lines += [_line(name, field) for name, field in flat_fields(FIELDS)]
-    for task in TASK_FIELDS:
-        fields = fields_of(task)
-        lines.append(f"Of {task}:")
-        lines += [
-            _line(name, field)
-            for group in ("task", "data")
-            for name, field in flat_fields({group: fields[group]})
-        ]
-    return "\n".join(lines)
-
-
-def _line(name: str, field: Field) -> str:
-    return f"  {name}: {field.text} ({field.rule}; default {field.default})"

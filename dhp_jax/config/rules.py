@@ -1,6 +1,7 @@
-"""Rules: which values a field may have, and how an error says so."""
+"""What a field is, and rules: which values it may have, and how an error says so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ MAX_COUNT = 1_000_000  # of what is counted, if the field has no limit of its ow
 MAX_NUMBER = 1e30  # of other numbers; float32 ends at 3e38
 MAX_TARGETS = 20
 MAX_DROPS = 100  # each makes the compiled step larger
+NEVER: Any = object()  # of `Field.absent`
 
 
 class Rule(NamedTuple):
@@ -33,6 +35,29 @@ class Rule(NamedTuple):
 
     def __str__(self) -> str:
         return self.expected + (f", or None {self.or_none}" if self.or_none else "")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field.
+
+    Attributes:
+      default: its value if nothing else is said; some tasks have another one, see `RECIPES`.
+      rule: which values it may have.
+      text: what it is, in one line.
+      kind: the type that values of the command line become, where the default does not tell.
+      absent: what a stored configuration means that lacks the field, because its run was begun
+        earlier; `NEVER` if none lacks it.
+    """
+
+    default: Any
+    rule: Rule
+    text: str
+    kind: type | None = None
+    absent: Any = NEVER
+
+
+Fields = Mapping[str, "Field | Fields"]  # by name; groups hold fields of their own
 
 
 def number(

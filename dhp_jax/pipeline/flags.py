@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from dhp_jax.config.fields import describe
+from dhp_jax.config.documentation import describe
 from dhp_jax.pipeline import command
 
 

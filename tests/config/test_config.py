@@ -246,7 +246,7 @@ BAD = {
         [-1, 0.5, "4", 10_001],
         "an integer >= 0 and <= 10000, or None for what suits the data",
     ),
-    "data.flip": ([0, 1, "no"], "True or False, or None likewise"),
+    "data.flip": ([0, 1, "no"], "True or False, or None for what suits the data"),
     "data.streamed": (
         [0, 1, "no"],
         "True or False, or None for whether they do not fit on the device",
