@@ -19,8 +19,9 @@ from dhp_jax.data.device_images import Rows
 from dhp_jax.data.photos.photographs import Photograph
 from dhp_jax.tasks import Classification, Denoising, SuperResolution, patches
 from dhp_jax.tasks.task import Data, Task
-from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.train.optimizer import optimizer, shrink_latents
 from dhp_jax.train.phase import Budget
+from dhp_jax.train.schedules import drop_schedule
 from dhp_jax.train.state import TrainState, start
 from dhp_jax.train.step import CompiledStep, compile_step, make_step, many, on_resident_data
 

@@ -13,6 +13,8 @@ from dhp_jax.errors import ConfigError, shown
 from dhp_jax.models import registry
 from dhp_jax.models.registry import task_of
 
+SCHEDULED = ("search", "converge", "baseline")  # groups of fields
+
 # How the text of a flag is read, by the type of its field, and what an error expects.
 READERS: Mapping[type, tuple[Callable[[str], Any], str]] = {
     int: (int, "an integer"),
@@ -35,6 +37,7 @@ def check(config: ConfigDict) -> None:
     _check_family(config)
     _check_examples(config)
     _check_nesterov(config)
+    _check_warmup(config)
 
 
 def _check_nesterov(config: ConfigDict) -> None:
@@ -42,6 +45,15 @@ def _check_nesterov(config: ConfigDict) -> None:
         raise ConfigError(
             "config.optimizer.nesterov", f"False, for {config.optimizer.name} has none", True
         )
+
+
+def _check_warmup(config: ConfigDict) -> None:
+    for phase in SCHEDULED:
+        epochs, warmup = config[phase].epochs, config[phase].warmup
+        if warmup and warmup >= epochs:
+            raise ConfigError(
+                f"config.{phase}.warmup", f"less than {phase}.epochs={epochs}", warmup
+            )
 
 
 def _check_filled_in(group: str, config: ConfigDict) -> None:

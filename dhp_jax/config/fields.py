@@ -15,6 +15,7 @@ from dhp_jax.config.rules import (
     BOOLEAN,
     DEVICES,
     EPOCHS,
+    MAX_COUNT,
     MULTIPLE,
     NEVER,
     PATH,
@@ -31,7 +32,7 @@ from dhp_jax.config.rules import (
 from dhp_jax.config.task_fields import TASK_FIELDS
 from dhp_jax.errors import ConfigError
 from dhp_jax.models.arguments import MAX_CHANNELS
-from dhp_jax.train import optimizer
+from dhp_jax.train import optimizer, schedules
 
 DTYPES = ("float32", "bfloat16")
 
@@ -50,8 +51,20 @@ def _budget(of: str) -> Field:
 def _schedule(epochs: int, drops: tuple[float, ...], text: str) -> dict[str, Field]:
     return {
         "epochs": Field(epochs, integer(1), text),
-        "learning_rate": Field(0.1, number(0, above=True), "learning rate of the first step"),
+        "learning_rate": Field(0.1, number(0, above=True), "the largest learning rate"),
+        "schedule": Field(
+            "drops",
+            one_of(*schedules.NAMES),
+            "how the learning rate falls: at drops, or to zero by the last step",
+            absent="drops",
+        ),
         "drops": Field(drops, EPOCHS, "epochs after which the learning rate is divided by 10"),
+        "warmup": Field(
+            0.0,
+            number(0, MAX_COUNT),
+            "first epochs, in which the learning rate rises in a straight line",
+            absent=0.0,
+        ),
     }
 
 

@@ -31,7 +31,7 @@ from dhp_jax.core.survivors import latent_history, survivor_counts
 from dhp_jax.distributed.processes import folder_from_first, from_first, is_first
 from dhp_jax.errors import NonFiniteError
 from dhp_jax.pipeline import networks
-from dhp_jax.pipeline.preparation import PHASES, Run
+from dhp_jax.pipeline.preparation import PHASES, Run, schedule_of
 from dhp_jax.pipeline.reach import tell_reach
 from dhp_jax.pipeline.smaller import RunStart
 from dhp_jax.pruned.fresh_weights import reinitialize
@@ -40,7 +40,7 @@ from dhp_jax.report.format import in_words
 from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Data, Params
 from dhp_jax.train.loop import train
-from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.train.optimizer import optimizer, shrink_latents
 from dhp_jax.train.phase import Budget, Observer, Outcome, Phase
 from dhp_jax.workdir import source_run
 from dhp_jax.workdir.identity import grow, read_field
@@ -189,9 +189,7 @@ def _train(
     work: Work, name: str, model: nnx.Module, budget: Budget | None = None, source: str = ""
 ) -> Outcome:
     run, config, settings = work.run, work.run.config, work.run.config[name]
-    schedule = drop_schedule(
-        settings.learning_rate, settings.drops, run.setup.epoch // config.batch_size
-    )
+    schedule = schedule_of(run, name)
     phase = Phase(
         name=name,
         epochs=settings.epochs,

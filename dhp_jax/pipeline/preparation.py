@@ -11,6 +11,7 @@ from flax import nnx
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+import optax
 
 from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.counted import check_budget, limits
@@ -27,6 +28,7 @@ from dhp_jax.models.registry import build_abstract
 from dhp_jax.pipeline.setup import TaskSetup, argument_fields, known_arguments, set_up
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.train.phase import Observer
+from dhp_jax.train.schedules import make_schedule
 from dhp_jax.workdir import source_run
 from dhp_jax.workdir.identity import CONFIG, hold, read_data_choice, settle_data
 from dhp_jax.workdir.metrics import Journal
@@ -135,6 +137,19 @@ def prepare(
 def counted_budgets(config: ConfigDict) -> dict[str, float]:
     """The budgets that are counted, as shares by name; of the FLOPs the smallest one."""
     return limits({**config.budget, "latency": None}, config.target)
+
+
+def schedule_of(run: Run, phase: str) -> optax.Schedule:
+    """The learning rate of each step of a phase."""
+    settings = run.config[phase]
+    return make_schedule(
+        settings.schedule,
+        settings.learning_rate,
+        epochs=settings.epochs,
+        drops=settings.drops,
+        warmup=settings.warmup,
+        steps_per_epoch=run.setup.epoch // run.config.batch_size,
+    )
 
 
 def _target_is_smallest(config: ConfigDict) -> bool:

@@ -6,7 +6,7 @@ from flax import nnx
 
 from dhp_jax.core.latent import latents
 from dhp_jax.core.survivors import survivor_counts
-from dhp_jax.pipeline.preparation import Run
+from dhp_jax.pipeline.preparation import Run, schedule_of
 from dhp_jax.report.format import in_words
 from dhp_jax.train.optimizer import largest_to_vanish
 from dhp_jax.train.phase import Budget
@@ -25,10 +25,8 @@ def tell_reach(run: Run, model: nnx.Module, budget: Budget) -> None:
     config, settings = run.config, run.config.search
     largest = largest_to_vanish(
         config.optimizer.name,
-        settings.learning_rate,
-        settings.drops,
-        run.setup.epoch // config.batch_size,
-        settings.epochs,
+        schedule_of(run, "search"),
+        settings.epochs * (run.setup.epoch // config.batch_size),
         strength=settings.strength,
         threshold=settings.threshold,
         momentum=config.optimizer.momentum,

@@ -1,32 +1,18 @@
-"""Optimizers: learning rate schedules, SGD or Adam, and the proximal step on the latents."""
+"""Optimizers: SGD or Adam, and the proximal step on the latents."""
 
-from collections.abc import Sequence
 import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
+import numpy as np
 import optax
 
 from dhp_jax.core.latent import map_variables, prunable_latents
 from dhp_jax.core.prox import prox_l1
 
 NAMES = ("sgd", "adam")
-
-
-def drop_schedule(
-    learning_rate: float, drops: Sequence[float], steps_per_epoch: int
-) -> optax.Schedule:
-    """A learning rate that is divided by 10 at given epochs.
-
-    Args:
-      learning_rate: before the first of them.
-      drops: epochs, not necessarily whole ones; one that is given twice divides by 100.
-      steps_per_epoch: training steps.
-    """
-    steps = [round(epoch * steps_per_epoch) for epoch in drops]
-    boundaries = {step: 0.1 ** steps.count(step) for step in steps}
-    return optax.piecewise_constant_schedule(learning_rate, boundaries)
+MAX_PIECES = 2000  # of a schedule; in each the learning rate counts as constant
 
 
 def optimizer(
@@ -60,10 +46,8 @@ def optimizer(
 
 def largest_to_vanish(
     name: str,
-    learning_rate: float,
-    drops: Sequence[float],
-    steps_per_epoch: int,
-    epochs: int,
+    schedule: optax.Schedule,
+    steps: int,
     *,
     strength: float,
     threshold: float,
@@ -73,43 +57,44 @@ def largest_to_vanish(
     """The largest magnitude that a search brings down to the threshold if the loss is flat.
 
     Of a step of size r the proximal step takes `strength * r`; weight decay takes the share
-    `weight_decay * r / (1 - momentum)` with SGD, and up to r with Adam.
+    `weight_decay * r / (1 - momentum)` with SGD, and up to r with Adam. Of more than 2000 steps,
+    some are taken together at the learning rate of their middle.
 
     Args:
       name, momentum, weight_decay: as of `optimizer`.
-      learning_rate, drops, steps_per_epoch: as of `drop_schedule`.
-      epochs: of the search.
+      schedule: the learning rate of each step, for an array of steps.
+      steps: of the search.
       strength, threshold: as of `shrink_latents`.
 
     Returns:
       The magnitude of an entry before the first step; infinity if it exceeds all floats.
 
     Example:
-      >>> largest_to_vanish("adam", 1e-4, (40,), 2013, 40, strength=0.1, threshold=0.0,
+      >>> schedule = drop_schedule(1e-4, (40,), steps_per_epoch=2013)
+      >>> largest_to_vanish("adam", schedule, 40 * 2013, strength=0.1, threshold=0.0,
       ...                   momentum=0.9, weight_decay=0.0)
       0.8052...
     """
-    total = epochs * steps_per_epoch
-    ends = [min(total, round(epoch * steps_per_epoch)) for epoch in drops]
-    begins, rates = [0, *ends], [learning_rate * 0.1**i for i in range(len(ends) + 1)]
+    ends = np.unique(np.linspace(0, steps, min(steps, MAX_PIECES) + 1).round().astype(int))
+    rates = np.asarray(schedule(jnp.asarray((ends[:-1] + ends[1:]) // 2)), np.float64)
+    rates = np.broadcast_to(rates, len(ends) - 1)
     magnitude = threshold
-    for begin, end, rate in reversed(list(zip(begins, [*ends, total], rates, strict=True))):
-        taken, steps = rate * strength, end - begin
-        share = 0.0
+    for rate, count in zip(rates[::-1], np.diff(ends)[::-1], strict=True):
+        taken, share = rate * strength, 0.0
         if name == "adam" and weight_decay:
             taken += rate
         elif name == "sgd":
             share = min(weight_decay * rate / (1 - momentum), 1.0)
-        if share == 1.0 and steps:
+        if share == 1.0:
             return math.inf
-        if share * steps < 1e-9:  # the limit of what follows
-            magnitude += taken * steps
+        if share * count < 1e-9:  # the limit of what follows
+            magnitude += taken * count
             continue
-        growth = -steps * math.log1p(-share)  # step by step: m -> (m + taken) / (1 - share)
+        growth = -count * math.log1p(-share)  # step by step: m -> (m + taken) / (1 - share)
         if growth > 700:  # e^700 is near the largest float
             return math.inf
         magnitude = magnitude * math.exp(growth) + taken * math.expm1(growth) / share
-    return magnitude
+    return float(magnitude)
 
 
 def shrink_latents(

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dhp_jax import files
 from dhp_jax.config.fields import absent_values
+from dhp_jax.config.methods import METHODS
 from dhp_jax.errors import ConfigError
 from dhp_jax.files import unfinished
 
@@ -36,7 +37,7 @@ MAY_CHANGE = (
 
 MAY_CHANGE_GROUPS = ("checkpoint.", "mesh.")
 MAY_MOVE = ("data.test_dir",)  # the folder may move, but keeps its name
-MAY_GROW = ("search.epochs", "converge.epochs", "baseline.epochs")
+MAY_GROW = ("search.epochs", "converge.epochs", "baseline.epochs")  # where learning rates drop
 
 
 @contextlib.contextmanager
@@ -194,8 +195,7 @@ def _check(workdir: Path, config: ConfigDict) -> None:
     differing = [
         f"config.{name} is {there.get(name)!r} there and {here.get(name)!r} here"
         for name in {**here, **there}
-        if there.get(name) != here.get(name)
-        and not _may_differ(name, there.get(name), here.get(name))
+        if there.get(name) != here.get(name) and not _may_differ(name, there, here)
     ]
     if differing:
         raise ConfigError(
@@ -205,12 +205,17 @@ def _check(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def _may_differ(name: str, there: Any, here: Any) -> bool:
-    """Whether a field may have another value than the one that is stored."""
+def _may_differ(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether a field may have another value than the one that is stored; of flat fields."""
+    before, now = there.get(name), here.get(name)
     if name in MAY_GROW:
-        return isinstance(there, int) and isinstance(here, int) and here > there
+        phase = name.removesuffix(".epochs")
+        # Others fall to zero, or fade what is to go, until the last epoch.
+        fades = phase == "search" and METHODS[here["method"]].fades
+        fixed = fades or here[f"{phase}.schedule"] != "drops"
+        return not fixed and isinstance(before, int) and isinstance(now, int) and now > before
     if name in MAY_MOVE:
-        return len({path and Path(path).name for path in (there, here)}) == 1
+        return len({path and Path(path).name for path in (before, now)}) == 1
     return name in MAY_CHANGE or name.startswith(MAY_CHANGE_GROUPS)
 
 

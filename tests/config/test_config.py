@@ -135,6 +135,15 @@ def test_adam_with_nesterovs_momentum_is_refused():
     )
 
 
+@pytest.mark.parametrize("warmup", [3, 3.5, 10**6])
+def test_a_warm_up_that_fills_its_phase_is_refused(warmup):
+    config = default()
+    config.converge.epochs, config.converge.warmup = 3, float(warmup)
+    assert refusal(config) == (
+        f"config.converge.warmup: expected less than converge.epochs=3; got {float(warmup)}"
+    )
+
+
 # One wrong value
 
 
@@ -182,7 +191,9 @@ GOOD = {
     "search.keep": [0, 0.1, 1],
     **{f"{phase}.epochs": [1, 10**6] for phase in PHASES},
     **{f"{phase}.learning_rate": [1e-9, 10] for phase in PHASES},
+    **{f"{phase}.schedule": ["drops", "cosine", "linear"] for phase in PHASES},
     **{f"{phase}.drops": [(), [], (1,), [0, 0.5, 7.25]] for phase in PHASES},
+    **{f"{phase}.warmup": [0, 0.5, 5] for phase in PHASES},
 }
 NUMBERS = [None, "1", "", True, float("nan"), float("inf"), -float("inf"), 1e31, [1], {}]
 INTEGERS = [*NUMBERS, 1.0, 0.5, 10**18]
@@ -269,6 +280,8 @@ BAD = {
         f"{phase}.learning_rate": ([*NUMBERS, 0, -1], "a number > 0 and <= 1e+30")
         for phase in PHASES
     },
+    **{f"{phase}.schedule": ([*WORDS, "step"], "one of drops, cosine, linear") for phase in PHASES},
+    **{f"{phase}.warmup": ([*NUMBERS, -1], "a number >= 0 and <= 1e+06") for phase in PHASES},
     **{
         f"{phase}.drops": (
             [

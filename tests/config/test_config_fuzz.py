@@ -30,8 +30,9 @@ from dhp_jax.models import mobilenet, registry
 from dhp_jax.models.arguments import MAX_CHANNELS
 from dhp_jax.models.registry import task_of
 from dhp_jax.pipeline import command, preparation
-from dhp_jax.pipeline.preparation import prepare
-from dhp_jax.train.optimizer import drop_schedule, optimizer
+from dhp_jax.pipeline.preparation import PHASES, prepare
+from dhp_jax.train import schedules
+from dhp_jax.train.optimizer import optimizer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "experiments/configs"
@@ -95,6 +96,7 @@ GOOD = {
     "search.stop_limit": [0, 0.02],
     "search.min_channels": [1, 2, 4],
     "search.keep": [0, 0.1],
+    **{f"{phase}.schedule": [*schedules.NAMES] for phase in PHASES},
     "model.name": [*SMALL],
     "model.width": [0.0625, 0.25, 1.0],
     "model.depth": [7, 11, 20],
@@ -122,6 +124,7 @@ MEASURED_BY = {
     "task.tile": ("task.overlap", "model"),
     "task": ("task.name",),
     "optimizer.nesterov": ("optimizer.name",),
+    **{f"{phase}.warmup": (f"{phase}.epochs",) for phase in PHASES},
     "data": (
         "task.name",
         "task.patch",
@@ -257,7 +260,7 @@ def check_usable(run):
     steps = run.setup.epoch // config.batch_size
     assert steps >= 1
     for phase in ("search", "converge", "baseline"):
-        schedule = drop_schedule(config[phase].learning_rate, config[phase].drops, steps)
+        schedule = preparation.schedule_of(run, phase)
         settings = config.optimizer
         optimizer(
             settings.name,

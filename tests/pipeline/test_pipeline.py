@@ -436,6 +436,16 @@ def test_what_may_grow_is_taken_and_stored_once_it_is_reached(finished, tmp_path
     assert identity.read_field(path, field) == 3
 
 
+@pytest.mark.parametrize("phase", ["search", "converge"])
+def test_epochs_do_not_grow_where_the_learning_rate_falls_to_zero_in_the_last(tmp_path, phase):
+    falls = {f"{phase}.schedule": "cosine"}
+    prepare(tiny(**falls), tmp_path)
+    there = f"config.{phase}.epochs is 2 there and 3 here"
+    with pytest.raises(ValueError, match=re.escape(there)):
+        prepare(tiny(**falls, **{f"{phase}.epochs": 3}), tmp_path)
+    prepare(tiny(**falls), tmp_path)
+
+
 def test_a_directory_in_which_another_is_at_work_is_refused(tmp_path):
     message = f"workdir: another process is at work in {tmp_path}; wait until it ends, or give "
     with identity.hold(tmp_path, tiny()):

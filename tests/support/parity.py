@@ -27,7 +27,8 @@ from dhp_jax.core import hypernet, latent, layers  # noqa: E402
 from dhp_jax.models import blocks, mobilenet, resnet  # noqa: E402
 from dhp_jax.models.mobilenet import MobileNetV2  # noqa: E402
 from dhp_jax.train import optimizer as train_optimizer  # noqa: E402
-from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents  # noqa: E402
+from dhp_jax.train.optimizer import optimizer, shrink_latents  # noqa: E402
+from dhp_jax.train.schedules import drop_schedule  # noqa: E402
 from dhp_jax.train.state import start  # noqa: E402
 from dhp_jax.train.step import make_step  # noqa: E402
 

@@ -26,8 +26,9 @@ from dhp_jax.data.stream import Stream
 from dhp_jax.tasks import Classification
 from dhp_jax.train.checkpoints import CheckpointError, Checkpoints
 from dhp_jax.train.loop import train
-from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.train.optimizer import optimizer, shrink_latents
 from dhp_jax.train.phase import Budget, OriginError, Phase, Stopped
+from dhp_jax.train.schedules import drop_schedule
 from dhp_jax.train.step import compile_step
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "fast_compilation")

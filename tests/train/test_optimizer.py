@@ -1,4 +1,4 @@
-"""Schedules, SGD and Adam with weight decay, and the proximal step on prunable latents alone."""
+"""SGD and Adam with weight decay, and the proximal step on prunable latents alone."""
 
 from flax import nnx
 import jax
@@ -10,7 +10,8 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.core.latent import prunable_latents
-from dhp_jax.train.optimizer import drop_schedule, largest_to_vanish, optimizer, shrink_latents
+from dhp_jax.train.optimizer import largest_to_vanish, optimizer, shrink_latents
+from dhp_jax.train.schedules import decay_schedule, drop_schedule
 
 LR = 0.5
 
@@ -46,33 +47,6 @@ def stepped(params, transformation, steps=1):
 
 def value(params, name):
     return np.asarray(params[name].vector[...])
-
-
-# Schedules
-
-
-@pytest.mark.parametrize(
-    ("epoch", "rate"),
-    [(0, 0.4), (1.9, 0.4), (2, 0.04), (2.1, 0.04), (4.4, 0.04), (4.5, 0.004), (100, 0.004)],
-)
-def test_the_learning_rate_is_divided_by_10_at_each_drop(epoch, rate):
-    schedule = drop_schedule(0.4, (2, 4.5), steps_per_epoch=10)
-    assert float(schedule(round(10 * epoch))) == pytest.approx(rate, rel=1e-6)
-
-
-def test_drops_between_steps_come_at_the_nearest_step():
-    schedule = drop_schedule(1.0, (1.25,), steps_per_epoch=3)  # 3.75 steps
-    assert [float(schedule(step)) for step in (3, 4)] == pytest.approx([1, 0.1])
-
-
-def test_drops_at_the_same_step_count_each():
-    schedule = drop_schedule(1.0, (1.0, 1.01), steps_per_epoch=3)
-    assert [float(schedule(step)) for step in (2, 3)] == pytest.approx([1, 0.01])
-
-
-def test_without_drops_the_learning_rate_stays():
-    schedule = drop_schedule(0.1, (), steps_per_epoch=3)
-    assert {float(schedule(step)) for step in (0, 3, 10**6)} == {0.1}
 
 
 # Optimizers
@@ -222,13 +196,12 @@ def test_a_mask_of_bare_arrays_is_refused_rather_than_empty():
     [("sgd", 0.0, 0.0), ("sgd", 0.0, 0.02), ("adam", 0.9, 0.0)],
 )
 def test_what_vanishes_under_a_flat_loss_is_what_was_said_to(name, momentum, weight_decay):
-    schedule_of = {"learning_rate": 0.1, "drops": (1.5,), "steps_per_epoch": 10}
+    schedule = drop_schedule(0.1, (1.5,), 10)
     steps = {"strength": 1.0, "threshold": 0.05}
     given = {"momentum": momentum, "weight_decay": weight_decay}
-    largest = largest_to_vanish(name, **schedule_of, epochs=2, **steps, **given)
+    largest = largest_to_vanish(name, schedule, 20, **steps, **given)
     taken = 15 * 0.1 + 5 * 0.01 + 0.05
     assert largest > 1.001 * taken if weight_decay else largest == pytest.approx(taken)
-    schedule = drop_schedule(0.1, (1.5,), 10)
     before = parameters(wide=[largest - 1e-4, largest + 1e-4, 9, 9, 9, 9])
     shrink = shrink_latents(before, schedule=schedule, **steps)
     after = stepped(before, optax.chain(optimizer(name, schedule, **given), shrink), steps=20)
@@ -238,8 +211,8 @@ def test_what_vanishes_under_a_flat_loss_is_what_was_said_to(name, momentum, wei
 
 def test_momentum_makes_weight_decay_stronger_as_it_was_said_to():
     given = {"momentum": 0.9, "weight_decay": 1e-3}
-    largest = largest_to_vanish("sgd", 0.1, (), 100, 20, strength=0.01, threshold=0.05, **given)
     schedule = drop_schedule(0.1, (), 100)
+    largest = largest_to_vanish("sgd", schedule, 2000, strength=0.01, threshold=0.05, **given)
     before = parameters(wide=[0.98 * largest, 1.02 * largest, 99, 99, 99, 99])
     shrink = shrink_latents(before, strength=0.01, schedule=schedule, threshold=0.05)
     chain = optax.chain(optimizer("sgd", schedule, **given), shrink)
@@ -256,10 +229,24 @@ def test_momentum_makes_weight_decay_stronger_as_it_was_said_to():
     assert gone < 0.05 < left
 
 
+@pytest.mark.parametrize("steps", [50, 5000])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.02])
+def test_what_vanishes_under_a_cosine_is_the_sum_of_its_steps(steps, weight_decay):
+    given = {"momentum": 0.0, "weight_decay": weight_decay, "strength": 0.1, "threshold": 0.05}
+    schedule = decay_schedule("cosine", 0.1, steps, 1, warmup=10)
+    expected = 0.05
+    for s in reversed(range(steps)):
+        rise = 0.5 * (1 + np.cos(np.pi * (s - 10) / (steps - 10)))
+        rate = 0.1 * ((s + 1) / 10 if s < 10 else rise)
+        expected = (expected + 0.1 * rate) / (1 - weight_decay * rate)
+    found = largest_to_vanish("sgd", schedule, steps, **given)
+    assert found == pytest.approx(expected, rel=1e-3 if steps > 2000 else 1e-5)
+
+
 @pytest.mark.parametrize("weight_decay", [1.0, 1e30])
 def test_weight_decay_that_takes_all_leaves_nothing(weight_decay):
     found = largest_to_vanish(
-        *("sgd", 1.0, (), 10_000, 10_000),
+        *("sgd", drop_schedule(1.0, (), 10_000), 10**8),
         **{"strength": 0.0, "threshold": 1e-3, "momentum": 0.0, "weight_decay": weight_decay},
     )
     assert found == np.inf
@@ -268,7 +255,8 @@ def test_weight_decay_that_takes_all_leaves_nothing(weight_decay):
 def test_super_resolution_shrinks_by_twice_as_much_in_2013_steps_an_epoch_as_in_1000():
     given = {"strength": 0.1, "threshold": 0.0, "momentum": 0.9, "weight_decay": 0.0}
     few, all_steps = (
-        largest_to_vanish("adam", 1e-4, (40,), steps, 40, **given) for steps in (1000, 2013)
+        largest_to_vanish("adam", drop_schedule(1e-4, (40,), steps), 40 * steps, **given)
+        for steps in (1000, 2013)
     )
     assert (few, all_steps) == (pytest.approx(0.4), pytest.approx(0.8052))
 

@@ -20,8 +20,9 @@ from dhp_jax.data.labelled.dataset import ReadLabelled
 from dhp_jax.data.stream import Stream
 from dhp_jax.tasks import METRICS, Classification, evaluate
 from dhp_jax.train.loop import train
-from dhp_jax.train.optimizer import drop_schedule, optimizer, shrink_latents
+from dhp_jax.train.optimizer import optimizer, shrink_latents
 from dhp_jax.train.phase import Budget, Phase
+from dhp_jax.train.schedules import drop_schedule
 from dhp_jax.train.state import start
 from dhp_jax.train.step import compile_step, make_step, many, on_resident_data
 
