@@ -110,7 +110,8 @@ def label(
             f"--resize: expected a network of square images, got {shape[0]}x{shape[1]}"
         )
     names = _class_names(saved, shape)
-    images = np.stack([_of_shape(file, shape, resize) for file in files])
+    mixed = saved.notes.get("channels") is not None  # of data that were gray and in colour
+    images = np.stack([_of_shape(file, shape, resize, mixed) for file in files])
     logits = inference(saved.model)(saved.inputs(images))
     shares = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)))
     best = np.argsort(-shares, axis=-1, kind="stable")[:, :top]
@@ -149,10 +150,12 @@ def _class_names(saved: Saved, shape: tuple[int, ...]) -> list[str]:
     return names
 
 
-def _of_shape(file: Path, shape: tuple[int, ...], resize: bool) -> UInt8[np.ndarray, "h w c"]:
+def _of_shape(
+    file: Path, shape: tuple[int, ...], resize: bool, mixed: bool
+) -> UInt8[np.ndarray, "h w c"]:
     """The pixels of an image file, of the height and width that the network takes."""
     height, width, channels = shape
-    image = _read(file, channels, height if resize else None)
+    image = _read(file, channels, height if resize else None, mixed)
     if image.shape[:2] != (height, width):
         raise ValueError(
             f"{file}: expected {width} pixels wide and {height} high, got {image.shape[1]} "
@@ -219,15 +222,20 @@ def restore_image(
     )
 
 
-def _read(file: Path, channels: int, size: int | None = None) -> UInt8[np.ndarray, "h w c"]:
-    """The pixels of an image file, upright, if it has as many channels as the network."""
-    mode = _check_mode(file, channels)
+def _read(
+    file: Path, channels: int, size: int | None = None, mixed: bool = False
+) -> UInt8[np.ndarray, "h w c"]:
+    """The pixels of an image file, upright, if it has as many channels as the network.
+
+    With `mixed`, gray and colour images are both made what the network takes.
+    """
+    mode = _check_mode(file, channels, mixed)
     return decode(file, mode, argument="images", upright=True, resize=size, crop=size)
 
 
-def _check_mode(file: Path, channels: int) -> str:
-    """The mode to decode an image to, if it has as many channels as the network."""
-    expected = {1: GRAY, 3: COLOUR}.get(channels, ())
+def _check_mode(file: Path, channels: int, mixed: bool) -> str:
+    """The mode to decode an image to, if the network takes what is in the file."""
+    expected = GRAY + COLOUR if mixed else {1: GRAY, 3: COLOUR}.get(channels, ())
     with open_image(file, argument="images") as image:
         mode = image.mode
     if mode not in expected:

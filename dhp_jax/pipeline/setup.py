@@ -75,12 +75,13 @@ def set_up(config: ConfigDict, streamed: bool | None = None) -> TaskSetup:
 
 
 def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
+    channels = config.data.get("channels")  # absent in the configurations of older runs
     source = registry.load(
         config.data.name,
         config.data.dir,
         image_size=config.data.image_size,
         archive=config.data.archive,
-        channels=config.data.get("channels"),  # absent in the configurations of older runs
+        channels=channels,
     )
     if config.batch_size > source.train_size:
         raise ConfigError(
@@ -117,6 +118,7 @@ def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
             "std": list(source.std),
             "peak": source.peak,
             "test_examples": source.test_size,
+            **({} if channels is None else {"channels": channels}),
         },
         streamed=streamed,
         checksums={split: source.checksum(split) for split in ("train", "test")},

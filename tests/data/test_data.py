@@ -286,7 +286,7 @@ def test_missing_data_without_network_name_the_directory_and_two_ways_out(
     monkeypatch.setattr(registry, "load", loaded)
     exec(code, {})  # the command that prepares the data
     loaded.assert_called_once_with(name, ".")
-    assert "--config=experiments/configs/digits_resnet20.py" in message
+    assert "--config=digits_resnet20" in message
     assert not (tmp_path / "nowhere").exists()
 
 

@@ -5,9 +5,11 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from unittest import mock
 import zipfile
 
 import cloudpickle
@@ -19,7 +21,7 @@ from dhp_jax import data
 from dhp_jax.data import decode
 from dhp_jax.data.labelled import image_folder, tiny_imagenet
 
-EMBEDDED = "--config=experiments/configs/digits_resnet20.py"
+EMBEDDED = "--config=digits_resnet20"
 
 
 def pixels(seed, *shape):
@@ -202,10 +204,11 @@ def test_one_warning_tells_what_is_left_out(folder, caplog):
     save(folder / "train/cat/more/a.png", pixels(0, 6, 8, 3))
     (folder / "test/dog/notes.txt").write_text("no image")
     (folder / "test/dog/.hidden").write_text("no image")
+    save(folder / "train/unlabelled.png", pixels(0, 6, 8, 3))
     data.load("image_folder", folder)
     (record,) = caplog.records
     told = record.getMessage()
-    assert told.startswith(f"data.dir: 2 files left out, such as {folder}/train/cat/more/a.png;")
+    assert told.startswith(f"data.dir: 3 files left out, such as {folder}/train/unlabelled.png;")
 
 
 @pytest.mark.parametrize("image_size", [None, 6])
@@ -652,16 +655,21 @@ def test_imagenet_that_is_not_prepared_as_needed_is_refused(prepared_imagenet, t
     one_line_error("data.dir", root / "imagenet2012/5.1.0", "array_record", *mentioned, load=load)
 
 
-def test_imagenet_that_is_not_there_is_told_how_to_prepare(tmp_path):
-    one_line_error(
+def test_imagenet_that_is_not_there_is_told_how_to_prepare(tmp_path, monkeypatch):
+    error = one_line_error(
         "data.dir",
         tmp_path / "imagenet2012/5.1.0",
         "TensorFlow",
-        "file_format='array_record'",
         "ILSVRC2012_img_val.tar",
         EMBEDDED,
         load=lambda: data.load("imagenet2012", tmp_path),
     )
+    builder = mock.Mock()
+    monkeypatch.setattr("tensorflow_datasets.builder", builder)
+    exec(re.search(r'python -c "(.*?)"', str(error))[1], {})  # the command that prepares the data
+    builder.assert_called_once_with("imagenet2012", data_dir=".")
+    prepared = builder.return_value.download_and_prepare
+    prepared.assert_called_once_with(file_format="array_record")
     assert not list(tmp_path.iterdir())
 
 

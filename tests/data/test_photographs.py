@@ -91,17 +91,70 @@ def test_shipped_photographs_are_degraded_by_bicubic_downscaling():
 
 
 def test_images_of_a_folder_are_read_in_sorted_order_whatever_their_format(tmp_path):
-    names = ["f.PNG", "b.bmp", "e.jpeg", "a.JPG", "c.tif", "d.tiff", "g.webp"]
+    names = ["f.PNG", "b.bmp", "e.jpeg", "a.JPG", "c.tif", "d.tiff", "g.webp", "h.gif"]
     for name in names:
         save(tmp_path / "train" / name)
     for other in ("notes.txt", ".hidden.png", "mask.npy"):
         (tmp_path / "train" / other).write_bytes(b"no image")
     image = save(tmp_path / "test" / "x.png", seed=1)
     data = load("photo_folder", str(tmp_path / "train"), tmp_path / "test", patch=8)
-    assert [p.name for p in data.read("train")] == list("abcdefg")
+    assert [p.name for p in data.read("train")] == list("abcdefgh")
     (photograph,) = data.read("test")
     np.testing.assert_array_equal(photograph.target, image)
     assert data.smallest == (24, 32)
+
+
+def save_turned(path, image):
+    """Stores an image as a camera that was held sideways does: turned, and EXIF tells how."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.rot90(image)).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_photographs_are_turned_upright(folders, suffix):
+    root, load_folders = folders
+    (root / "train/a.png").unlink()
+    image = pixels(24, 33, seed=2)
+    save_turned(root / f"train/a.{suffix}", image)
+    data = load_folders(scale=4)
+    (photograph,) = data.read("train")
+    np.testing.assert_array_equal(photograph.target, image[:, :32])
+    assert data.smallest == (24, 32)
+    with data.stream(8, 0, root / "cache").training(
+        (0,), examples=64, batch_size=64, first=0, last=1
+    ) as batches:
+        _, targets = next(iter(batches))
+    patches = {image[y : y + 8, x : x + 8].tobytes() for y in range(17) for x in range(25)}
+    assert {target.tobytes() for target in targets} <= patches
+
+
+def test_both_images_of_a_pair_are_turned_upright(folders):
+    root, load_folders = folders
+    high, low = pixels(24, 32, seed=1), pixels(6, 8, seed=2)
+    save_turned(root / "test/c_HR.png", high)
+    save_turned(root / "test/c_LR.png", low)
+    (root / "test/b.png").unlink()
+    (photograph,) = load_folders(scale=4).read("test")
+    np.testing.assert_array_equal(photograph.target, high)
+    np.testing.assert_array_equal(photograph.degraded, low)
+
+
+def test_one_warning_a_folder_tells_what_is_left_out(folders, caplog):
+    root, load_folders = folders
+    save(root / "train/HR/c.png")
+    save(root / "train/LR/c.png", 6, 8)
+    load_folders()
+    assert caplog.text == ""
+    save(root / "train/holidays/d.png")
+    for name in ("notes.txt", ".hidden", ".cache/e.txt"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).write_text("no image")
+    load_folders()
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert told.startswith(f"data.dir: 2 files left out, such as {root}/train/notes.txt; images")
 
 
 def test_gray_is_the_luma_of_color(folders):

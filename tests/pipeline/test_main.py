@@ -138,7 +138,7 @@ def test_data_that_cannot_be_had_are_refused(main, capsys, tmp_path, offline):
         "--config.data.name=cifar10",
         f"--config.data.dir={tmp_path / 'data'}",
     )
-    for part in ("data.dir", str(tmp_path / "data"), "cifar10", "digits_resnet20.py"):
+    for part in ("data.dir", str(tmp_path / "data"), "cifar10", "--config=digits_resnet20"):
         assert part in message
     assert not (tmp_path / "run").exists()
 

@@ -13,9 +13,11 @@ import pytest
 from runs import commanded
 
 import dhp_jax as dhp
+from dhp_jax import config as dhp_config
 from dhp_jax import predict
 from dhp_jax.cli import opened
 from dhp_jax.data.labelled import digits
+from dhp_jax.pipeline.setup import set_up
 
 
 def told(capsys, *arguments):
@@ -112,6 +114,25 @@ def test_a_photograph_that_lies_on_its_side_is_labelled_upright(tmp_path):
     expected = np.asarray(jax.nn.softmax(upright[0].mean(0) / 64))  # of its first row
     found = {int(name): share for name, share in ranking}
     np.testing.assert_allclose([found[i] for i in range(3)], expected, rtol=1e-5)
+
+
+def test_a_network_of_gray_and_colour_data_labels_both(tmp_path):
+    """As it was trained: `data.channels=3` is noted with it."""
+    for folder in (f"{split}/{label}" for split in ("train", "test") for label in "abc"):
+        (tmp_path / folder).mkdir(parents=True)
+        write(tmp_path / folder / "colour.png", 6, 4, 3)
+        gray = write(tmp_path / folder / "gray.png", 6, 4)
+    config = dhp_config.default()
+    config.batch_size = 2
+    config.data.update(name="image_folder", dir=str(tmp_path), channels=3)
+    notes = set_up(config).notes
+    dhp.save(tmp_path / "own", Averaging(), input_shape=(6, 4, 3), **notes)
+    saved = opened(tmp_path / "own", build="test_predict:Averaging")
+    files = [tmp_path / "test/a/colour.png", tmp_path / "test/a/gray.png"]
+    (_, ranking) = predict.label(saved, files)
+    means = (gray[0].mean() - np.array(notes["mean"])) / notes["std"]
+    expected = np.asarray(jax.nn.softmax(means))
+    np.testing.assert_allclose([dict(ranking)[c] for c in "abc"], expected, rtol=1e-5)
 
 
 class Averaging(nnx.Module):

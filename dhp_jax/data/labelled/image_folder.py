@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from itertools import chain
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ from dhp_jax.data.decode import (
     upright_size,
 )
 from dhp_jax.data.labelled.dataset import Source
+from dhp_jax.data.left_out import tell_left_out
 from dhp_jax.errors import DataNotFoundError, FieldError
-
-logger = logging.getLogger(__name__)
-
 
 # Images from which the mean and standard deviation are taken, if there are more.
 SAMPLE = 2000
@@ -48,8 +45,13 @@ def load(
     folders = _split_folders(data_dir)
     files = {split: _files_by_label(folder) for split, folder in folders.items()}
     _check_labels(folders, files)
-    _tell_left_out(folders, files)
     images = {split: list(chain(*by_label.values())) for split, by_label in files.items()}
+    tell_left_out(
+        "data.dir",
+        folders.values(),
+        images["train"] + images["test"],
+        "right in the folder of their label",
+    )
     mode, (h, w) = _check_headers(images["train"] + images["test"], image_size, channels)
     decoding = {"mode": mode, "resize": image_size, "crop": image_size, "upright": True}
     mean, std = _statistics(images["train"], decoding)
@@ -143,33 +145,6 @@ def _files_by_label(folder: Path) -> dict[str, list[Path]]:
 
 def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-def _tell_left_out(folders: dict[str, Path], files: dict[str, dict[str, list[Path]]]) -> None:
-    """Warns of files that are read as no image: other endings, and folders within a label's."""
-    known = {
-        file for of_split in files.values() for of_label in of_split.values() for file in of_label
-    }
-    left = [
-        path
-        for split, folder in folders.items()
-        for label in files[split]
-        for path in sorted((folder / label).rglob("*"))
-        if path not in known and path.is_file() and not _hidden(path, folder)
-    ]
-    if left:
-        logger.warning(
-            "data.dir: %d file%s left out, such as %s; images lie right in the folder of their "
-            "label and end in %s",
-            len(left),
-            "" if len(left) == 1 else "s",
-            left[0],
-            ", ".join(SUFFIXES),
-        )
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _check_labels(folders: dict[str, Path], files: dict[str, dict[str, list[Path]]]) -> None:

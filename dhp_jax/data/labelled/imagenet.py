@@ -29,13 +29,14 @@ def load(data_dir: str | os.PathLike | None = None, image_size: int | None = Non
     if not is_prepared(builder):
         raise DataNotFoundError(
             "data.dir",
-            detail=f"found no prepared {builder.name} in {builder.data_dir}; prepare it there "
-            "on a machine with TensorFlow, by "
-            "tfds.builder('imagenet2012').download_and_prepare(file_format='array_record') "
-            "with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (downloaded by "
-            "hand from https://image-net.org/download-images) in TFDS's "
-            "downloads/manual, or run the embedded default, "
-            f"{labelled_tfds.DEFAULT_CONFIG}",
+            detail=f"found no prepared {builder.name} in {builder.data_dir}; prepare it "
+            "on a machine with TensorFlow, from ILSVRC2012_img_train.tar and "
+            "ILSVRC2012_img_val.tar (downloaded by hand from "
+            "https://image-net.org/download-images) in downloads/manual, and copy the folder: "
+            'python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder('{builder.name}', data_dir='.')"
+            ".download_and_prepare(file_format='array_record')\"; "
+            f"or run the embedded default, {labelled_tfds.DEFAULT_CONFIG}",
         )
     return source(
         builder,

@@ -17,7 +17,7 @@ from dhp_jax.data.decode import empty_images, for_each_chunk
 from dhp_jax.data.labelled.dataset import Labelled, Source
 from dhp_jax.errors import DataNotFoundError
 
-DEFAULT_CONFIG = "--config=experiments/configs/digits_resnet20.py"
+DEFAULT_CONFIG = "--config=digits_resnet20"
 AGAIN = 'give another directory, or prepare it again with file_format="array_record"'
 
 

@@ -104,8 +104,8 @@ def _find(builder, archive: str | os.PathLike | None) -> Path:
         raise DataNotFoundError(
             "data.archive",
             detail=f"found no prepared {builder.name} in {builder.data_dir}, and no archive "
-            f"{path}; download {URL} and give its path as data.archive, or run the "
-            f"embedded default, {labelled_tfds.DEFAULT_CONFIG}",
+            f"{path}; fetch it on a machine with network, by curl -O {URL}, and give its path as "
+            f"data.archive, or run the embedded default, {labelled_tfds.DEFAULT_CONFIG}",
         )
     return path
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import re
 from typing import NamedTuple
 
-from dhp_jax.data.decode import COLOUR, GRAY, check_whole, open_image
+from dhp_jax.data.decode import COLOUR, GRAY, SUFFIXES, check_whole, open_image, upright_size
+from dhp_jax.data.left_out import tell_left_out
 from dhp_jax.errors import DataNotFoundError, FieldError, shown
 
 NAMES = ("photographs", "photo_folder")
 MARKS = ("HR", "LR")  # of the two images of a pair, in upper or lower case
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 # Files in skimage/data. The stereo pair motorcycle_left, motorcycle_right is not divided.
@@ -34,7 +34,10 @@ SHIPPED_GRAY = {
 
 
 class PhotoFile(NamedTuple):
-    """A photograph that is not decoded yet, and the argument that led to it."""
+    """A photograph that is not decoded yet, and the argument that led to it.
+
+    `size` is height and width once it is turned upright.
+    """
 
     argument: str
     name: str
@@ -82,6 +85,8 @@ def find_in_folder(argument: str, folder: str | os.PathLike | None, scale: int) 
             argument,
             detail=f"expected images ({', '.join(SUFFIXES)}); found none in {str(folder)!r}",
         )
+    place = "right in the folder, or in its HR and LR"
+    tell_left_out(argument, [folder], [path for _, _, path in images], place)
     return [
         read_header(argument, name, path, low)
         for (name, path), low in zip(targets, counterparts, strict=True)
@@ -126,15 +131,16 @@ def _match(
 def read_header(argument: str, name: str, path: Path, low: Path | None = None) -> PhotoFile:
     """Reads the header of an image."""
     with open_image(path, argument=argument) as image:
-        mode, (width, height) = image.mode, image.size
+        mode = image.mode
         check_whole(image)
+        size = upright_size(image)  # last: it may decode the image, which closes the file
     if mode not in GRAY + COLOUR:
         raise DataNotFoundError(
             argument,
             detail=f"expected images of 8 bits a channel; got {str(path)!r} in Pillow's mode "
             f"{mode!r}",
         )
-    return PhotoFile(argument, name, path, (height, width), mode in GRAY, low)
+    return PhotoFile(argument, name, path, size, mode in GRAY, low)
 
 
 def check_color(files: list[PhotoFile]) -> None:
@@ -145,7 +151,7 @@ def check_color(files: list[PhotoFile]) -> None:
         raise FieldError(
             f"{gray[0].argument}",
             detail=f"expected color photographs for 3 channels; {str(gray[0].path)!r} is "
-            f"gray{mixed}",
+            f"gray{mixed}; task.channels=1 makes all of them gray",
         )
 
 

@@ -91,13 +91,14 @@ def load(
     A folder holds images, or pairs of a photograph and its low-resolution image: files `*_HR.png`
     and `*_LR.png`, or folders `HR/` and `LR/` of the same names (or `0801.png` and `0801x4.png`);
     `HR` and `LR` may be in lower case. Low-resolution images of a folder without pairs are made by
-    `bicubic`; at scale 1 those of pairs are not looked at. Targets lose what exceeds a multiple of
-    the scale at the bottom and on the right.
+    `bicubic`; at scale 1 those of pairs are not looked at. All are turned upright, as their EXIF
+    orientation says. One warning tells how many files are left out. Targets lose what exceeds a
+    multiple of the scale at the bottom and on the right.
 
     Args:
       name: one of `NAMES`. "photographs" is a handful that ships with scikit-image; "photo_folder"
         is the user's own.
-      data_dir: folder of the training photographs (bmp, jpeg, png, tiff, webp); not for
+      data_dir: folder of the training photographs (bmp, gif, jpeg, png, tiff, webp); not for
         "photographs".
       test_dir: folder of the test photographs.
       channels: 3 for color: all training photographs have to be, and gray test photographs get
@@ -190,13 +191,14 @@ def _photograph(file: PhotoFile, channels: int, scale: int) -> Photograph:
     """Decodes a photograph and its low-resolution image, or makes that."""
     mode = "L" if channels == 1 else "RGB"
     height, width = target_size(file, scale)
-    target = decode(file.path, mode, argument=file.argument)[:height, :width]
+    read = functools.partial(decode, mode=mode, argument=file.argument, upright=True)
+    target = read(file.path)[:height, :width]
     if scale == 1:
         degraded = None
     elif file.low is None:
         degraded = bicubic(target, Fraction(1, scale))
     else:
-        degraded = decode(file.low, mode, argument=file.argument)
+        degraded = read(file.low)
     return Photograph(file.name, target, degraded)
 
 
@@ -211,7 +213,7 @@ def _stream(
     """Patches of training photographs, which are decoded beforehand."""
     train = files["train"]
     sizes = [target_size(file, scale) for file in train]
-    identity = "\n".join(map(_identity, train)) + f"\n{channels} {scale}"
+    identity = "\n".join(map(_identity, train)) + f"\n{channels} {scale} upright"
 
     def decode_image(image: int) -> Pixels:
         photo = _photograph(train[image], channels, scale)
