@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+import textwrap
 from typing import Any
 
 from flax import nnx
@@ -10,8 +11,10 @@ from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.tracing.discovery import Discovery
 from dhp_jax.tracing.generated import GeneratedArray
+from dhp_jax.tracing.rules_of_sums import WINDOW
 
 MOST_NAMED = 3
+COLUMNS = 80
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,18 @@ class Explanation:
     def __str__(self) -> str:
         lines = ["What can be pruned:"]
         for name, (size, places) in self.latents.items():
-            lines.append(f"  {name}: {size} entries, in {_some(places)}")
-        lines.append("What stays:" if self.fixed else "Nothing else has an axis.")
-        lines += [f"  {_some(places)}: {why}" for why, places in self.fixed.items()]
-        return "\n".join([*lines, *self.notes])
+            layers = dict.fromkeys(_layer(place) for place in places)
+            layers.pop(name, None)
+            lines += _wrapped(f"{name}: {size} entries, with {_some(list(layers))}")
+        windows = {why: places for why, places in self.fixed.items() if WINDOW in why}
+        others = {why: places for why, places in self.fixed.items() if why not in windows}
+        lines.append("What stays:" if others else "Nothing else has an axis of channels.")
+        for why, places in others.items():
+            lines += _wrapped(f"{_some(places)}: {why}")
+        if windows:
+            kernels = {_layer(place) for places in windows.values() for place in places}
+            lines.append(f"  the windows of kernels: {len(kernels)}")
+        return "\n".join([*lines, *(part for note in self.notes for part in _wrapped(note, ""))])
 
     __repr__ = __str__
 
@@ -111,6 +122,23 @@ def notes_of(found: Discovery) -> dict[str, Any]:
     if found.analysis.untrainable:
         sentences.append(f"Not proved in training mode: {found.analysis.untrainable}.")
     return {"fixed": fixed, "sentences": sentences}
+
+
+def _layer(place: str) -> str:
+    """The layer of an array's axis, written as `path.to.layer.array[axis]`."""
+    array = place.partition("[")[0]
+    return array.rpartition(".")[0] or array
+
+
+def _wrapped(text: str, indent: str = "  ") -> list[str]:
+    return textwrap.wrap(
+        text,
+        COLUMNS,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -83,11 +83,13 @@ class Flow:
 
     def meet(self, left: Axis, right: Axis, eqn: JaxprEqn) -> Axis:
         """Two axes that meet position by position in an operation."""
-        return self.terms.equal_axes(left, right, f"{eqn.primitive.name} at {where(eqn)}")
+        fixed = left is None or right is None
+        how = " meets an axis that stays" if fixed else ""
+        return self.terms.equal_axes(left, right, _told(eqn, how))
 
     def freeze(self, axis: Axis, eqn: JaxprEqn, why: str) -> None:
         """An axis that must stay because of an operation."""
-        self.terms.freeze_axis(axis, f"{eqn.primitive.name} {why} at {where(eqn)}")
+        self.terms.freeze_axis(axis, _told(eqn, f" {why}"))
 
     def note_sum(self, axis: Axis, eqn: JaxprEqn) -> None:
         """An axis over which numbers are added up."""
@@ -111,6 +113,12 @@ class Flow:
             return frozenset()
         terms = np.unique(self.terms.roots(axis)).tolist()
         return frozenset().union(*(self.terms.atoms(term) for term in terms if term != TRUE))
+
+
+def _told(eqn: JaxprEqn, why: str) -> str:
+    """A reason in words: the operation, what it does, and the line of the user's code."""
+    place = where(eqn)
+    return f"{eqn.primitive.name}{why}" + (f" at {place}" if place else "")
 
 
 def _not_understood(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:

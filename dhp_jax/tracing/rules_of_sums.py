@@ -10,6 +10,8 @@ from dhp_jax.tracing.programs import Context, shape_of, where
 from dhp_jax.tracing.rules import all_one, elementwise
 from dhp_jax.tracing.terms import Axis
 
+WINDOW = "slides along it"  # why the taps of a kernel stay
+
 
 @rule("dot_general")
 def _dot(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
@@ -32,7 +34,7 @@ def _convolution(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context
         "dimension_numbers"
     ]
     for axis in [x[k] for k in space] + [kernel[k] for k in taps]:
-        flow.freeze(axis, eqn, "slides along it")
+        flow.freeze(axis, eqn, WINDOW)
     channels, filters, groups = x[feature], kernel[out], eqn.params["feature_group_count"]
     if eqn.params["batch_group_count"] != 1:
         for axis in (x[batch], channels, filters, kernel[into]):
@@ -102,7 +104,7 @@ def _window(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> 
             and (params.get("base_dilation") or ones)[k] == 1
         )
         if not still:
-            flow.freeze(axis, eqn, "slides along it")
+            flow.freeze(axis, eqn, WINDOW)
         outputs.append(axis if still else None)
     return [tuple(outputs) for _ in eqn.outvars]
 

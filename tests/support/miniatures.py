@@ -244,7 +244,7 @@ class ShiftedWindows(nnx.Module):
         return self.head(nnx.gelu(self.merge(jnp.concatenate(corners, -1))).mean((1, 2)))
 
 
-@miniature(4, "add at")
+@miniature(4, "add meets an axis that stays at")
 class UNet(nnx.Module):
     def __init__(self, rngs):
         self.down, self.deep = ConvNorm(3, 8, rngs=rngs), ConvNorm(8, 12, rngs=rngs)
