@@ -62,8 +62,9 @@ class Discovery:
         terms = self.analysis.flow.terms
         for name, axes in zip(self.analysis.names, self.analysis.arrays, strict=True):
             for k, axis in enumerate(axes):
-                if axis is not None and not terms.roots(axis).any():
-                    found.setdefault(reason(terms, int(axis[0])), []).append((name, k))
+                if axis is not None and not self.analysis.flow.atoms_of(axis):
+                    why = next(filter(None, (reason(terms, int(term)) for term in axis)), "")
+                    found.setdefault(why, []).append((name, k))
         return found
 
 

@@ -148,7 +148,7 @@ def reason(terms: Terms, term: int) -> str:
         if term not in terms.joined:
             break
         term = terms.joined[term][0]
-    return ""
+    return next(filter(None, (reason(terms, part) for part in terms.parts.get(term, ()))), "")
 
 
 def tie(terms: Terms, one: int, other: int) -> str:
