@@ -142,7 +142,26 @@ FIELDS: Fields = {
         "nesterov": Field(
             False, BOOLEAN, "whether the momentum of sgd is Nesterov's", absent=False
         ),
-        "weight_decay": Field(1e-4, number(0), "of every parameter"),
+        "weight_decay": Field(1e-4, number(0), "share of the parameters added to their gradient"),
+        "decayed": Field(
+            "all",
+            one_of(*optimizer.DECAYED),
+            "which parameters decay: kernels leaves out latents, biases and norms",
+            absent="all",
+        ),
+        "clip": Field(
+            None,
+            or_none(number(0, above=True), "for any norm"),
+            "largest norm of the gradient of all parameters",
+            float,
+            absent=None,
+        ),
+        "average": Field(
+            0.0,
+            number(0, 1, below=True),
+            "decay of a moving average of the weights, which is tested and kept; 0 for none",
+            absent=0.0,
+        ),
     },
     "search": {
         **_schedule(100, (50.0,), "epochs at most; the search ends when the budget is nearly met"),

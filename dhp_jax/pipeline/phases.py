@@ -198,6 +198,7 @@ def _train(
         budget=budget,
         skip_faulty=config.nonfinite == "skip",
         elementwise=name != "search" or not METHODS[config.method].fades,
+        average=0.0 if name == "search" else config.optimizer.average,
     )
     with contextlib.closing(networks.open_checkpoints(run, name, source)) as checkpoints:
         return train(
@@ -228,6 +229,8 @@ def _optimizer(
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         nesterov=settings.nesterov,
+        decayed=settings.decayed,
+        clip=settings.clip,
     )
 
     def with_proximal_step(params: Params) -> optax.GradientTransformation:

@@ -30,7 +30,7 @@ def tell_reach(run: Run, model: nnx.Module, budget: Budget) -> None:
         strength=settings.strength,
         threshold=settings.threshold,
         momentum=config.optimizer.momentum,
-        weight_decay=config.optimizer.weight_decay,
+        weight_decay=config.optimizer.weight_decay if config.optimizer.decayed == "all" else 0.0,
     )
     counts = survivor_counts(model, largest)
     shares = {name: float(share) for name, share in run.cost.shares(counts).items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 import time
 from typing import Any
@@ -207,10 +208,11 @@ def _start(
 ) -> tuple[optax.GradientTransformation, Layout, Run]:
     """The phase's optimizer, how its state is put together, and the run before its first step."""
     form = hypernets.pack_axes(model) if phase.elementwise else model
-    graphdef, optimizer, state = start(form, phase.optimizer)
+    start_phase = functools.partial(start, averaged=phase.average > 0)
+    graphdef, optimizer, state = start_phase(form, phase.optimizer)
     here = saved = jax.eval_shape(lambda state: state, state)
     if form is not model:
-        saved = jax.eval_shape(lambda: start(model, phase.optimizer)[-1])
+        saved = jax.eval_shape(lambda: start_phase(model, phase.optimizer)[-1])
     arrays, structure = jax.tree.flatten(place(mesh, state))
     return optimizer, Layout(graphdef, structure, here, saved), Run(arrays)
 
@@ -231,6 +233,7 @@ def _make_compiled_step(
         plan.batch_size,
         skip_faulty=phase.skip_faulty,
         budget=phase.budget,
+        average=phase.average,
         mesh=plan.mesh,
     )
     stops = phase.budget is not None and plan.calls_ahead > 0
@@ -254,8 +257,7 @@ def _is_over(plan: Plan, run: Run) -> bool:
 
 
 def _test(plan: Plan, run: Run, evaluate: Evaluation) -> tuple[Run, dict[str, float]]:
-    state = state_of(plan, run)
-    params, rest = gather((state.params, state.rest))
+    params, rest = gather(state_of(plan, run).network)
     began = time.perf_counter()
     metrics, seconds = from_first(lambda: (evaluate(params, rest), time.perf_counter() - began))
     return run._replace(test_seconds=seconds), metrics
@@ -269,14 +271,12 @@ def _end_epoch(plan: Plan, run: Run, metrics: dict[str, float]) -> Run:
     if plan.metric.better(metrics[name], run.progress.best.get(name)):
         change |= {"best": metrics, "best_epoch": epoch}
         if plan.phase.budget is None:
-            state = state_of(plan, run)
-            run = run._replace(best=copy_arrays((state.params, state.rest)))
+            run = run._replace(best=copy_arrays(state_of(plan, run).network))
     return run._replace(progress=dataclasses.replace(run.progress, **change))
 
 
 def _outcome(plan: Plan, run: Run) -> Outcome:
-    state = state_of(plan, run)
-    trained = _model(plan, state.params, state.rest)
+    trained = _model(plan, *state_of(plan, run).network)
     best = trained if run.best is None else _model(plan, *run.best)
     return Outcome(trained, best, timed_progress(run))
 

@@ -1,17 +1,21 @@
-"""Optimizers: SGD or Adam, and the proximal step on the latents."""
+"""Optimizers: SGD, Adam or AdamW, and the proximal step on the latents."""
 
 import math
+from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 import numpy as np
 import optax
 
-from dhp_jax.core.latent import map_variables, prunable_latents
+from dhp_jax.core.hypernet import HypernetArrays
+from dhp_jax.core.latent import LatentVector, map_variables, prunable_latents
 from dhp_jax.core.prox import prox_l1
 
-NAMES = ("sgd", "adam")
+NAMES = ("sgd", "adam", "adamw")
+DECAYED = ("all", "kernels")
 MAX_PIECES = 2000  # of a schedule; in each the learning rate counts as constant
 
 
@@ -22,26 +26,59 @@ def optimizer(
     momentum: float,
     weight_decay: float,
     nesterov: bool = False,
+    decayed: str = "all",
+    clip: float | None = None,
 ) -> optax.GradientTransformation:
-    """SGD with momentum or Adam, with the weight decay added to the gradient.
+    """SGD with momentum or Adam, with the weight decay added to the gradient, or AdamW.
 
     Args:
-      name: "sgd" or "adam".
+      name: one of `NAMES`.
       schedule: the learning rate of each step.
       momentum: of SGD; Adam's first decay rate.
       nesterov: whether SGD looks ahead, as Nesterov's momentum does; Adam does not.
-      weight_decay: of every parameter, those of latents, hypernetworks and BatchNorm included.
+      weight_decay: AdamW takes `learning_rate * weight_decay` of a parameter itself in a step.
+      decayed: "all" for every parameter, those of latents, hypernetworks and BatchNorm included;
+        "kernels" for `is_kernel`.
+      clip: the largest norm of the gradient of all parameters together; longer ones are scaled
+        down to it before anything else.
 
     Raises:
       ValueError: another name.
+
+    Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019 (arXiv
+    1711.05101), algorithm 2.
     """
+    mask = None if decayed == "all" else is_kernel
+    first = [] if clip is None else [optax.clip_by_global_norm(clip)]
+    if name == "adamw":
+        step = optax.adamw(schedule, b1=momentum, weight_decay=weight_decay, mask=mask)
+        return optax.chain(*first, step)
     if name == "sgd":
         step = optax.sgd(schedule, momentum=momentum, nesterov=nesterov)
     elif name == "adam":
         step = optax.adam(schedule, b1=momentum)
     else:
         raise ValueError(f"optimizer.name: expected one of {', '.join(NAMES)}; got {name!r}")
-    return optax.chain(optax.add_decayed_weights(weight_decay), step)
+    return optax.chain(*first, optax.add_decayed_weights(weight_decay, mask), step)
+
+
+def is_kernel(params: PyTree) -> PyTree:
+    """A mask of the parameters of kernels: all but latents, biases, scales and slopes.
+
+    These have a single axis. Arrays of hypernetworks make kernels, however they are packed.
+
+    Args:
+      params: a tree of states of `nnx.Variable`s.
+    """
+
+    def of(path: tuple[Any, ...], variable: nnx.Variable) -> bool:
+        names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
+        made = not names.isdisjoint(HypernetArrays._fields)
+        return not isinstance(variable, LatentVector) and (made or variable.get_value().ndim > 1)
+
+    return jax.tree_util.tree_map_with_path(
+        of, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
 
 
 def largest_to_vanish(
@@ -57,7 +94,8 @@ def largest_to_vanish(
     """The largest magnitude that a search brings down to the threshold if the loss is flat.
 
     Of a step of size r the proximal step takes `strength * r`; weight decay takes the share
-    `weight_decay * r / (1 - momentum)` with SGD, and up to r with Adam. Of more than 2000 steps,
+    `weight_decay * r / (1 - momentum)` with SGD, `weight_decay * r` with AdamW, and up to r with
+    Adam. Of more than 2000 steps,
     some are taken together at the learning rate of their middle.
 
     Args:
@@ -83,8 +121,8 @@ def largest_to_vanish(
         taken, share = rate * strength, 0.0
         if name == "adam" and weight_decay:
             taken += rate
-        elif name == "sgd":
-            share = min(weight_decay * rate / (1 - momentum), 1.0)
+        elif name != "adam":
+            share = min(weight_decay * rate / (1 - momentum * (name == "sgd")), 1.0)
         if share == 1.0:
             return math.inf
         if share * count < 1e-9:  # the limit of what follows

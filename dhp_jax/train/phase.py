@@ -65,6 +65,8 @@ class Phase:
       budget: a rule that ends the phase early.
       skip_faulty: whether a batch is left out, and counted, after which anything would not be
         finite. Otherwise a loss or latent that is not finite ends training.
+      average: decay of the moving average of the weights that is tested and kept; 0 tests and
+        keeps the weights themselves.
       elementwise: whether the optimizer treats each number by itself, whatever the shape of its
         array, as SGD and Adam do. Then a TPU keeps hypernetworks in a shape that it reads faster.
     """
@@ -76,6 +78,7 @@ class Phase:
     budget: Budget | None = None
     skip_faulty: bool = False
     elementwise: bool = False
+    average: float = 0.0
 
 
 @dataclass(frozen=True)

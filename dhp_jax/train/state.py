@@ -78,16 +78,26 @@ class TrainState(NamedTuple):
     measures: Measures
     fault: NonFinite
     remains: BudgetStatus
+    average: tuple[Params, nnx.State] | None = None  # of `params` and `rest`, if it is kept
+
+    @property
+    def network(self) -> tuple[Params, nnx.State]:
+        """Parameters and BatchNorm statistics that are tested and kept."""
+        return self.average or (self.params, self.rest)
 
 
 def start(
-    model: nnx.Module, make_optimizer: Callable[[Params], optax.GradientTransformation]
+    model: nnx.Module,
+    make_optimizer: Callable[[Params], optax.GradientTransformation],
+    *,
+    averaged: bool = False,
 ) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
     """Splits a model into its structure and the state before the first step.
 
     Args:
       model: a network; left as it was.
       make_optimizer: from `(latent vectors, other parameters)` to the optimizer.
+      averaged: whether the state has an average of the weights.
 
     Returns:
       The structure in training mode, the optimizer, and the state, whose arrays are copies.
@@ -99,7 +109,8 @@ def start(
     optimizer = make_optimizer(params)
     opt_state = jax.jit(optimizer.init)(params)
     counts = jnp.int32(0), Measures.zero(), NonFinite.none(), BudgetStatus.unpruned()
-    return graphdef, optimizer, copy_arrays(TrainState(params, rest, opt_state, *counts))
+    average = (params, rest) if averaged else None
+    return graphdef, optimizer, copy_arrays(TrainState(params, rest, opt_state, *counts, average))
 
 
 def checkpoint_tree(state: TrainState, has_best: bool) -> tuple[TrainState, tuple | None]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 import optax
 
 from dhp_jax.backend.inference import tune
@@ -36,6 +36,7 @@ def make_step(
     *,
     skip_faulty: bool = False,
     budget: Budget | None = None,
+    average: float = 0.0,
     mesh: Mesh | None = None,
 ) -> Step:
     """One training step `(state, examples, key) -> state`, to be used in a jitted function.
@@ -49,6 +50,7 @@ def make_step(
       skip_faulty: whether a batch is left out after which anything would not be finite. It counts
         as a step. Otherwise the state keeps the number of the first such step.
       budget: if given, the state has the cost of what would survive after every step.
+      average: decay of the moving average of the weights, if the state has one.
       mesh: of devices.
 
     Returns:
@@ -77,6 +79,11 @@ def make_step(
             step=state.step + 1,
             measures=_count_batch(state.measures, value, scores, batch_size),
         )
+        if average:
+            moved = _moving_average(
+                state.average, (stepped.params, stepped.rest), average, state.step
+            )
+            stepped = stepped._replace(average=moved)
         guard = _skip_if_not_finite if skip_faulty else _note_if_not_finite
         stepped = guard(stepped, state, value)
         if budget is not None:
@@ -182,6 +189,17 @@ def compile_step(step: Step, structure: PyTreeDef) -> CompiledStep:
         return jax.tree.leaves(state), StepDone(state.step, state.remains.within)
 
     return jax.jit(on_arrays, donate_argnums=0, compiler_options=compiler_options())
+
+
+def _moving_average(before: Any, after: Any, decay: float, step: Int[Array, ""]) -> Any:
+    """`d before + (1 - d) after`, with a smaller `d` in the first steps; integers as they are."""
+    d = jnp.minimum(decay, (1 + step) / (10 + step))
+
+    def of(a: Array, b: Array) -> Array:
+        floating = jnp.issubdtype(b.dtype, jnp.inexact)
+        return (d * a + (1 - d) * b).astype(b.dtype) if floating else b
+
+    return jax.tree.map(of, before, after)
 
 
 def _count_batch(

@@ -82,7 +82,8 @@ def test_the_cifar_configurations_have_the_papers_hyperparameters(
     assert (config.model.name, config.model.depth, config.model.width) == ("resnet", depth, 1.0)
     assert (config.data.name, config.batch_size, config.method) == ("cifar10", 64, "dhp")
     assert config.optimizer.to_dict() == {
-        **{"name": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4}
+        **{"name": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4},
+        **{"decayed": "all", "clip": None, "average": 0.0},
     }
     assert config.target == target
     assert config.log_every == 100
@@ -180,10 +181,13 @@ GOOD = {
     "data.flip": [None, True, False],
     "data.streamed": [None, True, False],
     "data.workers": [None, 0, 4],
-    "optimizer.name": ["sgd", "adam"],
+    "optimizer.name": ["sgd", "adam", "adamw"],
     "optimizer.momentum": [0, 0.99],
     "optimizer.nesterov": [False, True],
     "optimizer.weight_decay": [0, 3.0],
+    "optimizer.decayed": ["all", "kernels"],
+    "optimizer.clip": [None, 0.1, 5],
+    "optimizer.average": [0, 0.999],
     "search.strength": [0, 100],
     "search.threshold": [0.0, 1],
     "search.stop_limit": [0, 1],
@@ -266,10 +270,13 @@ BAD = {
         [*INTEGERS[1:], -1, 1025],
         "an integer >= 0 and <= 1024, or None for all cores but one",
     ),
-    "optimizer.name": (WORDS, "one of sgd, adam"),
+    "optimizer.name": (WORDS, "one of sgd, adam, adamw"),
     "optimizer.momentum": ([*NUMBERS, -0.1, 1, 1.1], "a number >= 0 and < 1"),
     "optimizer.nesterov": ([None, 0, 1, "no"], "True or False"),
     "optimizer.weight_decay": ([*NUMBERS, -1e-9], "a number >= 0 and <= 1e+30"),
+    "optimizer.decayed": ([*WORDS, "biases"], "one of all, kernels"),
+    "optimizer.clip": ([*NUMBERS[1:], 0, -1], "a number > 0 and <= 1e+30, or None for any norm"),
+    "optimizer.average": ([*NUMBERS, -0.1, 1], "a number >= 0 and < 1"),
     "search.strength": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
     "search.threshold": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
     "search.stop_limit": ([*NUMBERS, -0.01, 1.01], "a number >= 0 and <= 1"),

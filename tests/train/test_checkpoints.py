@@ -23,12 +23,12 @@ import dhp_jax as dhp
 from dhp_jax.backend.hypernets import pack_axes
 from dhp_jax.core.survivors import survivor_counts
 from dhp_jax.data.stream import Stream
-from dhp_jax.tasks import Classification
+from dhp_jax.tasks import Classification, evaluate
 from dhp_jax.train.checkpoints import CheckpointError, Checkpoints
 from dhp_jax.train.loop import train
 from dhp_jax.train.optimizer import optimizer, shrink_latents
 from dhp_jax.train.phase import Budget, OriginError, Phase, Stopped
-from dhp_jax.train.schedules import drop_schedule
+from dhp_jax.train.schedules import decay_schedule, drop_schedule
 from dhp_jax.train.step import compile_step
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "fast_compilation")
@@ -616,6 +616,37 @@ def test_a_phase_of_more_epochs_goes_on_as_if_it_had_had_them_from_the_start(
     kept = after.events[0][-1]  # the last state may be of just before the last test
     assert len(before.records) - kept in (0, 1)
     assert before.records[:kept] + after.records == seen.records
+
+
+def recipe(average=0.0):
+    """A phase with what else optimizers keep."""
+    schedule = decay_schedule("cosine", 0.1, 3, STEPS, warmup=1)
+    given = {"momentum": 0.9, "weight_decay": 1e-2, "decayed": "kernels", "clip": 1.0}
+    adamw = optimizer("adamw", schedule, **given)
+    return Phase("converge", 3, schedule, lambda params: adamw, average=average)
+
+
+@pytest.mark.parametrize("step", [3, 5, 13])
+def test_a_moving_average_goes_on_with_the_same_bits(net, tmp_path, step):
+    phase = recipe(average=0.8)
+    expected, seen = trained(net, phase)
+    outcome, before = trained(net, phase, tmp_path, stop_after=step)
+    assert outcome is None
+    outcome, after = trained(net, phase, tmp_path)
+    check_same_outcome(outcome, expected)
+    assert before.records + after.records == seen.records
+
+
+def test_the_moving_average_is_tested_and_kept(net):
+    outcome, _ = trained(net, recipe(average=0.8))
+    task, data = Classification((128.0,) * 3, (64.0,) * 3), labelled(11, 1)
+    for model, metrics in (
+        (outcome.model, outcome.progress.last),
+        (outcome.best_model, outcome.progress.best),
+    ):
+        assert evaluate(model, task, data) == pytest.approx(metrics, rel=1e-5)
+    plain = arrays(trained(net, recipe())[0].model)
+    assert any(np.abs(plain[name] - x).max() > 1e-3 for name, x in arrays(outcome.model).items())
 
 
 def test_the_time_before_a_stop_counts(net, undisturbed, tmp_path):

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.backend.hypernets import pack_axes
 from dhp_jax.core.latent import prunable_latents
 from dhp_jax.train.optimizer import largest_to_vanish, optimizer, shrink_latents
 from dhp_jax.train.schedules import decay_schedule, drop_schedule
@@ -87,8 +88,58 @@ def test_adam_is_that_of_the_textbook():
         np.testing.assert_allclose(params, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_adamw_is_that_of_the_textbook():
+    rng = np.random.default_rng(0)
+    adamw = optimizer("adamw", lambda step: 0.1, momentum=0.8, weight_decay=0.2)
+    params = jnp.asarray(rng.normal(size=5), jnp.float32)
+    state = adamw.init(params)
+    expected, first, second = np.asarray(params, np.float64), np.zeros(5), np.zeros(5)
+    for step in range(1, 5):
+        gradient = rng.normal(size=5)
+        updates, state = adamw.update(jnp.asarray(gradient, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        rescaled = first / (1 - 0.8**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        expected = expected - 0.1 * (rescaled + 0.2 * expected)
+        np.testing.assert_allclose(params, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [0.5, 1.0, 20.0])
+def test_a_gradient_is_scaled_down_to_the_largest_norm_before_weights_decay(norm):
+    sgd = optimizer("sgd", lambda step: 1.0, momentum=0.0, weight_decay=0.1, clip=norm)
+    params = {"a": jnp.asarray([1.0, 2.0]), "b": jnp.asarray([[3.0]])}
+    gradient = {"a": jnp.asarray([3.0, 0.0]), "b": jnp.asarray([[4.0]])}  # of norm 5
+    updates, _ = sgd.update(gradient, sgd.init(params), params)
+    share = min(1, norm / 5)
+    for name, values in gradient.items():
+        np.testing.assert_allclose(updates[name], -(share * values + 0.1 * params[name]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_decay_of_kernels_leaves_out_latents_biases_and_norms(monkeypatch, name, packed):
+    if packed:
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    model = pack_axes(filled(Mixed))
+    monkeypatch.undo()
+    params = nnx.state(model, nnx.Param)
+    given = {"momentum": 0.0, "weight_decay": 0.5, "decayed": "kernels"}
+    after = stepped(params, optimizer(name, lambda step: 0.1, **given))
+    moved = {
+        ".".join(map(str, path))
+        for path, variable in nnx.to_flat_state(params)
+        if not np.array_equal(variable[...], dict(nnx.to_flat_state(after))[path][...])
+    }
+    paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
+    kept = {path for path in paths if path.endswith((".bias", ".scale", ".vector"))}
+    assert len(kept) > 5
+    assert moved == paths - kept
+    assert (model.left.b0[...].ndim == 1) == packed
+
+
 def test_an_unknown_optimizer_is_refused():
-    message = "^optimizer.name: expected one of sgd, adam; got 'rmsprop'$"
+    message = "^optimizer.name: expected one of sgd, adam, adamw; got 'rmsprop'$"
     with pytest.raises(ValueError, match=message):
         optimizer("rmsprop", lambda step: 0.1, momentum=0.9, weight_decay=0.0)
 
@@ -207,6 +258,12 @@ def test_what_vanishes_under_a_flat_loss_is_what_was_said_to(name, momentum, wei
     after = stepped(before, optax.chain(optimizer(name, schedule, **given), shrink), steps=20)
     gone, left, *_ = np.abs(value(after, "wide"))
     assert gone < 0.05 < left
+
+
+def test_adamw_takes_its_share_whatever_the_momentum():
+    given = {"strength": 0.0, "threshold": 0.05, "momentum": 0.9, "weight_decay": 0.5}
+    found = largest_to_vanish("adamw", drop_schedule(0.1, (), 1), 20, **given)
+    assert found == pytest.approx(0.05 / 0.95**20, rel=1e-5)
 
 
 def test_momentum_makes_weight_decay_stronger_as_it_was_said_to():

@@ -422,13 +422,16 @@ def climbed(
     log_every=100,
     budget=None,
     skip_faulty=False,
+    average=0.0,
     key=3,
     **told,
 ):
     numbers = jnp.arange(examples)
     rate = optax.constant_schedule(1.0)
     sgd = optax.sgd(rate)
-    phase = Phase("converge", epochs, rate, lambda params: sgd, budget, skip_faulty)
+    phase = Phase(
+        "converge", epochs, rate, lambda params: sgd, budget, skip_faulty, average=average
+    )
     outcome = train(
         Score(),
         phase,
@@ -443,6 +446,16 @@ def climbed(
     )
     jax.effects_barrier()
     return outcome
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.95])
+def test_the_moving_average_is_that_of_the_weights_after_every_step(decay):
+    outcome = climbed(Climb(), epochs=3, examples=20, average=decay)
+    average = 0.0
+    for step in range(12):  # the weight is `step + 1` after it
+        d = min(decay, (1 + step) / (10 + step))
+        average = d * average + (1 - d) * (step + 1)
+    np.testing.assert_allclose(outcome.model.height[...], average, rtol=1e-6)
 
 
 def test_every_epoch_goes_through_another_permutation_of_the_examples():
