@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import logging
 import os
 from pathlib import Path
+import shlex
 import sys
 from typing import Any
 
@@ -24,7 +25,6 @@ from dhp_jax.pipeline import targets
 from dhp_jax.pipeline.header import header
 from dhp_jax.pipeline.preparation import Run
 from dhp_jax.report import text as report_text
-from dhp_jax.report import write as report_write
 from dhp_jax.train.checkpoints import CheckpointError
 from dhp_jax.train.phase import Stopped
 from dhp_jax.train.progress_bar import ProgressBar
@@ -72,11 +72,48 @@ def run(arguments: Sequence[str], define: Define) -> int:
         print(line, file=sys.stderr)
         return code
     if is_first():
-        for one, summary in zip(runs, summaries, strict=True):
-            print(report_text.text(one.workdir, summary))
-        if runs[0].workdir != Path(options.workdir):
-            print(f"{'all sizes':<16} {Path(options.workdir) / report_write.COMPARED}")
+        print(_told(runs, summaries, options, arguments))
     return 0
+
+
+def _told(
+    runs: Sequence[Run],
+    summaries: Sequence[dict[str, Any]],
+    options: flags.FlagValues,
+    arguments: Sequence[str],
+) -> str:
+    """What is printed at the end."""
+    missing = baseline_command(arguments, options.workdir, options.config)
+    if runs[0].workdir == Path(options.workdir):
+        return report_text.text(options.workdir, summaries[0], missing)
+    named = {run.workdir.name: summary for run, summary in zip(runs, summaries, strict=True)}
+    return report_text.sizes_text(options.workdir, named, missing)
+
+
+def baseline_command(
+    arguments: Sequence[str], workdir: str | os.PathLike, config: ConfigDict
+) -> str:
+    """The command line that trains the unpruned network of a run, where it is looked for.
+
+    Args:
+      arguments: the command line of the run.
+      workdir: its directory.
+      config: its configuration.
+    """
+    program, *given = arguments
+    left_out = ("workdir", "baseline", "config.method", "config.source", "config.targets")
+    kept, skipped = [], False
+    for argument in given:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if name in left_out:
+            skipped = not equals  # its value is the next argument
+        elif not skipped:
+            kept.append(argument)
+        else:
+            skipped = False
+    name = ["python", program] if program.endswith(".py") else [Path(program).name]
+    where = [f"--workdir={beside(workdir, config)}"]
+    return shlex.join([*name, *kept, "--config.method=baseline", *where])
 
 
 def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dhp_jax.core.layer_table import compact, percent
 from dhp_jax.report.charts import Dot, Line, Rule, dot_chart, line_chart
 from dhp_jax.report.figures import Chart
-from dhp_jax.report.format import compact, duration, milliseconds, percent, upper_first
+from dhp_jax.report.format import duration, milliseconds, upper_first
 from dhp_jax.report.render import Cell, Table, render
 from dhp_jax.report.run_report import RunReport, when
 from dhp_jax.workdir.target_dirs import is_size

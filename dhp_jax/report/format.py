@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from dhp_jax.config.methods import METHODS
-from dhp_jax.core.cost import Cost, LayerCost
+from dhp_jax.core.layer_table import percent
 from dhp_jax.tasks.task import METRICS
 
 
@@ -49,65 +49,6 @@ def start_text(summary: Mapping[str, Any]) -> str:
     return f"the weights of {origin['run']}, trained for {spent}"
 
 
-class LayerRow(NamedTuple):
-    """A layer in a table: its widths and costs before and after pruning, and the shares left."""
-
-    layer: str
-    inputs: str
-    outputs: str
-    flops: str
-    flops_share: float | None
-    params: str
-    params_share: float | None
-
-
-def layer_rows(before: Cost, after: Cost, arrow: str = " -> ") -> list[LayerRow]:
-    """A row for each layer, and one for all of them at the end."""
-
-    def change(old: int, new: int) -> str:
-        return f"{old:,}" if old == new else f"{old:,}{arrow}{new:,}"
-
-    def costs(old: Cost | LayerCost, new: Cost | LayerCost) -> list[Any]:
-        pairs = (old.flops, new.flops), (old.params, new.params)
-        return [cell for b, a in pairs for cell in (change(b, a), a / b if b else None)]
-
-    rows = [
-        LayerRow(
-            b.path,
-            change(b.inputs.full, a.inputs.full),
-            change(b.outputs.full, a.outputs.full),
-            *costs(b, a),
-        )
-        for b, a in zip(before.layers, after.layers, strict=True)
-    ]
-    return [*rows, LayerRow("total", "", "", *costs(before, after))]
-
-
-def layer_table(before: Cost, after: Cost) -> str:
-    """A Markdown table of every layer: channels, FLOPs and params, before and after pruning."""
-    header = ("layer", "channels in", "channels out", "FLOPs", "", "params", "")
-    rows = [
-        header,
-        *(
-            ["" if x is None else percent(x) if isinstance(x, float) else x for x in row]
-            for row in layer_rows(before, after)
-        ),
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in rows
-    ]
-    first, *others = ("-" * (width + 1) for width in widths)
-    ruler = f"|{first}-|" + "|".join(f"{dashes}:" for dashes in others) + "|"
-    return "\n".join([lines[0], ruler, *lines[1:]]) + "\n"
-
-
 def interval(share: float, count: int) -> str:
     """The 95 % interval of a share of examples, for people: "0.55 to 2.60 %"."""
     low, high = wilson(share, count)
@@ -139,22 +80,9 @@ def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def percent(share: float) -> str:
-    """A share for people: "49.98 %"."""
-    return f"{100 * share:.2f} %"
-
-
 def quartiles(shares: Mapping[str, float]) -> str:
     """The median of shares, and their quartiles: "49.98 % (49.50 % to 50.25 %)"."""
     return "{} ({} to {})".format(*(percent(shares[name]) for name in ("median", "low", "high")))
-
-
-def compact(count: int) -> str:
-    """A large number for people, to three digits: "20.4 M"."""
-    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if count >= 0.9995 * size:
-            return f"{count / size:#.3g} {unit}".replace(". ", " ")
-    return str(count)
 
 
 def milliseconds(value: float) -> str:

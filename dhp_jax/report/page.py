@@ -9,15 +9,13 @@ from typing import Any
 
 from PIL import Image
 
+from dhp_jax.core.layer_table import compact, layer_rows, percent
 from dhp_jax.report.crops import Crop
 from dhp_jax.report.figures import Chart
 from dhp_jax.report.format import (
-    compact,
     faster,
-    layer_rows,
     loss_text,
     milliseconds,
-    percent,
     start_text,
 )
 from dhp_jax.report.render import Cell, Table, render

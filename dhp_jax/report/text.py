@@ -1,69 +1,120 @@
-"""The summary of a run as lines of text."""
+"""What a run prints at its end: layers, details, files, and last of all what came of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import os
 from pathlib import Path
+import textwrap
 from typing import Any
 
 from dhp_jax.config.methods import METHODS
+from dhp_jax.core.layer_table import (
+    COLUMNS,
+    LayerChange,
+    aligned,
+    compact,
+    percent,
+    short_layer_table,
+)
 from dhp_jax.report.format import (
+    duration,
     faster,
     interval,
     main_metric,
     metrics_text,
     milliseconds,
-    percent,
     start_text,
 )
-from dhp_jax.report.write import LAYERS, PAGE, PLOTS
+from dhp_jax.report.page import STAGES
+from dhp_jax.report.write import COMPARED, LAYERS, PAGE, PLOTS
 from dhp_jax.tasks.task import METRICS
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir.reader import SUMMARY
 
+Rows = list[tuple[str, str]]
 
-def summary_text(summary: Mapping[str, Any]) -> str:
-    """The summary as a few lines for a terminal."""
+
+def text(workdir: str | os.PathLike, summary: Mapping[str, Any], missing: str = "") -> str:
+    """What to tell at the end of a run; what came of it is at the bottom.
+
+    Args:
+      workdir: directory of the run.
+      summary: of the run.
+      missing: the command that trains the unpruned network, told where its error is not known.
+    """
+    workdir, prunes = Path(workdir), METHODS[summary["method"]].prunes
+    layers = []
+    if prunes:
+        changes = [LayerChange(**layer) for layer in summary["layers"]]
+        layers = [short_layer_table(changes), f"all layers: {workdir / LAYERS}", ""]
+    files = [
+        ("network", f'{workdir / "model"}   (dhp.load("{workdir / "model"}"))'),
+        ("of best epoch", str(workdir / "best")),
+        ("summary", str(workdir / SUMMARY)),
+        ("plots", str(workdir / PLOTS)),
+        ("records", f"{workdir / workdir_metrics.RECORDS}, {workdir / 'tensorboard'}"),
+    ]
+    answer = [*_answer(summary, missing), ("report", str(workdir / PAGE))]
+    return "\n".join(["", *layers, _lines([*_details(summary), *files]), "", _lines(answer)])
+
+
+def sizes_text(
+    workdir: str | os.PathLike, summaries: Mapping[str, Mapping[str, Any]], missing: str = ""
+) -> str:
+    """What to tell at the end of a run of several targets: one table of all sizes.
+
+    Args:
+      workdir: directory of the run.
+      summaries: of each size, by the name of its folder.
+      missing: as for `text`.
+    """
+    workdir, some = Path(workdir), next(iter(summaries.values()))
+    metric = METRICS[main_metric(some["test"]["last"])]
+    rows = [["size", f"test {metric.label}", "FLOPs", "params", "times as fast"]]
+    if unpruned := some["test"].get("unpruned"):
+        whole = [compact(some[name]["before"]) for name in ("flops", "params")]
+        rows.append(["unpruned", _score(some, "unpruned"), *whole, ""])
+    for name, summary in summaries.items():
+        left = [percent(summary[cost]["ratio"]) for cost in ("flops", "params")]
+        timed = [row["speedup"] for row in _batches(summary) if "speedup" in row][-1:]
+        speed = ["{median:.2f} ({low:.2f} to {high:.2f})".format(**row) for row in timed]
+        rows.append([name, _score(summary, "last"), *left, *(speed or [""])])
+    notes: Rows = [("networks", f"{workdir}/SIZE/model, of SIZE {', '.join(summaries)}")]
+    if some.get("test_examples"):
+        told = "; 95 % intervals (Wilson) in brackets" if metric.name == "error" else ""
+        notes.append(("tested on", f"{some['test_examples']:,} examples{told}"))
+    timed = [row["batch"] for row in _batches(some) if "speedup" in row][-1:]
+    notes += [("timed with", f"batches of {batch}") for batch in timed]
+    if unpruned is None:
+        notes.append(_unknown(metric.label, missing))
+    notes.append(("report", str(workdir / COMPARED)))
+    return "\n".join(["", *aligned(rows, "  "), "", _lines(notes)])
+
+
+def summary_text(summary: Mapping[str, Any], missing: str = "") -> str:
+    """The numbers of a run as lines: details, then what came of it; see `text`."""
+    return "\n".join([_lines(_details(summary)), "", _lines(_answer(summary, missing))])
+
+
+def _details(summary: Mapping[str, Any]) -> Rows:
+    """What led to the result, budgets, times, and what is to be known of them."""
     test, phases = summary["test"], summary["phases"]
     trained = phases.get("converge") or phases["baseline"]
-    metric = METRICS[main_metric(test["last"])]
+    label = METRICS[main_metric(test["last"])].label
     rows = []
     if "without_network" in test:
-        rows.append((f"test {metric.label}, input", metrics_text(test["without_network"])))
-    if METHODS[summary["method"]].prunes:
-        epochs = summary["unpruned_epochs"]
-        unpruned = (
-            "unknown" if epochs is None else f"{metrics_text(test['unpruned'])} (epoch {epochs})"
-        )
-        rows.append(("  unpruned" if rows else f"test {metric.label}, unpruned", unpruned))
+        rows.append((f"test {label}, input", metrics_text(test["without_network"])))
     if "after_search" in test:
-        reached = f"(epoch {phases['search']['epochs']})"
-        rows.append(("  after the search", f"{metrics_text(test['after_search'])} {reached}"))
+        reached = f"epoch {phases['search']['epochs']}"
+        rows.append(("after the search", f"{_score(summary, 'after_search')}, {reached}"))
     if "after_pruning" in test:
-        rows.append(("  after pruning", metrics_text(test["after_pruning"])))
-    rows += [
-        (
-            f"test {metric.label}, last epoch",
-            f"{metrics_text(test['last'])} (epoch {trained['epochs']})",
-        ),
-        (
-            "  best epoch",
-            f"{metrics_text(test['best'])} (epoch {trained['best_epoch']}, by test {metric.label})",
-        ),
-    ]
-    if metric.name == "error" and summary.get("test_examples"):
-        count, error = summary["test_examples"], test["last"]["error"]
-        rows.insert(-1, ("  95 % interval", f"{interval(error, count)}, of {count:,} examples"))
-    for name, label in (("flops", "FLOPs"), ("params", "params")):
-        change = summary[name]
-        text = f"{change['after']:,}"
-        if METHODS[summary["method"]].prunes:
-            text = f"{change['before']:,} -> {text} ({percent(change['ratio'])})"
-        rows.append((label, text))
+        cut = STAGES["after_pruning"][1]
+        rows.append(("right after pruning", f"{_score(summary, 'after_pruning')}: {cut}"))
+    chosen = f"epoch {trained['best_epoch']}: {STAGES['best'][1]}"
+    rows.append(("best epoch", f"{_score(summary, 'best')}, {chosen}"))
     rows += _budget_rows(summary.get("budgets", {}))
-    rows += _latency_rows(summary.get("latency"))
     begun = start_text(summary)
     rows += [("starts from", begun)] if begun else []
-    rows.append(("time", f"{summary['seconds']:.0f} s on {summary['hardware']}"))
+    rows.append(("time", f"{duration(summary['seconds'])} on {summary['hardware']}"))
     if "search" in phases and not phases["search"]["met_budget"]:
         rows.append(
             ("note", "the search ran out of epochs; the network was pruned to its budget anyway")
@@ -72,11 +123,50 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     if skipped:
         counts = ", ".join(f"{count} in the {name} phase" for name, count in skipped.items())
         rows.append(("note", f"batches skipped because they were not finite: {counts}"))
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+    return rows
 
 
-def _budget_rows(budgets: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _answer(summary: Mapping[str, Any], missing: str) -> Rows:
+    """The error before and after, FLOPs, params and speed."""
+    test, phases = summary["test"], summary["phases"]
+    metric, prunes = METRICS[main_metric(test["last"])], METHODS[summary["method"]].prunes
+    rows, count = [], summary.get("test_examples")
+    if prunes and test.get("unpruned"):
+        epochs = f"epoch {summary['unpruned_epochs']}"
+        rows.append((f"test {metric.label}, unpruned", f"{_score(summary, 'unpruned')}, {epochs}"))
+    elif prunes:
+        rows.append(_unknown(f"{metric.label}, unpruned", missing))
+    trained = phases.get("converge") or phases["baseline"]
+    which = "pruned" if prunes else "last epoch"
+    reached = f"{_score(summary, 'last')}, epoch {trained['epochs']}"
+    rows.append((f"test {metric.label}, {which}", reached))
+    if metric.name == "error" and count:
+        rows.append(("", f"on {count:,} test examples; 95 % intervals (Wilson) in brackets"))
+    for name, label in (("flops", "FLOPs"), ("params", "params")):
+        change = summary[name]
+        told = f"{change['after']:,}"
+        if prunes:
+            told = f"{change['before']:,} -> {told} ({percent(change['ratio'])})"
+        rows.append((label, told))
+    return rows + _latency_rows(summary)
+
+
+def _unknown(what: str, missing: str) -> tuple[str, str]:
+    """A row that tells how to find what is not known."""
+    told = "unknown"
+    if missing:
+        told += f"; this trains it, then give the same command again:\n  {missing}"
+    return f"test {what}", told
+
+
+def _score(summary: Mapping[str, Any], which: str) -> str:
+    """Metrics on the test data at a stage of a run; an error with its interval."""
+    values, count = summary["test"][which], summary.get("test_examples")
+    told = metrics_text(values)
+    return f"{told} ({interval(values['error'], count)})" if "error" in values and count else told
+
+
+def _budget_rows(budgets: Mapping[str, Mapping[str, Any]]) -> Rows:
     """The budgets that no other line tells of."""
     rows = []
     for name, row in budgets.items():
@@ -91,10 +181,14 @@ def _budget_rows(budgets: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, st
     return rows
 
 
-def _latency_rows(latency: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _batches(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return (summary.get("latency") or {"batches": []})["batches"]
+
+
+def _latency_rows(summary: Mapping[str, Any]) -> Rows:
     """The latency of one input and of a batch in words."""
     rows = []
-    for row in latency["batches"] if latency else []:
+    for row in _batches(summary):
         shown = milliseconds(row["after_ms"]["median"])
         if "before_ms" in row:
             before = milliseconds(row["before_ms"]["median"])
@@ -103,27 +197,19 @@ def _latency_rows(latency: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return rows
 
 
-def text(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> str:
-    """What to tell at the end of a run: the layers, the summary, and where everything is."""
-    workdir, prunes = Path(workdir), METHODS[summary["method"]].prunes
-    paths = [
-        (
-            "pruned network" if prunes else "network",
-            f'{workdir / "model"}   (dhp.load("{workdir / "model"}"))',
-        ),
-        ("of best epoch", str(workdir / "best")),
-        ("summary", str(workdir / SUMMARY)),
-        ("layers", str(workdir / LAYERS)),
-        ("plots", str(workdir / PLOTS)),
-        ("records", f"{workdir / workdir_metrics.RECORDS}, {workdir / 'tensorboard'}"),
-        ("report", str(workdir / PAGE)),
-    ]
-    return "\n".join(
-        [
-            "",
-            *([(workdir / LAYERS).read_text()] if prunes else []),
-            summary_text(summary),
-            "",
-            *(f"{label:<16} {path}" for label, path in paths),
-        ]
-    )
+def _lines(rows: Rows) -> str:
+    """Labels with their texts within `COLUMNS`; what follows a line break stays whole."""
+    width = max(len(label) for label, _ in rows)
+    lines = []
+    for label, told in rows:
+        first, *whole = told.split("\n")
+        lines += textwrap.wrap(
+            first,
+            COLUMNS,
+            initial_indent=f"{label:<{width}}  ",
+            subsequent_indent=" " * (width + 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += whole
+    return "\n".join(lines)

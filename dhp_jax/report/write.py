@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dhp_jax import files
+from dhp_jax.core.layer_table import layer_table
 from dhp_jax.report.comparison import comparison, comparison_charts
 from dhp_jax.report.crops import Crop, crops, grid
 from dhp_jax.report.figures import Chart
-from dhp_jax.report.format import layer_table
 from dhp_jax.report.page import page
 from dhp_jax.report.run_charts import run_charts
 from dhp_jax.report.run_report import RunReport

@@ -9,6 +9,7 @@ from typing import Any
 from dhp_jax.artifact.reading import read_description
 from dhp_jax.budgets.timing import hardware, measure_latency, quartiles
 from dhp_jax.config.methods import METHODS
+from dhp_jax.core.layer_table import layer_changes
 from dhp_jax.workdir.reader import SUMMARY, Result, read_summary
 from dhp_jax.workdir.source_run import source_folder
 from dhp_jax.workdir.target_dirs import is_size
@@ -129,6 +130,7 @@ def summarize(
         "test_examples": notes["model"].get("test_examples"),
         "flops": _change(result.before.flops, result.after.flops),
         "params": _change(result.before.params, result.after.params),
+        "layers": [row._asdict() for row in layer_changes(result.before, result.after)],
         "budgets": result.budgets,
         "latency": times,
         "phases": phases,

@@ -15,7 +15,7 @@ from runs import CONFIG, FIELDS, contents, of_digits
 import dhp_jax as dhp
 from dhp_jax.config.documentation import describe
 from dhp_jax.data.labelled import cifar
-from dhp_jax.pipeline.command import tell_target
+from dhp_jax.pipeline.command import baseline_command, tell_target
 
 ROOT = Path(__file__).parents[2]
 MAIN = ROOT / "experiments/main.py"
@@ -209,13 +209,19 @@ def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
     monkeypatch.chdir(tmp_path)
     assert main(DIGITS, *overrides()) == 0  # the directory that is meant if none is given
     printed = capfd.readouterr()
-    assert (workdir / "layers.md").read_text() in printed.out
-    (total,) = [line for line in printed.out.splitlines() if line.startswith("| total")]
     flops = dhp.measure_cost(dhp.load(workdir / "model"), (8, 8, 1)).flops
-    assert f" -> {flops:,} " in total
-    assert re.search(r"^test error, unpruned +unknown$", printed.out, re.MULTILINE)
-    assert re.search(r"^test error, last epoch +\d+\.\d\d % \(epoch 1\)$", printed.out, re.M)
+    assert re.search(rf"^FLOPs +[\d,]+ -> {flops:,} \(", printed.out, re.M)
+    assert re.search(
+        r"^test error, unpruned +unknown; .*\n  python .*main.py --config=.* "
+        rf"--config.method=baseline --workdir=runs/{CONFIG.stem}-baseline\n",
+        printed.out,
+        re.M,
+    )
+    assert re.search(r"^test error, pruned +\d+\.\d\d % \(.*\), epoch 1$", printed.out, re.M)
+    whole = [line for line in printed.out.splitlines() if "--config" not in line]
+    assert max(map(len, whole)) <= 80
     paths = re.findall(r"runs/[\w./-]+", printed.out)
+    paths = [path for path in paths if not path.endswith("-baseline")]
     assert {Path(path).name for path in paths} == {
         *("report.html", "model", "best", "summary.json", "layers.md", "plots"),
         *("metrics.jsonl", "tensorboard"),
@@ -281,3 +287,25 @@ def test_weights_that_overflow_where_the_budget_is_met_end_a_run_with_one_line(
 def test_a_target_that_holds_besides_other_budgets_is_told(capsys, fields, told):
     tell_target(of_digits(**fields))
     assert capsys.readouterr().err.strip() == told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["main.py", "--config=a.py", "--config.model.depth=8"],
+            "python main.py --config=a.py --config.model.depth=8 "
+            "--config.method=baseline --workdir=out/run-baseline",
+        ),
+        (
+            [
+                *("/usr/bin/dhp-train", "--config=a", "--workdir", "out/run"),
+                *("--config.targets=0.7,0.5", "--config.seed=1"),
+            ],
+            "dhp-train --config=a --config.seed=1 "
+            "--config.method=baseline --workdir=out/run-baseline",
+        ),
+    ],
+)
+def test_the_command_that_trains_the_unpruned_network_is_that_of_the_run(arguments, expected):
+    assert baseline_command(arguments, "out/run", of_digits()) == expected

@@ -13,8 +13,9 @@ from scipy.stats import binomtest
 
 from dhp_jax.cli import opened
 from dhp_jax.core.latent import latents
+from dhp_jax.core.layer_table import compact
 from dhp_jax.report.crops import Crop
-from dhp_jax.report.format import compact, duration, interval, loss_text, milliseconds, wilson
+from dhp_jax.report.format import duration, interval, loss_text, milliseconds, wilson
 from dhp_jax.report.page import page
 from dhp_jax.report.run_charts import most_pruned, run_charts
 from dhp_jax.report.run_report import RunReport, network_name
