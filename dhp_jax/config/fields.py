@@ -21,6 +21,7 @@ from dhp_jax.config.rules import (
     PATH,
     SHARE,
     SHARES,
+    WHOLE_EPOCHS,
     Field,
     Fields,
     Rule,
@@ -50,12 +51,19 @@ def _budget(of: str) -> Field:
 
 def _schedule(epochs: int, drops: tuple[float, ...], text: str) -> dict[str, Field]:
     return {
-        "epochs": Field(epochs, integer(1), text),
+        "epochs": Field(epochs, WHOLE_EPOCHS, text),
+        "max_steps": Field(
+            None,
+            or_none(integer(1), "for all epochs"),
+            "steps after which the phase ends, for a quick try; learning rates are those of epochs",
+            int,
+            absent=None,
+        ),
         "learning_rate": Field(0.1, number(0, above=True), "the largest learning rate"),
         "schedule": Field(
             "drops",
             one_of(*schedules.NAMES),
-            "how the learning rate falls: at drops, or to zero by the last step",
+            "how the learning rate falls: at drops, or to zero by the end of the last epoch",
             absent="drops",
         ),
         "drops": Field(drops, EPOCHS, "epochs after which the learning rate is divided by 10"),

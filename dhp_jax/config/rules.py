@@ -139,6 +139,7 @@ def _is_devices(value: Any) -> bool:
 
 
 PATH = Rule(_is_path, "a path")
+WHOLE_EPOCHS = integer(1)._replace(expected=f"{integer(1)} (max_steps is for a part of one)")
 BOOLEAN = Rule(lambda value: isinstance(value, bool), "True or False")
 SHARE = number(0, 1, above=True)
 

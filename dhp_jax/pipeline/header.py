@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 
 from dhp_jax.config.methods import METHODS
-from dhp_jax.pipeline.preparation import Run, counted_budgets
+from dhp_jax.pipeline.preparation import Run, counted_budgets, length_field
 
 
 def header(runs: Sequence[Run]) -> str:
@@ -40,8 +40,16 @@ def _budget(run: Run) -> str:
 
 
 def _next(run: Run) -> str:
-    config, method = run.config, METHODS[run.config.method]
+    method = METHODS[run.config.method]
     if not method.prunes:
-        return f"training of the unpruned network, {config.baseline.epochs} epochs"
-    search = f"a search of at most {config.search.epochs} epochs, then " if method.chooses else ""
-    return f"{search}training of the pruned network, {config.converge.epochs} epochs"
+        return f"training of the unpruned network, {_length(run, 'baseline')}"
+    training = f"training of the pruned network, {_length(run, 'converge')}"
+    if "search" not in method.phases:
+        return training
+    return f"a search of at most {_length(run, 'search')}, then {training}"
+
+
+def _length(run: Run, phase: str) -> str:
+    """How long a phase is at most: "300 epochs", or "50 steps"."""
+    _, name, count = length_field(run, phase).replace("=", ".").split(".")
+    return f"{count} {name.removeprefix('max_')}"

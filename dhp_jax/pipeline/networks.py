@@ -13,7 +13,7 @@ from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.reading import exists, read_description, verify
 from dhp_jax.config.methods import METHODS
 from dhp_jax.errors import ConfigError
-from dhp_jax.pipeline.preparation import Run
+from dhp_jax.pipeline.preparation import Run, most_steps
 from dhp_jax.tasks.task import Data
 from dhp_jax.train.checkpoints import Checkpoints
 from dhp_jax.train.phase import Outcome, Progress
@@ -106,7 +106,7 @@ def is_complete(run: Run, phase: str, found: dict[str, Any], source: str = "") -
       ConfigError: it was not, and there is no checkpoint from which it could be.
     """
     progress, epochs = found["notes"]["phase"], run.config[phase].epochs
-    if progress["met_budget"] or progress["epochs"] >= epochs:
+    if progress["met_budget"] or progress["steps"] >= most_steps(run, phase):
         return True
     if not open_checkpoints(run, phase, source).steps():
         raise ConfigError(

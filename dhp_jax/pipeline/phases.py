@@ -31,7 +31,7 @@ from dhp_jax.core.survivors import latent_history, survivor_counts
 from dhp_jax.distributed.processes import folder_from_first, from_first, is_first
 from dhp_jax.errors import NonFiniteError
 from dhp_jax.pipeline import networks
-from dhp_jax.pipeline.preparation import PHASES, Run, schedule_of
+from dhp_jax.pipeline.preparation import PHASES, Run, length_field, most_steps, schedule_of
 from dhp_jax.pipeline.reach import tell_reach
 from dhp_jax.pipeline.smaller import RunStart
 from dhp_jax.pruned.fresh_weights import reinitialize
@@ -113,9 +113,9 @@ def search(work: Work, source: str = "") -> str:
     searched = ungate(outcome.model, run.build()) if fades else outcome.model
     if not outcome.progress.met_budget and is_first():
         logger.warning(
-            "search: did not come down to %s within search.epochs=%d; pruning to %s anyway",
+            "search: did not come down to %s within %s; pruning to %s anyway",
             in_words(budget.limits),
-            settings.epochs,
+            length_field(run, "search"),
             in_words(asked),
         )
     noted = {"made_from": source} if source else {}
@@ -193,6 +193,7 @@ def _train(
     phase = Phase(
         name=name,
         epochs=settings.epochs,
+        max_steps=settings.max_steps,
         learning_rate=schedule,
         optimizer=_optimizer(run, name, schedule, None if budget is None else model),
         budget=budget,
@@ -246,7 +247,7 @@ def _optimizer(
         return lambda params: plain
     if not METHODS[run.config.method].fades:
         return with_proximal_step
-    steps = run.config[name].epochs * (run.setup.epoch // run.config.batch_size)
+    steps = most_steps(run, name)
     asked = limits(run.config.budget, run.config.target)
     fading = fade_to_budget(plain, searched, run.cost, steps=steps, **asked)
     return lambda params: fading

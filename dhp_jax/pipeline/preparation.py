@@ -139,6 +139,21 @@ def counted_budgets(config: ConfigDict) -> dict[str, float]:
     return limits({**config.budget, "latency": None}, config.target)
 
 
+def most_steps(run: Run, phase: str) -> int:
+    """How many steps a phase takes if no budget ends it before."""
+    settings = run.config[phase]
+    steps = settings.epochs * (run.setup.epoch // run.config.batch_size)
+    return steps if settings.max_steps is None else min(steps, settings.max_steps)
+
+
+def length_field(run: Run, phase: str) -> str:
+    """What ends a phase if no budget does, such as "search.epochs=100"."""
+    settings = run.config[phase]
+    whole = settings.epochs * (run.setup.epoch // run.config.batch_size)
+    name = "epochs" if most_steps(run, phase) == whole else "max_steps"
+    return f"{phase}.{name}={settings[name]}"
+
+
 def schedule_of(run: Run, phase: str) -> optax.Schedule:
     """The learning rate of each step of a phase."""
     settings = run.config[phase]

@@ -6,7 +6,7 @@ from flax import nnx
 
 from dhp_jax.core.latent import latents
 from dhp_jax.core.survivors import survivor_counts
-from dhp_jax.pipeline.preparation import Run, schedule_of
+from dhp_jax.pipeline.preparation import Run, length_field, most_steps, schedule_of
 from dhp_jax.report.format import in_words
 from dhp_jax.train.optimizer import largest_to_vanish
 from dhp_jax.train.phase import Budget
@@ -26,7 +26,7 @@ def tell_reach(run: Run, model: nnx.Module, budget: Budget) -> None:
     largest = largest_to_vanish(
         config.optimizer.name,
         schedule_of(run, "search"),
-        settings.epochs * (run.setup.epoch // config.batch_size),
+        most_steps(run, "search"),
         strength=settings.strength,
         threshold=settings.threshold,
         momentum=config.optimizer.momentum,
@@ -39,10 +39,10 @@ def tell_reach(run: Run, model: nnx.Module, budget: Budget) -> None:
     prunable = {name: z.size for name, z in latents(model).items() if z.prunable}
     gone = 1 - sum(int(counts[name]) for name in prunable) / sum(prunable.values())
     logger.warning(
-        "search: may not come down to %s: within search.epochs=%d entries of latents below %.3g "
+        "search: may not come down to %s: within %s entries of latents below %.3g "
         "reach search.threshold unless the loss moves them, %.0f %% of all, which leaves %s",
         in_words(budget.limits),
-        settings.epochs,
+        length_field(run, "search"),
         largest,
         100 * gone,
         in_words({name: round(shares[name], 3) for name in budget.limits}),

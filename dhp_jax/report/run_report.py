@@ -81,8 +81,10 @@ class RunReport:
     def _to_come(self) -> list[str]:
         """The rest of a finished run that was given more epochs."""
         phase, result = self.result.phases[-1], self.result
-        done, asked = result.notes["model"]["phase"], result.config.get(phase, {}).get("epochs", 0)
-        if done["met_budget"] or done["epochs"] >= asked:
+        done, settings = result.notes["model"]["phase"], result.config.get(phase, {})
+        asked = settings.get("epochs", 0)
+        cut = done["steps"] >= (settings.get("max_steps") or math.inf)
+        if done["met_budget"] or cut or done["epochs"] >= asked:
             return []
         return [
             f"epochs {done['epochs'] + 1} to {asked}: the run has since been given more of them"

@@ -111,9 +111,10 @@ def train(
 
 
 def train_epoch(plan: Plan, run: Run, step: CompiledStep, inputs: Resident | Streamed) -> Run:
-    """Trains to the end of an epoch, or until the budget is met."""
+    """Trains to the end of an epoch or of the phase, or until the budget is met."""
     epoch = run.progress.epochs + 1
-    begin, end = (epoch - 1) * plan.steps_per_epoch, epoch * plan.steps_per_epoch
+    begin = (epoch - 1) * plan.steps_per_epoch
+    end = min(epoch * plan.steps_per_epoch, plan.last_step)
     inputs.begin_epoch(epoch)
     run = run._replace(clock=(time.perf_counter(), run.progress.steps))
     while not run.met_budget and (steps := run.progress.steps) < end:
@@ -253,7 +254,8 @@ def _make_history(
 
 
 def _is_over(plan: Plan, run: Run) -> bool:
-    return run.progress.met_budget or run.progress.epochs >= plan.phase.epochs
+    epochs = -(-plan.last_step // plan.steps_per_epoch)  # the last one may be a part
+    return run.progress.met_budget or run.progress.epochs >= epochs
 
 
 def _test(plan: Plan, run: Run, evaluate: Evaluation) -> tuple[Run, dict[str, float]]:

@@ -69,6 +69,7 @@ class Phase:
         keeps the weights themselves.
       elementwise: whether the optimizer treats each number by itself, whatever the shape of its
         array, as SGD and Adam do. Then a TPU keeps hypernetworks in a shape that it reads faster.
+      max_steps: how many steps at most; `None` for those of all epochs. It may end within an epoch.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Phase:
     skip_faulty: bool = False
     elementwise: bool = False
     average: float = 0.0
+    max_steps: int | None = None
 
 
 @dataclass(frozen=True)

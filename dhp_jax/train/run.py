@@ -73,7 +73,8 @@ class Plan:
     @property
     def last_step(self) -> int:
         """The number of the phase's last step, if no budget ends it before."""
-        return self.phase.epochs * self.steps_per_epoch
+        steps = self.phase.epochs * self.steps_per_epoch
+        return steps if self.phase.max_steps is None else min(steps, self.phase.max_steps)
 
 
 class Run(NamedTuple):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,9 @@ def _find_source(folder: Path, there: Mapping[str, Any]) -> Source | None:
     if not all(exists(folder / name) for name in ("model", METHODS[method].network)):
         return None
     last = verify(folder / "model")["notes"]["phase"]
-    if last["epochs"] < there[trained]["epochs"]:
+    asked = there[trained]
+    cut = last["steps"] >= (asked.get("max_steps") or math.inf)
+    if last["epochs"] < asked["epochs"] and not cut:
         return None
     of_phase = "search" if phase == "search" else "model"
     reached = read_description(folder / of_phase)["notes"]["phase"]

@@ -194,6 +194,7 @@ GOOD = {
     "search.min_channels": [1, 1000],
     "search.keep": [0, 0.1, 1],
     **{f"{phase}.epochs": [1, 10**6] for phase in PHASES},
+    **{f"{phase}.max_steps": [None, 1, 10**6] for phase in PHASES},
     **{f"{phase}.learning_rate": [1e-9, 10] for phase in PHASES},
     **{f"{phase}.schedule": ["drops", "cosine", "linear"] for phase in PHASES},
     **{f"{phase}.drops": [(), [], (1,), [0, 0.5, 7.25]] for phase in PHASES},
@@ -202,6 +203,7 @@ GOOD = {
 NUMBERS = [None, "1", "", True, float("nan"), float("inf"), -float("inf"), 1e31, [1], {}]
 INTEGERS = [*NUMBERS, 1.0, 0.5, 10**18]
 COUNT = "an integer >= 1 and <= 1000000"
+EPOCHS = f"{COUNT} (max_steps is for a part of one)"
 CHANNELS = "an integer >= 1 and <= 32768"
 WORDS = [None, 1, "", "SGD", "dhp ", ["dhp"], {}]
 BAD = {
@@ -282,7 +284,11 @@ BAD = {
     "search.stop_limit": ([*NUMBERS, -0.01, 1.01], "a number >= 0 and <= 1"),
     "search.min_channels": ([*INTEGERS, 0], CHANNELS),
     "search.keep": ([*NUMBERS, -0.1, 1.1], "a number >= 0 and <= 1"),
-    **{f"{phase}.epochs": ([*INTEGERS, 0], COUNT) for phase in PHASES},
+    **{f"{phase}.epochs": ([*INTEGERS, 0, 0.1], EPOCHS) for phase in PHASES},
+    **{
+        f"{phase}.max_steps": ([*INTEGERS[1:], 0], f"{COUNT}, or None for all epochs")
+        for phase in PHASES
+    },
     **{
         f"{phase}.learning_rate": ([*NUMBERS, 0, -1], "a number > 0 and <= 1e+30")
         for phase in PHASES
@@ -662,7 +668,14 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
     [
         ("config.target", "half", "config.target: expected a number > 0 and <= 1; got 'half'"),
         ("config.batch_size", "1.5", f"config.batch_size: expected {COUNT}; got '1.5'"),
-        ("config.search.epochs", "", f"config.search.epochs: expected {COUNT}; got ''"),
+        ("config.search.epochs", "", f"config.search.epochs: expected {EPOCHS}; got ''"),
+        ("config.search.epochs", "0.1", f"config.search.epochs: expected {EPOCHS}; got '0.1'"),
+        (
+            "config.optimizer",
+            "adamw",
+            "config.optimizer: expected a field of it, such as --config.optimizer.name=<value>; "
+            "got 'adamw'",
+        ),
         ("config.model.depth", "x", "config.model.depth: expected an integer; got 'x'"),
         ("config.model.width", "x", "config.model.width: expected a number; got 'x'"),
         ("config.target", None, "config.target: expected --config.target=<value>; got none"),

@@ -27,6 +27,11 @@ def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tm
     )
     assert lines["directory"] == f"{tmp_path}/run/0.7, {tmp_path}/run/0.5"
     assert lines["next"].startswith(f"a search of at most {config.search.epochs} epochs, then ")
+    config.search.max_steps = config.converge.max_steps = 50
+    told = header(targets.prepare(config, tmp_path / "quick"))
+    assert told.endswith(
+        "a search of at most 50 steps, then training of the pruned network, 50 steps"
+    )
     assert "cpu" in lines["device"]
 
 

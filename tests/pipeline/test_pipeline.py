@@ -370,6 +370,41 @@ def test_more_epochs_without_checkpoints_are_refused(finished, tmp_path):
     execute(prepare(tiny(), workdir))  # it is still what it was
 
 
+def test_a_run_of_less_than_an_epoch_can_be_stopped_anywhere(tmp_path):
+    fields = {"search.max_steps": 7, "converge.max_steps": 25, "search.strength": 0.02}
+    execute(prepare(tiny(**fields), tmp_path / "once"))
+    for phase, step in (("search", 3), ("converge", 22)):
+        often = tiny(**fields, **{"checkpoint.seconds": 0.0})
+        run = prepare(often, tmp_path / "run", [Interrupter(phase, step)])
+        with pytest.raises(Stop):
+            execute(run)
+    steps = Steps()
+    summary = execute(prepare(tiny(**fields), tmp_path / "run", [steps]))
+    check_same_end(tmp_path / "run", tmp_path / "once")
+    taken = {name: (phase["steps"], phase["epochs"]) for name, phase in summary["phases"].items()}
+    assert taken == {"search": (7, 1), "converge": (25, 2)}
+    assert steps.taken[-1] == ("converge", 25)
+    assert "given more" not in (tmp_path / "run/report.html").read_text()
+    again = Steps()
+    execute(prepare(tiny(**fields), tmp_path / "run", [again]))
+    assert again.taken == []
+    with pytest.raises(ValueError, match=r"config\.converge\.max_steps is 25 there and 30 here"):
+        prepare(tiny(**fields | {"converge.max_steps": 30}), tmp_path / "run")
+
+
+def test_a_baseline_of_less_than_an_epoch_is_finished(tmp_path):
+    quick = {"baseline.epochs": 3, "baseline.max_steps": 5}
+    execute(prepare(tiny(method="baseline", **quick), tmp_path / "baseline"))
+    started = tiny(method="l1_norm", source=str(tmp_path / "baseline"))
+    prepare(started, tmp_path / "run")
+    path = tmp_path / "baseline/config.json"
+    stored = json.loads(path.read_text())
+    del stored["baseline"]["max_steps"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="is not finished"):
+        prepare(started, tmp_path / "other")
+
+
 def test_a_finished_run_only_reports(finished, tmp_path):
     workdir = shutil.copytree(finished.workdir, tmp_path / "run")
     for lost in ("summary.json", "layers.md", "plots/error.png"):

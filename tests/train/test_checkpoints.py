@@ -649,6 +649,30 @@ def test_the_moving_average_is_tested_and_kept(net):
     assert any(np.abs(plain[name] - x).max() > 1e-3 for name, x in arrays(outcome.model).items())
 
 
+@pytest.mark.parametrize("step", [3, 5, 7])
+def test_a_phase_that_ends_within_an_epoch_is_the_beginning_of_the_whole_one(
+    net, undisturbed, tmp_path, step
+):
+    phase, _, whole = undisturbed
+    short = dataclasses.replace(phase, max_steps=8)
+    expected, seen = trained(net, short)
+    progress = expected.progress
+    assert (progress.steps, progress.epochs, progress.met_budget) == (8, 2, False)
+    *before, last = seen.records
+    assert before == [record for record in whole.records if record["step"] < 8]
+    assert (last["step"], last["epoch"], "test_error" in last) == (8, 2, True)
+    assert last["loss"] == next(r["loss"] for r in whole.records if r["step"] == 8)
+    assert seen.events[0] == ("begin", "search", 8, 0, 0)
+    trained(net, short, tmp_path, stop_after=step)
+    outcome, after = trained(net, short, tmp_path)
+    check_same_outcome(outcome, expected)
+    assert after.events.count("step") == 8 - step
+    longer = dataclasses.replace(short, epochs=9)
+    outcome, after = trained(net, longer, tmp_path)
+    check_same_outcome(outcome, expected)
+    assert "step" not in after.events
+
+
 def test_the_time_before_a_stop_counts(net, undisturbed, tmp_path):
     phase, _, _ = undisturbed
     trained(net, phase, tmp_path, stop_after=12)
