@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 import shutil
 
-from ml_collections import ConfigDict
 from record import publish_each
 
 import dhp_jax as dhp
@@ -22,6 +21,7 @@ from dhp_jax.report import write as report_write
 from dhp_jax.report.format import metrics_text
 from dhp_jax.tasks import evaluate
 from dhp_jax.workdir import reader
+from dhp_jax.workdir.identity import stored_config
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
 def row_of(run: Path, folders: dict[str, str]) -> dict:
     """The summary of a run, and the metrics of its network on each folder."""
-    config = ConfigDict(json.loads((run / "config.json").read_text()))
+    config = stored_config(run)
     summary = json.loads((run / reader.SUMMARY).read_text())
     model = dhp.load(run / "model")
     tests = {}

@@ -17,6 +17,8 @@ import pytest
 from runs import check_same_end, contents, without_times
 
 import dhp_jax as dhp
+from dhp_jax.config import check
+from dhp_jax.workdir.identity import stored_config
 
 PHASES = ("search", "converge")
 CONFIG = f"--config={RUN_CONFIG}"
@@ -101,6 +103,13 @@ def test_a_half_finished_run_is_one_of_its_configuration(main, tmp_path, capfd, 
     told = "config.search.strength is 0.2 there and 0.4 here"
     assert told in capfd.readouterr().err
     assert contents(workdir) == before
+
+
+def test_the_configuration_of_earlier_code_has_every_field(tmp_path):
+    found = stored_config(unpack("search", tmp_path))
+    check(found)
+    assert found.search.strength == 0.2
+    assert found.task.label_smoothing == 0
 
 
 def test_commands_read_a_half_finished_run(tmp_path, monkeypatch, capfd):

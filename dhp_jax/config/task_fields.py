@@ -58,6 +58,18 @@ _LABELLED: Fields = {
         "whether images are mirrored at random",
         bool,
     ),
+    "cutout": Field(
+        0,
+        integer(0, MAX_SIDE),
+        "side of a square of each training image that is set to the mean colour; 0 for none",
+        absent=0,
+    ),
+    "mixup": Field(
+        0.0,
+        number(0),
+        "blends training images in shares from Beta(mixup, mixup); 0 for none",
+        absent=0.0,
+    ),
     **_READING,
 }
 
@@ -109,7 +121,17 @@ def _patches(side: int, channels: int, steps: int, absent_loss: str) -> dict[str
 
 
 TASK_FIELDS: Mapping[str, Fields] = {
-    "classification": {"task": {}, "data": _LABELLED},
+    "classification": {
+        "task": {
+            "label_smoothing": Field(
+                0.0,
+                number(0, 1, below=True),
+                "share of the training targets that is spread evenly over all classes",
+                absent=0.0,
+            )
+        },
+        "data": _LABELLED,
+    },
     "super_resolution": {
         "task": {
             **_patches(96, 3, 2013, "l1"),  # 32,208 patches in batches of 16

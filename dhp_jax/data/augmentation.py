@@ -64,3 +64,47 @@ def augment(
         mirrored = jax.random.bernoulli(flip_key, 0.5, (n, 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
     return images
+
+
+def cut_out(
+    key: PRNGKeyArray, images: Float[Array, "n h w c"], side: int
+) -> Float[Array, "n h w c"]:
+    """Sets a square of each image to zero; each image draws its own.
+
+    Args:
+      key: a JAX random key.
+      images: normalised, so that zero is the mean colour.
+      side: of the square, in pixels. Its centre is any pixel, and it may lie partly outside.
+
+    Reference: DeVries and Taylor, Cutout (arXiv 1708.04552), section 3.
+    """
+    n, h, w, _ = images.shape
+    firsts = jax.random.randint(key, (2, n, 1), 0, jnp.array([h, w])[:, None, None]) - side // 2
+    rows, columns = (
+        (jnp.arange(size) >= first) & (jnp.arange(size) < first + side)
+        for size, first in zip((h, w), firsts, strict=True)
+    )
+    inside = rows[:, :, None] & columns[:, None]
+    return jnp.where(inside[..., None], 0, images)
+
+
+def blend(
+    key: PRNGKeyArray, images: Float[Array, "n h w c"], alpha: float
+) -> tuple[Float[Array, "n h w c"], Float[Array, " n"]]:
+    """Blends each image with another of the batch: mixup.
+
+    The other of image `i` is image `n - 1 - i`; the order of a batch is random. One share for the
+    batch is drawn from the Beta distribution with both parameters `alpha`.
+
+    Args:
+      key: a JAX random key.
+      images: of a batch.
+      alpha: near 0 images are hardly blended, 1 draws the share uniformly.
+
+    Returns:
+      `share * images + (1 - share) * others`, and the share of each, which is the same.
+
+    Reference: Zhang et al., mixup, ICLR 2018 (arXiv 1710.09412), equation 2.
+    """
+    share = jax.random.beta(key, alpha, alpha, dtype=images.dtype)
+    return share * images + (1 - share) * images[::-1], jnp.full(len(images), share)

@@ -6,12 +6,10 @@ python -m dhp_jax.export runs/resnet56 --format=stablehlo --which=best --out=res
 
 from collections.abc import Sequence
 import dataclasses
-import json
 from pathlib import Path
 import sys
 
 from jaxtyping import Float, Shaped, UInt8
-from ml_collections import ConfigDict
 import numpy as np
 
 from dhp_jax import cli
@@ -24,7 +22,7 @@ from dhp_jax.export.writers import NEEDS
 from dhp_jax.pipeline.setup import set_up
 from dhp_jax.tasks import Classification
 from dhp_jax.tasks.task import Data
-from dhp_jax.workdir.identity import CONFIG
+from dhp_jax.workdir.identity import CONFIG, stored_config
 
 ENDINGS = {"stablehlo": ".stablehlo", "onnx": ".onnx", "safetensors": "-folded"}
 REAL = 8  # test images that an export is tried on, at most
@@ -105,7 +103,7 @@ def _prepare(saved: Saved, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.nda
 
 def _of_run(folder: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"]:
     """Inputs from a run's test data."""
-    asked = set_up(ConfigDict(json.loads((folder / CONFIG).read_text())))
+    asked = set_up(stored_config(folder))
     data = asked.read("test")
     if isinstance(asked.task, Classification):
         return np.asarray(normalize(_first_images(data), asked.task.mean, asked.task.std))

@@ -75,7 +75,7 @@ def set_up(config: ConfigDict, streamed: bool | None = None) -> TaskSetup:
 
 
 def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
-    channels = config.data.get("channels")  # absent in the configurations of older runs
+    channels = config.data.channels
     source = registry.load(
         config.data.name,
         config.data.dir,
@@ -107,6 +107,9 @@ def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
             source.std,
             _or_default(config.data.crop_padding, source.crop_padding),
             _or_default(config.data.flip, source.flip),
+            config.data.cutout,
+            config.data.mixup,
+            config.task.label_smoothing,
         ),
         input_shape=source.image_shape,
         epoch=source.train_size,

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass
 import functools
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from flax import nnx
 import jax
@@ -15,12 +15,24 @@ import optax
 
 from dhp_jax.backend.inference import tune
 from dhp_jax.backend.platform import compiler_options
-from dhp_jax.data.augmentation import augment, normalize
+from dhp_jax.data.augmentation import augment, blend, cut_out, normalize
 from dhp_jax.data.device_images import Rows
 from dhp_jax.data.stream import Stream
 from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
 
+CUTOUT, MIXUP = 0x637574, 0x6D6978  # tell their keys from those of crops and flips
 Images = tuple[UInt8[Array, "n h w c"] | Rows, Int[Array, " n"]]  # with their labels
+
+
+class Blended(NamedTuple):
+    """Labels of images that are blends of two, `share` of the first and the rest of the second."""
+
+    first: Int[Array, " n"]
+    second: Int[Array, " n"]
+    share: Float[Array, " n"]
+
+
+Labels = Int[Array, " n"] | Blended
 
 
 @dataclass(frozen=True)
@@ -31,12 +43,18 @@ class Classification:
       mean, std: of each channel of the raw images.
       crop_padding: pixels of zero padding around an image before a random crop of its size.
       flip: whether images are flipped left to right at random.
+      cutout: side of a square of each image that is set to the mean colour; 0 for none.
+      mixup: parameter of the Beta distribution of shares in which images are blended; 0 for none.
+      label_smoothing: share of the training targets that is spread evenly over all classes.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_padding: int = 0
     flip: bool = False
+    cutout: int = 0
+    mixup: float = 0.0
+    label_smoothing: float = 0.0
     metric: ClassVar[Metric] = METRICS["error"]
 
     def examples(self, key: Key[Array, ""], data: Images, chosen: Int[Array, " n"]) -> Images:
@@ -46,20 +64,28 @@ class Classification:
 
     def augmented(
         self, key: Key[Array, ""], examples: Images
-    ) -> tuple[Float[Array, "n h w c"], Int[Array, " n"]]:
+    ) -> tuple[Float[Array, "n h w c"], Labels]:
         images, labels = examples
         images = augment(key, images, crop_padding=self.crop_padding, flip=self.flip)
-        return normalize(images, self.mean, self.std), labels
+        images = normalize(images, self.mean, self.std)
+        if self.cutout:
+            images = cut_out(jax.random.fold_in(key, CUTOUT), images, self.cutout)
+        if self.mixup:
+            images, share = blend(jax.random.fold_in(key, MIXUP), images, self.mixup)
+            labels = Blended(labels, labels[::-1], share)
+        return images, labels
 
-    def loss(
-        self, outputs: Float[Array, "n classes"], targets: Int[Array, " n"]
-    ) -> Float[Array, " n"]:
-        logits = outputs.astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    def loss(self, outputs: Float[Array, "n classes"], targets: Labels) -> Float[Array, " n"]:
+        def of(labels: Int[Array, " n"]) -> Float[Array, " n"]:
+            return _cross_entropy(outputs, labels, self.label_smoothing)
 
-    def score(
-        self, outputs: Float[Array, "n classes"], targets: Int[Array, " n"]
-    ) -> Float[Array, " n"]:
+        if not isinstance(targets, Blended):
+            return of(targets)
+        return targets.share * of(targets.first) + (1 - targets.share) * of(targets.second)
+
+    def score(self, outputs: Float[Array, "n classes"], targets: Labels) -> Float[Array, " n"]:
+        if isinstance(targets, Blended):
+            targets = jnp.where(targets.share < 0.5, targets.second, targets.first)
         return (jnp.argmax(outputs, axis=-1) != targets).astype(jnp.float32)
 
     def check(self, model: nnx.Module) -> None:
@@ -81,7 +107,7 @@ class Classification:
             images, labels = (array[jnp.minimum(chosen, end - 1)] for array in data)
             model = tune(nnx.merge(graphdef, *params, rest))
             outputs = model(normalize(images, self.mean, self.std))
-            measured = self.loss(outputs, labels), self.score(outputs, labels)
+            measured = _cross_entropy(outputs, labels), self.score(outputs, labels)
             return sums + jnp.stack([jnp.sum(values, where=chosen < end) for values in measured])
 
         def run(params: Params, rest: nnx.State) -> dict[str, float]:
@@ -101,6 +127,18 @@ class Classification:
         self, model: nnx.Module, data: Images, count: int
     ) -> Sequence[tuple[str, Mapping[str, np.ndarray]]]:
         return []
+
+
+def _cross_entropy(
+    outputs: Float[Array, "n classes"], labels: Int[Array, " n"], smoothing: float = 0.0
+) -> Float[Array, " n"]:
+    """The cross-entropy of labels of which a share is spread evenly over all classes."""
+    logits = outputs.astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not smoothing:
+        return loss
+    of_all = jax.nn.logsumexp(logits, -1) - jnp.mean(logits, -1)
+    return (1 - smoothing) * loss + smoothing * of_all
 
 
 @contextlib.contextmanager

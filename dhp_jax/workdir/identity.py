@@ -219,6 +219,18 @@ def _may_differ(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) ->
     return name in MAY_CHANGE or name.startswith(MAY_CHANGE_GROUPS)
 
 
+def stored_config(workdir: str | os.PathLike) -> ConfigDict:
+    """The configuration of a run, with the fields that earlier code did not store."""
+    there = json.loads((Path(workdir) / CONFIG).read_text())
+    for name, value in absent_values(there["task"]["name"]).items():
+        *groups, field = name.split(".")
+        group = there
+        for part in groups:
+            group = group.setdefault(part, {})
+        group.setdefault(field, value)
+    return ConfigDict(there)
+
+
 def as_json(config: ConfigDict) -> dict[str, Any]:
     """A configuration as JSON values."""
     return json.loads(config.to_json_best_effort())

@@ -22,6 +22,7 @@ from dhp_jax.workdir.identity import MAY_CHANGE, MAY_MOVE, as_json, flatten, rea
 from dhp_jax.workdir.reader import configuration
 
 SAME = ("task.", "model.", "data.")  # fields in which both runs agree
+RECIPE = ("task.label_smoothing", "data.cutout", "data.mixup")  # but for these
 
 SAME_BUDGET = (  # these too where the source's channels are taken
     "target",
@@ -216,7 +217,7 @@ def _check_same(config: ConfigDict, there: Mapping[str, Any], folder: Path) -> N
     theirs = absent_values(theirs.get("task.name")) | theirs
     same = SAME if METHODS[config.method].chooses else SAME + SAME_BUDGET
     for name in sorted({**ours, **theirs}):
-        matters = name.startswith(same) and name not in (*MAY_CHANGE, *MAY_MOVE)
+        matters = name.startswith(same) and name not in (*MAY_CHANGE, *MAY_MOVE, *RECIPE)
         if matters and ours.get(name) != theirs.get(name):
             raise ConfigError(
                 "config.source",

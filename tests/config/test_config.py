@@ -179,6 +179,9 @@ GOOD = {
     "data.archive": [None, "some.zip", Path("some.zip")],
     "data.crop_padding": [None, 0, 4],
     "data.flip": [None, True, False],
+    "data.cutout": [0, 8],
+    "data.mixup": [0, 0.2, 1],
+    "task.label_smoothing": [0, 0.1],
     "data.streamed": [None, True, False],
     "data.workers": [None, 0, 4],
     "optimizer.name": ["sgd", "adam", "adamw"],
@@ -263,6 +266,9 @@ BAD = {
         [-1, 0.5, "4", 10_001],
         "an integer >= 0 and <= 10000, or None for what suits the data",
     ),
+    "data.cutout": ([*INTEGERS, -1, 10_001], "an integer >= 0 and <= 10000"),
+    "data.mixup": ([*NUMBERS, -0.1], "a number >= 0 and <= 1e+30"),
+    "task.label_smoothing": ([*NUMBERS, -0.1, 1], "a number >= 0 and < 1"),
     "data.flip": ([0, 1, "no"], "True or False, or None for what suits the data"),
     "data.streamed": (
         [0, 1, "no"],
@@ -653,7 +659,7 @@ def test_overrides_of_the_fields_of_a_task_pass():
             "classification",
             "config.task.sigma",
             "1",
-            "config.task.sigma: unknown field: expected one of name; got 'sigma'",
+            "config.task.sigma: unknown field: expected one of label_smoothing, name; got 'sigma'",
         ),
     ],
 )
@@ -706,8 +712,8 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
         (
             "config.data.dri",
             "3",
-            "config.data.dri: unknown field: expected one of archive, channels, crop_padding, dir, "
-            "flip, image_size, name, streamed, workers; "
+            "config.data.dri: unknown field: expected one of archive, channels, crop_padding, cutout, "
+            "dir, flip, image_size, mixup, name, streamed, workers; "
             "got 'dri'; did you mean 'dir'?",
         ),
         (

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dhp_jax.data.augmentation import blend, cut_out
 from dhp_jax.tasks import METRICS, Classification, evaluate
+from dhp_jax.tasks.classification import Blended
 
 MEAN, STD = (100.0, 50.0, 20.0), (10.0, 5.0, 2.0)
 TASK = Classification(MEAN, STD, crop_padding=2, flip=True)
@@ -130,3 +132,77 @@ def test_a_better_value_is_higher_or_lower_and_better_than_none(name, higher):
     assert better(0.1, 0.2) != bool(higher)
     assert not better(0.1, 0.1)
     assert better(0.1, None)
+
+
+def log_probabilities(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_a_smoothed_loss_has_a_share_of_every_class_and_tests_have_none(examples):
+    task = Classification(MEAN, STD, label_smoothing=0.3)
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(8, 5)).astype(np.float32), rng.integers(0, 5, 8)
+    targets = 0.7 * np.eye(5)[labels] + 0.3 / 5
+    expected = -(targets * log_probabilities(logits)).sum(-1)
+    np.testing.assert_allclose(task.loss(jnp.asarray(logits), jnp.asarray(labels)), expected, 1e-5)
+    assert evaluate(Seen(), task, examples) == evaluate(Seen(), TASK, examples)
+
+
+def test_blended_images_have_the_blended_loss_and_the_error_of_the_larger_share():
+    task = Classification(MEAN, STD, label_smoothing=0.1)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 5)).astype(np.float32)
+    first, second = rng.integers(0, 5, (2, 6))
+    share = np.asarray([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], np.float32)
+    targets = share[:, None] * np.eye(5)[first] + (1 - share[:, None]) * np.eye(5)[second]
+    expected = -((0.9 * targets + 0.1 / 5) * log_probabilities(logits)).sum(-1)
+    blended = Blended(*map(jnp.asarray, (first, second, share)))
+    np.testing.assert_allclose(task.loss(jnp.asarray(logits), blended), expected, rtol=1e-5)
+    wrong = logits.argmax(-1) != np.where(share < 0.5, second, first)
+    np.testing.assert_array_equal(task.score(jnp.asarray(logits), blended), wrong)
+
+
+@pytest.mark.parametrize("side", [1, 4, 5, 40])
+def test_a_square_of_every_image_is_cut_out(side):
+    images = np.asarray(cut_out(jax.random.key(0), jnp.ones((300, 8, 6, 2)), side))
+    centres = set()
+    for image in images:
+        gone = image[..., 0] == 0
+        np.testing.assert_array_equal(image[..., 0], image[..., 1])
+        rows, columns = np.flatnonzero(gone.any(1)), np.flatnonzero(gone.any(0))
+        assert gone.sum() == len(rows) * len(columns) > 0
+        assert np.all(np.diff(rows) == 1)
+        assert np.all(np.diff(columns) == 1)
+        assert len(rows) <= side
+        inside = rows[0] > 0 and rows[-1] < 7
+        assert len(rows) == side or not inside
+        centres.add((rows[0], rows[-1], columns[0], columns[-1]))
+    assert len(centres) == (1 if side == 40 else 48)  # any pixel may be the centre
+
+
+def test_images_are_blended_with_others_of_the_batch_in_one_share_of_the_beta_distribution():
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3, 3, 2)), jnp.float32)
+    shares = []
+    for seed in range(200):
+        blended, share = blend(jax.random.key(seed), images, 0.4)
+        assert len(set(share.tolist())) == 1
+        shares.append(float(share[0]))
+    expected = shares[-1] * images + (1 - shares[-1]) * images[::-1]
+    np.testing.assert_allclose(blended, expected, rtol=1e-6)
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.1)
+    assert np.var(shares) == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.2)  # of Beta(a, a)
+
+
+def test_training_batches_are_cut_out_and_blended_and_plain_ones_stay(examples):
+    inputs, labels = batch_of(TASK, examples)
+    strong = Classification(MEAN, STD, crop_padding=2, flip=True, cutout=2, mixup=0.5)
+    blended, targets = batch_of(strong, examples)
+    np.testing.assert_array_equal(targets.first, labels)
+    np.testing.assert_array_equal(targets.second, labels[::-1])
+    share = np.asarray(targets.share)[:, None, None, None]
+    whole = share * inputs + (1 - share) * inputs[::-1]
+    same = np.isclose(blended, whole, rtol=1e-5, atol=1e-5).all(-1)
+    cut = 1 - same.mean((1, 2))
+    assert np.all(cut > 0)
+    assert np.all(cut <= 8 / 36)  # two squares of 4 pixels
