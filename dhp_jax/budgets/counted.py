@@ -116,11 +116,15 @@ def survivors_within(
         prunable make a share unreachable (it tells the smallest one).
     """
     check_budget(model, cost, multiple_of, **budget)
-    order = _removable(model, multiple_of, _magnitudes(model) if scores is None else scores)
-    sizes = {name: z.size for name, z in latents(model).items()}
+    scores = _magnitudes(model) if scores is None else scores
+    always, order = _removable(model, multiple_of, scores)
+    masks = {name: np.ones(z.size, bool) for name, z in latents(model).items()}
+    for name, entries in always:
+        masks[name][list(entries)] = False
+    most = {name: int(mask.sum()) for name, mask in masks.items()}
 
     def left_without(gone: Set[int]) -> float:
-        left = Counter(sizes)
+        left = Counter(most)
         for i in gone:
             left[order[i][0]] -= len(order[i][1])
         return slack(cost, left, budget)
@@ -133,7 +137,6 @@ def survivors_within(
     gone = _refill(set(range(low)), order, left_without)
     if left_without(gone) > TOLERANCE:
         gone = _trade(gone, order, left_without)
-    masks = {name: np.ones(size, bool) for name, size in sizes.items()}
     for i in gone:
         name, entries = order[i]
         masks[name][list(entries)] = False
@@ -187,13 +190,36 @@ def removals(z: Latent, multiple_of: int) -> range:
     return range(first, last + 1, multiple_of)
 
 
+def widths_of(z: Latent, multiple_of: int) -> list[int]:
+    """The numbers of entries that a latent may have, ascending."""
+    widths = [z.size - gone for gone in (0, *removals(z, multiple_of))]
+    allowed = [width for width in widths if width <= most_channels(z)]
+    if not allowed:
+        raise ArgumentError(
+            "keep",
+            detail=f"expected at most {most_channels(z)} entries of a latent, but {widths[-1]} "
+            f"have to stay, with multiple_of={multiple_of}",
+        )
+    return allowed[::-1]
+
+
+def most_channels(z: Latent) -> int:
+    """How many entries of a latent survive at most; see `limits.with_limits`."""
+    return z.vector.get_metadata().get("max_channels", z.size)
+
+
 def _magnitudes(model: nnx.Module) -> Scores:
     return {name: np.abs(np.asarray(z.value())) for name, z in latents(model).items()}
 
 
-def _removable(model: nnx.Module, multiple_of: Multiples, scores: Scores) -> list[Group]:
-    """The groups of entries that may go, smallest score first; ties by name and order."""
-    groups, steps = [], multiples(model, multiple_of)
+def _removable(
+    model: nnx.Module, multiple_of: Multiples, scores: Scores
+) -> tuple[list[Group], list[Group]]:
+    """The groups of entries that must go, and those that may, smallest score first.
+
+    Ties by name and order.
+    """
+    always, groups, steps = [], [], multiples(model, multiple_of)
     for name in sorted(scores.keys() - latents(model).keys(), key=str):
         raise ArgumentError.unknown("scores", name, latents(model))
     for name, z in latents(model).items():
@@ -201,10 +227,14 @@ def _removable(model: nnx.Module, multiple_of: Multiples, scores: Scores) -> lis
             continue
         step, score = steps[name], _check_scores(scores, name, z.size)
         order = np.argsort(score, kind="stable")
+        widest = widths_of(z, step)[-1]
         for end in removals(z, step):
             entries = order[max(0, end - step) : end]
-            groups.append((score[entries[-1]], name, end, tuple(map(int, entries))))
-    return [(name, entries) for _, name, _, entries in sorted(groups)]
+            group = (score[entries[-1]], name, end, tuple(map(int, entries)))
+            (always if z.size - end >= widest else groups).append(group)
+    return tuple(
+        [(name, entries) for _, name, _, entries in sorted(found)] for found in (always, groups)
+    )
 
 
 def _check_scores(scores: Scores, name: str, size: int) -> np.ndarray:

@@ -1,34 +1,63 @@
-"""Least shares of the entries of latents, by name or pattern."""
+"""Least and most shares of the entries of latents, by name or pattern."""
 
 from collections.abc import Mapping
 import fnmatch
 import math
+from numbers import Real
 
 from flax import nnx
+import numpy as np
 
-from dhp_jax.budgets.counted import check_share
-from dhp_jax.core.latent import latents_to_prune
-from dhp_jax.errors import ArgumentError
+from dhp_jax.budgets.counted import check_share, most_channels
+from dhp_jax.core.latent import latents, latents_to_prune
+from dhp_jax.errors import ArgumentError, shown
+
+Limits = Mapping[str, float | tuple[float, float]]  # a least share, or a least and a most one
+ROUNDING = 1e-9  # 0.1 * 30 is a little above 3
 
 
-def with_least(model: nnx.Module, keep: Mapping[str, float]) -> nnx.Module:
-    """A network whose latents keep at least some shares of their entries.
+def with_limits(model: nnx.Module, keep: Limits) -> nnx.Module:
+    """A network whose latents keep at least, or at most, some shares of their entries.
 
     Args:
       model: a network of latents; left as it was, and shares all arrays.
-      keep: shares in (0, 1] by name or pattern, as in file names; the last that fits counts.
+      keep: least shares in (0, 1], or pairs of a least share, which may be 0, and a most share, by
+        name or pattern, as in file names; the last that fits counts.
 
     Raises:
       ValueError: a share that is none, or a pattern that fits no prunable latent.
     """
     model = nnx.clone(model)
     prunable = {name: z for name, z in latents_to_prune(model).items() if z.prunable}
-    for pattern, share in keep.items():
-        check_share(f"keep[{pattern!r}]", share)
+    for pattern, limit in keep.items():
+        least, most = _shares(f"keep[{pattern!r}]", limit)
         fitting = [z for name, z in prunable.items() if fnmatch.fnmatchcase(name, pattern)]
         if not fitting:
             raise ArgumentError.unknown("keep", pattern, prunable)
         for z in fitting:
-            least = max(1, math.ceil(share * z.size - 1e-9))
-            z.vector.set_metadata(min_channels=least)
+            highest = max(1, math.floor(most * z.size + ROUNDING))
+            lowest = math.ceil(least * z.size - ROUNDING) or z.min_channels
+            z.vector.set_metadata(min_channels=min(lowest, highest), max_channels=highest)
     return model
+
+
+def check_limits(model: nnx.Module, masks: Mapping[str, np.ndarray]) -> None:
+    """Raises unless survivors are as many as the latents of `with_limits` may keep."""
+    for name, z in latents(model).items():
+        left = int(masks[name].sum())
+        if z.prunable and not z.min_channels <= left <= most_channels(z):
+            raise ValueError(
+                f"keep: expected {z.min_channels} to {most_channels(z)} entries of {name!r}, "
+                f"got {left} from what by chooses"
+            )
+
+
+def _shares(name: str, limit: object) -> tuple[float, float]:
+    """The least and the most share that a limit stands for."""
+    if not isinstance(limit, tuple | list):
+        check_share(name, limit)
+        return limit, 1.0
+    both = len(limit) == 2 and all(isinstance(x, Real) and type(x) is not bool for x in limit)
+    if not both or not 0 <= limit[0] <= limit[1] <= 1 or limit[1] == 0:
+        raise ArgumentError(name, "a least and a most share, 0 <= least <= most <= 1", shown(limit))
+    return limit[0], limit[1]

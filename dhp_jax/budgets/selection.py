@@ -12,7 +12,7 @@ from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.chosen import Chosen, describe_choice
 from dhp_jax.budgets.counted import BudgetError, Scores, check_budget, check_share, survivors_within
 from dhp_jax.budgets.latency import Clock, LatencySearch, clock
-from dhp_jax.budgets.limits import with_least
+from dhp_jax.budgets.limits import Limits, check_limits, with_limits
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.provenance import architecture_of
@@ -105,7 +105,7 @@ def prune_to(
     multiple_of: Multiples = 1,
     *,
     by: Scores | Selection | None = None,
-    keep: Mapping[str, float] | None = None,
+    keep: Limits | None = None,
     latency: float | None = None,
     batch: int = 1,
     **budget: float,
@@ -125,7 +125,8 @@ def prune_to(
         as from `dhp.l1_scores` or `dhp.random_scores`; the smallest go first. Or a function that
         chooses survivors, such as `dhp.uniform_within`.
       keep: least share in (0, 1] of the entries of latents, by name or pattern, such as
-        `{"stages.*": 0.5, "stem*": 1.0}`; the last pattern that fits counts.
+        `{"stages.*": 0.5, "stem*": 1.0}`, where 1 leaves a latent out; or a pair of the least and
+        the most share, such as `{"head": (0, 0.5)}`. The last pattern that fits counts.
       latency: share in (0, 1] of the time of the unpruned network, or `None`. Both networks are
         compiled and timed alternately on this machine. Three of four pairs of passes must be within
         the share, in two of three measurements. Up to ten candidates are compiled.
@@ -157,7 +158,7 @@ def prune_to(
     if input_shape is None and table is not None:
         input_shape = table.inputs
     if keep is not None:
-        model = with_least(model, keep)
+        model = with_limits(model, keep)
     cost = measure_cost(model, input_shape)
     try:
         check_budget(model, cost, multiple_of, **budget)
@@ -167,6 +168,8 @@ def prune_to(
     check_axes(model, input_shape)
     timed = None if latency is None else clock(model, input_shape, batch)
     chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
+    if keep is not None:
+        check_limits(model, chosen.masks)
     if table is None:
         prove_declared(model, chosen.masks, analysis_of(model, input_shape))
     return prune(model, chosen.masks)

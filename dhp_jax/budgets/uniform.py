@@ -6,7 +6,7 @@ from fractions import Fraction
 from flax import nnx
 import numpy as np
 
-from dhp_jax.budgets.counted import check_budget, removals, slack
+from dhp_jax.budgets.counted import check_budget, slack, widths_of
 from dhp_jax.budgets.rounding import Multiples, multiples
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.latent import latents
@@ -40,8 +40,7 @@ def uniform_within(
     check_budget(model, cost, multiple_of, **budget)
     steps, sizes = multiples(model, multiple_of), {n: z.size for n, z in latents(model).items()}
     possible = {  # widths of each latent, ascending
-        name: [z.size - gone for gone in (0, *removals(z, steps.get(name, 1)))][::-1]
-        for name, z in latents(model).items()
+        name: widths_of(z, steps.get(name, 1)) for name, z in latents(model).items()
     }
 
     def at(share: Fraction) -> dict[str, int]:
