@@ -110,12 +110,17 @@ def notes_of(found: Discovery) -> dict[str, Any]:
     }
     sentences = []
     for family in found.families:
+        if family.chosen:
+            sentences.append(
+                f"{family.name}: a maximum or softmax goes over it at {family.chosen}, so the "
+                "numbers of what is left change when entries go."
+            )
         if family.renormalises:
             sentences.append(
                 f"{family.name}: a normalisation or mean goes over it, so what is left is "
                 "normalised anew when entries go."
             )
-        elif family.summed:
+        elif family.summed and not family.chosen:
             sentences.append(f"{family.name}: its entries are added up at {family.summed}.")
     for tied in found.ties:
         sentences.append(f"{tied[0]}: entries go together with those of {', '.join(tied[1:])}.")

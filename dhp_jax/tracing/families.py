@@ -24,6 +24,7 @@ class Family:
       numbers: of all arrays, that go with one entry.
       renormalises: whether a normalisation goes over it, so that the others' numbers change.
       summed: where numbers are added up over it otherwise; empty if nowhere.
+      chosen: where a maximum or softmax goes over it, so that the others' numbers may change.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Family:
     numbers: int
     renormalises: bool = False
     summed: str = ""
+    chosen: str = ""
     error: str = field(default="", repr=False)
 
     @property
@@ -139,8 +141,11 @@ def _family(analysis: Analysis, units: list[Unit]) -> Family:
         size = int(np.prod(shapes[number]))
         numbers += size // shapes[number][k] * len(units[0][1][number, k])
     atoms = [atom for atom, _ in units]
-    sums = (analysis.flow.sums.get(atom, "") for atom in atoms)
-    return Family("", atoms, places, numbers, summed=next(filter(None, sums), ""))
+    summed, chosen = (
+        next((found[atom] for atom in atoms if atom in found), "")
+        for found in (analysis.flow.sums, analysis.flow.choices)
+    )
+    return Family("", atoms, places, numbers, summed=summed, chosen=chosen)
 
 
 def _named(analysis: Analysis, families: list[Family]) -> list[Family]:

@@ -41,7 +41,7 @@ class Flow:
       terms: the store of terms.
       at: by context and variable the axes of what it holds.
       unknown: operations without a rule that read positions which could go, with their lines.
-      sums: by atom the lines of sums over it.
+      sums, choices: by atom the line of a sum, or of a maximum or minimum, over it.
     """
 
     def __init__(self):
@@ -49,6 +49,7 @@ class Flow:
         self.at: dict[tuple[Context, Any], Axes] = {}
         self.unknown: dict[str, str] = {}
         self.sums: dict[int, str] = {}
+        self.choices: dict[int, str] = {}
         self._fresh: dict[Hashable, np.ndarray] = {}
         self._dead: tuple[Any, np.ndarray] | None = None
 
@@ -91,12 +92,12 @@ class Flow:
         """An axis that must stay because of an operation."""
         self.terms.freeze_axis(axis, _told(eqn, f" {why}"))
 
-    def note_sum(self, axis: Axis, eqn: JaxprEqn) -> None:
-        """An axis over which numbers are added up."""
+    def note(self, places: dict[int, str], axis: Axis, eqn: JaxprEqn) -> None:
+        """Notes the line of an operation that goes over an axis."""
         if atoms := self.atoms_of(axis):
             place = where(eqn)
             for atom in atoms:
-                self.sums.setdefault(atom, place)
+                places.setdefault(atom, place)
 
     def kept(self, axis: Axis, gone: frozenset[int], size: int) -> np.ndarray:
         """Which positions of an axis are left without some atoms, a boolean mask."""

@@ -67,12 +67,19 @@ def _groups(
 @rule("reduce_sum")
 def _sum(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
     for k in eqn.params["axes"]:
-        flow.note_sum(inputs[0][k], eqn)
+        flow.note(flow.sums, inputs[0][k], eqn)
     return [_without(axes, eqn.params["axes"]) for axes in inputs]
 
 
-@rule("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor")
-@rule("argmax", "argmin", "reduce")
+@rule("reduce_max", "reduce_min")
+def _extreme(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    """What is left is compared with fewer others: as in a softmax, its numbers change."""
+    for k in eqn.params["axes"]:
+        flow.note(flow.choices, inputs[0][k], eqn)
+    return [_without(inputs[0], eqn.params["axes"])]
+
+
+@rule("reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin", "reduce")
 def _reduce(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
     """What is left would be chosen of fewer."""
     gone = eqn.params.get("axes", eqn.params.get("dimensions", ()))

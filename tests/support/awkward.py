@@ -420,7 +420,7 @@ class WidthInAnIf(nnx.Module):
         return self.c(x.mean((1, 2)))
 
 
-@case([])
+@case([6])
 class SoftmaxOfChannels(nnx.Module):
     def __init__(self, rngs):
         self.a, self.c = conv(3, 6, rngs=rngs), linear(6, 3, rngs)
@@ -447,7 +447,7 @@ class SelectiveKernels(nnx.Module):
         return self.c((u * w[:, :, None, None]).sum(1).mean((1, 2)))
 
 
-@case([])
+@case([6])
 class Cbam(nnx.Module):
     # Largest channel at each pixel.
     def __init__(self, rngs):

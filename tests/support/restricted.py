@@ -52,11 +52,11 @@ class _Evaluator:
         axes, sizes = self.flow.at[context, variable], shape_of(variable)
         return [self.flow.kept(a, self.gone, n) for a, n in zip(axes, sizes, strict=True)]
 
-    def only(self, x, masks, axes):
+    def only(self, x, masks, axes, other=0):
         for k in axes:
             if not masks[k].all():
                 shape = [-1 if j == k else 1 for j in range(x.ndim)]
-                x = jnp.where(masks[k].reshape(shape), x, jnp.zeros((), x.dtype))
+                x = jnp.where(masks[k].reshape(shape), x, jnp.asarray(other, x.dtype))
         return x
 
     def __call__(self, jaxpr: Jaxpr, consts, args, context, counts_in):
@@ -113,6 +113,10 @@ class _Evaluator:
             counts[eqn.outvars[0]] = tuple(
                 math.prod(count(masks[k]) for k in axes) for count in (len, np.sum)
             )
+        elif name in ("reduce_max", "reduce_min"):
+            nothing = -jnp.inf if name == "reduce_max" else jnp.inf
+            axes, masks = eqn.params["axes"], self.masks(context, eqn.invars[0])
+            given[0] = self.only(given[0], masks, axes, nothing)
         elif name == "div" and sums[0] and _is_number(given[1]) and float(given[1]) == sums[0][0]:
             given[1] = np.asarray(sums[0][1], np.asarray(given[1]).dtype)
         elif name in PASSING and sums[0]:

@@ -38,7 +38,7 @@ def test_what_survives_computes_what_the_whole_network_without_the_rest_does(
         allowed = 1e-12 if wide else 1e-6
         expected = compiled(lambda *x: restricted(found.analysis, gone, x))(*inputs)
         assert difference(outputs, expected) < allowed
-        if not any(family.renormalises or family.summed for family in found.families):
+        if not any(f.renormalises or f.summed or f.chosen for f in found.families):
             expected = compiled(lambda *x: zeroed(found.analysis, gone, x))(*inputs)
             assert difference(outputs, expected) < allowed
 

@@ -177,3 +177,27 @@ def test_least_shares_that_are_none_are_refused(keep, message):
     net = dhp.with_latents(plain(), SHAPE)
     with pytest.raises(ValueError, match=message):
         dhp.prune_to(net, flops=0.9, keep=keep)
+
+
+def test_channels_over_which_a_softmax_or_maximum_goes_may_go_and_that_is_told():
+    class Gated(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Linear(3, 6, rngs=rngs), nnx.Linear(6, 5, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.a(x)
+            return self.b(nnx.softmax(x, -1) * x.max(-1, keepdims=True))
+
+    model = randomised(Gated(nnx.Rngs(0)))
+    net = dhp.with_latents(model, (3,), min_channels=2)
+    assert "a: a maximum or softmax goes over it at tracing/test_network.py:" in str(
+        dhp.explain(net)
+    )
+    keep = np.arange(6) % 3 > 0
+    small = dhp.prune(net, {"a": keep})
+    x = np.asarray(X[:, 0, 0], np.float64)
+    left = (x @ np.asarray(model.a.kernel[...]) + np.asarray(model.a.bias[...]))[:, keep]
+    powers = np.exp(left)
+    y = powers / powers.sum(1, keepdims=True) * left.max(1, keepdims=True)
+    expected = y @ np.asarray(model.b.kernel[...])[keep] + np.asarray(model.b.bias[...])
+    np.testing.assert_allclose(small(x), expected, rtol=1e-4, atol=1e-5)
