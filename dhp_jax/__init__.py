@@ -21,6 +21,7 @@ from dhp_jax.budgets.importance import (
 from dhp_jax.budgets.selection import prune_to
 from dhp_jax.budgets.shrinkage import prox_fade, prox_relative_l1
 from dhp_jax.budgets.uniform import uniform_within
+from dhp_jax.core.activations import PReLU
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.hypernet import hyper_kernel
 from dhp_jax.core.latent import (
@@ -32,7 +33,17 @@ from dhp_jax.core.latent import (
     prunable_latents,
     repeat,
 )
-from dhp_jax.core.layers import BatchNorm, Bias, HyperConv, HyperConvTranspose, Linear
+from dhp_jax.core.layers import (
+    BatchNorm,
+    Bias,
+    GroupNorm,
+    HyperConv,
+    HyperConvTranspose,
+    HyperLinear,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+)
 from dhp_jax.core.prox import prox_l1, prox_l2
 from dhp_jax.core.surgery import prune
 from dhp_jax.core.survivors import survivors
@@ -40,7 +51,7 @@ from dhp_jax.pruned.classifier import with_classes
 from dhp_jax.pruned.fold import fold
 from dhp_jax.pruned.gates import with_gates
 from dhp_jax.pruned.relatent import with_latents
-from dhp_jax.pruned.statistics import renew_statistics
+from dhp_jax.pruned.statistics import refresh_statistics
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.tracing.explain import explain
 
@@ -52,11 +63,16 @@ __all__ = [
     "Bias",
     "BudgetError",
     "Cost",
+    "GroupNorm",
     "HyperConv",
     "HyperConvTranspose",
+    "HyperLinear",
     "Latent",
     "LatentVector",
+    "LayerNorm",
     "Linear",
+    "PReLU",
+    "RMSNorm",
     "check_axes",
     "compiler_options",
     "concat",
@@ -83,7 +99,7 @@ __all__ = [
     "prune",
     "prune_to",
     "random_scores",
-    "renew_statistics",
+    "refresh_statistics",
     "repeat",
     "save",
     "scale_scores",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dhp_jax.core.latent import Latent, latents, walk
-from dhp_jax.core.layers import HyperConv, HyperConvTranspose
+from dhp_jax.core.layers import Hyper
 from dhp_jax.errors import ArgumentError
 
 AUTO = "auto"
@@ -85,9 +85,8 @@ def _auto(model: nnx.Module, prunable: Mapping[str, Latent]) -> dict[str, int]:
 
 
 def _dtype(model: nnx.Module) -> str:
-    """What the convolutions of a model compute in."""
-    convolutions = (m for _, _, m in walk(model) if isinstance(m, HyperConv | HyperConvTranspose))
-    first = next(convolutions, None)
+    """What the layers with generated kernels of a model compute in."""
+    first = next((m for _, _, m in walk(model) if isinstance(m, Hyper)), None)
     return jnp.dtype((first and first.dtype) or jnp.float32).name
 
 

@@ -5,8 +5,10 @@ from typing import Any
 from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+import numpy as np
 
 from dhp_jax.core.latent import Axis, check_axis
+from dhp_jax.core.plain import Keep, slice_axis
 
 
 class ReLU(nnx.Module):
@@ -30,22 +32,30 @@ class ReLU(nnx.Module):
 
 
 class PReLU(nnx.PReLU):
-    """`nnx.PReLU` over the channels of an axis; all of them share one slope.
+    """`nnx.PReLU` over the channels of an axis, each with a slope of its own.
 
     Args:
       z: the axis of the channels.
       slope: of negative inputs, before training.
-      dtype: of the computation; the slope is float32.
+      shared: whether all channels share one slope.
+      dtype: of the computation; slopes are float32.
+
+    Raises:
+      ValueError: `z` is no axis.
+
+    Example:
+      >>> activation = dhp.PReLU(z)
     """
 
-    def __init__(self, z: Axis, slope: float = 0.25, *, dtype: Any = None):
+    def __init__(self, z: Axis, slope: float = 0.25, *, shared: bool = False, dtype: Any = None):
         check_axis("PReLU: z", z)
-        super().__init__(slope, dtype=dtype)
+        super().__init__(slope if shared else np.full(z.size, slope), dtype=dtype)
         self.z = z
 
-    def plain(self, keep: Any = None) -> nnx.PReLU:
-        """`nnx.PReLU` with the same slope."""
+    def plain(self, keep: Keep | None = None) -> nnx.PReLU:
+        """`nnx.PReLU` with the slopes of the channels in `keep`."""
         slope = self.negative_slope[...]
+        slope = slice_axis(slope, self.z.keep(keep), 0) if slope.ndim else slope
         layer = nnx.PReLU(0.0, dtype=self.dtype, param_dtype=self.param_dtype)
         layer.negative_slope = nnx.Param(jnp.asarray(slope, self.param_dtype))
         return layer

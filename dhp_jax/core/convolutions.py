@@ -1,4 +1,4 @@
-"""Convolutions whose kernels a hypernetwork generates from the latents of their two axes."""
+"""Layers whose kernels a hypernetwork generates from the latents of their two axes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ from dhp_jax.core.plain import (
 
 
 class Hyper(nnx.Module):
-    """Base of convolutions with a generated kernel: holds the hypernetwork and the bias."""
+    """Base of layers with a generated kernel: holds the hypernetwork and the bias."""
 
     def __init__(
         self,
@@ -80,7 +80,6 @@ class Hyper(nnx.Module):
         return {
             "in_features": int(self.z_in.keep(keep).sum()),
             "out_features": int(kept_out.sum()),
-            "kernel_size": self.kernel_size,
             "use_bias": self.use_bias,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
@@ -188,6 +187,7 @@ class HyperConv(Hyper):
             groups = int(self.z_in.keep(keep).sum()) // self.z_group.size
         return nnx.Conv(
             **self._plain_arguments(keep),
+            kernel_size=self.kernel_size,
             strides=self.strides,
             padding=self.padding,
             input_dilation=self.input_dilation,
@@ -261,10 +261,70 @@ class HyperConvTranspose(Hyper):
         """The `nnx.ConvTranspose` with the generated kernel of the channels in `keep`."""
         return nnx.ConvTranspose(
             **self._plain_arguments(keep),
+            kernel_size=self.kernel_size,
             strides=self.strides,
             padding=self.padding,
             kernel_dilation=self.kernel_dilation,
         )
+
+
+class HyperLinear(Hyper):
+    """A linear layer whose kernel a hypernetwork generates from two latents.
+
+    Args:
+      z_in: axis of the input features.
+      z_out: axis of the output features.
+      use_bias, dtype, param_dtype, precision, dot_general, promote_dtype, preferred_element_type:
+        as in `nnx.Linear`.
+      embedding: size `m` of the embedding of each pair of features.
+      initial_scale: multiplies the kernel before training, whose variance is `1 / fan_in`.
+      rngs: the `params` stream draws the initial values.
+
+    Raises:
+      ValueError: `z_in` or `z_out` is no axis; when called, an input with another feature count.
+
+    Example:
+      >>> hidden = dhp.HyperLinear(z_in, z_out, rngs=rngs)
+      >>> y = hidden(x)                        # (n, in) -> (n, out)
+
+    Reference: DHP (arXiv 2003.13683), section 3.1, of a kernel without spatial axes.
+    """
+
+    def __init__(
+        self,
+        z_in: Axis,
+        z_out: Axis,
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        dot_general: Callable[..., Any] = jax.lax.dot_general,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        preferred_element_type: Any = None,
+        embedding: int = EMBEDDING,
+        initial_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        self.dot_general = dot_general
+        super().__init__(
+            z_in,
+            z_out,
+            (),
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+            embedding=embedding,
+            initial_scale=initial_scale,
+            rngs=rngs,
+        )
+
+    def plain(self, keep: Keep | None = None) -> nnx.Linear:
+        """The `nnx.Linear` with the generated kernel of the features in `keep`."""
+        return nnx.Linear(**self._plain_arguments(keep), dot_general=self.dot_general)
 
 
 def _check_groups(groups: int, z_in: Axis, z_out: Axis) -> None:

@@ -23,7 +23,18 @@ import numpy as np
 
 from dhp_jax.core.activations import ReLU
 from dhp_jax.core.latent import Axis
-from dhp_jax.core.layers import BatchNorm, Bias, ChannelBias, HyperConv, HyperConvTranspose, Linear
+from dhp_jax.core.layers import (
+    BatchNorm,
+    Bias,
+    ChannelBias,
+    GroupNorm,
+    HyperConv,
+    HyperConvTranspose,
+    HyperLinear,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+)
 from dhp_jax.errors import shown
 
 logger = logging.getLogger(__name__)
@@ -211,6 +222,11 @@ def _(layer: nnx.BatchNorm, output_shape):
 
 
 @layer_terms.register
+def _(layer: GroupNorm | LayerNorm | RMSNorm, output_shape):
+    return layer.z, layer.z, (0, 0), (0, layer.use_scale + getattr(layer, "use_bias", 0))
+
+
+@layer_terms.register
 def _(layer: ChannelBias, output_shape):
     channels = layer.z if isinstance(layer, Bias) else layer.num_features
     return channels, channels, (0, 0), (0, 1)
@@ -219,8 +235,10 @@ def _(layer: ChannelBias, output_shape):
 @layer_terms.register
 def _(layer: ReLU | nnx.PReLU, output_shape):
     channels = getattr(layer, "z", None) or output_shape[-1]
-    slopes = layer.negative_slope.get_value().size if isinstance(layer, nnx.PReLU) else 0
-    return channels, channels, (0, math.prod(output_shape[:-1])), (0, 0, slopes)
+    slopes = layer.negative_slope.get_value().shape if isinstance(layer, nnx.PReLU) else (0,)
+    of_each = slopes == output_shape[-1:]
+    params = (0, 1) if of_each else (0, 0, math.prod(slopes))
+    return channels, channels, (0, math.prod(output_shape[:-1])), params
 
 
 @layer_terms.register
@@ -228,6 +246,11 @@ def _(layer: nnx.Linear, output_shape):
     inputs = layer.z_in if isinstance(layer, Linear) else layer.in_features
     positions = math.prod(output_shape[:-1])
     return inputs, layer.out_features, (positions, 0), (1, int(layer.use_bias))
+
+
+@layer_terms.register
+def _(layer: HyperLinear, output_shape):
+    return layer.z_in, layer.z_out, (math.prod(output_shape[:-1]), 0), (1, int(layer.use_bias))
 
 
 def check_input_shape(input_shape: tuple[int, ...]) -> None:

@@ -6,27 +6,40 @@ restricted to surviving channels.
 """
 
 from collections.abc import Callable
+import inspect
 from typing import Any
 
 from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dhp_jax.core.convolutions import Hyper, HyperConv, HyperConvTranspose
+from dhp_jax.core.convolutions import Hyper, HyperConv, HyperConvTranspose, HyperLinear
 from dhp_jax.core.latent import Axis, check_axis
-from dhp_jax.core.plain import NO_RNGS, Keep, check_channels, initializer_of, select_entries
+from dhp_jax.core.plain import (
+    NO_RNGS,
+    Keep,
+    check_channels,
+    initializer_of,
+    select_entries,
+    slice_axis,
+)
 
 __all__ = [
     "BatchNorm",
     "Bias",
     "ChannelBias",
+    "GroupNorm",
     "Hyper",
     "HyperConv",
     "HyperConvTranspose",
+    "HyperLinear",
+    "LayerNorm",
     "Linear",
+    "RMSNorm",
 ]
 
 _zeros = nnx.initializers.zeros_init()
+sliced = slice_axis  # for layers of one's own, under the name that they know
 
 
 class ChannelBias(nnx.Module):
@@ -87,7 +100,32 @@ class Bias(ChannelBias):
         return super().__call__(x)
 
 
-class BatchNorm(nnx.BatchNorm):
+class _Norm(nnx.Module):
+    """Base of normalisations over the channels of an axis."""
+
+    def __init__(self, z: Axis, *sizes: Any, **options: Any):
+        check_axis(f"{type(self).__name__}: z", z)
+        super().__init__(z.size, *sizes, **options)
+        self.z = z
+
+    def _plain(self, kind: type, keep: Keep | None, **sizes: Any) -> Any:
+        """The layer of a kind with this one's options, and the arrays of the channels in `keep`."""
+        kept = self.z.keep(keep)
+        given, own = {"num_features": int(kept.sum()), "rngs": NO_RNGS, **sizes}, vars(self)
+        for name in inspect.signature(kind.__init__).parameters:
+            if name in ("scale_init", "bias_init"):
+                array = getattr(self, name.removesuffix("_init"))
+                given[name] = initializer_of(select_entries(array, kept))
+            elif name in own and name not in given:
+                given[name] = own[name]
+        return kind(**given)
+
+    def __call__(self, x: Float[Array, "*batch c"], *args: Any, **kwargs: Any):
+        check_channels(self, x, self.z, getattr(self, "axis", -1))
+        return super().__call__(x, *args, **kwargs)
+
+
+class BatchNorm(_Norm, nnx.BatchNorm):
     """`nnx.BatchNorm` over the channels of an axis.
 
     Args:
@@ -101,64 +139,126 @@ class BatchNorm(nnx.BatchNorm):
       >>> norm = dhp.BatchNorm(z, momentum=0.9, rngs=rngs)
     """
 
-    def __init__(self, z: Axis, **options: Any):
-        check_axis("BatchNorm: z", z)
-        super().__init__(z.size, **options)
-        self.z = z
-
     def plain(self, keep: Keep | None = None) -> nnx.BatchNorm:
         """The `nnx.BatchNorm` with the scale, bias and statistics of the channels in `keep`."""
+        norm = self._plain(nnx.BatchNorm, keep)
         kept = self.z.keep(keep)
-        norm = nnx.BatchNorm(
-            int(kept.sum()),
-            use_running_average=self.use_running_average,
-            axis=self.axis,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            use_bias=self.use_bias,
-            use_scale=self.use_scale,
-            bias_init=initializer_of(select_entries(self.bias, kept)),
-            scale_init=initializer_of(select_entries(self.scale, kept)),
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            use_fast_variance=self.use_fast_variance,
-            promote_dtype=self.promote_dtype,
-            rngs=NO_RNGS,
-        )
         norm.mean[...] = select_entries(self.mean, kept)
         norm.var[...] = select_entries(self.var, kept)
         return norm
 
-    def __call__(self, x: Float[Array, "*batch c"], *args: Any, **kwargs: Any):
-        check_channels(self, x, self.z, self.axis)
-        return super().__call__(x, *args, **kwargs)
+
+class GroupNorm(_Norm, nnx.GroupNorm):
+    """`nnx.GroupNorm` over the channels of an axis.
+
+    Whole groups go where all channels of a group are one entry of a latent: the axis of groups of
+    4 channels is `repeat(z, 4)`. Where a group has all entries of a latent, as with
+    `concat(*[z] * num_groups)`, each loses the same channels, and what is left is normalised anew.
+
+    Args:
+      z: the axis of the normalised channels.
+      num_groups: of how many groups.
+      **options: as in `nnx.GroupNorm`, but for `group_size`.
+
+    Raises:
+      ValueError: `z` is no axis, groups that do not divide its channels or that pruning would tear
+        apart; when called, an input with another channel count.
+
+    Example:
+      >>> norm = dhp.GroupNorm(dhp.repeat(z, 4), num_groups=z.size, rngs=rngs)
+    """
+
+    def __init__(self, z: Axis, num_groups: int = 32, **options: Any):
+        check_axis("GroupNorm: z", z)
+        positive = isinstance(num_groups, int) and num_groups > 0
+        if not positive or z.size % num_groups:
+            raise ValueError(
+                f"GroupNorm: num_groups: expected a divisor of the {z.size} channels of z, "
+                f"got {num_groups!r}"
+            )
+        entries, size = z.entries(), z.size // num_groups
+        groups = [entries[i : i + size] for i in range(0, z.size, size)]
+        is_torn = any(len(set(group)) > 1 for group in groups) and groups[1:] != groups[:-1]
+        if is_torn and any(latent.prunable for latent, _ in entries):
+            raise ValueError(
+                f"GroupNorm: num_groups: pruning would leave groups of different sizes; whole "
+                f"groups go with the axis repeat(z, {size}) of a latent of {num_groups} entries, "
+                f"the same channels of each with concat(*[z] * {num_groups})"
+            )
+        super().__init__(z, num_groups, **options)
+
+    def plain(self, keep: Keep | None = None) -> nnx.GroupNorm:
+        """The `nnx.GroupNorm` of the groups that are left, of the channels in `keep`."""
+        groups = self.z.keep(keep).reshape(self.num_groups, -1)
+        return self._plain(
+            nnx.GroupNorm, keep, num_groups=int(groups.any(1).sum()), group_size=None
+        )
+
+
+class LayerNorm(_Norm, nnx.LayerNorm):
+    """`nnx.LayerNorm` over the channels of an axis; what is left of them is normalised anew.
+
+    Args:
+      z: the axis of the normalised channels.
+      **options: as in `nnx.LayerNorm`.
+
+    Raises:
+      ValueError: `z` is no axis; when called, an input with another channel count.
+
+    Example:
+      >>> norm = dhp.LayerNorm(z, rngs=rngs)
+    """
+
+    def plain(self, keep: Keep | None = None) -> nnx.LayerNorm:
+        """The `nnx.LayerNorm` with the scale and bias of the channels in `keep`."""
+        return self._plain(nnx.LayerNorm, keep)
+
+
+class RMSNorm(_Norm, nnx.RMSNorm):
+    """`nnx.RMSNorm` over the channels of an axis; what is left of them is normalised anew.
+
+    Args:
+      z: the axis of the normalised channels.
+      **options: as in `nnx.RMSNorm`.
+
+    Raises:
+      ValueError: `z` is no axis; when called, an input with another channel count.
+
+    Example:
+      >>> norm = dhp.RMSNorm(z, rngs=rngs)
+    """
+
+    def plain(self, keep: Keep | None = None) -> nnx.RMSNorm:
+        """The `nnx.RMSNorm` with the scale of the channels in `keep`."""
+        return self._plain(nnx.RMSNorm, keep)
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` whose input is the channels of an axis; its outputs are never pruned.
+    """`nnx.Linear` whose input is the channels of an axis.
+
+    With a number of outputs none of them is pruned, and the kernel is trained as it is. With an
+    axis for the outputs it is a `HyperLinear`, whose kernel is generated.
 
     Args:
       z_in: the axis of the input features.
-      out_features: number of outputs.
-      **options: as in `nnx.Linear`.
+      out_features: number of outputs, or their axis.
+      **options: as in `nnx.Linear`; of a `HyperLinear` with an axis.
 
     Raises:
-      ValueError: `z_in` is no axis, or `out_features` is one; when called, an input with another
-        feature count.
+      ValueError: `z_in` is no axis; when called, an input with another feature count.
 
     Example:
-      >>> classifier = dhp.Linear(z, 10, rngs=rngs)
+      >>> hidden = dhp.Linear(z, z_hidden, rngs=rngs)
+      >>> classifier = dhp.Linear(z_hidden, 10, rngs=rngs)
     """
+
+    def __new__(cls, z_in: Any = None, out_features: Any = None, **options: Any):
+        """A `HyperLinear` where the outputs are an axis."""
+        hyper = cls is Linear and isinstance(out_features, Axis)
+        return super().__new__(HyperLinear if hyper else cls)
 
     def __init__(self, z_in: Axis, out_features: int, **options: Any):
         check_axis("Linear: z_in", z_in)
-        if isinstance(out_features, Axis):
-            raise ValueError(
-                "Linear: out_features: expected a number, for outputs are never pruned; got a "
-                f"{type(out_features).__name__}: a hidden layer is HyperConv(z_in, z_out, (1, 1))"
-            )
         super().__init__(z_in.size, out_features, **options)
         self.z_in = z_in
 

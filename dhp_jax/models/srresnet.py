@@ -21,7 +21,7 @@ class Block(nnx.Module):
     def __init__(self, z: Latent, z_hidden: Latent, *, embedding: int, dtype: Any, rngs: nnx.Rngs):
         self.hidden = z_hidden
         self.first = ConvBiasNorm(z, z_hidden, embedding=embedding, dtype=dtype, rngs=rngs)
-        self.activation = PReLU(z_hidden, dtype=dtype)
+        self.activation = PReLU(z_hidden, shared=True, dtype=dtype)
         self.second = ConvBiasNorm(z_hidden, z, embedding=embedding, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
@@ -83,7 +83,7 @@ class SRResNet(nnx.Module):
         self.head = HyperConv(
             self.image, self.body, (9, 9), padding=4, embedding=embedding, dtype=dtype, rngs=rngs
         )
-        self.activation = PReLU(self.body, dtype=dtype)
+        self.activation = PReLU(self.body, shared=True, dtype=dtype)
         self.blocks = nnx.List(
             Block(self.body, latent(), embedding=embedding, dtype=dtype, rngs=rngs)
             for _ in range(blocks)
@@ -93,7 +93,7 @@ class SRResNet(nnx.Module):
             self.body,
             self.upsampled,
             scale,
-            activation=PReLU(self.upsampled, dtype=dtype),
+            activation=PReLU(self.upsampled, shared=True, dtype=dtype),
             embedding=embedding,
             dtype=dtype,
             rngs=rngs,

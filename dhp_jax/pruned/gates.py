@@ -51,7 +51,7 @@ def with_gates(
     kernels = {
         path: layer.kernel() if isinstance(layer, Hyper) else layer.kernel[...]
         for path, _, layer in walk(model)
-        if isinstance(layer, Hyper | nnx.Conv | nnx.ConvTranspose)
+        if isinstance(layer, Hyper | nnx.Conv | nnx.ConvTranspose | nnx.Linear)
     }
     given = bool(latents(model))
     gated = nnx.clone(model) if given else with_latents(model, rngs=rngs, build=build)

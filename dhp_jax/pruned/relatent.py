@@ -8,16 +8,16 @@ from typing import Any
 from flax import nnx
 import numpy as np
 
-from dhp_jax.core.activations import PReLU, ReLU
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
-from dhp_jax.core.layers import BatchNorm, Bias, Hyper, Linear
+from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Keep, Prunable, select_entries, slice_axis
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.errors import shown
 from dhp_jax.models import registry
 from dhp_jax.pruned.fresh_weights import take_arrays
 from dhp_jax.tracing.declared import kept_of_layer
+from dhp_jax.tracing.layer_sizes import resize
 from dhp_jax.tracing.network import EMBEDDING, GATES_ABOVE, traced
 
 
@@ -147,38 +147,23 @@ def _size(axis: Axis) -> int:
 
 def _narrow_layer(layer: nnx.Module, keep: Keep) -> None:
     """Cuts a layer on latents down to the channels in `keep`; it stays one on latents."""
-    match layer:
-        case Hyper():
-            rows, columns = layer.kernel_axis().keep(keep), layer.z_out.keep(keep)
-            for name in HypernetArrays._fields:
-                variable = getattr(layer, name)
-                variable.set_value(slice_axis(slice_axis(variable[...], rows, -2), columns, -1))
-            _cut_variables(layer, ("bias",), columns)
-            if getattr(layer, "feature_group_count", 1) != 1:
-                channels = int(layer.z_in.keep(keep).sum())
-                layer.feature_group_count = channels // layer.z_group.size
-        case BatchNorm() | Bias():
-            kept = layer.z.keep(keep)
-            _cut_variables(layer, ("scale", "bias", "mean", "var"), kept)
-            layer.num_features = int(kept.sum())
-        case Linear():
-            kept = layer.z_in.keep(keep)
-            _cut_variables(layer, ("kernel",), kept)
-            layer.in_features = int(kept.sum())
-        case ReLU() | PReLU():
-            pass  # nothing of theirs belongs to one channel
-        case Prunable():
-            for name, kept in kept_of_layer(layer, keep).items():
-                variable = getattr(layer, name)
-                for axis, mask in enumerate(kept):
-                    variable.set_value(slice_axis(variable[...], mask, axis))
-
-
-def _cut_variables(layer: nnx.Module, names: tuple[str, ...], kept: np.ndarray) -> None:
-    for name in names:
-        variable = getattr(layer, name, None)
-        if variable is not None:
-            variable.set_value(select_entries(variable, kept))
+    if isinstance(layer, Hyper):
+        rows, columns = layer.kernel_axis().keep(keep), layer.z_out.keep(keep)
+        for name in HypernetArrays._fields:
+            variable = getattr(layer, name)
+            variable.set_value(slice_axis(slice_axis(variable[...], rows, -2), columns, -1))
+        if layer.bias is not None:
+            layer.bias.set_value(select_entries(layer.bias, columns))
+        if getattr(layer, "feature_group_count", 1) != 1:
+            channels = int(layer.z_in.keep(keep).sum())
+            layer.feature_group_count = channels // layer.z_group.size
+    elif isinstance(layer, Prunable):
+        kept = kept_of_layer(layer, keep)
+        for name, axes in kept.items():
+            variable = getattr(layer, name)
+            for axis, mask in enumerate(axes):
+                variable.set_value(slice_axis(variable[...], mask, axis))
+        resize(layer, kept)
 
 
 def make_network(build: Callable[..., nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

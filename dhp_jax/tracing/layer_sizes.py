@@ -10,6 +10,8 @@ import functools
 from flax import nnx
 import numpy as np
 
+from dhp_jax.core.layers import ChannelBias
+
 KeptAxes = Mapping[str, Sequence[np.ndarray]]
 
 
@@ -78,6 +80,11 @@ def _(module: nnx.LayerNorm | nnx.RMSNorm, kept: KeptAxes) -> None:
     for array in (module.scale, getattr(module, "bias", None)):
         if array is not None:
             module.num_features = array.shape[-1]
+
+
+@resize.register
+def _(module: ChannelBias, kept: KeptAxes) -> None:
+    module.num_features = module.bias.shape[-1]
 
 
 @resize.register

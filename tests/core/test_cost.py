@@ -1,5 +1,6 @@
 """FLOPs and params: the published counts, what is there, and what is predicted inside jit."""
 
+import functools
 import re
 
 from flax import nnx
@@ -590,16 +591,19 @@ def test_the_last_call_of_an_activation_counts_and_no_other():
         assert (cost.flops, cost.params) == (2 * 4 * 6 * 5, slopes)
 
 
-@pytest.mark.parametrize(("layer", "slopes"), [(ReLU, 0), (PReLU, 1)])
-def test_elements_of_activations_on_latents_count_by_survivors(layer, slopes):
+@pytest.mark.parametrize(
+    ("layer", "slopes", "left"),
+    [(ReLU, 0, 0), (PReLU, 6, 5), (functools.partial(PReLU, shared=True), 1, 1)],
+)
+def test_elements_of_activations_on_latents_count_by_survivors(layer, slopes, left):
     model = Net(lambda net, x: net.layer(x), layer=layer(dhp.Latent(6, rngs=nnx.Rngs(0))))
     cost = dhp.measure_cost(model, (4, 4, 6))
     amounts = cost.amounts(dict.fromkeys(cost.sizes, 5))
     assert (cost.flops, cost.params) == (16 * 6, slopes)
-    assert (amounts["flops"], amounts["params"]) == (16 * 5, slopes)
+    assert (amounts["flops"], amounts["params"]) == (16 * 5, left)
     small = dhp.prune(model, {name: np.arange(6) < 5 for name in cost.sizes})
     found = dhp.measure_cost(small, (4, 4, 5))
-    assert (found.flops, found.params) == (16 * 5, slopes)
+    assert (found.flops, found.params) == (16 * 5, left)
     x = jnp.linspace(-1, 1, 80).reshape(1, 4, 4, 5)
     expected = np.where(x > 0, x, (0.25 if slopes else 0.0) * x)
     np.testing.assert_allclose(small(x), expected, atol=1e-7)

@@ -516,9 +516,8 @@ def test_linear_refuses_other_feature_counts_and_what_is_no_axis():
         layer(jnp.zeros((2, 7)))
     with pytest.raises(ValueError, match=r"^Linear: z_in: expected a Latent, .*, got 64$"):
         dhp.Linear(64, 10, rngs=nnx.Rngs(0))
-    z = dhp.Latent(5, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"^Linear: out_features: expected a number, .*HyperConv"):
-        dhp.Linear(z, z, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^HyperLinear: z_in: expected a Latent, .*, got 64$"):
+        dhp.Linear(64, dhp.Latent(5, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
 
 
 # All of them
