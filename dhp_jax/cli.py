@@ -28,7 +28,10 @@ WHICH = ("model", "best", "pruned", "search")  # the networks of a run
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of arguments that prints an error as one line."""
+    """A parser of arguments that prints an error as one line, and its description as written."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}\n")
@@ -36,11 +39,19 @@ class Parser(argparse.ArgumentParser):
 
 def parser(description: str) -> Parser:
     """A parser of the arguments that say which network is meant."""
-    made = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=description)
     made.add_argument("model", type=Path, help="a run's folder, or one that dhp.save wrote")
     made.add_argument("--which", choices=WHICH, help="of a run's networks; model by default")
     made.add_argument("--build", help="module:function that builds a network of your own class")
     return made
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """The type of a flag that gives a shape: "32,32,3"."""
+    sizes = tuple(map(int, text.split(",")))
+    if min(sizes) < 1:
+        raise ValueError(text)
+    return sizes
 
 
 def run(main: Callable[[Sequence[str]], None]) -> int:

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--format", choices=NEEDS, required=True)
     parser.add_argument("--out", type=Path, help="file or folder; beside the network by default")
-    parser.add_argument("--input-shape", type=_shape_of, help="32,32,3, if none is noted")
+    parser.add_argument("--input-shape", type=cli.shape_of, help="32,32,3, if none is noted")
     options = parser.parse_args(arguments)
     check_format(options.format)
     if options.out is not None:
@@ -65,14 +65,6 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{what} are fixed, because with free ones: {made.fixed}")
     told = ", ".join(f"{value:.2g} on {name}" for name, value in made.differences.items())
     print(f"largest difference to the network: {told}; its outputs are up to {made.largest:.4g}")
-
-
-def _shape_of(text: str) -> tuple[int, ...]:
-    """The type of a flag: "32,32,3"."""
-    sizes = tuple(map(int, text.split(",")))
-    if min(sizes) < 1:
-        raise ValueError(text)
-    return sizes
 
 
 def _inputs(

@@ -79,6 +79,8 @@ CHECKS: Mapping[str, Callable[[str, Any], None]] = {  # of arguments that severa
     "initial_scale": functools.partial(check_positive, most=1000),
     "stem_stride": functools.partial(check_choice, choices=(1, 2)),
     "batch_norm": check_boolean,
+    "head_activation": check_boolean,
+    "relu6": check_boolean,
     "prune_upsampler": check_boolean,
     "prune_classifier": check_boolean,
     "classifier_keep": check_share,

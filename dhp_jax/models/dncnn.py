@@ -27,6 +27,8 @@ class DnCNN(nnx.Module):
       features: channels between convolutions.
       channels: channels of the images.
       width: multiplies `features`.
+      head_activation: whether ReLU follows the first convolution, as in the paper's unpruned
+        network; in those that its code searches and prunes, none does.
       embedding: size of the embedding of each pair of channels in the hypernetworks.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
@@ -49,6 +51,7 @@ class DnCNN(nnx.Module):
         features: int = 64,
         channels: int = 1,
         width: float = 1.0,
+        head_activation: bool = True,
         embedding: int = EMBEDDING,
         min_channels: int = 4,
         dtype: Any = None,
@@ -59,6 +62,7 @@ class DnCNN(nnx.Module):
             raise ArgumentError("depth", "at least 3", shown(depth))
         check_arguments(locals(), widest=features)
         self.channels = channels
+        self.head_activation = head_activation
         self.reach = depth  # how many pixels away an output depends on the input
         self.image = Latent(channels, prunable=False, rngs=rngs)
         self.output = Latent(channels, prunable=False, rngs=rngs)
@@ -81,7 +85,9 @@ class DnCNN(nnx.Module):
 
     def __call__(self, images: Float[Array, "n h w channels"]) -> Float[Array, "n h w channels"]:
         check_images(images, self.channels)
-        x = nnx.relu(self.head(images))
+        x = self.head(images)
+        if self.head_activation:
+            x = nnx.relu(x)
         for layer, activation in zip(self.middle, self.activations, strict=True):
             x = activation(layer(x))
         return images + self.tail(x)

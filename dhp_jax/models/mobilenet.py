@@ -39,10 +39,15 @@ V2_GROUPS = (  # channels, blocks, stride of the first block, expansion
 
 
 class ConvNormReLU(ConvNorm):
-    """`ConvNorm`, then ReLU."""
+    """`ConvNorm`, then ReLU, or ReLU6."""
+
+    def __init__(self, *arguments: Any, relu6: bool = False, **options: Any):
+        super().__init__(*arguments, **options)
+        self.relu6 = relu6
 
     def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h2 w2 out"]:
-        return nnx.relu(super().__call__(x))
+        x = super().__call__(x)
+        return nnx.relu6(x) if self.relu6 else nnx.relu(x)
 
 
 class InvertedResidual(nnx.Module):
@@ -53,14 +58,25 @@ class InvertedResidual(nnx.Module):
       hidden: axis of the depthwise convolution; `z_in` itself for a block without expansion.
       z_out: axis of the output; the input is added where this is `z_in` and `stride` 1.
       stride: of the depthwise convolution.
-      **options: `dtype` and `rngs`.
+      relu6: whether ReLU6 takes the place of ReLU.
+      **options: `embedding`, `dtype` and `rngs`.
     """
 
-    def __init__(self, z_in: Axis, hidden: Axis, z_out: Axis, stride: int, **options: Any):
+    def __init__(
+        self,
+        z_in: Axis,
+        hidden: Axis,
+        z_out: Axis,
+        stride: int,
+        *,
+        relu6: bool = False,
+        **options: Any,
+    ):
         self.layers = nnx.List()
+        activated = {"relu6": relu6, **options}
         if hidden is not z_in:
-            self.layers.append(ConvNormReLU(z_in, hidden, 1, **options))
-        self.layers.append(ConvNormReLU(hidden, hidden, 3, stride, groups=hidden.size, **options))
+            self.layers.append(ConvNormReLU(z_in, hidden, 1, **activated))
+        self.layers.append(ConvNormReLU(hidden, hidden, 3, stride, groups=hidden.size, **activated))
         self.layers.append(ConvNorm(hidden, z_out, 1, **options))
         self.identity = stride == 1 and z_in is z_out
 
@@ -86,6 +102,7 @@ class MobileNet(nnx.Module):
       dropout: share of the classifier's inputs that training leaves out at random, 0.2 in the
         paper. In a training loop of your own, give the layer `dropout` its `rngs`; runs do.
       stem_stride: 2 for images of 64 by 64 pixels or more, 1 for smaller ones.
+      relu6: whether ReLU6 takes the place of ReLU, as in the ordinary networks of the paper's code.
       embedding: size of the embedding of each pair of channels in the hypernetworks.
       min_channels: entries that every latent keeps at least.
       dtype: of activations and kernels; parameters stay float32.
@@ -109,6 +126,7 @@ class MobileNet(nnx.Module):
         classifier_keep: float = 0.4,
         dropout: float = 0.0,
         stem_stride: int = 2,
+        relu6: bool = False,
         embedding: int = EMBEDDING,
         min_channels: int = 4,
         dtype: Any = None,
@@ -125,12 +143,9 @@ class MobileNet(nnx.Module):
         self.image = Latent(channels, prunable=False, rngs=rngs)
         self.features = Latent(size, prunable=prune_classifier, min_channels=keep, rngs=rngs)
         z = latent(scaled(STEM, width))
-        self.stem = ConvNormReLU(
-            self.image, z, 3, stem_stride, embedding=embedding, dtype=dtype, rngs=rngs
-        )
-        self.layers = nnx.List(
-            self.body(z, latent, width, embedding=embedding, dtype=dtype, rngs=rngs)
-        )
+        options = {"relu6": relu6, "embedding": embedding, "dtype": dtype, "rngs": rngs}
+        self.stem = ConvNormReLU(self.image, z, 3, stem_stride, **options)
+        self.layers = nnx.List(self.body(z, latent, width, **options))
         self.dropout = nnx.Dropout(dropout)
         self.classifier = Linear(self.features, num_classes, dtype=dtype, rngs=rngs)
 

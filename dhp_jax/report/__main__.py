@@ -21,11 +21,7 @@ from dhp_jax.workdir.summary import beside, read_baseline
 
 def main(arguments: Sequence[str]) -> None:
     """Makes pages as the command line says, and prints where they are."""
-    parser = Parser(
-        prog="python -m dhp_jax.report",
-        description=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m dhp_jax.report", description=__doc__.split("\n\n", 1)[1])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
     parser.add_argument(
         "--out",
