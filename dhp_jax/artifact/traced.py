@@ -121,7 +121,12 @@ def table_as_json(table: LatentTable, least: Mapping[str, int]) -> dict[str, Any
     Args:
       table: of the network.
       least: how many entries of each latent survive at least.
+
+    Raises:
+      ValueError: a network from `with_gates`.
     """
+    if "gates" in table.notes:
+        raise ValueError("model: a network of gates is not saved; prune(model) is")
     listed = _Listed()
     places = {
         name: {str(k): listed.number([p.owner, p.entry]) for k, p in axes.items()}

@@ -17,13 +17,18 @@ import numpy as np
 
 from dhp_jax.budgets.counted import Scores
 from dhp_jax.core.cost import MEASURES, Cost
-from dhp_jax.core.latent import Axis, latents, latents_to_prune, walk
-from dhp_jax.core.layers import BatchNorm, Hyper, Linear
-from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.latent import latents_to_prune, walk
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError
-from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.network import variables_of
+from dhp_jax.tracing.weights import (
+    MADE,
+    READ,
+    SCALED,
+    sum_by_entry,
+    weights_in_role,
+    weights_of,
+)
 
 TINY = 1e-12  # share of the cost of an entry that is free
 
@@ -45,8 +50,8 @@ def l1_scores(model: nnx.Module) -> Scores:
       For each prunable latent by name an array of its size, of mean 1.
 
     Raises:
-      ValueError: a network without latents; a prunable latent is the output of no convolution on
-        latents.
+      ValueError: a network without latents; a prunable latent is the output of no layer with a
+        generated kernel.
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=dhp.l1_scores(model))
@@ -56,9 +61,6 @@ def l1_scores(model: nnx.Module) -> Scores:
     mean as the scale, are ours; Molchanov et al., ICLR 2017 (arXiv 1611.06440), divide by the l2
     norm of a layer's scores.
     """
-    latents_to_prune(model)
-    if architecture_of(model).axes is not None:
-        return _of_mean_one(_traced_l1(model))
     return _of_mean_one(_summed(model, lambda filters: np.abs(filters).sum(1)))
 
 
@@ -138,24 +140,13 @@ def group_scores(model: nnx.Module) -> Scores:
     Reference: Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023 (arXiv 2301.12900),
     section 3.3, here of a network that was trained without its sparsity term.
     """
-
-    pairs = []
-    for _, _, layer in walk(model):
-        match layer:
-            case Hyper():
-                squares = np.asarray(layer.kernel(), np.float64) ** 2
-                squares = squares.reshape(-1, *squares.shape[-2:]).sum(0)
-                pairs += [(layer.kernel_axis(), squares.sum(1)), (layer.z_out, squares.sum(0))]
-            case BatchNorm() if layer.scale is not None:
-                pairs.append((layer.z, np.asarray(layer.scale[...], np.float64) ** 2))
-            case Linear():
-                pairs.append((layer.z_in, (np.asarray(layer.kernel[...], np.float64) ** 2).sum(1)))
-    sums = _by_entry(model, pairs, "layers whose axes")
+    pairs = [(weights.entries, (weights.rows() ** 2).sum(1)) for weights in weights_of(model)]
+    sums = sum_by_entry(model, pairs, "layers whose axes")
     return _of_mean_one({name: np.sqrt(values) for name, values in sums.items()})
 
 
 def scale_scores(model: nnx.Module) -> Scores:
-    """Scores by the magnitude of the BatchNorm scales of the channels that an entry stands for.
+    """Scores by the magnitude of the scales of normalised channels that an entry stands for.
 
     They are compared across latents as they are, as in network slimming. There the network is
     trained with an l1 term on its scales before; without one, few are near zero.
@@ -167,7 +158,7 @@ def scale_scores(model: nnx.Module) -> Scores:
       For each prunable latent by name an array of its size: the sum of its scales' magnitudes.
 
     Raises:
-      ValueError: a network without latents; a prunable latent is that of no `BatchNorm` with
+      ValueError: a network without latents; a prunable latent is that of no normalisation with
         scales.
 
     Example:
@@ -176,12 +167,9 @@ def scale_scores(model: nnx.Module) -> Scores:
     Reference: Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV
     2017 (arXiv 1708.06519), section 3.
     """
-    pairs = [
-        (layer.z, np.abs(np.asarray(layer.scale[...], np.float64)))
-        for _, _, layer in walk(model)
-        if isinstance(layer, BatchNorm) and layer.scale is not None
-    ]
-    return _by_entry(model, pairs, "BatchNorms whose axes")
+    scaled = [weights for weights in weights_of(model) if weights.role == SCALED]
+    pairs = [(weights.entries, np.abs(weights.value())) for weights in scaled]
+    return sum_by_entry(model, pairs, "normalisations whose axes")
 
 
 def taylor_scores(
@@ -227,27 +215,28 @@ def taylor_scores(
     Reference: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019 (arXiv
     1906.10771), equations 5 and 8, there with the scales of BatchNorm for `g`.
     """
-    readers = {path: layer.z_in for path, _, layer in walk(model) if _reads(layer)}
-    open_gates = {path: jnp.ones(axis.size) for path, axis in readers.items()}
+    readers = weights_in_role(model, READ, MADE)
+    places = {(weights.array, weights.axis): weights.entries for weights in readers}
     graphdef, state = nnx.split(prune(model))
 
     @jax.jit
-    def derivatives(state: nnx.State, batch: Any) -> dict[str, Array]:
-        def gated_loss(gates: dict[str, Array]) -> Array:
+    def derivatives(state: nnx.State, batch: Any) -> list[Array]:
+        def gated_loss(gates: list[Array]) -> Array:
             network = nnx.merge(graphdef, state, copy=True)
-            for path, _, layer in walk(network):
-                if path in gates:
-                    kernel = layer.kernel[...]
-                    layer.kernel[...] = kernel * gates[path][:, None].astype(kernel.dtype)
+            arrays = _variables(network)
+            for (array, axis), gate in zip(places, gates, strict=True):
+                value = arrays[array].get_value()
+                others = [k for k in range(value.ndim) if k != axis % value.ndim]
+                arrays[array].set_value(value * jnp.expand_dims(gate, others).astype(value.dtype))
             return loss(network, batch)
 
-        return jax.grad(gated_loss)(open_gates)
+        return jax.grad(gated_loss)([jnp.ones(len(entries)) for entries in places.values()])
 
     totals: list[Scores] = []
     for batch in batches:
-        found = derivatives(state, batch).items()
-        pairs = [(readers[path], np.asarray(values, np.float64)) for path, values in found]
-        terms = _by_entry(model, pairs, "layers that read")
+        found = zip(places.values(), derivatives(state, batch), strict=True)
+        pairs = [(entries, np.asarray(values, np.float64)) for entries, values in found]
+        terms = sum_by_entry(model, pairs, "layers that read")
         totals.append({name: x**2 if squared else np.abs(x) for name, x in terms.items()})
     if not totals:
         raise ValueError("batches: expected at least one batch, got none")
@@ -290,67 +279,22 @@ def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float
     return {name: values / max(shares[name], TINY) ** power for name, values in scores.items()}
 
 
-def _traced_l1(model: nnx.Module) -> Scores:
-    """Of latents that were found by tracing, sums of the norms along the last axes of arrays.
-
-    A latent that is no last axis, as of attention heads, has the norms along all of its axes.
-    """
-    table = architecture_of(model).axes
-    variables = variables_of(ordinary(model))
-    last, others = ({name: np.zeros(size) for name, size in table.sizes.items()} for _ in range(2))
-    for array, axes in table.places.items():
-        value = variables[array].get_value()
-        if value.ndim < 2 or not isinstance(variables[array], nnx.Param):
-            continue
-        magnitude = np.abs(np.asarray(value, np.float64))
-        for k, positions in axes.items():
-            norms = magnitude.sum(tuple(j for j in range(value.ndim) if j != k))
-            sums = last if k == value.ndim - 1 else others
-            for number, name in enumerate(table.sizes):
-                own = positions.owner == number
-                np.add.at(sums[name], positions.entry[own], norms[own])
-    return {name: last[name] if last[name].any() else others[name] for name in table.sizes}
-
-
 def _summed(model: nnx.Module, number_of: Callable[[np.ndarray], np.ndarray]) -> Scores:
     """The numbers of filters, given as the rows of a matrix, summed over what an entry rules."""
-    pairs = []
-    for _, _, layer in walk(model):
-        if isinstance(layer, Hyper):
-            kernel = np.asarray(layer.kernel(), np.float64)
-            pairs.append((layer.z_out, number_of(kernel.reshape(-1, kernel.shape[-1]).T)))
-    return _by_entry(model, pairs, "convolutions whose output")
+    makers = weights_in_role(model, MADE, READ)
+    pairs = ((weights.entries, number_of(weights.rows())) for weights in makers)
+    return sum_by_entry(model, pairs, "layers whose outputs")
 
 
-def _by_entry(
-    model: nnx.Module, pairs: Iterable[tuple[Axis, np.ndarray]], what: str
-) -> dict[str, np.ndarray]:
-    """Sums the numbers of channels over all that are one entry of a prunable latent.
-
-    Args:
-      model: a network of latents.
-      pairs: axes, each with a number for each of its channels.
-      what: has prunable latents, for the error if one is in no pair.
-    """
-    sums = {z: np.zeros(z.size) for z in latents_to_prune(model).values()}
-    ruled = set()
-    for axis, numbers in pairs:
-        for number, (z, entry) in zip(numbers, axis.entries(), strict=True):
-            sums[z][entry] += number
-            ruled.add(z)
-    prunable = {name: z for name, z in latents(model).items() if z.prunable}
-    for name, z in prunable.items():
-        if z not in ruled:
-            raise ValueError(
-                f"model: expected {what} prunable latents are; {name!r} is that of none"
-            )
-    return {name: sums[z] for name, z in prunable.items()}
-
-
-def _reads(layer: nnx.Module) -> bool:
-    """Whether a layer sums over the channels of its input axis."""
-    ungrouped = isinstance(layer, Hyper) and layer.kernel_axis() is layer.z_in
-    return ungrouped or isinstance(layer, Linear)
+def _variables(network: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables of a network by all paths that lead to them."""
+    own = {
+        f"{path}.{name}" if path else name: value
+        for path, _, layer in walk(network)
+        for name, value in vars(layer).items()
+        if isinstance(value, nnx.Variable)
+    }
+    return variables_of(network) | own
 
 
 def _of_mean_one(scores: Scores) -> Scores:

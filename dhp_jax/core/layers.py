@@ -35,6 +35,7 @@ __all__ = [
     "HyperLinear",
     "LayerNorm",
     "Linear",
+    "Norm",
     "RMSNorm",
 ]
 
@@ -100,7 +101,7 @@ class Bias(ChannelBias):
         return super().__call__(x)
 
 
-class _Norm(nnx.Module):
+class Norm(nnx.Module):
     """Base of normalisations over the channels of an axis."""
 
     def __init__(self, z: Axis, *sizes: Any, **options: Any):
@@ -125,7 +126,7 @@ class _Norm(nnx.Module):
         return super().__call__(x, *args, **kwargs)
 
 
-class BatchNorm(_Norm, nnx.BatchNorm):
+class BatchNorm(Norm, nnx.BatchNorm):
     """`nnx.BatchNorm` over the channels of an axis.
 
     Args:
@@ -148,7 +149,7 @@ class BatchNorm(_Norm, nnx.BatchNorm):
         return norm
 
 
-class GroupNorm(_Norm, nnx.GroupNorm):
+class GroupNorm(Norm, nnx.GroupNorm):
     """`nnx.GroupNorm` over the channels of an axis.
 
     Whole groups go where all channels of a group are one entry of a latent: the axis of groups of
@@ -195,7 +196,7 @@ class GroupNorm(_Norm, nnx.GroupNorm):
         )
 
 
-class LayerNorm(_Norm, nnx.LayerNorm):
+class LayerNorm(Norm, nnx.LayerNorm):
     """`nnx.LayerNorm` over the channels of an axis; what is left of them is normalised anew.
 
     Args:
@@ -214,7 +215,7 @@ class LayerNorm(_Norm, nnx.LayerNorm):
         return self._plain(nnx.LayerNorm, keep)
 
 
-class RMSNorm(_Norm, nnx.RMSNorm):
+class RMSNorm(Norm, nnx.RMSNorm):
     """`nnx.RMSNorm` over the channels of an axis; what is left of them is normalised anew.
 
     Args:

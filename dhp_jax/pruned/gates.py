@@ -6,13 +6,18 @@ from typing import Any
 from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+import numpy as np
 
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import latents, walk
 from dhp_jax.core.layers import Hyper, Linear
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import override, prune
 from dhp_jax.pruned.fresh_weights import carry_kernels
 from dhp_jax.pruned.relatent import with_latents
+from dhp_jax.tracing.generated import ordinary
+from dhp_jax.tracing.network import gated, is_traced, variables_of
+from dhp_jax.tracing.weights import READ, weights_of
 
 
 def with_gates(
@@ -33,6 +38,8 @@ def with_gates(
     axis. A BatchNorm behind the convolution would undo that factor, and would go on adding its bias
     to a channel whose filters are zero.
 
+    Of a network of traced latents, a latent that no kernel reads gates every array that it is in.
+
     Args:
       model: a network of latents, whose kernels are generated for the last time; or an ordinary one
         as of `with_latents`. Left as it was.
@@ -43,19 +50,22 @@ def with_gates(
       The network, in the mode of a network of latents, or in training mode if it was ordinary.
 
     Raises:
-      ValueError: as `with_latents`, if the network is ordinary.
+      ValueError: as `with_latents`, if the network is ordinary; the code of one of traced latents
+        allows no gates on an array.
 
     Example:
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
     """
+    if is_traced(model):
+        return gated(model, _gates_of(model), rngs)
     kernels = {
         path: layer.kernel() if isinstance(layer, Hyper) else layer.kernel[...]
         for path, _, layer in walk(model)
         if isinstance(layer, Hyper | nnx.Conv | nnx.ConvTranspose | nnx.Linear)
     }
     given = bool(latents(model))
-    gated = nnx.clone(model) if given else with_latents(model, rngs=rngs, build=build)
-    for path, _, layer in walk(gated):
+    net = nnx.clone(model) if given else with_latents(model, rngs=rngs, build=build)
+    for path, _, layer in walk(net):
         if isinstance(layer, Hyper):
             for name in HypernetArrays._fields:
                 delattr(layer, name)
@@ -63,25 +73,42 @@ def with_gates(
             override(layer, kernel=_gated_kernel)
         elif isinstance(layer, Linear):
             override(layer, plain=_gated_plain, __call__=_call_plain)
-    for z in latents(gated).values():
+    for z in latents(net).values():
         z.vector.set_value(jnp.ones_like(z.vector[...]))
-    return gated
+    return net
 
 
-def ungate(gated: nnx.Module, model: nnx.Module) -> nnx.Module:
+def _gates_of(model: nnx.Module) -> dict[str, list[int]]:
+    """By array the axes that traced latents gate."""
+    table = architecture_of(model).axes
+    found = [weights for weights in weights_of(model) if weights.role == READ]
+    gates = {}
+    for weights in found:
+        gates.setdefault(weights.array, []).append(weights.axis)
+    ruled = {latent for weights in found for latent, _ in filter(None, weights.entries)}
+    named, variables = latents(model), variables_of(ordinary(model))
+    unread = [n for n, name in enumerate(table.sizes) if named[name] not in ruled]
+    for array, axes in table.places.items():
+        for k, positions in axes.items() if isinstance(variables[array], nnx.Param) else ():
+            if np.isin(positions.owner, unread).any() and k not in gates.get(array, []):
+                gates.setdefault(array, []).append(k)
+    return gates
+
+
+def ungate(net: nnx.Module, model: nnx.Module) -> nnx.Module:
     """The network of latents with the kernels of one with gates, and the gates for latents.
 
     Args:
-      gated: from `with_gates`; left as it was.
+      net: from `with_gates`; left as it was.
       model: the network of latents that it was made of, or a fresh one; left as it was.
 
     Returns:
-      A network that computes what `gated` does, and whose entries survive by their gates. It can be
+      A network that computes what `net` does, and whose entries survive by their gates. It can be
       saved and loaded. Its latents do not act on its kernels.
     """
     model = nnx.clone(model)
-    carry_kernels(prune(gated), model)
-    gates = latents(gated)
+    carry_kernels(prune(net), model)
+    gates = latents(net)
     for name, z in latents(model).items():
         z.vector.set_value(gates[name].value())
     return model

@@ -1,6 +1,6 @@
 """Any network as one of latents: its arrays are on latents, and its code stays as it is."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 import logging
 from typing import Any
@@ -11,11 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from dhp_jax.core.latent import TRACED, Latent
+from dhp_jax.core.latent import latents as find_latents
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.tracing.analysis import EVALUATION, Analysis
 from dhp_jax.tracing.discovery import Discovery, discover, keep_one_factor
 from dhp_jax.tracing.explain import notes_of
-from dhp_jax.tracing.generated import GeneratedArray, PlacedAxis, arrays_replaced, replace_nodes
+from dhp_jax.tracing.generated import (
+    GeneratedArray,
+    PlacedAxis,
+    arrays_replaced,
+    ordinary,
+    replace_nodes,
+)
 from dhp_jax.tracing.programs import Call, default_call, trace_program
 from dhp_jax.tracing.proof import check_restricted
 from dhp_jax.tracing.table import LatentTable, table_of
@@ -81,8 +88,9 @@ def install(
     stand_ins: dict[int, nnx.Module] = {}
     for name in generated:
         variable = variables[name]
-        axes = {k: PlacedAxis(latents, places) for k, places in table.places[name].items()}
-        cheap = variable.get_value().size > settings["gates_above"]
+        only = table.notes["gates"][name] if "gates" in table.notes else table.places[name]
+        axes = {k: PlacedAxis(latents, table.places[name][k]) for k in only}
+        cheap = "gates" in table.notes or variable.get_value().size > settings["gates_above"]
         stand_ins[id(variable)] = GeneratedArray(
             name, variable, axes, embedding=None if cheap else settings["embedding"], rngs=rngs
         )
@@ -90,6 +98,28 @@ def install(
     setattr(net, TRACED, nnx.Dict(dict(zip(table.sizes, latents, strict=True))))
     set_architecture(net, replace(architecture_of(net), axes=table))
     return net
+
+
+def gated(net: nnx.Module, gates: Mapping[str, Collection[int]], rngs: nnx.Rngs) -> nnx.Module:
+    """A network of traced latents that are all 1 and gate axes of arrays.
+
+    Args:
+      net: left as it was.
+      gates: by array the axes whose positions the latents multiply.
+      rngs: as for `install`.
+
+    Raises:
+      ValueError: the network's code does not take other arrays in the place of some.
+    """
+    table, plain = architecture_of(net).axes, ordinary(net)
+    notes = {**table.notes, "generated": list(gates), "gates": gates}
+    table = replace(table, notes=notes)
+    if not gates.keys() <= set(architecture_of(net).axes.notes["generated"]):
+        fit = _that_fit(plain, table, table.analysis(plain), list(gates))
+        for name in sorted(gates.keys() - set(fit)):
+            raise ValueError(f"model: the code reads {name!r} in a way that allows no gates")
+    least = {name: z.min_channels for name, z in find_latents(net).items()}
+    return install(nnx.clone(plain), table, list(gates), min_channels=least, rngs=rngs)
 
 
 def is_traced(model: nnx.Module) -> bool:

@@ -74,7 +74,7 @@ def _reshape(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) ->
             flow.freeze(axis, eqn, "in another order")
         return [(None,) * len(new)]
     outputs: list[Axis] = [None] * len(new)
-    for sources, targets in _reshaped_together(old, new):
+    for sources, targets in reshaped_together(old, new):
         if len(sources) == len(targets) == 1:
             outputs[targets[0]] = inputs[0][sources[0]]
             continue
@@ -95,7 +95,7 @@ def _reshape(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) ->
     return [tuple(outputs)]
 
 
-def _reshaped_together(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def reshaped_together(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest groups of axes, of more than one position, that hold the same numbers."""
     olds = [k for k, size in enumerate(old) if size > 1]
     news = [k for k, size in enumerate(new) if size > 1]

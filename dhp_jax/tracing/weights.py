@@ -1,0 +1,131 @@
+"""The weights that go with the entries of latents: which make, read and scale their channels."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from flax import nnx
+import numpy as np
+
+from dhp_jax.core.latent import Latent, latents, latents_to_prune, walk
+from dhp_jax.core.layers import Hyper, Linear, Norm
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.tracing.generated import ordinary
+from dhp_jax.tracing.network import variables_of
+from dhp_jax.tracing.reads import read_axes
+from dhp_jax.tracing.table import LatentTable
+
+NORMS = nnx.BatchNorm | nnx.GroupNorm | nnx.LayerNorm | nnx.RMSNorm
+MADE, READ, SCALED = "made", "read", "scaled"  # what an array does with channels
+Entries = list[tuple[Latent, int] | None]
+
+
+class Weights(NamedTuple):
+    """An array of the ordinary network, with an axis on latents.
+
+    Attributes:
+      role: whether the axis is one of channels that a kernel makes, that it reads, or of scales.
+      array: path of the array.
+      axis: of the array.
+      entries: of which latent each position is which entry; `None` for one that stays.
+      value: a function that returns the array in float64.
+    """
+
+    role: str
+    array: str
+    axis: int
+    entries: Entries
+    value: Callable[[], np.ndarray]
+
+    def rows(self) -> np.ndarray:
+        """What belongs to each position of the axis, `(positions, numbers)`."""
+        value = np.moveaxis(self.value(), self.axis, 0)
+        return value.reshape(len(value), -1)
+
+
+def weights_of(model: nnx.Module) -> list[Weights]:
+    """The weights of a network whose axes are on latents, declared or traced.
+
+    Raises:
+      ValueError: a network without latents.
+    """
+    latents_to_prune(model)
+    table = architecture_of(model).axes
+    return list(_declared(model) if table is None else _traced(model, table))
+
+
+def _declared(model: nnx.Module) -> Iterator[Weights]:
+    for path, _, layer in walk(model):
+        kernel = f"{path}.kernel" if path else "kernel"
+        if isinstance(layer, Hyper):
+            if layer.kernel_axis() is layer.z_in:  # channels of a group are no prunable axis
+                yield Weights(READ, kernel, -2, layer.z_in.entries(), _wide(layer.kernel))
+            yield Weights(MADE, kernel, -1, layer.z_out.entries(), _wide(layer.kernel))
+        elif isinstance(layer, Linear):
+            yield Weights(READ, kernel, 0, layer.z_in.entries(), _wide(layer.kernel.get_value))
+        elif isinstance(layer, Norm) and layer.scale is not None:
+            scale = f"{path}.scale" if path else "scale"
+            yield Weights(SCALED, scale, 0, layer.z.entries(), _wide(layer.scale.get_value))
+
+
+def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
+    plain = ordinary(model)
+    variables, reads = variables_of(plain), read_axes(table.analysis(plain))
+    norms = {path for path, module in nnx.iter_modules(plain) if isinstance(module, NORMS)}
+    scales = {".".join(map(str, (*path, "scale"))) for path in norms}
+    named = latents(model)
+    owners = [named[name] for name in table.sizes]
+    for array, axes in table.places.items():
+        variable = variables[array]
+        if not isinstance(variable, nnx.Param):
+            continue
+        wide = variable.get_value().ndim > 1
+        for k, positions in axes.items():
+            both = zip(positions.owner.tolist(), positions.entry.tolist(), strict=True)
+            entries = [(owners[n], entry) if n >= 0 else None for n, entry in both]
+            role = SCALED if array in scales else READ if k in reads[array] else MADE
+            if wide or role == SCALED:
+                yield Weights(role, array, k, entries, _wide(variable.get_value))
+
+
+def _wide(value: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+    return lambda: np.asarray(value(), np.float64)
+
+
+def weights_in_role(model: nnx.Module, role: str, other: str) -> list[Weights]:
+    """The weights of a role; of traced latents that have none of it those of another role."""
+    found = weights_of(model)
+    chosen = [weights for weights in found if weights.role == role]
+    if architecture_of(model).axes is None:
+        return chosen
+    ruled = {entry[0] for weights in chosen for entry in weights.entries if entry}
+    for weights in found:
+        entries = [entry if entry and entry[0] not in ruled else None for entry in weights.entries]
+        if weights.role == other and any(entries):
+            chosen.append(weights._replace(entries=entries))
+    return chosen
+
+
+def sum_by_entry(
+    model: nnx.Module, pairs: Iterable[tuple[Entries, np.ndarray]], what: str
+) -> dict[str, np.ndarray]:
+    """Sums the numbers of channels over all that are one entry of a prunable latent.
+
+    Args:
+      model: a network of latents.
+      pairs: entries of the positions of axes, each with a number for each position.
+      what: has prunable latents, for the error if one is in no pair.
+    """
+    sums = {z: np.zeros(z.size) for z in latents_to_prune(model).values()}
+    ruled = set()
+    for entries, numbers in pairs:
+        for number, entry in zip(numbers, entries, strict=True):
+            if entry is not None:
+                sums[entry[0]][entry[1]] += number
+                ruled.add(entry[0])
+    prunable = {name: z for name, z in latents(model).items() if z.prunable}
+    for name, z in prunable.items():
+        if z not in ruled:
+            raise ValueError(
+                f"model: expected {what} prunable latents are; {name!r} is that of none"
+            )
+    return {name: sums[z] for name, z in prunable.items()}

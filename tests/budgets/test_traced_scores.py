@@ -1,0 +1,160 @@
+"""Scores and gates of a traced network are those of its twin with declared latents."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from networks import filled
+import numpy as np
+import optax
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax.budgets.limits import with_limits
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.tracing.reads import read_axes
+
+SHAPE = (16, 16, 3)
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(8, *SHAPE)).astype(np.float32)
+LABELS = np.arange(8) % 10
+
+
+@functools.cache
+def twins(depth):
+    """A ResNet of declared latents, its plain form as one of traced latents, and their names."""
+    declared = filled(
+        lambda rngs: dhp.models.build("resnet", depth=depth, width=0.5, num_classes=10, rngs=rngs)
+    )
+    net = dhp.with_latents(dhp.prune(declared), SHAPE)
+    ours, theirs = dhp.l1_scores(net), dhp.l1_scores(declared)
+    names = {}
+    for name, score in theirs.items():
+        (names[name],) = [
+            other
+            for other, found in ours.items()
+            if found.shape == score.shape and np.allclose(found, score, rtol=1e-6)
+        ]
+    (last,) = ours.keys() - set(names.values())  # the declared last stage stays
+    return declared, net, names, last
+
+
+def loss(network, batch):
+    images, labels = batch
+    return optax.softmax_cross_entropy_with_integer_labels(network(images), labels).mean()
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        dhp.l1_scores,
+        dhp.l2_scores,
+        dhp.fpgm_scores,
+        dhp.group_scores,
+        dhp.scale_scores,
+        lambda model: dhp.taylor_scores(model, loss, [(IMAGES, LABELS)]),
+    ],
+)
+def test_scores_are_the_same_numbers(score):
+    declared, net, names, last = twins(20)
+    for model in (declared, net):
+        model.eval()
+    theirs, ours = score(declared), score(net)
+    assert ours.keys() == {*names.values(), last}
+    for name, numbers in theirs.items():
+        assert numbers.std() > 0
+        np.testing.assert_allclose(ours[names[name]], numbers, rtol=1e-3, atol=1e-7)
+
+
+def test_the_same_scores_leave_the_same_survivors():
+    declared, net, names, last = twins(20)
+    scores = dhp.random_scores(declared, 0)
+    ours = {names[name]: numbers for name, numbers in scores.items()}
+    ours[last] = np.ones(dhp.latents(net)[last].size)
+    small = dhp.prune_to(net, flops=0.5, by=ours, keep={last: 1.0})
+    other = dhp.prune_to(declared, SHAPE, flops=0.5, by=scores)
+    small.eval(), other.eval()
+    assert jax.tree.map(jnp.shape, nnx.state(small)) == jax.tree.map(jnp.shape, nnx.state(other))
+    np.testing.assert_allclose(small(IMAGES), other(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_gates_have_the_same_derivatives_and_fade_to_the_same_survivors():
+    declared, net, names, last = twins(8)
+    nets = [dhp.with_gates(model, rngs=nnx.Rngs(1)) for model in (declared, net)]
+    nets[1] = with_limits(nets[1], {last: 1.0})
+    for model in (net, *nets):
+        model.eval()
+    np.testing.assert_array_equal(dhp.prune(nets[1])(IMAGES), dhp.prune(net)(IMAGES))
+    slopes = [dhp.gradient_scores(model, loss, [(IMAGES, LABELS)]) for model in nets]
+    for name, other in names.items():
+        np.testing.assert_allclose(slopes[1][other], slopes[0][name], rtol=1e-3, atol=1e-5)
+    left = []
+    for model in nets:
+        model.train()
+        cost = dhp.measure_cost(model, SHAPE)
+        tx = dhp.fade_to_budget(optax.sgd(0.01), model, cost, steps=8, stages=2, flops=0.6)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer):
+            optimizer.update(model, nnx.grad(lambda m: loss(m, (IMAGES, LABELS)))(model))
+
+        for _ in range(8):
+            step(model, optimizer)
+        keep = {n: np.asarray(z.value()) != 0 for n, z in dhp.latents(model).items()}
+        assert 0.4 < cost.shares({n: int(k.sum()) for n, k in keep.items()})["flops"] <= 0.6
+        left.append(keep)
+    for name, other in names.items():
+        np.testing.assert_array_equal(left[1][other], left[0][name])
+    small = dhp.prune(nets[1], left[1])
+    for model in (small, nets[1]):
+        model.eval()
+    np.testing.assert_allclose(small(IMAGES), nets[1](IMAGES), rtol=1e-4, atol=1e-5)
+
+
+class Attention(nnx.Module):
+    """Heads that code keeps, dimensions of query and key that no kernel reads, and a raw array."""
+
+    def __init__(self, rngs):
+        def array(*shape):
+            return nnx.Param(jax.random.normal(rngs.params(), shape) / 3)
+
+        self.inputs = nnx.Linear(5, 8, rngs=rngs)
+        self.query, self.key, self.value = array(8, 6), array(8, 6), array(7, 8)
+        self.output = nnx.Linear(7, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.inputs(x)
+        query, key = x @ self.query[...], jnp.einsum("btc,cd->btd", x, self.key[...])
+        weights = nnx.softmax(query @ key.swapaxes(1, 2) * 0.3, -1)
+        return self.output(weights @ (x @ self.value[...].T))
+
+
+def test_which_axes_kernels_read_is_seen_in_the_program():
+    model = Attention(nnx.Rngs(0))
+    net = dhp.with_latents(model, (4, 5), min_channels=2)
+    reads = read_axes(architecture_of(net).axes.analysis(model))
+    expected = {"query": {0}, "key": {0}, "value": {1}}
+    expected |= {"inputs.kernel": {0}, "output.kernel": {0}}
+    assert {name: set(axes) for name, axes in reads.items() if axes} == expected
+    scores = dhp.l1_scores(net)
+    kernel = np.abs(np.asarray(model.value[...], np.float64)).sum(1)
+    by_size = {len(score): score for score in scores.values()}
+    np.testing.assert_allclose(by_size[7], kernel / kernel.mean(), rtol=1e-6)
+
+
+def test_gates_of_what_no_kernel_reads_close_all_that_it_is_in():
+    model = Attention(nnx.Rngs(0))
+    net = dhp.with_latents(model, (4, 5), min_channels=2)
+    gates = dhp.with_gates(net, rngs=nnx.Rngs(0))
+    x = RNG.normal(size=(2, 4, 5)).astype(np.float32)
+    keep = {n: np.arange(z.size) % 3 > 0 for n, z in dhp.latents(gates).items()}
+    small = dhp.prune(gates, keep)
+    np.testing.assert_array_equal(gates(x), model(x))
+    for name, z in dhp.latents(gates).items():
+        z.vector.set_value(jnp.asarray(keep[name], jnp.float32))
+    np.testing.assert_allclose(gates(x), small(x), rtol=1e-5, atol=1e-6)
+    assert np.abs(np.asarray(gates(x)) - np.asarray(model(x))).max() > 0.01
+    with pytest.raises(ValueError, match=r"^model: a network of gates is not saved"):
+        dhp.save("nowhere", gates)
