@@ -199,7 +199,7 @@ class Loose(nnx.Module):
 
 
 def test_a_latent_without_filters_is_refused():
-    with pytest.raises(ValueError, match=r"^model: expected convolutions whose output .* 'z' is"):
+    with pytest.raises(ValueError, match=r"^model: expected layers whose outputs .* 'z' is"):
         dhp.l1_scores(filled(Loose))
 
 
