@@ -38,6 +38,8 @@ def check(config: ConfigDict) -> None:
     _check_examples(config)
     _check_nesterov(config)
     _check_warmup(config)
+    _check_distillation(config)
+    _check_per_flop(config)
 
 
 def _check_nesterov(config: ConfigDict) -> None:
@@ -54,6 +56,25 @@ def _check_warmup(config: ConfigDict) -> None:
             raise ConfigError(
                 f"config.{phase}.warmup", f"less than {phase}.epochs={epochs}", warmup
             )
+
+
+def _check_distillation(config: ConfigDict) -> None:
+    weight = config.converge.distillation.weight
+    if weight and METHODS[config.method].source != "baseline":
+        raise ConfigError(
+            "config.converge.distillation.weight",
+            f"0, for config.method={config.method} starts from no trained network",
+            weight,
+        )
+
+
+def _check_per_flop(config: ConfigDict) -> None:
+    if config.per_flop and not METHODS[config.method].ranks:
+        raise ConfigError(
+            "config.per_flop",
+            f"0, for config.method={config.method} ranks no channels by their importance",
+            config.per_flop,
+        )
 
 
 def _check_filled_in(group: str, config: ConfigDict) -> None:

@@ -105,6 +105,12 @@ FIELDS: Fields = {
             None, or_none(integer(1), "for one input"), "inputs of a pass that is timed", int
         ),
     },
+    "per_flop": Field(
+        0.0,
+        number(0),
+        "power of its FLOPs by which the importance of a channel is divided; docs/methods.md",
+        absent=0.0,
+    ),
     "multiple_of": Field(
         1, MULTIPLE, "widths of pruned layers are multiples of it; docs/budgets.md", object
     ),
@@ -181,7 +187,23 @@ FIELDS: Fields = {
             0.0, number(0, 1), "least share of its entries that every latent keeps", absent=0.0
         ),
     },
-    "converge": _schedule(300, (150.0, 225.0), "epochs of the pruned network"),
+    "converge": {
+        **_schedule(300, (150.0, 225.0), "epochs of the pruned network"),
+        "distillation": {
+            "weight": Field(
+                0.0,
+                number(0, 1),
+                "share of the loss that compares with the unpruned network of the source",
+                absent=0.0,
+            ),
+            "temperature": Field(
+                4.0,
+                number(0, above=True),
+                "by which logits are divided for that; images are compared as they are",
+                absent=4.0,
+            ),
+        },
+    },
     "baseline": _schedule(300, (150.0, 225.0), "epochs of the unpruned network"),
 }
 

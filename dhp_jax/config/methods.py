@@ -4,12 +4,13 @@ A method is one object in `METHODS`. Its function `smaller` makes the network fr
 gives it, a `Start`. To add a method, add one object here, and a row to docs/methods.md.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from flax import nnx
+from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.budgets.counted import Scores, survivors_within
@@ -20,6 +21,7 @@ from dhp_jax.budgets.importance import (
     l2_scores,
     random_scores,
     scale_scores,
+    taylor_scores,
 )
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.budgets.selection import Selection
@@ -61,6 +63,14 @@ class Start(Protocol):
         """The network of latents with the weights of the run that this one starts from."""
         ...
 
+    def training(self) -> tuple[Callable[[nnx.Module, Any], Array], Iterable[Any]]:
+        """The loss of a network on a batch, and batches of training data."""
+        ...
+
+    def per_flop(self, scores: Scores) -> Scores:
+        """Scores divided by the power of FLOPs that the run asks for."""
+        ...
+
     def within(self, model: nnx.Module, by: Scores | Selection | None = None) -> Smaller:
         """What is left of a network within all budgets of the run; `by` as for `dhp.prune_to`."""
         ...
@@ -81,6 +91,7 @@ class Method:
       phases: of training, in order.
       source: the method of the finished run that it starts from, if it needs one.
       fades: whether its search is that of `dhp.fade_to_budget`, from the weights of its source.
+      ranks: whether it ranks channels by their importance.
       fresh: whether its network starts from fresh weights, those of a baseline's layers.
       network: folder of the one of its networks that other runs start from.
     """
@@ -91,8 +102,14 @@ class Method:
     phases: tuple[str, ...] = ("converge",)
     source: str | None = None
     fades: bool = False
+    ranks: bool = False
     fresh: bool = False
     network: str = "pruned"
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it cuts a trained network at once, so that statistics are those of another."""
+        return self.source == "baseline" and not self.fades
 
     @property
     def prunes(self) -> bool:
@@ -121,14 +138,26 @@ def _not_faded(
     return survivors_within(model, cost, multiple_of, **budget)
 
 
-def _by_weights(title: str, what: str, scores_of: Callable[[nnx.Module], Scores]) -> Method:
-    """A method that prunes a trained network by scores that its weights have."""
+def _by_importance(
+    title: str, what: str, scores_of: Callable[[nnx.Module, Start], Scores]
+) -> Method:
+    """A method that cuts the least important channels of a trained network."""
 
     def smaller(start: Start) -> Smaller:
         model = start.trained()
-        return start.within(model, scores_of(model))
+        return start.within(model, start.per_flop(scores_of(model, start)))
 
-    return Method(title, f"Pruned by {what} to {{left}}", smaller, source="baseline")
+    return Method(title, f"Pruned by {what} to {{left}}", smaller, source="baseline", ranks=True)
+
+
+def _by_weights(title: str, what: str, scores_of: Callable[[nnx.Module], Scores]) -> Method:
+    return _by_importance(title, what, lambda model, _: scores_of(model))
+
+
+def _taylor(model: nnx.Module, start: Start) -> Scores:
+    model = nnx.clone(model)
+    model.eval()
+    return taylor_scores(model, *start.training())
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -165,6 +194,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "group_norm": _by_weights("group norm", "the norm of whole groups", group_scores),
         "norm_scale": _by_weights("BatchNorm scale", "the scales of BatchNorm", scale_scores),
         "fpgm": _by_weights("FPGM", "distance to the geometric median", fpgm_scores),
+        "taylor": _by_importance("squared Taylor terms", "squared Taylor terms", _taylor),
         "scratch": Method(
             "found network, fresh weights",
             "The network that a search has found, {left}, from fresh weights",

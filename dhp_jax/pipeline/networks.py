@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 from PIL import Image
 
-from dhp_jax.artifact import writing
+from dhp_jax.artifact import reading, writing
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.reading import exists, read_description, verify
 from dhp_jax.config.methods import METHODS
@@ -17,7 +17,7 @@ from dhp_jax.pipeline.preparation import Run, most_steps
 from dhp_jax.tasks.task import Data
 from dhp_jax.train.checkpoints import Checkpoints
 from dhp_jax.train.phase import Outcome, Progress
-from dhp_jax.workdir import reader
+from dhp_jax.workdir import reader, source_run
 from dhp_jax.workdir.identity import CHECKPOINTS, as_json
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,29 @@ def save(
     noted = {**run.setup.notes, **notes, "run": _asked(run)}
     writing.save(path, model, input_shape=run.setup.input_shape, phase=phase, **noted)
     return read_description(path)["sha256"]
+
+
+def keep_teacher(run: Run, source: str) -> None:
+    """Copies the network of the source, which may change or go while this run learns from it.
+
+    Args:
+      run: that learns from the network.
+      source: its digest.
+
+    Raises:
+      ConfigError: as `source_run.read`; or the source has another network than the run began with.
+    """
+    kept = find(run, "teacher")
+    if kept and kept["notes"]["made_from"] == source:
+        return
+    there = source_run.read(run.config)
+    if there.sha256 != source:
+        raise ConfigError(
+            "config.source",
+            detail=f"expected the network that the run in {run.workdir} began with; "
+            f"{str(there.path)!r} is another one; give another --workdir",
+        )
+    save(run, "teacher", reading.load(there.path), made_from=source)
 
 
 def save_trained(run: Run, outcome: Outcome, test: Data, source: str) -> None:

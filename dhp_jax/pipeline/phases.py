@@ -34,6 +34,7 @@ from dhp_jax.pipeline import networks
 from dhp_jax.pipeline.preparation import PHASES, Run, length_field, most_steps, schedule_of
 from dhp_jax.pipeline.reach import tell_reach
 from dhp_jax.pipeline.smaller import RunStart
+from dhp_jax.pipeline.training_batches import renew
 from dhp_jax.pruned.fresh_weights import reinitialize
 from dhp_jax.pruned.gates import ungate, with_gates
 from dhp_jax.report.format import in_words
@@ -41,7 +42,7 @@ from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Data, Params
 from dhp_jax.train.loop import train
 from dhp_jax.train.optimizer import optimizer, shrink_latents
-from dhp_jax.train.phase import Budget, Observer, Outcome, Phase
+from dhp_jax.train.phase import Budget, Observer, Outcome, Phase, Teacher
 from dhp_jax.workdir import source_run
 from dhp_jax.workdir.identity import grow, read_field
 
@@ -79,6 +80,8 @@ def find_start(work: Work) -> str:
     run, method, source = work.run, METHODS[work.run.config.method], ""
     if method.source is not None:
         source = from_first(lambda: source_run.find_digest(run.config, run.workdir))
+    if run.config.converge.distillation.weight:
+        from_first(lambda: networks.keep_teacher(run, source))
     return search(work, source) if "search" in method.phases else source
 
 
@@ -137,7 +140,7 @@ def _prune_to_budget(work: Work, made_from: str) -> str:
     found = networks.find(run, "pruned")
     if found and found["notes"]["made_from"] == made_from:
         return found["sha256"]
-    small, budget = method.smaller(RunStart(run))
+    small, budget = method.smaller(RunStart(run, work.read))
     if "search" in method.phases:
         _check_weights(small)
     notes: dict[str, Any] = {"budget": budget}
@@ -146,9 +149,15 @@ def _prune_to_budget(work: Work, made_from: str) -> str:
     if method.fresh:
         small = _with_fresh_weights(run, small)
     else:
-        batch_size = 4 * run.config.batch_size
-        notes["test"] = evaluate(small, run.setup.task, work.read("test"), batch_size=batch_size)
+        notes["test"] = _test(work, small)
+        if method.cuts and renew(run, small, work.read("train")):
+            notes["renewed"] = _test(work, small)
     return networks.save(run, "pruned", small, made_from=made_from, **notes)
+
+
+def _test(work: Work, model: nnx.Module) -> dict[str, float]:
+    setup, batch_size = work.run.setup, 4 * work.run.config.batch_size
+    return evaluate(model, setup.task, work.read("test"), batch_size=batch_size)
 
 
 def _check_weights(small: nnx.Module) -> None:
@@ -200,6 +209,7 @@ def _train(
         skip_faulty=config.nonfinite == "skip",
         elementwise=name != "search" or not METHODS[config.method].fades,
         average=0.0 if name == "search" else config.optimizer.average,
+        teacher=_teacher(run) if name == "converge" else None,
     )
     with contextlib.closing(networks.open_checkpoints(run, name, source)) as checkpoints:
         return train(
@@ -217,6 +227,14 @@ def _train(
             stopping=work.stopping,
             mesh=run.mesh,
         )
+
+
+def _teacher(run: Run) -> Teacher | None:
+    settings = run.config.converge.distillation
+    if not settings.weight:
+        return None
+    model = folder_from_first(run.workdir / "teacher", reading.load)
+    return Teacher(model, settings.weight, settings.temperature)
 
 
 def _optimizer(

@@ -1,12 +1,17 @@
 """What a method makes its smaller network from: the run's own networks, and those of its source."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from flax import nnx
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from dhp_jax.artifact import reading
 from dhp_jax.budgets.counted import BudgetError, Scores
 from dhp_jax.budgets.floors import keep_share
+from dhp_jax.budgets.importance import per_cost
 from dhp_jax.budgets.latency import clock
 from dhp_jax.budgets.selection import Selection, choose
 from dhp_jax.config.methods import Smaller
@@ -14,7 +19,9 @@ from dhp_jax.core.latent import latents
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline.preparation import Run, counted_budgets
+from dhp_jax.pipeline.training_batches import EXAMPLES, batches
 from dhp_jax.pruned.fresh_weights import carry_kernels
+from dhp_jax.tasks.task import Data
 from dhp_jax.workdir import source_run
 
 
@@ -23,6 +30,7 @@ class RunStart:
     """What a run gives a method; see `config.methods.Start`."""
 
     run: Run
+    read: Callable[[str], Data]
 
     @property
     def seed(self) -> int:
@@ -39,6 +47,19 @@ class RunStart:
         model = self.run.build()
         carry_kernels(reading.load(source_run.read(self.run.config).path), model)
         return model
+
+    def training(self) -> tuple[Callable[[nnx.Module, Any], Array], Iterable[Any]]:
+        task = self.run.setup.task
+
+        def loss(model: nnx.Module, batch: Any) -> Array:
+            inputs, targets = batch
+            return jnp.mean(task.loss(model(inputs), targets))
+
+        return loss, batches(self.run, self.read("train"), EXAMPLES)
+
+    def per_flop(self, scores: Scores) -> Scores:
+        power = self.run.config.per_flop
+        return per_cost(scores, self.run.cost, power=power) if power else scores
 
     def within(self, model: nnx.Module, by: Scores | Selection | None = None) -> Smaller:
         run, config, timed = self.run, self.run.config, None

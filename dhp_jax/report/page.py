@@ -30,6 +30,10 @@ STAGES = {  # of summary["test"], in the order of their becoming, each with what
         "right after pruning",
         "channels are cut off and nothing is trained since; the last phase repairs this",
     ),
+    "renewed": (
+        "with renewed statistics",
+        "the mean and variance of BatchNorm, measured on training data; nothing is trained",
+    ),
     "last": ("last epoch", "the result"),
     "best": ("best epoch on these data", "chosen on these same data, so rather too good"),
 }

@@ -109,6 +109,8 @@ def _details(summary: Mapping[str, Any]) -> Rows:
     if "after_pruning" in test:
         cut = STAGES["after_pruning"][1]
         rows.append(("right after pruning", f"{_score(summary, 'after_pruning')}: {cut}"))
+    if "renewed" in test:
+        rows.append((STAGES["renewed"][0], f"{_score(summary, 'renewed')}: {STAGES['renewed'][1]}"))
     chosen = f"epoch {trained['best_epoch']}: {STAGES['best'][1]}"
     rows.append(("best epoch", f"{_score(summary, 'best')}, {chosen}"))
     rows += _budget_rows(summary.get("budgets", {}))

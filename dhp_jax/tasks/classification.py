@@ -83,6 +83,11 @@ class Classification:
             return of(targets)
         return targets.share * of(targets.first) + (1 - targets.share) * of(targets.second)
 
+    def distillation(
+        self, outputs: Float[Array, "n classes"], taught: Float[Array, "n classes"], temperature
+    ) -> Float[Array, " n"]:
+        return distillation_loss(outputs, taught, temperature)
+
     def score(self, outputs: Float[Array, "n classes"], targets: Labels) -> Float[Array, " n"]:
         if isinstance(targets, Blended):
             targets = jnp.where(targets.share < 0.5, targets.second, targets.first)
@@ -127,6 +132,24 @@ class Classification:
         self, model: nnx.Module, data: Images, count: int
     ) -> Sequence[tuple[str, Mapping[str, np.ndarray]]]:
         return []
+
+
+def distillation_loss(
+    outputs: Float[Array, "n classes"], taught: Float[Array, "n classes"], temperature: float
+) -> Float[Array, " n"]:
+    """`T^2 KL(softmax(taught / T) | softmax(outputs / T))` of each example.
+
+    Args:
+      outputs: logits of the network that learns.
+      taught: logits of the network that it learns from.
+      temperature: `T`; the larger, the more the unlikely classes count.
+
+    Reference: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network (arXiv
+    1503.02531), section 2.
+    """
+    learnt, target = (x.astype(jnp.float32) / temperature for x in (outputs, taught))
+    apart = optax.kl_divergence(jax.nn.log_softmax(learnt), jax.nn.softmax(target))
+    return temperature**2 * apart
 
 
 def _cross_entropy(

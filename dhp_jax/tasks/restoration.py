@@ -93,6 +93,10 @@ class Restoration:
     def loss(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
         return _mean(LOSSES[self.loss_name](outputs.astype(jnp.float32) - targets))
 
+    def distillation(self, outputs, taught, temperature):
+        del temperature  # outputs are images, and not logits
+        return self.loss(outputs, taught.astype(jnp.float32))
+
     def score(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
         error = _mean(jnp.square(outputs.astype(jnp.float32) - targets))
         return 10 * jnp.log10(PEAK**2 / jnp.maximum(error, 1e-10))

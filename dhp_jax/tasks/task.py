@@ -75,6 +75,10 @@ class Task(Protocol):
         """The loss of each example."""
         ...
 
+    def distillation(self, outputs: Array, taught: Array, temperature: float) -> Float[Array, " n"]:
+        """How far the outputs of each example are from those of a teacher."""
+        ...
+
     def score(self, outputs: Array, targets: Any) -> Float[Array, " n"]:
         """The task's metric, of each example of a training batch."""
         ...

@@ -209,7 +209,11 @@ def _start(
 ) -> tuple[optax.GradientTransformation, Layout, Run]:
     """The phase's optimizer, how its state is put together, and the run before its first step."""
     form = hypernets.pack_axes(model) if phase.elementwise else model
-    start_phase = functools.partial(start, averaged=phase.average > 0)
+    start_phase = functools.partial(
+        start,
+        averaged=phase.average > 0,
+        teacher=phase.teacher and nnx.state(phase.teacher.model),
+    )
     graphdef, optimizer, state = start_phase(form, phase.optimizer)
     here = saved = jax.eval_shape(lambda state: state, state)
     if form is not model:
@@ -235,6 +239,7 @@ def _make_compiled_step(
         skip_faulty=phase.skip_faulty,
         budget=phase.budget,
         average=phase.average,
+        teacher=phase.teacher,
         mesh=plan.mesh,
     )
     stops = phase.budget is not None and plan.calls_ahead > 0

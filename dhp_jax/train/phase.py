@@ -54,6 +54,21 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A network whose outputs another one learns.
+
+    Attributes:
+      model: the network; its mode does not matter, it is used in evaluation mode.
+      weight: share of the loss that compares with its outputs, between 0 and 1.
+      temperature: see `Task.distillation`.
+    """
+
+    model: nnx.Module
+    weight: float
+    temperature: float
+
+
+@dataclass(frozen=True)
 class Phase:
     """The settings of a phase of training: search, converge, or the unpruned baseline.
 
@@ -67,6 +82,7 @@ class Phase:
         finite. Otherwise a loss or latent that is not finite ends training.
       average: decay of the moving average of the weights that is tested and kept; 0 tests and
         keeps the weights themselves.
+      teacher: what the network learns from besides its targets.
       elementwise: whether the optimizer treats each number by itself, whatever the shape of its
         array, as SGD and Adam do. Then a TPU keeps hypernetworks in a shape that it reads faster.
       max_steps: how many steps at most; `None` for those of all epochs. It may end within an epoch.
@@ -80,6 +96,7 @@ class Phase:
     skip_faulty: bool = False
     elementwise: bool = False
     average: float = 0.0
+    teacher: Teacher | None = None
     max_steps: int | None = None
 
 

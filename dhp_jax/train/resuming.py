@@ -28,6 +28,7 @@ def restore(plan: Plan, run: Run) -> Run:
         saved = reshape_like(saved, checkpoint_tree(plan.layout.here, notes["has_best"]))
         state, best = copy_arrays(place(plan.mesh, saved))
         progress = Progress(**notes["progress"])
+        state = state._replace(teacher=state_of(plan, run).teacher)
         run = run._replace(
             arrays=jax.tree.leaves(state),
             best=best,
@@ -60,7 +61,8 @@ def save(plan: Plan, run: Run, *, wait: bool = False) -> None:
         "has_best": run.best is not None,
         "origin": dict(plan.origin),
     }
-    arrays, steps = gather((state_of(plan, run), run.best)), run.progress.steps
+    state = state_of(plan, run)._replace(teacher=None)
+    arrays, steps = gather((state, run.best)), run.progress.steps
     like = _saved_shapes(plan, notes)
     try:
         from_first(lambda: checkpoints.save(steps, reshape_like(arrays, like), notes, wait=wait))

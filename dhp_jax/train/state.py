@@ -79,6 +79,7 @@ class TrainState(NamedTuple):
     fault: NonFinite
     remains: BudgetStatus
     average: tuple[Params, nnx.State] | None = None  # of `params` and `rest`, if it is kept
+    teacher: nnx.State | None = None  # arrays of a network that stays as it is; not saved
 
     @property
     def network(self) -> tuple[Params, nnx.State]:
@@ -91,6 +92,7 @@ def start(
     make_optimizer: Callable[[Params], optax.GradientTransformation],
     *,
     averaged: bool = False,
+    teacher: nnx.State | None = None,
 ) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
     """Splits a model into its structure and the state before the first step.
 
@@ -98,6 +100,7 @@ def start(
       model: a network; left as it was.
       make_optimizer: from `(latent vectors, other parameters)` to the optimizer.
       averaged: whether the state has an average of the weights.
+      teacher: arrays of the network that this one learns from.
 
     Returns:
       The structure in training mode, the optimizer, and the state, whose arrays are copies.
@@ -110,15 +113,17 @@ def start(
     opt_state = jax.jit(optimizer.init)(params)
     counts = jnp.int32(0), Measures.zero(), NonFinite.none(), BudgetStatus.unpruned()
     average = (params, rest) if averaged else None
-    return graphdef, optimizer, copy_arrays(TrainState(params, rest, opt_state, *counts, average))
+    state = TrainState(params, rest, opt_state, *counts, average, teacher)
+    return graphdef, optimizer, copy_arrays(state)
 
 
 def checkpoint_tree(state: TrainState, has_best: bool) -> tuple[TrainState, tuple | None]:
     """The tree that a checkpoint holds: a state, and the best network so far if there is one.
 
-    The best network's arrays have the structure and shapes of those of `state`.
+    The best network's arrays have the structure and shapes of those of `state`. A teacher stays as
+    it is, and has a file of its own.
     """
-    return state, (state.params, state.rest) if has_best else None
+    return state._replace(teacher=None), (state.params, state.rest) if has_best else None
 
 
 def reshape_like(arrays: Any, like: Any) -> Any:

@@ -18,7 +18,7 @@ from dhp_jax.backend.platform import compiler_options
 from dhp_jax.core.latent import walk
 from dhp_jax.distributed.mesh import gather_kernels, keep_placement, shard_batch
 from dhp_jax.tasks.task import Data, Examples, Params, Task
-from dhp_jax.train.phase import Budget
+from dhp_jax.train.phase import Budget, Teacher
 from dhp_jax.train.state import BudgetStatus, Measures, NonFinite, StepDone, TrainState
 
 DROPOUT = 0x64726F70  # tells the key of dropout from those of a step's examples
@@ -37,6 +37,7 @@ def make_step(
     skip_faulty: bool = False,
     budget: Budget | None = None,
     average: float = 0.0,
+    teacher: Teacher | None = None,
     mesh: Mesh | None = None,
 ) -> Step:
     """One training step `(state, examples, key) -> state`, to be used in a jitted function.
@@ -51,25 +52,33 @@ def make_step(
         as a step. Otherwise the state keeps the number of the first such step.
       budget: if given, the state has the cost of what would survive after every step.
       average: decay of the moving average of the weights, if the state has one.
+      teacher: what the network learns from besides its targets; its arrays are in the state.
       mesh: of devices.
 
     Returns:
       The step. Its key is of that step alone.
     """
 
-    def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any, key: Array):
+    taught_by = teacher and _evaluated(teacher.model)
+
+    def loss(params: Params, rest: nnx.State, inputs: Array, targets: Any, key: Array, taught):
         model = gather_kernels(mesh, tune(nnx.merge(graphdef, *params, rest, copy=True)))
         with dropout_from(key, model):
             outputs = model(inputs)
         rest = nnx.state(model, nnx.Not(nnx.Param))
-        return jnp.mean(task.loss(outputs, targets)), (task.score(outputs, targets), rest)
+        value = jnp.mean(task.loss(outputs, targets))
+        if teacher is not None:
+            apart = jnp.mean(task.distillation(outputs, taught, teacher.temperature))
+            value = (1 - teacher.weight) * value + teacher.weight * apart
+        return value, (task.score(outputs, targets), rest)
 
     def step(state: TrainState, examples: Examples, key: Key[Array, ""]) -> TrainState:
         inputs, targets = shard_batch(mesh, task.augmented(key, examples))
         gradient = jax.value_and_grad(loss, has_aux=True)
         dropout_key = jax.random.fold_in(key, DROPOUT)
+        taught = teacher and tune(nnx.merge(taught_by, state.teacher, copy=True))(inputs)
         (value, (scores, rest)), grads = gradient(
-            state.params, state.rest, inputs, targets, dropout_key
+            state.params, state.rest, inputs, targets, dropout_key, taught
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         stepped = state._replace(
@@ -189,6 +198,13 @@ def compile_step(step: Step, structure: PyTreeDef) -> CompiledStep:
         return jax.tree.leaves(state), StepDone(state.step, state.remains.within)
 
     return jax.jit(on_arrays, donate_argnums=0, compiler_options=compiler_options())
+
+
+def _evaluated(model: nnx.Module) -> nnx.GraphDef:
+    """The structure of a network in evaluation mode."""
+    model = nnx.clone(model)
+    model.eval()
+    return nnx.graphdef(model)
 
 
 def _moving_average(before: Any, after: Any, decay: float, step: Int[Array, ""]) -> Any:

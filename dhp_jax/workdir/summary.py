@@ -116,6 +116,8 @@ def summarize(
     if result.prunes:
         if not result.method.fresh:
             test["after_pruning"] = notes["pruned"]["test"]
+            if "renewed" in notes["pruned"]:
+                test["renewed"] = notes["pruned"]["renewed"]
         test["unpruned"] = unpruned and unpruned["test"]["last"]
     phases[result.phases[-1]] = trained
     return {

@@ -1,6 +1,8 @@
 """Configurations: the paper's numbers, and wrong values that are named in one line."""
 
 import copy
+import functools
+import operator
 from pathlib import Path
 import re
 import runpy
@@ -15,6 +17,7 @@ from dhp_jax.config.checks import check, check_overrides
 from dhp_jax.config.fields import default
 from dhp_jax.config.methods import METHODS
 from dhp_jax.errors import ConfigError, shown
+from dhp_jax.workdir.identity import flatten
 
 CONFIGS = Path(__file__).parents[2] / "experiments/configs"
 PHASES = ("search", "converge", "baseline")
@@ -136,6 +139,28 @@ def test_adam_with_nesterovs_momentum_is_refused():
     )
 
 
+def test_only_methods_by_importance_divide_it_by_flops():
+    config = default()
+    config.per_flop = 0.5
+    assert refusal(config) == (
+        "config.per_flop: expected 0, for config.method=dhp ranks no channels by their importance; "
+        "got 0.5"
+    )
+    config.method, config.source = "taylor", "runs/baseline"
+    check(config)
+
+
+def test_only_what_starts_from_a_trained_network_learns_from_it():
+    config = default()
+    config.converge.distillation.weight = 0.5
+    assert refusal(config) == (
+        "config.converge.distillation.weight: expected 0, for config.method=dhp starts from no "
+        "trained network; got 0.5"
+    )
+    config.method, config.source = "fade", "runs/baseline"
+    check(config)
+
+
 @pytest.mark.parametrize("warmup", [3, 3.5, 10**6])
 def test_a_warm_up_that_fills_its_phase_is_refused(warmup):
     config = default()
@@ -158,6 +183,7 @@ GOOD = {
     "budget.batch": [None, 1, 64],
     "targets": [None, (0.75, 0.5), [1, 0.1], (0.5,)],
     "multiple_of": [1, 8, "auto", "stages.*:8", "stages.1:8,blocks.*.hidden.0:16"],
+    "per_flop": [0],
     "batch_size": [1, 4096],
     "dtype": ["float32", "bfloat16"],
     "log_every": [1],
@@ -196,6 +222,8 @@ GOOD = {
     "search.stop_limit": [0, 1],
     "search.min_channels": [1, 1000],
     "search.keep": [0, 0.1, 1],
+    "converge.distillation.weight": [0],
+    "converge.distillation.temperature": [0.5, 4],
     **{f"{phase}.epochs": [1, 10**6] for phase in PHASES},
     **{f"{phase}.max_steps": [None, 1, 10**6] for phase in PHASES},
     **{f"{phase}.learning_rate": [1e-9, 10] for phase in PHASES},
@@ -234,6 +262,7 @@ BAD = {
         [*INTEGERS, 0, -8, "Auto", "8", "stages", "stages:0", "stages:8,", "a:99999", ["a:8"]],
         f"{CHANNELS}, auto, or numbers by latent, such as stages.*:8,head:4",
     ),
+    "per_flop": ([*NUMBERS, -1], "a number >= 0 and <= 1e+30"),
     "batch_size": ([*INTEGERS, 0, -64], COUNT),
     "dtype": ([*WORDS, "float16"], "one of float32, bfloat16"),
     "precision": ([*WORDS, "float32"], "one of default, high, highest"),
@@ -290,6 +319,8 @@ BAD = {
     "search.stop_limit": ([*NUMBERS, -0.01, 1.01], "a number >= 0 and <= 1"),
     "search.min_channels": ([*INTEGERS, 0], CHANNELS),
     "search.keep": ([*NUMBERS, -0.1, 1.1], "a number >= 0 and <= 1"),
+    "converge.distillation.weight": ([*NUMBERS, -0.1, 1.1], "a number >= 0 and <= 1"),
+    "converge.distillation.temperature": ([*NUMBERS, 0, -1], "a number > 0 and <= 1e+30"),
     **{f"{phase}.epochs": ([*INTEGERS, 0, 0.1], EPOCHS) for phase in PHASES},
     **{
         f"{phase}.max_steps": ([*INTEGERS[1:], 0], f"{COUNT}, or None for all epochs")
@@ -368,11 +399,7 @@ OF_TASK = {
 
 def fields_of(task):
     """The names of all fields of a task's default configuration."""
-    return {
-        f"{name}.{inner}" if isinstance(value, ConfigDict) else name
-        for name, value in default(task).items()
-        for inner in (value if isinstance(value, ConfigDict) else [""])
-    }
+    return {*flatten(default(task).to_dict())}
 
 
 def test_the_tables_of_good_and_bad_values_have_every_field():
@@ -706,14 +733,14 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
             "3",
             "config.serch: unknown field: expected one of baseline, batch_size, budget, "
             "checkpoint, converge, data, dtype, log_every, mesh, method, model, multiple_of, "
-            "nonfinite, optimizer, precision, search, seed, source, target, targets, task; "
-            "got 'serch'; did you mean 'search'?",
+            "nonfinite, optimizer, per_flop, precision, search, seed, source, target, targets, "
+            "task; got 'serch'; did you mean 'search'?",
         ),
         (
             "config.data.dri",
             "3",
-            "config.data.dri: unknown field: expected one of archive, channels, crop_padding, cutout, "
-            "dir, flip, image_size, mixup, name, streamed, workers; "
+            "config.data.dri: unknown field: expected one of archive, channels, crop_padding, "
+            "cutout, dir, flip, image_size, mixup, name, streamed, workers; "
             "got 'dri'; did you mean 'dir'?",
         ),
         (
@@ -736,7 +763,7 @@ def test_the_table_of_fields_is_the_default_configuration_and_says_what_each_is(
     assert fields.keys() == {"model", *(f for f in fields_of(task) if not f.startswith("model."))}
     for name, field in fields.items():
         *groups, last = name.split(".")
-        group = config[groups[0]] if groups else config
+        group = functools.reduce(operator.getitem, groups, config)
         assert field.rule.allows(group[last]), name
         assert field.text == field.text.strip() != "", name
         assert "\n" not in field.text

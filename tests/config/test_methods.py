@@ -7,6 +7,8 @@ import re
 import shutil
 
 from flax import nnx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import (
@@ -29,11 +31,13 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline import preparation, targets
 from dhp_jax.pipeline.targets import execute
+from dhp_jax.pipeline.training_batches import batches
 from dhp_jax.report import write as report_write
 from dhp_jax.report.format import start_text
 from dhp_jax.report.text import summary_text
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import reader
+from dhp_jax.workdir.identity import read_field
 from dhp_jax.workdir.summary import beside
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -69,7 +73,7 @@ def found(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sources(baseline, found):
     """The run that each method starts from."""
-    of_baseline = dict.fromkeys(("random", "l1_norm", "fade", *BY_WEIGHTS), baseline)
+    of_baseline = dict.fromkeys(("random", "l1_norm", "taylor", "fade", *BY_WEIGHTS), baseline)
     return {"uniform": None, "scratch": found} | of_baseline
 
 
@@ -127,6 +131,7 @@ def test_each_method_keeps_the_budget(pruned, method):
     left = dhp.measure_cost(dhp.load(pruned[method] / "pruned"), SHAPE).flops / cost.flops
     assert 0.49 < left <= 0.5
     noted = description(pruned[method] / "pruned")["notes"]
+    assert ("renewed" in noted) is (method in ("random", "l1_norm"))
     assert noted["budget"]["predicted"]["flops"] == left
     assert ("test" in noted) is not METHODS[method].fresh
 
@@ -159,7 +164,7 @@ def test_the_weights_that_go_on_are_those_of_the_trained_network_bit_for_bit(
     assert len(columns) < trained.blocks[1].layers[0].conv.out_features
     assert np.array_equal(after[name], before[name][:, :, rows][..., columns])
     norm, whole = (model.blocks[1].layers[0].norm for model in (small, trained))
-    for stored in ("scale", "bias", "mean", "var"):
+    for stored in ("scale", "bias"):
         value, full = (np.asarray(getattr(layer, stored)[...]) for layer in (norm, whole))
         assert np.array_equal(value, full[columns]), stored
     assert (
@@ -176,6 +181,61 @@ def test_what_survives_by_norm_are_the_largest_filters_of_the_trained_network(pr
         indices = kept[f"blocks.{number}.hidden.0"]
         assert sorted(indices) == sorted(order[: len(indices)])
     assert kept != survivors(pruned["random"])
+
+
+def test_statistics_are_renewed_on_training_data_after_the_cut(pruned):
+    workdir = pruned["random"]
+    run = prepare(workdir, method="random", source=read_field(workdir, "source"))
+    small = dhp.load(workdir / "pruned")
+    found = [(n.mean[...], n.var[...]) for _, n in nnx.iter_modules(small) if is_norm(n)]
+    images = [inputs for inputs, _ in batches(run, run.setup.read("train"), 10**6)]
+    assert len(images) == run.setup.epoch // run.config.batch_size
+    dhp.renew_statistics(small, images)
+    again = [(n.mean[...], n.var[...]) for _, n in nnx.iter_modules(small) if is_norm(n)]
+    for one, other in zip(found, again, strict=True):
+        for stored, expected in zip(one, other, strict=True):
+            np.testing.assert_allclose(stored, expected, rtol=1e-5)
+    noted = description(workdir / "pruned")["notes"]
+    assert noted["renewed"]["loss"] < noted["test"]["loss"]
+
+
+def is_norm(layer):
+    return isinstance(layer, nnx.BatchNorm)
+
+
+@pytest.mark.parametrize("per_flop", [0.0, 1.0])
+def test_taylor_keeps_what_costs_the_loss_most(sources, baseline, tmp_path, per_flop):
+    given = {"method": "taylor", "source": path(baseline), "per_flop": per_flop}
+    with pytest.raises(Stop):
+        carry_out(tmp_path / "run", [Interrupter("converge", 0)], **given)
+    run = prepare(tmp_path / "run", **given)
+    model = dhp.with_latents(dhp.load(baseline / "model"), rngs=nnx.Rngs(0))
+    model.eval()
+
+    def loss(network, batch):
+        logits = jax.nn.log_softmax(network(batch[0]))
+        return -logits[jnp.arange(len(logits)), batch[1]].mean()
+
+    scores = dhp.taylor_scores(model, loss, batches(run, run.setup.read("train"), 2048))
+    scores = dhp.per_cost(scores, dhp.measure_cost(model, SHAPE), power=per_flop)
+    kept = architecture_of(dhp.prune_to(model, SHAPE, flops=0.5, by=scores)).survivors
+    assert survivors(tmp_path / "run") == {name: list(found) for name, found in kept.items()}
+
+
+def test_a_network_that_learns_from_its_source_ends_with_the_same_bits_without_it(
+    sources, baseline, tmp_path
+):
+    source = shutil.copytree(baseline, tmp_path / "baseline")
+    given = {"method": "l1_norm", "checkpoint.seconds": 0, "optimizer.average": 0.9}
+    given |= {"converge.distillation.weight": 0.5, "converge.distillation.temperature": 2.0}
+    carry_out(tmp_path / "whole", source=path(source), **given)
+    with pytest.raises(Stop):
+        carry_out(tmp_path / "run", [Interrupter("converge", 8)], source=path(source), **given)
+    shutil.rmtree(source)
+    carry_out(tmp_path / "run", source=path(source), **given)
+    check_same_end(tmp_path / "run", tmp_path / "whole")
+    digests = [description(run)["sha256"] for run in (tmp_path / "run/teacher", baseline / "model")]
+    assert digests[0] == digests[1]
 
 
 SCORES = {"l2_norm": dhp.l2_scores, "group_norm": dhp.group_scores}

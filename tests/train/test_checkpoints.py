@@ -27,7 +27,7 @@ from dhp_jax.tasks import Classification, evaluate
 from dhp_jax.train.checkpoints import CheckpointError, Checkpoints
 from dhp_jax.train.loop import train
 from dhp_jax.train.optimizer import optimizer, shrink_latents
-from dhp_jax.train.phase import Budget, OriginError, Phase, Stopped
+from dhp_jax.train.phase import Budget, OriginError, Phase, Stopped, Teacher
 from dhp_jax.train.schedules import decay_schedule, drop_schedule
 from dhp_jax.train.step import compile_step
 
@@ -627,8 +627,11 @@ def recipe(average=0.0):
 
 
 @pytest.mark.parametrize("step", [3, 5, 13])
-def test_a_moving_average_goes_on_with_the_same_bits(net, tmp_path, step):
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_moving_average_goes_on_with_the_same_bits(net, tmp_path, step, learns):
     phase = recipe(average=0.8)
+    if learns:
+        phase = dataclasses.replace(phase, teacher=Teacher(dhp.prune(net), 0.7, 3.0))
     expected, seen = trained(net, phase)
     outcome, before = trained(net, phase, tmp_path, stop_after=step)
     assert outcome is None

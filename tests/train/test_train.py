@@ -21,7 +21,7 @@ from dhp_jax.data.stream import Stream
 from dhp_jax.tasks import METRICS, Classification, evaluate
 from dhp_jax.train.loop import train
 from dhp_jax.train.optimizer import optimizer, shrink_latents
-from dhp_jax.train.phase import Budget, Phase
+from dhp_jax.train.phase import Budget, Phase, Teacher
 from dhp_jax.train.schedules import drop_schedule
 from dhp_jax.train.state import start
 from dhp_jax.train.step import compile_step, make_step, many, on_resident_data
@@ -353,6 +353,37 @@ def test_the_device_takes_many_steps_without_the_host(net):
     program = lowered.compile().as_text()
     assert " while(" in program
     assert not re.search(r"\b(infeed|outfeed|send|recv)\(|callback|MoveToHost", program)
+
+
+@pytest.mark.parametrize("weight", [0.4, 1.0])
+def test_a_step_lowers_the_loss_and_the_distance_from_the_teacher(net, weight):
+    """The gradient against one by autodiff of the formula, at plain descent of rate 1."""
+    pupil, wise = dhp.prune(net), dhp.prune(filled(Net, seed=5))
+    task, temperature = Classification((128.0,) * 3, (64.0,) * 3), 3.0
+    teacher = Teacher(wise, weight, temperature)
+    graphdef, descent, state = start(pupil, lambda _: optax.sgd(1.0), teacher=nnx.state(wise))
+    images, labels = (array[:BATCH] for array in labelled(EXAMPLES, 0))
+    inputs = (images - 128.0) / 64
+    wise.eval()
+    taught = jax.nn.softmax(wise(inputs) / temperature)
+
+    def formula(model):
+        logits = model(inputs)
+        plain = -jax.nn.log_softmax(logits)[jnp.arange(BATCH), labels].mean()
+        learnt = jax.nn.log_softmax(logits / temperature)
+        apart = (taught * (jnp.log(taught) - learnt)).sum(-1).mean()
+        return (1 - weight) * plain + weight * temperature**2 * apart
+
+    pupil.train()
+    value, grads = nnx.value_and_grad(formula)(pupil)
+    step = jax.jit(make_step(graphdef, descent, task, BATCH, teacher=teacher))
+    after = step(state, (images, labels), jax.random.key(0))
+    assert float(after.measures.loss) / BATCH == pytest.approx(float(value), rel=1e-5)
+    of_both = (jax.tree.leaves(x) for x in (grads, state.params, after.params))
+    for gradient, before, stepped in zip(*of_both, strict=True):
+        np.testing.assert_allclose(before - stepped, gradient, rtol=1e-3, atol=1e-5)
+    for before, stepped in zip(*map(jax.tree.leaves, (state.teacher, after.teacher)), strict=True):
+        np.testing.assert_array_equal(before, stepped)
 
 
 # Randomness
