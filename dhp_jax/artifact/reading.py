@@ -60,7 +60,7 @@ def load(
         `build(rngs=rngs)`, whichever it takes. Random state that the file lacks, of a layer of
         dropout that is new, is that of `build(nnx.Rngs(0))`.
         For a network whose latents were found by tracing it makes the ordinary one that
-        `dhp.with_latents` was given first.
+        `dhp.with_latents` was given first, or the one of latents that this was pruned from.
       call: of such a network how it is called, if that is not `model(*inputs)`.
 
     Returns:
@@ -78,13 +78,13 @@ def load(
     description = verify(path)
     whole = _build_family(description, path / DESCRIPTION) if build is None else _call_build(build)
     traced = _Traced(description, path / DESCRIPTION, call)
-    survivors = None if traced else description["survivors"]
-    masks = _masks(whole, survivors, path / DESCRIPTION)
+    ordinary = traced and not latents(whole)
+    masks = None if ordinary else _masks(whole, description["survivors"], path / DESCRIPTION)
     folded = description.get("folded", [])
 
     def make(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
         if traced:
-            model = traced.made(model)
+            model = traced.made(model if ordinary else prune(model, masks))
         elif description.get("renewed"):
             model = narrow(model, description["survivors"] or {})
         elif masks is not None:
