@@ -9,11 +9,17 @@ import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from dhp_jax.core.prox import ScalarOrSchedule, proximal, soft_threshold
+from dhp_jax.core.prox import (
+    ScalarOrSchedule,
+    Strength,
+    check_inexact,
+    proximal,
+    soft_threshold,
+)
 
 
 def prox_relative_l1(
-    strength: ScalarOrSchedule, learning_rate: ScalarOrSchedule = 1.0
+    strength: Strength, learning_rate: ScalarOrSchedule = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     """Soft-thresholds each array relative to its own mean; put it last in the chain.
 
@@ -27,8 +33,8 @@ def prox_relative_l1(
     matter. Here an entry shrinks only beside the others of its array.
 
     Args:
-      strength: weight of the l1 term, a number or an optax schedule; times the learning rate it is
-        below 1.
+      strength: weight of the l1 term, a number, a schedule or a tree of these, as in `prox_l1`;
+        times the learning rate it is below 1.
       learning_rate: step size of the gradient step before it, a number or the same schedule.
 
     Returns:
@@ -105,6 +111,8 @@ def prox_fade(steps: int) -> optax.GradientTransformationExtraArgs:
             raise ValueError(NO_PARAMS_MSG)
         if fading is None:
             raise ValueError("prox_fade: fading: expected a tree of booleans, got none")
+        for path, p in jax.tree_util.tree_leaves_with_path(params):
+            check_inexact(f"prox_fade: params{jax.tree_util.keystr(path)}", p)
 
         def faded_update(u: Array, p: Array, chosen: Array, count: Array) -> Array:
             target = p + u

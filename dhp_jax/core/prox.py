@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Inexact, Int
 import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
 ScalarOrSchedule = float | Array | Callable[[Array], Any]
+Strength = Any  # a `ScalarOrSchedule`, or a tree of them
 
 
 class ProxState(NamedTuple):
@@ -20,7 +22,9 @@ class ProxState(NamedTuple):
     count: Int[Array, ""]
 
 
-def soft_threshold(x: Num[Array, "*s"], amount: Float[Array, "*#s"] | float) -> Num[Array, "*s"]:
+def soft_threshold(
+    x: Inexact[Array, "*s"], amount: Float[Array, "*#s"] | float
+) -> Inexact[Array, "*s"]:
     """`sign(x) max(|x| - amount, 0)`: the proximal operator of `amount * ||x||_1`.
 
     Args:
@@ -34,15 +38,16 @@ def soft_threshold(x: Num[Array, "*s"], amount: Float[Array, "*#s"] | float) -> 
       >>> soft_threshold(jnp.array([-3.0, 0.5, 2.0]), 1.0)
       Array([-2.,  0.,  1.], dtype=float32)
     """
+    check_inexact("soft_threshold: x", x)
     amount = jnp.asarray(amount, jnp.abs(x).dtype)
     return jnp.sign(x) * jnp.maximum(jnp.abs(x) - amount, 0)
 
 
 def shrink_norm(
-    x: Num[Array, "*s"],
+    x: Inexact[Array, "*s"],
     amount: Float[Array, "*#s"] | float,
     axis: int | tuple[int, ...] | None = None,
-) -> Num[Array, "*s"]:
+) -> Inexact[Array, "*s"]:
     """`x max(1 - amount / ||x||_2, 0)`: the proximal operator of `amount * ||x||_2`.
 
     Args:
@@ -67,7 +72,7 @@ def shrink_norm(
 
 
 def prox_l1(
-    strength: ScalarOrSchedule,
+    strength: Strength,
     learning_rate: ScalarOrSchedule = 1.0,
     *,
     where: Callable[[Array], Bool[Array, "..."]] | None = None,
@@ -82,18 +87,20 @@ def prox_l1(
     gradient step of size `learning_rate`. Entries that the threshold removes become exactly zero.
 
     Args:
-      strength: weight of the l1 term, a number or an optax schedule.
+      strength: weight of the l1 term, a number or an optax schedule; or a tree of these, one for
+        each leaf or branch of the parameters.
       learning_rate: step size of the gradient step before it, a number or the same schedule.
       where: maps a leaf `p + u` to booleans that broadcast against it; entries where it is false
         are left alone. `None`: every entry is shrunk.
 
     Returns:
       A transformation whose `update` needs `params`. Its state is empty without a schedule, and a
-      `ProxState` with one. Updates keep their dtype, unless the parameter's is wider.
+      `ProxState` with one. Updates keep their dtype, unless the parameter's is wider. `init` warns
+      of bfloat16 and float16 parameters with entries that steps of this size do not move.
 
     Raises:
       ValueError: a negative number, or neither number nor schedule; from `update`, `params`
-        missing.
+        missing, integers among them, or a tree that does not fit them.
 
     Example:
       >>> tx = optax.chain(optax.sgd(0.1), prox_l1(strength=1.0, learning_rate=0.1))
@@ -105,19 +112,13 @@ def prox_l1(
     References:
       Parikh, Boyd, Proximal Algorithms, 2014, section 6.5.2; DHP (arXiv 2003.13683), equation 8.
     """
-
     if where is not None and not callable(where):
         raise ValueError(f"prox_l1: where: expected a function or None, got {where!r}")
-
-    def shrink(target: Array, amount: Array) -> Array:
-        shrunk = soft_threshold(target, amount)
-        return shrunk if where is None else jnp.where(where(target), shrunk, target)
-
-    return proximal("prox_l1", shrink, strength, learning_rate)
+    return proximal("prox_l1", soft_threshold, strength, learning_rate, where)
 
 
 def prox_l2(
-    strength: ScalarOrSchedule,
+    strength: Strength,
     learning_rate: ScalarOrSchedule = 1.0,
     *,
     axis: int | tuple[int, ...] | None = None,
@@ -131,17 +132,16 @@ def prox_l2(
     so that groups go to exactly zero as a whole.
 
     Args:
-      strength: weight of the norm, a number or an optax schedule.
+      strength: weight of the norm, a number, a schedule or a tree of these, as in `prox_l1`.
       learning_rate: step size of the gradient step before it, a number or the same schedule.
       axis: the axes that make up a group: `(0, 1, 2)` makes a group of each output channel of a
         `(kh, kw, in, out)` kernel. `None`: a leaf is one group.
 
     Returns:
-      A transformation whose `update` needs `params`; state and dtypes as in `prox_l1`.
+      A transformation whose `update` needs `params`; state, dtypes and warning as in `prox_l1`.
 
     Raises:
-      ValueError: a negative number, or neither number nor schedule; from `update`, `params`
-        missing.
+      ValueError: as `prox_l1`.
 
     Example:
       >>> tx = optax.chain(optax.sgd(0.1), prox_l2(strength=1.0, learning_rate=0.1))
@@ -162,25 +162,52 @@ def prox_l2(
 def proximal(
     name: str,
     shrink: Callable[[Array, Array], Array],
-    strength: ScalarOrSchedule,
+    strength: Strength,
     learning_rate: ScalarOrSchedule,
+    where: Callable[[Array], Bool[Array, "..."]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A proximal step as a transformation.
 
     Args:
       name: of the function whose arguments are checked, for errors.
       shrink: the proximal operator of an array, by an amount.
-      strength, learning_rate: numbers or schedules, whose product is the amount.
+      strength, learning_rate: numbers or schedules, whose product is the amount; the first may be a
+        tree of them.
+      where: as in `prox_l1`.
     """
-    for argument, value in (("strength", strength), ("learning_rate", learning_rate)):
-        negative = isinstance(value, Real) and not value >= 0
-        if negative or not (callable(value) or isinstance(value, Real | np.ndarray | jax.Array)):
-            schedule = "" if negative else " or a schedule"
-            raise ValueError(f"{name}: {argument}: expected a number >= 0{schedule}, got {value!r}")
-    scheduled = callable(strength) or callable(learning_rate)
+    strengths = jax.tree_util.tree_leaves_with_path(strength, is_leaf=callable)
+    for path, value in strengths or [((), strength)]:
+        _check_scalar(f"{name}: strength{jax.tree_util.keystr(path)}", value)
+    _check_scalar(f"{name}: learning_rate", learning_rate)
+    scheduled = callable(learning_rate) or any(callable(value) for _, value in strengths)
+
+    def amounts(count: Array | None, params: optax.Params) -> Any:
+        """How much to shrink each parameter by."""
+        rate = _at(learning_rate, count)
+        each = jax.tree.map(
+            lambda value: jnp.asarray(_at(value, count) * rate), strength, is_leaf=callable
+        )
+        try:
+            return jax.tree.broadcast(each, params)
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: strength: expected a number, or a tree of numbers for the leaves or "
+                f"branches of the parameters: {str(error).splitlines()[0]}"
+            ) from None
+
+    def step(target: Array, amount: Array) -> Array:
+        shrunk = shrink(target, amount)
+        return shrunk if where is None else jnp.where(where(target), shrunk, target)
+
+    def unmoved(p: Array, amount: Array) -> Array:
+        """The entries that a step would shrink, but for rounding."""
+        chosen = (p != 0) & (amount > 0)
+        return chosen & (step(p, amount) == p) & (True if where is None else where(p))
 
     def init(params: optax.Params) -> optax.OptState:
-        del params
+        if any(_is_narrow(p) for p in jax.tree.leaves(params)):
+            known = None if scheduled else amounts(None, params)
+            _warn_of_rounding(name, unmoved, params, known)
         return ProxState(jnp.zeros([], jnp.int32)) if scheduled else optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):
@@ -188,16 +215,67 @@ def proximal(
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
         count = state.count if scheduled else None
-        amount = jnp.asarray(_at(strength, count) * _at(learning_rate, count))
 
-        def shrunk_update(u: Array | None, p: Array) -> Array | None:
-            return None if u is None else shrink(p + u, amount) - p
+        def shrunk_update(path: Any, u: Array | None, p: Array, amount: Array) -> Array | None:
+            if u is None:
+                return None
+            check_inexact(f"{name}: params{jax.tree_util.keystr(path)}", p)
+            return step(p + u, amount) - p
 
-        updates = jax.tree.map(shrunk_update, updates, params, is_leaf=lambda u: u is None)
+        updates = jax.tree.map_with_path(
+            shrunk_update, updates, params, amounts(count, params), is_leaf=lambda u: u is None
+        )
         return updates, ProxState(optax.safe_increment(count)) if scheduled else state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def check_inexact(argument: str, x: Any) -> None:
+    """Raises a `ValueError` that names `argument` unless it is of floating-point numbers."""
+    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        raise ValueError(f"{argument}: expected floating-point numbers, got {jnp.result_type(x)}")
+
+
+def _check_scalar(argument: str, value: Any) -> None:
+    """Raises unless a value is a number of at least 0, an array or a schedule."""
+    negative = isinstance(value, Real) and not value >= 0
+    if negative or not (callable(value) or isinstance(value, Real | np.ndarray | jax.Array)):
+        schedule = "" if negative else " or a schedule"
+        raise ValueError(f"{argument}: expected a number >= 0{schedule}, got {value!r}")
+
+
 def _at(value: ScalarOrSchedule, count: Array | None) -> Any:
     return value(count) if callable(value) else value
+
+
+def _is_narrow(x: Any) -> bool:
+    """Whether an array is of floating-point numbers that are less precise than float32."""
+    dtype = jnp.result_type(x)
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
+def _warn_of_rounding(
+    name: str, unmoved: Callable[[Array, Array], Array], params: optax.Params, amounts: Any
+) -> None:
+    """Warns of the first narrow array with entries whose steps are rounded away.
+
+    Args:
+      name: of the transformation.
+      unmoved: the entries of an array that a step of an amount leaves where they are.
+      params: parameters, of which some are narrow.
+      amounts: like `params`, or `None` where they change from step to step.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    each = [None] * len(leaves) if amounts is None else jax.tree.leaves(amounts)
+    for (path, p), amount in zip(leaves, each, strict=True):
+        if not _is_narrow(p):
+            continue
+        what = "steps of less than 1/512 of an entry are lost"
+        if amount is not None and not isinstance(p + amount, jax.core.Tracer):
+            left = int(jnp.sum(unmoved(p, amount)))
+            if not left:
+                continue
+            what = f"{left} of {p.size} entries are not moved by steps of {jnp.max(amount):.3g}"
+        where = f"{name}: params{jax.tree_util.keystr(path)} is {p.dtype}"
+        warnings.warn(f"{where}: {what}; keep it in float32", stacklevel=3)
+        break

@@ -175,6 +175,83 @@ def test_where_sees_the_parameters_that_the_step_leads_to():
     np.testing.assert_array_equal(stepped(transform, jnp.array([2.0, -0.5]), updates), [2, 0.5])
 
 
+def test_every_leaf_or_branch_may_have_a_strength_of_its_own():
+    params = {"a": jnp.array([3.0, -0.5]), "b": {"c": jnp.array([2.0]), "d": jnp.array([-4.0])}}
+    still = jax.tree.map(jnp.zeros_like, params)
+    by_leaf = {"a": 1.0, "b": {"c": optax.linear_schedule(0.0, 8.0, 8), "d": 2}}
+    transform = dhp.prox_l1(by_leaf, 0.5)
+    state = transform.init(params)
+    for count in range(3):
+        updates, state = transform.update(still, state, params)
+        found = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(found["a"], closed_form(params["a"], 0.5))
+        np.testing.assert_allclose(found["b"]["c"], closed_form(params["b"]["c"], 0.5 * count))
+        np.testing.assert_allclose(found["b"]["d"], closed_form(params["b"]["d"], 1.0))
+    found = stepped(dhp.prox_l2({"a": 0.0, "b": 1.5}), params, still)
+    np.testing.assert_array_equal(found["a"], params["a"])
+    np.testing.assert_allclose(found["b"]["c"], [0.5])
+    np.testing.assert_allclose(found["b"]["d"], [-2.5])
+
+
+def test_a_tree_of_strengths_follows_a_mask_within_masked_and_nnx():
+    rngs = nnx.Rngs(0)
+    z1, z2 = (dhp.Latent(6, prunable=bool(i), rngs=rngs) for i in range(2))
+    layer = dhp.HyperConv(z1, z2, (3, 3), rngs=rngs)
+    before = {"z_in": np.array(z1.value()), "z_out": np.array(z2.value())}
+    mask = dhp.prunable_latents(nnx.state(layer, nnx.Param))
+    strengths = jax.tree.map(lambda prunable: 0.25 if prunable else 3.0, mask)
+    for transform in (
+        dhp.prox_l1(jax.tree.map(lambda prunable: 0.25 * prunable, mask)),
+        optax.masked(dhp.prox_l1(strengths), mask),
+    ):
+        copy = nnx.clone(layer)
+        optimizer = nnx.Optimizer(copy, transform, wrt=nnx.Param)
+        optimizer.update(copy, jax.tree.map(jnp.zeros_like, nnx.state(copy, nnx.Param)))
+        np.testing.assert_array_equal(copy.z_in.value(), before["z_in"])
+        expected = closed_form(before["z_out"], 0.25)
+        np.testing.assert_allclose(copy.z_out.value(), expected, atol=1e-7)
+        np.testing.assert_array_equal(copy.w1[...], layer.w1[...])
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("transform", "told"),
+    [
+        (dhp.prox_l1(1e-3), "2 of 4 entries are not moved by steps of 0.001"),
+        (dhp.prox_l1(1e-3, where=lambda p: p > 0), "1 of 4 entries are not moved by steps"),
+        (dhp.prox_l1({"a": 0.5, "z": 1e-3}), "2 of 4 entries are not moved by steps of 0.001"),
+        (dhp.prox_l2(1e-3), "3 of 4 entries are not moved by steps of 0.001"),
+        (dhp.prox_l1(optax.constant_schedule(1e-3)), "steps of less than 1/512 of an entry are"),
+    ],
+)
+def test_bfloat16_entries_that_rounding_keeps_in_place_are_told(transform, told):
+    params = {"a": jnp.ones(2), "z": jnp.array([1.0, -2.0, 0.125, 0.0], jnp.bfloat16)}
+    message = rf"^prox_l\d: params\['z'\] is bfloat16: {re.escape(told)}.*; keep it in float32$"
+    with pytest.warns(UserWarning, match=message) as caught:
+        state = transform.init(params)
+    assert [warning.filename for warning in caught] == [__file__]
+    if "of 4" in told:  # and it is true
+        still = jax.tree.map(jnp.zeros_like, params)
+        after = optax.apply_updates(params, transform.update(still, state, params)[0])["z"]
+        where = (params["z"] > 0) if "1 of 4" in told else (params["z"] != 0)
+        assert int(told[0]) == int(((after == params["z"]) & where).sum())
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_that_move_every_entry_are_not_warned_of():
+    params = {"z": jnp.array([1.0, -2.0, 0.0], jnp.bfloat16), "n": jnp.ones(2, jnp.int32)}
+    dhp.prox_l1(0.1).init(params)
+    dhp.prox_l1(1e-12).init({"z": jnp.ones(3), "none": None})
+    dhp.prox_l1(0.0).init(params)
+
+
+def test_the_warning_comes_under_jit_too():
+    with pytest.warns(UserWarning, match="steps of less than 1/512 of an entry are lost"):
+        jax.jit(dhp.prox_l1(1e-3).init)(jnp.ones(3, jnp.bfloat16))
+
+
 # Schedules and state
 
 
@@ -243,12 +320,49 @@ def test_missing_params_raise_the_error_of_optax(make):
 
 
 @pytest.mark.parametrize("make", [dhp.prox_l1, dhp.prox_l2])
-@pytest.mark.parametrize("value", ["0.5", None, [0.1]])
+@pytest.mark.parametrize("value", ["0.5", None, {}])
 def test_what_is_neither_number_nor_schedule_is_refused(make, value):
     for name in ("strength", "learning_rate"):
         with pytest.raises(ValueError, match="expected a number >= 0 or a schedule") as raised:
             make(**{"strength": 1.0, name: value})
         assert str(raised.value).startswith(f"{make.__name__}: {name}: ")
+
+
+@pytest.mark.parametrize(
+    ("strength", "message"),
+    [
+        ({"a": 1.0, "b": -1.0}, "prox_l1: strength['b']: expected a number >= 0, got -1.0"),
+        (["0.5"], "prox_l1: strength[0]: expected a number >= 0 or a schedule, got '0.5'"),
+    ],
+)
+def test_a_wrong_number_in_a_tree_of_strengths_is_named(strength, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        dhp.prox_l1(strength)
+
+
+@pytest.mark.parametrize("strength", [{"a": 1.0}, {"a": {"c": 1.0}, "b": 1.0}, [1.0, 1.0]])
+def test_a_tree_of_strengths_that_does_not_fit_the_parameters_is_refused(strength):
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"^prox_l1: strength: expected a number, or a tree.*\S$"):
+        dhp.prox_l1(strength).update(params, optax.EmptyState(), params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool])
+@pytest.mark.parametrize(
+    ("transform", "extra"),
+    [
+        (dhp.prox_l1(1.0), {}),
+        (dhp.prox_l2(1.0), {}),
+        (dhp.prox_relative_l1(0.5), {}),
+        (dhp.prox_fade(2), {"fading": {"w": True, "n": True}}),
+    ],
+)
+def test_integers_are_refused_by_the_name_of_their_leaf(transform, extra, dtype):
+    params = {"w": jnp.ones(2), "n": jnp.ones(2, dtype)}
+    state = transform.init(params)
+    message = rf"^prox_\w+: params\['n'\]: expected floating-point numbers, got {dtype.dtype}$"
+    with pytest.raises(ValueError, match=message):
+        transform.update(params, state, params, **extra)
 
 
 def test_a_condition_that_is_no_function_is_refused():
