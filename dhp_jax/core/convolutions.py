@@ -1,6 +1,6 @@
 """Layers whose kernels a hypernetwork generates from the latents of their two axes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flax import nnx
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from dhp_jax.core.hypernet import EMBEDDING, HypernetArrays, hyper_kernel, init_hypernet
-from dhp_jax.core.latent import Axis, Latent, check_axis
+from dhp_jax.core.latent import Axis, Latent, check_axis, in_one_line
 from dhp_jax.core.plain import (
     NO_RNGS,
     Keep,
@@ -59,6 +59,12 @@ class Hyper(nnx.Module):
         for name, array in arrays._asdict().items():
             setattr(self, name, nnx.Param(jnp.asarray(array, param_dtype)))
         self.bias = nnx.Param(jnp.zeros(z_out.size, param_dtype)) if use_bias else nnx.data(None)
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        named = {name: getattr(self, name, None) for name in ("strides", "feature_group_count")}
+        changed = {name: value for name, value in named.items() if value not in (None, 1)}
+        taps = (self.kernel_size,) if self.kernel_size else ()
+        return in_one_line(self, self.z_in, self.z_out, *taps, **changed)
 
     def kernel_axis(self) -> Axis:
         """The axis of the kernel's input channels."""

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from flax import nnx
+from flax.nnx import reprlib
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -42,6 +43,9 @@ class Axis(nnx.Module):
     """
 
     size: int
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        return in_one_line(self, self.size)
 
     def value(self) -> Float[Array, " size"]:
         """The latent vector of this axis."""
@@ -95,6 +99,9 @@ class Latent(Axis):
             min_channels=min(int(min_channels), self.size),
         )
 
+    def __nnx_repr__(self) -> Iterator[Any]:
+        return in_one_line(self, self.size, **({} if self.prunable else {"prunable": False}))
+
     @property
     def prunable(self) -> bool:
         """Whether pruning may remove entries."""
@@ -125,6 +132,10 @@ class Concat(Axis):
         self.parts = nnx.List(parts)
         self.size = sum(part.size for part in parts)
 
+    def __nnx_repr__(self) -> Iterator[Any]:
+        more = {"more": len(self.parts) - 3} if len(self.parts) > 4 else {}
+        return in_one_line(self, *self.parts[: 3 if more else None], **more, size=self.size)
+
     def value(self) -> Float[Array, " size"]:
         return jnp.concatenate([part.value() for part in self.parts])
 
@@ -149,6 +160,9 @@ class Repeat(Axis):
         self.base = base
         self.times = times
         self.size = base.size * times
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        return in_one_line(self, self.base, self.times)
 
     def value(self) -> Float[Array, " size"]:
         return jnp.repeat(self.base.value(), self.times)
@@ -285,6 +299,13 @@ def modules_in(value: Any, path: str = "") -> Iterator[tuple[str, nnx.Module]]:
             yield from modules_in(item, f"{path}.{key}" if path else str(key))
 
 
+def in_one_line(module: nnx.Module, *arguments: Any, **options: Any) -> Iterator[Any]:
+    """Yields what makes the `repr` of a module one line: for methods `__nnx_repr__`."""
+    yield reprlib.Object(type(module), same_line=True, kv_sep="")
+    yield from (reprlib.Attr("", value) for value in arguments)
+    yield from (reprlib.Attr(f"{name}=", value) for name, value in options.items())
+
+
 def check_axis(argument: str, axis: Axis) -> None:
     """Raises a `ValueError` that names `argument` unless `axis` is an axis."""
     if not isinstance(axis, Axis):
@@ -302,7 +323,7 @@ def _check_positive(argument: str, value: int) -> None:
         raise ValueError(f"{argument}: expected a positive integer, got {value!r}")
 
 
-def prunable_latents(params: PyTree) -> PyTree:
+def prunable_latents(params: Any) -> Any:
     """A mask for `optax.masked`: true for latent vectors that may be pruned.
 
     Give `optax.masked` the mask and not this function: `nnx.Optimizer` shows transformations bare

@@ -5,7 +5,7 @@ forward pass *is* the counterpart's: `plain()` builds the ordinary layer, `plain
 restricted to surviving channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import inspect
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhp_jax.core.convolutions import Hyper, HyperConv, HyperConvTranspose, HyperLinear
-from dhp_jax.core.latent import Axis, check_axis
+from dhp_jax.core.latent import Axis, check_axis, in_one_line
 from dhp_jax.core.plain import (
     NO_RNGS,
     Keep,
@@ -88,6 +88,9 @@ class Bias(ChannelBias):
         super().__init__(z.size, **options)
         self.z = z
 
+    def __nnx_repr__(self) -> Iterator[Any]:
+        return in_one_line(self, self.z)
+
     def plain(self, keep: Keep | None = None) -> ChannelBias:
         """The `ChannelBias` of the channels in `keep`."""
         kept = self.z.keep(keep)
@@ -108,6 +111,10 @@ class Norm(nnx.Module):
         check_axis(f"{type(self).__name__}: z", z)
         super().__init__(z.size, *sizes, **options)
         self.z = z
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        groups = {"num_groups": self.num_groups} if hasattr(self, "num_groups") else {}
+        return in_one_line(self, self.z, **groups)
 
     def _plain(self, kind: type, keep: Keep | None, **sizes: Any) -> Any:
         """The layer of a kind with this one's options, and the arrays of the channels in `keep`."""
@@ -262,6 +269,9 @@ class Linear(nnx.Linear):
         check_axis("Linear: z_in", z_in)
         super().__init__(z_in.size, out_features, **options)
         self.z_in = z_in
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        return in_one_line(self, self.z_in, self.out_features)
 
     def plain(self, keep: Keep | None = None) -> nnx.Linear:
         """The `nnx.Linear` with the rows of the features in `keep`."""

@@ -31,6 +31,10 @@ class Architecture:
     axes: Any = None
     cuts: Any = None
 
+    def __repr__(self) -> str:
+        family = repr(self.family) if self.family else "of one's own"
+        return f"Architecture({family}{'' if self.survivors is None else ', pruned'})"
+
     def __hash__(self) -> int:  # a static attribute of modules, so `nnx.jit` hashes it
         return hash((self.family, tuple(self.arguments), tuple(self.survivors or ()), self.folded))
 

@@ -1,16 +1,32 @@
-"""Layers that several families are built of."""
+"""What several families are built of."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
+from flax.nnx import reprlib
 from jaxtyping import Array, Float
 
 from dhp_jax.core.hypernet import EMBEDDING
-from dhp_jax.core.latent import Axis
+from dhp_jax.core.latent import Axis, latents
 from dhp_jax.core.layers import BatchNorm, Bias, HyperConv
+from dhp_jax.core.provenance import architecture_of
 
 # The `initial_gain` of restoration networks, PyTorch's; He's takes far longer without BatchNorm.
 SMALL_GAIN = 1 / 3
+
+
+class Family(nnx.Module):
+    """Base of the families: what `repr` shows of a network are its arguments, not its layers."""
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        made = architecture_of(self)
+        if made.family is None:  # not from `dhp.models.build`
+            yield from super().__nnx_repr__()
+            return
+        left = f"{len(latents(self))} latents" if latents(self) else "no latents"
+        yield reprlib.Object(type(self), comment=f"  # {left}")
+        yield from (reprlib.Attr(name, value) for name, value in made.arguments.items())
 
 
 class ConvNorm(nnx.Module):

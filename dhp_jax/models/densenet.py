@@ -16,7 +16,7 @@ from dhp_jax.models.arguments import (
     check_images,
     check_positive_integer,
 )
-from dhp_jax.models.blocks import scaled
+from dhp_jax.models.blocks import Family, scaled
 
 BLOCKS = 3
 MAX_DEPTH = 304  # layers read all before them, so that their number counts twice
@@ -60,7 +60,7 @@ class NormConv(nnx.Module):
         return self.conv(nnx.relu(self.norm(x)))
 
 
-class DenseNet(nnx.Module):
+class DenseNet(Family):
     """A DenseNet: one latent for every convolution, and a layer reads all before it.
 
     Three dense blocks; the transitions between them keep all channels. All latents but that of the

@@ -12,12 +12,12 @@ from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import HyperConv
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.arguments import check_arguments, check_images, check_positive_integer
-from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, scaled
+from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, Family, scaled
 
 MAX_DEPTH = 256
 
 
-class DnCNN(nnx.Module):
+class DnCNN(Family):
     """A DnCNN, which adds what it predicts to its input: one latent for every convolution.
 
     The image channels on both sides are trained but not pruned.

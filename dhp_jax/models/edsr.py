@@ -13,7 +13,7 @@ from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import Bias, HyperConv
 from dhp_jax.models.arguments import check_arguments, check_images
-from dhp_jax.models.blocks import SMALL_GAIN, scaled
+from dhp_jax.models.blocks import SMALL_GAIN, Family, scaled
 from dhp_jax.models.upsampler import Upsampler
 
 MEAN = (114.4, 111.5, 103.0)  # of red, green and blue in DIV2K's training images
@@ -39,7 +39,7 @@ class Block(nnx.Module):
         return x + self.second(self.activation(self.first(x)))
 
 
-class EDSR(nnx.Module):
+class EDSR(Family):
     """An EDSR: one latent for all that is added and up-sampled, one inside every block.
 
     The mean colour is subtracted from its input and added to its output, by convolutions that are

@@ -12,7 +12,7 @@ from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Axis, Latent
 from dhp_jax.core.layers import Linear
 from dhp_jax.models.arguments import check_arguments, check_images
-from dhp_jax.models.blocks import ConvNorm, scaled
+from dhp_jax.models.blocks import ConvNorm, Family, scaled
 
 STEM = 32
 
@@ -87,7 +87,7 @@ class InvertedResidual(nnx.Module):
         return x + y if self.identity else y
 
 
-class MobileNet(nnx.Module):
+class MobileNet(Family):
     """Base of both versions: everything but the layers between stem and classifier.
 
     One latent rules a depthwise convolution and its neighbours.

@@ -16,7 +16,7 @@ from dhp_jax.models.arguments import (
     check_images,
     check_positive_integer,
 )
-from dhp_jax.models.blocks import ConvNorm, scaled
+from dhp_jax.models.blocks import ConvNorm, Family, scaled
 
 # Blocks of each stage, by depth.
 CIFAR_BASIC = {depth: ((depth - 2) // 6,) * 3 for depth in (8, 14, 20, 32, 44, 56)}
@@ -86,7 +86,7 @@ class Block(nnx.Module):
         return nnx.relu(self.layers[-1](x) + shortcut)
 
 
-class ResNet(nnx.Module):
+class ResNet(Family):
     """A ResNet: one latent for each residual stage, one for every convolution inside a block.
 
     The depth tells the shape: CIFAR networks have three stages and a 3 by 3 stem, ImageNet networks

@@ -11,7 +11,7 @@ from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import HyperConv
 from dhp_jax.models.arguments import check_arguments, check_images
-from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, scaled
+from dhp_jax.models.blocks import SMALL_GAIN, ConvBiasNorm, Family, scaled
 from dhp_jax.models.upsampler import Upsampler
 
 
@@ -28,7 +28,7 @@ class Block(nnx.Module):
         return x + self.second(self.activation(self.first(x)))
 
 
-class SRResNet(nnx.Module):
+class SRResNet(Family):
     """An SRResNet: one latent for all that is added and up-sampled, one inside every block.
 
     Args:

@@ -16,7 +16,7 @@ from dhp_jax.models.arguments import (
     check_images,
     check_positive_integer,
 )
-from dhp_jax.models.blocks import SMALL_GAIN, ConvNorm, scaled
+from dhp_jax.models.blocks import SMALL_GAIN, ConvNorm, Family, scaled
 
 MAX_DEPTH = 8  # resolutions; every one has four times the parameters of the one before
 
@@ -101,7 +101,7 @@ class Up(nnx.Module):
         return self.convs(jnp.concatenate([self.up(x), skip], axis=-1))
 
 
-class UNet(nnx.Module):
+class UNet(Family):
     """A U-Net that gives an image of the size of its input: one latent for every convolution.
 
     Images whose sides are no multiples of `multiple` are extended by their last row and column, and

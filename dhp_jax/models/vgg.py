@@ -10,7 +10,7 @@ from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Latent
 from dhp_jax.core.layers import Linear
 from dhp_jax.models.arguments import check_arguments, check_choice, check_images
-from dhp_jax.models.blocks import ConvNorm, scaled
+from dhp_jax.models.blocks import ConvNorm, Family, scaled
 
 # Convolutions of each stage, by depth; a max pool ends the stage.
 CONVOLUTIONS = {
@@ -23,7 +23,7 @@ CONVOLUTIONS = {
 STAGE_WIDTHS = (64, 128, 256, 512, 512)
 
 
-class VGG(nnx.Module):
+class VGG(Family):
     """A VGG network: one latent for every convolution, all of them prunable.
 
     The mean over what the last max pool leaves, one pixel of a CIFAR image, goes to the classifier,

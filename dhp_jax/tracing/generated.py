@@ -1,6 +1,6 @@
 """Arrays that latents generate, in the place of a network's own; its code stays as it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import contextvars
 from dataclasses import replace
@@ -15,7 +15,7 @@ import numpy as np
 
 from dhp_jax.core.hypernet import HypernetArrays, hyper_kernel
 from dhp_jax.core.initializers import uniform
-from dhp_jax.core.latent import TRACED, Axis, Latent
+from dhp_jax.core.latent import TRACED, Axis, Latent, in_one_line
 from dhp_jax.core.provenance import architecture_of, set_architecture
 
 SMALL_START = 0.1  # of the second layer where the first is zero, as a share of the kernel's scale
@@ -142,6 +142,9 @@ class GeneratedArray(nnx.Module):
         arrays = _starting_at(kernel, embedding, rngs)
         for field, array in arrays._asdict().items():
             setattr(self, field, nnx.Param(array))
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        return in_one_line(self, self.array_shape)
 
     def get_value(self) -> Array:
         """The generated array."""

@@ -312,3 +312,64 @@ def test_latent_vectors_are_a_filter_that_separates_them_from_weights():
         *("b0", "w1", "b1", "w2", "b2", "bias", "scale")
     }
     assert {path[-1] for path, _ in nnx.to_flat_state(rest)} == {"mean", "var"}
+
+
+# What is printed
+
+
+def test_an_axis_and_a_layer_on_it_are_one_line():
+    rngs = nnx.Rngs(0)
+    image, z = dhp.Latent(3, prunable=False, rngs=rngs), dhp.Latent(64, rngs=rngs)
+    assert repr(image) == "Latent(3, prunable=False)"
+    assert repr(dhp.repeat(z, 4)) == "Repeat(Latent(64), 4)"
+    assert repr(dhp.concat(image, z)) == "Concat(Latent(3, prunable=False), Latent(64), size=67)"
+    many = dhp.concat(*[z] * 49)
+    assert repr(many) == "Concat(Latent(64), Latent(64), Latent(64), more=46, size=3136)"
+    for layer, text in (
+        (dhp.HyperConv(z, z, (3, 3), rngs=rngs), "HyperConv(Latent(64), Latent(64), (3, 3))"),
+        (
+            dhp.HyperConv(z, z, 3, 2, feature_group_count=64, rngs=rngs),
+            "HyperConv(Latent(64), Latent(64), (3,), strides=2, feature_group_count=64)",
+        ),
+        (
+            dhp.HyperConvTranspose(z, image, (2, 2), rngs=rngs),
+            "HyperConvTranspose(Latent(64), Latent(3, prunable=False), (2, 2))",
+        ),
+        (dhp.BatchNorm(z, rngs=rngs), "BatchNorm(Latent(64))"),
+        (dhp.GroupNorm(z, 64, rngs=rngs), "GroupNorm(Latent(64), num_groups=64)"),
+        (dhp.Bias(z, rngs=rngs), "Bias(Latent(64))"),
+        (dhp.Linear(z, z, rngs=rngs), "HyperLinear(Latent(64), Latent(64))"),
+        (dhp.Linear(z, 10, rngs=rngs), "Linear(Latent(64), 10)"),
+    ):
+        assert repr(layer) == text
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg", "densenet", "unet"])
+def test_a_network_of_a_family_fits_a_screen_whole_and_pruned(name):
+    depth = {"vgg": 11, "densenet": 7, "unet": 3}.get(name, 56)
+
+    def model():
+        return dhp.models.build(name, depth=depth, rngs=nnx.Rngs(0))
+
+    whole, small = nnx.eval_shape(model), nnx.eval_shape(lambda: dhp.prune(model()))
+    count = len(dhp.latents(whole))
+    for network, left in ((whole, f"{count} latents"), (small, "no latents")):
+        first, *lines, last = repr(network).splitlines()
+        assert first == f"{type(whole).__name__}(  # {left}"
+        assert f"  depth={depth}," in [line.rstrip(",") + "," for line in lines]
+        assert last == ")"
+        assert len(lines) < 20
+        assert max(map(len, lines)) <= 80
+
+
+def test_a_network_of_ones_own_is_a_line_for_each_layer():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            z = dhp.Latent(8, rngs=rngs)
+            self.conv, self.norm = dhp.HyperConv(z, z, (3, 3), rngs=rngs), nnx.Dict(a=z)
+
+    lines = repr(Net(nnx.Rngs(0))).splitlines()
+    assert lines[1] == "  conv=HyperConv(Latent(8), Latent(8), (3, 3)),"
+    assert len(lines) == 6
+    pruned = repr(dhp.prune(Net(nnx.Rngs(0)))).splitlines()
+    assert pruned[-2] == "  dhp_architecture=Architecture(of one's own, pruned)"
