@@ -31,6 +31,7 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache --no-logo
+	$(RUN) -m basedpyright --pythonpath $(RUN)
 
 format: $(VENV)/installed
 	$(RUN) -m ruff check --fix .

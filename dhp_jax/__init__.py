@@ -1,5 +1,6 @@
 """Prune convolutional networks by differentiable meta pruning; see README.md."""
 
+from dhp_jax import models
 from dhp_jax.artifact.reading import load
 from dhp_jax.artifact.writing import save
 from dhp_jax.backend.inference import inference
@@ -22,7 +23,7 @@ from dhp_jax.budgets.selection import prune_to
 from dhp_jax.budgets.shrinkage import prox_fade, prox_relative_l1
 from dhp_jax.budgets.uniform import uniform_within
 from dhp_jax.core.activations import PReLU
-from dhp_jax.core.cost import Cost
+from dhp_jax.core.cost import Cost, layer_terms
 from dhp_jax.core.hypernet import hyper_kernel
 from dhp_jax.core.latent import (
     Axis,
@@ -44,6 +45,7 @@ from dhp_jax.core.layers import (
     Linear,
     RMSNorm,
 )
+from dhp_jax.core.plain import Prunable
 from dhp_jax.core.prox import prox_l1, prox_l2
 from dhp_jax.core.surgery import prune
 from dhp_jax.core.survivors import survivors
@@ -72,6 +74,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "PReLU",
+    "Prunable",
     "RMSNorm",
     "check_axes",
     "compiler_options",
@@ -87,6 +90,7 @@ __all__ = [
     "l1_scores",
     "l2_scores",
     "latents",
+    "layer_terms",
     "load",
     "measure_cost",
     "models",

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 import stat
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, overload
 
 from flax import nnx
 import jax
@@ -30,6 +30,7 @@ from dhp_jax.artifact.description import (
 )
 from dhp_jax.artifact.traced import cuts_from_json, table_from_json
 from dhp_jax.core.latent import latents
+from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import FieldError, shown
@@ -41,10 +42,25 @@ from dhp_jax.tracing.network import install
 MODEL = "model"  # of the folders in a run's, the one that it ends with
 
 
+@overload
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str], *, build: None = None, call: Callable[..., Any] | None = None
+) -> nnx.Module: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
     *,
-    build: Callable[[nnx.Rngs], nnx.Module] | None = None,
+    build: Callable[..., Model],
+    call: Callable[..., Any] | None = None,
+) -> Model: ...
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    build: Callable[..., nnx.Module] | None = None,
     call: Callable[..., Any] | None = None,
 ) -> nnx.Module:
     """Reads a network that `save` has written; safe with files from strangers.

@@ -34,7 +34,7 @@ from dhp_jax.tracing.counts import measure_cost
 
 
 def save(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     model: nnx.Module,
     *,
     input_shape: tuple[int, ...] | None = None,

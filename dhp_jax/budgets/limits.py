@@ -10,13 +10,14 @@ import numpy as np
 
 from dhp_jax.budgets.counted import check_share, most_channels
 from dhp_jax.core.latent import latents, latents_to_prune
+from dhp_jax.core.plain import Model
 from dhp_jax.errors import ArgumentError, shown
 
 Limits = Mapping[str, float | tuple[float, float]]  # a least share, or a least and a most one
 ROUNDING = 1e-9  # 0.1 * 30 is a little above 3
 
 
-def with_limits(model: nnx.Module, keep: Limits) -> nnx.Module:
+def with_limits(model: Model, keep: Limits) -> Model:
     """A network whose latents keep at least, or at most, some shares of their entries.
 
     Args:

@@ -15,6 +15,7 @@ from dhp_jax.budgets.latency import Clock, LatencySearch, clock
 from dhp_jax.budgets.limits import Limits, check_limits, with_limits
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.core.cost import Cost
+from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import check_masks, prune
 from dhp_jax.errors import shown
@@ -100,7 +101,7 @@ def choose(
 
 
 def prune_to(
-    model: nnx.Module,
+    model: Model,
     input_shape: Any = None,
     multiple_of: Multiples = 1,
     *,
@@ -109,7 +110,7 @@ def prune_to(
     latency: float | None = None,
     batch: int = 1,
     **budget: float,
-) -> nnx.Module:
+) -> Model:
     """Prunes a network to budgets, by magnitude of its latents.
 
     The pruned network is within all budgets and as close to them as possible.

@@ -193,6 +193,11 @@ def layer_terms(layer: nnx.Module, output_shape: tuple[int, ...]) -> Terms | Non
       Input and output width (an axis, or a number), the pair `(per in * out, per out)` of FLOPs,
       and that of params, to which a third number may be added; `None` for a module that costs
       nothing itself.
+
+    Example:
+      >>> @dhp.layer_terms.register
+      ... def _(layer: ScaleOf, output_shape):  # one multiplication an element, a number a channel
+      ...     return layer.z, layer.z, (0, math.prod(output_shape[:-1])), (0, 1)
     """
     return None
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from flax import nnx
 import jax
@@ -12,14 +12,23 @@ import numpy as np
 from dhp_jax.core.latent import Axis, Latent
 
 Keep = Mapping[Latent, np.ndarray]
+Model = TypeVar("Model", bound=nnx.Module)  # what is given back as a network of its own class
 NO_RNGS: Any = SimpleNamespace(params=lambda: None)  # for layers whose initial values are given
 
 
 @runtime_checkable
 class Prunable(Protocol):
-    """A layer that pruning replaces; write `plain` to make a layer of your own prunable."""
+    """A layer that pruning replaces; write `plain` to make a layer of your own prunable.
 
-    def plain(self, keep: Keep | None = None) -> nnx.Module: ...
+    Example:
+      >>> class ScaleOf(Scale):  # `Scale(array)` multiplies each channel with a number of it
+      ...     def plain(self, keep=None):
+      ...         return Scale(self.scale[...][self.z.keep(keep)])
+    """
+
+    def plain(self, keep: Keep | None = None) -> nnx.Module:
+        """The layer of the channels that `keep` has true for; of all of them if it is `None`."""
+        ...
 
 
 def select_entries(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:

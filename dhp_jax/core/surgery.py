@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from dhp_jax.core.latent import Axis, latents, latents_to_prune, modules_in
-from dhp_jax.core.plain import Prunable
+from dhp_jax.core.plain import Model, Prunable
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.core.survivors import Masks
 
 
-def prune(model: nnx.Module, keep: Masks | None = None) -> nnx.Module:
+def prune(model: Model, keep: Masks | None = None) -> Model:
     """Makes the smaller network: every layer on latents becomes its plain counterpart.
 
     Each hypernetwork runs once; its kernel is sliced to the survivors, as are biases, BatchNorm

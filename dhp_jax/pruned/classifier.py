@@ -5,11 +5,12 @@ from dataclasses import replace
 from flax import nnx
 
 from dhp_jax.core.layers import Linear
+from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.models.registry import task_of
 
 
-def with_classes(model: nnx.Module, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
+def with_classes(model: Model, num_classes: int, *, rngs: nnx.Rngs) -> Model:
     """A network with a fresh classifier for another number of classes, to be trained on other data.
 
     Args:

@@ -25,6 +25,7 @@ import numpy as np
 
 from dhp_jax.core.latent import latents, walk
 from dhp_jax.core.layers import ChannelBias
+from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
 from dhp_jax.core.surgery import override, replace_modules
 
@@ -40,7 +41,7 @@ class Identity(nnx.Module):
         return x
 
 
-def fold(model: nnx.Module, input_shape: tuple[Any, ...]) -> nnx.Module:
+def fold(model: Model, input_shape: tuple[Any, ...]) -> Model:
     """Folds BatchNorm and `Bias` layers into the convolutions and linear layers before them.
 
     What cannot be shown to be exact stays as it is: BatchNorm before a convolution, as in a
@@ -67,7 +68,7 @@ def fold(model: nnx.Module, input_shape: tuple[Any, ...]) -> nnx.Module:
     return fold_for_batch(model, (1, *input_shape))
 
 
-def fold_for_batch(model: nnx.Module, shape: tuple[Any, ...]) -> nnx.Module:
+def fold_for_batch(model: Model, shape: tuple[Any, ...]) -> Model:
     """`fold` for a whole batch, of which sizes may be symbolic: `(n, *input_shape)`."""
     if latents(model):
         raise ValueError(

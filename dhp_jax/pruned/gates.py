@@ -11,6 +11,7 @@ import numpy as np
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import latents, walk
 from dhp_jax.core.layers import Hyper, Linear
+from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import override, prune
 from dhp_jax.pruned.fresh_weights import carry_kernels
@@ -21,11 +22,11 @@ from dhp_jax.tracing.weights import READ, weights_of
 
 
 def with_gates(
-    model: nnx.Module,
+    model: Model,
     *,
     rngs: nnx.Rngs,
-    build: Callable[[nnx.Rngs], nnx.Module] | None = None,
-) -> nnx.Module:
+    build: Callable[..., nnx.Module] | None = None,
+) -> Model:
     """A trained network as one of latents that are all 1 and gate what layers read.
 
     The kernel of a layer that reads the axis of a latent `z` is `K[.., i, o] = z[i] W[.., i, o]`,

@@ -11,7 +11,7 @@ import numpy as np
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
 from dhp_jax.core.layers import Hyper
-from dhp_jax.core.plain import Keep, Prunable, select_entries, slice_axis
+from dhp_jax.core.plain import Keep, Model, Prunable, select_entries, slice_axis
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.errors import shown
 from dhp_jax.models import registry
@@ -22,7 +22,7 @@ from dhp_jax.tracing.network import EMBEDDING, GATES_ABOVE, traced
 
 
 def with_latents(
-    model: nnx.Module,
+    model: Model,
     inputs: Any = None,
     *,
     call: Callable[..., Any] | None = None,
@@ -30,8 +30,8 @@ def with_latents(
     gates_above: int = GATES_ABOVE,
     min_channels: int = 4,
     rngs: nnx.Rngs | None = None,
-    build: Callable[[nnx.Rngs], nnx.Module] | None = None,
-) -> nnx.Module:
+    build: Callable[..., nnx.Module] | None = None,
+) -> Model:
     """A network as one of latents, so that it can be searched and pruned.
 
     With `inputs` it may be any network of `flax.nnx`, with its trained weights. It is traced to

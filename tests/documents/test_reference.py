@@ -28,7 +28,7 @@ def needed(thing):
     if dataclasses.is_dataclass(thing):
         return {"Attributes"} | example
     function = vars(thing).get("__init__") if inspect.isclass(thing) else thing
-    if function is None:
+    if function is None or getattr(thing, "_is_protocol", False):
         return example
     signature = inspect.signature(function)
     arguments = {"Args"} if set(signature.parameters) - {"self"} else set()
