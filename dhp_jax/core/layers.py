@@ -265,7 +265,7 @@ class Linear(nnx.Linear):
         hyper = cls is Linear and isinstance(out_features, Axis)
         return super().__new__(HyperLinear if hyper else cls)
 
-    def __init__(self, z_in: Axis, out_features: int, **options: Any):
+    def __init__(self, z_in: Axis, out_features: int | Axis, **options: Any):
         check_axis("Linear: z_in", z_in)
         super().__init__(z_in.size, out_features, **options)
         self.z_in = z_in

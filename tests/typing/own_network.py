@@ -23,11 +23,12 @@ class Net(nnx.Module):
         self.conv1 = dhp.HyperConv(image, z1, (3, 3), use_bias=False, rngs=rngs)
         self.norm = dhp.BatchNorm(z1, momentum=0.9, rngs=rngs)
         self.conv2 = dhp.HyperConv(z1, dhp.repeat(z2, 2), 1, strides=2, rngs=rngs)
-        self.head = dhp.Linear(both, 10, rngs=rngs)
+        self.hidden = dhp.Linear(both, z1, rngs=rngs)
+        self.head = dhp.Linear(z1, 10, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         x = nnx.relu(self.norm(self.conv1(x)))
-        return self.head(self.conv2(x).mean(axis=(1, 2)))
+        return self.head(self.hidden(self.conv2(x).mean(axis=(1, 2))))
 
 
 class OfNames(nnx.Module):
