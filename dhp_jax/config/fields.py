@@ -186,6 +186,9 @@ FIELDS: Fields = {
         "keep": Field(
             0.0, number(0, 1), "least share of its entries that every latent keeps", absent=0.0
         ),
+        "batches": Field(
+            10, integer(1), "whose gradient chooses channels; at most an epoch", absent=10
+        ),
     },
     "converge": {
         **_schedule(300, (150.0, 225.0), "epochs of the pruned network"),

@@ -14,6 +14,7 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.budgets.counted import Scores, survivors_within
+from dhp_jax.budgets.gradients import gradient_scores
 from dhp_jax.budgets.importance import (
     fpgm_scores,
     group_scores,
@@ -47,9 +48,11 @@ class Start(Protocol):
 
     Attributes:
       seed: of the run's random numbers.
+      batches: whose gradient a method asks for.
     """
 
     seed: int
+    batches: int
 
     def unpruned(self) -> nnx.Module:
         """The network of latents with its initial weights."""
@@ -63,8 +66,10 @@ class Start(Protocol):
         """The network of latents with the weights of the run that this one starts from."""
         ...
 
-    def training(self) -> tuple[Callable[[nnx.Module, Any], Array], Iterable[Any]]:
-        """The loss of a network on a batch, and batches of training data."""
+    def training(
+        self, count: int | None = None
+    ) -> tuple[Callable[[nnx.Module, Any], Array], Iterable[Any]]:
+        """The loss of a network on a batch, and so many batches of training data, or enough."""
         ...
 
     def per_flop(self, scores: Scores) -> Scores:
@@ -127,6 +132,13 @@ def _by_chance(start: Start) -> Smaller:
     return start.within(model, random_scores(model, start.seed))
 
 
+def _by_gradient(start: Start) -> Smaller:
+    model = start.unpruned()
+    model.train()
+    scores = gradient_scores(model, *start.training(start.batches))
+    return start.within(model, start.per_flop(scores))
+
+
 def _not_faded(
     model: nnx.Module, cost: Cost, multiple_of: Multiples = 1, **budget: float
 ) -> dict[str, np.ndarray]:
@@ -173,6 +185,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "uniform width",
             "Narrowed uniformly to {left}, from fresh weights",
             lambda start: start.within(start.unpruned(), uniform_within),
+            fresh=True,
+        ),
+        "gradient": Method(
+            "gradient of latents",
+            "Pruned by the gradient of latents to {left}, from fresh weights",
+            _by_gradient,
+            ranks=True,
             fresh=True,
         ),
         "random": Method(

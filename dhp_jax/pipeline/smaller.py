@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -22,6 +23,7 @@ from dhp_jax.pipeline.preparation import Run, counted_budgets
 from dhp_jax.pipeline.training_batches import EXAMPLES, batches
 from dhp_jax.pruned.fresh_weights import carry_kernels
 from dhp_jax.tasks.task import Data
+from dhp_jax.train.step import dropout_from
 from dhp_jax.workdir import source_run
 
 
@@ -36,6 +38,10 @@ class RunStart:
     def seed(self) -> int:
         return self.run.config.seed
 
+    @property
+    def batches(self) -> int:
+        return self.run.config.search.batches
+
     def unpruned(self) -> nnx.Module:
         return self.run.build()
 
@@ -48,14 +54,18 @@ class RunStart:
         carry_kernels(reading.load(source_run.read(self.run.config).path), model)
         return model
 
-    def training(self) -> tuple[Callable[[nnx.Module, Any], Array], Iterable[Any]]:
+    def training(
+        self, count: int | None = None
+    ) -> tuple[Callable[[nnx.Module, Any], Array], Iterable[Any]]:
         task = self.run.setup.task
+        examples = EXAMPLES if count is None else count * self.run.config.batch_size
 
         def loss(model: nnx.Module, batch: Any) -> Array:
             inputs, targets = batch
-            return jnp.mean(task.loss(model(inputs), targets))
+            with dropout_from(jax.random.key(self.seed), model):
+                return jnp.mean(task.loss(model(inputs), targets))
 
-        return loss, batches(self.run, self.read("train"), EXAMPLES)
+        return loss, batches(self.run, self.read("train"), examples)
 
     def per_flop(self, scores: Scores) -> Scores:
         power = self.run.config.per_flop

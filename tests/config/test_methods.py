@@ -28,6 +28,7 @@ from dhp_jax.budgets import latency
 from dhp_jax.config.methods import METHODS
 from dhp_jax.core.latent import walk
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.data.labelled import digits
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline import preparation, targets
 from dhp_jax.pipeline.targets import execute
@@ -313,6 +314,30 @@ def test_fresh_weights_are_drawn_as_those_of_a_baseline(pruned, method):
     for norm in norms:
         for name, value in (("scale", 1), ("bias", 0), ("mean", 0), ("var", 1)):
             assert np.all(np.asarray(getattr(norm, name)[...]) == value)
+
+
+def test_gradient_keeps_the_channels_whose_latents_the_loss_is_most_sensitive_to(tmp_path):
+    whole = {"batch_size": 1297, "search.batches": 1, "data.crop_padding": 0}
+    with pytest.raises(Stop):  # all images are one batch, so their order does not matter
+        carry_out(tmp_path, [Interrupter("converge", 0)], method="gradient", **whole)
+    images, labels = digits.load().read("train")
+    images = (images - images.mean()) / images.std()
+    model = dhp.models.build("resnet", **ARGUMENTS, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+
+    @jax.grad
+    def gradient(state):
+        scores = nnx.merge(graphdef, state, copy=True)(jnp.asarray(images, jnp.float32))
+        return -jnp.mean(nnx.log_softmax(scores)[np.arange(1297), labels])
+
+    slopes = dhp.latents(nnx.merge(graphdef, jax.jit(gradient)(state)))
+    by = {name: np.abs(z.value()) for name, z in slopes.items() if z.prunable}
+    small = dhp.prune_to(model, SHAPE, flops=0.5, by=by)
+    kept = architecture_of(small).survivors
+    assert survivors(tmp_path) == {name: list(indices) for name, indices in kept.items()}
+    noted = description(tmp_path / "pruned")["notes"]
+    assert noted["budget"]["predicted"]["flops"] <= 0.5
+    assert "test" not in noted
 
 
 def test_uniform_widths_are_one_share_to_within_a_channel(pruned):
