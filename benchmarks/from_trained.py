@@ -9,9 +9,9 @@
 
 A ResNet-20 is trained on CIFAR-10. Every row of the table begins with its weights, is brought down
 to a share of its FLOPs, and is trained for the same number of updates, those of a search included.
-All of it is one compiled program of a few dozen updates, whose latents gate what layers read: a
-network with gates of 0 computes what `dhp.prune` leaves (tests check it). The library counts which
-channels fit a budget.
+The search is the library's `dhp.fade_to_budget`. All else is one compiled program of a few dozen
+updates, whose latents gate what layers read: a network with gates of 0 computes what `dhp.prune`
+leaves (tests check it). The library scores channels, and counts which of them fit a budget.
 
 A row is written to DIR/rows.jsonl the moment it is measured. DIR/resnet20.npz holds the weights.
 """
@@ -43,7 +43,10 @@ from dhp_jax.budgets.counted import survivors_within
 from dhp_jax.core.latent import walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.prox import soft_threshold
-from dhp_jax.pruned.fresh_weights import reinitialize
+from dhp_jax.pruned.fresh_weights import carry_kernels, reinitialize
+from dhp_jax.tasks.classification import distillation_loss
+from dhp_jax.train.optimizer import optimizer
+from dhp_jax.train.schedules import decay_schedule
 
 TITLE = "Ways of pruning a trained network at equal cost"
 NOTE = (
@@ -100,15 +103,13 @@ class Plan(NamedTuple):
 
     Attributes:
       mask: 1 for the entries of latents that are there, 0 for those that are gone.
-      amount: by how much the proximal step of each update moves an entry towards 0.
-      strength: of the l1 norm of each entry; times the learning rate, it is added to the amount.
+      strength: of the l1 norm of each entry.
       rate: of the latents, as a multiple of the learning rate.
       distillation: share of the loss that compares with the teacher.
       both: whether latents multiply the kernels that make their channels, too.
     """
 
     mask: Arrays
-    amount: Arrays
     strength: Arrays
     rate: Array | float = 0.0
     distillation: Array | float = 0.0
@@ -124,12 +125,12 @@ class Batches(NamedTuple):
     rate: np.ndarray
 
 
-class Sums(NamedTuple):
-    """Over the updates of a segment, for each entry; `g z` is the first-order Taylor term."""
+class Search(NamedTuple):
+    """What an update of the search changes."""
 
-    absolute: Arrays
-    squares: Arrays
-    loss: jax.Array
+    params: nnx.State
+    statistics: nnx.State
+    optimizer: Any
 
 
 class Network:
@@ -203,8 +204,24 @@ class Network:
         return {name: np.full(self.sizes[name], value, np.float32) for name in self.prunable}
 
 
-def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Callable, Callable]:
-    """The two compiled programs: some updates, and the errors on the test images."""
+class Programs(NamedTuple):
+    """The compiled programs.
+
+    Attributes:
+      advance: some updates of a run.
+      search: takes the structure of a network with gates and an optimizer; returns some updates.
+      inputs: the images and labels of batches, one after another.
+      evaluate: errors on the test images.
+    """
+
+    advance: Callable
+    search: Callable
+    inputs: Callable
+    evaluate: Callable
+
+
+def programs(net: Network, train: tuple, test: tuple, batch: int) -> Programs:
+    """The programs for a network and its data."""
     border = (BORDER, BORDER)
     pixels = np.pad(train[0], ((0, 0), border, border, (0, 0)))
     data = jax.device_put((pixels, np.asarray(train[1], np.int32)))
@@ -232,58 +249,79 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Calla
         model.train() if training else model.eval()
         return model(images).astype(jnp.float32), net.split(model)[1]
 
-    def update(data, plan, teacher, run, batches):
-        index, shift, flip, rate = batches
-        images = cut_out(data[0], index, shift, flip)
-        labels = data[1][index]
+    @jax.jit
+    def inputs_of(data, batch):
+        images = cut_out(data[0], batch.order, batch.shift, batch.flip)
+        return images, data[1][batch.order]
 
-        def softened(images):
-            logits, _ = logits_of(*teacher, images, training=False)
-            return jax.nn.softmax(logits / TEMPERATURE)
+    def taught_by(teacher, images, share):
+        def of(images):
+            return logits_of(*teacher, images, training=False)[0]
 
         def nothing(images):
-            return jnp.full((len(images), 10), 0.1)
+            return jnp.zeros((len(images), 10))
 
-        share = plan.distillation
-        target = jax.lax.cond(share > 0, softened, nothing, images)
+        return jax.lax.cond(share > 0, of, nothing, images)
+
+    def total_loss(logits, labels, taught, share):
+        plain = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        apart = distillation_loss(logits, taught, TEMPERATURE).mean()
+        return (1 - share) * plain + share * apart
+
+    def update(data, plan, teacher, run, batch):
+        rate = batch.rate
+        images, labels = inputs_of(data, batch)
+        taught = taught_by(teacher, images, plan.distillation)
 
         def loss_of(weights, z):
             gates = jax.tree.map(jnp.multiply, z, plan.mask)
             logits, statistics = logits_of(
                 weights, gates, run.statistics, images, training=True, both=plan.both
             )
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            apart = optax.kl_divergence(jax.nn.log_softmax(logits / TEMPERATURE), target).mean()
-            loss = (1 - share) * loss + share * TEMPERATURE**2 * apart
-            return loss, statistics
+            return total_loss(logits, labels, taught, plan.distillation), statistics
 
         (loss, statistics), (grads, grads_z) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
             run.weights, run.z
         )
-        terms = jax.tree.map(jnp.multiply, grads_z, run.z)
         grads = jax.tree.map(lambda g, w: g + WEIGHT_DECAY * w, grads, run.weights)
         after = jax.tree.map(lambda v, g: MOMENTUM * v + g, run.velocity, (grads, grads_z))
         step, step_z = jax.tree.map(lambda v, g: g + MOMENTUM * v, after, (grads, grads_z))
         weights = jax.tree.map(lambda w, s: w - rate * s, run.weights, step)
 
-        def moved(z, s, amount, strength):
-            return soft_threshold(z - rate * plan.rate * s, amount + rate * strength)
+        def moved(z, s, strength):
+            return soft_threshold(z - rate * plan.rate * s, rate * strength)
 
-        z = jax.tree.map(moved, run.z, step_z, plan.amount, plan.strength)
-        sums = Sums(jax.tree.map(jnp.abs, terms), jax.tree.map(jnp.square, terms), loss)
-        return Run(weights, z, after, statistics), sums
+        z = jax.tree.map(moved, run.z, step_z, plan.strength)
+        return Run(weights, z, after, statistics), loss
 
     @jax.jit
     def advance(data, run, plan, teacher, batches):
-        def body(carry, batch):
-            run, total = carry
-            run, sums = update(data, plan, teacher, run, batch)
-            return (run, jax.tree.map(jnp.add, total, sums)), None
+        def body(run, batch):
+            return update(data, plan, teacher, run, batch)
 
-        zeros = jax.tree.map(jnp.asarray, net.full(0))
-        nothing = Sums(zeros, zeros, jnp.zeros(()))
-        (run, total), _ = jax.lax.scan(body, (run, nothing), batches)
-        return run, jax.tree.map(lambda x: x / len(batches.rate), total)
+        run, losses = jax.lax.scan(body, run, batches)
+        return run, losses.mean()
+
+    def search(graphdef, optimizer):
+        @jax.jit
+        def advance(data, state, share, teacher, batches):
+            def body(state, batch):
+                images, labels = inputs_of(data, batch)
+                taught = taught_by(teacher, images, share)
+
+                def loss_of(params):
+                    model = nnx.merge(graphdef, params, state.statistics, copy=True)
+                    loss = total_loss(model(images).astype(jnp.float32), labels, taught, share)
+                    return loss, nnx.state(model, nnx.Not(nnx.Param))
+
+                grads, statistics = jax.grad(loss_of, has_aux=True)(state.params)
+                updates, changed = optimizer.update(grads, state.optimizer, state.params)
+                params = optax.apply_updates(state.params, updates)
+                return Search(params, statistics, changed), None
+
+            return jax.lax.scan(body, state, batches)[0]
+
+        return functools.partial(advance, data)
 
     @jax.jit
     def test_errors(tested, run, mask):
@@ -312,102 +350,24 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> tuple[Calla
             "test_loss": float(np.asarray(loss).sum() / count),
         }
 
-    return functools.partial(advance, data), evaluate
+    return Programs(
+        functools.partial(advance, data), search, functools.partial(inputs_of, data), evaluate
+    )
 
 
 # --------------------------------------------------------------------------------- the criteria
 
 
 def of_mean_one(scores: Scores) -> Scores:
-    """Scores of each latent divided by their mean, as `dhp.l1_scores` does."""
+    """Scores of each latent divided by their mean."""
     return {name: values / max(values.mean(), 1e-12) for name, values in scores.items()}
 
 
-def summed(net: Network, weights: Arrays, number_of: Callable[[np.ndarray], np.ndarray]) -> Scores:
-    """Sums, over the convolutions whose output a latent is, of what a function says of filters.
-
-    Args:
-      net: whose latents they are.
-      weights: of the trained network.
-      number_of: takes the filters of a convolution as rows, and returns a number for each.
-    """
-    total = {name: np.zeros(net.sizes[name]) for name in net.prunable}
-    for path, layer in net.layers.items():
-        if isinstance(layer, Hyper) and net.names[layer.z_out] in total:
-            kernel = np.asarray(weights[f"{path}.kernel"], np.float64)
-            total[net.names[layer.z_out]] += number_of(kernel.reshape(-1, kernel.shape[-1]).T)
-    return total
-
-
-def group_scores(net: Network, weights: Arrays) -> Scores:
-    """The Euclidean norm of all weights that an entry rules: filters, scales, and what reads it."""
-    total = {name: np.zeros(net.sizes[name]) for name in net.prunable}
-
-    def add(axis, values):
-        if net.names[axis] in total:
-            total[net.names[axis]] += values
-
-    for path, layer in net.layers.items():
-        if isinstance(layer, Hyper):
-            squares = np.asarray(weights[f"{path}.kernel"], np.float64) ** 2
-            add(layer.z_in, squares.sum((0, 1, 3)))
-            add(layer.z_out, squares.sum((0, 1, 2)))
-        elif isinstance(layer, dhp.BatchNorm):
-            add(layer.z, np.asarray(weights[f"{path}.scale"], np.float64) ** 2)
-        elif isinstance(layer, dhp.Linear):
-            add(layer.z_in, (np.asarray(weights[f"{path}.kernel"], np.float64) ** 2).sum(1))
-    return of_mean_one({name: np.sqrt(values) for name, values in total.items()})
-
-
-def scale_scores(net: Network, weights: Arrays) -> Scores:
-    """The magnitudes of the BatchNorm scales of an entry, added up (slimming)."""
-    total = {name: np.zeros(net.sizes[name]) for name in net.prunable}
-    for path, layer in net.layers.items():
-        if isinstance(layer, dhp.BatchNorm) and net.names[layer.z] in total:
-            total[net.names[layer.z]] += np.abs(np.asarray(weights[f"{path}.scale"], np.float64))
-    return total
-
-
-def magnitude_scores(net: Network, weights: Arrays) -> dict[str, Scores]:
-    """The criteria that look at the weights alone."""
-
-    def l1(filters):
-        return np.abs(filters).sum(1)
-
-    def l2(filters):
-        return np.sqrt((filters**2).sum(1))
-
-    return {
-        "l1": of_mean_one(summed(net, weights, l1)),
-        "l2": of_mean_one(summed(net, weights, l2)),
-        "fpgm": of_mean_one(summed(net, weights, distances)),
-        "group": group_scores(net, weights),
-        "scale": scale_scores(net, weights),
-    }
-
-
-def distances(filters: np.ndarray) -> np.ndarray:
-    """The sum of the distances of each filter from all others of its layer (FPGM)."""
-    return np.sqrt(((filters[:, None] - filters[None]) ** 2).sum(-1)).sum(1)
-
-
-def per_cost(net: Network, scores: Scores, power: float, counts: Mapping[str, int]) -> Scores:
-    """Scores divided by a power of the share of the FLOPs that one entry costs.
-
-    Args:
-      net: the network.
-      scores: of the entries.
-      power: 0 for no division, 1 for importance per FLOP.
-      counts: entries that each latent has at the moment.
-    """
-    if not power:
-        return scores
-    whole = {name: counts.get(name, size) for name, size in net.sizes.items()}
-    flops = net.cost.amounts(whole)["flops"]
-    saved = {
-        name: flops - net.cost.amounts(whole | {name: whole[name] - 1})["flops"] for name in scores
-    }
-    return {name: values / (saved[name] / flops) ** power for name, values in scores.items()}
+def of_latents(net: Network, arrays: Arrays) -> nnx.Module:
+    """The network of latents with the kernels of an ordinary one."""
+    model = nnx.clone(net.latents)
+    carry_kernels(net.model(arrays), model)
+    return model
 
 
 def choose(net: Network, scores: Scores, flops: float) -> dict[str, np.ndarray]:
@@ -453,7 +413,8 @@ class Bench:
         self.end = time.monotonic() + 60 * options.minutes
         self.train, self.test = read(options.data, options.rehearse)
         self.net = Network(size.depth, jnp.bfloat16)
-        self.advance, self.evaluate = programs(self.net, self.train, self.test, size.batch)
+        self.programs = programs(self.net, self.train, self.test, size.batch)
+        self.evaluate = self.programs.evaluate
         self.trained: dict[str, np.ndarray] = {}
         untrained = self.begin(self.net.fresh(0))
         self.teacher = untrained.weights, untrained.z, untrained.statistics
@@ -497,20 +458,19 @@ class Bench:
 
     def plan(self, mask: Mapping[str, np.ndarray], way: Way | None = None, **fields: Any) -> Plan:
         """A plan of float32 arrays; what is not given is zero."""
-        given = {"amount": self.net.full(0), "strength": self.net.full(0)} | fields
+        given = {"strength": self.net.full(0)} | fields
         given |= {"distillation": way.distillation if way else 0.0}
         plan = Plan(dict(mask), **given)
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), plan)
 
-    def step(self, run: Run, plan: Plan, batches: Batches) -> tuple[Run, Sums]:
-        return self.advance(run, plan, self.teacher, batches)
+    def step(self, run: Run, plan: Plan, batches: Batches) -> tuple[Run, Array]:
+        """The run after some updates, and the mean of their losses."""
+        return self.programs.advance(run, plan, self.teacher, batches)
 
 
-def cosine(peak: float, updates: int, warm_up: int) -> np.ndarray:
-    """A learning rate for each update: up in a straight line, then down along a half cosine."""
-    at = np.arange(updates)
-    down = 0.5 * (1 + np.cos(np.pi * (at - warm_up) / max(1, updates - warm_up)))
-    return peak * np.where(at < warm_up, (at + 1) / warm_up, down)
+def cosine(peak: float, updates: int, warm_up: int) -> optax.Schedule:
+    """The learning rate of each update."""
+    return decay_schedule("cosine", peak, updates, 1, warmup=warm_up)
 
 
 def train(
@@ -521,21 +481,28 @@ def train(
     segments = max(2, round(epochs * len(bench.train[1]) / size.batch / size.segment))
     updates = segments * size.segment
     run, plan = bench.begin(start), bench.plan(bench.net.full(1))
-    rates = cosine(rate, updates, min(2 * size.segment, updates // 2))
-    for batches in bench.batches(1000 + seed, rates):
-        run, sums = bench.step(run, plan, batches)
-    if not np.isfinite(float(sums.loss)):
+    schedule = cosine(rate, updates, min(2 * size.segment, updates // 2))
+    for batches in bench.batches(1000 + seed, schedule(np.arange(updates))):
+        run, loss = bench.step(run, plan, batches)
+    if not np.isfinite(float(loss)):
         raise RuntimeError("the training has diverged")
     return run
 
 
-def measure_taylor(bench: Bench, run: Run) -> dict[str, Scores]:
-    """First-order Taylor terms of the trained network over a segment, without an update."""
-    rates = np.zeros(bench.size.segment)
-    (batches,) = bench.batches(777, rates)
-    _, sums = bench.step(run, bench.plan(bench.net.full(1)), batches)
-    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-    return {"taylor": sums.absolute, "taylor_square": sums.squares}
+def taylor_scores(bench: Bench, model: nnx.Module) -> dict[str, Scores]:
+    """First-order Taylor terms of the trained network over a segment, in training mode."""
+    (batches,) = bench.batches(777, np.zeros(bench.size.segment))
+    each = [jax.tree.map(lambda x, at=at: x[at], batches) for at in range(bench.size.segment)]
+
+    def loss(network, batch):
+        logits = network(batch[0]).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    def scores(squared):
+        return dhp.taylor_scores(model, loss, map(bench.programs.inputs, each), squared=squared)
+
+    model.train()
+    return {"taylor": scores(squared=False), "taylor_square": scores(squared=True)}
 
 
 def uniform(net: Network, scores: Scores, flops: float) -> dict[str, np.ndarray]:
@@ -560,9 +527,10 @@ def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = Fal
     """
     began, net, size = time.monotonic(), bench.net, bench.size
     run = bench.begin(bench.trained)
-    stream = bench.batches(seed, cosine(way.rate, size.updates, size.segment))
+    schedule = cosine(way.rate, size.updates, size.segment)
+    stream = bench.batches(seed, schedule(np.arange(size.updates)))
     if way.by == "fade":
-        run, mask = faded(bench, way, flops, run, stream)
+        run, mask = faded(bench, way, flops, schedule, stream)
     elif way.by == "dhp":
         run, mask = shrunk(bench, way, flops, run, stream)
     else:
@@ -570,7 +538,7 @@ def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = Fal
     plan = bench.plan(mask, way)
     after_cut = error_after_cut(bench, run, mask) if look else None
     for batches in stream:
-        run, sums = bench.step(run, plan, batches)
+        run, loss = bench.step(run, plan, batches)
     counts = net.sizes | {name: int(np.sum(kept)) for name, kept in mask.items()}
     bench.write(
         name=way.name,
@@ -578,7 +546,7 @@ def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = Fal
         seed=seed,
         **bench.evaluate(run, plan.mask),
         after_cut=after_cut,
-        train_loss=float(sums.loss),
+        train_loss=float(loss),
         **net.cost.shares(counts),
         widths={name: counts[name] for name in net.prunable},
         updates=size.updates,
@@ -605,32 +573,38 @@ def cut(bench: Bench, way: Way, flops: float, seed: int) -> dict[str, np.ndarray
     scores = bench.scores[way.by]
     if way.relative:
         scores = of_mean_one({name: np.sqrt(values) for name, values in scores.items()})
-    return choose(net, per_cost(net, scores, way.power, {}), flops)
+    return choose(net, dhp.per_cost(scores, net.cost, power=way.power), flops)
 
 
-def faded(bench: Bench, way: Way, flops: float, run: Run, stream: Iterator[Batches]):
-    """The search from trained weights: what the budget has no room for fades, stage by stage.
+def faded(
+    bench: Bench, way: Way, flops: float, schedule: optax.Schedule, stream: Iterator[Batches]
+) -> tuple[Run, dict[str, np.ndarray]]:
+    """The library's search from trained weights, a segment a part; see `dhp.fade_to_budget`.
 
-    The first segment only trains, and averages squared Taylor terms. Each of the others brings to
-    zero what has to go by then; see `dhp.fade_to_budget`.
+    What is left goes on with a fresh optimizer, as in a run of the library.
     """
-    net, mask = bench.net, bench.net.full(1)
-    run, sums = bench.step(run, bench.plan(mask, way), next(stream))
-    average = jax.tree.map(np.asarray, sums.squares)
-    for stage in range(1, way.stages + 1):
-        share = 1 - (1 - flops) * (1 - (1 - stage / way.stages) ** 2)
-        counts = {name: int(there.sum()) for name, there in mask.items()}
-        scores = per_cost(net, average, way.power, counts)
-        scores = {name: np.maximum(scores[name], 1e-30) * mask[name] for name in mask}
-        keep = choose(net, scores, share)
-        amount = {
-            name: np.where(keep[name], 0, np.asarray(run.z[name]) / bench.size.segment)
-            for name in mask
-        }
-        run, sums = bench.step(run, bench.plan(mask, way, amount=amount), next(stream))
-        average = jax.tree.map(lambda a, s: (a + np.asarray(s)) / 2, average, sums.squares)
-        mask = {name: mask[name] * keep[name] for name in mask}
-    return run, mask
+    net, parts = bench.net, way.stages + 1
+    given = {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "nesterov": True}
+    fading = dhp.fade_to_budget(
+        optimizer("sgd", schedule, **given),
+        model := dhp.with_gates(net.model(bench.trained), rngs=nnx.Rngs(0)),
+        net.cost,
+        steps=parts * bench.size.segment,
+        stages=way.stages,
+        power=way.power,
+        flops=flops,
+    )
+    model.train()
+    graphdef, params, statistics = nnx.split(model, nnx.Param, ...)
+    state = Search(params, statistics, fading.init(params))
+    advance = bench.programs.search(graphdef, fading)
+    for _, batches in zip(range(parts), stream, strict=False):
+        state = advance(state, jnp.float32(way.distillation), bench.teacher, batches)
+    model = nnx.merge(graphdef, state.params, state.statistics)
+    weights, statistics = net.split(dhp.prune(model))
+    masks = dhp.survivors(model)
+    mask = {name: masks[name].astype(np.float32) for name in net.prunable}
+    return bench.begin(jax.tree.map(np.asarray, weights | statistics)), mask
 
 
 def shrunk(bench: Bench, way: Way, flops: float, run: Run, stream: Iterator[Batches]):
@@ -689,10 +663,18 @@ def load(bench: Bench, options: argparse.Namespace) -> None:
     bench.trained = stored(own if own.exists() else options.weights)
     run = bench.begin(bench.trained)
     bench.teacher = run.weights, run.z, run.statistics
-    bench.scores = magnitude_scores(bench.net, bench.trained)
-    bench.scores |= measure_taylor(bench, run)
+    model = of_latents(bench.net, bench.trained)
+    bench.scores = {by: scores_of(model) for by, scores_of in BY_WEIGHTS.items()}
+    bench.scores |= taylor_scores(bench, model)
 
 
+BY_WEIGHTS = {
+    "l1": dhp.l1_scores,
+    "l2": dhp.l2_scores,
+    "fpgm": dhp.fpgm_scores,
+    "group": dhp.group_scores,
+    "scale": dhp.scale_scores,
+}
 CRITERIA = ("l1", "group", "taylor_square", "scale", "fpgm", "random", "uniform_l1")
 ONE = {by: Way(by, by=by) for by in (*CRITERIA, "taylor", "l2", "uniform_taylor_square")}
 FADE = Way("fade", by="fade", power=1.0, stages=6)

@@ -1,5 +1,7 @@
 """The one program of `benchmarks/from_trained.py` computes what pruned networks compute."""
 
+import argparse
+import dataclasses
 from pathlib import Path
 import sys
 
@@ -80,14 +82,22 @@ def test_what_is_left_gets_the_gradients_of_the_pruned_network(net, arrays, prun
     assert not np.asarray(got[name])[..., ~stage].any()
 
 
-def test_the_l1_scores_are_the_librarys(net, arrays):
-    model = nnx.clone(net.latents)
-    carry_kernels(net.model(arrays), model)
-    wanted = dhp.l1_scores(model)
-    got = from_trained.magnitude_scores(net, arrays)["l1"]
-    assert got.keys() == wanted.keys()
-    for name in wanted:
-        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4)
+@pytest.mark.slow
+def test_the_search_leaves_a_network_within_its_budget_whose_gates_are_closed(tmp_path, arrays):
+    options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True)
+    bench = from_trained.Bench(options, from_trained.REHEARSAL)
+    net, bench.trained = bench.net, arrays
+    way = dataclasses.replace(from_trained.FADE, distillation=0.5)
+    schedule = from_trained.cosine(0.05, 9, 1)
+    stream = bench.batches(0, schedule(np.arange(9)))
+    run, mask = from_trained.faded(bench, way, 0.5, schedule, stream)
+    counts = net.sizes | {name: int(kept.sum()) for name, kept in mask.items()}
+    assert 0.4 < net.cost.shares(counts)["flops"] <= 0.5
+    closed = net.gated(run.weights, {name: jnp.asarray(kept) for name, kept in mask.items()})
+    for name, weights in run.weights.items():
+        np.testing.assert_array_equal(closed[name], weights)  # what is gone is zero already
+        assert np.abs(np.asarray(weights) - arrays[name]).max() > 0, name
+    assert len(list(stream)) == 2  # of 9 updates, 7 are the search's
 
 
 def test_generated_kernels_are_those_of_an_embedding_of_1(net, arrays):
@@ -101,9 +111,9 @@ def test_generated_kernels_are_those_of_an_embedding_of_1(net, arrays):
 
 
 def test_every_way_is_within_its_budget(net, arrays):
-    scores = from_trained.magnitude_scores(net, arrays)
+    model = from_trained.of_latents(net, arrays)
     for by, flops in [("l1", 0.5), ("group", 0.25), ("fpgm", 0.25)]:
-        masks = from_trained.choose(net, scores[by], flops)
+        masks = from_trained.choose(net, from_trained.BY_WEIGHTS[by](model), flops)
         counts = net.sizes | {name: int(mask.sum()) for name, mask in masks.items()}
         assert 0.98 * flops < net.cost.shares(counts)["flops"] <= flops
 
