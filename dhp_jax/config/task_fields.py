@@ -11,6 +11,13 @@ MAX_SIDE = 10_000  # of images, in pixels
 MAX_WORKERS = 1024
 
 _READING: Fields = {
+    "validation": Field(
+        0.0,
+        number(0, 1, below=True),
+        "share of the training examples that is held out, to choose the best epoch on; "
+        "without one the test data choose it",
+        absent=0.0,
+    ),
     "streamed": Field(
         None,
         or_none(BOOLEAN, "for whether they do not fit on the device"),

@@ -30,6 +30,8 @@ def save(
     """Saves a network with what a reader of the file wants to know; returns its digest."""
     path = run.workdir / name
     phase = None if progress is None else dataclasses.asdict(progress)
+    if phase is not None and not phase["validation"]:
+        del phase["validation"]
     noted = {**run.setup.notes, **notes, "run": _asked(run)}
     writing.save(path, model, input_shape=run.setup.input_shape, phase=phase, **noted)
     return read_description(path)["sha256"]
@@ -59,7 +61,7 @@ def keep_teacher(run: Run, source: str) -> None:
 
 
 def save_trained(run: Run, outcome: Outcome, test: Data, source: str) -> None:
-    """Saves the network after its best epoch on the test data, then the last: the run's end."""
+    """Saves the network after its best epoch, then the last: the run's end."""
     task = run.setup.task
     for name, images in task.pictures(outcome.model, test, PICTURES):
         folder = run.workdir / reader.PICTURES / name

@@ -55,8 +55,8 @@ class Work(NamedTuple):
     Attributes:
       run: from `prepare`.
       stopping: asked after every step of training whether to stop.
-      read: `read("train")` and `read("test")` give the data, which are read once; a run that is
-        finished reads none.
+      read: `read("train")` gives the data of a split, which are read once; a run that is finished
+        reads none.
     """
 
     run: Run
@@ -218,6 +218,7 @@ def _train(
             run.setup.task,
             work.read("train"),
             work.read("test"),
+            work.read("validation") if "validation" in run.setup.checksums else None,
             examples=run.setup.epoch,
             batch_size=config.batch_size,
             log_every=config.log_every,

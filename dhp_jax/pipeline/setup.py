@@ -31,9 +31,9 @@ class TaskSetup:
       arguments: of the network, those that follow from the task and the data.
       notes: JSON values saved with a network, which `dhp_jax.predict` needs; see `dhp.save`.
       streamed: whether the data are read while they are used.
-      checksums: of the training and the test data, by "train" and "test".
-      read: `read("train")` and `read("test")` give the data that the task takes examples from: a
-        stream, or trees of NumPy arrays (`Rows` of images and their labels; `Patches`).
+      checksums: of the data by split: "train", "test" and, if some are held out, "validation".
+      read: `read("train")` gives the data of a split that the task takes examples from: a stream,
+        or trees of NumPy arrays (`Rows` of images and their labels; `Patches`).
     """
 
     task: Task
@@ -82,14 +82,14 @@ def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
         image_size=config.data.image_size,
         archive=config.data.archive,
         channels=channels,
-    )
+    ).hold_out(config.data.get("validation", 0.0))
     if config.batch_size > source.train_size:
         raise ConfigError(
             "config.batch_size",
             f"at most {source.train_size}, the number of training examples of {source.name!r}",
             config.batch_size,
         )
-    needed = source.bytes("train") + source.bytes("test")
+    needed = sum(map(source.bytes, source.splits))
     what = f"the images of {source.name!r}"
     streamed = is_streamed(config, streamed, needed, needed, what)
     batch_bytes = config.batch_size * source.bytes("train") // source.train_size
@@ -120,13 +120,18 @@ def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
             "mean": list(source.mean),
             "std": list(source.std),
             "peak": source.peak,
-            "test_examples": source.test_size,
+            **_counts({split: source.size(split) for split in source.splits}),
             **({} if channels is None else {"channels": channels}),
         },
         streamed=streamed,
-        checksums={split: source.checksum(split) for split in ("train", "test")},
+        checksums={split: source.checksum(split) for split in source.splits},
         read=read,
     )
+
+
+def _counts(sizes: Mapping[str, int]) -> dict[str, int]:
+    """How many examples metrics are measured on, as notes of a network."""
+    return {f"{split}_examples": size for split, size in sizes.items() if split != "train"}
 
 
 def _or_default(value: Any, default: Any) -> Any:
@@ -176,6 +181,7 @@ def _restoration(
         scale=task.scale,
         patch=task.patch,
         smallest_test=WINDOW + 2 * task.shave,
+        validation=config.data.get("validation", 0.0),
     )
 
     needed, what = source.bytes, "the training photographs"
@@ -195,9 +201,9 @@ def _restoration(
         input_shape=(COST_SIZE, COST_SIZE, settings.channels),
         epoch=settings.steps_per_epoch * config.batch_size,
         arguments=arguments,
-        notes={"task": settings.name, "test_examples": source.test_size},
+        notes={"task": settings.name, **_counts(source.sizes)},
         streamed=streamed,
-        checksums={split: source.checksum(split) for split in ("train", "test")},
+        checksums={split: source.checksum(split) for split in source.sizes},
         read=read,
     )
 

@@ -14,7 +14,9 @@ from dhp_jax.report.crops import Crop
 from dhp_jax.report.figures import Chart
 from dhp_jax.report.format import (
     faster,
+    interval,
     loss_text,
+    main_metric,
     milliseconds,
     start_text,
 )
@@ -38,7 +40,7 @@ STAGES = {  # of summary["test"], in the order of their becoming, each with what
     "best": ("best epoch on these data", "chosen on these same data, so rather too good"),
 }
 OTHERS = {  # networks beside the one that a run leaves
-    "best": "the network after its best epoch on the test data",
+    "best": "the network after its best epoch",
     "pruned": "just after pruning, not trained further",
     "search": "the network of latents at the end of the search, for dhp.prune_to",
 }
@@ -171,7 +173,7 @@ def _stages(run: RunReport) -> Table | None:
     if run.summary is None:
         return None
     test = run.summary["test"]
-    there = [(STAGES[name], test[name]) for name in STAGES if test.get(name)]
+    there = [(told, test[name]) for name, told in stages(run.summary).items() if test.get(name)]
     metrics = sorted({m for _, values in there for m in values}, key=list(METRICS).index)
 
     def cell(metric: str, value: float | None) -> Cell:
@@ -188,6 +190,19 @@ def _stages(run: RunReport) -> Table | None:
         [[Cell(*stage), *(cell(m, values.get(m)) for m in metrics)] for stage, values in there],
         note=f"On {count:,} test examples{intervals}." if count else "",
     )
+
+
+def stages(summary: Mapping[str, Any]) -> Mapping[str, tuple[str, str]]:
+    """What each stage of `summary["test"]` is, and what to know of it."""
+    validation = summary.get("validation")
+    if not validation:
+        return STAGES
+    name, count = main_metric(validation["best"]), validation["examples"]
+    value = validation["best"][name]
+    told = f"{METRICS[name].label} there {METRICS[name].text(value)}"
+    told += f" ({interval(value, count)})" if name == "error" else ""
+    chosen = f"chosen on {count:,} validation examples, {told}"
+    return {**STAGES, "best": ("best epoch by the validation data", chosen)}
 
 
 # Layers, pictures, and how to use the network

@@ -140,8 +140,9 @@ def _score(run: RunReport) -> Chart | None:
 def _over_steps(
     run: RunReport, title: str, axis: str, name: str, factor: float, rules: list[Rule], *, log: bool
 ) -> Chart | None:
-    """What was recorded by a name, of training and test."""
-    shown = {"training": run.curve(name, factor), "test": run.curve(f"test_{name}", factor)}
+    """What was recorded by a name, of training, test and validation."""
+    shown = {"training": run.curve(name, factor)}
+    shown |= {split: run.curve(f"{split}_{name}", factor) for split in ("test", "validation")}
     lines = [Line(label, line, i) for i, (label, line) in enumerate(shown.items()) if line]
     if not lines:
         return None

@@ -24,7 +24,7 @@ from dhp_jax.report.format import (
     milliseconds,
     start_text,
 )
-from dhp_jax.report.page import STAGES
+from dhp_jax.report.page import STAGES, stages
 from dhp_jax.report.write import COMPARED, LAYERS, PAGE, PLOTS
 from dhp_jax.tasks.task import METRICS
 from dhp_jax.workdir import metrics as workdir_metrics
@@ -111,7 +111,7 @@ def _details(summary: Mapping[str, Any]) -> Rows:
         rows.append(("right after pruning", f"{_score(summary, 'after_pruning')}: {cut}"))
     if "renewed" in test:
         rows.append((STAGES["renewed"][0], f"{_score(summary, 'renewed')}: {STAGES['renewed'][1]}"))
-    chosen = f"epoch {trained['best_epoch']}: {STAGES['best'][1]}"
+    chosen = f"epoch {trained['best_epoch']}: {stages(summary)['best'][1]}"
     rows.append(("best epoch", f"{_score(summary, 'best')}, {chosen}"))
     rows += _budget_rows(summary.get("budgets", {}))
     begun = start_text(summary)

@@ -1,6 +1,6 @@
 """The one training loop: search, converge and the unpruned baseline are phases of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -37,6 +37,7 @@ def train(
     task: Task,
     train_data: Data,
     test_data: Data,
+    validation_data: Data | None = None,
     *,
     examples: int,
     batch_size: int,
@@ -60,6 +61,8 @@ def train(
       task: losses, errors, and how examples become inputs.
       train_data, test_data: what the task reads its examples from; a `Stream`, of which each
         process reads its share, or what is on the device as a whole.
+      validation_data: the same, of examples that choose the best epoch; without them the test data
+        do.
       examples: how many training examples make an epoch.
       batch_size: examples in a step.
       log_every: steps between records.
@@ -70,7 +73,8 @@ def train(
       mesh: of devices; see `dhp_jax.distributed.mesh`.
 
     Returns:
-      The trained model after the last epoch and after the best one, by the task's metric.
+      The trained model after the last epoch and after the best one, by the task's metric on the
+      validation data or, without them, on the test data.
 
     Raises:
       ValueError: `batch_size` larger than `examples`.
@@ -101,11 +105,16 @@ def train(
     )
     step = _make_compiled_step(plan, task, optimizer, inputs)
     run = restore(plan, run)
-    evaluate = task.evaluation(model, test_data, batch_size=4 * batch_size)
+    data = {"validation": validation_data, "test": test_data}
+    evaluations = {
+        split: task.evaluation(model, examples, batch_size=4 * batch_size)
+        for split, examples in data.items()
+        if examples is not None
+    }
     with observe(plan, run), inputs.reading(run.progress.steps, plan.last_step):
         while not _is_over(plan, run):
             run = train_epoch(plan, run, step, inputs)
-            run = finish_epoch(plan, run, evaluate)
+            run = finish_epoch(plan, run, evaluations)
     save(plan, run)
     return _outcome(plan, run)
 
@@ -185,7 +194,7 @@ def attend(plan: Plan, run: Run) -> Run:
     return run
 
 
-def finish_epoch(plan: Plan, run: Run, evaluate: Evaluation) -> Run:
+def finish_epoch(plan: Plan, run: Run, evaluations: Mapping[str, Evaluation]) -> Run:
     """Tests the network at the end of an epoch, records it, and keeps it if it is the best.
 
     Raises:
@@ -196,12 +205,14 @@ def finish_epoch(plan: Plan, run: Run, evaluate: Evaluation) -> Run:
     if run.test_seconds > SAVE_BEFORE_TEST_S:
         save(plan, run)
     run, values = measure(plan, run)
-    run, metrics = _test(plan, run, evaluate)
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise not_finite(plan, f"test {name} is {value}", run.progress.steps, tested=True)
-    run = record(plan, run, values | {f"test_{name}": value for name, value in metrics.items()})
-    return attend(plan, _end_epoch(plan, run, metrics))
+    run, metrics = _test(plan, run, evaluations)
+    for split, of_split in metrics.items():
+        for name, value in of_split.items():
+            if not math.isfinite(value):
+                what = f"{split} {name} is {value}"
+                raise not_finite(plan, what, run.progress.steps, tested=True)
+            values[f"{split}_{name}"] = value
+    return attend(plan, _end_epoch(plan, record(plan, run, values), metrics))
 
 
 def _start(
@@ -263,23 +274,36 @@ def _is_over(plan: Plan, run: Run) -> bool:
     return run.progress.met_budget or run.progress.epochs >= epochs
 
 
-def _test(plan: Plan, run: Run, evaluate: Evaluation) -> tuple[Run, dict[str, float]]:
+def _test(
+    plan: Plan, run: Run, evaluations: Mapping[str, Evaluation]
+) -> tuple[Run, dict[str, dict[str, float]]]:
+    """The metrics on each split of the data, by name."""
+
+    def test() -> tuple[dict[str, dict[str, float]], float]:
+        found = {split: evaluate(params, rest) for split, evaluate in evaluations.items()}
+        return found, time.perf_counter() - began
+
     params, rest = gather(state_of(plan, run).network)
     began = time.perf_counter()
-    metrics, seconds = from_first(lambda: (evaluate(params, rest), time.perf_counter() - began))
+    metrics, seconds = from_first(test)
     return run._replace(test_seconds=seconds), metrics
 
 
-def _end_epoch(plan: Plan, run: Run, metrics: dict[str, float]) -> Run:
+def _end_epoch(plan: Plan, run: Run, metrics: dict[str, dict[str, float]]) -> Run:
     """Counts an epoch that was tested; keeps its network if it is the best and may be kept."""
-    epoch = run.progress.epochs + 1
-    change: dict[str, Any] = {"epochs": epoch, "last": metrics, "met_budget": run.met_budget}
-    name = plan.metric.name
-    if plan.metric.better(metrics[name], run.progress.best.get(name)):
-        change |= {"best": metrics, "best_epoch": epoch}
+    progress, test, name = run.progress, metrics["test"], plan.metric.name
+    epoch, chosen_by, best = progress.epochs + 1, test, progress.best
+    change: dict[str, Any] = {"epochs": epoch, "last": test, "met_budget": run.met_budget}
+    if "validation" in metrics:
+        chosen_by, best = metrics["validation"], progress.validation.get("best", {})
+        change["validation"] = {"last": chosen_by, "best": best}
+    if plan.metric.better(chosen_by[name], best.get(name)):
+        change |= {"best": test, "best_epoch": epoch}
+        if "validation" in metrics:
+            change["validation"] = {"last": chosen_by, "best": chosen_by}
         if plan.phase.budget is None:
             run = run._replace(best=copy_arrays(state_of(plan, run).network))
-    return run._replace(progress=dataclasses.replace(run.progress, **change))
+    return run._replace(progress=dataclasses.replace(progress, **change))
 
 
 def _outcome(plan: Plan, run: Run) -> Outcome:

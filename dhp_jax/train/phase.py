@@ -111,6 +111,8 @@ class Progress:
       last: metrics of the last epoch on the test data, by name.
       best: those of the best epoch by the task's metric.
       best_epoch: its number, from 1.
+      validation: if examples are held out, which choose the best epoch, their metrics in the last
+        epoch and in the best one, by "last" and "best".
       skipped: how many batches were left out because of `Phase.skip_faulty`.
     """
 
@@ -122,11 +124,12 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)
     best_epoch: int = 0
     skipped: int = 0
+    validation: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a phase: the model after its last epoch, and after its best on the test data.
+    """The result of a phase: the model after its last epoch, and after its best one.
 
     A phase with a budget keeps no best model. There `best_model` is the last one.
     """

@@ -11,6 +11,8 @@ SHOWN = {  # the most important first: what does not fit beside a bar is left ou
     "test_psnr": ("test PSNR", "{:.2f} dB"),
     "flops_ratio": ("FLOPs", "{:.1%}"),
     "loss": ("loss", "{:.3f}"),
+    "validation_error": ("validation error", "{:.2%}"),
+    "validation_psnr": ("validation PSNR", "{:.2f} dB"),
     "examples_per_second": ("images/s", "{:.0f}"),
     "params_ratio": ("params", "{:.1%}"),
     "error": ("train error", "{:.1%}"),

@@ -130,6 +130,7 @@ def summarize(
         "origin": result.origin,
         "test": test,
         "test_examples": notes["model"].get("test_examples"),
+        "validation": _validation(notes["model"]),
         "flops": _change(result.before.flops, result.after.flops),
         "params": _change(result.before.params, result.after.params),
         "layers": [row._asdict() for row in layer_changes(result.before, result.after)],
@@ -141,6 +142,12 @@ def summarize(
         "hardware": hardware(),
         "versions": versions(),
     }
+
+
+def _validation(notes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Metrics on the examples that were held out, and their number; `None` if there are none."""
+    found = notes["phase"].get("validation")
+    return found and {"examples": notes["validation_examples"], **found}
 
 
 def versions() -> dict[str, str]:

@@ -210,6 +210,7 @@ GOOD = {
     "task.label_smoothing": [0, 0.1],
     "data.streamed": [None, True, False],
     "data.workers": [None, 0, 4],
+    "data.validation": [0, 0.1, 0.9],
     "optimizer.name": ["sgd", "adam", "adamw"],
     "optimizer.momentum": [0, 0.99],
     "optimizer.nesterov": [False, True],
@@ -307,6 +308,7 @@ BAD = {
         [*INTEGERS[1:], -1, 1025],
         "an integer >= 0 and <= 1024, or None for all cores but one",
     ),
+    "data.validation": ([*NUMBERS, -0.1, 1], "a number >= 0 and < 1"),
     "optimizer.name": (WORDS, "one of sgd, adam, adamw"),
     "optimizer.momentum": ([*NUMBERS, -0.1, 1, 1.1], "a number >= 0 and < 1"),
     "optimizer.nesterov": ([None, 0, 1, "no"], "True or False"),
@@ -379,7 +381,10 @@ PHOTOGRAPHS = {
         [3, ["somewhere"]],
         "a path, or None for the user's cache folder",
     ),
-    **{name: (GOOD[name], *BAD[name]) for name in ("data.streamed", "data.workers")},
+    **{
+        name: (GOOD[name], *BAD[name])
+        for name in ("data.streamed", "data.workers", "data.validation")
+    },
 }
 OF_TASK = {
     "super_resolution": {
@@ -740,7 +745,7 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
             "config.data.dri",
             "3",
             "config.data.dri: unknown field: expected one of archive, channels, crop_padding, "
-            "cutout, dir, flip, image_size, mixup, name, streamed, workers; "
+            "cutout, dir, flip, image_size, mixup, name, streamed, validation, workers; "
             "got 'dri'; did you mean 'dir'?",
         ),
         (

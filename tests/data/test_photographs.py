@@ -55,7 +55,7 @@ def refused(error, *parts):
 def test_shipped_photographs_are_gray_only_if_that_is_asked_for(channels, sizes):
     data = load("photographs", channels=channels, patch=64)
     train, test = data.read("train"), data.read("test")
-    assert (data.train_size, data.test_size) == (len(train), len(test)) == sizes
+    assert tuple(data.sizes.values()) == (len(train), len(test)) == sizes
     assert (data.name, data.channels, data.scale) == ("photographs", channels, 1)
     for photograph in train + test:
         assert photograph.target.dtype == np.uint8
@@ -102,6 +102,24 @@ def test_images_of_a_folder_are_read_in_sorted_order_whatever_their_format(tmp_p
     (photograph,) = data.read("test")
     np.testing.assert_array_equal(photograph.target, image)
     assert data.smallest == (24, 32)
+
+
+def test_photographs_that_are_held_out_are_those_that_training_lacks(folders):
+    root, load_folders = folders
+    for number in range(9):
+        save(root / f"train/{number}.png", seed=number)
+    whole, data = load_folders(scale=4), load_folders(scale=4, validation=0.3)
+    assert dict(data.sizes) == {"train": 7, "test": 1, "validation": 3}
+    found = {split: {p.name for p in data.read(split)} for split in data.sizes}
+    assert found["train"] | found["validation"] == {p.name for p in whole.read("train")}
+    assert all(photo.degraded is not None for photo in data.read("validation"))
+    checksums = {whole.checksum("train"), *map(data.checksum, ("train", "validation"))}
+    assert len(checksums) == 3
+    assert whole.checksum("test") == data.checksum("test")
+    with refused(ValueError, "data.validation: expected a share that leaves", "got 0.99"):
+        load_folders(validation=0.99)
+    with refused(ValueError, "no smaller than metrics need, 25x25"):
+        load_folders(validation=0.3, smallest_test=25)
 
 
 def save_turned(path, image):

@@ -24,6 +24,7 @@ from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline import preparation, smaller
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
+from dhp_jax.report import text
 from dhp_jax.train.phase import Stopped
 from dhp_jax.workdir import identity
 from dhp_jax.workdir import metrics as workdir_metrics
@@ -392,6 +393,40 @@ def test_a_run_of_less_than_an_epoch_can_be_stopped_anywhere(tmp_path):
         prepare(tiny(**fields | {"converge.max_steps": 30}), tmp_path / "run")
 
 
+def test_the_best_epoch_of_a_run_is_that_of_its_validation_data(tmp_path):
+    fields = {"method": "baseline", "data.validation": 0.1, "baseline.epochs": 2}
+    summary = execute(prepare(tiny(**fields), tmp_path / "once"))
+    records = [
+        r for r in workdir_metrics.read(tmp_path / "once/metrics.jsonl") if "test_error" in r
+    ]
+    best = min(records, key=lambda record: record["validation_error"])
+    phase = summary["phases"]["baseline"]
+    assert (phase["steps"], phase["best_epoch"]) == (2 * (1167 // 64), best["epoch"])
+    assert summary["test"]["best"]["error"] == best["test_error"]
+    assert (summary["test_examples"], summary["validation"]["examples"]) == (500, 130)
+    assert summary["validation"]["best"]["error"] == best["validation_error"]
+    source = data.load("digits").hold_out(0.1)
+    images, labels = source.read("validation")
+    model = dhp.load(tmp_path / "once/best")
+    scores = model(jnp.asarray((images - source.mean[0]) / source.std[0], jnp.float32))
+    wrong = np.mean(np.argmax(scores, -1) != labels)
+    assert wrong == pytest.approx(best["validation_error"], abs=1e-6)
+    for told in (text.summary_text(summary), (tmp_path / "once/report.html").read_text()):
+        assert "chosen on 130 validation examples" in " ".join(told.split())
+    often = tiny(**fields, **{"checkpoint.seconds": 0.0})
+    with pytest.raises(Stop):
+        execute(prepare(often, tmp_path / "run", [Interrupter("baseline", 22)]))
+    execute(prepare(tiny(**fields), tmp_path / "run"))
+    check_same_end(tmp_path / "run", tmp_path / "once")
+    there = r"config\.data\.validation is 0.1 there and 0.2 here"
+    with pytest.raises(ConfigError, match=there):
+        prepare(tiny(**fields | {"data.validation": 0.2}), tmp_path / "run")
+    # A network that has seen the examples that another run holds out is no source of it.
+    other = tiny(method="l1_norm", source=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"expected a run with config\.data\.validation=0\.0"):
+        prepare(other, tmp_path / "pruned")
+
+
 def test_a_baseline_of_less_than_an_epoch_is_finished(tmp_path):
     quick = {"baseline.epochs": 3, "baseline.max_steps": 5}
     execute(prepare(tiny(method="baseline", **quick), tmp_path / "baseline"))
@@ -536,7 +571,12 @@ def test_a_search_whose_schedule_suffices_says_nothing(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("field", "lost"),
-    [("optimizer.nesterov", True), ("precision", "highest"), ("search.keep", 0.1)],
+    [
+        ("optimizer.nesterov", True),
+        ("precision", "highest"),
+        ("search.keep", 0.1),
+        ("data.validation", 0.1),
+    ],
 )
 def test_a_run_that_was_begun_before_a_field_was_there_has_what_it_meant(tmp_path, field, lost):
     prepare(tiny(), tmp_path)

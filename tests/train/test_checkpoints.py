@@ -353,7 +353,9 @@ def phase_of(model, budget):
     return Phase("search", 3, schedule, make, limit if budget else None)
 
 
-def trained(model, phase, folder=None, stop_after=None, log_every=2, data=None, **options):
+def trained(
+    model, phase, folder=None, stop_after=None, log_every=2, data=None, validation=None, **options
+):
     """The outcome, or None where training was stopped, and what an observer saw."""
     data = labelled(EXAMPLES, 0) if data is None else data
     witness = Witness()
@@ -369,6 +371,7 @@ def trained(model, phase, folder=None, stop_after=None, log_every=2, data=None, 
             Classification((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True),
             data,
             labelled(11, 1),
+            validation,
             examples=data.size if isinstance(data, Stream) else len(data[1]),
             batch_size=BATCH,
             log_every=log_every,
@@ -674,6 +677,42 @@ def test_a_phase_that_ends_within_an_epoch_is_the_beginning_of_the_whole_one(
     outcome, after = trained(net, longer, tmp_path)
     check_same_outcome(outcome, expected)
     assert "step" not in after.events
+
+
+@pytest.mark.parametrize("step", [4, 5, 11])
+def test_the_best_epoch_is_that_of_the_validation_data(net, undisturbed, tmp_path, step):
+    phase, by_test, _ = undisturbed
+    longer = dataclasses.replace(phase, epochs=4)
+    held = labelled(9, 2)
+    expected, seen = trained(net, longer, validation=held)
+    tests = [record for record in seen.records if "test_error" in record]
+    errors = [record["validation_error"] for record in tests]
+    best = tests[errors.index(min(errors))]
+    progress = expected.progress
+    assert progress.best_epoch == best["epoch"]
+    assert progress.best == {name: best[f"test_{name}"] for name in ("loss", "error")}
+    assert progress.validation == {
+        which: {name: record[f"validation_{name}"] for name in ("loss", "error")}
+        for which, record in (("last", tests[-1]), ("best", best))
+    }
+    task = Classification((128.0,) * 3, (64.0,) * 3)
+    for name, model in (("last", expected.model), ("best", expected.best_model)):
+        if longer.budget is None:
+            measured = evaluate(model, task, held)
+            assert measured == pytest.approx(progress.validation[name], rel=1e-5)
+    assert by_test.progress.validation == {}
+    # It only chooses: training is the same without it.
+    plain, without = trained(net, longer)
+    for path, array in arrays(plain.model).items():
+        np.testing.assert_array_equal(arrays(expected.model)[path], array)
+    names = ("validation_loss", "validation_error")
+    assert without.records == [
+        {name: value for name, value in record.items() if name not in names}
+        for record in seen.records
+    ]
+    trained(net, longer, tmp_path, stop_after=step, validation=held)
+    outcome, _ = trained(net, longer, tmp_path, validation=held)
+    check_same_outcome(outcome, expected)
 
 
 def test_the_time_before_a_stop_counts(net, undisturbed, tmp_path):

@@ -1,7 +1,7 @@
 """The interface of data sets of labelled images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import functools
 import math
 from typing import Protocol
@@ -10,6 +10,7 @@ import zlib
 from jaxtyping import Int, UInt8
 import numpy as np
 
+from dhp_jax.data.held_out import hold_out
 from dhp_jax.data.stream import Batch, Stream
 
 
@@ -45,14 +46,15 @@ class Source:
       name: what `load` was asked for.
       image_shape: `(h, w, c)` of every image.
       class_names: one name a class.
-      train_size, test_size: how many images there are.
+      train_size, test_size, validation_size: how many images there are.
       mean: mean of each channel of the training images, in units of the stored pixels.
       std: standard deviation of each channel, in the same units.
       crop_padding: width in pixels of the border that a random crop may move into.
       flip: whether a mirrored image is still an image of its class.
       peak: the largest value of a stored pixel.
-      read: `read("train")` and `read("test")` give the images, uint8 `(n, h, w, c)`, and their
-        labels, int32 `(n,)` in `0 .. num_classes - 1`.
+      read: `read("train")`, `read("test")` and, where images are held out, `read("validation")`
+        give the images, uint8 `(n, h, w, c)`, and their labels, int32 `(n,)` in
+        `0 .. num_classes - 1`.
       one_by_one: gives the images of a split to read in any order, and a text that tells them from
         others; `None` for what is so small that processes may read all of it.
     """
@@ -69,6 +71,7 @@ class Source:
     read: Callable[[str], tuple[np.ndarray, np.ndarray]]
     peak: int = 255
     one_by_one: Callable[[str], tuple[Labelled, str]] | None = None
+    validation_size: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -77,7 +80,36 @@ class Source:
 
     def size(self, split: str) -> int:
         """How many images a split has."""
-        return {"train": self.train_size, "test": self.test_size}[split]
+        return getattr(self, f"{split}_size")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have images."""
+        return ("train", *["validation"] * (self.validation_size > 0), "test")
+
+    def hold_out(self, share: float) -> "Source":
+        """The same data set with a share of its training images as the split "validation".
+
+        Mean and standard deviation stay those of all of them; see `data.held_out`.
+        """
+        if not share:
+            return self
+        chosen = dict(zip(("train", "validation"), hold_out(self.train_size, share), strict=True))
+
+        def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+            if split not in chosen:
+                return self.read(split)
+            images, labels = self.read("train")
+            return images[chosen[split]], labels[chosen[split]]
+
+        def one_by_one(split: str) -> tuple[Labelled, str]:
+            if split not in chosen:
+                return self._one_by_one(split)
+            images, identity = self._one_by_one("train")
+            return _Chosen(images, chosen[split]), f"{identity} {share}"
+
+        sizes = {f"{split}_size": len(numbers) for split, numbers in chosen.items()}
+        return replace(self, read=read, one_by_one=one_by_one, **sizes)
 
     def bytes(self, split: str) -> int:
         """What the images of a split take as they are read."""
@@ -102,6 +134,20 @@ class Source:
         if self.one_by_one is None:
             return _Loaded(self.read, split, self.size(split)), self.name
         return self.one_by_one(split)
+
+
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """Some of the labelled images that are read one by one."""
+
+    images: Labelled
+    numbers: Int[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+        return self.images[int(self.numbers[number])]
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """Photographs to restore: those that scikit-image ships, or the user's folders; no download."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 import functools
+import itertools
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from jaxtyping import UInt8
 import numpy as np
 
 from dhp_jax.data.decode import decode
+from dhp_jax.data.held_out import hold_out
 from dhp_jax.data.photos.bicubic import bicubic
 from dhp_jax.data.photos.files import (
     NAMES,
@@ -54,12 +56,12 @@ class Photographs:
       name: what `load` was asked for.
       channels: 1 for gray, 3 for red, green and blue.
       scale: size of a target over that of its low-resolution image; 1 if there is none.
-      train_size, test_size: how many photographs there are.
+      sizes: how many photographs each split has, by "train", "validation" and "test".
       smallest: the smallest height and the smallest width of the training targets.
       bytes: what the training photographs take, with their low-resolution images.
-      checksum: `checksum("train")` and `checksum("test")` tell the photographs from others, without
-        decoding them.
-      read: `read("train")` and `read("test")` give the photographs.
+      checksum: `checksum("train")` tells the photographs of a split from others, without decoding
+        them.
+      read: `read("train")` gives the photographs of a split.
       stream: `stream(patch, workers, cache)` gives patches of the training photographs, which are
         decoded into a file in the folder `cache` first.
     """
@@ -67,8 +69,7 @@ class Photographs:
     name: str
     channels: int
     scale: int
-    train_size: int
-    test_size: int
+    sizes: Mapping[str, int]
     smallest: tuple[int, int]
     bytes: int
     checksum: Callable[[str], int]
@@ -85,6 +86,7 @@ def load(
     scale: int = 1,
     patch: int,
     smallest_test: int = 1,
+    validation: float = 0.0,
 ) -> Photographs:
     """Finds photographs and checks the header of every file, without decoding them.
 
@@ -105,7 +107,9 @@ def load(
         three equal channels. 1 for gray: the luma (ITU-R 601) of what is in color.
       scale: of super-resolution; 1 for denoising.
       patch: height and width of what training crops from a target, a multiple of `scale`.
-      smallest_test: height and width that test targets must have for metrics to be defined.
+      smallest_test: height and width that test targets must have for metrics to be defined; those
+        for validation, too.
+      validation: share of the training photographs that is held out; see `data.held_out`.
 
     Returns:
       The photographs, which are decoded when asked for.
@@ -140,8 +144,13 @@ def load(
     if channels == 3:
         check_color(files["train"])
     check_sizes(files["train"], scale, patch, "a patch")
-    check_sizes(files["test"], scale, max(scale, smallest_test), "metrics need")
-    for file in files["train"] + files["test"]:
+    train, held = hold_out(len(files["train"]), validation)
+    if validation:
+        files["validation"] = [files["train"][number] for number in held]
+        files["train"] = [files["train"][number] for number in train]
+    for split in files.keys() - {"train"}:
+        check_sizes(files[split], scale, max(scale, smallest_test), "metrics need")
+    for file in itertools.chain(*files.values()):
         check_pair(file, channels, scale)
     names = [(file.name, file.path) for file in files["test"]]  # what is made is stored under them
     check_names(files["test"][0].argument, "photograph", names)
@@ -151,8 +160,7 @@ def load(
         name=name,
         channels=channels,
         scale=scale,
-        train_size=len(files["train"]),
-        test_size=len(files["test"]),
+        sizes={split: len(found) for split, found in files.items()},
         smallest=(min(heights), min(widths)),
         bytes=pixel_bytes(sizes, channels, scale),
         checksum=functools.partial(_checksum, files, channels, scale),
