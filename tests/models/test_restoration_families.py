@@ -1,6 +1,7 @@
 """Families for restoration: their axes, their outputs, and single layers by hand."""
 
 import functools
+import itertools
 
 from families import RESTORERS, abstract, kept_by, network, output, plain, pruned
 from flax import nnx
@@ -36,6 +37,71 @@ def test_a_latent_of_its_own_for_the_upsampler_costs_nothing(family):
     costs = [dhp.measure_cost(model, (16, 16, 3)) for model in (shared, apart)]
     assert (costs[0].flops, costs[0].params) == (costs[1].flops, costs[1].params)
     assert len(dhp.latents(apart)) == len(dhp.latents(shared)) + 1
+
+
+SIDE = 128
+PIXELS = SIDE**2
+PUBLISHED = {
+    "srresnet": 32_822_525_952,
+    "edsr": 90_356_203_520,
+    "dncnn": 9_125_756_928,
+    "unet": 3_415_015_424,
+}
+
+
+def formula_srresnet(n):
+    """Convolutions, 2 for an element of a BatchNorm, 1 for one of a PReLU layer's last call."""
+    b, hidden = n["body"], [n[f"blocks.{i}.hidden"] for i in range(16)]
+    blocks = sum(18 * b * h + 2 * h + 2 * b + h for h in hidden)
+    low = 243 * b + b + blocks + 9 * b * b + 2 * b + 36 * b * b
+    return PIXELS * (low + 4 * 36 * b * b + 16 * (b + 27 * b))
+
+
+def formula_edsr(n):
+    """All blocks share a ReLU layer, which the last one calls last; two mean shifts count."""
+    b, hidden = n["body"], [n[f"blocks.{i}.hidden"] for i in range(8)]
+    blocks = sum(18 * b * h for h in hidden) + hidden[-1]
+    low = 9 + 27 * b + blocks + 9 * b * b + 36 * b * b
+    return PIXELS * (low + 4 * 36 * b * b + 16 * (27 * b + 9))
+
+
+def formula_dncnn(n):
+    f = [n[f"features.{i}"] for i in range(16)]
+    middle = sum(9 * a * b + 2 * b + b for a, b in itertools.pairwise(f))
+    return PIXELS * (9 * f[0] + middle + 9 * f[-1])
+
+
+def formula_unet(n):
+    """A ReLU behind each 3x3 convolution; an up-convolution counts four taps at every output."""
+    n = {**n, "up.3.convs.output": n["tail.z_in"]}
+    total, below = 0, 1
+    for i in range(5):
+        a, b = n[f"down.{i}.hidden"], n[f"down.{i}.output"]
+        total += PIXELS // 4**i * (9 * below * a + a + 9 * a * b + b)
+        below = b
+    for i, level in enumerate((3, 2, 1, 0)):
+        up, a, b = (n[f"up.{i}.{name}"] for name in ("upsampled", "convs.hidden", "convs.output"))
+        joined = up + n[f"down.{level}.output"]
+        total += PIXELS // 4**level * (4 * below * up + 9 * joined * a + a + 9 * a * b + b)
+        below = b
+    return total + PIXELS * below
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_what_is_left_is_counted_as_the_paper_counts_the_whole(family):
+    model = dhp.models.build_abstract(family, **NEEDED[family])
+    channels = model.channels
+    sizes = {name: z.size for name, z in dhp.latents(model).items()}
+    cost = dhp.measure_cost(model, (SIDE, SIDE, channels))
+    by_hand = globals()[f"formula_{family}"]
+    assert by_hand(sizes) == cost.flops == PUBLISHED[family]
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        left = {
+            name: int(rng.integers(4, z.size + 1)) if z.prunable else z.size
+            for name, z in dhp.latents(model).items()
+        }
+        assert cost.amounts(left)["flops"] == by_hand(left)
 
 
 # Arguments and inputs
