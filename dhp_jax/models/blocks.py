@@ -7,7 +7,6 @@ from flax import nnx
 from flax.nnx import reprlib
 from jaxtyping import Array, Float
 
-from dhp_jax.core.hypernet import EMBEDDING
 from dhp_jax.core.latent import Axis, latents
 from dhp_jax.core.layers import BatchNorm, Bias, HyperConv
 from dhp_jax.core.provenance import architecture_of
@@ -37,9 +36,9 @@ class ConvNorm(nnx.Module):
       kernel: its size, the same in both directions.
       strides: its stride.
       groups: its number of groups; `z_in.size` for a depthwise convolution.
-      embedding: of its hypernetwork.
       dtype: of the computation.
       rngs: the `params` stream draws the initial values.
+      **options: of the convolution.
     """
 
     def __init__(
@@ -50,22 +49,13 @@ class ConvNorm(nnx.Module):
         strides: int = 1,
         *,
         groups: int = 1,
-        embedding: int = EMBEDDING,
         dtype: Any,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
-        self.conv = HyperConv(
-            z_in,
-            z_out,
-            (kernel, kernel),
-            strides,
-            padding=kernel // 2,
-            feature_group_count=groups,
-            use_bias=False,
-            embedding=embedding,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        options |= {"use_bias": False, "padding": kernel // 2, "feature_group_count": groups}
+        options |= {"dtype": dtype, "rngs": rngs}
+        self.conv = HyperConv(z_in, z_out, (kernel, kernel), strides, **options)
         self.norm = BatchNorm(z_out, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h2 w2 out"]:
@@ -75,25 +65,9 @@ class ConvNorm(nnx.Module):
 class ConvBiasNorm(nnx.Module):
     """A 3x3 convolution with its bias as a layer (see docs/architecture.md), then BatchNorm."""
 
-    def __init__(
-        self,
-        z_in: Axis,
-        z_out: Axis,
-        *,
-        embedding: int = EMBEDDING,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        self.conv = HyperConv(
-            z_in,
-            z_out,
-            (3, 3),
-            padding=1,
-            use_bias=False,
-            embedding=embedding,
-            dtype=dtype,
-            rngs=rngs,
-        )
+    def __init__(self, z_in: Axis, z_out: Axis, *, dtype: Any, rngs: nnx.Rngs, **options: Any):
+        options |= {"use_bias": False, "padding": 1, "dtype": dtype, "rngs": rngs}
+        self.conv = HyperConv(z_in, z_out, (3, 3), **options)
         self.bias = Bias(z_out, rngs=rngs)
         self.norm = BatchNorm(z_out, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
 

@@ -29,32 +29,17 @@ class NormConv(nnx.Module):
     Args:
       z_in, z_out: axes of its input and output; BatchNorm is pruned with the input.
       kernel: its size, the same in both directions.
-      embedding: of its hypernetwork.
       dtype: of the computation.
       rngs: the `params` stream draws the initial values.
+      **options: of the convolution.
     """
 
     def __init__(
-        self,
-        z_in: Axis,
-        z_out: Axis,
-        kernel: int,
-        *,
-        embedding: int = EMBEDDING,
-        dtype: Any,
-        rngs: nnx.Rngs,
+        self, z_in: Axis, z_out: Axis, kernel: int, *, dtype: Any, rngs: nnx.Rngs, **options: Any
     ):
         self.norm = BatchNorm(z_in, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.conv = HyperConv(
-            z_in,
-            z_out,
-            (kernel, kernel),
-            padding=kernel // 2,
-            use_bias=False,
-            embedding=embedding,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        options |= {"use_bias": False, "padding": kernel // 2, "dtype": dtype, "rngs": rngs}
+        self.conv = HyperConv(z_in, z_out, (kernel, kernel), **options)
 
     def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h w out"]:
         return self.conv(nnx.relu(self.norm(x)))
@@ -105,31 +90,21 @@ class DenseNet(Family):
         def latent(size: int) -> Latent:
             return Latent(size, min_channels=min_channels, rngs=rngs)
 
+        options = {"embedding": embedding, "dtype": dtype, "rngs": rngs}
         self.channels = channels
         self.image = Latent(channels, prunable=False, min_channels=min_channels, rngs=rngs)
         z = latent(scaled(STEM_GROWTHS * growth, width))
-        self.stem = HyperConv(
-            self.image,
-            z,
-            (3, 3),
-            padding=1,
-            use_bias=False,
-            embedding=embedding,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.stem = HyperConv(self.image, z, (3, 3), padding=1, use_bias=False, **options)
         self.blocks, self.transitions = nnx.List(), nnx.List()
         for number in range(BLOCKS):
             if number > 0:
                 z_in, z = z, latent(z.size)
-                self.transitions.append(
-                    NormConv(z_in, z, 1, embedding=embedding, dtype=dtype, rngs=rngs)
-                )
+                self.transitions.append(NormConv(z_in, z, 1, **options))
             parts = [z]
             block = nnx.List()
             for _ in range((depth - 4) // BLOCKS):
                 parts.append(latent(scaled(growth, width)))
-                block.append(NormConv(z, parts[-1], 3, embedding=embedding, dtype=dtype, rngs=rngs))
+                block.append(NormConv(z, parts[-1], 3, **options))
                 z = concat(*parts)
             self.blocks.append(block)
         self.norm = BatchNorm(z, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)

@@ -40,7 +40,7 @@ class Block(nnx.Module):
       z_out: axis of the output; the input is added as it is where this is `z_in` and `stride` 1.
       kernels: kernel size of each convolution; the stride goes to the first of size 3.
       groups: of the convolutions of size 3.
-      embedding: of the hypernetworks.
+      **options: of the convolutions with their BatchNorm.
     """
 
     def __init__(
@@ -52,9 +52,7 @@ class Block(nnx.Module):
         stride: int,
         *,
         groups: int = 1,
-        embedding: int = EMBEDDING,
-        dtype: Any,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
         axes = [z_in, *hidden, z_out]
         strided = kernels.index(3)
@@ -66,17 +64,13 @@ class Block(nnx.Module):
                 kernel,
                 stride if i == strided else 1,
                 groups=groups if kernel == 3 else 1,
-                embedding=embedding,
-                dtype=dtype,
-                rngs=rngs,
+                **options,
             )
             for i, (a, b, kernel) in enumerate(zip(axes[:-1], axes[1:], kernels, strict=True))
         )
         identity = stride == 1 and z_in is z_out
         self.projection = (
-            nnx.data(None)
-            if identity
-            else ConvNorm(z_in, z_out, 1, stride, embedding=embedding, dtype=dtype, rngs=rngs)
+            nnx.data(None) if identity else ConvNorm(z_in, z_out, 1, stride, **options)
         )
 
     def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h2 w2 out"]:
@@ -150,6 +144,7 @@ class ResNet(Family):
                 return [repeat(latent(groups), scaled(group_width * 2**stage, width))] * 2
             return [latent(scaled(widths[stage], width)) for _ in kernels[1:]]
 
+        options = {"embedding": embedding, "dtype": dtype, "rngs": rngs}
         self.channels = channels
         self.max_pool = depth in IMAGENET
         self.image = latent(channels, prunable=False)
@@ -158,27 +153,14 @@ class ResNet(Family):
         )
         z = latent(scaled(widths[0], width)) if depth in BOTTLENECK else self.stages[0]
         kernel, stride = (7, 2) if depth in IMAGENET else (3, 1)
-        self.stem = ConvNorm(
-            self.image, z, kernel, stride, embedding=embedding, dtype=dtype, rngs=rngs
-        )
+        self.stem = ConvNorm(self.image, z, kernel, stride, **options)
         self.blocks = nnx.List()
         for stage, (z_stage, blocks) in enumerate(zip(self.stages, BLOCKS[depth], strict=True)):
             for i in range(blocks):
                 hidden = hidden_axes(stage)
                 stride = 2 if stage > 0 and i == 0 else 1
-                self.blocks.append(
-                    Block(
-                        z,
-                        hidden,
-                        z_stage,
-                        kernels,
-                        stride,
-                        groups=groups,
-                        embedding=embedding,
-                        dtype=dtype,
-                        rngs=rngs,
-                    )
-                )
+                block = Block(z, hidden, z_stage, kernels, stride, groups=groups, **options)
+                self.blocks.append(block)
                 z = z_stage
         self.classifier = Linear(z, num_classes, dtype=dtype, rngs=rngs)
 

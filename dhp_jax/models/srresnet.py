@@ -18,11 +18,11 @@ from dhp_jax.models.upsampler import Upsampler
 class Block(nnx.Module):
     """Two convolutions with BatchNorm, PReLU between them, added to their input."""
 
-    def __init__(self, z: Latent, z_hidden: Latent, *, embedding: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, z: Latent, z_hidden: Latent, **options: Any):
         self.hidden = z_hidden
-        self.first = ConvBiasNorm(z, z_hidden, embedding=embedding, dtype=dtype, rngs=rngs)
-        self.activation = PReLU(z_hidden, shared=True, dtype=dtype)
-        self.second = ConvBiasNorm(z_hidden, z, embedding=embedding, dtype=dtype, rngs=rngs)
+        self.first = ConvBiasNorm(z, z_hidden, **options)
+        self.activation = PReLU(z_hidden, shared=True, dtype=options["dtype"])
+        self.second = ConvBiasNorm(z_hidden, z, **options)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         return x + self.second(self.activation(self.first(x)))
@@ -70,6 +70,7 @@ class SRResNet(Family):
     ):
         check_arguments(locals(), widest=features)
         size = scaled(features, width)
+        options = {"embedding": embedding, "dtype": dtype, "rngs": rngs}
 
         def latent(prunable: bool = True) -> Latent:
             return Latent(size, prunable=prunable, min_channels=min_channels, rngs=rngs)
@@ -80,33 +81,16 @@ class SRResNet(Family):
         self.output = Latent(channels, prunable=False, rngs=rngs)
         self.body = latent()
         self.upsampled = self.body if prune_upsampler else latent(prunable=False)
-        self.head = HyperConv(
-            self.image, self.body, (9, 9), padding=4, embedding=embedding, dtype=dtype, rngs=rngs
-        )
+        self.head = HyperConv(self.image, self.body, (9, 9), padding=4, **options)
         self.activation = PReLU(self.body, shared=True, dtype=dtype)
-        self.blocks = nnx.List(
-            Block(self.body, latent(), embedding=embedding, dtype=dtype, rngs=rngs)
-            for _ in range(blocks)
-        )
-        self.last = ConvBiasNorm(self.body, self.body, embedding=embedding, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(Block(self.body, latent(), **options) for _ in range(blocks))
+        self.last = ConvBiasNorm(self.body, self.body, **options)
+        activation = PReLU(self.upsampled, shared=True, dtype=dtype)
         self.upsampler = Upsampler(
-            self.body,
-            self.upsampled,
-            scale,
-            activation=PReLU(self.upsampled, shared=True, dtype=dtype),
-            embedding=embedding,
-            dtype=dtype,
-            rngs=rngs,
+            self.body, self.upsampled, scale, activation=activation, **options
         )
-        self.tail = HyperConv(
-            self.upsampled,
-            self.output,
-            (3, 3),
-            padding=1,
-            embedding=embedding,
-            dtype=jnp.float32,
-            rngs=rngs,
-        )
+        options = {**options, "dtype": jnp.float32}
+        self.tail = HyperConv(self.upsampled, self.output, (3, 3), padding=1, **options)
 
     def __call__(
         self, images: Float[Array, "n h w channels"]

@@ -28,30 +28,16 @@ class Double(nnx.Module):
     """
 
     def __init__(
-        self,
-        z_in: Axis,
-        z_hidden: Latent,
-        z_out: Latent,
-        *,
-        batch_norm: bool,
-        embedding: int,
-        dtype: Any,
-        rngs: nnx.Rngs,
+        self, z_in: Axis, z_hidden: Latent, z_out: Latent, *, batch_norm: bool, **options: Any
     ):
         self.hidden, self.output = z_hidden, z_out
-        options = {
-            "padding": 1,
-            "use_bias": not batch_norm,
-            "embedding": embedding,
-            "dtype": dtype,
-            "rngs": rngs,
-        }
+        padded = {"padding": 1, "use_bias": not batch_norm, **options}
         self.first = (
-            ConvNorm(z_in, z_hidden, 3, embedding=embedding, dtype=dtype, rngs=rngs)
+            ConvNorm(z_in, z_hidden, 3, **options)
             if batch_norm
-            else HyperConv(z_in, z_hidden, (3, 3), **options)
+            else HyperConv(z_in, z_hidden, (3, 3), **padded)
         )
-        self.second = HyperConv(z_hidden, z_out, (3, 3), **options)
+        self.second = HyperConv(z_hidden, z_out, (3, 3), **padded)
         self.first_activation, self.second_activation = ReLU(z_hidden), ReLU(z_out)
 
     def __call__(self, x: Float[Array, "n h w in"]) -> Float[Array, "n h w out"]:
@@ -68,32 +54,15 @@ class Up(nnx.Module):
         z_skip: Latent,
         axes: list[Latent],
         *,
-        batch_norm,
-        embedding,
-        dtype,
-        rngs,
+        batch_norm: bool,
+        **options: Any,
     ):
         z_up, z_hidden, z_out = axes
         self.upsampled = z_up
-        self.up = HyperConvTranspose(
-            z_in,
-            z_up,
-            (2, 2),
-            strides=(2, 2),
-            padding="VALID",
-            embedding=embedding,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.convs = Double(
-            concat(z_up, z_skip),
-            z_hidden,
-            z_out,
-            batch_norm=batch_norm,
-            embedding=embedding,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        strided = {"strides": (2, 2), "padding": "VALID", **options}
+        self.up = HyperConvTranspose(z_in, z_up, (2, 2), **strided)
+        both = concat(z_up, z_skip)
+        self.convs = Double(both, z_hidden, z_out, batch_norm=batch_norm, **options)
 
     def __call__(
         self, x: Float[Array, "n h w in"], skip: Float[Array, "n 2*h 2*w skip"]
