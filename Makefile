@@ -19,7 +19,7 @@ demo-sr: $(VENV)/installed
 	$(RUN) experiments/main.py --config=experiments/configs/photographs_edsr.py
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest -m slow

@@ -1,15 +1,36 @@
 """What test modules share that is no network; see networks.py for those."""
 
+import contextlib
 import importlib.util
 import os
+from pathlib import Path
+from unittest import mock
 
 from filelock import FileLock
+from flax import nnx
 import jax
 from jax.experimental.compilation_cache import compilation_cache as cache
 import pytest
 from runs import carry_out, leave
 
+from dhp_jax.budgets import timing
 from dhp_jax.export.writers import NEEDS
+from dhp_jax.pipeline import preparation
+
+TESTS = Path(__file__).parent
+
+
+# Files that take longest come first, so that all processes that test end at about the same time.
+LONGEST = (
+    *("pipeline/test_pipeline.py", "config/test_methods.py", "pipeline/test_restoration_runs.py"),
+    *("models/test_families.py", "test_frozen_runs.py", "distributed/test_reliability.py"),
+    *("backend/test_backend.py", "documents/test_guides.py", "report/test_report.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_runtest_setup(item):
@@ -28,6 +49,23 @@ def compiled_apart(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("compiled_apart"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     jax.config.update("jax_compilation_cache_dir", folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_checks():
+    """Runs time each network three times, and check the axes of equal networks once a session."""
+    checked, check_axes = set(), preparation.check_axes
+
+    def check_once(model, shape):
+        graphdef, state = nnx.split(model)
+        key = f"{graphdef} {jax.tree.map(lambda array: (array.shape, array.dtype), state)} {shape}"
+        if key not in checked:
+            check_axes(model, shape)
+            checked.add(key)
+
+    few = mock.patch.dict(timing.measure_latency.__kwdefaults__, seconds=0.0)
+    with few, mock.patch.object(preparation, "check_axes", check_once):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -55,14 +93,47 @@ def compiled_once(tmp_path_factory, worker_id):
     cache.reset_cache()
 
 
+FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # as an environment variable, processes heed it too
+
+
+def set_compiling(fast):
+    if fast != os.environ.get(FAST, "False"):
+        jax.clear_caches()
+    os.environ[FAST] = fast
+    jax.config.update(FAST.lower(), fast == "True")
+
+
+@contextlib.contextmanager
+def compiling(fast):
+    """XLA compiles in half the time to slower programs, which round differently; or as ever.
+
+    No program of the one kind is kept for the other.
+    """
+    before = os.environ.get(FAST, "False")
+    set_compiling(str(fast))
+    yield
+    set_compiling(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_compilation_of_the_session(request):
+    """`make test` compiles fast, here and in processes of its own; `make test-slow` as users do."""
+    with compiling(fast=request.config.option.markexpr != "slow"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def fast_compilation():
-    """Compiles in less time to slower programs, which round differently: none of them is kept."""
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+    """Compiles fast in `make test-slow`, too."""
+    with compiling(fast=True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def compiled_as_for_users():
+    """Programs are optimized, because a test looks at them, or at bits that a run has left."""
+    with compiling(fast=False):
+        yield
 
 
 @pytest.fixture(scope="session")

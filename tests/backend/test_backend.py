@@ -634,6 +634,7 @@ def test_options_that_this_xla_does_not_know_are_left_out(monkeypatch):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA:CPU")
+@pytest.mark.usefixtures("compiled_as_for_users")
 def test_a_kernel_gradient_is_a_computation_of_its_own():
     """Within the whole, its operands would be computed again: time quadratic in the depth."""
     x, kernel = drawn((2, 6, 6, 3), 0), drawn((3, 3, 3, 3), 1)

@@ -14,6 +14,8 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax.core import hypernet
 
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
+
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 sys.path.append(BENCHMARKS)
 from memory import measure  # noqa: E402
@@ -142,7 +144,7 @@ assert 0 <= exchanged - gradients - statistics <= more, (exchanged, found)
 """
 
 
-@pytest.mark.parametrize("along_model", [1, 2])
+@pytest.mark.parametrize("along_model", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_chunk_of_steps_exchanges_gradients_and_statistics_and_does_not_ask_the_host(along_model):
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     paths = os.pathsep.join([BENCHMARKS, *sys.path])

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+import runpy
 import subprocess
 import sys
 
@@ -42,7 +43,22 @@ def begin(name, *arguments):
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | fast, text=True, **pipes)
 
 
-SLOW = ("compile", "widths", "checkpoint")  # what they call is called by others too
+def called(capsys, name, *arguments):
+    """The exit code of a benchmark that is run in this process, and what it printed."""
+    arguments = [f"{name}.py", *map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        try:
+            runpy.run_path(str(ROOT / f"benchmarks/{name}.py"), run_name="__main__")
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+# What they call is called by others too.
+SLOW = ("compile", "widths", "checkpoint", "pruned", "input", "scaling")
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in BENCHMARKS]
 
 
@@ -112,6 +128,7 @@ def test_the_compile_benchmark_gives_seconds_of_each_part(results):
     assert row["state_bytes"] > 2 * 4 * floats  # the momentum is as large
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_pruned_networks_relates_speed_to_the_ideal(results):
     rows = json.loads((results("pruned")[0] / "pruned.json").read_text())["rows"]
     assert [(row["batch"], row["multiple_of"]) for row in rows] == [(1, 1), (1, 2), (4, 1), (4, 2)]
@@ -165,6 +182,7 @@ def test_exported_files_are_timed_in_turn(tmp_path):
     assert printed.strip() in (tmp_path / "onnx_files.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_input_benchmark_relates_what_is_given_to_what_is_taken(results):
     (row,) = json.loads((results("input")[0] / "input.json").read_text())["rows"]
     assert row["consumed_per_second"] == pytest.approx(4e3 / row["step_ms"]["median"])
@@ -182,6 +200,7 @@ def test_a_search_step_needs_little_more_memory_than_training_cannot_do_without(
     assert row["ratio"] <= 1.25
 
 
+@pytest.mark.slow
 def test_four_devices_exchange_the_gradients_and_the_batchnorm_statistics_once(results):
     (row,) = json.loads((results("scaling")[0] / "scaling.json").read_text())["rows"]
     assert row["devices"] == 4
@@ -191,8 +210,16 @@ def test_four_devices_exchange_the_gradients_and_the_batchnorm_statistics_once(r
     assert all(0 < share < 1 for share in row["efficiency"].values())
 
 
-@pytest.mark.parametrize("target", ["h200", "v5e"])
-@pytest.mark.parametrize("name", ["compiled", "scaling"])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("compiled", "h200"),
+        *(
+            pytest.param(name, target, marks=pytest.mark.slow)
+            for name, target in (("compiled", "v5e"), ("scaling", "h200"), ("scaling", "v5e"))
+        ),
+    ],
+)
 def test_programs_for_accelerators_need_their_plugin_or_are_made_without_them(
     name, target, tmp_path
 ):
@@ -213,16 +240,15 @@ def test_programs_for_accelerators_need_their_plugin_or_are_made_without_them(
             assert not any(importlib.util.find_spec(plugin) for plugin in plugins)
 
 
-def test_communication_is_told_of_devices_that_can_share_the_work_only():
+def test_communication_is_told_of_devices_that_can_share_the_work_only(capsys):
     for arguments, told in {
         ("--devices", 512): "--devices: expected at most 256, got 512",
         ("--devices", 4, "--model", 3): "--model: expected a divisor of 4, which is one of "
         "--devices; got 3",
         ("--model", 3): "--model: expected a divisor of 4 to 256 devices, or --devices; got 3",
     }.items():
-        process = begin("scaling", *arguments)
-        _, errors = process.communicate()
-        assert process.returncode == 2
+        code, _, errors = called(capsys, "scaling", *arguments)
+        assert code == 2
         assert errors.endswith(f"scaling.py: error: {told}\n")
 
 
@@ -260,10 +286,9 @@ def test_a_benchmark_that_is_ended_keeps_the_rows_that_it_has_measured(tmp_path,
         ("pruned", ["--flops", "1.5"], "--flops: expected a number between 0 and 1, got '1.5'"),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(name, arguments, told):
-    process = begin(name, *arguments)
-    _, errors = process.communicate()
-    assert process.returncode == 2
+def test_wrong_arguments_are_told_in_one_line(capsys, name, arguments, told):
+    code, _, errors = called(capsys, name, *arguments)
+    assert code == 2
     assert errors.splitlines()[-1] == f"{name}.py: error: argument {told}"
 
 
@@ -291,7 +316,7 @@ def test_wrong_arguments_are_told_in_one_line(name, arguments, told):
     ],
 )
 def test_finished_runs_are_put_side_by_side(
-    tmp_path, task, model, network, last, best, metric, shown
+    tmp_path, capsys, task, model, network, last, best, metric, shown
 ):
     run = tmp_path / "resnet20"
     run.mkdir()
@@ -309,9 +334,9 @@ def test_finished_runs_are_put_side_by_side(
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "config.json").write_text(json.dumps({"batch_size": 64}))
     out = tmp_path / "out"
-    process = begin("runs", run, "--name=cifar", "--title=Two runs", "--out", out)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
+    arguments = (run, "--name=cifar", "--title=Two runs", "--out", out)
+    code, printed, errors = called(capsys, "runs", *arguments)
+    assert code == 0, errors
     row = f"| {network} | dhp | 3 | 41 + 300 | 49.87 % | 56.13 % | {shown} | 1234 |"
     header, _, found = printed.splitlines()
     assert f"| test {metric}, last | best |" in header
@@ -353,13 +378,13 @@ def leave_run(folder, method, seed, error, images=2, **fields):
     return run
 
 
-def test_methods_are_compared_over_their_seeds(tmp_path):
+def test_methods_are_compared_over_their_seeds(tmp_path, capsys):
     for seed, errors in enumerate([(0.10, 0.20, 0.21), (0.12, 0.22, 0.19)]):
         for method, error in zip(("baseline", "dhp", "l1_norm"), errors, strict=True):
             leave_run(tmp_path / "runs", method, seed, error)
-    process = begin("methods", tmp_path / "runs", "--out", tmp_path / "out")
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
+    arguments = (tmp_path / "runs", "--out", tmp_path / "out")
+    code, printed, errors = called(capsys, "methods", *arguments)
+    assert code == 0, errors
     header, _, *rows = printed.splitlines()
     assert "| test error | beyond DHP, points | latency |" in header
     both = "2 | 49.90 % | 55.00 %"

@@ -21,11 +21,7 @@ WHOLE = (
     *("resnet56", "resnet56_38", "resnet56_x2", "resnet110", "resnet164"),
     *("mobilenet_v1_x2", "mobilenet_v2_x2"),
 )
-# What other tests train, or a network much like another's.
-NEAR = (
-    *("digits_resnet20", "resnet20", "resnet20_x2"),
-    *("photographs_dncnn", "photographs_edsr", "mobilenet_v1"),
-)
+QUICK = ("vgg16",)  # other tests train small networks of the other families
 SIZES = {"digits": 8, "cifar10": 32, "tiny_imagenet": 64}
 SHORT = {
     "resnet": {"depth": 8},
@@ -88,7 +84,7 @@ def tiny(path, folders):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in WHOLE + NEAR), id=path.stem)
+        pytest.param(path, marks=[pytest.mark.slow] * (path.stem not in QUICK), id=path.stem)
         for path in CONFIGS
     ],
 )

@@ -185,6 +185,7 @@ def test_a_run_goes_on_as_it_began_even_if_memory_has_become_less(tmp_path, monk
     check_same_end(tmp_path / "run", finished)
 
 
+@pytest.mark.slow
 def test_a_damaged_image_may_be_mended_as_long_as_nothing_has_been_learnt(tmp_path):
     rng = np.random.default_rng(0)
     for split, label, i in itertools.product(("train", "test"), "ab", range(8)):

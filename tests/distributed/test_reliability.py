@@ -32,15 +32,27 @@ def checkpoints(workdir, phase="*"):
     return set((workdir / "checkpoints").glob(f"{phase}/*"))
 
 
-@pytest.fixture(scope="module")
-def finished(compiled_once, tmp_path_factory):
-    """The directory of a run of the same command that met no misfortune."""
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, told = end(begin(workdir))
-    assert code == 0, told
-    return workdir
+def test_a_run_that_is_killed_and_told_to_end_ends_with_the_same_bits(finished, tmp_path):
+    workdir = tmp_path / "run"
+    process = begin(workdir)
+    wait_for(process, lambda: checkpoints(workdir, "search"))
+    process.send_signal(signal.SIGKILL)
+    assert end(process)[0] == -signal.SIGKILL
+    process = begin(workdir)
+    seen = checkpoints(workdir)
+    wait_for(process, lambda: checkpoints(workdir) - seen)
+    process.send_signal(signal.SIGTERM)
+    code, told = end(process)
+    assert code == EXIT_CODE
+    assert re.fullmatch(STOPPED, told[-1])
+    carry_out(workdir)
+    check_same_end(workdir, finished)
 
 
+STOPPED = r"(search|converge): stopped after step \d+; the same command goes on from there"
+
+
+@pytest.mark.slow
 def test_a_run_that_met_every_misfortune_ends_with_the_bits_of_one_that_met_none(
     finished, tmp_path
 ):
@@ -64,8 +76,7 @@ def test_a_run_that_met_every_misfortune_ends_with_the_bits_of_one_that_met_none
     process.send_signal(signal.SIGTERM)
     code, told = end(process)
     assert code == EXIT_CODE
-    stopped = r"(search|converge): stopped after step \d+; the same command goes on from there"
-    assert re.fullmatch(stopped, told[-1])
+    assert re.fullmatch(STOPPED, told[-1])
     # Killed while it converges.
     process = begin(workdir)
     wait_for(process, lambda: checkpoints(workdir, "converge"))
@@ -81,6 +92,7 @@ def limited_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_told_and_the_run_goes_on_when_there_is_room(
     finished, tmp_path, monkeypatch
 ):

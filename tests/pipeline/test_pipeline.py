@@ -1,5 +1,6 @@
 """Runs from a configuration to the end: what they leave, and that they can be stopped anywhere."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -66,8 +67,22 @@ def finished(tmp_path_factory, compiled_once):
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     run = prepare(tiny(), workdir)
     before = contents(workdir)
-    summary = execute(run)
-    return SimpleNamespace(workdir=workdir, run=run, before=before, summary=summary)
+    with warnings_of_the_library() as warnings:
+        summary = execute(run)
+    return SimpleNamespace(
+        workdir=workdir, run=run, before=before, summary=summary, warnings=warnings
+    )
+
+
+@contextlib.contextmanager
+def warnings_of_the_library():
+    """The messages of warnings in the block."""
+    messages, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    library = logging.getLogger("dhp_jax")
+    library.addHandler(handler)
+    yield messages
+    library.removeHandler(handler)
 
 
 # What a run leaves
@@ -256,7 +271,7 @@ class Steps:
 
 @pytest.mark.parametrize(
     "name",
-    ["pruned", "model", *(pytest.param(n, marks=pytest.mark.slow) for n in ("search", "best"))],
+    ["model", *(pytest.param(n, marks=pytest.mark.slow) for n in ("pruned", "search", "best"))],
 )
 def test_a_network_that_is_damaged_is_made_again_and_only_that(finished, tmp_path, caplog, name):
     workdir = shutil.copytree(finished.workdir, tmp_path / "run")
@@ -314,11 +329,14 @@ def test_other_data_are_refused_in_the_middle_of_a_phase(tmp_path):
 
 def test_a_finished_run_with_more_epochs_goes_on_as_if_it_had_had_them_before(finished, tmp_path):
     longer = tiny(**{"converge.epochs": 3})
-    execute(prepare(longer, tmp_path / "once"))
+    once = shutil.copytree(finished.workdir, tmp_path / "once")
+    for name in ("best", "model", "checkpoints/converge"):
+        shutil.rmtree(once / name)
+    execute(prepare(longer, once))
     workdir, steps = shutil.copytree(finished.workdir, tmp_path / "run"), Steps()
     execute(prepare(longer, workdir, [steps]))
     assert steps.taken == [("converge", n) for n in range(41, 61)]
-    check_same_end(workdir, tmp_path / "once")
+    check_same_end(workdir, once)
     with pytest.raises(ConfigError, match=r"config\.converge\.epochs is 3 there and 2 here"):
         prepare(tiny(), workdir)
 
@@ -562,11 +580,8 @@ def test_a_search_that_runs_out_of_epochs_says_so_and_is_pruned_to_the_target(tm
     assert 0.38 < small.flops / full.flops <= 0.4
 
 
-def test_a_search_whose_schedule_suffices_says_nothing(tmp_path, caplog):
-    run = prepare(tiny(), tmp_path, [Interrupter("converge", 0)])
-    with caplog.at_level(logging.WARNING), pytest.raises(Stop):
-        execute(run)
-    assert caplog.messages == []
+def test_a_search_whose_schedule_suffices_says_nothing(finished):
+    assert finished.warnings == []
 
 
 @pytest.mark.parametrize(
