@@ -144,6 +144,10 @@ def test_each_method_runs_to_its_end(finished_by, method):
     assert summary["method"] == method
     assert 0.49 < summary["flops"]["ratio"] <= 0.5
     assert list(summary["phases"]) == ["converge"]
+    renewed = method in ("random", "l1_norm")
+    assert ("renewed" in summary["test"]) is renewed
+    assert ("with renewed statistics" in (workdir / "report.html").read_text()) is renewed
+    assert ("with renewed statistics" in summary_text(summary)) is renewed
     assert summary["phases"]["converge"]["epochs"] == 1
     assert {r["phase"] for r in workdir_metrics.read(workdir / workdir_metrics.RECORDS)} == {
         "converge"
