@@ -5,6 +5,7 @@ After a change of the fields: `python -m dhp_jax.config.documentation > docs/con
 
 from collections.abc import Iterator
 import inspect
+import textwrap
 from typing import Any, NamedTuple
 
 from dhp_jax.config.fields import (
@@ -105,10 +106,17 @@ def describe() -> str:
         lines += ["", f"{title}:"]
         for row in fields:
             lines += [f"  {row.name}: {row.text}"]
-            lines += [f"      {row.kind}, {row.default}; {row.limits}"]
+            lines += [f"      {row.kind}, default {row.default}; {row.limits}"]
     lines += ["", "Arguments of networks, beside model.name; docs/networks.md:"]
     lines += [f"  {name}, for {task}: {_given(taken)}" for name, task, taken in families()]
-    return "\n".join(lines)
+    return "\n".join(map(_wrapped, lines))
+
+
+def _wrapped(line: str) -> str:
+    """A line within 80 columns; what follows a break is indented."""
+    return textwrap.fill(
+        line, 80, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def page() -> str:

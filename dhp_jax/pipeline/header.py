@@ -16,6 +16,8 @@ def header(runs: Sequence[Run]) -> str:
     arguments = ", ".join(
         f"{name} {value}" for name, value in config.model.items() if name != "name"
     )
+    counts = {what: run.setup.notes.get(f"{what}_examples") for what in ("validation", "test")}
+    held = "".join(f"; {count:,} for {what}" for what, count in counts.items() if count)
     shape = "x".join(map(str, run.setup.input_shape))
     lines = [
         (
@@ -23,7 +25,7 @@ def header(runs: Sequence[Run]) -> str:
             f"{config.model.name} ({arguments}): {run.cost.flops:,} FLOPs, "
             f"{run.cost.params:,} params",
         ),
-        ("data", f"{config.data.name}: {run.setup.epoch:,} examples of {shape} in an epoch"),
+        ("data", f"{config.data.name}: {run.setup.epoch:,} examples of {shape} in an epoch{held}"),
     ]
     if method.prunes:
         lines.append(("budget", "; ".join(_budget(one) for one in runs)))

@@ -89,6 +89,7 @@ GOOD = {
     "data.dir": [None, ".", Path()],
     "data.test_dir": [None, "."],
     "data.flip": [None, True, False],
+    "data.validation": [0, 0.1, 0.5],
     "data.crop_padding": [None, 0, 2],
     "data.cutout": [0, 4],
     "data.mixup": [0, 0.2],
@@ -126,6 +127,7 @@ MEASURED_BY = {
     "target": ("model", *FLOORS, "multiple_of", "task", "data"),
     "budget": ("target", "model", *FLOORS, "multiple_of", "task", "data"),
     "multiple_of": ("model",),
+    "batch_size": ("data.validation",),
     "task.steps_per_epoch": ("batch_size",),
     "task.patch": ("task.scale",),
     "converge.distillation": ("method",),
@@ -142,6 +144,7 @@ MEASURED_BY = {
         "data.name",
         "data.dir",
         "data.test_dir",
+        "data.validation",
     ),
     "model": ("task.name", "model.name", "model.depth", "model.groups"),
 }

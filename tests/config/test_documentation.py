@@ -55,9 +55,11 @@ def test_every_field_of_a_task_is_told_with_its_default(task):
 
 def test_help_tells_what_the_page_tells():
     text = describe()
+    assert max(map(len, text.splitlines())) <= 80
+    text = re.sub(r"\n {6}", " ", text)
     for task in TASK_FIELDS:
         for name, (kind, defaults, limits, what) in in_page(task).items():
-            told = f"\n  {name}: {what}\n      {kind}, {defaults.replace('`', '')}; {limits}\n"
+            told = f"\n  {name}: {what} {kind}, default {defaults.replace('`', '')}; {limits}\n"
             assert told in text + "\n"
 
 

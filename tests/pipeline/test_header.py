@@ -21,14 +21,16 @@ def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tm
     assert lines["network"] == (
         f"resnet (depth 20, width 1.0): {cost.flops:,} FLOPs, {cost.params:,} params"
     )
-    assert lines["data"] == "digits: 1,297 examples of 8x8x1 in an epoch"
+    assert lines["data"] == "digits: 1,297 examples of 8x8x1 in an epoch; 500 for test"
     assert lines["budget"] == (
         "70 % of the FLOPs and 60 % of the params; 50 % of the FLOPs and 60 % of the params"
     )
     assert lines["directory"] == f"{tmp_path}/run/0.7, {tmp_path}/run/0.5"
     assert lines["next"].startswith(f"a search of at most {config.search.epochs} epochs, then ")
     config.search.max_steps = config.converge.max_steps = 50
+    config.data.validation = 0.1
     told = header(targets.prepare(config, tmp_path / "quick"))
+    assert "digits: 1,167 examples of 8x8x1 in an epoch; 130 for validation; 500 for test" in told
     assert told.endswith(
         "a search of at most 50 steps, then training of the pruned network, 50 steps"
     )

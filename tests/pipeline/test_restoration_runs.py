@@ -315,9 +315,18 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 
 
 def test_a_streamed_run_that_is_stopped_goes_on_with_the_same_bits(folder, tmp_path):
+    """With photographs held out, and phases that end within an epoch."""
     streamed = {"data.streamed": True, "data.workers": 0, "data.cache": str(tmp_path / "cache")}
-    config = tiny("denoising", folder, **streamed, **{"checkpoint.seconds": 0.0})
-    execute(prepare(config, tmp_path / "once"))
+    fields = {"data.validation": 0.4, "search.max_steps": 3, "converge.max_steps": 6}
+    config = tiny("denoising", folder, **streamed, **fields, **{"checkpoint.seconds": 0.0})
+    summary = execute(prepare(config, tmp_path / "once"))
+    assert {name: phase["steps"] for name, phase in summary["phases"].items()} == {
+        "search": 3,
+        "converge": 6,
+    }
+    validation = summary["validation"]
+    assert validation["examples"] == round(0.4 * len(SIZES))
+    assert validation["best"]["psnr"] >= validation["last"]["psnr"] > 0
     for stop in (("search", 1), ("converge", 5)):
         run = prepare(config, tmp_path / "again", [Interrupter(*stop)])
         with pytest.raises(Stop):
