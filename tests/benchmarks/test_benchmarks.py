@@ -140,6 +140,24 @@ def test_the_benchmark_of_pruned_networks_relates_speed_to_the_ideal(results):
 
 
 @pytest.mark.slow
+def test_a_step_is_compared_with_that_of_another_commit(tmp_path):
+    process = begin("paired", "--before=HEAD", "--quick", "--out", tmp_path)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    (row,) = json.loads((tmp_path / "paired.json").read_text())["rows"]
+    assert row["after_peak_bytes"] > 0
+    for name in ("after_step_ms", "step_ms_ratio", "before_compile_s", "compile_s_ratio"):
+        assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+    assert printed.startswith("| network | step, ms | ratio | ")
+
+
+def test_a_commit_that_is_not_there_is_told(capsys):
+    code, _, errors = called(capsys, "paired", "--before=nowhere")
+    assert code == 2
+    assert errors.endswith("--before: expected a commit of this repository, got 'nowhere'\n")
+
+
+@pytest.mark.slow
 def test_the_benchmark_of_widths_relates_rounded_networks_to_any_width(results):
     *rows, mean = json.loads((results("widths")[0] / "widths.json").read_text())["rows"]
     assert [(row["batch"], row["multiple_of"]) for row in rows] == [(1, 2), (4, 2)]
