@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-import importlib
 import os
 from pathlib import Path
 import sys
@@ -20,7 +19,7 @@ from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.data.augmentation import normalize
-from dhp_jax.errors import shown
+from dhp_jax.models.own import imported
 from dhp_jax.models.registry import task_of
 from dhp_jax.workdir import target_dirs
 
@@ -149,19 +148,3 @@ def find(path: str | os.PathLike, which: str | None = None) -> Path:
     raise ValueError(
         f"model: expected a folder that dhp.save wrote or a run's with {which}/, got {path}{hint}"
     )
-
-
-def imported(text: str) -> Callable[..., nnx.Module]:
-    """The function that "module:function" names; modules are looked for in this folder too."""
-    module, _, name = text.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name)
-        if not callable(found):
-            raise TypeError(f"it is {shown(found)}")
-    except Exception as error:  # a module of the user's may raise anything
-        raise ValueError(
-            f"build: expected module:function, such as networks:Net; got {text!r}: {error}"
-        ) from error
-    return found

@@ -65,7 +65,7 @@ def _check_task(saved: Saved) -> None:
     if saved.task not in TASKS:
         raise FieldError.unknown(where, saved.task, TASKS)
     family = architecture_of(saved.model).family
-    expected = saved.task if family is None else task_of(family)
+    expected = (family and task_of(family)) or saved.task
     if (expected == LABELS) != (saved.task == LABELS):
         raise ValueError(
             f"{where}: expected {expected!r}, as of family {family!r}; got {saved.task!r}"

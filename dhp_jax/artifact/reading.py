@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -31,10 +32,11 @@ from dhp_jax.artifact.description import (
 from dhp_jax.artifact.traced import cuts_from_json, table_from_json
 from dhp_jax.core.latent import latents
 from dhp_jax.core.plain import Model
-from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import FieldError, shown
 from dhp_jax.models import registry
+from dhp_jax.models.own import is_own
 from dhp_jax.pruned.fold import remove_folded_layers
 from dhp_jax.pruned.relatent import make_network, narrow
 from dhp_jax.tracing.network import install
@@ -74,7 +76,8 @@ def load(
       path: the folder; the two files in it may not be links.
       build: for a network of your own class: makes the unpruned network, as `build(rngs)` or
         `build(rngs=rngs)`, whichever it takes. Random state that the file lacks, of a layer of
-        dropout that is new, is that of `build(nnx.Rngs(0))`.
+        dropout that is new, is that of `build(nnx.Rngs(0))`. Where a run has noted arguments, it
+        gets those that it takes by name.
         For a network whose latents were found by tracing it makes the ordinary one that
         `dhp.with_latents` was given first, or the one of latents that this was pruned from.
       call: of such a network how it is called, if that is not `model(*inputs)`.
@@ -92,7 +95,12 @@ def load(
     """
     path = Path(path)
     description = verify(path)
-    whole = _build_family(description, path / DESCRIPTION) if build is None else _call_build(build)
+    if build is None and description["family"] in registry.OWN:
+        build = functools.partial(registry.build, description["family"])
+    if build is None:
+        whole = _build_family(description, path / DESCRIPTION)
+    else:
+        whole = _call_build(build, description)
     traced = _Traced(description, path / DESCRIPTION, call)
     ordinary = traced and not latents(whole)
     masks = None if ordinary else _masks(whole, description["survivors"], path / DESCRIPTION)
@@ -114,9 +122,7 @@ def load(
     gained, known = nnx.split_state(abstract, _random_besides(description["arrays"]), ...)
     state = read_arrays(known, description["arrays"], path)
     if gained:
-        state = nnx.merge_state(
-            state, _draw(lambda: make(make_network(build, nnx.Rngs(0)))[1], gained)
-        )
+        state = nnx.merge_state(state, _draw(lambda: make(_built(build, description))[1], gained))
     model = nnx.merge(graphdef, state)
     model.eval()
     return model
@@ -128,6 +134,8 @@ class _Traced:
     def __init__(self, description: Mapping[str, Any], where: Path, call: Any):
         cuts, table = description.get("cuts"), description.get("latents")
         self.cuts = None if cuts is None else cuts_from_json(cuts, str(where))
+        kept = description["survivors"]
+        self.survivors = kept and {name: tuple(entries) for name, entries in kept.items()}
         self.table, self.least = None, {}
         if table is not None:
             self.table, self.least = table_from_json(table, str(where))
@@ -144,7 +152,9 @@ class _Traced:
         if self.table is not None:
             generated = self.table.notes["generated"]
             model = install(model, self.table, generated, min_channels=self.least, rngs=nnx.Rngs(0))
-        made = replace(architecture_of(model), axes=self.table, cuts=self.cuts)
+        made = replace(
+            architecture_of(model), axes=self.table, cuts=self.cuts, survivors=self.survivors
+        )
         set_architecture(model, made)
         return model
 
@@ -235,10 +245,11 @@ def _build_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
     are is limited by the families.
     """
     family = description["family"]
-    if family is None:
+    if family is None or is_own(family):
+        made = "a class of its own" if family is None else shown(family)
         raise ArtifactError(
-            f"path: {where.parent} holds a network of a class of its own; expected "
-            "load(path, build=...) with a function build(rngs) that makes it unpruned"
+            f"path: {where.parent} holds a network of {made}; expected load(path, build=...) with "
+            "a function build(rngs) that makes it unpruned (--build=module:function of commands)"
         )
     if family not in registry.FAMILIES:
         raise ArtifactError(
@@ -266,23 +277,26 @@ def _build_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
         raise ArtifactError(f"path: {where}: arguments: {what[:MAX_TEXT]}") from None
 
 
-def _call_build(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+def _call_build(build: Callable[..., nnx.Module], description: Mapping[str, Any]) -> nnx.Module:
     """Builds the unpruned network by the caller's function, with shapes in place of arrays."""
-
-    def made() -> nnx.Module:
-        model = make_network(build, nnx.Rngs(0))
-        if not isinstance(model, nnx.Module):
-            raise TypeError(f"it returns {shown(model)}")
-        return model
-
     try:
-        return nnx.eval_shape(made)
+        return nnx.eval_shape(lambda: _built(build, description))
     except Exception as error:  # whatever the function raises, or what is none
         what = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArtifactError(
             "build: expected a function build(rngs) that makes the unpruned network, an "
             f"nnx.Module; got {shown(build)}: {what}"
         ) from error
+
+
+def _built(build: Callable[..., nnx.Module], description: Mapping[str, Any]) -> nnx.Module:
+    family, arguments = description["family"], description["arguments"]
+    model = make_network(build, nnx.Rngs(0), arguments)
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"it returns {shown(model)}")
+    if is_own(family):
+        set_architecture(model, Architecture(family, arguments))
+    return model
 
 
 def _masks(

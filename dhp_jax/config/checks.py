@@ -9,8 +9,10 @@ from ml_collections import ConfigDict, config_dict
 
 from dhp_jax.config.fields import FIELDS, MAX_EXAMPLES, TASK_FIELDS, Field, fields_of
 from dhp_jax.config.methods import METHODS
+from dhp_jax.config.rules import PATH, or_none
 from dhp_jax.errors import ConfigError, shown
 from dhp_jax.models import registry
+from dhp_jax.models.own import is_own
 from dhp_jax.models.registry import task_of
 
 SCHEDULED = ("search", "converge", "baseline")  # groups of fields
@@ -95,7 +97,22 @@ def _check_filled_in(group: str, config: ConfigDict) -> None:
 
 
 def _check_source(config: ConfigDict) -> None:
-    needed = METHODS[config.method].source
+    method, weights = METHODS[config.method], config.model.get("weights")
+    needed = method.source
+    if not or_none(PATH, "for fresh weights").allows(weights):
+        raise ConfigError(
+            "config.model.weights", "a path, or None for fresh weights", shown(weights)
+        )
+    from_source = needed is not None and config.source is not None
+    if weights is not None and (from_source or (method.prunes and method.fresh)):
+        start = "fresh weights" if method.fresh else "config.source"
+        raise ConfigError(
+            "config.model.weights",
+            f"None, for a run with config.method={config.method} starts from {start}",
+            shown(str(weights)),
+        )
+    if needed == "baseline" and weights is not None:
+        return
     if needed is not None and config.source is None:
         raise ConfigError(
             "config.source",
@@ -112,6 +129,8 @@ def _check_source(config: ConfigDict) -> None:
 
 def _check_family(config: ConfigDict) -> None:
     name, task = config.model.get("name"), config.task.name
+    if is_own(name):
+        return
     families = sorted(family for family in registry.FAMILIES if task_of(family) == task)
     if not isinstance(name, str) or name not in registry.FAMILIES:
         raise ConfigError.unknown("config.model.name", name, families)

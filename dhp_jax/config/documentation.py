@@ -136,6 +136,13 @@ def page() -> str:
         f"tells what they are. {', '.join(f'`{name}`' for name in FOLLOWING)} follow from other",
         "fields and are not given.",
         "",
+        "A name such as `networks:Net` is that of a function or class of your own, in a module",
+        "that is installed or lies in this folder. It gets `rngs`, the rest of `model`, and of the",
+        "above what it takes. For an ordinary network `embedding` and `gates_above` are those of",
+        "`dhp.with_latents`, unless it takes them itself ([any_network.md](any_network.md)).",
+        "`weights` is a folder that `dhp.save` or a run wrote, or a file of safetensors with the",
+        "paths of arrays for names. It takes the place of `source`, where that is a baseline.",
+        "",
         "| `model.name` | task | arguments |",
         "|---|---|---|",
     ]

@@ -148,7 +148,7 @@ FIELDS: Fields = {
         Rule(
             lambda value: isinstance(value, ConfigDict), "the name of a network and its arguments"
         ),
-        "name of a family, and its arguments",
+        "name of a family, or module:function of your own, and arguments; weights to start from",
     ),
     "optimizer": {
         "name": Field("sgd", one_of(*optimizer.NAMES), "of all parameters"),

@@ -14,9 +14,11 @@ class Architecture:
     """How a network was made.
 
     Attributes:
-      family: name in `dhp.models.build`, or `None` for a network of the user's own.
+      family: name in `dhp.models.build`; of a network of the user's own "module:function" if a run
+        has made it by that name, or `None`.
       arguments: of `dhp.models.build`, but for the random generators.
-      survivors: indices kept of each latent; `None` before pruning.
+      survivors: indices kept of each latent; `None` before pruning. Of latents that were found by
+        tracing those of the first pruning, and `cuts` tells the rest.
       renewed: whether it is one of latents whose entries are the survivors of an earlier pruning.
       folded: layers that others were folded into, with those, by their paths.
       axes: the table of latents that were found by tracing (`dhp_jax.tracing.table`).

@@ -31,6 +31,7 @@ from dhp_jax.export.writers import (
     symbolic_sizes,
 )
 from dhp_jax.files import unfinished
+from dhp_jax.models import registry
 from dhp_jax.pruned.fold import Identity, fold_for_batch
 
 
@@ -175,7 +176,7 @@ def check_path(path: str | os.PathLike, format: str, argument: str = "path") -> 
 
 
 def _check_build(model: nnx.Module, format: str, build: Build) -> None:
-    own = architecture_of(model).family is None
+    own = not registry.knows(architecture_of(model).family)
     if own and format == "safetensors" and build is None:
         raise ValueError("build: expected the function that builds this network, to read it back")
     if build is not None and format != "safetensors":

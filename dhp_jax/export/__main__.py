@@ -13,12 +13,13 @@ from jaxtyping import Float, Shaped, UInt8
 import numpy as np
 
 from dhp_jax import cli
-from dhp_jax.cli import Saved, imported, opened
+from dhp_jax.cli import Saved, opened
 from dhp_jax.data.augmentation import normalize
 from dhp_jax.data.photos import photographs
 from dhp_jax.data.stream import Stream
 from dhp_jax.export import check_format, check_path, export
 from dhp_jax.export.writers import NEEDS
+from dhp_jax.models.own import imported
 from dhp_jax.pipeline.setup import set_up
 from dhp_jax.tasks import Classification
 from dhp_jax.tasks.task import Data

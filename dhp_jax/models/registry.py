@@ -1,5 +1,6 @@
-"""Families of networks, by name."""
+"""Families of networks, by name, and functions of the user's own that make networks."""
 
+from collections.abc import Callable, Iterable, Mapping
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from dhp_jax.models.densenet import DenseNet
 from dhp_jax.models.dncnn import DnCNN
 from dhp_jax.models.edsr import EDSR
 from dhp_jax.models.mobilenet import MobileNetV1, MobileNetV2
+from dhp_jax.models.own import imported, is_own
 from dhp_jax.models.resnet import ResNet
 from dhp_jax.models.srresnet import SRResNet
 from dhp_jax.models.unet import UNet
@@ -30,6 +32,9 @@ FAMILIES: dict[str, type[nnx.Module]] = {
     "dncnn": DnCNN,
     "unet": UNet,
 }
+
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+OWN: dict[str, Callable[..., nnx.Module]] = {}  # by the import names that the user has given
 
 
 def build(name: str, *, rngs: nnx.Rngs, **arguments: Any) -> nnx.Module:
@@ -50,28 +55,68 @@ def build(name: str, *, rngs: nnx.Rngs, **arguments: Any) -> nnx.Module:
     Example:
       >>> model = dhp.models.build("resnet", depth=56, num_classes=10, rngs=nnx.Rngs(0))
     """
-    _check_arguments(name, arguments)
+    check_arguments(name, arguments)
     given = dict(arguments)
     if given.get("dtype") is not None:
         given["dtype"] = _dtype(given["dtype"])
         arguments = {**arguments, "dtype": given["dtype"].name}
-    model = FAMILIES[name](**given, rngs=rngs)
+    model = _maker(name)(**given, rngs=rngs)
+    if not isinstance(model, nnx.Module):
+        raise ArgumentError("name", "a function that returns an nnx.Module", shown(model))
     said = {argument: _parameters(name)[argument].default for argument in absent(name)}
     set_architecture(model, Architecture(name, {**said, **arguments}))
     return model
 
 
+def add_own(name: str, argument: str = "build") -> None:
+    """Imports a function, so that `build`, `load` and runs can make its network by its name.
+
+    Args:
+      name: "module:function", given by the user, never one that a file holds.
+      argument: what an error calls it.
+
+    Raises:
+      ArgumentError: there is no such function, or it takes no `rngs`.
+    """
+    OWN[name] = imported(name, argument)
+    if not taken_by(name, ["rngs"]):
+        del OWN[name]
+        raise ArgumentError(argument, detail=f"expected a function that takes rngs; got {name!r}")
+
+
+def knows(name: Any) -> bool:
+    """Whether `build` makes a network by a name."""
+    return isinstance(name, str) and (name in FAMILIES or name in OWN)
+
+
+def taken_by(name: str, arguments: Iterable[str]) -> list[str]:
+    """Those of some arguments that a family or a function of the user's own takes."""
+    return taken(_maker(name), arguments)
+
+
+def taken(maker: Callable[..., nnx.Module], arguments: Iterable[str]) -> list[str]:
+    """Those of some arguments that a function or class takes; all where it takes any."""
+    known = _signature(maker)
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    return [name for name in arguments if anything or name in known]
+
+
 def absent(name: str) -> dict[str, Any]:
     """What a file means that lacks an argument of a family, because it is older than that."""
-    return dict(getattr(FAMILIES[name], "absent", {}))
+    return dict(getattr(_maker(name), "absent", {}))
 
 
-def task_of(name: str) -> str:
-    """The task of a family: one that takes `num_classes` classifies, one of `scale` enlarges."""
-    taken = _parameters(name)
-    if "num_classes" in taken:
+def task_of(name: str) -> str | None:
+    """The task of a family: one that takes `num_classes` classifies, one of `scale` enlarges.
+
+    It is `None` for a function of the user's own.
+    """
+    if is_own(name):
+        return None
+    parameters = _parameters(name)
+    if "num_classes" in parameters:
         return "classification"
-    return "super_resolution" if "scale" in taken else "denoising"
+    return "super_resolution" if "scale" in parameters else "denoising"
 
 
 def build_abstract(name: str, **arguments: Any) -> nnx.Module:
@@ -92,29 +137,46 @@ def build_abstract(name: str, **arguments: Any) -> nnx.Module:
       >>> dhp.measure_cost(model, (32, 32, 3)).flops
       126837376
     """
-    _check_arguments(name, arguments)
+    check_arguments(name, arguments)
     # Not `nnx.Rngs`: counting its draws under a trace takes seconds in a deep network.
     constant: Any = SimpleNamespace(params=lambda: jax.random.key(0))
-    return nnx.eval_shape(lambda: build(name, rngs=constant, **arguments))
+    return nnx.eval_shape(
+        lambda: build(name, rngs=nnx.Rngs(0) if is_own(name) else constant, **arguments)
+    )
 
 
-def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
+def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     """Raises a `ValueError` for an unknown family, or for arguments it does not take or lacks."""
-    if not isinstance(name, str) or name not in FAMILIES:
+    if not knows(name):
         raise ArgumentError.unknown("name", name, FAMILIES)
     parameters = _parameters(name)
+    known = taken_by(name, arguments)
     for argument in arguments:
-        if argument not in parameters:
+        if argument not in known:
             raise ArgumentError.unknown(argument, argument, parameters, "unknown argument: ")
     for argument, parameter in parameters.items():
-        if parameter.default is parameter.empty and argument not in arguments:
+        needed = parameter.default is parameter.empty and parameter.kind not in VARIABLE
+        if needed and argument not in arguments:
             raise ArgumentError(argument, detail="expected a value, got none")
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
-    parameters = dict(inspect.signature(FAMILIES[name].__init__).parameters)
-    del parameters["self"], parameters["rngs"]
+    parameters = _signature(_maker(name))
+    parameters.pop("rngs", None)
     return parameters
+
+
+def _maker(name: str) -> Callable[..., nnx.Module]:
+    return FAMILIES[name] if name in FAMILIES else OWN[name]
+
+
+def _signature(maker: Callable[..., nnx.Module]) -> dict[str, inspect.Parameter]:
+    """The parameters of a function or class; none of what does not tell them."""
+    try:
+        found = inspect.signature(maker.__init__ if inspect.isclass(maker) else maker).parameters
+    except (TypeError, ValueError):  # nothing that is called, or a builtin
+        return {}
+    return dict(list(found.items())[inspect.isclass(maker) :])
 
 
 def _dtype(given: Any) -> jnp.dtype:

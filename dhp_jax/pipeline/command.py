@@ -30,6 +30,7 @@ from dhp_jax.train.phase import Stopped
 from dhp_jax.train.progress_bar import ProgressBar
 from dhp_jax.workdir.summary import beside, read_baseline
 
+WEIGHTS = "config.model.weights"
 PROGRAMS = {  # by the name of the function that is compiled
     "on_arrays": "the training step",
     "add": "the test",
@@ -126,11 +127,15 @@ def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
     given = {name: value if equals else None for name, equals, value in named}
     # First, because the flag parser's own complaints do not tell what is possible.
     overrides = {name: text for name, text in given.items() if name.startswith("config.")}
+    weights = overrides.pop(WEIGHTS, "None")  # which files need not mention
+    if weights is None:
+        raise ValueError(f"{WEIGHTS}: expected --{WEIGHTS}=<value>; got none")
     check_overrides(read_config(given.get("config")), overrides)
     found = find_config(given["config"])  # for a name, its file
     arguments = [
         a.replace(given["config"], found) if a.lstrip("-").startswith("config=") else a
         for a in arguments
+        if a.lstrip("-").partition("=")[0] != WEIGHTS
     ]
     options = define(arguments)
     try:
@@ -139,6 +144,9 @@ def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
         raise ValueError(error) from error
     if surplus:
         raise ValueError(f"expected flags only, such as --config.target=0.5; got {surplus[0]!r}")
+    if WEIGHTS in given and isinstance(options.config.get("model"), ConfigDict):
+        with options.config.unlocked():
+            options.config.model.weights = None if weights == "None" else weights
     if options.workdir is not None:
         options.workdir = os.path.normpath(options.workdir)
     else:

@@ -27,6 +27,8 @@ def header(runs: Sequence[Run]) -> str:
         ),
         ("data", f"{config.data.name}: {run.setup.epoch:,} examples of {shape} in an epoch{held}"),
     ]
+    if run.blueprint.told:
+        lines.append(("latents", run.blueprint.told))
     if method.prunes:
         lines.append(("budget", "; ".join(_budget(one) for one in runs)))
     lines.append(("device", f"{jax.device_count()} x {device.device_kind} ({device.platform})"))

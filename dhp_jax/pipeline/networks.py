@@ -38,7 +38,7 @@ def save(
 
 
 def keep_teacher(run: Run, source: str) -> None:
-    """Copies the network of the source, which may change or go while this run learns from it.
+    """Copies the network that a run starts and learns from, for that may change or go.
 
     Args:
       run: that learns from the network.
@@ -49,6 +49,9 @@ def keep_teacher(run: Run, source: str) -> None:
     """
     kept = find(run, "teacher")
     if kept and kept["notes"]["made_from"] == source:
+        return
+    if not source_run.needs_source(run.config):
+        save(run, "teacher", run.blueprint.ordinary(), made_from=source)
         return
     there = source_run.read(run.config)
     if there.sha256 != source:

@@ -23,10 +23,8 @@ import optax
 from dhp_jax.artifact import reading
 from dhp_jax.artifact.arrays import array_name, array_of, is_finite
 from dhp_jax.budgets.counted import limits
-from dhp_jax.budgets.floors import keep_share
 from dhp_jax.budgets.gradual import fade_to_budget
 from dhp_jax.config.methods import METHODS
-from dhp_jax.core.surgery import prune
 from dhp_jax.core.survivors import latent_history, survivor_counts
 from dhp_jax.distributed.processes import folder_from_first, from_first, is_first
 from dhp_jax.errors import NonFiniteError
@@ -36,7 +34,7 @@ from dhp_jax.pipeline.reach import tell_reach
 from dhp_jax.pipeline.smaller import RunStart
 from dhp_jax.pipeline.training_batches import renew
 from dhp_jax.pruned.fresh_weights import reinitialize
-from dhp_jax.pruned.gates import ungate, with_gates
+from dhp_jax.pruned.gates import ungate
 from dhp_jax.report.format import in_words
 from dhp_jax.tasks import evaluate
 from dhp_jax.tasks.task import Data, Params
@@ -68,7 +66,7 @@ def carry_out(run: Run, stopping: Callable[[], bool]) -> None:
     """Carries out all phases of a run, or those that are left."""
     work = Work(run, stopping, functools.cache(run.setup.read))
     if not METHODS[run.config.method].prunes:
-        train_last(work, "baseline", lambda: _with_fresh_weights(run, prune(run.build())))
+        train_last(work, "baseline", run.blueprint.baseline, run.blueprint.digest)
         return
     pruned_from = prune_to_budget(work, find_start(work))
     folder = run.workdir / "pruned"
@@ -77,8 +75,8 @@ def carry_out(run: Run, stopping: Callable[[], bool]) -> None:
 
 def find_start(work: Work) -> str:
     """Returns the digest of the network that channels are taken from; "" for an untrained."""
-    run, method, source = work.run, METHODS[work.run.config.method], ""
-    if method.source is not None:
+    run, method, source = work.run, METHODS[work.run.config.method], work.run.blueprint.digest
+    if source_run.needs_source(run.config):
         source = from_first(lambda: source_run.find_digest(run.config, run.workdir))
     if run.config.converge.distillation.weight:
         from_first(lambda: networks.keep_teacher(run, source))
@@ -104,16 +102,11 @@ def search(work: Work, source: str = "") -> str:
         limits={name: share + margin for name, share in asked.items()},
         history=lambda model: latent_history(model, settings.threshold),
     )
-    model = run.build()
-    if fades:
-        path = from_first(lambda: str(source_run.read(run.config).path))
-        trained = folder_from_first(Path(path), reading.load)
-        model = with_gates(trained, rngs=nnx.Rngs(run.config.seed))
-        model = keep_share(model, settings.keep)
-    elif is_first():
+    model = run.blueprint.gated(_trained(run)) if fades else run.blueprint.build()
+    if not fades and is_first():
         tell_reach(run, model, budget)
     outcome = _train(work, "search", model, budget, source)
-    searched = ungate(outcome.model, run.build()) if fades else outcome.model
+    searched = ungate(outcome.model, run.blueprint.build()) if fades else outcome.model
     if not outcome.progress.met_budget and is_first():
         logger.warning(
             "search: did not come down to %s within %s; pruning to %s anyway",
@@ -123,6 +116,14 @@ def search(work: Work, source: str = "") -> str:
         )
     noted = {"made_from": source} if source else {}
     return from_first(lambda: networks.save(run, "search", searched, outcome.progress, **noted))
+
+
+def _trained(run: Run) -> nnx.Module:
+    """The ordinary network that a search from trained weights begins with."""
+    if not source_run.needs_source(run.config):
+        return run.blueprint.ordinary()
+    path = from_first(lambda: str(source_run.read(run.config).path))
+    return folder_from_first(Path(path), reading.load)
 
 
 def prune_to_budget(work: Work, made_from: str) -> str:
@@ -144,10 +145,10 @@ def _prune_to_budget(work: Work, made_from: str) -> str:
     if "search" in method.phases:
         _check_weights(small)
     notes: dict[str, Any] = {"budget": budget}
-    if method.source is not None:
+    if source_run.needs_source(run.config):
         notes["origin"] = dict(source_run.read(run.config).origin)
     if method.fresh:
-        small = _with_fresh_weights(run, small)
+        reinitialize(small, rngs=nnx.Rngs(run.config.seed))
     else:
         notes["test"] = _test(work, small)
         if method.cuts and renew(run, small, work.read("train")):
@@ -186,12 +187,6 @@ def train_last(work: Work, phase: str, make: Callable[[], nnx.Module], source: s
         return
     outcome = _train(work, phase, make(), source=source)
     from_first(lambda: networks.save_trained(run, outcome, work.read("test"), source))
-
-
-def _with_fresh_weights(run: Run, model: nnx.Module) -> nnx.Module:
-    """An ordinary network with the initial weights that a baseline's layers have."""
-    reinitialize(model, rngs=nnx.Rngs(run.config.seed))
-    return model
 
 
 def _train(

@@ -5,7 +5,6 @@ import contextlib
 from dataclasses import dataclass
 import os
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
 import jax
@@ -15,7 +14,6 @@ import optax
 
 from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.counted import check_budget, limits
-from dhp_jax.budgets.floors import keep_share
 from dhp_jax.budgets.latency import check_latency, clock
 from dhp_jax.config.checks import check
 from dhp_jax.config.methods import METHODS
@@ -23,9 +21,8 @@ from dhp_jax.core.cost import Cost
 from dhp_jax.distributed.mesh import DATA, check_batch, make_mesh
 from dhp_jax.distributed.processes import from_first, is_first
 from dhp_jax.errors import ConfigError, FieldError
-from dhp_jax.models import registry
-from dhp_jax.models.registry import build_abstract
-from dhp_jax.pipeline.setup import TaskSetup, argument_fields, known_arguments, set_up
+from dhp_jax.pipeline.blueprint import Blueprint, abstract, begin, complete
+from dhp_jax.pipeline.setup import TaskSetup, set_up
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.train.phase import Observer
 from dhp_jax.train.schedules import make_schedule
@@ -46,7 +43,7 @@ class Run:
       config: its configuration.
       workdir: the directory that it writes to.
       setup: its task and data.
-      build: makes the unpruned network of latents.
+      blueprint: how its unpruned network is made.
       cost: the cost of that network.
       journal: writes its records; `None` in all processes but the first.
       observers: are told how training goes, as the journal is; in the first process.
@@ -56,7 +53,7 @@ class Run:
     config: ConfigDict
     workdir: Path
     setup: TaskSetup
-    build: Callable[[], nnx.Module]
+    blueprint: Blueprint
     cost: Cost
     journal: Journal | None
     observers: Sequence[Observer] = ()
@@ -89,49 +86,39 @@ def prepare(
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     if mesh is not None:
         check_batch(config.batch_size, mesh.shape[DATA], jax.process_count())
-    arguments = dict(config.model)
-    name = arguments.pop("name")
-    for argument, field in argument_fields(config).items():
-        if argument in arguments:
-            raise ConfigError(
-                f"config.model.{argument}", detail=f"follows from config.{field}, not given here"
-            )
-    arguments |= known_arguments(config)
-    _abstract(config, arguments)  # before the data, which may have to be downloaded
-    if method.source is not None:
+    blueprint = begin(config)
+    if source_run.needs_source(config):
         from_first(lambda: find_digest(config, workdir))
     asked = _agree_on_setup(config, workdir)
-    arguments |= asked.arguments
-    abstract = _abstract(config, arguments)
-    if method.source is not None:
-        from_first(lambda: source_run.check(config, workdir, asked.checksums, abstract))
-    cost = measure_cost(abstract, asked.input_shape)
+    blueprint = complete(config, blueprint, asked)
+    model = abstract(config, blueprint)
+    if source_run.needs_source(config):
+        from_first(lambda: source_run.check(config, workdir, asked.checksums, model))
+    cost = measure_cost(model, asked.input_shape)
     try:
-        check_budget(abstract, cost, config.multiple_of, **counted_budgets(config))
+        check_budget(model, cost, config.multiple_of, **counted_budgets(config))
     except FieldError as error:
         if error.field == "flops" and _target_is_smallest(config):
             raise ConfigError("config.target", error.expected, error.got, str(error)) from error
         field = error.field if error.field == "multiple_of" else f"budget.{error.field}"
         raise ConfigError.of(f"config.{field}", error) from error
-    check_axes(abstract, asked.input_shape)
+    check_axes(model, asked.input_shape)
     try:
-        asked.task.check(abstract)
+        asked.task.check(model)
     except FieldError as error:
         raise ConfigError.of(f"config.task.{error.field}", error) from error
 
-    def build() -> nnx.Module:
-        model = registry.build(name, **arguments, rngs=nnx.Rngs(config.seed))
-        return keep_share(model, config.search.keep)
-
     workdir = Path(workdir)
     if method.chooses and config.budget.latency is not None:
-        from_first(lambda: _check_latency(config, workdir, build, cost, asked.input_shape))
+        from_first(
+            lambda: _check_latency(config, workdir, blueprint.build, cost, asked.input_shape)
+        )
     with hold_by_first(workdir, config):  # so that an error comes now
         from_first(lambda: settle_data(workdir, asked.streamed, asked.checksums))
     journal = Journal(workdir, PHASES) if is_first() else None
 
     told = observers if is_first() else ()
-    return Run(config, workdir, asked, build, cost, journal, told, mesh)
+    return Run(config, workdir, asked, blueprint, cost, journal, told, mesh)
 
 
 def counted_budgets(config: ConfigDict) -> dict[str, float]:
@@ -195,15 +182,6 @@ def hold_by_first(workdir: Path, config: ConfigDict) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         from_first(lambda: stack.enter_context(hold(workdir, config)))
         yield
-
-
-def _abstract(config: ConfigDict, arguments: dict[str, Any]) -> nnx.Module:
-    """The network as shapes and dtypes; an error names the field that an argument follows from."""
-    try:
-        return keep_share(build_abstract(config.model.name, **arguments), config.search.keep)
-    except FieldError as error:
-        field = argument_fields(config).get(error.field, f"model.{error.field}")
-        raise ConfigError.of(f"config.{field}", error) from error
 
 
 def _agree_on_setup(config: ConfigDict, workdir: str | os.PathLike) -> TaskSetup:

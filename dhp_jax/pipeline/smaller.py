@@ -21,7 +21,6 @@ from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline.preparation import Run, counted_budgets
 from dhp_jax.pipeline.training_batches import EXAMPLES, batches
-from dhp_jax.pruned.fresh_weights import carry_kernels
 from dhp_jax.tasks.task import Data
 from dhp_jax.train.step import dropout_from
 from dhp_jax.workdir import source_run
@@ -43,16 +42,17 @@ class RunStart:
         return self.run.config.search.batches
 
     def unpruned(self) -> nnx.Module:
-        return self.run.build()
+        return self.run.blueprint.build()
 
     def searched(self) -> nnx.Module:
         model = reading.load(self.run.workdir / "search")
         return keep_share(model, self.run.config.search.keep)
 
     def trained(self) -> nnx.Module:
-        model = self.run.build()
-        carry_kernels(reading.load(source_run.read(self.run.config).path), model)
-        return model
+        blueprint = self.run.blueprint
+        if not source_run.needs_source(self.run.config):
+            return blueprint.of_trained(blueprint.ordinary())
+        return blueprint.of_trained(reading.load(source_run.read(self.run.config).path))
 
     def training(
         self, count: int | None = None

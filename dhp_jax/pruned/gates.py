@@ -1,6 +1,6 @@
 """Trained networks whose latents are gates on what layers read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
@@ -16,8 +16,8 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import override, prune
 from dhp_jax.pruned.fresh_weights import carry_kernels
 from dhp_jax.pruned.relatent import with_latents
-from dhp_jax.tracing.generated import ordinary
-from dhp_jax.tracing.network import gated, is_traced, variables_of
+from dhp_jax.tracing.generated import GeneratedArray, ordinary
+from dhp_jax.tracing.network import gated, install, is_traced, variables_of
 from dhp_jax.tracing.weights import READ, weights_of
 
 
@@ -105,14 +105,31 @@ def ungate(net: nnx.Module, model: nnx.Module) -> nnx.Module:
 
     Returns:
       A network that computes what `net` does, and whose entries survive by their gates. It can be
-      saved and loaded. Its latents do not act on its kernels.
+      saved and loaded. Its latents do not act on its kernels; where those were found by tracing
+      and an array has one number a weight, those that are 0 do.
     """
+    gates = latents(net)
+    if is_traced(net):
+        return _ungated(prune(net), model, {name: z.value() for name, z in gates.items()})
     model = nnx.clone(model)
     carry_kernels(prune(net), model)
-    gates = latents(net)
     for name, z in latents(model).items():
         z.vector.set_value(gates[name].value())
     return model
+
+
+def _ungated(plain: nnx.Module, model: nnx.Module, gates: Mapping[str, Array]) -> nnx.Module:
+    """An ordinary network as one of traced latents that are given, and do not act on its arrays."""
+    table, named = architecture_of(model).axes, latents(model)
+    least = {name: z.min_channels for name, z in named.items()}
+    net = install(plain, table, table.notes["generated"], min_channels=least, rngs=nnx.Rngs(0))
+    arrays = [node for _, node in nnx.iter_graph(net) if isinstance(node, GeneratedArray)]
+    values = [node.get_value() for node in arrays]
+    for name, z in latents(net).items():
+        z.vector.set_value(gates[name])
+    for node, value in zip(arrays, values, strict=True):
+        node.hold(value)
+    return net
 
 
 def _gated_kernel(_: Callable[..., Any], layer: Hyper) -> Float[Array, "*k in out"]:

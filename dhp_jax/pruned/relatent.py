@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-import inspect
+from types import MappingProxyType
 from typing import Any
 
 from flax import nnx
@@ -89,6 +89,8 @@ def with_latents(
     made = architecture_of(model)
     if made.survivors is None or made.folded or latents(model):
         raise ValueError("model: expected a pruned network, without latents and not folded")
+    if made.cuts is not None:
+        raise ValueError("inputs: expected those of a network whose axes are found by tracing")
     if (made.family is None) != (build is not None):
         raise ValueError(
             f"build: expected {'a function' if made.family is None else 'none'} for a network of "
@@ -166,11 +168,12 @@ def _narrow_layer(layer: nnx.Module, keep: Keep) -> None:
         resize(layer, kept)
 
 
-def make_network(build: Callable[..., nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
-    """Calls `build(rngs)` or `build(rngs=rngs)`, whichever it takes."""
-    try:
-        given = inspect.signature(build).parameters.get("rngs")
-    except (TypeError, ValueError):  # nothing that is called, or a builtin
-        given = None
-    by_name = given is not None and given.kind is inspect.Parameter.KEYWORD_ONLY
-    return build(rngs=rngs) if by_name else build(rngs)
+def make_network(
+    build: Callable[..., nnx.Module],
+    rngs: nnx.Rngs,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> nnx.Module:
+    """Calls `build(rngs)` or `build(rngs=rngs)`, whichever it takes, and with what else."""
+    if not registry.taken(build, ["rngs"]):
+        return build(rngs)
+    return build(rngs=rngs, **{name: arguments[name] for name in registry.taken(build, arguments)})

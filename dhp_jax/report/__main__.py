@@ -13,6 +13,7 @@ from pathlib import Path
 import sys
 
 from dhp_jax.cli import Parser, run
+from dhp_jax.models.registry import add_own
 from dhp_jax.report.write import COMPARED, PAGE, write_comparison, write_page, write_sizes
 from dhp_jax.workdir import target_dirs
 from dhp_jax.workdir.reader import configuration
@@ -37,7 +38,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--latency", action="store_true", help="measure the latency here and now, and note it"
     )
-    print(_make(parser.parse_args(arguments)))
+    parser.add_argument(
+        "--build", metavar="NAME", help="module:function of a run on a network of your own"
+    )
+    options = parser.parse_args(arguments)
+    if options.build is not None:
+        add_own(options.build)
+    print(_make(options))
 
 
 def _make(options: argparse.Namespace) -> Path:

@@ -40,6 +40,8 @@ def in_row(names: Sequence[str]) -> str:
 def start_text(summary: Mapping[str, Any]) -> str:
     """What the smaller network of a run started from; nothing where its phases tell."""
     method, origin = METHODS[summary["method"]], summary.get("origin")
+    if origin is None and summary["model"].get("weights"):
+        return f"the weights in {summary['model']['weights']}"
     if origin is None:
         return "fresh weights" if method.fresh and method.prunes else ""
     count = origin["epochs"]

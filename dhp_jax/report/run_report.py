@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any
 
+from dhp_jax.models.own import is_own
 from dhp_jax.models.registry import FAMILIES
 from dhp_jax.report.format import interval
 from dhp_jax.tasks.task import METRICS, Metric
@@ -126,6 +127,9 @@ def network_name(model: Mapping[str, Any]) -> str:
         defaults = inspect.signature(family.__init__).parameters
         depth = f"-{arguments.pop('depth')}" if "depth" in arguments else ""
         name = f"{family.__name__}{depth}"
+    elif is_own(name):
+        name = name.partition(":")[2]
+        arguments.pop("weights", None)
     shown = [
         f"{argument} {f'{value:g}' if isinstance(value, float) else value}"
         for argument, value in arguments.items()

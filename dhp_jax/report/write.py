@@ -230,8 +230,8 @@ def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] |
         logger.warning("%s; left out", error)
         return None
     config = result.config
-    network = config["task"], config["model"], config["data"]["name"]
-    same = (summary["task"], summary["model"], summary["data"]) == network
+    network = config["task"], _network(config["model"]), config["data"]["name"]
+    same = (summary["task"], _network(summary["model"]), summary["data"]) == network
     if result.finished:
         inputs = result.notes["model"]["without_network"] or None  # tells test images apart
         same = same and summary["test"].get("without_network") == inputs
@@ -239,3 +239,8 @@ def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] |
         logger.warning("baseline: %s is of another network or other data; left out", baseline)
         return None
     return summary
+
+
+def _network(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of a network, whatever weights it starts from."""
+    return {name: value for name, value in model.items() if name != "weights"}

@@ -85,21 +85,33 @@ def explain(net: nnx.Module) -> Explanation:
 def _sentences(net: nnx.Module, table: Any) -> list[str]:
     """What is to be known beside the axes: numbers that change, memory, arrays that are cut."""
     notes = list(table.notes.get("sentences", ()))
-    stand_ins = {id(n): n for _, n in nnx.iter_graph(net) if isinstance(n, GeneratedArray)}
-    trained = sum(node.numbers() for node in stand_ins.values())
-    there = sum(node.size for node in stand_ins.values())
-    if stand_ins:
-        notes.append(
-            f"{len(stand_ins)} arrays are generated: {trained:_} numbers are trained in the place "
-            f"of {there:_} ({trained / there:.1f} times; 1.0 with latents as gates)."
-        )
-    by_name = {node.name for node in stand_ins.values()}
+    by_name = {node.name for node in _generated(net)}
+    notes += [memory(net)] if by_name else []
     own = dict(nnx.to_flat_state(nnx.state(net, nnx.Param)))
     cut = [".".join(map(str, path)) for path, leaf in own.items() if leaf.get_value().ndim > 1]
     cut = [name for name in cut if name in table.places and name not in by_name]
     if cut:
         notes.append(f"Cut, but not generated, for the code reads it otherwise: {_some(cut)}.")
     return notes
+
+
+def memory(net: nnx.Module) -> str:
+    """What the generated arrays of a network take, and would take with latents as gates only."""
+    arrays = _generated(net)
+    gates = sum(node.pair is None for node in arrays)
+    trained, there = sum(node.numbers() for node in arrays), sum(node.size for node in arrays)
+    now = sum(node.numbers() * node.dtype.itemsize for node in arrays) / 1e6
+    least = sum(node.size * node.dtype.itemsize for node in arrays) / 1e6
+    return (
+        f"{len(arrays)} arrays are generated, {gates} of them with latents as gates: {trained:_} "
+        f"numbers ({now:.3g} MB) are trained in the place of {there:_}; {least:.3g} MB with all "
+        "as gates (gates_above=0)."
+    )
+
+
+def _generated(net: nnx.Module) -> list[GeneratedArray]:
+    found = (node for _, node in nnx.iter_graph(net) if isinstance(node, GeneratedArray))
+    return list({id(node): node for node in found}.values())
 
 
 def notes_of(found: Discovery) -> dict[str, Any]:

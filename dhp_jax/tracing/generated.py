@@ -169,6 +169,16 @@ class GeneratedArray(nnx.Module):
         """The parameter, with the generated array."""
         return self.kind(self.get_value(), **self.metadata.items)
 
+    def hold(self, value: Array) -> None:
+        """Makes it a given array, whatever the latents are; in the cheap form where none is 0."""
+        if self.pair is None:
+            self.weight.set_value(jnp.ones_like(value))
+            factor = self.get_value()
+            self.weight.set_value(jnp.where(factor == 0, value, value / factor))
+            return
+        self.w2.set_value(jnp.zeros_like(self.w2[...]))
+        self.b2.set_value(jnp.moveaxis(value, self.pair, (-2, -1)))
+
     def numbers(self) -> int:
         """How many numbers are trained in the place of the array's."""
         fields = ("weight",) if self.pair is None else HypernetArrays._fields

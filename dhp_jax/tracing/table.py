@@ -108,7 +108,10 @@ class LatentTable:
         except Mismatch as error:
             raise ValueError(f"keep: these survivors are not proved to be right: {error}") from None
         cuts = (made.cuts or NO_CUTS).then(kept, numbers)
-        set_architecture(small, replace(made, axes=None, cuts=cuts))
+        left = {name: tuple(np.flatnonzero(mask).tolist()) for name, mask in masks.items()}
+        set_architecture(
+            small, replace(made, axes=None, cuts=cuts, survivors=made.survivors or left)
+        )
         return small
 
     def analysis(self, model: nnx.Module) -> Analysis:

@@ -22,7 +22,7 @@ from dhp_jax.workdir.identity import MAY_CHANGE, MAY_MOVE, as_json, flatten, rea
 from dhp_jax.workdir.reader import configuration
 
 SAME = ("task.", "model.", "data.")  # fields in which both runs agree
-RECIPE = ("task.label_smoothing", "data.cutout", "data.mixup")  # but for these
+RECIPE = ("model.weights", "task.label_smoothing", "data.cutout", "data.mixup")  # but for these
 
 SAME_BUDGET = (  # these too where the source's channels are taken
     "target",
@@ -65,6 +65,11 @@ class Source:
         """A mask of its survivors for each latent, by the sizes of the latents."""
         kept = self.description["survivors"]
         return {name: np.isin(np.arange(size), kept[name]) for name, size in sizes.items()}
+
+
+def needs_source(config: Mapping[str, Any]) -> bool:
+    """Whether a run starts from another, and not from weights that `config.model` names."""
+    return METHODS[config["method"]].source is not None and config.get("source") is not None
 
 
 def source_folder(config: Mapping[str, Any]) -> Path:

@@ -11,7 +11,7 @@ from dhp_jax.budgets.timing import hardware, measure_latency, quartiles
 from dhp_jax.config.methods import METHODS
 from dhp_jax.core.layer_table import layer_changes
 from dhp_jax.workdir.reader import SUMMARY, Result, read_summary
-from dhp_jax.workdir.source_run import source_folder
+from dhp_jax.workdir.source_run import needs_source, source_folder
 from dhp_jax.workdir.target_dirs import is_size
 
 PACKAGES = ("dhp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -67,7 +67,7 @@ def beside(workdir: str | os.PathLike, config: Mapping[str, Any]) -> str:
     """
     method = config["method"]
     begun = METHODS[method].source
-    if begun is not None and not METHODS[begun].prunes and source_folder(config).is_dir():
+    if needs_source(config) and not METHODS[begun].prunes and source_folder(config).is_dir():
         return str(source_folder(config))
     whole = Path(os.path.abspath(workdir))
     own, of_all = (

@@ -91,6 +91,24 @@ def test_what_is_ungated_computes_the_same_and_survives_by_its_gates():
     assert list(np.flatnonzero(~dhp.survivors(found)[MIXED_LATENTS["b"]])) == [3]
 
 
+@pytest.mark.parametrize("options", [{}, {"gates_above": 0}])
+def test_what_is_ungated_of_a_traced_network_computes_the_same(options, tmp_path):
+    plain = dhp.prune(filled(Mixed))
+    plain.eval()
+    net = dhp.with_latents(plain, IMAGES.shape[1:], min_channels=1, **options)
+    gated = dhp.with_gates(net, rngs=nnx.Rngs(2))
+    values = {name: RNG.uniform(0.5, 1.5, z.size) for name, z in dhp.latents(gated).items()}
+    first = min(values)
+    values[first][2] = 0
+    set_to(gated, values)
+    found = ungate(gated, net)
+    np.testing.assert_allclose(found(IMAGES), gated(IMAGES), rtol=1e-5, atol=1e-5)
+    assert list(np.flatnonzero(~dhp.survivors(found)[first])) == [2]
+    dhp.save(tmp_path / "net", found)
+    loaded = dhp.load(tmp_path / "net", build=lambda rngs: dhp.prune(Mixed(rngs)))
+    np.testing.assert_array_equal(loaded(IMAGES), found(IMAGES))
+
+
 @pytest.mark.parametrize("family", ["resnet", "mobilenet_v2", "densenet", "edsr", "unet"])
 def test_families_compute_the_same_and_zeros_compute_what_is_pruned(family):
     arguments = SMALL[family] | ({"scale": 2} if family == "edsr" else {})

@@ -164,8 +164,8 @@ def test_other_classes_leave_all_but_the_classifier(tmp_path, with_latents):
 @pytest.mark.parametrize(
     ("make", "classes", "message"),
     [
-        (lambda: pruned("concat")[0], 5, "^model: .* a family that classifies, got 'unet'$"),
-        (lambda: filled(Mixed), 5, "^model: .* a family that classifies, got None$"),
+        (lambda: pruned("concat")[0], 5, "^layer: .* no family .*got None and family 'unet'$"),
+        (lambda: filled(Mixed), 5, "^layer: .* no family .*got None and family None$"),
         (lambda: pruned("dense")[0], 0, "^num_classes: expected a positive integer, got 0$"),
     ],
 )

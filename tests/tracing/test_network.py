@@ -1,14 +1,25 @@
 """A network that nobody wrote for pruning, as one of latents: from its weights to files."""
 
+import importlib.util
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from PIL import Image
 import pytest
 from restricted import randomised
 
 import dhp_jax as dhp
+from dhp_jax import predict
+from dhp_jax.core.latent import walk
+from dhp_jax.export import export
+from dhp_jax.pruned.fold import Identity
+
+needs_stablehlo = pytest.mark.skipif(
+    importlib.util.find_spec("flatbuffers") is None, reason="flatbuffers is not installed"
+)
 
 
 class Net(nnx.Module):
@@ -152,6 +163,122 @@ def test_what_stays_is_told_with_its_reason():
     assert max(map(len, told.splitlines())) <= 80
     assert "it is an output of the network" in told
     assert "test_network.py:" in told
+
+
+class Transformer(nnx.Module):
+    """Patches, attention between LayerNorms, and classes: nothing of it can be folded."""
+
+    def __init__(self, rngs, classes=4):
+        self.patches = nnx.Conv(3, 8, (4, 4), strides=4, rngs=rngs)
+        self.before, self.after = (nnx.LayerNorm(8, rngs=rngs) for _ in range(2))
+        self.attention = nnx.MultiHeadAttention(2, 8, qkv_features=8, decode=False, rngs=rngs)
+        self.hidden = nnx.Linear(8, 24, rngs=rngs)
+        self.head = nnx.Linear(24, classes, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.patches(x)
+        x = x.reshape(len(x), -1, x.shape[-1])
+        x = x + self.attention(self.before(x))
+        return self.head(nnx.gelu(self.hidden(self.after(x).mean(1))))
+
+
+def net_of(build):
+    model = randomised(build(nnx.Rngs(0)))
+    model.eval()
+    return dhp.with_latents(model, SHAPE, min_channels=2)
+
+
+@pytest.fixture(scope="module", params=[Net, Transformer])
+def kind(request):
+    """A network with BatchNorm, and one with LayerNorm and attention, of latents and pruned."""
+    net = net_of(request.param)
+    small = dhp.prune_to(net, flops=0.6, by=dhp.l1_scores(net))
+    small.eval()
+    return request.param, net, small
+
+
+def test_what_is_folded_computes_the_same_and_comes_back_from_a_file(kind, tmp_path):
+    build, _, small = kind
+    folded = dhp.fold(small, SHAPE)
+    np.testing.assert_allclose(folded(X), small(X), rtol=1e-4, atol=1e-4)
+    assert (build is Net) == (
+        "norm" in {path for path, _, m in walk(folded) if m.__class__ is Identity}
+    )
+    dhp.save(tmp_path / "folded", folded, input_shape=SHAPE)
+    np.testing.assert_array_equal(dhp.load(tmp_path / "folded", build=build)(X), folded(X))
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        "safetensors",
+        pytest.param("stablehlo", marks=needs_stablehlo),
+        pytest.param("onnx", marks=pytest.mark.onnx),
+    ],
+)
+def test_a_pruned_network_is_exported_and_computes_the_same_there(kind, tmp_path, format):
+    build, _, small = kind
+    made = export(
+        small,
+        tmp_path / "small",
+        SHAPE,
+        format=format,
+        build=build if format == "safetensors" else None,
+    )
+    assert max(made.differences.values()) <= 1e-3 * max(1, made.largest)
+    assert made.folded == (build is Net)
+
+
+def test_commands_use_a_pruned_network_whose_function_the_user_names(kind, tmp_path, capsys):
+    build, _, small = kind
+    notes = {"task": "classification", "mean": [120.0] * 3, "std": [60.0] * 3}
+    dhp.save(tmp_path / "small", small, input_shape=SHAPE, **notes)
+    image = np.random.default_rng(1).integers(0, 256, SHAPE, np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    arguments = [str(tmp_path / "small"), str(tmp_path / "image.png"), "--top=1"]
+    with pytest.raises(ValueError, match=r"expected load\(path, build=...\).*--build=module"):
+        predict.main(arguments)
+    predict.main([*arguments, f"--build={build.__module__}:{build.__name__}"])
+    shares = nnx.softmax(small((image[None].astype(np.float32) - 120) / 60))[0]
+    expected = f"{int(shares.argmax())} {float(shares.max()):.1%}"
+    assert capsys.readouterr().out.strip().endswith(expected)
+
+
+def test_other_classes_are_learnt_by_what_is_left_and_by_a_network_of_latents(kind, tmp_path):
+    build, net, small = kind
+    for model in (net, small):
+        six = dhp.with_classes(model, 6, rngs=nnx.Rngs(1), layer="head")
+        assert (six(X).shape, model(X).shape) == ((4, 6), (4, 4))
+        dhp.save(tmp_path / "six", six)
+        loaded = dhp.load(tmp_path / "six", build=lambda rngs: sized(build, 6, rngs))
+        np.testing.assert_array_equal(loaded(X), six(X))
+    six = dhp.with_classes(net, 6, rngs=nnx.Rngs(1), layer="head")
+    keep = {name: np.arange(z.size) < z.size // 2 for name, z in dhp.latents(six).items()}
+    half = dhp.prune(six, keep)
+    assert (half(X).shape, half.head.in_features) == ((4, 6), net.head.in_features // 2)
+    with pytest.raises(ValueError, match=r"^layer: expected one of .*head.*; got 'tail'"):
+        dhp.with_classes(net, 6, rngs=nnx.Rngs(1), layer="tail")
+    with pytest.raises(ValueError, match=r"^layer: expected the path of the linear layer"):
+        dhp.with_classes(small, 6, rngs=nnx.Rngs(1))
+
+
+def sized(build, classes, rngs):
+    model = build(rngs)
+    model.head = nnx.Linear(model.head.in_features, classes, rngs=rngs)
+    return model
+
+
+@pytest.mark.parametrize(("options", "gates"), [({"embedding": 8}, 0), ({"gates_above": 500}, 2)])
+def test_the_memory_of_both_forms_is_told(options, gates):
+    net = dhp.with_latents(plain(), SHAPE, **options)
+    sizes = [(9, 24), (9, 64), (9, 64), (1, 128), (1, 64)]  # taps, and pairs of channels
+    there, trained, m = sum(taps * pairs for taps, pairs in sizes), 0, options.get("embedding", 1)
+    for taps, pairs in sizes:
+        cheap = taps * pairs > options.get("gates_above", there)
+        trained += taps * pairs if cheap else pairs * (1 + 2 * m + m * taps + taps)
+    told = " ".join(str(dhp.explain(net)).split())
+    assert f"5 arrays are generated, {gates} of them with latents as gates: {trained:_} n" in told
+    assert f"in the place of {there:_}; {4 * there / 1e6:.3g} MB with all as gates" in told
 
 
 def test_a_network_of_which_nothing_can_go_is_refused_with_the_place():

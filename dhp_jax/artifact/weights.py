@@ -1,0 +1,95 @@
+"""Weights that a network starts from: those of a saved network, or of a file of safetensors."""
+
+from collections.abc import Mapping
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from flax import nnx
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dhp_jax.artifact.arrays import ARRAYS, array_name, array_of, is_finite, open_file
+from dhp_jax.artifact.description import ArtifactError
+from dhp_jax.artifact.reading import MODEL, exists, verify
+from dhp_jax.errors import ArgumentError, shown
+
+MOST_NAMED = 3
+
+
+class Weights(NamedTuple):
+    """Arrays by their paths in a network, such as "stem.kernel".
+
+    Attributes:
+      path: of the file.
+      arrays: by path.
+      sha256: digest of the file.
+    """
+
+    path: Path
+    arrays: Mapping[str, np.ndarray]
+    sha256: str
+
+
+def read_weights(path: str | os.PathLike) -> Weights:
+    """Reads weights from a folder that `save` wrote, a run's folder, or a file of safetensors.
+
+    Raises:
+      ArtifactError: there are none, or they cannot be read.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path if exists(path) or not exists(path / MODEL) else path / MODEL
+        verify(path)
+        path = path / ARRAYS
+    with open_file(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"path: {path} cannot be read: {shown(str(error))}") from error
+    return Weights(path, arrays, digest)
+
+
+def take_weights(model: nnx.Module, weights: Weights) -> None:
+    """Gives an ordinary network other arrays, in place; floats become of its dtypes.
+
+    Random state stays as it is.
+
+    Raises:
+      ArgumentError: of `weights`; an array is missing, left over, of another shape or kind, or not
+        finite.
+    """
+    places = {array_name(path): (path, x) for path, x in nnx.to_flat_state(nnx.state(model))}
+    others, found = [name for name in weights.arrays if name not in places], []
+    for name, (path, leaf) in places.items():
+        if isinstance(leaf, nnx.RngState):
+            continue
+        like = array_of(leaf)
+        if name not in weights.arrays:
+            few = f"; it has {_some(others)}, that the network lacks" if others else ""
+            _refuse(name, weights, f"{like.dtype} of shape {like.shape}", f"none{few}")
+        array = weights.arrays[name]
+        both_floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (array, like))
+        if array.shape != like.shape or not (both_floats or array.dtype == like.dtype):
+            expected = f"{like.dtype} of shape {like.shape}"
+            _refuse(name, weights, expected, f"{array.dtype} of shape {array.shape}")
+        if not is_finite(array):
+            _refuse(name, weights, "finite numbers", "NaN or infinity")
+        found.append((path, leaf.replace(jnp.asarray(array, like.dtype))))
+    if others:
+        _refuse(others[0], weights, "no such array, for the network has none", "one")
+    nnx.update(model, nnx.from_flat_state(found))
+
+
+def _refuse(name: str, weights: Weights, expected: str, got: str) -> NoReturn:
+    where = f"array {shown(name)} in {weights.path}"
+    raise ArgumentError("weights", expected, got, f"{where}: expected {expected}; got {got}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(map(shown, names[:MOST_NAMED])) + more

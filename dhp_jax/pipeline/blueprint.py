@@ -1,0 +1,228 @@
+"""How the unpruned network of a run is made: of a family, or by a function of the user's own."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dhp_jax.artifact.description import ArtifactError
+from dhp_jax.artifact.weights import Weights, read_weights, take_weights
+from dhp_jax.budgets.floors import keep_share
+from dhp_jax.core.cost import input_refused
+from dhp_jax.core.latent import latents
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.surgery import prune
+from dhp_jax.errors import ArgumentError, ConfigError, FieldError, shown
+from dhp_jax.models import registry
+from dhp_jax.models.own import is_own
+from dhp_jax.models.registry import build_abstract
+from dhp_jax.pipeline.setup import TaskSetup, argument_fields, known_arguments
+from dhp_jax.pruned.fresh_weights import carry_kernels, reinitialize, take_arrays
+from dhp_jax.pruned.gates import with_gates
+from dhp_jax.tracing.explain import memory
+from dhp_jax.tracing.network import EMBEDDING, GATES_ABOVE, install, traced
+from dhp_jax.tracing.table import LatentTable
+
+LATENTS = {"embedding": EMBEDDING, "gates_above": GATES_ABOVE}  # of axes found by tracing
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """How the unpruned network of a run is made.
+
+    Attributes:
+      name: of its family, or of a function of the user's own.
+      arguments: of `dhp.models.build`.
+      seed: of its initial weights.
+      least: entries that every latent keeps at least, where they are found by tracing.
+      share: least share of its entries that every latent keeps.
+      weights: that it starts from; `None` for fresh ones.
+      table: of the latents that were found by tracing; `None` where it is made of latents.
+      told: what latents were found, and the memory of the arrays that they generate.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    seed: int
+    least: int = 4
+    share: float = 0.0
+    weights: Weights | None = None
+    table: LatentTable | None = None
+    told: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Of the weights; empty for fresh ones."""
+        return "" if self.weights is None else self.weights.sha256
+
+    def made(self) -> nnx.Module:
+        """What its family or function makes."""
+        return registry.build(self.name, **self.arguments, rngs=nnx.Rngs(self.seed))
+
+    def ordinary(self) -> nnx.Module:
+        """The network without latents."""
+        model = prune(self.made())
+        if self.weights is not None:
+            take_weights(model, self.weights)
+        return model
+
+    def baseline(self) -> nnx.Module:
+        """The network without latents, with the weights that its training begins with."""
+        model = self.ordinary()
+        if self.weights is None and self.table is None:  # kernels were a hypernetwork's
+            reinitialize(model, rngs=nnx.Rngs(self.seed))
+        return model
+
+    def build(self) -> nnx.Module:
+        """The network of latents that a search begins with."""
+        if self.table is not None:
+            return self.of_trained(self.ordinary())
+        model = self.made()
+        if self.weights is not None:
+            take_arrays(self.ordinary(), model)
+        return keep_share(model, self.share)
+
+    def of_trained(self, trained: nnx.Module) -> nnx.Module:
+        """The network of latents with the weights of an ordinary one, which may change."""
+        if self.table is None:
+            model = self.made()
+            carry_kernels(trained, model)
+        else:
+            model = install(
+                trained,
+                self.table,
+                self.table.notes["generated"],
+                min_channels=self.least,
+                rngs=nnx.Rngs(self.seed),
+            )
+        return keep_share(model, self.share)
+
+    def gated(self, trained: nnx.Module) -> nnx.Module:
+        """The network of latents that are gates, with the weights of an ordinary one."""
+        if self.table is not None:
+            trained = self.of_trained(trained)
+        return keep_share(with_gates(trained, rngs=nnx.Rngs(self.seed)), self.share)
+
+
+def begin(config: ConfigDict) -> Blueprint:
+    """What can be said of a run's network before its data are read.
+
+    Raises:
+      ConfigError: no such function or weights, or arguments that it does not take.
+    """
+    arguments = dict(config.model)
+    name, path = arguments.pop("name"), arguments.pop("weights", None)
+    fields = argument_fields(config)
+    for argument in arguments:
+        if argument in fields:
+            raise ConfigError(
+                f"config.model.{argument}",
+                detail=f"follows from config.{fields[argument]}, not given here",
+            )
+    with _named(config):
+        weights = None if path is None else read_weights(path)
+        if is_own(name):
+            registry.add_own(name, "name")
+            follow = dict.fromkeys(registry.taken_by(name, fields))
+            registry.check_arguments(name, _without_latents(name, arguments) | follow)
+    made = Blueprint(name, arguments, config.seed, config.search.min_channels, weights=weights)
+    made = replace(made, share=config.search.keep)
+    if not is_own(name):
+        made = replace(made, arguments=arguments | known_arguments(config))
+        abstract(config, made)
+    return made
+
+
+def complete(config: ConfigDict, begun: Blueprint, setup: TaskSetup) -> Blueprint:
+    """How the network is made, with the arguments that follow from the data, and traced latents.
+
+    Args:
+      config: of the run.
+      begun: from `begin`.
+      setup: of the run.
+
+    Raises:
+      ConfigError: an argument makes no network, the network does not suit the data, nothing of it
+        can be pruned, or the weights are not its.
+    """
+    follow = known_arguments(config) | setup.arguments
+    name, given = begun.name, dict(begun.arguments)
+    if not is_own(name):
+        made = replace(begun, arguments=given | follow)
+        abstract(config, made)
+        if made.weights is not None:
+            with _named(config):
+                made.ordinary()
+        return made
+    own = _without_latents(name, given)
+    arguments = own | {key: follow[key] for key in registry.taken_by(name, follow)}
+    if "dtype" not in arguments and config.dtype != "float32":
+        raise ConfigError("config.dtype", f"float32, for {name} takes no dtype", config.dtype)
+    made = replace(begun, arguments=arguments)
+    with _named(config):
+        _check_outputs(made.made(), setup)
+        if latents(made.made()):
+            return made
+        options = LATENTS | {key: value for key, value in given.items() if key not in own}
+        rngs = nnx.Rngs(config.seed)
+        net = traced(
+            made.ordinary(), setup.input_shape, min_channels=made.least, rngs=rngs, **options
+        )
+    sizes = ", ".join(f"{key} {z.size}" for key, z in latents(net).items())
+    return replace(made, table=architecture_of(net).axes, told=f"{sizes}. {memory(net)}")
+
+
+def abstract(config: ConfigDict, made: Blueprint) -> nnx.Module:
+    """The network of latents as shapes and dtypes; if latents were found by tracing with arrays."""
+    with _named(config):
+        if made.table is not None:
+            return made.build()
+        return keep_share(build_abstract(made.name, **made.arguments), made.share)
+
+
+@contextlib.contextmanager
+def _named(config: ConfigDict) -> Iterator[None]:
+    """An error in the block names the field of the configuration that it is about."""
+    try:
+        yield
+    except FieldError as error:
+        field = argument_fields(config).get(error.field, f"model.{error.field}")
+        raise ConfigError.of(f"config.{field}", error) from error
+    except ArtifactError as error:
+        detail = str(error).removeprefix("path: ")
+        raise ConfigError("config.model.weights", detail=detail) from error
+    except Exception as error:  # whatever a function of the user's may raise
+        if not is_own(config.model.name):
+            raise
+        what = (str(error).splitlines() or [""])[0]
+        detail = f"{config.model.name}: {type(error).__name__}: {what}"
+        raise ConfigError("config.model.name", detail=detail) from error
+
+
+def _without_latents(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without those that are of latents found by tracing."""
+    own = registry.taken_by(name, LATENTS)
+    return {key: value for key, value in arguments.items() if key not in LATENTS or key in own}
+
+
+def _check_outputs(model: nnx.Module, setup: TaskSetup) -> None:
+    """Raises unless a network makes of an example what its task needs."""
+    shape, told = setup.input_shape, setup.arguments
+    scale = told.get("scale", 1)
+    expected = (1, scale * shape[0], scale * shape[1], shape[2])
+    if "num_classes" in told:
+        expected = (1, told["num_classes"])
+    model.eval()
+    graphdef, state = nnx.split(model)
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    try:
+        found = jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), state, image)
+    except Exception as error:  # whatever a forward pass may raise
+        raise ArgumentError("name", detail=input_refused(shape, error)) from error
+    if getattr(found, "shape", None) != expected:
+        raise ArgumentError("name", f"outputs of shape {expected} for such data", shown(found))

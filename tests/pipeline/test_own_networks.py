@@ -1,0 +1,215 @@
+"""Runs on networks of one's own, that no family is of: by the names of their functions."""
+
+import functools
+import json
+
+from flax import nnx
+import numpy as np
+from own_networks import Plain
+import pytest
+from runs import FIELDS, contents, description, of_digits
+from safetensors.numpy import load_file, save_file
+
+import dhp_jax as dhp
+from dhp_jax.artifact.description import ArtifactError
+from dhp_jax.models import registry
+from dhp_jax.pipeline.execution import execute
+from dhp_jax.pipeline.preparation import prepare
+from dhp_jax.report.__main__ import main as report
+
+SHAPE = (8, 8, 1)
+X = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float32)
+PLAIN, LATENT = "own_networks:Plain", "own_networks:OnLatents"
+build = functools.partial(Plain, num_classes=10, channels=1)
+
+
+def config_of(name=PLAIN, model=None, **fields):
+    own = {k: v for k, v in FIELDS.items() if not k.startswith("model.")}
+    config = of_digits()
+    config.update_from_flattened_dict(own | {"batch_size": 640, "search.epochs": 1} | fields)
+    config.model = {"name": name, **(model or {})}
+    return config
+
+
+def carry_out(workdir, name=PLAIN, model=None, **fields):
+    return execute(prepare(config_of(name, model, **fields), workdir))
+
+
+@pytest.fixture(autouse=True)
+def unknown(monkeypatch):
+    """No function is known but those that a test names."""
+    monkeypatch.setattr(registry, "OWN", {})
+
+
+@pytest.fixture(scope="module")
+def baseline(compiled_once, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("own") / "baseline"
+    carry_out(workdir, method="baseline")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def searched(compiled_once, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("own") / "dhp"
+    carry_out(workdir)
+    return workdir
+
+
+def computed(model):
+    return np.asarray(dhp.inference(model)(X))
+
+
+@pytest.mark.parametrize("method", ["l1_norm", "fade"])
+def test_a_method_that_starts_from_trained_weights_does_so(baseline, tmp_path, method):
+    summary = carry_out(
+        tmp_path / "run", method=method, source=str(baseline), **{"search.epochs": 7}
+    )
+    assert 0.4 < summary["flops"]["ratio"] <= 0.5
+    assert summary["origin"]["run"] == "baseline"
+    trained, small = (dhp.load(path) for path in (baseline / "model", tmp_path / "run/pruned"))
+    kept = description(tmp_path / "run/pruned")["survivors"]
+    if method != "fade":
+        whole = np.asarray(trained.stem.kernel[...])
+        np.testing.assert_array_equal(small.stem.kernel[...], whole[..., kept["stem"]])
+    net = dhp.with_latents(trained, SHAPE, min_channels=1)
+    assert kept.keys() == dhp.latents(net).keys()
+
+
+def test_a_search_leaves_networks_and_a_report_and_another_takes_its_channels(searched, tmp_path):
+    summary = json.loads((searched / "summary.json").read_text())
+    registry.add_own(PLAIN)
+    small, net = dhp.load(searched / "model"), dhp.load(searched / "search")
+    found = dhp.measure_cost(small, SHAPE)
+    assert (found.flops, found.params) == (summary["flops"]["after"], summary["params"]["after"])
+    assert summary["flops"]["before"] == dhp.measure_cost(build(rngs=nnx.Rngs(0)), SHAPE).flops
+    assert dhp.latents(net)
+    assert not dhp.latents(small)
+    assert "Plain on digits" in (searched / "report.html").read_text()
+    fields = {"method": "scratch", "source": str(searched)}
+    again = carry_out(tmp_path / "scratch", **fields)
+    assert again["flops"] == summary["flops"]
+    names = (searched / "pruned", tmp_path / "scratch/pruned")
+    assert description(names[0])["survivors"] == description(names[1])["survivors"]
+
+
+def test_a_finished_run_that_is_started_again_stays_as_it_is(searched):
+    before = contents(searched)
+    carry_out(searched)
+    after = contents(searched)
+    kept = [path for path in before if path.suffix in (".safetensors", ".jsonl")]
+    assert kept
+    assert all(before[path] == after[path] for path in kept)
+
+
+def test_a_module_that_a_file_names_is_imported_only_if_the_user_names_it(searched, capsys):
+    with pytest.raises(ArtifactError, match=r"holds a network of 'own_networks:Plain'; expected l"):
+        dhp.load(searched / "model")
+    given = dhp.load(searched / "model", build=Plain)  # of the arguments that the run has noted
+    report([str(searched), f"--build={PLAIN}"])
+    np.testing.assert_array_equal(computed(dhp.load(searched / "model")), computed(given))
+    capsys.readouterr()
+
+
+def test_a_network_on_latents_goes_the_way_of_a_family(tmp_path):
+    summary = carry_out(tmp_path / "run", LATENT)
+    assert 0.4 < summary["flops"]["ratio"] <= 0.5
+    small = dhp.load(tmp_path / "run/model")
+    assert small.first.out_features == len(description(tmp_path / "run/model")["survivors"]["z1"])
+    plan = prepare(config_of(LATENT, method="baseline"), tmp_path / "base").blueprint
+    trained = plan.baseline()
+    for made in (plan.of_trained(trained), plan.gated(trained)):
+        assert dhp.latents(made).keys() == {"z1", "z2"} | {n for n in dhp.latents(made) if "." in n}
+        np.testing.assert_allclose(computed(made), computed(trained), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_trained_weights_are_where_a_run_begins(tmp_path, kind):
+    model = build(rngs=nnx.Rngs(3))
+    dhp.save(tmp_path / "net", model)
+    arrays = load_file(tmp_path / "net/arrays.safetensors")
+    save_file({k: v.astype(np.float16) for k, v in arrays.items()}, tmp_path / "half.safetensors")
+    path = tmp_path / ("net" if kind == "folder" else "half.safetensors")
+    config = config_of(model={"weights": str(path)}, method="l1_norm")
+    run = prepare(config, tmp_path / "run")
+    expected = arrays["hidden.kernel"]
+    if kind == "file":
+        expected = expected.astype(np.float16).astype(np.float32)
+    for made in (run.blueprint.baseline(), run.blueprint.ordinary()):
+        np.testing.assert_array_equal(made.hidden.kernel[...], expected)
+    if kind == "folder":
+        np.testing.assert_array_equal(run.blueprint.build()(X), model(X))
+        summary = execute(run)
+        kept = description(tmp_path / "run/pruned")["survivors"]["hidden"]
+        left = dhp.load(tmp_path / "run/pruned").hidden
+        np.testing.assert_array_equal(left.bias[...], arrays["hidden.bias"][kept])
+        assert summary["origin"] is None
+        assert f"the weights in {path}" in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_family_starts_from_weights_too(tmp_path):
+    arguments = {"depth": 8, "width": 0.25, "num_classes": 10, "channels": 1}
+    trained = dhp.prune(dhp.models.build("resnet", **arguments, rngs=nnx.Rngs(5)))
+    dhp.save(tmp_path / "net", trained)
+    model = {"depth": 8, "width": 0.25, "weights": str(tmp_path / "net")}
+    for method in ("dhp", "fade", "l1_norm", "baseline"):
+        plan = prepare(config_of("resnet", model, method=method), tmp_path / method).blueprint
+        networks = [plan.baseline(), plan.build(), plan.of_trained(plan.ordinary())]
+        for made in (*networks, plan.gated(plan.ordinary())):
+            made.eval()
+            np.testing.assert_allclose(computed(made), computed(trained), atol=1e-5)
+
+
+WRONG = [
+    (
+        "nowhere:Net",
+        {},
+        r"model.name: expected module:function.*got 'nowhere:Net': No module named",
+    ),
+    ("own_networks:Nte", {}, r"model.name: expected module:function.*no attribute 'Nte'"),
+    ("own_networks:without_rngs", {}, r"model.name: expected a function that takes rngs; got"),
+    (
+        "own_networks:a_number",
+        {},
+        r"model.name: expected a function that returns an nnx.Module, got 3",
+    ),
+    ("own_networks:of_three_classes", {}, r"model.name: expected outputs of shape \(1, 10\)"),
+    ("own_networks:failing", {}, r"model.name: own_networks:failing: KeyError: 'no such layer'"),
+    (PLAIN, {"szie": 8}, r"model.szie: unknown argument: expected one of .*did you mean 'size'"),
+    (PLAIN, {"num_classes": 8}, r"model.num_classes: follows from config.data.name"),
+    (PLAIN, {"weights": "nowhere"}, r"model.weights: nowhere cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "model", "message"), WRONG)
+def test_a_network_that_is_none_is_refused_in_one_line(tmp_path, name, model, message):
+    with pytest.raises(ValueError, match=f"^config.{message}") as error:
+        prepare(config_of(name, model), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head.kernel": None}, r"'head.kernel'.*: expected float32 of shape \(16, 10\); got none"),
+        ({"head.bias": np.zeros(9)}, r"'head.bias'.* \(10,\); got float64 of shape \(9,\)"),
+        ({"head.bias": np.zeros(10, int)}, r"'head.bias'.* \(10,\); got int64 of shape \(10,\)"),
+        ({"head.bias": np.full(10, np.nan)}, r"'head.bias'.*: expected finite numbers"),
+        ({"tail.bias": np.zeros(3)}, r"'tail.bias'.*: expected no such array"),
+    ],
+)
+def test_weights_that_are_of_another_network_are_refused(tmp_path, change, message):
+    flat = nnx.to_flat_state(nnx.state(build(rngs=nnx.Rngs(0)), nnx.Not(nnx.RngState)))
+    arrays = {".".join(place): np.asarray(x.get_value()) for place, x in flat} | change
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    save_file(arrays, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=f"^config.model.weights: array {message}"):
+        prepare(config_of(model={"weights": str(tmp_path / "net.safetensors")}), tmp_path / "run")
+
+
+def test_weights_and_a_source_are_one_too_many(tmp_path):
+    fields = {"method": "l1_norm", "source": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"^config.model.weights: expected None.*config.source"):
+        prepare(config_of(model={"weights": "net"}, **fields), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"^config.model.weights: expected None.*fresh weights"):
+        prepare(config_of(model={"weights": "net"}, method="uniform"), tmp_path / "run")

@@ -1,0 +1,53 @@
+"""Networks as a user of the library has them, to be named in a configuration."""
+
+from flax import nnx
+
+import dhp_jax as dhp
+
+
+class Plain(nnx.Module):
+    """Convolutions, BatchNorm, LayerNorm, attention over pixels and a hidden layer."""
+
+    def __init__(self, size=8, *, num_classes, channels, rngs):
+        self.stem = nnx.Conv(channels, size, (3, 3), strides=4, rngs=rngs)
+        self.norm = nnx.BatchNorm(size, momentum=0.9, rngs=rngs)
+        self.inner = nnx.LayerNorm(size, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, size, qkv_features=8, decode=False, rngs=rngs)
+        self.hidden = nnx.Linear(size, 2 * size, rngs=rngs)
+        self.head = nnx.Linear(2 * size, num_classes, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.stem(x)))
+        x = x.reshape(len(x), -1, x.shape[-1])
+        x = x + self.attention(self.inner(x))
+        return self.head(nnx.relu(self.hidden(x.mean(1))))
+
+
+class OnLatents(nnx.Module):
+    """Two convolutions on latents."""
+
+    def __init__(self, *, num_classes, channels, min_channels, rngs):
+        image = dhp.Latent(channels, prunable=False, rngs=rngs)
+        self.z1, self.z2 = (dhp.Latent(8, min_channels=min_channels, rngs=rngs) for _ in range(2))
+        self.first = dhp.HyperConv(image, self.z1, (3, 3), strides=4, rngs=rngs)
+        self.second = dhp.HyperConv(self.z1, self.z2, (3, 3), rngs=rngs)
+        self.head = dhp.Linear(self.z2, num_classes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.second(nnx.relu(self.first(x)))).mean((1, 2)))
+
+
+def without_rngs(num_classes):
+    return num_classes
+
+
+def a_number(rngs):
+    return 3
+
+
+def of_three_classes(rngs):
+    return Plain(num_classes=3, channels=1, rngs=rngs)
+
+
+def failing(rngs):
+    raise KeyError("no such layer")
