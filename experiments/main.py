@@ -5,6 +5,9 @@ Example: python experiments/main.py --config=experiments/configs/resnet20.py --c
 
 import sys
 
+if __name__ == "__main__" and sys.stderr.isatty():  # the imports take a second or two
+    print("loading    dhp_jax", file=sys.stderr, flush=True)
+
 from dhp_jax.commands import leave
 from dhp_jax.pipeline.flags import define, main
 

@@ -25,6 +25,7 @@ from dhp_jax.pipeline import targets
 from dhp_jax.pipeline.header import header
 from dhp_jax.pipeline.preparation import Run
 from dhp_jax.report import text as report_text
+from dhp_jax.report.run_report import network_name
 from dhp_jax.train.checkpoints import CheckpointError
 from dhp_jax.train.phase import Stopped
 from dhp_jax.train.progress_bar import ProgressBar
@@ -163,6 +164,9 @@ def prepare(options: flags.FlagValues) -> list[Run]:
         read_baseline(options.baseline)
     keep_compiled(options.compilation_cache)
     bar = [ProgressBar()] if is_first() else []
+    if is_first() and sys.stderr.isatty():  # what follows takes seconds
+        network = f"{network_name(options.config.model)} on {options.config.data.name}"
+        print(f"checking   {network}, for {options.workdir}", file=sys.stderr, flush=True)
     runs = targets.prepare(options.config, options.workdir, bar)
     if is_first():
         tell_target(options.config)

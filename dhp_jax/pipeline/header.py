@@ -4,8 +4,16 @@ from collections.abc import Sequence
 
 import jax
 
+from dhp_jax.artifact.reading import exists, read_description
 from dhp_jax.config.methods import METHODS
-from dhp_jax.pipeline.preparation import Run, counted_budgets, length_field
+from dhp_jax.pipeline.preparation import Run, counted_budgets, length_field, most_steps
+from dhp_jax.report.run_report import network_name
+
+PHASES = {
+    "search": "a search of at most",
+    "converge": "training of the pruned network,",
+    "baseline": "training of the unpruned network,",
+}
 
 
 def header(runs: Sequence[Run]) -> str:
@@ -13,17 +21,13 @@ def header(runs: Sequence[Run]) -> str:
     run = runs[0]
     config, device = run.config, jax.devices()[0]
     method = METHODS[config.method]
-    arguments = ", ".join(
-        f"{name} {value}" for name, value in config.model.items() if name != "name"
-    )
     counts = {what: run.setup.notes.get(f"{what}_examples") for what in ("validation", "test")}
     held = "".join(f"; {count:,} for {what}" for what, count in counts.items() if count)
     shape = "x".join(map(str, run.setup.input_shape))
     lines = [
         (
             "network",
-            f"{config.model.name} ({arguments}): {run.cost.flops:,} FLOPs, "
-            f"{run.cost.params:,} params",
+            f"{network_name(config.model)}: {run.cost.flops:,} FLOPs, {run.cost.params:,} params",
         ),
         ("data", f"{config.data.name}: {run.setup.epoch:,} examples of {shape} in an epoch{held}"),
     ]
@@ -33,7 +37,7 @@ def header(runs: Sequence[Run]) -> str:
         lines.append(("budget", "; ".join(_budget(one) for one in runs)))
     lines.append(("device", f"{jax.device_count()} x {device.device_kind} ({device.platform})"))
     lines.append(("directory", ", ".join(str(one.workdir) for one in runs)))
-    lines.append(("next", _next(run)))
+    lines.append(("next", _next(runs)))
     return "\n".join(f"{label:<9}  {text}" for label, text in lines)
 
 
@@ -43,14 +47,28 @@ def _budget(run: Run) -> str:
     return " and ".join(text.replace("flops", "FLOPs") for text in told)
 
 
-def _next(run: Run) -> str:
-    method = METHODS[run.config.method]
-    if not method.prunes:
-        return f"training of the unpruned network, {_length(run, 'baseline')}"
-    training = f"training of the pruned network, {_length(run, 'converge')}"
-    if "search" not in method.phases:
-        return training
-    return f"a search of at most {_length(run, 'search')}, then {training}"
+def _next(runs: Sequence[Run]) -> str:
+    """What is left to be trained, of the first run that is not finished."""
+    for run in runs:
+        method = METHODS[run.config.method]
+        left = [
+            f"{PHASES[phase]} {_length(run, phase)}"
+            for phase in method.phases
+            if not _is_done(run, phase)
+        ]
+        if left:
+            size = f"{run.workdir.name}: " if len(runs) > 1 else ""
+            return size + ", then ".join(left)
+    return "nothing is left to be trained; the report is written again"
+
+
+def _is_done(run: Run, phase: str) -> bool:
+    """Whether the network at the end of a phase is there; `networks.find_trained` looks closer."""
+    path = run.workdir / ("search" if phase == "search" else "model")
+    if not exists(path):
+        return False
+    progress = read_description(path)["notes"]["phase"]
+    return progress["met_budget"] or progress["steps"] >= most_steps(run, phase)
 
 
 def _length(run: Run, phase: str) -> str:

@@ -46,8 +46,15 @@ class ProgressBar:
             disable=None,
             leave=True,
         )
+        self.compiling = True
+        if not self.bar.disable:
+            self.bar.set_postfix_str("compiling the step")
 
     def step(self, count: int) -> None:
+        if self.compiling and not self.bar.disable:  # the time that is left is that of steps
+            self.bar.unpause()
+            self.bar.set_postfix_str("", refresh=False)
+        self.compiling = False
         self.bar.update(count)
 
     def record(self, values: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 import runpy
+import shutil
 
 import pytest
+from runs import of_digits
 
 from dhp_jax.pipeline import command, targets
 from dhp_jax.pipeline.header import header
@@ -18,15 +20,16 @@ def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tm
     runs = targets.prepare(config, tmp_path / "run")
     lines = dict(line.split(maxsplit=1) for line in header(runs).splitlines())
     cost = runs[0].cost
-    assert lines["network"] == (
-        f"resnet (depth 20, width 1.0): {cost.flops:,} FLOPs, {cost.params:,} params"
-    )
+    assert lines["network"] == (f"ResNet-20: {cost.flops:,} FLOPs, {cost.params:,} params")
     assert lines["data"] == "digits: 1,297 examples of 8x8x1 in an epoch; 500 for test"
     assert lines["budget"] == (
         "70 % of the FLOPs and 60 % of the params; 50 % of the FLOPs and 60 % of the params"
     )
     assert lines["directory"] == f"{tmp_path}/run/0.7, {tmp_path}/run/0.5"
-    assert lines["next"].startswith(f"a search of at most {config.search.epochs} epochs, then ")
+    assert lines["next"] == (
+        f"0.7: a search of at most {config.search.epochs} epochs, "
+        f"then training of the pruned network, {config.converge.epochs} epochs"
+    )
     config.search.max_steps = config.converge.max_steps = 50
     config.data.validation = 0.1
     told = header(targets.prepare(config, tmp_path / "quick"))
@@ -44,3 +47,17 @@ def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tm
 def test_what_is_compiled_is_told_by_what_it_is_for(function, told, capsys):
     command._tell_compiled(function, 2.54)
     assert capsys.readouterr().err == told
+
+
+def next_of(runs):
+    return header(runs).splitlines()[-1].removeprefix("next").strip()
+
+
+def test_the_header_names_only_phases_that_are_left(finished, tmp_path):
+    there = shutil.copytree(finished, tmp_path / "run")
+    runs = targets.prepare(of_digits(), there)
+    assert next_of(runs) == "nothing is left to be trained; the report is written again"
+    runs[0].config.converge.epochs = 3
+    assert next_of(runs) == "training of the pruned network, 3 epochs"
+    shutil.rmtree(there / "search")
+    assert next_of(runs).startswith("a search of at most ")

@@ -232,7 +232,8 @@ def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
     assert re.search(
         r"^converge: epoch 1, step 20 of 20: test error \d+\.\d\d%, loss \d", printed.err, re.M
     )
-    assert "search: " not in printed.err  # it is done; the header tells the whole run
+    assert "search" not in printed.err  # it is done
+    assert re.search(r"^next +training of the pruned network, 1 epochs$", printed.err, re.M)
     (command,) = (workdir / "command.txt").read_text().splitlines()
     given = shlex.split(command.removeprefix(f"cd {shlex.quote(str(tmp_path))} && "))
     assert given == ["python", str(MAIN), DIGITS, *overrides()]

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import struct
 import sys
 
@@ -235,9 +236,28 @@ def test_a_bar_shows_whole_numbers_on_a_terminal_of_any_width(columns, monkeypat
         assert len(line) <= columns
         if line.strip():
             assert line.rstrip().endswith("]")
-            assert set(line.rstrip("] ").split(", ")[1:]) <= whole
+            assert set(line.rstrip("] ").split(", ")[1:]) <= whole | {"compiling the step"}
+    assert "compiling the step" in lines[2]
+    assert all("compiling" not in line for line in lines[3:])
     if columns >= 80:
         assert "test error=60.00%, FLOPs=80.0%" in lines[-1]
+
+
+def test_the_time_that_is_left_is_counted_from_the_first_step(monkeypatch):
+    stderr, now = Narrow(), 1000.0
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((100, 24)))
+    bar = ProgressBar()
+    bar.begin("search", 200, 0, [])
+    bar.bar._time = lambda: now
+    bar.bar.start_t = bar.bar.last_print_t = now
+    now += 100  # what is compiled
+    for _ in range(20):
+        bar.step(1)
+        now += 1
+    last = stderr.getvalue().split("\r")[-1]
+    assert re.search(r"20/200 \[00:19<0[23]:\d\d", last), last
+    bar.end()
 
 
 def test_a_bar_that_is_interrupted_is_not_full(monkeypatch):
