@@ -56,7 +56,9 @@ def run(arguments: Sequence[str], define: Define) -> int:
       another process that has died; 75 for a run that was told to end and that the same command
       takes up again; 130 for Ctrl-C.
     """
-    logging.basicConfig(format="%(message)s", force=True)  # Orbax has made another at its import
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)  # the log of the run has more
+    logging.basicConfig(format="%(message)s", handlers=[handler], force=True)  # Orbax has made one
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of Orbax's, where a line is ours
     try:
         options = parse(arguments, define)

@@ -1,6 +1,8 @@
 """A run from its configuration to its report."""
 
 from collections.abc import Callable, Sequence
+import contextlib
+import logging
 import os
 from typing import Any
 
@@ -8,11 +10,15 @@ import jax
 
 from dhp_jax.distributed.processes import from_first, is_first
 from dhp_jax.errors import ConfigError
+from dhp_jax.pipeline.header import header
 from dhp_jax.pipeline.phases import carry_out
 from dhp_jax.pipeline.preparation import Run, hold_by_first, name_data_fields
 from dhp_jax.report import write as report_write
 from dhp_jax.train.phase import OriginError
 from dhp_jax.workdir.identity import note_command
+from dhp_jax.workdir.log import logged
+
+logger = logging.getLogger(__name__)
 
 
 @name_data_fields()
@@ -43,9 +49,15 @@ def execute(
       ProcessError: another of the processes that carry out this run has failed.
     """
     precision = None if run.config.precision == "default" else run.config.precision
-    with hold_by_first(run.workdir, run.config), jax.default_matmul_precision(precision):
-        if command and is_first():
-            note_command(run.workdir, command)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold_by_first(run.workdir, run.config))
+        stack.enter_context(jax.default_matmul_precision(precision))
+        if is_first():
+            stack.enter_context(logged(run.workdir))
+            for line in header([run]).splitlines():
+                logger.info("%s", line)
+            if command:
+                note_command(run.workdir, command)
         try:
             carry_out(run, stopping)
         except OriginError as error:

@@ -1,10 +1,13 @@
 """An observer of training that shows progress on a terminal, or line by line in a log."""
 
 from collections.abc import Sequence
+import logging
 import sys
 from typing import Any
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 SHOWN = {  # the most important first: what does not fit beside a bar is left out whole
     "test_error": ("test error", "{:.2%}"),
@@ -29,7 +32,7 @@ CELLS = 6  # of the bar, at least
 class ProgressBar:
     """Shows a bar for each phase: loss, error, the cost of what would survive, images a second.
 
-    Where standard error is no terminal, it prints a line for each epoch.
+    Where standard error is no terminal, it prints a line for each epoch; it always logs that.
     """
 
     def begin(self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]) -> None:
@@ -66,10 +69,13 @@ class ProgressBar:
         }
         if not self.bar.disable:
             self.bar.set_postfix_str(self._fitting())
-        if self.bar.disable and any(name.startswith("test_") for name in values):
+        if any(name.startswith("test_") for name in values):
             shown = ", ".join(f"{label} {value}" for label, value in self.shown.items())
             position = f"epoch {values['epoch']}, step {values['step']} of {self.total}"
-            print(f"{self.phase}: {position}: {shown}", file=sys.stderr, flush=True)
+            line = f"{self.phase}: {position}: {shown}"
+            logger.info("%s", line)
+            if self.bar.disable:
+                print(line, file=sys.stderr, flush=True)
 
     def end(self) -> None:
         if sys.exception() is None:  # and not at Ctrl-C or an error

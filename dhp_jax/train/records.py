@@ -43,6 +43,9 @@ def tell_steps(plan: Plan, run: Run, steps: int) -> Run:
 def measure(plan: Plan, run: Run) -> tuple[Run, dict[str, Any]]:
     """Reads what was measured since the last record, and sets it to zero.
 
+    A record of fewer than `log_every` steps, at the end of an epoch or of a search, tells loss and
+    metric of the steps of the record before, too.
+
     Returns:
       The run, and for a record: epoch, loss, the task's metric, learning rate, speed, batches that
       were left out, and for a phase with a budget the cost of what would survive.
@@ -56,11 +59,11 @@ def measure(plan: Plan, run: Run) -> tuple[Run, dict[str, Any]]:
     if not measures.examples:
         what = "loss or gradient of every batch since the last record is not finite"
         raise not_finite(plan, what, progress.steps)
-    loss, score = (float(s / measures.examples) for s in (measures.loss, measures.score))
+    means = {"loss": measures.loss, plan.metric.name: measures.score}
+    means = {name: float(total / measures.examples) for name, total in means.items()}
     values = {
         "epoch": progress.epochs + 1,
-        "loss": loss,
-        plan.metric.name: score,
+        **_with_steps_before(plan, run, means, float(measures.examples)),
         "learning_rate": _learning_rate(plan, progress.steps),
     }
     if plan.phase.skip_faulty:
@@ -79,9 +82,30 @@ def measure(plan: Plan, run: Run) -> tuple[Run, dict[str, Any]]:
     return run._replace(arrays=jax.tree.leaves(state), progress=progress, clock=clock), values
 
 
+def _with_steps_before(
+    plan: Plan, run: Run, means: dict[str, float], examples: float
+) -> dict[str, float]:
+    """Means over some examples, and those of the record before where these are of few steps.
+
+    So the end of an epoch or of a search is not told of one batch, which may be any.
+    """
+    if not run.records:
+        return means
+    before, steps = run.records[-1], [0, *(record["step"] for record in run.records)]
+    few = run.progress.steps - steps[-1] < plan.log_every
+    if not few or not (run.met_budget or before["epoch"] == run.progress.epochs + 1):
+        return means
+    earlier = plan.batch_size * (steps[-1] - steps[-2] - before.get("skipped", 0))
+    return {
+        name: (examples * mean + earlier * before[name]) / (examples + earlier)
+        for name, mean in means.items()
+    }
+
+
 def record(plan: Plan, run: Run, values: dict[str, Any]) -> Run:
     """Keeps a record of the run at its step, and shows it to observers."""
-    values = {"phase": plan.phase.name, "step": run.progress.steps, **values}
+    seconds = round(time.perf_counter() - run.began, 3)
+    values = {"phase": plan.phase.name, "step": run.progress.steps, "seconds": seconds, **values}
     for observer in plan.hooks.observers:
         observer.record(values)
     return run._replace(records=(*run.records, values))

@@ -16,6 +16,7 @@ class Journal:
     """Writes every record of a phase to `metrics.jsonl` and to TensorBoard; an `Observer`.
 
     When a phase begins, its earlier records are replaced by those of the steps it continues from.
+    Beside `step`, which begins anew with every phase, a line has `total_step`, which goes on.
 
     Args:
       workdir: where they are written.
@@ -30,19 +31,21 @@ class Journal:
     def begin(self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]) -> None:
         from dhp_jax.workdir.tensorboard import Events  # slow to import
 
+        self.before = self._steps_before(phase)
         self._replace(phase, records)
         folder = self.tensorboard / phase
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.file = self.records.open("a")
         self.events = Events(folder)
-        for record in records:
+        for record in self._numbered(phase, records):
             self.events.write(record)
 
     def step(self, count: int) -> None:
         pass
 
     def record(self, values: dict[str, Any]) -> None:
+        values = values | {"total_step": self.before + values["step"]}
         self.file.write(_line(values))
         self.file.flush()
         self.events.write(values)
@@ -54,12 +57,27 @@ class Journal:
 
     def mend(self, phase: str, records: Sequence[dict[str, Any]]) -> None:
         """Restores the records of a phase that has ended, if any are missing."""
-        if [record for record in read(self.records) if record["phase"] == phase] != list(records):
+        there = [record for record in read(self.records) if record["phase"] == phase]
+        if there != self._numbered(phase, records):
             self._replace(phase, records)
 
     def _replace(self, phase: str, records: Sequence[dict[str, Any]]) -> None:
         kept = [record for record in read(self.records) if record["phase"] != phase]
-        self._write([*kept, *records])
+        self._write([*kept, *self._numbered(phase, records)])
+
+    def _numbered(self, phase: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Records of a phase with their steps over all phases."""
+        before = self._steps_before(phase)
+        return [record | {"total_step": before + record["step"]} for record in records]
+
+    def _steps_before(self, phase: str) -> int:
+        """How many steps the phases before one have taken."""
+        earlier = self.phases[: self.phases.index(phase)] if phase in self.phases else ()
+        steps = dict.fromkeys(earlier, 0)
+        for record in read(self.records):
+            if record["phase"] in steps:
+                steps[record["phase"]] = max(steps[record["phase"]], record["step"])
+        return sum(steps.values())
 
     def _write(self, records: Sequence[dict[str, Any]]) -> None:
         order = {phase: place for place, phase in enumerate(self.phases)}

@@ -13,6 +13,8 @@ from tensorboardX.summary import scalar
 class Events:
     """Writes the numbers of records, and not their vectors: `survivors`, `magnitudes`.
 
+    The steps of one phase follow those of the phase before.
+
     Args:
       folder: where they are written.
     """
@@ -23,8 +25,8 @@ class Events:
 
     def write(self, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
-            if name not in ("phase", "step") and not isinstance(value, list):
-                event = Event(summary=scalar(name, value), step=record["step"])
+            if name not in ("phase", "step", "total_step") and not isinstance(value, list):
+                event = Event(summary=scalar(name, value), step=record["total_step"])
                 event.wall_time = time.time()
                 self.writer.write_event(event)
         self.writer.flush()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -12,7 +13,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from dhp_jax.train.progress_bar import ProgressBar
-from dhp_jax.workdir.metrics import RECORDS, Journal, read
+from dhp_jax.workdir import metrics
+from dhp_jax.workdir.log import logged
+from dhp_jax.workdir.metrics import RECORDS, Journal
 
 SEARCH = [
     {"phase": "search", "step": 100, "epoch": 1, "loss": 2.25, "flops_ratio": 0.1 + 0.2},
@@ -21,6 +24,17 @@ SEARCH = [
 CONVERGE = [
     {"phase": "converge", "step": step, "epoch": step, "loss": 1 / step} for step in (1, 2, 3)
 ]
+
+
+SEARCHED = 150  # steps of the search
+
+
+def read(path):
+    """The records of a file, without the steps over all phases."""
+    return [
+        {name: value for name, value in record.items() if name != "total_step"}
+        for record in metrics.read(path)
+    ]
 
 
 def write(workdir, phase, records, before=()):
@@ -56,7 +70,12 @@ def test_records_are_read_as_they_were_written_one_a_line(tmp_path):
     write(tmp_path, "converge", CONVERGE)
     assert read(tmp_path / RECORDS) == [*SEARCH, *CONVERGE]
     lines = (tmp_path / RECORDS).read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [*SEARCH, *CONVERGE]
+    steps = [record["step"] for record in SEARCH]
+    steps += [SEARCHED + record["step"] for record in CONVERGE]
+    assert [json.loads(line) for line in lines] == [
+        record | {"total_step": step}
+        for record, step in zip([*SEARCH, *CONVERGE], steps, strict=True)
+    ]
 
 
 def test_a_record_can_be_read_while_the_phase_goes_on(tmp_path):
@@ -97,8 +116,8 @@ def test_a_phase_that_goes_on_keeps_the_records_it_goes_on_from(tmp_path):
     assert read(tmp_path / RECORDS) == [*SEARCH, *CONVERGE[:2], again]
     assert scalars(tmp_path / "tensorboard" / "converge") == pytest.approx(
         {
-            **{("epoch", r["step"]): r["epoch"] for r in CONVERGE[:2]},
-            **{("loss", r["step"]): r["loss"] for r in [*CONVERGE[:2], again]},
+            **{("epoch", SEARCHED + r["step"]): r["epoch"] for r in CONVERGE[:2]},
+            **{("loss", SEARCHED + r["step"]): r["loss"] for r in [*CONVERGE[:2], again]},
         }
     )
 
@@ -129,12 +148,12 @@ def test_a_line_that_is_no_record_is_left_out(tmp_path, damage):
 # TensorBoard
 
 
-def test_tensorboard_has_each_number_of_a_phase_at_its_step(tmp_path):
+def test_tensorboard_has_each_number_at_its_step_and_phases_follow_each_other(tmp_path):
     write(tmp_path, "search", SEARCH)
     write(tmp_path, "converge", CONVERGE)
-    for phase, records in (("search", SEARCH), ("converge", CONVERGE)):
+    for phase, records, before in (("search", SEARCH, 0), ("converge", CONVERGE, SEARCHED)):
         expected = {
-            (name, record["step"]): value
+            (name, before + record["step"]): value
             for record in records
             for name, value in record.items()
             if name not in ("phase", "step")
@@ -156,7 +175,7 @@ def test_a_phase_that_begins_anew_drops_its_own_events_only(tmp_path):
     (events,) = (tmp_path / "tensorboard" / "converge").iterdir()
     events.rename(events.with_name("events.out.tfevents.1.earlier"))  # files are named by second
     write(tmp_path, "converge", [{"phase": "converge", "step": 7, "loss": 0.5}])
-    assert scalars(tmp_path / "tensorboard" / "converge") == {("loss", 7): 0.5}
+    assert scalars(tmp_path / "tensorboard" / "converge") == {("loss", SEARCHED + 7): 0.5}
     assert scalars(tmp_path / "tensorboard" / "search") == before
 
 
@@ -182,6 +201,27 @@ def shown(stderr, monkeypatch):
             bar.record(records[step])
     bar.end()
     return stderr.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_log_of_a_run_has_every_epoch_with_its_time_and_how_it_ended(
+    tmp_path, monkeypatch, terminal
+):
+    with pytest.raises(KeyboardInterrupt), logged(tmp_path):
+        shown(Narrow() if terminal else io.StringIO(), monkeypatch)
+        raise KeyboardInterrupt
+    with logged(tmp_path):
+        logging.getLogger("dhp_jax.anything").warning("a warning")
+    logging.getLogger("dhp_jax.anything").warning("of another run")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", line) for line in lines)
+    told = [line[24:] for line in lines]
+    assert [line.split(": test")[0] for line in told[:2]] == [
+        "search: epoch 1, step 150 of 450",
+        "search: epoch 2, step 300 of 450",
+    ]
+    assert told[2:] == ["ended by KeyboardInterrupt: ", "a warning", "finished"]
+    assert logging.getLogger("dhp_jax").handlers == []
 
 
 def test_where_standard_error_is_no_terminal_each_epoch_is_a_line(monkeypatch):
