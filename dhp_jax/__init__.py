@@ -6,6 +6,7 @@ from dhp_jax.artifact.writing import save
 from dhp_jax.backend.inference import inference
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets.axes import check_axes
+from dhp_jax.budgets.before_and_after import Summary, summary
 from dhp_jax.budgets.counted import BudgetError
 from dhp_jax.budgets.gradients import gradient_scores
 from dhp_jax.budgets.gradual import fade_to_budget
@@ -76,6 +77,7 @@ __all__ = [
     "PReLU",
     "Prunable",
     "RMSNorm",
+    "Summary",
     "check_axes",
     "compiler_options",
     "concat",
@@ -107,6 +109,7 @@ __all__ = [
     "repeat",
     "save",
     "scale_scores",
+    "summary",
     "survivors",
     "taylor_scores",
     "uniform_within",

@@ -14,6 +14,7 @@ from flax import nnx
 
 from dhp_jax.budgets.chosen import Chosen, Time, describe_choice
 from dhp_jax.budgets.counted import BudgetError, check_share, smallest_ratio, survivors_within
+from dhp_jax.budgets.other_widths import time_other_widths
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.budgets.timing import forward_pass, hardware, quartiles, time_in_turn
 from dhp_jax.core.cost import Cost
@@ -74,7 +75,7 @@ class LatencySearch:
         high = self.budget["flops"]
         best = self.fast_enough(low)
         if best is None:
-            raise _unreachable(self.latency, self.last)
+            raise self.unreachable(self.last)
         if (largest := self.fast_enough(high)) is not None:
             return self._with_measurements(largest)
         while high - low > RESOLUTION:
@@ -109,15 +110,28 @@ class LatencySearch:
     def _with_measurements(self, chosen: Chosen) -> Chosen:
         return replace(chosen, tried=tuple(self.tried))
 
-
-def _unreachable(latency: float, time: Time) -> BudgetError:
-    return BudgetError(
-        "latency",
-        f"at least {time}",
-        latency,
-        f"{latency!r} cannot be reached: the smallest possible network takes {time} of the whole "
-        f"one's time, on {hardware()}",
-    )
+    def unreachable(self, time: Time) -> BudgetError:
+        """The error for a smallest network that is too slow; tells which widths would do."""
+        tried = time_other_widths(
+            self.model,
+            self.cost,
+            self.timed,
+            self.multiple_of,
+            lambda number: smallest_ratio(self.model, self.cost, number),
+            self.latency,
+        )
+        hint = "".join(
+            f"; multiple_of={number} would do, of which it takes {found}"
+            for number, found in tried.items()
+            if found.within(self.latency)
+        )
+        return BudgetError(
+            "latency",
+            f"at least {time}",
+            self.latency,
+            f"{self.latency!r} cannot be reached: the smallest possible network takes {time} of "
+            f"the whole one's time, on {hardware()}{hint}",
+        )
 
 
 def check_latency(
@@ -131,4 +145,5 @@ def check_latency(
     smallest = smallest_ratio(model, cost, multiple_of)
     small = prune(model, survivors_within(model, cost, multiple_of, **smallest))
     if all((time := timed(small)).ratio["low"] > latency for _ in range(2)):
-        raise _unreachable(latency, time)
+        search = LatencySearch(model, cost, multiple_of, survivors_within, {}, latency, timed)
+        raise search.unreachable(time)

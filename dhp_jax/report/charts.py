@@ -138,6 +138,7 @@ def dot_chart(
         round_steps(axes, xlabel=x, ylabel=y)
         if x_low is not None:
             axes.set_xlim(left=x_low)
+        paths += [[(end, dot.y) for end in dot.spread] for dot in dots if dot.spread]
         name_points(axes, [(dot.label, dot.x, dot.y) for dot in dots], paths)
         return {f"dot{i}": [f"{d.label}: {d.y:.4g} at {d.x:.4g}"] for i, d in enumerate(dots)}
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
+from dhp_jax.budgets.other_widths import advice
 from dhp_jax.config.methods import METHODS
 from dhp_jax.core.layer_table import percent
 from dhp_jax.tasks.task import METRICS
@@ -107,11 +108,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def faster(speedup: Mapping[str, float]) -> str:
-    """The quartiles of a speed-up in words; if they lie on both sides of 1 there is none."""
-    low, median, high = (speedup[name] for name in ("low", "median", "high"))
+def faster(row: Mapping[str, Any]) -> str:
+    """The quartiles of a speed-up in words; if they lie on both sides of 1 there is none.
+
+    Args:
+      row: of a summary's latency. Of a slower network it tells which `multiple_of` would help.
+    """
+    low, median, high = (row["speedup"][name] for name in ("low", "median", "high"))
     if low <= 1 <= high:
         return f"no difference beyond the noise ({low:.2f} to {high:.2f} times as fast)"
     if median > 1:
         return f"{median:.2f} times as fast ({low:.2f} to {high:.2f})"
-    return f"slower: takes {1 / median:.2f} times as long ({1 / high:.2f} to {1 / low:.2f})"
+    told = f"slower: takes {1 / median:.2f} times as long ({1 / high:.2f} to {1 / low:.2f})"
+    return f"{told}; {advice(row['other_widths'])}" if "other_widths" in row else told

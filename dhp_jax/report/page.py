@@ -121,7 +121,7 @@ def answer(run: RunReport) -> list[Card]:
     for row in latency["batches"]:
         details = []
         if before := row.get("before_ms"):
-            details = [f"before {milliseconds(before['median'])}", faster(row["speedup"])]
+            details = [f"before {milliseconds(before['median'])}", faster(row)]
         value = milliseconds(row["after_ms"]["median"])
         found.append((f"Latency, batch {row['batch']}", value, details))
     return found

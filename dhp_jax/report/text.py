@@ -194,7 +194,7 @@ def _latency_rows(summary: Mapping[str, Any]) -> Rows:
         shown = milliseconds(row["after_ms"]["median"])
         if "before_ms" in row:
             before = milliseconds(row["before_ms"]["median"])
-            shown = f"{before} -> {shown}; {faster(row['speedup'])}"
+            shown = f"{before} -> {shown}; {faster(row)}"
         rows.append((f"latency, batch {row['batch']}", shown))
     return rows
 

@@ -135,10 +135,14 @@ class Result:
 
     def unpruned(self) -> nnx.Module:
         """The network with nothing pruned, for measuring its latency; its weights mean nothing."""
+        return prune(self.with_latents())
+
+    def with_latents(self) -> nnx.Module:
+        """The network of latents; without a search its weights and latents mean nothing."""
         if self.search is not None:
-            return prune(self.search)
+            return self.search
         made = architecture_of(self.trained)
-        return prune(registry.build(made.family, rngs=nnx.Rngs(0), **made.arguments))
+        return registry.build(made.family, rngs=nnx.Rngs(0), **made.arguments)
 
     @property
     def phases(self) -> tuple[str, ...]:

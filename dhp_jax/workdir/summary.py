@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dhp_jax.artifact.reading import read_description
+from dhp_jax.budgets.latency import clock
+from dhp_jax.budgets.other_widths import time_other_widths
 from dhp_jax.budgets.timing import hardware, measure_latency, quartiles
 from dhp_jax.config.methods import METHODS
 from dhp_jax.core.layer_table import layer_changes
+from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.workdir.reader import SUMMARY, Result, read_summary
 from dhp_jax.workdir.source_run import needs_source, source_folder
 from dhp_jax.workdir.target_dirs import is_size
@@ -35,9 +38,15 @@ def latency(result: Result, *, again: bool = False) -> dict[str, Any]:
         return known
     networks = {"before": result.unpruned()} if result.pruned else {}
     networks["after"] = result.trained
-    batches = sorted({1, result.config["batch_size"]})
+    rows = [
+        _timed(networks, result.input_shape, batch)
+        for batch in sorted({1, result.config["batch_size"]})
+    ]
+    for row in rows:
+        if "speedup" in row and row["speedup"]["high"] < 1:
+            row["other_widths"] = _other_widths(result, row["batch"])
     return {
-        "batches": [_timed(networks, result.input_shape, batch) for batch in batches],
+        "batches": rows,
         "input_shape": list(result.input_shape),
         "hardware": hardware(),
         "of": of,
@@ -52,6 +61,23 @@ def _timed(networks: Mapping[str, Any], shape: Sequence[int], batch: int) -> dic
         pairs = zip(times["before"], times["after"], strict=True)
         row["speedup"] = quartiles([before / after for before, after in pairs])
     return row
+
+
+def _other_widths(result: Result, batch: int) -> dict[str, dict[str, float]]:
+    """Where the network of a run is slower: times of others, as shares of the unpruned one's.
+
+    They have other `multiple_of` and no more FLOPs. Weights do not matter for time.
+    """
+    model, shape = result.with_latents(), result.input_shape
+    share = {"flops": result.after.flops / result.before.flops}
+    tried = time_other_widths(
+        model,
+        measure_cost(model, shape),
+        clock(model, shape, batch),
+        result.config.get("multiple_of", 1),
+        lambda number: share,
+    )
+    return {str(number): found.ratio for number, found in tried.items()}
 
 
 def beside(workdir: str | os.PathLike, config: Mapping[str, Any]) -> str:

@@ -207,9 +207,12 @@ def shown(stderr, monkeypatch):
 def test_the_log_of_a_run_has_every_epoch_with_its_time_and_how_it_ended(
     tmp_path, monkeypatch, terminal
 ):
-    with pytest.raises(KeyboardInterrupt), logged(tmp_path):
+    def interrupted():
         shown(Narrow() if terminal else io.StringIO(), monkeypatch)
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), logged(tmp_path):
+        interrupted()
     with logged(tmp_path):
         logging.getLogger("dhp_jax.anything").warning("a warning")
     logging.getLogger("dhp_jax.anything").warning("of another run")

@@ -1,0 +1,99 @@
+"""What pruning has made of a network of the user's: layers, cost, and time if that is asked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from dhp_jax.budgets.latency import clock
+from dhp_jax.budgets.other_widths import advice, time_other_widths
+from dhp_jax.budgets.timing import hardware
+from dhp_jax.core.cost import Cost, check_input_shape
+from dhp_jax.core.latent import latents
+from dhp_jax.core.layer_table import change, layer_changes, percent, same_layers, short_layer_table
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.errors import ArgumentError
+from dhp_jax.tracing.counts import measure_cost
+
+MEASURED = {"flops": "FLOPs", "params": "params", "activations": "activations"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A network before and after pruning; printed as a table.
+
+    Attributes:
+      before, after: their costs.
+      batch: how many inputs a timed pass took; `None` if nothing was timed.
+      ratio: quartiles of the time after as a share of the time before, over pairs of passes.
+      other_widths: where it is slower, the same of networks of other `multiple_of`.
+    """
+
+    before: Cost
+    after: Cost
+    batch: int | None = None
+    ratio: Mapping[str, float] | None = None
+    other_widths: Mapping[int, Mapping[str, float]] | None = None
+
+    def __str__(self) -> str:
+        lines = []
+        if same_layers(self.before, self.after):
+            lines += [short_layer_table(layer_changes(self.before, self.after)), ""]
+        for name, label in MEASURED.items():
+            old, new = (getattr(cost, name) for cost in (self.before, self.after))
+            unit = " bytes" if name == "activations" else ""
+            share = f" ({percent(new / old)})" if old else ""
+            lines.append(f"{label:<13}{change(old, new)}{unit}{share}")
+        if self.ratio is not None:
+            shown = "{median:.2f} of the time before ({low:.2f} to {high:.2f})".format(**self.ratio)
+            lines.append(f"{'time':<13}{shown}, batch {self.batch}, {hardware()}")
+        if self.other_widths is not None:
+            lines.append(f"{'slower':<13}{advice(self.other_widths)}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def summary(
+    model: nnx.Module, small: nnx.Module, inputs: Any = None, *, batch: int | None = None
+) -> Summary:
+    """Tells what pruning has made of a network, layer by layer and in all.
+
+    Args:
+      model: the network before pruning: with latents, traced or declared, or an ordinary one.
+      small: the network after it.
+      inputs: shape of one example, `(height, width, channels)`, or other inputs, as for
+        `dhp.measure_cost`; `None` for those that `dhp.with_latents` was given.
+      batch: time both networks with so many inputs, in turn, on this machine; `inputs` has to be a
+        shape then. Where the pruned one is slower and `model` has latents, networks of other
+        `multiple_of` are timed too.
+
+    Returns:
+      The costs and times, which print as a table for a terminal.
+
+    Raises:
+      ValueError: inputs that the networks do not take; a `batch` that is no positive integer.
+
+    Example:
+      >>> print(dhp.summary(model, small, (32, 32, 3)))
+      >>> print(dhp.summary(model, small, (32, 32, 3), batch=64))
+    """
+    table = architecture_of(model).axes if isinstance(model, nnx.Module) else None
+    call = table and table.call
+    if inputs is None and table is not None:
+        inputs = table.inputs
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise ArgumentError("batch", "an integer of at least 1, or None", batch)
+    if batch is not None:
+        check_input_shape(inputs)
+    before, after = (measure_cost(network, inputs, call=call) for network in (model, small))
+    if batch is None:
+        return Summary(before, after)
+    timed = clock(model, inputs, batch)
+    time, others = timed(small), None
+    if time.ratio["low"] > 1 and latents(model):
+        share = {"flops": after.flops / before.flops}
+        tried = time_other_widths(model, before, timed, 1, lambda number: share)
+        others = {number: found.ratio for number, found in tried.items()}
+    return Summary(before, after, batch, time.ratio, others)

@@ -1,0 +1,158 @@
+"""What pruning has made of a network: its table, and which widths would make it faster."""
+
+import re
+
+from flax import nnx
+import jax.numpy as jnp
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax.budgets import before_and_after, latency
+from dhp_jax.budgets.chosen import Time
+from dhp_jax.budgets.counted import smallest_ratio
+from dhp_jax.budgets.other_widths import advice, time_other_widths
+
+SHAPE = (8, 8, 3)
+
+
+class Plain(nnx.Module):
+    """An ordinary network."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.second = nnx.Conv(16, 32, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(32, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.first(x)))
+        return self.head(nnx.relu(self.second(x)).mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def traced():
+    model = Plain(nnx.Rngs(0))
+    return model, dhp.with_latents(model, jnp.zeros((1, *SHAPE)), rngs=nnx.Rngs(1))
+
+
+@pytest.fixture(scope="module")
+def small(traced):
+    return dhp.prune_to(traced[1], flops=0.5)
+
+
+def flops_by_hand(model):
+    """Of the convolutions, the norm (2 for each element) and the classifier."""
+    first, second = (conv.kernel.size * 64 for conv in (model.first, model.second))
+    return first + second + 2 * 64 * model.norm.scale.size + model.head.kernel.size
+
+
+@pytest.mark.parametrize("which", ["plain", "traced"])
+def test_a_network_of_ones_own_is_shown_before_and_after(traced, small, which):
+    model, net = traced
+    told = str(dhp.summary(net if which == "traced" else model, small, SHAPE))
+    lines = {line.split()[0]: line for line in told.splitlines() if line}
+    before, after = flops_by_hand(model), flops_by_hand(small)
+    assert lines["FLOPs"].split()[1:] == [
+        *(f"{before:,}", "->", f"{after:,}", f"({100 * after / before:.2f}", "%)")
+    ]
+    widths = small.first.kernel.shape[-1], small.second.kernel.shape[-1]
+    for name, old, new in (("first", 16, widths[0]), ("second", 32, widths[1])):
+        shown = re.split(r" {2,}", lines[name])[1]
+        assert shown == (f"{old} -> {new}" if old != new else str(old))
+    assert max(map(len, told.splitlines())) <= 80
+    assert "time" not in lines
+
+
+def test_the_inputs_of_a_traced_network_are_known(traced, small):
+    assert str(dhp.summary(traced[1], small)) == str(dhp.summary(traced[1], small, SHAPE))
+
+
+def test_networks_of_other_layers_are_compared_in_all(traced, small):
+    other = dhp.prune(dhp.models.build("resnet", depth=8, width=0.25, rngs=nnx.Rngs(0)))
+    told = str(dhp.summary(traced[0], other, SHAPE)).splitlines()
+    assert [line.split()[0] for line in told] == ["FLOPs", "params", "activations"]
+
+
+@pytest.mark.parametrize("batch", [0, -1, True, 1.5, "8"])
+def test_a_batch_that_is_none_is_refused(traced, small, batch):
+    with pytest.raises(ValueError, match=r"^batch: expected an integer of at least 1, or None, go"):
+        dhp.summary(traced[0], small, SHAPE, batch=batch)
+
+
+def test_inputs_that_are_no_shape_cannot_be_timed(traced, small):
+    with pytest.raises(ValueError, match=r"^input_shape: expected positive integers"):
+        dhp.summary(traced[0], small, jnp.zeros((1, *SHAPE)), batch=2)
+
+
+@pytest.mark.parametrize("which", ["plain", "traced"])
+def test_both_networks_are_timed_here_and_now(traced, small, which, monkeypatch):
+    monkeypatch.setattr(latency, "ROUNDS", 3)
+    monkeypatch.setattr(before_and_after, "time_other_widths", lambda *_: {})
+    found = dhp.summary(traced[which == "traced"], small, SHAPE, batch=2)
+    assert 0 < found.ratio["low"] <= found.ratio["median"] <= found.ratio["high"]
+    assert re.search(r"^time +\d+\.\d\d of the time before \(.*\), batch 2, ", str(found), re.M)
+
+
+def took(share):
+    """A time that is a share of the whole network's."""
+    ratio = {"median": share, "low": 0.9 * share, "high": 1.1 * share}
+    return Time(ratio, ratio, ratio, rounds=9)
+
+
+def by_width(found):
+    """A clock for which only widths of multiples of 8 are fast."""
+    widths = found.first.kernel.shape[-1], found.second.kernel.shape[-1]
+    return took(0.5 if all(width % 8 == 0 for width in widths) else 1.5)
+
+
+def test_where_it_is_slower_the_summary_says_which_multiple_would_help(traced, small, monkeypatch):
+    monkeypatch.setattr(before_and_after, "clock", lambda *_: by_width)
+    if all(width % 8 == 0 for width in (small.first.kernel.shape[-1], small.second.out_features)):
+        pytest.skip("the widths happen to be multiples of 8")
+    found = dhp.summary(traced[1], small, SHAPE, batch=2)
+    assert list(found.other_widths) == [4, 8] or list(found.other_widths) == [8]
+    told = "multiple_of=8 would take 0.50 of that time (0.45 to 0.55), for no more FLOPs"
+    assert told in str(found)
+    share = found.after.flops / found.before.flops
+    quick = dhp.prune_to(traced[1], multiple_of=8, flops=share)
+    assert by_width(quick).within(1)
+
+
+def test_widths_that_are_not_possible_are_not_tried(traced):
+    cost, tried = dhp.measure_cost(traced[1], SHAPE), []
+
+    def timed(network):
+        tried.append((network.first.kernel.shape[-1], network.second.kernel.shape[-1]))
+        return took(1.5)
+
+    def times(multiple_of, flops):
+        tried.clear()
+        budget = {"flops": flops}
+        return time_other_widths(traced[1], cost, timed, multiple_of, lambda _: budget)
+
+    assert list(times(1, 0.9)) == [4, 8, 16]  # a latent has 16 entries
+    for number, widths in zip([4, 8, 16], tried, strict=True):
+        assert all(width % number == 0 for width in widths)
+    assert list(times(8, 0.9)) == [16]
+    four, eight = (smallest_ratio(traced[1], cost, number)["flops"] for number in (4, 8))
+    assert list(times(1, (four + eight) / 2)) == [4]  # 8 and 16 are beyond the budget
+
+
+@pytest.mark.parametrize(
+    ("times", "told"),
+    [
+        ({}, "no larger multiple_of is possible"),
+        ({"4": 1.2, "8": 1.5}, "multiple_of=4 or 8 is not faster either"),
+        ({4: 0.99, 8: 1.5}, "multiple_of=4 or 8 is not faster either"),  # not beyond the noise
+        ({4: 1.2, 8: 0.5}, "multiple_of=8 would take 0.50 of that time (0.45 to 0.55)"),
+    ],
+)
+def test_advice_is_what_the_times_say(times, told):
+    assert advice({number: took(share).ratio for number, share in times.items()}).startswith(told)
+
+
+def test_a_latency_out_of_reach_names_the_multiple_that_would_do(traced):
+    cost = dhp.measure_cost(traced[1], SHAPE)
+    message = r"^latency: 0.8 cannot be reached: .*; multiple_of=8 would do, of which it takes 0.50"
+    with pytest.raises(dhp.BudgetError, match=message):
+        latency.check_latency(traced[1], cost, 0.8, by_width)
