@@ -120,7 +120,7 @@ def test_the_table_of_layers_is_aligned(result):
 def test_the_summary_tells_what_the_run_came_to(finished, result):
     summary = summarize(result, times=result.summary["latency"])
     assert summary["method"] == "dhp"
-    assert summary["task"] == {"name": "classification"}
+    assert summary["task"] == result.config["task"]
     assert summary["model"] == {"name": "resnet", "depth": 8, "width": 0.25}
     assert (summary["data"], summary["seed"], summary["target"]) == ("digits", 0, 0.5)
     for name in ("flops", "params"):
