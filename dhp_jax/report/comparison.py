@@ -6,7 +6,7 @@ from typing import Any
 from dhp_jax.core.layer_table import compact, percent
 from dhp_jax.report.charts import Dot, Line, Rule, dot_chart, line_chart
 from dhp_jax.report.figures import Chart
-from dhp_jax.report.format import duration, milliseconds, upper_first
+from dhp_jax.report.format import duration, in_row, milliseconds, upper_first
 from dhp_jax.report.render import Cell, Table, render
 from dhp_jax.report.run_report import RunReport, when
 from dhp_jax.workdir.target_dirs import is_size
@@ -111,8 +111,18 @@ def _table(names: Sequence[str], runs: Sequence[RunReport]) -> Table:
     note = ""
     if counts and runs[0].metric.name == "error":
         shown = " or ".join(f"{count:,}" for count in sorted(counts))
-        note = f"Below each error is its 95 % interval (Wilson's), of {shown} test examples."
-    return Table([*header, "time", "seed"], rows, note=note)
+        note = f"Below each error is its 95 % interval (Wilson's), of {shown} test examples. "
+    return Table([*header, "time", "seed"], rows, note=(note + _best_note(names, runs)).strip())
+
+
+def _best_note(names: Sequence[str], runs: Sequence[RunReport]) -> str:
+    """Of which runs the best epoch was chosen on the test data themselves."""
+    finished = [(name, run.summary) for name, run in zip(names, runs, strict=True) if run.summary]
+    on_test = [name for name, summary in finished if not summary.get("validation")]
+    if not on_test:
+        return "Best epochs are those of the validation data." if finished else ""
+    of = f" of {in_row(on_test)}" if len(on_test) < len(finished) else ""
+    return f"The best epoch{of} is chosen on the test data, so its value is rather too good."
 
 
 def _scores(run: RunReport) -> list[Cell]:

@@ -235,6 +235,8 @@ def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] |
     if result.finished:
         inputs = result.notes["model"]["without_network"] or None  # tells test images apart
         same = same and summary["test"].get("without_network") == inputs
+        held = (summary.get("validation") or {}).get("examples")  # it has not trained on these
+        same = same and held == result.notes["model"].get("validation_examples")
     if not same:
         logger.warning("baseline: %s is of another network or other data; left out", baseline)
         return None

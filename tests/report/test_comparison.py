@@ -49,10 +49,20 @@ def test_runs_are_compared_by_error_cost_latency_and_losses(run, tmp_path):
         "3.21 M (12.30 %)",
     ]
     assert "of 500 test examples" in everything.text
+    assert "The best epoch is chosen on the test data, so its value is" in everything.text
     assert charts["flops"].tips["dot1"] == ["other: 50 at 3.21"]
     for name in ("loss", "test"):
         (axes,) = charts[name].figure.axes
         assert [line.get_label() for line in axes.lines] == [*labels(runs)]
+
+
+def test_of_which_runs_the_test_data_choose_the_best_epoch_is_told(run, tmp_path):
+    held = {**run.summary, "validation": {"examples": 130, "best": {"error": 0.1}}}
+    there = [at(run, tmp_path / name, summary=held) for name in ("a", "b")]
+    text = Page(comparison(there, {})).text
+    assert "Best epochs are those of the validation data." in text
+    text = Page(comparison([run, *there], {})).text
+    assert f"The best epoch of {run.result.workdir.name} is chosen on the test data" in text
 
 
 def test_points_have_names_and_the_sizes_of_one_search_are_joined(run, tmp_path):

@@ -262,6 +262,7 @@ def test_the_text_of_a_run_names_paths_that_exist(finished):
         ({}, True),
         ({"model": {"name": "resnet", "depth": 56, "width": 0.25}}, False),
         ({"data": "cifar10"}, False),
+        ({"validation": {"examples": 130}}, False),
         ({"task": {"name": "denoising"}}, False),
         ({"method": "dhp"}, False),
     ],
