@@ -174,7 +174,8 @@ def _fill(model: nnx.Module, names: list[tuple[str, str]], tensors: Tensors) -> 
       TensorError: tensors are not just those that the network needs.
     """
     at = {path: module for path, _, module in walk(model)}
-    used: dict[str, str] = {}  # names of tensors by the paths of arrays
+    firsts: dict[tuple[str, str], str] = {}  # the tensor that each array was first set from
+    unused = set(tensors)
     for path, name in names:
         layer = at[path]
         arrays = next(arrays for kind, arrays in ARRAYS.items() if isinstance(layer, kind))
@@ -186,13 +187,13 @@ def _fill(model: nnx.Module, names: list[tuple[str, str]], tensors: Tensors) -> 
             of_image = isinstance(layer, Latent) and path == "image"
             key = name if of_image else f"{name}.{array.tensor}"
             values = _converted(key, _tensor(tensors, key), variable.shape, array.axes, turned)
-            first = used.setdefault(f"{path}.{attribute}", key)
+            first = firsts.setdefault((path, attribute), key)
             if first != key and not np.array_equal(np.asarray(variable[...]), values):
                 raise TensorError(key, f"the numbers of {first}, with which it is one", "others")
-            used[f"{path}.{attribute} {key}"] = key
+            unused.discard(key)
             variable.set_value(jnp.asarray(values))
     ignored = ("num_batches_tracked", "latent_vector")
-    for key in sorted(tensors.keys() - set(used.values())):
+    for key in sorted(unused):
         if not any(part in key for part in ignored):
             raise TensorError(key, f"no such tensor in this {type(model).__name__}", "one")
     for location, leaf in nnx.to_flat_state(nnx.state(model)):
@@ -262,13 +263,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--family", choices=RELEASED, required=True)
     parser.add_argument("--out", type=Path, help="folder; named as the file by default")
     parser.add_argument("--input-shape", type=cli.shape_of, help="128,128,3: notes FLOPs too")
+    parser.add_argument("--mean", type=_numbers, help="of a classifier's pixels: 125.3,123,113.9")
+    parser.add_argument("--std", type=_numbers, help="of them: 63,62.1,66.7; predict needs both")
     options = parser.parse_intermixed_args(arguments)
     out = options.out or options.file.with_suffix("")
     if not may_hold(out):
         raise ValueError(f"--out: expected no or an empty folder, or a saved network; got {out}")
     given = dict(map(_argument, options.arguments))
     model = network_of(options.family, read(options.file), **given)
-    save(out, model, input_shape=options.input_shape, imported_from=options.file.name)
+    noted = {"mean": options.mean, "std": options.std, "imported_from": options.file.name}
+    noted = {name: value for name, value in noted.items() if value is not None}
+    save(out, model, input_shape=options.input_shape, **noted)
     kind = f"a search network of {len(latents(model))} latents" if latents(model) else "a network"
     print(f"{out}: {kind} of the family {options.family}")
 
@@ -281,6 +286,11 @@ def _argument(text: str) -> tuple[str, Any]:
         return name, json.loads(value.lower())
     except ValueError:
         return name, value
+
+
+def _numbers(text: str) -> list[float]:
+    """The type of a flag: "125.3,123.0,113.9"."""
+    return list(map(float, text.split(",")))
 
 
 if __name__ == "__main__":

@@ -124,13 +124,25 @@ def test_the_command_saves_a_network_that_load_reads(name, tmp_path, monkeypatch
     monkeypatch.setattr(import_torch, "read", lambda path: tensors_of(case))
     shape = (*case["images"][2:], case["images"][1])
     given = f"--input-shape={','.join(map(str, shape))}"
-    import_torch.main([*command(tmp_path / "net.pt", case), given])
+    pixels = ["--mean=1.5,2,3", "--std=4,5,6"]
+    import_torch.main([*command(tmp_path / "net.pt", case), given, *pixels])
     assert case["family"] in capsys.readouterr().out
     model = dhp.load(tmp_path / "net")
     assert is_like(model, case)
     description = json.loads((tmp_path / "net/model.json").read_text())
-    assert description["notes"]["imported_from"] == "net.pt"
+    noted = {"imported_from": "net.pt", "mean": [1.5, 2, 3], "std": [4, 5, 6]}
+    assert description["notes"] == {**noted, "input_shape": list(shape)}
     assert description["cost"]["params"] == dhp.measure_cost(model, shape).params
+
+
+def test_other_arguments_of_the_command_are_refused(tmp_path):
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net/notes.txt").touch()
+    file = str(tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"^--out: expected no or an empty folder, or a saved"):
+        import_torch.main([file, "--family=dncnn"])
+    with pytest.raises(ValueError, match=r"^arguments: expected name=value, such as depth=56; got"):
+        import_torch.main([file, "--family=dncnn", "depth", f"--out={tmp_path / 'other'}"])
 
 
 @pytest.mark.parametrize(

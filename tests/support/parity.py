@@ -180,7 +180,7 @@ def other_strength():
 
 
 def no_decay_on_latents():
-    def without(rate):
+    def without(rate, _):
         def mask(params):
             return latent.map_variables(lambda v: not isinstance(v, dhp.LatentVector), params)
 
