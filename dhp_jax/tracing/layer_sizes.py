@@ -74,9 +74,10 @@ def _(module: nnx.BatchNorm, kept: KeptAxes) -> None:
     module.num_features = module.mean.shape[-1]
 
 
+@resize.register(nnx.InstanceNorm)
 @resize.register(nnx.LayerNorm)
 @resize.register(nnx.RMSNorm)
-def _(module: nnx.LayerNorm | nnx.RMSNorm, kept: KeptAxes) -> None:
+def _(module: nnx.Module, kept: KeptAxes) -> None:
     for array in (module.scale, getattr(module, "bias", None)):
         if array is not None:
             module.num_features = array.shape[-1]
@@ -102,6 +103,25 @@ def _(module: nnx.GroupNorm, kept: KeptAxes) -> None:
 @resize.register
 def _(module: nnx.Embed, kept: KeptAxes) -> None:
     module.num_embeddings, module.features = module.embedding.shape[-2:]
+
+
+@resize.register
+def _(module: nnx.LoRA, kept: KeptAxes) -> None:
+    module.in_features, module.out_features = module.lora_a.shape[0], module.lora_b.shape[-1]
+
+
+@resize.register(nnx.GRUCell)
+@resize.register(nnx.OptimizedLSTMCell)
+@resize.register(nnx.SimpleCell)
+def _(module: nnx.Module, kept: KeptAxes) -> None:
+    module.in_features = module.dense_i.kernel.shape[0]
+    module.hidden_features = module.dense_h.kernel.shape[0]
+
+
+@resize.register
+def _(module: nnx.LSTMCell, kept: KeptAxes) -> None:
+    module.in_features = module.ii.kernel.shape[0]
+    module.hidden_features = module.hi.kernel.shape[0]
 
 
 @resize.register

@@ -40,6 +40,17 @@ def elementwise(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context)
     return outputs
 
 
+@rule("bitcast_convert_type")
+def _bitcast(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    """Numbers one by one, as in random draws; of another width in bits they are other axes."""
+    shape = shape_of(eqn.outvars[0])
+    if shape_of(eqn.invars[0]) == shape:
+        return [inputs[0]]
+    for axis in inputs[0]:
+        flow.freeze(axis, eqn, "takes numbers apart")
+    return [(None,) * len(shape)]
+
+
 def all_one(flow: Flow, axes: Sequence[Axis], eqn: JaxprEqn) -> Axis:
     """Axes that meet position by position in an operation, as one."""
     first, *others = axes or [None]

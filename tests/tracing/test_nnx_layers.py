@@ -1,0 +1,184 @@
+"""Every layer of flax.nnx between two others: what of it may go, and that the rest is right."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from restricted import difference, randomised, restricted
+
+import dhp_jax as dhp
+from dhp_jax.tracing import discover, resize
+
+R = nnx.Rngs(0)
+IMAGE, SEQUENCE, VECTOR = (2, 6, 6, 3), (2, 4, 3), (4, 3)
+
+
+def linear(into, out):
+    return nnx.Linear(into, out, rngs=R)
+
+
+class Between(nnx.Module):
+    """A layer after a linear one, and before another."""
+
+    def __init__(self, features, layer, made, last=None):
+        self.first, self.layer = linear(3, features), layer
+        self.last = last or linear(made, 2)
+
+    def __call__(self, x):
+        return self.last(self.layer(self.first(x)))
+
+
+def heads():
+    return nnx.LinearGeneral((2, 4), 3, axis=(-2, -1), rngs=R)
+
+
+def recurrent(kind):
+    return lambda: Between(6, nnx.RNN(kind(6, 8, rngs=R)), 8)
+
+
+LAYERS = {
+    "Conv in 1-D": (lambda: Between(6, nnx.Conv(6, 8, 3, rngs=R), 8), SEQUENCE, [6, 8]),
+    "Conv in 3-D": (
+        lambda: Between(6, nnx.Conv(6, 8, (3, 3, 3), rngs=R), 8),
+        (2, 4, 4, 4, 3),
+        [6, 8],
+    ),
+    "Conv, dilated": (
+        lambda: Between(
+            6, nnx.Conv(6, 8, (3, 3), kernel_dilation=2, padding="CIRCULAR", rngs=R), 8
+        ),
+        IMAGE,
+        [6, 8],
+    ),
+    "ConvTranspose": (
+        lambda: Between(6, nnx.ConvTranspose(6, 8, (2, 2), 2, rngs=R), 8),
+        IMAGE,
+        [6, 8],
+    ),
+    "ConvTranspose, transposed": (
+        lambda: Between(6, nnx.ConvTranspose(6, 8, (2, 2), 2, transpose_kernel=True, rngs=R), 8),
+        IMAGE,
+        [6, 8],
+    ),
+    "LinearGeneral": (
+        lambda: Between(6, nnx.LinearGeneral(6, (2, 4), rngs=R), 0, heads()),
+        VECTOR,
+        [2, 4, 6],
+    ),
+    "Einsum": (
+        lambda: Between(6, nnx.Einsum("bc,chd->bhd", (6, 2, 4), (2, 4), rngs=R), 0, heads()),
+        VECTOR,
+        [2, 4, 6],
+    ),
+    "PReLU": (lambda: Between(6, nnx.PReLU(jnp.full(6, 0.25)), 6), VECTOR, [6]),
+    "BatchNorm": (lambda: Between(6, nnx.BatchNorm(6, rngs=R), 6), IMAGE, [6]),
+    "GroupNorm": (lambda: Between(6, nnx.GroupNorm(6, 3, rngs=R), 6), IMAGE, [2, 3]),
+    "InstanceNorm": (lambda: Between(6, nnx.InstanceNorm(6, rngs=R), 6), IMAGE, [6]),
+    "LayerNorm": (lambda: Between(6, nnx.LayerNorm(6, rngs=R), 6), IMAGE, [6]),
+    "RMSNorm": (lambda: Between(6, nnx.RMSNorm(6, rngs=R), 6), IMAGE, [6]),
+    "WeightNorm": (lambda: Between(6, nnx.WeightNorm(linear(6, 8), rngs=R), 8), VECTOR, [6, 8]),
+    "SpectralNorm": (lambda: Between(6, nnx.SpectralNorm(linear(6, 8), rngs=R), 8), VECTOR, [6, 8]),
+    "MultiHeadAttention": (  # divides by the root of its width, which therefore stays
+        lambda: Between(6, nnx.MultiHeadAttention(2, 6, 8, decode=False, rngs=R), 6),
+        SEQUENCE,
+        [2, 6, 6],
+    ),
+    "LoRA": (lambda: Between(6, nnx.LoRA(6, 4, 8, rngs=R), 8), VECTOR, [4, 6, 8]),
+    "LoRALinear": (
+        lambda: Between(6, nnx.LoRALinear(6, 8, lora_rank=4, rngs=R), 8),
+        VECTOR,
+        [4, 6, 8],
+    ),
+    "LSTMCell": (recurrent(nnx.LSTMCell), SEQUENCE, [6, 8]),
+    "OptimizedLSTMCell": (recurrent(nnx.OptimizedLSTMCell), SEQUENCE, [6, 8]),
+    "GRUCell": (recurrent(nnx.GRUCell), SEQUENCE, [6, 8]),
+    "SimpleCell": (recurrent(nnx.SimpleCell), SEQUENCE, [6, 8]),
+    "Sequential": (
+        lambda: nnx.Sequential(linear(3, 6), nnx.relu, linear(6, 8), linear(8, 2)),
+        VECTOR,
+        [6, 8],
+    ),
+    "Dropout": (lambda: Between(6, nnx.Dropout(0.5, rngs=nnx.Rngs(1)), 6), VECTOR, [6]),
+}
+
+
+def some_survivors(found):
+    rng = np.random.default_rng(1)
+    masks = {family.name: rng.random(family.size) < 0.6 for family in found.families}
+    for mask in masks.values():
+        mask[rng.choice(len(mask), 2, replace=False)] = [True, False]
+    return masks
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_left_of_a_layer_computes_what_the_whole_one_does_without_the_rest(name):
+    build, shape, sizes = LAYERS[name]
+    model = randomised(build())
+    model.eval()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    found = discover(model, x)
+    assert sorted(family.size for family in found.families) == sizes
+    assert not found.analysis.flow.unknown
+    assert not found.analysis.untrainable
+    masks = some_survivors(found)
+    small = found.restrict(masks)
+    expected = restricted(found.analysis, found.gone(masks), (x,))
+    assert difference(small(x), expected) < 1e-6
+    small.train()
+    assert np.isfinite(np.asarray(small(x))).all()
+
+
+class Packed(nnx.Module):
+    """Two halves, whose sizes stand in a tuple beside the kernel."""
+
+    def __init__(self):
+        self.kernel = nnx.Param(
+            jnp.asarray(np.random.default_rng(2).normal(size=(6, 8)), "float32")
+        )
+        self.sizes = (2, 4)
+
+    def __call__(self, x):
+        left, right = jnp.moveaxis((x @ self.kernel[...]).reshape(len(x), *self.sizes), 1, 0)
+        return left * right
+
+
+class Sized(Packed):
+    pass
+
+
+@resize.register
+def _(module: Sized, kept):
+    module.sizes = (2, int(kept["kernel"][1].sum()) // 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [(Packed, {"first": 6}), (Sized, {"first": 6, "layer": 4})]
+)
+def test_a_layer_of_ones_own_that_keeps_sizes_is_registered(kind, sizes):
+    model = Between(6, kind(), 4)
+    net = dhp.with_latents(model, (3,), min_channels=2)
+    assert {name: z.size for name, z in dhp.latents(net).items()} == sizes
+    assert ("layer.kernel[1]" in str(dhp.explain(net))) == (kind is Packed)
+    keep = {name: np.arange(n) % 3 > 0 for name, n in sizes.items()}
+    small = dhp.prune(net, keep)
+    x = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    hidden = np.asarray(model.first(x))[:, keep["first"]]
+    halves = hidden @ np.asarray(model.layer.kernel)[keep["first"]]
+    left = (halves[:, :4] * halves[:, 4:])[:, keep.get("layer", np.ones(4, bool))]
+    rows = np.asarray(model.last.kernel)[keep.get("layer", np.ones(4, bool))]
+    np.testing.assert_allclose(small(x), left @ rows, rtol=1e-4, atol=1e-5)
+
+
+def test_what_takes_numbers_apart_keeps_its_channels():
+    class Bits(nnx.Module):
+        def __init__(self):
+            self.first, self.last = linear(3, 6), linear(6, 2)
+
+        def __call__(self, x):
+            bits = jax.lax.bitcast_convert_type(self.first(x), jnp.uint8)
+            return self.last(bits.sum(-1).astype(jnp.float32))
+
+    found = discover(Bits(), (3,))
+    assert not found.families
+    assert any("takes numbers apart at tracing/test_nnx_layers.py" in why for why in found.fixed())
