@@ -48,7 +48,6 @@ from dhp_jax.core.layers import (
 )
 from dhp_jax.core.plain import Prunable
 from dhp_jax.core.prox import prox_l1, prox_l2
-from dhp_jax.core.surgery import prune
 from dhp_jax.core.survivors import survivors
 from dhp_jax.pruned.classifier import with_classes
 from dhp_jax.pruned.fold import fold
@@ -56,6 +55,7 @@ from dhp_jax.pruned.gates import with_gates
 from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.pruned.statistics import refresh_statistics
 from dhp_jax.tracing.counts import measure_cost
+from dhp_jax.tracing.declared import prune
 from dhp_jax.tracing.explain import explain
 
 __version__ = "0.1.0"

@@ -16,28 +16,13 @@ from dhp_jax.core.survivors import Masks
 
 
 def prune(model: Model, keep: Masks | None = None) -> Model:
-    """Makes the smaller network: every layer on latents becomes its plain counterpart.
-
-    Each hypernetwork runs once; its kernel is sliced to the survivors, as are biases, BatchNorm
-    scales, biases and statistics and the rows of linear layers. No latent, no hypernetwork and no
-    mask is left.
+    """Makes the smaller network; nothing of hand-written latents is proved.
 
     Args:
-      model: a network of latents; left as it was.
-      keep: a boolean mask for every latent by name, as `survivors` returns; `None` keeps
-        everything and makes the ordinary, unpruned network.
-
-    Returns:
-      A model of the same class, of ordinary `flax.nnx` layers. What was not cut is shared with
-      `model`: copy it before donating its buffers, if you still need `model`.
+      model, keep: as for `dhp.prune`.
 
     Raises:
-      ValueError: a mask that is missing, unknown, of another length, or keeps nothing; masks for a
-        network without latents; of a network of traced latents, survivors for which the smaller
-        network is not proved to be right.
-
-    Example:
-      >>> small = dhp.prune(model, dhp.survivors(model, threshold=5e-3))
+      ValueError: as `dhp.prune`, without `input_shape`.
     """
     if keep is None:
         keep = {name: np.ones(z.size, bool) for name, z in latents(model).items()}

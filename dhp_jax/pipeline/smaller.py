@@ -17,12 +17,12 @@ from dhp_jax.budgets.latency import clock
 from dhp_jax.budgets.selection import Selection, choose
 from dhp_jax.config.methods import Smaller
 from dhp_jax.core.latent import latents
-from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline.preparation import Run, counted_budgets
 from dhp_jax.pipeline.training_batches import EXAMPLES, batches
 from dhp_jax.tasks.task import Data
 from dhp_jax.train.step import dropout_from
+from dhp_jax.tracing.declared import prune
 from dhp_jax.workdir import source_run
 
 
@@ -89,9 +89,9 @@ class RunStart:
             kept = run.workdir / "search"
             hint = f"; the search is kept in {kept}, for dhp.prune_to" if kept.exists() else ""
             raise ConfigError.of(f"config.budget.{error.field}", error, hint) from error
-        return Smaller(prune(model, chosen.masks), chosen.notes())
+        return Smaller(prune(model, chosen.masks, run.setup.input_shape), chosen.notes())
 
     def found(self, model: nnx.Module) -> Smaller:
         source = source_run.read(self.run.config)
-        sizes = {name: z.size for name, z in latents(model).items()}
-        return Smaller(prune(model, source.masks(sizes)), source.budget)
+        masks = source.masks({name: z.size for name, z in latents(model).items()})
+        return Smaller(prune(model, masks, self.run.setup.input_shape), source.budget)

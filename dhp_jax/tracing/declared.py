@@ -9,7 +9,10 @@ import numpy as np
 
 from dhp_jax.core.latent import Axis, walk
 from dhp_jax.core.layers import Hyper
-from dhp_jax.core.surgery import prune
+from dhp_jax.core.plain import Model
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.surgery import check_masks
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tracing.analysis import Analysis, analyse
 from dhp_jax.tracing.programs import Call, default_call
 from dhp_jax.tracing.proof import Mismatch
@@ -21,7 +24,49 @@ Masks = Mapping[str, np.ndarray]
 
 def analysis_of(model: nnx.Module, inputs: Any, call: Call = default_call) -> Analysis:
     """The solved equations of the ordinary network that a network of latents is."""
-    return analyse(nnx.eval_shape(prune, model), inputs, call)
+    return analyse(nnx.eval_shape(cut, model), inputs, call)
+
+
+def prune(
+    model: Model,
+    keep: Masks | None = None,
+    input_shape: Any = None,
+    *,
+    call: Call | None = None,
+) -> Model:
+    """Makes the smaller network: every layer on latents becomes its plain counterpart.
+
+    Each hypernetwork runs once; its kernel is sliced to the survivors, as are biases, scales,
+    statistics and the rows of linear layers. No latent, no hypernetwork and no mask is left.
+
+    With `input_shape` it is proved, without computing anything, that the smaller network is the
+    whole one without what is gone, in evaluation and in training mode. Networks of traced latents
+    know their inputs, and are always proved. `prune_to` proves by itself.
+
+    Args:
+      model: a network of latents; left as it was.
+      keep: a boolean mask for every latent by name, as `survivors` returns; `None` keeps
+        everything and makes the ordinary, unpruned network.
+      input_shape: shape of one example, `(height, width, channels)`, or other inputs, as
+        `dhp.measure_cost` takes; `None` to prove nothing of hand-written latents.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`.
+
+    Returns:
+      A model of the same class, of ordinary `flax.nnx` layers. What was not cut is shared with
+      `model`: copy it before donating its buffers, if you still need `model`.
+
+    Raises:
+      ValueError: a mask that is missing, unknown, of another length, or keeps nothing; masks for a
+        network without latents; survivors for which the smaller network is not proved to be right,
+        with the place in the code.
+
+    Example:
+      >>> small = dhp.prune(model, dhp.survivors(model, threshold=5e-3), (32, 32, 3))
+    """
+    if keep is not None and input_shape is not None and architecture_of(model).axes is None:
+        check_masks(model, keep)
+        prove_declared(model, keep, analysis_of(model, input_shape, call or default_call))
+    return cut(model, keep)
 
 
 def prove_declared(model: nnx.Module, masks: Masks, analysis: Analysis) -> None:
@@ -38,7 +83,7 @@ def prove_declared(model: nnx.Module, masks: Masks, analysis: Analysis) -> None:
     masks = {name: _at_least_two(np.asarray(mask, bool)) for name, mask in masks.items()}
     try:
         kept = kept_arrays(model, masks)
-        prove_kept(analysis, kept, nnx.eval_shape(lambda whole: prune(whole, masks), model))
+        prove_kept(analysis, kept, nnx.eval_shape(lambda whole: cut(whole, masks), model))
     except Mismatch as error:
         raise ValueError(f"model: its latents do not say which axes are one: {error}") from None
 
@@ -51,11 +96,11 @@ def kept_arrays(model: nnx.Module, masks: Masks) -> dict[str, list[np.ndarray]]:
     Raises:
       Mismatch: a layer does not keep whole positions of axes.
     """
-    whole = nnx.to_flat_state(nnx.state(nnx.eval_shape(prune, model)))
+    whole = nnx.to_flat_state(nnx.state(nnx.eval_shape(cut, model)))
     shapes = {".".join(map(str, path)): _shape(leaf) for path, leaf in whole}
     numbered, largest = _numbered(model, 0), max(map(np.prod, shapes.values()), default=1)
-    low = _arrays(prune(numbered, masks))
-    high = _arrays(prune(_numbered(model, 1), masks)) if largest > EXACT else {}
+    low = _arrays(cut(numbered, masks))
+    high = _arrays(cut(_numbered(model, 1), masks)) if largest > EXACT else {}
     kept = {}
     for name, shape in shapes.items():
         if jax.dtypes.issubdtype(low[name].dtype, jax.dtypes.prng_key):

@@ -3,6 +3,7 @@
 import re
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from networks import (
     MIXED_INPUT,
@@ -121,6 +122,34 @@ def test_right_axes_are_accepted():
 def test_prune_to_checks_the_axes_first():
     with pytest.raises(ValueError, match="axes that meet are not the same latent"):
         dhp.prune_to(added(8), (4, 4, 3), flops=0.8)
+
+
+class Reversed(nnx.Module):
+    """Channels that meet themselves in another order, which fits every width."""
+
+    def __init__(self, rngs):
+        image, self.z = image_and(8, rngs=rngs)
+        self.conv, self.head = conv(image, self.z, rngs), dhp.Linear(self.z, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.conv(x)
+        return self.head(x + x[..., ::-1])
+
+
+def test_prune_proves_the_survivors_where_it_knows_the_inputs():
+    model = Reversed(nnx.Rngs(0))
+    keep = {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
+    keep["z"] = np.isin(np.arange(8), (0, 7, 2, 5))
+    assert dhp.prune(model, keep, (4, 4, 3)).conv.out_features == 4  # pairs that meet
+    keep["z"] = np.arange(8) < 4
+    with pytest.raises(ValueError, match=r"^model: its latents do not say which .*test_axes.py:"):
+        dhp.prune(model, keep, (4, 4, 3))
+    assert dhp.prune(model, keep).conv.out_features == 4  # and is another network
+    with pytest.raises(ValueError, match=r"^keep: has no mask for latent 'z'"):
+        dhp.prune(model, {k: v for k, v in keep.items() if k != "z"}, (4, 4, 3))
+    several = [jax.ShapeDtypeStruct((1, 4, 4, 3), "float32")]
+    with pytest.raises(ValueError, match=r"^model: its latents do not say which .*test_axes.py:"):
+        dhp.prune(model, keep, several, call=lambda model, x: 2 * model(x))
 
 
 def test_checking_axes_with_a_wrong_input_says_so():
