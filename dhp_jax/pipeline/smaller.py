@@ -21,8 +21,8 @@ from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline.preparation import Run, counted_budgets
 from dhp_jax.pipeline.training_batches import EXAMPLES, batches
 from dhp_jax.tasks.task import Data
-from dhp_jax.train.step import dropout_from
 from dhp_jax.tracing.declared import prune
+from dhp_jax.train.step import dropout_from
 from dhp_jax.workdir import source_run
 
 
