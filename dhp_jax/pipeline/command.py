@@ -57,7 +57,7 @@ def run(arguments: Sequence[str], define: Define) -> int:
       takes up again; 130 for Ctrl-C.
     """
     handler = logging.StreamHandler()
-    handler.setLevel(logging.WARNING)  # the log of the run has more
+    handler.setLevel(logging.INFO)  # the log of the run has more
     logging.basicConfig(format="%(message)s", handlers=[handler], force=True)  # Orbax has made one
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of Orbax's, where a line is ours
     try:

@@ -55,7 +55,7 @@ def execute(
         if is_first():
             stack.enter_context(logged(run.workdir))
             for line in header([run]).splitlines():
-                logger.info("%s", line)
+                logger.debug("%s", line)
             if command:
                 note_command(run.workdir, command)
         try:
@@ -63,4 +63,6 @@ def execute(
         except OriginError as error:
             hint = "; give another --workdir"
             raise ConfigError.of(f"config.{error.field}", error, hint) from error
+        if is_first():
+            logger.info("timing the network, writing the report")
         return from_first(lambda: report_write.write(run.workdir, baseline=baseline))

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-import jax
-
 from dhp_jax.artifact.reading import exists, read_description
+from dhp_jax.budgets.timing import hardware
 from dhp_jax.config.methods import METHODS
 from dhp_jax.pipeline.preparation import Run, counted_budgets, length_field, most_steps
 from dhp_jax.report.run_report import network_name
@@ -19,8 +18,7 @@ PHASES = {
 def header(runs: Sequence[Run]) -> str:
     """Lines about runs that are prepared and have not begun; more than one for `targets`."""
     run = runs[0]
-    config, device = run.config, jax.devices()[0]
-    method = METHODS[config.method]
+    config, method = run.config, METHODS[run.config.method]
     counts = {what: run.setup.notes.get(f"{what}_examples") for what in ("validation", "test")}
     held = "".join(f"; {count:,} for {what}" for what, count in counts.items() if count)
     shape = "x".join(map(str, run.setup.input_shape))
@@ -35,7 +33,7 @@ def header(runs: Sequence[Run]) -> str:
         lines.append(("latents", run.blueprint.told))
     if method.prunes:
         lines.append(("budget", "; ".join(_budget(one) for one in runs)))
-    lines.append(("device", f"{jax.device_count()} x {device.device_kind} ({device.platform})"))
+    lines.append(("device", hardware()))
     lines.append(("directory", ", ".join(str(one.workdir) for one in runs)))
     lines.append(("next", _next(runs)))
     return "\n".join(f"{label:<9}  {text}" for label, text in lines)

@@ -1,7 +1,7 @@
 """Details of the test pictures that a run has restored, side by side."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dhp_jax.core.layer_table import percent
+from dhp_jax.tasks.metrics import compare
 from dhp_jax.workdir.reader import PICTURES, Result
 
 if TYPE_CHECKING:  # it is slow to import, and commands that draw nothing do without
@@ -17,10 +18,17 @@ if TYPE_CHECKING:  # it is slow to import, and commands that draw nothing do wit
 
 @dataclass(frozen=True)
 class Crop:
-    """The same square of one picture: the input, what networks make of it, and the original."""
+    """The same square of one picture: the input, what networks make of it, and the original.
+
+    Attributes:
+      name: of the picture.
+      images: by what they are, `(h, w)` or `(h, w, 3)`, 0 to 255.
+      psnr: of the whole pictures but the original, in dB, over all pixels and channels.
+    """
 
     name: str
-    images: Mapping[str, np.ndarray]  # by what they are, `(h, w)` or `(h, w, 3)`, 0 to 255
+    images: Mapping[str, np.ndarray]
+    psnr: Mapping[str, float] = field(default_factory=dict)
 
 
 def crops(result: Result, baseline: Path | None = None) -> list[Crop]:
@@ -52,8 +60,15 @@ def crops(result: Result, baseline: Path | None = None) -> list[Crop]:
             for title, workdir, what in columns
         }
         rows, across = _detail(images["original"])
-        found.append(Crop(name, {title: image[rows, across] for title, image in images.items()}))
+        shown = {title: image[rows, across] for title, image in images.items()}
+        found.append(Crop(name, shown, _psnr(images)))
     return found
+
+
+def _psnr(images: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """How near pictures are to their original, in dB."""
+    *others, (_, original) = ((title, np.atleast_3d(image)) for title, image in images.items())
+    return {title: compare(image, original)["psnr"] for title, image in others}
 
 
 def grid(pictures: Sequence[Crop]) -> "Figure":
@@ -67,7 +82,9 @@ def grid(pictures: Sequence[Crop]) -> "Figure":
         for ax, (title, image) in zip(row, crop.images.items(), strict=True):
             ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="none")
             ax.set_axis_off()
-            ax.set_title(title if crop is pictures[0] else "", fontsize=9)
+            shown = [title] if crop is pictures[0] else []
+            shown += [f"{crop.psnr[title]:.2f} dB"] if title in crop.psnr else []
+            ax.set_title("\n".join(shown), fontsize=9)
     return figure
 
 

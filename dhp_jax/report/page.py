@@ -236,7 +236,9 @@ def _sources(crop: Crop) -> list[dict[str, Any]]:
         Image.fromarray(pixels).save(content, "PNG", optimize=True)
         data = base64.b64encode(content.getvalue()).decode()
         height, width = pixels.shape[:2]
-        found.append({"title": title, "data": data, "width": width, "height": height})
+        told = f"{crop.psnr[title]:.2f} dB" if title in crop.psnr else ""
+        size = {"width": width, "height": height}
+        found.append({"title": title, "data": data, "told": told, **size})
     return found
 
 

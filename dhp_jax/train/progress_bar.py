@@ -73,7 +73,7 @@ class ProgressBar:
             shown = ", ".join(f"{label} {value}" for label, value in self.shown.items())
             position = f"epoch {values['epoch']}, step {values['step']} of {self.total}"
             line = f"{self.phase}: {position}: {shown}"
-            logger.info("%s", line)
+            logger.debug("%s", line)
             if self.bar.disable:
                 print(line, file=sys.stderr, flush=True)
 

@@ -14,18 +14,19 @@ logger = logging.getLogger("dhp_jax")
 def logged(workdir: str | os.PathLike) -> Iterator[None]:
     """Adds what the library logs in the block, and how it ends, to `log.txt` in a directory.
 
-    A log that can no longer be written, as on a full disk, ends nothing.
+    What the terminal shows in other ways is logged for debugging. A log that can no longer be
+    written, as on a full disk, ends nothing.
     """
     handler, level = logging.FileHandler(Path(workdir) / LOG), logger.level
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     handler.handleError = lambda record: None
     logger.addHandler(handler)
-    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    logger.setLevel(logging.DEBUG)
     try:
         yield
-        logger.info("finished")
+        logger.debug("finished")
     except BaseException as error:
-        logger.info("ended by %s: %s", type(error).__name__, error)
+        logger.debug("ended by %s: %s", type(error).__name__, error)
         raise
     finally:
         logger.removeHandler(handler)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from runs import of_digits
 
+from dhp_jax.budgets.timing import hardware
 from dhp_jax.pipeline import command, targets
 from dhp_jax.pipeline.header import header
 
@@ -37,7 +38,7 @@ def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tm
     assert told.endswith(
         "a search of at most 50 steps, then training of the pruned network, 50 steps"
     )
-    assert "cpu" in lines["device"]
+    assert lines["device"] == hardware()
 
 
 @pytest.mark.parametrize(

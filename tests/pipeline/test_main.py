@@ -233,6 +233,7 @@ def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
         r"^converge: epoch 1, step 20 of 20: test error \d+\.\d\d%, loss \d", printed.err, re.M
     )
     assert "search" not in printed.err  # it is done
+    assert "\ntiming the network, writing the report\n" in printed.err
     assert re.search(r"^next +training of the pruned network, 1 epochs$", printed.err, re.M)
     (command,) = (workdir / "command.txt").read_text().splitlines()
     given = shlex.split(command.removeprefix(f"cd {shlex.quote(str(tmp_path))} && "))

@@ -8,13 +8,14 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 from pages import Page
+from PIL import Image
 import pytest
 from scipy.stats import binomtest
 
 from dhp_jax.cli import opened
 from dhp_jax.core.latent import latents
 from dhp_jax.core.layer_table import compact
-from dhp_jax.report.crops import Crop
+from dhp_jax.report.crops import Crop, crops, grid
 from dhp_jax.report.format import duration, interval, loss_text, milliseconds, wilson
 from dhp_jax.report.page import page
 from dhp_jax.report.run_charts import most_pruned, run_charts
@@ -191,11 +192,11 @@ def test_of_many_latents_those_are_shown_that_lost_most():
 
 def test_pictures_are_in_the_page(run):
     gray, colours = np.arange(64, dtype=np.uint8).reshape(8, 8), np.zeros((8, 8, 3), np.uint8)
-    crops = [
+    pictures = [
         Crop("cat", {"input": gray, "original": gray}),
         Crop("dog", {"input": colours, "original": gray}),
     ]
-    images = Page(page(run, {}, crops)).of("img")
+    images = Page(page(run, {}, pictures)).of("img")
     assert [image["alt"] for image in images] == [
         "cat: input",
         "cat: original",
@@ -203,6 +204,30 @@ def test_pictures_are_in_the_page(run):
         "dog: original",
     ]
     assert all(image["src"].startswith("data:image/png;base64,iVBORw0KGgo") for image in images)
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (40, 50, 3)])
+def test_pictures_tell_the_psnr_of_the_whole_picture(run, tmp_path, shape):
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures/cat"
+    folder.mkdir(parents=True)
+    target = rng.integers(0, 200, shape, np.uint8)
+    shown = {"target": target, "input": target + 20, "output": target.copy()}
+    shown["output"][0, 0] += 9  # one pixel, which the square may not show
+    for name, image in shown.items():
+        Image.fromarray(image).save(folder / f"{name}.png")
+    (crop,) = crops(dataclasses.replace(run.result, workdir=tmp_path))
+    title = f"pruned, {100 * run.summary['flops']['ratio']:.2f} % FLOPs"
+    expected = {
+        "input": 10 * np.log10(255**2 / 20**2),
+        title: 10 * np.log10(255**2 / (9**2 / (40 * 50))),
+    }
+    assert crop.psnr == pytest.approx(expected, rel=1e-6)
+    told = Page(page(run, {}, [crop])).text
+    titles = [ax.get_title() for ax in grid([crop]).axes]
+    assert titles[-1] == "original"
+    for (name, psnr), shown_title in zip(expected.items(), titles, strict=False):
+        assert f"{psnr:.2f} dB" in told
+        assert shown_title == f"{name}\n{psnr:.2f} dB"
 
 
 def test_names_that_look_like_markup_stay_names(run):
