@@ -136,6 +136,18 @@ def compiled_as_for_users():
         yield
 
 
+MUCH = 3 * 2**30  # bytes that a process that tests may take before it lets programs go
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go():
+    """Lets compiled programs go after a module if the process has become large (on Linux)."""
+    yield
+    statm = Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MUCH:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """What commands read of a run on digits, without the training: networks, configuration."""

@@ -44,8 +44,6 @@ from dhp_jax.tracing.programs import (
 )
 from dhp_jax.tracing.terms import Axis as TermAxis
 
-Owner = Callable[[int], str | None]  # of a term the latent that rules it
-
 
 def measure_cost(model: nnx.Module, input_shape: Any, *, call: Call | None = None) -> Cost:
     """Counts what a model costs by tracing one forward pass; nothing is computed.

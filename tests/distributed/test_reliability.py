@@ -32,24 +32,34 @@ def checkpoints(workdir, phase="*"):
     return set((workdir / "checkpoints").glob(f"{phase}/*"))
 
 
-def test_a_run_that_is_killed_and_told_to_end_ends_with_the_same_bits(finished, tmp_path):
-    workdir = tmp_path / "run"
+def kill_in(phase, workdir, meanwhile=lambda: None):
+    """Kills a run as soon as it has a checkpoint of a phase, half written or whole."""
     process = begin(workdir)
-    wait_for(process, lambda: checkpoints(workdir, "search"))
+    wait_for(process, lambda: checkpoints(workdir, phase))
+    process.send_signal(signal.SIGSTOP)
+    meanwhile()
     process.send_signal(signal.SIGKILL)
     assert end(process)[0] == -signal.SIGKILL
+
+
+def tell_to_end(workdir):
+    """Tells a run to end while it searches, or just after on a machine that kept us waiting."""
     process = begin(workdir)
     seen = checkpoints(workdir)
     wait_for(process, lambda: checkpoints(workdir) - seen)
     process.send_signal(signal.SIGTERM)
     code, told = end(process)
     assert code == EXIT_CODE
-    assert re.fullmatch(STOPPED, told[-1])
+    stopped = r"(search|converge): stopped after step \d+; the same command goes on from there"
+    assert re.fullmatch(stopped, told[-1])
+
+
+def test_a_run_that_is_killed_and_told_to_end_ends_with_the_same_bits(finished, tmp_path):
+    workdir = tmp_path / "run"
+    kill_in("search", workdir)
+    tell_to_end(workdir)
     carry_out(workdir)
     check_same_end(workdir, finished)
-
-
-STOPPED = r"(search|converge): stopped after step \d+; the same command goes on from there"
 
 
 @pytest.mark.slow
@@ -57,31 +67,18 @@ def test_a_run_that_met_every_misfortune_ends_with_the_bits_of_one_that_met_none
     finished, tmp_path
 ):
     workdir = tmp_path / "run"
-    # Killed while it searches, with a checkpoint half written or whole.
-    process = begin(workdir)
-    wait_for(process, lambda: checkpoints(workdir, "search"))
-    process.send_signal(signal.SIGSTOP)
-    code, told = end(begin(workdir))  # a second one is refused while the first lives
-    assert code == 2
-    assert told == [
-        f"error: workdir: another process is at work in {workdir}; wait until it ends, or give "
-        "another --workdir"
-    ]
-    process.send_signal(signal.SIGKILL)
-    assert end(process)[0] == -signal.SIGKILL
-    # Told to end while it searches, or just after on a machine that kept us waiting.
-    process = begin(workdir)
-    seen = checkpoints(workdir)
-    wait_for(process, lambda: checkpoints(workdir) - seen)
-    process.send_signal(signal.SIGTERM)
-    code, told = end(process)
-    assert code == EXIT_CODE
-    assert re.fullmatch(STOPPED, told[-1])
-    # Killed while it converges.
-    process = begin(workdir)
-    wait_for(process, lambda: checkpoints(workdir, "converge"))
-    process.send_signal(signal.SIGKILL)
-    assert end(process)[0] == -signal.SIGKILL
+
+    def second():  # is refused while the first lives
+        code, told = end(begin(workdir))
+        assert code == 2
+        assert told == [
+            f"error: workdir: another process is at work in {workdir}; wait until it ends, or "
+            "give another --workdir"
+        ]
+
+    kill_in("search", workdir, second)
+    tell_to_end(workdir)
+    kill_in("converge", workdir)
     code, _ = end(begin(workdir))
     assert code == 0
     check_same_end(workdir, finished)
