@@ -558,6 +558,14 @@ def changed(tmp_path, source, file, change):
     return str(copy)
 
 
+def test_a_source_may_have_had_another_recipe(tmp_path, baseline):
+    recipe = {"task.label_smoothing": 0.1, "data.cutout": 2, "data.mixup": 0.2}
+    recipe |= {"optimizer.name": "adamw", "converge.schedule": "cosine"}
+    run = prepare(tmp_path / "run", method="l1_norm", source=str(baseline), **recipe)
+    assert run.setup.task.label_smoothing == 0.1
+    assert (run.setup.task.cutout, run.setup.task.mixup) == (2, 0.2)
+
+
 def test_a_source_that_was_given_more_epochs_is_not_finished(tmp_path, baseline):
     copy = changed(tmp_path, baseline, "config.json", lambda c: c["baseline"].update(epochs=2))
     assert refusal(tmp_path, method="random", source=copy).endswith(" is not finished")

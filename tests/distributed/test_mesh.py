@@ -122,6 +122,20 @@ def check_same(workdir, expected):
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
+RECIPE = {
+    **{"optimizer.decayed": "kernels", "optimizer.clip": 1.0},
+    **{"optimizer.average": 0.9, "data.mixup": 0.2, "data.cutout": 3},
+    **{"task.label_smoothing": 0.1, "converge.schedule": "cosine", "converge.warmup": 0.5},
+}
+
+
+@pytest.mark.slow
+def test_a_recipe_is_the_same_on_four_devices(compiled_once, tmp_path):
+    runs = [begin(tmp_path / str(n), devices=n, **{"mesh.data": n}, **RECIPE) for n in (1, 4)]
+    finish(*runs)
+    check_same(tmp_path / "4", tmp_path / "1")
+
+
 @pytest.fixture(scope="module")
 def one(compiled_once, tmp_path_factory):
     """The directory of a run on one device."""
@@ -146,22 +160,26 @@ TRAINED = """
 import sys
 _, workdir, *folders = sys.argv
 sys.path[:0] = folders
+import dataclasses
 import jax
 import numpy as np
+import dhp_jax as dhp
 from dhp_jax.distributed.mesh import make_mesh
+from dhp_jax.train.phase import Teacher
 from dhp_jax.pipeline.preparation import prepare
 from networks import arrays, filled
 from runs import of_digits
-from test_checkpoints import Net, phase_of, trained
+from test_checkpoints import Net, phase_of, recipe, trained
 from test_train import EXAMPLES, streamed_labelled
 jax.config.update("jax_disable_most_optimizations", True)
 net = filled(Net)
 streamed = streamed_labelled(EXAMPLES, 0)
-for budget, ways in [
-    (True, [(make_mesh(4, 1), None), (make_mesh(2, 2), streamed)]),
-    (False, [(make_mesh(2, 2), None)]),
+teacher = Teacher(dhp.prune(net), 0.5, 2.0)
+for phase, ways in [
+    (phase_of(net, True), [(make_mesh(4, 1), None), (make_mesh(2, 2), streamed)]),
+    (phase_of(net, False), [(make_mesh(2, 2), None)]),
+    (dataclasses.replace(recipe(average=0.8), teacher=teacher), [(make_mesh(2, 2), None)]),
 ]:
-    phase = phase_of(net, budget)
     expected, once = trained(net, phase)
     for mesh, data in ways:
         assert mesh.size == 4
