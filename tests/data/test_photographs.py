@@ -66,6 +66,12 @@ def test_shipped_photographs_are_gray_only_if_that_is_asked_for(channels, sizes)
         assert all((p.target[..., 0] != p.target[..., 2]).mean() > 0.3 for p in train + test)
 
 
+def test_photographs_without_scikit_image_say_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with refused(DataNotFoundError, "data.name: 'photographs' needs", 'pip install "dhp_jax['):
+        load("photographs", patch=64)
+
+
 def test_no_scene_is_in_both_splits_of_the_shipped_photographs():
     data = load("photographs", channels=1, patch=64)
     scenes = [

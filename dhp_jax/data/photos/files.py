@@ -53,6 +53,12 @@ class PhotoFile(NamedTuple):
 def find_shipped(channels: int) -> dict[str, list[PhotoFile]]:
     """The photographs of scikit-image; those that are gray only if that is asked for."""
     package = importlib.util.find_spec("skimage")  # no import: that takes a second
+    if package is None:
+        raise DataNotFoundError(
+            "data.name",
+            detail="'photographs' needs scikit-image, which is not installed; "
+            'run: pip install "dhp_jax[experiments]"',
+        )
     folder = Path(package.origin).parent / "data"
     return {
         split: [
