@@ -35,7 +35,10 @@ _READING: Fields = {
 _LABELLED: Fields = {
     "name": Field("cifar10", one_of(*registry.NAMES), "name of the data set"),
     "dir": Field(
-        None, or_none(PATH, "for the default of tensorflow-datasets"), "folder of the data", str
+        None,
+        or_none(PATH, "for the default of tensorflow-datasets"),
+        "folder of the data; that of image_folder has train/ and test/ or val/",
+        str,
     ),
     "image_size": Field(
         None,
