@@ -42,7 +42,7 @@ import dhp_jax as dhp
 from dhp_jax.budgets.counted import survivors_within
 from dhp_jax.core.latent import walk
 from dhp_jax.core.layers import Hyper
-from dhp_jax.core.prox import soft_threshold
+from dhp_jax.prox import soft_threshold
 from dhp_jax.pruned.fresh_weights import carry_kernels, reinitialize
 from dhp_jax.tasks.classification import distillation_loss
 from dhp_jax.train.optimizer import optimizer

@@ -23,8 +23,8 @@ from typing import Any
 from absl import flags
 from record import progress, publish, table_of
 
+from dhp_jax.budgets.layer_table import percent
 from dhp_jax.config.methods import METHODS
-from dhp_jax.core.layer_table import percent
 from dhp_jax.pipeline import command
 from dhp_jax.report.format import main_metric, milliseconds
 from dhp_jax.tasks import METRICS

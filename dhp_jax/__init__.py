@@ -47,8 +47,8 @@ from dhp_jax.core.layers import (
     RMSNorm,
 )
 from dhp_jax.core.plain import Prunable
-from dhp_jax.core.prox import prox_l1, prox_l2
 from dhp_jax.core.survivors import survivors
+from dhp_jax.prox import prox_l1, prox_l2
 from dhp_jax.pruned.classifier import with_classes
 from dhp_jax.pruned.fold import fold
 from dhp_jax.pruned.gates import with_gates

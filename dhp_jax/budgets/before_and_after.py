@@ -7,11 +7,17 @@ from typing import Any
 from flax import nnx
 
 from dhp_jax.budgets.latency import clock
+from dhp_jax.budgets.layer_table import (
+    change,
+    layer_changes,
+    percent,
+    same_layers,
+    short_layer_table,
+)
 from dhp_jax.budgets.other_widths import advice, time_other_widths
 from dhp_jax.budgets.timing import hardware
 from dhp_jax.core.cost import Cost, check_input_shape
 from dhp_jax.core.latent import latents
-from dhp_jax.core.layer_table import change, layer_changes, percent, same_layers, short_layer_table
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import ArgumentError
 from dhp_jax.tracing.counts import measure_cost

@@ -15,8 +15,8 @@ from optax._src.base import NO_PARAMS_MSG
 from dhp_jax.budgets.counted import check_budget
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, latents
-from dhp_jax.core.prox import soft_threshold
 from dhp_jax.core.survivors import survivor_mask
+from dhp_jax.prox import soft_threshold
 
 TINY = 1e-12  # share of the cost of an entry that is free
 Vectors = dict[str, Array]  # by the name of a prunable latent

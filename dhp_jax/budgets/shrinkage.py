@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from dhp_jax.core.prox import (
+from dhp_jax.prox import (
     ScalarOrSchedule,
     Strength,
     check_inexact,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dhp_jax.core.layer_table import compact, percent
+from dhp_jax.budgets.layer_table import compact, percent
 from dhp_jax.report.charts import Dot, Line, Rule, dot_chart, line_chart
 from dhp_jax.report.figures import Chart
 from dhp_jax.report.format import duration, in_row, milliseconds, upper_first

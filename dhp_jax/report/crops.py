@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dhp_jax.core.layer_table import percent
+from dhp_jax.budgets.layer_table import percent
 from dhp_jax.tasks.metrics import compare
 from dhp_jax.workdir.reader import PICTURES, Result
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
+from dhp_jax.budgets.layer_table import percent
 from dhp_jax.budgets.other_widths import advice
 from dhp_jax.config.methods import METHODS
-from dhp_jax.core.layer_table import percent
 from dhp_jax.tasks.task import METRICS
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from dhp_jax.core.layer_table import compact, layer_rows, percent
+from dhp_jax.budgets.layer_table import compact, layer_rows, percent
 from dhp_jax.report.crops import Crop
 from dhp_jax.report.figures import Chart
 from dhp_jax.report.format import (

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dhp_jax.core.layer_table import percent
+from dhp_jax.budgets.layer_table import percent
 from dhp_jax.report.format import LABELS, duration, quartiles
 
 STYLE_SHEET = (resources.files("dhp_jax.report") / "style.css").read_text()

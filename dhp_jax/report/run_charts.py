@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 
 from dhp_jax.artifact.reading import read_description
+from dhp_jax.budgets.layer_table import percent
 from dhp_jax.core.latent import latents
-from dhp_jax.core.layer_table import percent
 from dhp_jax.report.charts import Line, Rule, draw_rule, line_chart, new_chart
 from dhp_jax.report.figures import BEFORE, COLOURS, SOFT, Chart
 from dhp_jax.report.format import LABELS, in_row, upper_first

@@ -6,8 +6,7 @@ from pathlib import Path
 import textwrap
 from typing import Any
 
-from dhp_jax.config.methods import METHODS
-from dhp_jax.core.layer_table import (
+from dhp_jax.budgets.layer_table import (
     COLUMNS,
     LayerChange,
     aligned,
@@ -15,6 +14,7 @@ from dhp_jax.core.layer_table import (
     percent,
     short_layer_table,
 )
+from dhp_jax.config.methods import METHODS
 from dhp_jax.report.format import (
     duration,
     faster,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dhp_jax import files
-from dhp_jax.core.layer_table import layer_table
+from dhp_jax.budgets.layer_table import layer_table
 from dhp_jax.report.comparison import comparison, comparison_charts
 from dhp_jax.report.crops import Crop, crops, grid
 from dhp_jax.report.figures import Chart

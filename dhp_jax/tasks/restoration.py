@@ -28,8 +28,35 @@ PEAK = 255.0
 LOSSES = {"l1": jnp.abs, "l2": jnp.square}  # of the error of a pixel
 
 
+class Degradation:
+    """What a task does to its images, and how it compares them."""
+
+    def degrade(
+        self,
+        key: Key[Array, ""],
+        degraded: Float[Array, "n h w c"] | None,
+        target: Float[Array, "n h2 w2 c"],
+    ) -> Float[Array, "n h w c"]:
+        """Makes the network's inputs in training."""
+        raise NotImplementedError
+
+    def test_input(self, photograph: Photograph, index: int) -> Float[np.ndarray, "h w c"]:
+        """Makes the network's input for the `index`-th test photograph, the same in every test."""
+        raise NotImplementedError
+
+    def enlarge(self, image: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h2 w2 c"]:
+        """Brings an input to the size of the target without a network."""
+        raise NotImplementedError
+
+    def compare_images(
+        self, output: Shaped[np.ndarray, "h w c"], target: UInt8[np.ndarray, "h w c"]
+    ) -> dict[str, float]:
+        """PSNR and SSIM as papers on the task measure them."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Restoration:
+class Restoration(Degradation):
     """What super-resolution and denoising share: patches in training, whole images in tests, PSNR.
 
     Attributes:
@@ -66,29 +93,6 @@ class Restoration:
         if degraded is not None:
             degraded = mirror_patches(degraded, turns).astype(jnp.float32)
         return self.degrade(noise_key, degraded, target), target
-
-    def degrade(
-        self,
-        key: Key[Array, ""],
-        degraded: Float[Array, "n h w c"] | None,
-        target: Float[Array, "n h2 w2 c"],
-    ) -> Float[Array, "n h w c"]:
-        """Makes the network's inputs in training."""
-        raise NotImplementedError
-
-    def test_input(self, photograph: Photograph, index: int) -> Float[np.ndarray, "h w c"]:
-        """Makes the network's input for the `index`-th test photograph, the same in every test."""
-        raise NotImplementedError
-
-    def enlarge(self, image: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h2 w2 c"]:
-        """Brings an input to the size of the target without a network."""
-        raise NotImplementedError
-
-    def compare_images(
-        self, output: Shaped[np.ndarray, "h w c"], target: UInt8[np.ndarray, "h w c"]
-    ) -> dict[str, float]:
-        """PSNR and SSIM as papers on the task measure them."""
-        raise NotImplementedError
 
     def loss(self, outputs: Float[Array, "n h w c"], targets: Float[Array, "n h w c"]):
         return _mean(LOSSES[self.loss_name](outputs.astype(jnp.float32) - targets))

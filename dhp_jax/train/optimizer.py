@@ -12,7 +12,7 @@ import optax
 
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import LatentVector, map_variables, prunable_latents
-from dhp_jax.core.prox import prox_l1
+from dhp_jax.prox import prox_l1
 
 NAMES = ("sgd", "adam", "adamw")
 DECAYED = ("all", "kernels")

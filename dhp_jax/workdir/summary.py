@@ -8,10 +8,10 @@ from typing import Any
 
 from dhp_jax.artifact.reading import read_description
 from dhp_jax.budgets.latency import clock
+from dhp_jax.budgets.layer_table import layer_changes
 from dhp_jax.budgets.other_widths import time_other_widths
 from dhp_jax.budgets.timing import hardware, measure_latency, quartiles
 from dhp_jax.config.methods import METHODS
-from dhp_jax.core.layer_table import layer_changes
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.workdir.reader import SUMMARY, Result, read_summary
 from dhp_jax.workdir.source_run import needs_source, source_folder

@@ -12,9 +12,9 @@ from PIL import Image
 import pytest
 from scipy.stats import binomtest
 
+from dhp_jax.budgets.layer_table import compact
 from dhp_jax.cli import opened
 from dhp_jax.core.latent import latents
-from dhp_jax.core.layer_table import compact
 from dhp_jax.report.crops import Crop, crops, grid
 from dhp_jax.report.format import duration, interval, loss_text, milliseconds, wilson
 from dhp_jax.report.page import page

@@ -18,8 +18,8 @@ from runs import UNPRUNED, description
 import dhp_jax as dhp
 from dhp_jax import cli
 from dhp_jax.artifact import reading as artifact_reading
+from dhp_jax.budgets.layer_table import compact, layer_table, percent
 from dhp_jax.budgets.timing import hardware
-from dhp_jax.core.layer_table import compact, layer_table, percent
 from dhp_jax.report import __main__ as report_main
 from dhp_jax.report import text as report_text
 from dhp_jax.report import write as report_write

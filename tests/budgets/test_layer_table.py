@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.core.layer_table import (
+from dhp_jax.budgets.layer_table import (
     COLUMNS,
     LINES,
     LayerChange,

@@ -14,7 +14,7 @@ from optax._src.base import NO_PARAMS_MSG
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.core.prox import ProxState, shrink_norm, soft_threshold
+from dhp_jax.prox import ProxState, shrink_norm, soft_threshold
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=20)
 SHAPES = npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
