@@ -59,11 +59,11 @@ def computed(model):
     return np.asarray(dhp.inference(model)(X))
 
 
-@pytest.mark.parametrize("method", ["l1_norm", "fade"])
+@pytest.mark.parametrize("method", ["l1_norm", "taylor", "fade"])
 def test_a_method_that_starts_from_trained_weights_does_so(baseline, tmp_path, method):
-    summary = carry_out(
-        tmp_path / "run", method=method, source=str(baseline), **{"search.epochs": 7}
-    )
+    fields = {"search.epochs": 7, "converge.distillation.weight": 0.5 * (method != "l1_norm")}
+    summary = carry_out(tmp_path / "run", method=method, source=str(baseline), **fields)
+    assert (tmp_path / "run/teacher/model.json").exists() is (method != "l1_norm")
     assert 0.4 < summary["flops"]["ratio"] <= 0.5
     assert summary["origin"]["run"] == "baseline"
     trained, small = (dhp.load(path) for path in (baseline / "model", tmp_path / "run/pruned"))

@@ -718,3 +718,11 @@ def test_pictures_are_the_input_the_output_and_the_target_of_the_first_test_imag
         np.testing.assert_allclose(images["output"].astype(int), output, atol=1)
         np.testing.assert_array_equal(images["input"], bicubic(photo.degraded, 2))
         np.testing.assert_array_equal(images["target"], photo.target)
+
+
+@pytest.mark.parametrize(("loss", "of"), [("l1", np.abs), ("l2", np.square)])
+def test_images_are_compared_with_those_of_a_teacher_by_the_loss_of_the_task(loss, of):
+    outputs, taught = np.random.default_rng(0).normal(100, 30, (2, 3, 8, 8, 1)).astype(np.float32)
+    task = Denoising(patch=8, loss_name=loss)
+    found = task.distillation(jnp.asarray(outputs), jnp.asarray(taught), 4.0)
+    np.testing.assert_allclose(found, of(outputs - taught).mean((1, 2, 3)), rtol=1e-5)
