@@ -87,7 +87,7 @@ def test_runs_of_different_tasks_are_refused(run, tmp_path, task, shown):
     config = {**run.result.config, "task": task}
     other = at(run, tmp_path, result={"config": config})
     message = (
-        f"^run: expected runs of one task to compare; got classification in .* and {shown} in "
+        f"^run: expected runs of one task to compare; got classification .*in .* and {shown} in "
     )
     with pytest.raises(ValueError, match=message):
         check_same_task([run, other])
