@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ONNX := .venv-onnx
 
-.PHONY: demo demo-denoise demo-sr test test-slow test-onnx lint format bench bench-accelerator docs dist clean
+.PHONY: demo demo-denoise demo-sr test test-slow test-onnx first-hour lint format bench bench-accelerator docs dist clean
 
 demo: $(VENV)/installed
 	$(RUN) experiments/main.py --config=experiments/configs/digits_resnet20.py --config.method=baseline
@@ -26,6 +26,11 @@ test-slow: $(VENV)/installed
 
 test-onnx: $(ONNX)/installed
 	$(ONNX)/bin/python -m pytest -m onnx
+
+first-hour: $(VENV)/installed
+	mkdir -p build
+	FIRST_HOUR=$(CURDIR)/build/first_hour.txt $(RUN) -m pytest -m slow tests/documents/test_first_hour.py
+	@echo "build/first_hour.txt"
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -4,11 +4,17 @@ from collections.abc import Mapping
 
 from dhp_jax.config.rules import BOOLEAN, PATH, Field, Fields, integer, number, one_of, or_none
 from dhp_jax.data.labelled import registry
+from dhp_jax.data.labelled.registry import OWN
 from dhp_jax.data.photos import files as photos_files
 from dhp_jax.tasks.restoration import LOSSES
 
 MAX_SIDE = 10_000  # of images, in pixels
 MAX_WORKERS = 1024
+
+_NAMED = one_of(*registry.NAMES)
+_NAMED_OR_OWN = _NAMED._replace(
+    possible=lambda value: _NAMED.possible(value) or (isinstance(value, str) and value in OWN)
+)
 
 _READING: Fields = {
     "validation": Field(
@@ -33,7 +39,7 @@ _READING: Fields = {
 }
 
 _LABELLED: Fields = {
-    "name": Field("cifar10", one_of(*registry.NAMES), "name of the data set"),
+    "name": Field("cifar10", _NAMED_OR_OWN, "name of the data set, or one in registry.OWN"),
     "dir": Field(
         None,
         or_none(PATH, "for the default of tensorflow-datasets"),

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 from pathlib import Path
+import re
 import shutil
 from typing import Any
 
@@ -148,6 +149,13 @@ def _reason(failure: Exception) -> str:
     what = f"{type(failure).__name__}: {failure}".splitlines()[0].rstrip(": ")
     if "_DimExpr" in what:
         what += "; the batch size is symbolic, so write x.shape[0] for len(x)"
+    if isinstance(failure, TypeError) and "<locals>" in what:
+        # The network itself has been traced before: it is the converter's function that refuses.
+        what = re.sub(r"\S*<locals>\.", "", what)
+        if "positional argument" in what:
+            what += "; jax2onnx takes these by name only, as nnx.max_pool(x, window_shape=(2, 2))"
+        elif "keyword argument" in what:
+            what += "; jax2onnx takes these without names only, in their order"
     return what
 
 

@@ -369,6 +369,53 @@ def test_onnx_outputs_have_these_names(tmp_path):
     np.testing.assert_allclose(score, model.conv(x).mean((1, 2)), atol=1e-5)
 
 
+BY_NAME = "; jax2onnx takes these by name only, as nnx.max_pool(x, window_shape=(2, 2))"
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda pooled: pooled(1, 2), BY_NAME),
+        (
+            lambda pooled: pooled(1, shape=2),
+            "; jax2onnx takes these without names only, in their order",
+        ),
+    ],
+)
+def test_how_jax2onnx_wants_the_arguments_of_what_it_replaces_is_told(
+    tmp_path, monkeypatch, call, told
+):
+    def write(model, *arguments, **options):
+        def pooled(x, *, window):
+            return x
+
+        call(pooled)
+
+    monkeypatch.setitem(exporting.NEEDS, "onnx", ())
+    monkeypatch.setitem(exporting.WRITERS, "onnx", write)
+    with pytest.raises(ValueError, match=r"^model: .* as onnx: TypeError: pooled\(\) ") as caught:
+        exporting.export(Doubling(nnx.Rngs(0)), tmp_path / "out", (2, 2, 3), format="onnx")
+    assert str(caught.value).endswith(told)
+
+
+class Pooled(nnx.Module):
+    def __init__(self, named, rngs):
+        self.conv, self.named = nnx.Conv(3, 4, (3, 3), rngs=rngs), named
+
+    def __call__(self, x):
+        window = {"window_shape": (2, 2), "strides": (2, 2)}
+        x = self.conv(x)
+        return nnx.max_pool(x, **window) if self.named else nnx.max_pool(x, *window.values())
+
+
+@needs("onnx")
+def test_what_jax2onnx_takes_by_name_only_is_told_and_is_written_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"by name only, as nnx.max_pool\(x, window_shape="):
+        exporting.export(Pooled(False, nnx.Rngs(0)), tmp_path / "out", (6, 6, 3), format="onnx")
+    made = exporting.export(Pooled(True, nnx.Rngs(0)), tmp_path / "out", (6, 6, 3), format="onnx")
+    assert made.path.is_file()
+
+
 @needs("stablehlo")
 def test_a_network_of_one_size_is_exported_for_it(tmp_path):
     made = exporting.export(filled(Sorting), tmp_path / "out", (6, 6, 3), format="stablehlo")

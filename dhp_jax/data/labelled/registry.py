@@ -1,5 +1,6 @@
 """The data sets that a run can name."""
 
+from collections.abc import Callable
 import os
 
 from dhp_jax.data.labelled import cifar, digits, image_folder, imagenet, tiny_imagenet
@@ -7,6 +8,7 @@ from dhp_jax.data.labelled.dataset import Source
 from dhp_jax.errors import FieldError, shown
 
 NAMES = ("digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet2012", "image_folder")
+OWN: dict[str, Callable[[], Source]] = {}  # of a program's own, by name; see docs/extending.md
 USERS = {
     "image_size": ("imagenet2012", "image_folder"),
     "archive": ("tiny_imagenet",),
@@ -25,7 +27,7 @@ def load(
     """Finds a data set; downloads CIFAR first if it is not there and a network is.
 
     Args:
-      name: one of `NAMES`. "digits" (1,797 images of 8x8x1, pixels 0 .. 16) ships with
+      name: one of `NAMES`, or of `OWN`. "digits" (1,797 images of 8x8x1, pixels 0 .. 16) ships with
         scikit-learn and needs no network. "cifar10" and "cifar100" are downloaded.
         "tiny_imagenet" (64x64x3, 200 classes) is prepared from its zip, "imagenet2012" has to be
         prepared by TFDS beforehand; the validation images of both serve as test images.
@@ -58,8 +60,8 @@ def load(
       >>> images.shape
       (1297, 8, 8, 1)
     """
-    if name not in NAMES:
-        raise FieldError.unknown("data.name", name, NAMES)
+    if name not in (*NAMES, *OWN):
+        raise FieldError.unknown("data.name", name, (*NAMES, *OWN))
     given = {"image_size": image_size, "archive": archive, "channels": channels}
     for argument, value in given.items():
         if value is not None and name not in USERS[argument]:
@@ -72,6 +74,8 @@ def load(
         raise FieldError("data.image_size", "a positive integer", shown(image_size))
     if channels not in (None, 1, 3):
         raise FieldError("data.channels", "1 or 3", shown(channels))
+    if name in OWN:
+        return OWN[name]()
     match name:
         case "digits":
             return digits.load()
