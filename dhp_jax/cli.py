@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import os
 from pathlib import Path
 import sys
+import textwrap
 from typing import Any, NoReturn
 
 from flax import nnx
@@ -51,6 +52,11 @@ def shape_of(text: str) -> tuple[int, ...]:
     if min(sizes) < 1:
         raise ValueError(text)
     return sizes
+
+
+def tell(text: str) -> None:
+    """Prints a sentence, in lines of 80 columns on a terminal and in one line elsewhere."""
+    print(textwrap.fill(text, 80, subsequent_indent="  ") if sys.stdout.isatty() else text)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> int:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import shlex
 import sys
+import textwrap
 from typing import Any
 
 from absl import flags
@@ -43,6 +44,16 @@ PROGRAMS = {  # by the name of the function that is compiled
 Define = Callable[[Sequence[str]], flags.FlagValues]  # the flags of a command line, not yet parsed
 
 
+class _Message(logging.Formatter):
+    """The message alone, in lines of 80 columns on a terminal, and in one line elsewhere."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.exc_info or not sys.stderr.isatty():
+            return text
+        return textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False)
+
+
 def run(arguments: Sequence[str], define: Define) -> int:
     """Carries out what a command line says, and prints what came of it.
 
@@ -58,7 +69,8 @@ def run(arguments: Sequence[str], define: Define) -> int:
     """
     handler = logging.StreamHandler()
     handler.setLevel(logging.INFO)  # the log of the run has more
-    logging.basicConfig(format="%(message)s", handlers=[handler], force=True)  # Orbax has made one
+    handler.setFormatter(_Message("%(message)s"))
+    logging.basicConfig(handlers=[handler], force=True)  # Orbax has made one
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of Orbax's, where a line is ours
     try:
         options = parse(arguments, define)

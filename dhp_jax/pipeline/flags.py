@@ -1,7 +1,7 @@
-"""Prunes a network as a configuration says; experiments/configs has those of the paper.
+"""Prunes a network as a configuration says; experiments/configs has the paper's.
 
-Example: python experiments/main.py --config=experiments/configs/resnet20.py --config.target=0.38
-The same, where it is installed: dhp-train --config=resnet20 --config.target=0.38
+Example: dhp-train --config=resnet20 --config.target=0.38
+In a clone: python experiments/main.py --config=experiments/configs/resnet20.py
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """What is told before a run begins: network, data, budget, device, directory, what comes next."""
 
 from collections.abc import Sequence
+import textwrap
 
 from dhp_jax.artifact.reading import exists, read_description
 from dhp_jax.budgets.timing import hardware
@@ -36,7 +37,18 @@ def header(runs: Sequence[Run]) -> str:
     lines.append(("device", hardware()))
     lines.append(("directory", ", ".join(str(one.workdir) for one in runs)))
     lines.append(("next", _next(runs)))
-    return "\n".join(f"{label:<9}  {text}" for label, text in lines)
+    return "\n".join(_wrapped(label, text) for label, text in lines)
+
+
+def _wrapped(label: str, text: str) -> str:
+    """A label and its text, on more lines where they do not fit 80 columns."""
+    return textwrap.fill(
+        f"{label:<9}  {text}",
+        80,
+        subsequent_indent=11 * " ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _budget(run: Run) -> str:

@@ -1,6 +1,7 @@
 """What a run tells before it begins, and of what it compiles."""
 
 from pathlib import Path
+import re
 import runpy
 import shutil
 
@@ -14,12 +15,17 @@ from dhp_jax.pipeline.header import header
 CONFIG = Path(__file__).parents[2] / "experiments/configs/digits_resnet20.py"
 
 
+def unwrapped(text):
+    """Without the ends of lines that continue below their label."""
+    return re.sub(r"\n {11}", " ", text)
+
+
 def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tmp_path):
     config = runpy.run_path(str(CONFIG))["get_config"]()
     config.targets = (0.7, 0.5)
     config.budget.params = 0.6
     runs = targets.prepare(config, tmp_path / "run")
-    lines = dict(line.split(maxsplit=1) for line in header(runs).splitlines())
+    lines = dict(line.split(maxsplit=1) for line in unwrapped(header(runs)).splitlines())
     cost = runs[0].cost
     assert lines["network"] == (f"ResNet-20: {cost.flops:,} FLOPs, {cost.params:,} params")
     assert lines["data"] == "digits: 1,297 examples of 8x8x1 in an epoch; 500 for test"
@@ -34,6 +40,8 @@ def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tm
     config.search.max_steps = config.converge.max_steps = 50
     config.data.validation = 0.1
     told = header(targets.prepare(config, tmp_path / "quick"))
+    assert all(len(line) <= 80 or line.startswith("directory") for line in told.splitlines())
+    told = unwrapped(told)
     assert "digits: 1,167 examples of 8x8x1 in an epoch; 130 for validation; 500 for test" in told
     assert told.endswith(
         "a search of at most 50 steps, then training of the pruned network, 50 steps"

@@ -194,7 +194,7 @@ def test_the_program_exits_with_2_for_wrong_input(tmp_path, arguments, message):
 def test_help_tells_the_flags(tmp_path):
     command = [sys.executable, str(MAIN), "--help"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    for part in ("Example: python experiments/main.py", "--config:", "--workdir:", "--baseline:"):
+    for part in ("Example: dhp-train", "--config:", "--workdir:", "--baseline:"):
         assert part in ended.stdout
     assert describe() in ended.stdout
     assert ended.stderr == ""
