@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped, UInt8
 import numpy as np
 
 from dhp_jax import cli
-from dhp_jax.cli import Saved, opened
+from dhp_jax.cli import Saved, opened, tell
 from dhp_jax.data.augmentation import normalize
 from dhp_jax.data.photos import photographs
 from dhp_jax.data.stream import Stream
@@ -59,13 +59,13 @@ def main(arguments: Sequence[str]) -> None:
         build=imported(options.build) if options.build and folder else None,
     )
     sizes = ", ".join(map(str, made.shape))
-    print(f"{made.path}: takes ({sizes}) in float32; {made.folded} layers folded into others")
+    tell(f"{made.path}: takes ({sizes}) in float32; {made.folded} layers folded into others")
     if made.fixed is not None:
         batch, images = made.shape[0] != "batch", len(shape) == 3
         what = "all sizes" if batch else "height and width" if images else "sizes"
-        print(f"{what} are fixed, because with free ones: {made.fixed}")
+        tell(f"{what} are fixed, because with free ones: {made.fixed}")
     told = ", ".join(f"{value:.2g} on {name}" for name, value in made.differences.items())
-    print(f"largest difference to the network: {told}; its outputs are up to {made.largest:.4g}")
+    tell(f"largest difference to the network: {told}; its outputs are up to {made.largest:.4g}")
 
 
 def _inputs(

@@ -82,7 +82,7 @@ def test_the_first_hour_from_pip_install_to_an_onnx_file_of_ones_own(tmp_path):
     start = next(number for number, block in enumerate(blocks) if "class Net" in block)
     (work / "net.py").write_text(blocks[start])
     typed(installs[0])
-    flops = re.search(r"FLOPs ([\d,]+) -> ([\d,]+), params", typed("python net.py"))
+    flops = re.search(r"FLOPs +([\d,]+) -> ([\d,]+)", typed("python net.py"))
     before, after = (int(number.replace(",", "")) for number in flops.groups())
     assert 0.45 * before < after <= 0.5 * before
     assert (work / "small/model.json").is_file()

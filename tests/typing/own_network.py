@@ -105,6 +105,7 @@ def what_is_found_out(model: Net) -> None:
     scores: Mapping[str, np.ndarray] = dhp.per_cost(dhp.l1_scores(model), cost)
     dhp.prune_to(model, (8, 8, 1), flops=0.5, by=scores, keep={"z*": 0.25})
     dhp.prune_to(model, (8, 8, 1), flops=0.5, by=dhp.uniform_within)
+    print(dhp.summary(model, dhp.prune(model), (8, 8, 1)))
 
 
 def steps(model: Net, rate: Callable[[Any], Any]) -> None:
