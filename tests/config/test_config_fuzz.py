@@ -304,7 +304,7 @@ def check_prepared_or_refused(config, changed):
 
 @pytest.mark.usefixtures("cached")
 @given(configurations())
-@settings(derandomize=True, deadline=None, max_examples=120)
+@settings(derandomize=True, deadline=None, max_examples=50)
 def test_a_configuration_prepares_a_run_or_one_line_names_a_field_that_was_changed(example):
     check_prepared_or_refused(*example)
 
@@ -491,7 +491,7 @@ def check_parsed_or_refused(parse, path, overrides):
 
 
 @given(command_lines())
-@settings(derandomize=True, deadline=None, max_examples=80)
+@settings(derandomize=True, deadline=None, max_examples=40)
 def test_a_command_line_is_parsed_or_one_line_names_a_field_that_was_given(parse, example):
     check_parsed_or_refused(parse, *example)
 

@@ -1,12 +1,15 @@
 """What later versions of the library keep, as JSON values; `fixtures/make.py` has written them."""
 
+import contextlib
 import importlib.util
 import inspect
+import io
 import os
 from pathlib import Path
 import re
-import subprocess
+import runpy
 import sys
+from unittest import mock
 
 from flax import nnx
 import jax.numpy as jnp
@@ -74,10 +77,17 @@ def signatures():
 
 def help_of(command):
     """What `--help` of experiments/main.py prints, or of a module that is run."""
-    arguments = ["-m", command] if command in MODULES else [str(ROOT / command)]
-    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1"}
-    given = {"env": environment, "capture_output": True, "text": True, "check": True}
-    return subprocess.run([sys.executable, *arguments, "--help"], cwd=ROOT, **given).stdout
+    with (
+        mock.patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}),
+        mock.patch.object(sys, "argv", [command, "--help"]),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        contextlib.suppress(SystemExit),
+    ):
+        if command in MODULES:
+            runpy.run_module(command, run_name="__main__")
+        else:
+            runpy.run_path(str(ROOT / command), run_name="__main__")
+    return printed.getvalue()
 
 
 def flags_in(text):
