@@ -7,7 +7,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from dhp_jax.core.latent import Axis, walk
+from dhp_jax.core.latent import Axis, LatentVector, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
@@ -167,11 +167,12 @@ def _numbered(model: nnx.Module, part: int) -> nnx.Module:
     for path, leaf in nnx.to_flat_state(state):
         value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
         is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
-        made = (
-            jax.random.split(jax.random.key(0), value.shape)
-            if is_key
-            else _positions(value.shape, part)
-        )
+        if is_key:
+            made = jax.random.split(jax.random.key(0), value.shape)
+        elif isinstance(leaf, LatentVector):  # a gate, where kernels are not generated
+            made = np.ones(value.shape, np.float32)
+        else:
+            made = _positions(value.shape, part)
         filled.append((path, leaf.replace(made) if isinstance(leaf, nnx.Variable) else made))
     copy = nnx.merge(graphdef, nnx.from_flat_state(filled), copy=True)
     for _, _, layer in walk(copy):

@@ -43,7 +43,7 @@ def test_closed_gates_compute_exactly_what_the_pruned_network_computes(training)
     model.train() if training else model.eval()
     cost = dhp.measure_cost(model, MIXED_INPUT)
     masks = dhp.uniform_within(model, cost, flops=0.5)
-    small = dhp.prune(model, masks)
+    small = dhp.prune(model, masks, MIXED_INPUT)  # proved
     before = np.asarray(nnx.clone(model)(IMAGES))
     set_to(model, masks)
     np.testing.assert_allclose(model(IMAGES), small(IMAGES), rtol=1e-5, atol=1e-5)
