@@ -1,12 +1,15 @@
 """The numbers of a run in words and tables."""
 
 from collections.abc import Mapping, Sequence
+import json
 import math
+import os
 from typing import Any
 
 from dhp_jax.budgets.layer_table import percent
 from dhp_jax.budgets.other_widths import advice
 from dhp_jax.config.methods import METHODS
+from dhp_jax.models.own import is_own
 from dhp_jax.tasks.task import METRICS
 
 
@@ -23,6 +26,13 @@ def metrics_text(values: Mapping[str, float]) -> str:
     return ", ".join(
         shown + [f"{METRICS[name].label} {METRICS[name].text(values[name])}" for name in others]
     )
+
+
+def load_call(folder: str | os.PathLike, model: Mapping[str, Any]) -> str:
+    """The Python that loads a network, whose function a user has to give if it is none of ours."""
+    name = model.get("name")
+    build = f", build={name.partition(':')[2]}" if is_own(name) else ""
+    return f"dhp.load({json.dumps(str(folder))}{build})"
 
 
 LABELS = {"flops": "FLOPs", "params": "params", "activations": "activations"}

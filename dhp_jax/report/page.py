@@ -10,11 +10,13 @@ from typing import Any
 from PIL import Image
 
 from dhp_jax.budgets.layer_table import compact, layer_rows, percent
+from dhp_jax.models.own import is_own
 from dhp_jax.report.crops import Crop
 from dhp_jax.report.figures import Chart
 from dhp_jax.report.format import (
     faster,
     interval,
+    load_call,
     loss_text,
     main_metric,
     milliseconds,
@@ -249,9 +251,12 @@ def _load(run: RunReport) -> Mapping[str, Any] | None:
         return None
     which = "model" if result.finished else "pruned"
     noted, shape, task = result.notes[which], result.input_shape, result.config["task"]
+    name = result.config["model"].get("name")
+    options = "" if which == "model" else f" --which={which}"
+    options += f" --build={shlex.quote(name)}" if is_own(name) else ""
     return {
-        "folder": json.dumps(str(result.workdir / which)),
-        "run": shlex.quote(str(result.workdir)) + ("" if which == "model" else f" --which={which}"),
+        "call": load_call(result.workdir / which, result.config["model"]),
+        "run": shlex.quote(str(result.workdir)) + options,
         "shape": (1, *shape),
         "pixels": {1: "gray ", 3: "RGB "}.get(shape[-1], "") + "pixels from 0 to 255",
         "labels": task.get("name") == "classification",

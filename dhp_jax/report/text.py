@@ -19,6 +19,7 @@ from dhp_jax.report.format import (
     duration,
     faster,
     interval,
+    load_call,
     main_metric,
     metrics_text,
     milliseconds,
@@ -47,7 +48,7 @@ def text(workdir: str | os.PathLike, summary: Mapping[str, Any], missing: str = 
         changes = [LayerChange(**layer) for layer in summary["layers"]]
         layers = [short_layer_table(changes), f"all layers: {workdir / LAYERS}", ""]
     files = [
-        ("network", f'{workdir / "model"}   (dhp.load("{workdir / "model"}"))'),
+        ("network", f"{workdir / 'model'}   ({load_call(workdir / 'model', summary['model'])})"),
         ("of best epoch", str(workdir / "best")),
         ("summary", str(workdir / SUMMARY)),
         ("plots", str(workdir / PLOTS)),

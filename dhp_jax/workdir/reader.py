@@ -15,11 +15,13 @@ from dhp_jax.artifact.reading import exists, read_description
 from dhp_jax.budgets.counted import limits
 from dhp_jax.config.methods import METHODS, Method
 from dhp_jax.core.cost import MEASURES, Cost
+from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import FieldError
 from dhp_jax.models import registry
 from dhp_jax.models.registry import build_abstract
+from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import target_dirs
@@ -135,10 +137,17 @@ class Result:
 
     def unpruned(self) -> nnx.Module:
         """The network with nothing pruned, for measuring its latency; its weights mean nothing."""
-        return prune(self.with_latents())
+        return prune(self._whole())
 
     def with_latents(self) -> nnx.Module:
         """The network of latents; without a search its weights and latents mean nothing."""
+        model = self._whole()
+        if latents(model):
+            return model
+        least = self.config["search"]["min_channels"]
+        return with_latents(model, self.input_shape, min_channels=least)
+
+    def _whole(self) -> nnx.Module:
         if self.search is not None:
             return self.search
         made = architecture_of(self.trained)

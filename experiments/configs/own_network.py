@@ -39,7 +39,7 @@ def get_config():
     config.model = {"name": "dhp_jax.configs.own_network:Network", "width": 1.0}
     config.data.name = "digits"
     config.log_every = 20
-    config.search.update(epochs=30, strength=9e-3, learning_rate=0.02, drops=())
+    config.search.update(epochs=30, strength=0.12, learning_rate=0.02, drops=())
     config.converge.update(epochs=20, learning_rate=0.05, drops=(10.0, 16.0))
     config.baseline.update(epochs=30, learning_rate=0.05, drops=(15.0, 24.0))
     return config

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 import dhp_jax as dhp
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.models import registry
+from dhp_jax.pipeline import command
 from dhp_jax.pipeline.execution import execute
+from dhp_jax.pipeline.flags import define
 from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.report.__main__ import main as report
 
@@ -84,7 +86,10 @@ def test_a_search_leaves_networks_and_a_report_and_another_takes_its_channels(se
     assert summary["flops"]["before"] == dhp.measure_cost(build(rngs=nnx.Rngs(0)), SHAPE).flops
     assert dhp.latents(net)
     assert not dhp.latents(small)
-    assert "Plain on digits" in (searched / "report.html").read_text()
+    page = (searched / "report.html").read_text()
+    assert "Plain on digits" in page
+    assert "/model&#34;, build=Plain)" in page
+    assert f"--build={PLAIN}" in page
     fields = {"method": "scratch", "source": str(searched)}
     again = carry_out(tmp_path / "scratch", **fields)
     assert again["flops"] == summary["flops"]
@@ -157,6 +162,15 @@ def test_a_family_starts_from_weights_too(tmp_path):
         for made in (*networks, plan.gated(plan.ordinary())):
             made.eval()
             np.testing.assert_allclose(computed(made), computed(trained), atol=1e-5)
+
+
+def test_weights_are_given_on_the_command_line_whatever_the_file_has():
+    line = ["main.py", "--config=own_network", "--config.model.weights"]
+    config = command.parse([*line[:2], f"{line[2]}=net.safetensors"], define).config
+    assert config.model.weights == "net.safetensors"
+    assert command.parse([*line[:2], f"{line[2]}=None"], define).config.model.weights is None
+    with pytest.raises(ValueError, match=r"^config.model.weights: expected --config.model.weights"):
+        command.parse(line, define)
 
 
 WRONG = [
