@@ -58,7 +58,7 @@ def called(capsys, name, *arguments):
 
 
 # What they call is called by others too.
-SLOW = ("compile", "widths", "checkpoint", "pruned", "input", "scaling")
+SLOW = ("compile", "widths", "checkpoint", "pruned", "input", "scaling", "memory")
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in BENCHMARKS]
 
 
@@ -210,6 +210,7 @@ def test_the_input_benchmark_relates_what_is_given_to_what_is_taken(results):
         assert 0 <= streamed["waiting"] <= 1
 
 
+@pytest.mark.slow
 def test_a_search_step_needs_little_more_memory_than_training_cannot_do_without(results):
     (row,) = json.loads((results("memory")[0] / "memory.json").read_text())["rows"]
     parts = ("parameters", "optimizer", "gradients", "activations")

@@ -233,7 +233,8 @@ def test_a_run_that_died_in_each_phase_ends_with_the_same_bits(finished, tmp_pat
     check_same_end(tmp_path, finished.workdir)
 
 
-@pytest.mark.parametrize("phase", ["search", pytest.param("converge", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["search", "converge"])
 def test_a_run_that_is_told_to_stop_goes_on_where_it_was(finished, tmp_path, phase):
     witness = Steps()
     run = prepare(tiny(), tmp_path, [witness])
@@ -605,6 +606,7 @@ def test_a_run_that_was_begun_before_a_field_was_there_has_what_it_meant(tmp_pat
     prepare(tiny(), tmp_path)
 
 
+@pytest.mark.slow
 def test_every_latent_keeps_its_least_share(tmp_path):
     config = tiny(**{"search.keep": 0.6, "target": 0.55, "search.strength": 1.0})
     run = prepare(config, tmp_path, [Interrupter("converge", 0)])

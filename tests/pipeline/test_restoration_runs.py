@@ -314,6 +314,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_streamed_run_that_is_stopped_goes_on_with_the_same_bits(folder, tmp_path):
     """With photographs held out, and phases that end within an epoch."""
     streamed = {"data.streamed": True, "data.workers": 0, "data.cache": str(tmp_path / "cache")}

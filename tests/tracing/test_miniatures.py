@@ -87,7 +87,12 @@ def test_a_miniature_is_pruned_to_the_right_numbers(name, fast_compilation):
         assert difference(outputs, expected) < (1e-12 if wide else 1e-6)
 
 
-@pytest.mark.parametrize("name", MINIATURES)
+FEW = ("ResNetD", "VisionTransformer", "UNet", "Gru")  # of each kind of layers one
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FEW)) for n in MINIATURES]
+)
 def test_a_miniature_of_latents_is_what_it_was_is_counted_and_comes_back(
     name, tmp_path, fast_compilation
 ):
