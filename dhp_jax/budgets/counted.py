@@ -69,7 +69,8 @@ def check_budget(
                 f"at least {reachable:.4f}",
                 target,
                 f"{target!r} cannot be reached: the smallest possible share is {reachable:.4f}, "
-                f"with min_channels entries left in every prunable latent{rounded}",
+                f"with min_channels entries left in every prunable latent{rounded}; "
+                "min_channels=1 of small latents lets more go",
             )
 
 
