@@ -9,9 +9,9 @@ from flax import nnx
 import jax
 from jaxtyping import Array
 
-from dhp_jax.core.hypernet import HypernetArrays, hyper_kernels
+from dhp_jax.core.hypernet import HypernetArrays, KernelGenerator, hyper_kernels
 from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, walk
-from dhp_jax.core.layers import Hyper
+from dhp_jax.core.placed import PlacedAxis
 from dhp_jax.core.surgery import override
 
 MAX_SMALL_SIZE = 2**20  # numbers of an array that is small work for a GPU
@@ -33,7 +33,7 @@ def pack_axes(model: nnx.Module) -> nnx.Module:
     if jax.default_backend() != "tpu":
         return model
     model = nnx.clone(model)
-    layers = [layer for _, _, layer in walk(model) if isinstance(layer, Hyper)]
+    layers = _generators(model)
     of_each = [[getattr(layer, name) for name in HypernetArrays._fields] for layer in layers]
     uses = Counter(id(variable) for variables in of_each for variable in variables)
     for layer, variables in zip(layers, of_each, strict=True):
@@ -57,9 +57,9 @@ def generate_together(model: nnx.Module) -> None:
       model: merged within a jitted function.
     """
     alike = defaultdict(list)
-    for _, _, layer in walk(model):
-        if isinstance(layer, Hyper) and _is_ordinary(layer) and _is_small(layer):
-            inputs = layer.kernel_axis().value(), layer.z_out.value(), layer.arrays()
+    for layer in _generators(model):
+        if _is_ordinary(layer) and _is_small(layer):
+            inputs = *(axis.value() for axis in layer.kernel_axes()), layer.arrays()
             shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(inputs))
             alike[shapes].append((layer, inputs))
     for group in alike.values():
@@ -70,28 +70,36 @@ def generate_together(model: nnx.Module) -> None:
                 override(layer, kernel=_made_kernel)
 
 
-def _is_ordinary(layer: Hyper) -> bool:
+def _generators(model: nnx.Module) -> list[KernelGenerator]:
+    """The layers and arrays of a network that have a hypernetwork."""
+    found = (layer for _, _, layer in walk(model) if isinstance(layer, KernelGenerator))
+    return [layer for layer in found if hasattr(layer, "w2")]
+
+
+def _is_ordinary(layer: KernelGenerator) -> bool:
     """Whether the kernel follows from the layer's arrays and ordinary latents, in the usual way."""
     own = any(
-        getattr(type(layer), name) is not getattr(Hyper, name) or name in vars(layer)
+        getattr(type(layer), name) is not getattr(KernelGenerator, name) or name in vars(layer)
         for name in ("kernel", "arrays")
     )
-    return not own and all(type(axis) in (Latent, Concat, Repeat) for axis in _axes(layer))
+    return not own and all(
+        type(axis) in (Latent, Concat, Repeat, PlacedAxis) for axis in _axes(layer)
+    )
 
 
-def _is_small(layer: Hyper) -> bool:
+def _is_small(layer: KernelGenerator) -> bool:
     """Whether a hypernetwork is a single one, not stacked, and small."""
     w2 = layer.w2[...]
     return w2.ndim == len(layer.kernel_size) + 3 and w2.size <= MAX_SMALL_SIZE
 
 
-def _axes(layer: Hyper) -> list[Axis]:
+def _axes(layer: KernelGenerator) -> list[Axis]:
     """The axes of the kernel, each with those that it consists of."""
-    parts = (part for axis in (layer.kernel_axis(), layer.z_out) for _, _, part in walk(axis))
+    parts = (part for axis in layer.kernel_axes() for _, _, part in walk(axis))
     return [part for part in parts if isinstance(part, Axis)]
 
 
-def _sources(layer: Hyper) -> list[Any]:
+def _sources(layer: KernelGenerator) -> list[Any]:
     """All objects that an ordinary kernel follows from."""
     axes = _axes(layer)
     vectors = [axis.value() for axis in axes if isinstance(axis, Latent)]
@@ -99,10 +107,12 @@ def _sources(layer: Hyper) -> list[Any]:
 
 
 # Kernels that were generated together, and what from, while their network is traced.
-_MADE: weakref.WeakKeyDictionary[Hyper, tuple[list[Any], Array]] = weakref.WeakKeyDictionary()
+_MADE: weakref.WeakKeyDictionary[KernelGenerator, tuple[list[Any], Array]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def _made_kernel(generate: Callable[[Hyper], Array], layer: Hyper) -> Array:
+def _made_kernel(generate: Callable[[KernelGenerator], Array], layer: KernelGenerator) -> Array:
     if layer in _MADE:  # and not a copy within a transformation
         (before, made), now = _MADE[layer], _sources(layer)
         if len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True)):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from dhp_jax.core.hypernet import EMBEDDING, HypernetArrays, hyper_kernel, init_hypernet
+from dhp_jax.core.hypernet import EMBEDDING, KernelGenerator, init_hypernet
 from dhp_jax.core.latent import Axis, Latent, check_axis, in_one_line
 from dhp_jax.core.plain import (
     NO_RNGS,
@@ -22,7 +22,7 @@ from dhp_jax.core.plain import (
 )
 
 
-class Hyper(nnx.Module):
+class Hyper(KernelGenerator):
     """Base of layers with a generated kernel: holds the hypernetwork and the bias."""
 
     def __init__(
@@ -70,14 +70,8 @@ class Hyper(nnx.Module):
         """The axis of the kernel's input channels."""
         return self.z_in
 
-    def kernel(self) -> Float[Array, "*k in out"]:
-        """The generated kernel."""
-        kernel = hyper_kernel(self.kernel_axis(), self.z_out, **self.arrays()._asdict())
-        return kernel.astype(self.param_dtype)
-
-    def arrays(self) -> HypernetArrays:
-        """The arrays of the hypernetwork."""
-        return HypernetArrays(*(getattr(self, name)[...] for name in HypernetArrays._fields))
+    def kernel_axes(self) -> tuple[Axis, Axis]:
+        return self.kernel_axis(), self.z_out
 
     def _plain_arguments(self, keep: Keep | None) -> dict[str, Any]:
         """Arguments that make the plain layer of the channels in `keep`."""

@@ -5,8 +5,9 @@ latent vector removes exactly one slice of the kernel. That is the whole pruning
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -28,6 +29,31 @@ class HypernetArrays(NamedTuple):
     b1: Float[Array, "m in out"]
     w2: Float[Array, "*k m in out"]
     b2: Float[Array, "*k in out"]
+
+
+class KernelGenerator(nnx.Module):
+    """Base of what makes a kernel of its two axes; its attributes are the hypernetwork's arrays.
+
+    Attributes:
+      kernel_size: of the other axes of the kernel.
+      param_dtype: of the kernel.
+    """
+
+    kernel_size: tuple[int, ...]
+    param_dtype: Any
+
+    def kernel_axes(self) -> tuple[Axis, Axis]:
+        """The axes of the kernel's input and output channels."""
+        raise NotImplementedError
+
+    def arrays(self) -> HypernetArrays:
+        """The arrays of the hypernetwork."""
+        return HypernetArrays(*(getattr(self, name)[...] for name in HypernetArrays._fields))
+
+    def kernel(self) -> Float[Array, "*k in out"]:
+        """The generated kernel."""
+        kernel = hyper_kernel(*self.kernel_axes(), **self.arrays()._asdict())
+        return kernel.astype(self.param_dtype)
 
 
 HyperInputs = tuple[Float[Array, " in"], Float[Array, " out"], HypernetArrays]

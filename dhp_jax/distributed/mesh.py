@@ -18,9 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 import numpy as np
 
-from dhp_jax.core.hypernet import HypernetArrays
+from dhp_jax.core.hypernet import HypernetArrays, KernelGenerator
 from dhp_jax.core.latent import walk
-from dhp_jax.core.layers import Hyper
 from dhp_jax.core.surgery import override
 from dhp_jax.errors import ConfigError
 
@@ -150,14 +149,14 @@ def gather_kernels(mesh: Mesh | None, model: nnx.Module) -> nnx.Module:
     if mesh is not None and mesh.shape[MODEL] > 1:
         everywhere = NamedSharding(mesh, PartitionSpec())
         for _, _, layer in walk(model):
-            if isinstance(layer, Hyper):
+            if isinstance(layer, KernelGenerator):
                 override(layer, kernel=_on_every_device(everywhere))
     return model
 
 
 @functools.cache
 def _on_every_device(everywhere: NamedSharding) -> Callable[..., Array]:
-    def kernel(generate: Callable[[Hyper], Array], layer: Hyper) -> Array:
+    def kernel(generate: Callable[[KernelGenerator], Array], layer: KernelGenerator) -> Array:
         return jax.lax.with_sharding_constraint(generate(layer), everywhere)
 
     return kernel

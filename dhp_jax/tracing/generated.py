@@ -10,12 +10,12 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
-import numpy as np
+from jaxtyping import Array
 
-from dhp_jax.core.hypernet import HypernetArrays, hyper_kernel
+from dhp_jax.core.hypernet import HypernetArrays, KernelGenerator
 from dhp_jax.core.initializers import uniform
-from dhp_jax.core.latent import TRACED, Axis, Latent, in_one_line
+from dhp_jax.core.latent import TRACED, Axis, in_one_line
+from dhp_jax.core.placed import PlacedAxis, Positions
 from dhp_jax.core.provenance import architecture_of, set_architecture
 
 SMALL_START = 0.1  # of the second layer where the first is zero, as a share of the kernel's scale
@@ -24,84 +24,7 @@ _REPLACED: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.Contex
 )
 
 
-class Positions:
-    """Which entry of which latent each position of an axis belongs to; constant, and hashed once.
-
-    Attributes:
-      owner: number of the latent in a list, -1 for a position that stays.
-      entry: index in that latent, 0 for a position that stays.
-    """
-
-    def __init__(self, owner: Sequence[int] | np.ndarray, entry: Sequence[int] | np.ndarray):
-        self.owner = np.asarray(owner, np.int64)
-        self.entry = np.asarray(entry, np.int64)
-        self._hash = hash((self.owner.tobytes(), self.entry.tobytes()))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Positions)
-            and np.array_equal(self.owner, other.owner)
-            and np.array_equal(self.entry, other.entry)
-        )
-
-    def kept(self, masks: Sequence[np.ndarray]) -> np.ndarray:
-        """Which positions are left, by a boolean mask of each latent."""
-        kept = np.ones(len(self.owner), bool)
-        for number, mask in enumerate(masks):
-            own = self.owner == number
-            kept[own] = np.asarray(mask, bool)[self.entry[own]]
-        return kept
-
-
-class PlacedAxis(Axis):
-    """An axis of an array, each position of which is an entry of a latent, or stays.
-
-    Args:
-      latents: the latents.
-      positions: which position belongs to which of them.
-    """
-
-    def __init__(self, latents: Sequence[Latent], positions: Positions):
-        used = [n for n in range(len(latents)) if (positions.owner == n).any()]
-        number = {old: new for new, old in enumerate(used)}
-        owner = [number.get(n, -1) for n in positions.owner.tolist()]
-        self.latents = nnx.List([latents[n] for n in used])
-        self.positions = nnx.static(Positions(owner, positions.entry))
-        self.size = len(owner)
-
-    def value(self) -> Float[Array, " size"]:
-        """The entries at each position; 1 where a position stays."""
-        if not len(self.latents):
-            return jnp.ones(self.size)
-        owner, entry = self.positions.owner, self.positions.entry
-        one = len(self.latents) == 1 and self.latents[0].size == self.size
-        if one and (owner == 0).all() and np.array_equal(entry, np.arange(self.size)):
-            return self.latents[0].value()
-        starts = np.cumsum([1, *(latent.size for latent in self.latents)])
-        values = jnp.concatenate([jnp.ones(1), *(latent.value() for latent in self.latents)])
-        return values[np.where(owner < 0, 0, starts[owner] + entry)]
-
-    def multiplicity(self) -> dict[Latent, int]:
-        """How many positions belong to each entry, on average."""
-        owner = self.positions.owner
-        return {z: int((owner == n).sum()) // z.size for n, z in enumerate(self.latents)}
-
-    def entries(self) -> list[tuple[Latent, int]]:
-        """The latent and index of each position that does not stay."""
-        both = zip(self.positions.owner.tolist(), self.positions.entry.tolist(), strict=True)
-        return [(self.latents[owner], entry) for owner, entry in both if owner >= 0]
-
-    def keep(self, masks: Mapping[Latent, np.ndarray] | None) -> np.ndarray:
-        """Which positions survive."""
-        if masks is None:
-            return np.ones(self.size, bool)
-        return self.positions.kept([masks[latent] for latent in self.latents])
-
-
-class GeneratedArray(nnx.Module):
+class GeneratedArray(KernelGenerator):
     """What stands in the place of a parameter: it answers as that does, with a generated array.
 
     Where two axes are on latents a hypernetwork makes the array of them (`hyper_kernel`), with all
@@ -139,6 +62,8 @@ class GeneratedArray(nnx.Module):
             self.weight = nnx.Param(value)
             return
         kernel = jnp.moveaxis(value, self.pair, (-2, -1))
+        self.kernel_size, self.param_dtype = tuple(kernel.shape[:-2]), jnp.dtype(value.dtype)
+        self.ends = nnx.List([axes.get(k) or _staying(value.shape[k]) for k in self.pair])
         arrays = _starting_at(kernel, embedding, rngs)
         for field, array in arrays._asdict().items():
             setattr(self, field, nnx.Param(array))
@@ -151,19 +76,16 @@ class GeneratedArray(nnx.Module):
         replaced = _REPLACED.get()
         if replaced is not None:
             return replaced[self.name]
-        axes = {int(k): axis for k, axis in self.on_latents.items()}
-        if self.pair is None:
-            made = self.weight[...]
-            for k, axis in axes.items():
-                others = [j for j in range(len(self.array_shape)) if j != k]
-                made = made * jnp.expand_dims(axis.value(), others).astype(made.dtype)
-            return made
-        values = [
-            axes[k].value() if k in axes else jnp.ones(self.array_shape[k]) for k in self.pair
-        ]
-        arrays = HypernetArrays(*(getattr(self, field)[...] for field in HypernetArrays._fields))
-        kernel = hyper_kernel(*values, **arrays._asdict()).astype(self.array_dtype)
-        return jnp.moveaxis(kernel, (-2, -1), self.pair)
+        if self.pair is not None:
+            return jnp.moveaxis(self.kernel(), (-2, -1), self.pair)
+        made = self.weight[...]
+        for k, axis in self.on_latents.items():
+            others = [j for j in range(len(self.array_shape)) if j != int(k)]
+            made = made * jnp.expand_dims(axis.value(), others).astype(made.dtype)
+        return made
+
+    def kernel_axes(self) -> tuple[Axis, Axis]:
+        return tuple(self.ends)
 
     def plain(self) -> nnx.Variable:
         """The parameter, with the generated array."""
@@ -256,6 +178,11 @@ def arrays_replaced(values: Mapping[str, Any]):
         yield
     finally:
         _REPLACED.reset(token)
+
+
+def _staying(size: int) -> PlacedAxis:
+    """An axis of which no position is on a latent."""
+    return PlacedAxis([], Positions([-1] * size, [0] * size))
 
 
 def _pair(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int] | None:

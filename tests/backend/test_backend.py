@@ -299,6 +299,39 @@ def test_layers_on_axes_that_consist_of_others_are_generated_together(monkeypatc
     assert len(inputs) == 2
 
 
+class Chain(nnx.Module):
+    """An ordinary network with convolutions of one shape."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 6, (3, 3), rngs=rngs)
+        self.layers = nnx.List([nnx.Conv(6, 6, (3, 3), rngs=rngs) for _ in range(3)])
+        self.head = nnx.Linear(6, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = jnp.tanh(layer(x))
+        return self.head(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_arrays_of_traced_networks_are_generated_as_those_of_declared_ones(monkeypatch, platform):
+    net = dhp.with_latents(Chain(nnx.Rngs(0)), (8, 8, 3), embedding=2, rngs=nnx.Rngs(1))
+    x = drawn((4, 8, 8, 3), 0)
+    (value, _), theirs = losses_and_gradients(net, x, tuned=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    made = mock.Mock(wraps=hyper_kernels)
+    monkeypatch.setattr(hypernets, "hyper_kernels", made)
+    packed = pack_axes(net)
+    assert packed.layers[0].kernel.w2[...].ndim == (4 if platform == "tpu" else 5)
+    (found, _), ours = losses_and_gradients(packed, x, tuned=True)
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    for one, other in pairs:
+        np.testing.assert_allclose(one.reshape(other.shape), other, rtol=1e-4, atol=1e-5)
+    assert [len(call.args[0]) for call in made.call_args_list] == [3] * (platform == "gpu")
+
+
 def test_a_tpu_has_both_channel_axes_of_ordinary_hypernetworks_as_one(monkeypatch):
     model, x = filled(Alike), drawn((4, 8, 8, 3), 0)
     expected, before = model(x), jax.tree.map(jnp.shape, nnx.state(model))
