@@ -10,8 +10,7 @@ import jax
 from jaxtyping import Array
 
 from dhp_jax.core.hypernet import HypernetArrays, KernelGenerator, hyper_kernels
-from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, walk
-from dhp_jax.core.placed import PlacedAxis
+from dhp_jax.core.latent import Axis, Latent, walk
 from dhp_jax.core.surgery import override
 
 MAX_SMALL_SIZE = 2**20  # numbers of an array that is small work for a GPU
@@ -82,9 +81,8 @@ def _is_ordinary(layer: KernelGenerator) -> bool:
         getattr(type(layer), name) is not getattr(KernelGenerator, name) or name in vars(layer)
         for name in ("kernel", "arrays")
     )
-    return not own and all(
-        type(axis) in (Latent, Concat, Repeat, PlacedAxis) for axis in _axes(layer)
-    )
+    ours = (type(axis).value.__module__.startswith("dhp_jax.") for axis in _axes(layer))
+    return not own and all(ours)
 
 
 def _is_small(layer: KernelGenerator) -> bool:

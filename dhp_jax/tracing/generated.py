@@ -15,8 +15,8 @@ from jaxtyping import Array
 from dhp_jax.core.hypernet import HypernetArrays, KernelGenerator
 from dhp_jax.core.initializers import uniform
 from dhp_jax.core.latent import TRACED, Axis, in_one_line
-from dhp_jax.core.placed import PlacedAxis, Positions
 from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.tracing.placed import PlacedAxis, Positions
 
 SMALL_START = 0.1  # of the second layer where the first is zero, as a share of the kernel's scale
 _REPLACED: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar(
