@@ -16,6 +16,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax import import_torch
+from dhp_jax.artifact.weights import read_weights, take_weights
 from dhp_jax.import_torch import network_of
 from dhp_jax.models import resnet
 
@@ -143,6 +144,15 @@ def test_other_arguments_of_the_command_are_refused(tmp_path):
         import_torch.main([file, "--family=dncnn"])
     with pytest.raises(ValueError, match=r"^arguments: expected name=value, such as depth=56; got"):
         import_torch.main([file, "--family=dncnn", "depth", f"--out={tmp_path / 'other'}"])
+
+
+def test_a_run_may_start_from_an_ordinary_network(tmp_path):
+    case = CASES["dncnn"]
+    dhp.save(tmp_path / "net", imported("dncnn"))
+    model = dhp.prune(dhp.models.build("dncnn", **case["arguments"], rngs=nnx.Rngs(0)))
+    take_weights(model, read_weights(tmp_path / "net"))  # as config.model.weights does
+    model.eval()
+    assert is_like(model, case)
 
 
 @pytest.mark.parametrize(

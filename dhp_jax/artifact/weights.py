@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import hashlib
 import os
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from flax import nnx
 import jax.numpy as jnp
@@ -26,11 +26,15 @@ class Weights(NamedTuple):
       path: of the file.
       arrays: by path.
       sha256: digest of the file.
+      family: of the network that they are of, where a folder tells it.
+      arguments: of that family.
     """
 
     path: Path
     arrays: Mapping[str, np.ndarray]
     sha256: str
+    family: str | None = None
+    arguments: Mapping[str, Any] = {}
 
 
 def read_weights(path: str | os.PathLike) -> Weights:
@@ -39,10 +43,10 @@ def read_weights(path: str | os.PathLike) -> Weights:
     Raises:
       ArtifactError: there are none, or they cannot be read.
     """
-    path = Path(path).expanduser()
+    path, described = Path(path).expanduser(), {}
     if path.is_dir():
         path = path if exists(path) or not exists(path / MODEL) else path / MODEL
-        verify(path)
+        described = verify(path)
         path = path / ARRAYS
     with open_file(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -51,7 +55,7 @@ def read_weights(path: str | os.PathLike) -> Weights:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"path: {path} cannot be read: {shown(str(error))}") from error
-    return Weights(path, arrays, digest)
+    return Weights(path, arrays, digest, described.get("family"), described.get("arguments", {}))
 
 
 def take_weights(model: nnx.Module, weights: Weights) -> None:

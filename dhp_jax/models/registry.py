@@ -106,6 +106,12 @@ def absent(name: str) -> dict[str, Any]:
     return dict(getattr(_maker(name), "absent", {}))
 
 
+def with_defaults(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a network, also those that have their default."""
+    defaults = {key: p.default for key, p in _parameters(name).items() if p.default is not p.empty}
+    return {**defaults, **arguments}
+
+
 def task_of(name: str) -> str | None:
     """The task of a family: one that takes `num_classes` classifies, one of `scale` enlarges.
 

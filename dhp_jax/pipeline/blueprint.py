@@ -28,6 +28,11 @@ from dhp_jax.tracing.explain import memory
 from dhp_jax.tracing.network import EMBEDDING, GATES_ABOVE, install, traced
 from dhp_jax.tracing.table import LatentTable
 
+# Arguments of families that do not change what an ordinary network computes, after its training.
+MAY_DIFFER = {
+    *("embedding", "min_channels", "prune_classifier", "classifier_keep", "prune_upsampler"),
+    *("dropout", "initial_scale", "dtype"),
+}
 LATENTS = {"embedding": EMBEDDING, "gates_above": GATES_ABOVE}  # of axes found by tracing
 
 
@@ -157,6 +162,7 @@ def complete(config: ConfigDict, begun: Blueprint, setup: TaskSetup) -> Blueprin
         abstract(config, made)
         if made.weights is not None:
             with _named(config):
+                _check_arguments(made, made.weights)
                 made.ordinary()
         return made
     own = _without_latents(name, given)
@@ -175,6 +181,18 @@ def complete(config: ConfigDict, begun: Blueprint, setup: TaskSetup) -> Blueprin
         )
     sizes = ", ".join(f"{key} {z.size}" for key, z in latents(net).items())
     return replace(made, table=architecture_of(net).axes, told=f"{sizes}. {memory(net)}")
+
+
+def _check_arguments(made: Blueprint, weights: Weights) -> None:
+    """Raises if a folder tells that its weights are of a network that computes something else."""
+    if weights.family != made.name:
+        return
+    theirs = {**registry.absent(made.name), **weights.arguments}
+    ours, theirs = (registry.with_defaults(made.name, of) for of in (made.arguments, theirs))
+    for name in sorted(ours.keys() & theirs.keys() - MAY_DIFFER):
+        if ours[name] != theirs[name]:
+            expected = f"{shown(theirs[name])}, as the network in {weights.path.parent} has it"
+            raise ArgumentError(name, expected, shown(ours[name]))
 
 
 def abstract(config: ConfigDict, made: Blueprint) -> nnx.Module:

@@ -173,6 +173,22 @@ def test_weights_are_given_on_the_command_line_whatever_the_file_has():
         command.parse(line, define)
 
 
+@pytest.mark.parametrize("relu6", [False, True])
+def test_weights_of_a_family_are_of_a_network_that_computes_the_same(tmp_path, relu6):
+    arguments = {"width": 0.125, "num_classes": 10, "channels": 1}
+    given = {**arguments, "stem_stride": 1, "relu6": True, "dropout": 0.2}
+    trained = dhp.prune(dhp.models.build("mobilenet_v1", **given, rngs=nnx.Rngs(0)))
+    dhp.save(tmp_path / "net", trained)
+    model = {"width": 0.125, "stem_stride": 1, "weights": str(tmp_path / "net"), "relu6": relu6}
+    config = config_of("mobilenet_v1", model, method="l1_norm")
+    if relu6:
+        prepare(config, tmp_path / "run")
+        return
+    message = r"^config\.model\.relu6: expected True, as the network in .*net has it, got False$"
+    with pytest.raises(ValueError, match=message):
+        prepare(config, tmp_path / "run")
+
+
 WRONG = [
     (
         "nowhere:Net",
