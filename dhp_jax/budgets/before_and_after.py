@@ -40,7 +40,7 @@ class Summary:
     after: Cost
     batch: int | None = None
     ratio: Mapping[str, float] | None = None
-    other_widths: Mapping[int, Mapping[str, float]] | None = None
+    other_widths: Mapping[int | str, Mapping[str, float]] | None = None
 
     def __str__(self) -> str:
         lines = []

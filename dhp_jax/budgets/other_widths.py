@@ -6,12 +6,12 @@ from flax import nnx
 
 from dhp_jax.budgets.chosen import Time
 from dhp_jax.budgets.counted import check_budget, survivors_within
-from dhp_jax.budgets.rounding import Multiples
+from dhp_jax.budgets.rounding import AUTO, Multiples
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError
 
-NUMBERS = (4, 8, 16, 32)  # that widths may be multiples of
+TRIED = (4, 8, 16, 32, AUTO)  # of `multiple_of`; the last leaves narrow latents as they are
 
 
 def time_other_widths(
@@ -19,34 +19,36 @@ def time_other_widths(
     cost: Cost,
     timed: Callable[[nnx.Module], Time],
     multiple_of: Multiples,
-    budget_of: Callable[[int], Mapping[str, float]],
+    budget_of: Callable[[int | str], Mapping[str, float]],
     share: float = 1.0,
-) -> dict[int, Time]:
-    """Times pruned networks whose widths are multiples of larger numbers.
+) -> dict[int | str, Time]:
+    """Times pruned networks of other `multiple_of`: of larger numbers, and "auto".
 
     Args:
       model: a network of latents; left as it was.
       cost: its `measure_cost`.
       timed: times a pruned network against the whole one, as from `latency.clock`.
       multiple_of: of the network that is too slow.
-      budget_of: shares of FLOPs, params and activations for a number.
+      budget_of: shares of FLOPs, params and activations for a value.
       share: of the whole network's time; the first network within it is the last to be timed.
 
     Returns:
-      The times by number, of those numbers that the latents and the budget allow.
+      The times by value, of those values that the latents and the budget allow.
     """
     found = {}
-    for number in NUMBERS:
-        if isinstance(multiple_of, int) and number <= multiple_of:
+    for other in TRIED:
+        if other == multiple_of:
+            continue
+        if isinstance(multiple_of, int) and isinstance(other, int) and other < multiple_of:
             continue
         try:
-            budget = budget_of(number)
-            check_budget(model, cost, number, **budget)
+            budget = budget_of(other)
+            check_budget(model, cost, other, **budget)
         except ArgumentError:  # a latent is smaller than that, or the budget is out of reach
             continue
-        masks = survivors_within(model, cost, number, **budget)
-        found[number] = timed(prune(model, masks))
-        if found[number].within(share):
+        masks = survivors_within(model, cost, other, **budget)
+        found[other] = timed(prune(model, masks))
+        if found[other].within(share):
             break
     return found
 
@@ -54,9 +56,9 @@ def time_other_widths(
 def advice(ratios: Mapping[int | str, Mapping[str, float]]) -> str:
     """What the times of other widths, as shares of the whole network's, come to in words."""
     if not ratios:
-        return "no larger multiple_of is possible"
-    number, ratio = min(ratios.items(), key=lambda item: item[1]["high"])
+        return "no other multiple_of is possible"
+    value, ratio = min(ratios.items(), key=lambda item: item[1]["high"])
     if ratio["high"] < 1:
         shown = "{median:.2f} of that time ({low:.2f} to {high:.2f})".format(**ratio)
-        return f"multiple_of={number} would take {shown}, for no more FLOPs"
+        return f"multiple_of={value} would take {shown}, for no more FLOPs"
     return f"multiple_of={' or '.join(map(str, ratios))} is not faster either"

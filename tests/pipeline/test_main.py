@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import json
 from pathlib import Path
 import re
 import shlex
@@ -15,6 +16,7 @@ from runs import CONFIG, FIELDS, contents, of_digits
 import dhp_jax as dhp
 from dhp_jax.config.documentation import describe
 from dhp_jax.data.labelled import cifar
+from dhp_jax.pipeline import command
 from dhp_jax.pipeline.command import baseline_command, tell_target
 
 ROOT = Path(__file__).parents[2]
@@ -311,3 +313,15 @@ def test_a_target_that_holds_besides_other_budgets_is_told(capsys, fields, told)
 )
 def test_the_command_that_trains_the_unpruned_network_is_that_of_the_run(arguments, expected):
     assert baseline_command(arguments, "out/run", of_digits()) == expected
+
+
+def test_several_targets_end_with_one_comparison(main, capfd, finished, tmp_path, monkeypatch):
+    summary = json.loads((finished / "summary.json").read_text())
+    monkeypatch.setattr(command.targets, "execute", lambda runs, *_, **__: [summary] * len(runs))
+    targets = "--config.targets=0.75,0.5"
+    assert main(DIGITS, *overrides(), targets, f"--workdir={tmp_path / 'run'}") == 0
+    printed = capfd.readouterr().out
+    rows = [line.split()[0] for line in printed.splitlines() if line and line[0] != " "]
+    assert rows == ["size", "0.75", "0.5", "networks", "tested", "timed", "test", "report"]
+    assert f"--config.method=baseline --workdir={tmp_path / 'run'}-baseline\n" in printed
+    assert printed.endswith(f" {tmp_path / 'run' / 'compare.html'}\n")

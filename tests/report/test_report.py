@@ -18,6 +18,7 @@ from runs import UNPRUNED, description
 import dhp_jax as dhp
 from dhp_jax import cli
 from dhp_jax.artifact import reading as artifact_reading
+from dhp_jax.budgets.chosen import Time
 from dhp_jax.budgets.layer_table import compact, layer_table, percent
 from dhp_jax.budgets.timing import hardware
 from dhp_jax.report import __main__ as report_main
@@ -365,6 +366,32 @@ def test_the_text_of_a_summary_tells_the_latency(result):
     text = summary_text(summarize(result, times={"batches": [row]}))
     shown = "20.0 ms -> 12.5 ms; 1.60 times as fast (1.50 to 1.75)"
     assert told(text)["latency, batch 64"] == shown
+
+
+def test_a_network_that_is_slower_is_told_with_the_widths_that_would_help(result, monkeypatch):
+    def measure(networks, shape, batch):
+        slower = 2.0 if batch == 64 else 0.5
+        return {"before": [1.0] * 4, "after": [slower] * 4}
+
+    def clock(model, shape, batch):
+        assert batch == 64  # of one input it is faster
+        return lambda small: timed.append(small) or Time(ratio, ratio, ratio, rounds=9)
+
+    timed, ratio = [], {"median": 0.5, "low": 0.45, "high": 0.55}
+    monkeypatch.setattr(workdir_summary, "measure_latency", measure)
+    monkeypatch.setattr(workdir_summary, "clock", clock)
+    one, many = workdir_summary.latency(result, again=True)["batches"]
+    assert "other_widths" not in one
+    assert many["other_widths"] == {"auto": ratio}
+    (small,) = timed
+    assert dhp.measure_cost(small, (8, 8, 1)).flops <= result.after.flops
+    summary = summarize(result, times={"batches": [one, many]})
+    told_of_both = told(summary_text(summary))
+    assert told_of_both["latency, batch 1"].endswith("; 2.00 times as fast (2.00 to 2.00)")
+    assert told_of_both["latency, batch 64"].endswith(
+        "slower: takes 2.00 times as long (2.00 to 2.00); multiple_of=auto would take 0.50 of that "
+        "time (0.45 to 0.55), for no more FLOPs"
+    )
 
 
 # The command
