@@ -9,6 +9,10 @@ gets `rngs`, and by name what it takes of `config.model`, `num_classes`, `channe
         --config.source=runs/own_network-baseline
     python experiments/main.py --config=experiments/configs/own_network.py --config.method=l1_norm \
         --config.model.name=networks:Net --config.model.weights=net.safetensors
+
+Of 500 test images (seed 0) 2.60 % are wrong before; a run takes up to 30 s of CPU time. With half
+of the FLOPs 2.60 % are by `dhp`, from scratch, and from the baseline 1.60 % by `fade`, 2.20 % by
+`l1_norm`. Intervals of 95 % reach from 0.8 to 4.4 %: the differences mean nothing.
 """
 
 from flax import nnx
@@ -36,7 +40,7 @@ class Network(nnx.Module):
 
 def get_config():
     config = dhp_config.default()
-    config.model = {"name": "dhp_jax.configs.own_network:Network", "width": 1.0}
+    config.model = {"name": "dhp_jax.configs.own_network:Network"}
     config.data.name = "digits"
     config.log_every = 20
     config.search.update(epochs=30, strength=0.12, learning_rate=0.02, drops=())

@@ -14,6 +14,7 @@ import dhp_jax as dhp
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.models import registry
 from dhp_jax.pipeline import command
+from dhp_jax.pipeline.blueprint import begin
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.flags import define
 from dhp_jax.pipeline.preparation import prepare
@@ -162,6 +163,11 @@ def test_a_family_starts_from_weights_too(tmp_path):
         for made in (*networks, plan.gated(plan.ordinary())):
             made.eval()
             np.testing.assert_allclose(computed(made), computed(trained), atol=1e-5)
+
+
+def test_the_shipped_configuration_takes_any_network_by_its_name():
+    line = ["main.py", "--config=own_network", f"--config.model.name={PLAIN}"]
+    assert begin(command.parse(line, define).config).name == PLAIN
 
 
 def test_weights_are_given_on_the_command_line_whatever_the_file_has():
