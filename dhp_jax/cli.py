@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+import math
 import os
 from pathlib import Path
 import sys
@@ -20,6 +21,7 @@ from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.data.augmentation import normalize
+from dhp_jax.errors import shown
 from dhp_jax.models.own import imported
 from dhp_jax.models.registry import task_of
 from dhp_jax.workdir import target_dirs
@@ -48,10 +50,24 @@ def parser(description: str) -> Parser:
 
 def shape_of(text: str) -> tuple[int, ...]:
     """The type of a flag that gives a shape: "32,32,3"."""
-    sizes = tuple(map(int, text.split(",")))
-    if min(sizes) < 1:
-        raise ValueError(text)
-    return sizes
+    return _listed(text, int, "positive whole numbers, such as 32,32,3", lambda size: size > 0)
+
+
+def numbers_of(text: str) -> tuple[float, ...]:
+    """The type of a flag that gives a number for each channel: "125.3,123.0,113.9"."""
+    return _listed(text, float, "numbers, such as 125.3,123.0,113.9", math.isfinite)
+
+
+def _listed(
+    text: str, kind: Callable[[str], Any], expected: str, fits: Callable[[Any], bool]
+) -> tuple[Any, ...]:
+    try:
+        values = tuple(map(kind, text.split(",")))
+    except ValueError:
+        values = ()
+    if not (values and all(map(fits, values))):
+        raise argparse.ArgumentTypeError(f"expected {expected}; got {shown(text)}")
+    return values
 
 
 def tell(text: str) -> None:

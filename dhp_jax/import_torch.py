@@ -1,9 +1,10 @@
-"""Reads networks of PyTorch: those of the paper's released code, and torchvision's ResNets.
+"""Reads networks of PyTorch: of the paper's code, and ResNets of torchvision.
 
-python -m dhp_jax.import_torch model_latest.pt --family=resnet depth=56 --out=resnet56/
-python -m dhp_jax.import_torch srresnet.pt --family=srresnet scale=4 --input-shape=128,128,3
+python -m dhp_jax.import_torch net.pt --family=resnet depth=56 --out=resnet56/
+python -m dhp_jax.import_torch net.pt --family=unet --input-shape=128,128,1
 """
 
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 import json
 import math
@@ -260,22 +261,50 @@ def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(prog="python -m dhp_jax.import_torch", description=__doc__)
     parser.add_argument("file", type=Path, help="that torch.save wrote")
     parser.add_argument("arguments", nargs="*", help="of the family, such as depth=56")
-    parser.add_argument("--family", choices=RELEASED, required=True)
-    parser.add_argument("--out", type=Path, help="folder; named as the file by default")
-    parser.add_argument("--input-shape", type=cli.shape_of, help="128,128,3: notes FLOPs too")
-    parser.add_argument("--mean", type=_numbers, help="of a classifier's pixels: 125.3,123,113.9")
-    parser.add_argument("--std", type=_numbers, help="of them: 63,62.1,66.7; predict needs both")
+    families = f"one of {', '.join(RELEASED)}"
+    parser.add_argument("--family", choices=RELEASED, required=True, metavar="NAME", help=families)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="named as the file by default")
+    parser.add_argument(
+        "--input-shape", type=cli.shape_of, metavar="H,W,C", help="128,128,3: notes FLOPs too"
+    )
+    parser.add_argument(
+        "--mean",
+        type=cli.numbers_of,
+        metavar="R,G,B",
+        help="of a classifier's pixels: 125.3,123,113.9",
+    )
+    parser.add_argument(
+        "--std",
+        type=cli.numbers_of,
+        metavar="R,G,B",
+        help="of them: 63,62.1,66.7; predict needs both",
+    )
     options = parser.parse_intermixed_args(arguments)
     out = options.out or options.file.with_suffix("")
     if not may_hold(out):
         raise ValueError(f"--out: expected no or an empty folder, or a saved network; got {out}")
     given = dict(map(_argument, options.arguments))
+    noted = _noted(options)
     model = network_of(options.family, read(options.file), **given)
-    noted = {"mean": options.mean, "std": options.std, "imported_from": options.file.name}
-    noted = {name: value for name, value in noted.items() if value is not None}
     save(out, model, input_shape=options.input_shape, **noted)
     kind = f"a search network of {len(latents(model))} latents" if latents(model) else "a network"
     print(f"{out}: {kind} of the family {options.family}")
+
+
+def _noted(options: Namespace) -> dict[str, Any]:
+    """What is saved with the network."""
+    noted: dict[str, Any] = {"imported_from": options.file.name}
+    mean, std = options.mean, options.std
+    if mean is None and std is None:
+        return noted
+    if mean is None or std is None:
+        raise ValueError("--mean, --std: expected both or none; got one of them")
+    channels = options.input_shape[-1] if options.input_shape else len(mean)
+    for name, values, least in (("mean", mean, -math.inf), ("std", std, 0)):
+        if len(values) != channels or min(values) <= least:
+            what = f"{channels} {'positive ' * (name == 'std')}numbers, one for each channel"
+            raise ValueError(f"--{name}: expected {what}; got {shown(values)}")
+    return noted | {"mean": list(mean), "std": list(std)}
 
 
 def _argument(text: str) -> tuple[str, Any]:
@@ -286,11 +315,6 @@ def _argument(text: str) -> tuple[str, Any]:
         return name, json.loads(value.lower())
     except ValueError:
         return name, value
-
-
-def _numbers(text: str) -> list[float]:
-    """The type of a flag: "125.3,123.0,113.9"."""
-    return list(map(float, text.split(",")))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Networks of PyTorch, whose outputs benchmarks/released.py has computed, are read as they are."""
 
+import contextlib
 import functools
 import json
 import math
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax import import_torch
+from dhp_jax import cli, import_torch
 from dhp_jax.artifact.weights import read_weights, take_weights
 from dhp_jax.import_torch import network_of
 from dhp_jax.models import resnet
@@ -125,13 +126,14 @@ def test_the_command_saves_a_network_that_load_reads(name, tmp_path, monkeypatch
     monkeypatch.setattr(import_torch, "read", lambda path: tensors_of(case))
     shape = (*case["images"][2:], case["images"][1])
     given = f"--input-shape={','.join(map(str, shape))}"
-    pixels = ["--mean=1.5,2,3", "--std=4,5,6"]
+    mean, std = [1.5, 2, 3][: shape[-1]], [4, 5, 6][: shape[-1]]
+    pixels = [f"--{name}={','.join(map(str, of))}" for name, of in (("mean", mean), ("std", std))]
     import_torch.main([*command(tmp_path / "net.pt", case), given, *pixels])
     assert case["family"] in capsys.readouterr().out
     model = dhp.load(tmp_path / "net")
     assert is_like(model, case)
     description = json.loads((tmp_path / "net/model.json").read_text())
-    noted = {"imported_from": "net.pt", "mean": [1.5, 2, 3], "std": [4, 5, 6]}
+    noted = {"imported_from": "net.pt", "mean": mean, "std": std}
     assert description["notes"] == {**noted, "input_shape": list(shape)}
     assert description["cost"]["params"] == dhp.measure_cost(model, shape).params
 
@@ -153,6 +155,43 @@ def test_a_run_may_start_from_an_ordinary_network(tmp_path):
     take_weights(model, read_weights(tmp_path / "net"))  # as config.model.weights does
     model.eval()
     assert is_like(model, case)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--mean=1,2,3"], "--mean, --std: expected both or none; got one of them"),
+        (["--mean=1,2,3", "--std=1,2"], "--std: expected 3 positive numbers, one for each channel"),
+        (["--mean=1", "--std=0"], "--std: expected 1 positive numbers, one for each channel; got"),
+        (
+            ["--mean=1,2", "--std=1,2", "--input-shape=8,8,3"],
+            "--mean: expected 3 numbers, one for each channel; got (1.0, 2.0)",
+        ),
+        (
+            ["--mean=1,x", "--std=1,2"],
+            "--mean: expected numbers, such as 125.3,123.0,113.9; got '1",
+        ),
+        (["--mean=nan", "--std=1"], "--mean: expected numbers, such as 125.3,123.0,113.9; got 'n"),
+        (["--input-shape=8,0"], "--input-shape: expected positive whole numbers, such as 32,32,3"),
+    ],
+)
+def test_flags_that_nothing_can_be_made_of_are_refused_before_the_file_is_read(
+    given, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["import_torch", str(tmp_path / "none.pt"), *given])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--family=resnet", "depth=8"])
+    with contextlib.suppress(SystemExit):
+        assert cli.run(import_torch.main) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_has_no_more_than_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        import_torch.main(["--help"])
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
 
 
 @pytest.mark.parametrize(

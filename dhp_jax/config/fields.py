@@ -152,7 +152,9 @@ FIELDS: Fields = {
     ),
     "optimizer": {
         "name": Field("sgd", one_of(*optimizer.NAMES), "of all parameters"),
-        "momentum": Field(0.9, number(0, 1, below=True), "of sgd"),
+        "momentum": Field(
+            0.9, number(0, 1, below=True), "of sgd; of adam and adamw the first decay"
+        ),
         "nesterov": Field(
             False, BOOLEAN, "whether the momentum of sgd is Nesterov's", absent=False
         ),

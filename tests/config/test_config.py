@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 import pytest
 
+import dhp_jax as dhp
 from dhp_jax.config import fields as config_fields
 from dhp_jax.config.checks import check, check_overrides
 from dhp_jax.config.fields import default
@@ -123,6 +124,54 @@ def test_the_restoration_configurations_are_of_the_papers_networks(name, model, 
     assert (config.optimizer.name, config.target, config.data.name) == ("adam", 0.6, "photo_folder")
 
 
+LONG = {"epochs": 220, "drops": (200, 205, 210, 215)}
+NARROW = {"threshold": 2e-3, "drops": (50, 70)}
+ENLARGING = {"epochs": 300, "drops": (200,)}
+DENOISING = {"epochs": 60, "drops": (40,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "target", "strength", "search", "after", "batch", "task"),
+    [
+        ("mobilenet_v1", (1.0, 0.4), 0.5, 5e-5, NARROW, LONG, 64, {}),
+        ("mobilenet_v1_x2", (2.0, 0.45), 0.24, 5e-5, NARROW, LONG, 64, {}),
+        ("mobilenet_v2", (1.0, 0.4), 0.1, 1e-4, {**NARROW, "threshold": 1e-3}, LONG, 64, {}),
+        ("mobilenet_v2_x2", (2.0, 0.45), 0.24, 1e-4, {"drops": (50, 70)}, LONG, 64, {}),
+        ("srresnet_x4", (1.0, None), 0.6, 0.1, {"drops": (40,)}, ENLARGING, 16, {"patch": 96}),
+        ("edsr_x4", (1.0, None), 0.6, 0.1, {"drops": (40,)}, ENLARGING, 16, {"patch": 192}),
+        ("dncnn_s70", (1.0, None), 0.6, 0.1, {"drops": (10,)}, DENOISING, 64, {"patch": 64}),
+        ("unet_s70", (1.0, None), 0.6, 0.1, {"drops": (10,)}, DENOISING, 16, {"patch": 128}),
+    ],
+)
+def test_other_configurations_have_the_papers_hyperparameters(
+    name, model, target, strength, search, after, batch, task
+):
+    config = read(name)
+    assert (config.model.width, config.model.get("classifier_keep")) == model
+    assert (config.target, config.batch_size) == (target, batch)
+    search = {"strength": strength, "threshold": 5e-3, "stop_limit": 0.02, **search}
+    assert search.items() <= config.search.to_dict().items()
+    for phase in ("converge", "baseline"):
+        assert after.items() <= config[phase].to_dict().items()
+    assert {config[phase].learning_rate for phase in PHASES} == {1e-4 if task else 0.1}
+    if task:
+        steps = {"super_resolution": 2013, "denoising": 10_000}[config.task.name]
+        task = {"loss": "l1", "steps_per_epoch": steps, **task}
+        assert (config.optimizer.name, config.optimizer.weight_decay) == ("adam", 0)
+    assert task.items() <= config.task.to_dict().items()
+
+
+@pytest.mark.parametrize("depth", [20, 56])
+def test_residual_networks_of_twice_the_width_are_searched_down_to_the_cost_of_width_1(depth):
+    wide, narrow = read(f"resnet{depth}_x2"), read(f"resnet{depth}")
+    flops = [
+        dhp.measure_cost(dhp.models.build_abstract(**config.model), (32, 32, 3)).flops
+        for config in (wide, narrow)
+    ]
+    assert 0.98 < wide.target * flops[0] / flops[1] <= 1
+    assert wide.search == narrow.search
+
+
 def test_densenet_has_nesterovs_momentum_and_mobilenets_have_dropout():
     for path in CONFIGS.glob("*.py"):
         config = read(path.stem)
@@ -223,6 +272,7 @@ GOOD = {
     "search.stop_limit": [0, 1],
     "search.min_channels": [1, 1000],
     "search.keep": [0, 0.1, 1],
+    "search.batches": [1, 10, 10**6],
     "converge.distillation.weight": [0],
     "converge.distillation.temperature": [0.5, 4],
     **{f"{phase}.epochs": [1, 10**6] for phase in PHASES},
@@ -321,6 +371,7 @@ BAD = {
     "search.stop_limit": ([*NUMBERS, -0.01, 1.01], "a number >= 0 and <= 1"),
     "search.min_channels": ([*INTEGERS, 0], CHANNELS),
     "search.keep": ([*NUMBERS, -0.1, 1.1], "a number >= 0 and <= 1"),
+    "search.batches": ([*INTEGERS, 0], COUNT),
     "converge.distillation.weight": ([*NUMBERS, -0.1, 1.1], "a number >= 0 and <= 1"),
     "converge.distillation.temperature": ([*NUMBERS, 0, -1], "a number > 0 and <= 1e+30"),
     **{f"{phase}.epochs": ([*INTEGERS, 0, 0.1], EPOCHS) for phase in PHASES},
