@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import json
 import math
 from pathlib import Path
@@ -187,10 +188,13 @@ def test_flags_that_nothing_can_be_made_of_are_refused_before_the_file_is_read(
     assert error.count("\n") == 1
 
 
-def test_help_has_no_more_than_80_columns(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "command", ["import_torch", "predict", "export.__main__", "report.__main__"]
+)
+def test_help_of_a_command_has_no_more_than_80_columns(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
-        import_torch.main(["--help"])
+        importlib.import_module(f"dhp_jax.{command}").main(["--help"])
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
 
 

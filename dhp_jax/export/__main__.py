@@ -1,7 +1,7 @@
-"""Writes a saved network in a format that runs without this library, and tries what it has written.
+"""Writes a saved network in a format that runs without this library, and tries it.
 
 python -m dhp_jax.export runs/resnet56 --format=onnx
-python -m dhp_jax.export runs/resnet56 --format=stablehlo --which=best --out=resnet56.stablehlo
+python -m dhp_jax.export runs/resnet56 --format=stablehlo --out=net.stablehlo
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
 """What a run leaves for people: a page, a table of its layers, a summary, and plots.
 
-Makes the page of a run again, finished or not, or one page that compares several runs.
+Makes the page of a run again, finished or not, or one that compares several.
 
-    python -m dhp_jax.report runs/resnet20                 # writes runs/resnet20/report.html;
+    python -m dhp_jax.report runs/resnet20  # writes runs/resnet20/report.html;
         # with targets, the pages of all sizes and runs/resnet20/compare.html
-    python -m dhp_jax.report runs/resnet20 runs/resnet56   # writes compare.html
+    python -m dhp_jax.report runs/resnet20 runs/resnet56  # writes compare.html
 """
 
 import argparse
