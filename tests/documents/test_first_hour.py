@@ -90,7 +90,7 @@ def test_the_first_hour_from_pip_install_to_an_onnx_file_of_ones_own(tmp_path):
     # With the extras: a run, its page, and its network in another format.
     for line in installs[1:]:
         typed(line)
-    assert "--config.search.max_steps" in typed("dhp-train --help")
+    assert "  search.max_steps: " in typed("dhp-train --help")
     typed(f"{quick} --workdir=runs/quick")
     run = work / "runs/quick"
     for name in (
