@@ -145,7 +145,8 @@ def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
     weights = overrides.pop(WEIGHTS, "None")  # which files need not mention
     if weights is None:
         raise ValueError(f"{WEIGHTS}: expected --{WEIGHTS}=<value>; got none")
-    check_overrides(read_config(given.get("config")), overrides)
+    config = read_config(given.get("config"))
+    check_overrides(config, overrides)
     found = find_config(given["config"])  # for a name, its file
     arguments = [
         a.replace(given["config"], found) if a.lstrip("-").startswith("config=") else a
@@ -157,6 +158,11 @@ def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
         surplus = options(arguments)[1:]
     except TypeError as error:  # a value that cannot become one of the field's type
         raise ValueError(error) from error
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        if name.partition(".")[0] in config:
+            raise ValueError(f"--{name}: expected --config.{name}=<value>") from error
+        raise
     if surplus:
         raise ValueError(f"expected flags only, such as --config.target=0.5; got {surplus[0]!r}")
     if WEIGHTS in given and isinstance(options.config.get("model"), ConfigDict):

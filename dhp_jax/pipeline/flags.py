@@ -15,9 +15,9 @@ from dhp_jax.pipeline import command
 
 def main(arguments: Sequence[str]) -> int:
     """Runs, and prints what came of it; returns the exit code, see `dhp_jax.pipeline.command`."""
-    if "--help" in arguments:
-        told = define(arguments).get_help(include_special_flags=False)
-        print(__doc__, told, describe(), sep="\n")
+    if {"--help", "-help", "-h"} & set(arguments):
+        _, told = define(arguments).get_help(include_special_flags=False).strip().split("\n", 1)
+        print(__doc__, told, "", describe(), sep="\n")
         return 0
     return command.run(arguments, define)
 

@@ -162,7 +162,7 @@ def _counted(run: RunReport, value: float) -> list[str]:
 def _remarks(summary: Mapping[str, Any] | None) -> list[str]:
     found, phases = [], summary["phases"] if summary else {}
     if "search" in phases and not phases["search"]["met_budget"]:
-        found.append("the search ran out of epochs; the network was pruned to its budget anyway")
+        found.append("the search ended above its budget; the network was pruned to it anyway")
     return found + [
         f"{phase['skipped']} batches of the {name} phase were skipped: not finite"
         for name, phase in phases.items()

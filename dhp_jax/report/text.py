@@ -120,7 +120,7 @@ def _details(summary: Mapping[str, Any]) -> Rows:
     rows.append(("time", f"{duration(summary['seconds'])} on {summary['hardware']}"))
     if "search" in phases and not phases["search"]["met_budget"]:
         rows.append(
-            ("note", "the search ran out of epochs; the network was pruned to its budget anyway")
+            ("note", "the search ended above its budget; the network was pruned to it anyway")
         )
     skipped = {name: phase["skipped"] for name, phase in phases.items() if phase["skipped"]}
     if skipped:

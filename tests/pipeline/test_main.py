@@ -71,6 +71,8 @@ WRONG = [
     ("--config.multiple_of=99", "config.multiple_of: expected at most", "got 99"),
     ("--config.target", "config.target", "expected --config.target=<value>"),
     ("--baseline=nowhere", "baseline", "'nowhere'", "a finished run with config.method=baseline"),
+    ("--target=0.5", "--target: expected --config.target=<value>"),
+    ("--search.epochs=5", "--search.epochs: expected --config.search.epochs=<value>"),
     ("--workdri=out", "'workdri'", "Did you mean: workdir"),
     ("surplus", "'surplus'", "flags only"),
 ]
@@ -193,13 +195,15 @@ def test_the_program_exits_with_2_for_wrong_input(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_tells_the_flags(tmp_path):
+def test_help_tells_the_flags(main, capsys, tmp_path):
     command = [sys.executable, str(MAIN), "--help"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     for part in ("Example: dhp-train", "--config:", "--workdir:", "--baseline:"):
         assert part in ended.stdout
     assert describe() in ended.stdout
     assert ended.stderr == ""
+    assert main("-h") == 0
+    assert capsys.readouterr().out == ended.stdout
 
 
 def test_a_run_prints_its_layers_its_errors_and_where_everything_is(

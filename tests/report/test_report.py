@@ -193,7 +193,7 @@ def test_the_text_of_a_summary_tells_its_numbers(result):
     assert hardware() in lines["time"]
     assert "note" not in lines
     summary["phases"]["search"]["met_budget"] = False
-    assert "ran out of epochs" in told(summary_text(summary))["note"]
+    assert "ended above its budget" in told(summary_text(summary))["note"]
 
 
 def test_batches_that_were_skipped_are_told(result):
