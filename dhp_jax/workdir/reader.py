@@ -137,26 +137,28 @@ class Result:
 
     def unpruned(self) -> nnx.Module:
         """The network with nothing pruned, for measuring its latency; its weights mean nothing."""
-        return prune(self._whole())
+        return prune(_whole(self))
 
     def with_latents(self) -> nnx.Module:
         """The network of latents; without a search its weights and latents mean nothing."""
-        model = self._whole()
+        model = _whole(self)
         if latents(model):
             return model
         least = self.config["search"]["min_channels"]
         return with_latents(model, self.input_shape, min_channels=least)
 
-    def _whole(self) -> nnx.Module:
-        if self.search is not None:
-            return self.search
-        made = architecture_of(self.trained)
-        return registry.build(made.family, rngs=nnx.Rngs(0), **made.arguments)
-
     @property
     def phases(self) -> tuple[str, ...]:
         """The phases of training, in order."""
         return self.method.phases
+
+
+def _whole(result: Result) -> nnx.Module:
+    """The unpruned network of a run, of latents where it searched."""
+    if result.search is not None:
+        return result.search
+    made = architecture_of(result.trained)
+    return registry.build(made.family, rngs=nnx.Rngs(0), **made.arguments)
 
 
 def read(workdir: str | os.PathLike) -> Result:
