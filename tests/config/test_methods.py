@@ -269,6 +269,7 @@ def faded(sources, compiled_once, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_search_from_trained_weights_meets_its_budget_and_its_cut_loses_nothing(faded, baseline):
     summary = json.loads((faded / reader.SUMMARY).read_text())
     assert list(summary["phases"]) == ["search", "converge"]

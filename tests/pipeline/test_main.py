@@ -265,6 +265,7 @@ def test_a_training_that_diverges_ends_with_one_line_and_exit_code_1(main, tmp_p
     assert last.endswith("; --config.nonfinite=skip leaves such batches out")
 
 
+@pytest.mark.slow
 def test_weights_that_overflow_where_the_budget_is_met_end_a_run_with_one_line(
     main, tmp_path, capsys
 ):
