@@ -102,7 +102,7 @@ def _prepare(builder, data_dir: str | os.PathLike | None) -> None:
             "prepare it (as array_record) on a machine with network, and copy the folder: "
             'python -c "from dhp_jax.data.labelled import registry; '
             f"registry.load('{builder.name}', '.')\"; "
-            f"or run the embedded default, {labelled_tfds.DEFAULT_CONFIG}",
+            f"or try {labelled_tfds.DEFAULT_CONFIG}, whose images come with scikit-learn",
         )
     prepare(builder)
 

@@ -36,7 +36,7 @@ def load(data_dir: str | os.PathLike | None = None, image_size: int | None = Non
             'python -c "import tensorflow_datasets as tfds; '
             f"tfds.builder('{builder.name}', data_dir='.')"
             ".download_and_prepare(file_format='array_record')\"; "
-            f"or run the embedded default, {labelled_tfds.DEFAULT_CONFIG}",
+            f"or try {labelled_tfds.DEFAULT_CONFIG}, whose images come with scikit-learn",
         )
     return source(
         builder,
