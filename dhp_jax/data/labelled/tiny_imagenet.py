@@ -105,7 +105,8 @@ def _find(builder, archive: str | os.PathLike | None) -> Path:
             "data.archive",
             detail=f"found no prepared {builder.name} in {builder.data_dir}, and no archive "
             f"{path}; fetch it on a machine with network, by curl -O {URL}, and give its path as "
-            f"data.archive, or try {labelled_tfds.DEFAULT_CONFIG}, whose images come with scikit-learn",
+            f"data.archive, or try {labelled_tfds.DEFAULT_CONFIG}, "
+            "whose images come with scikit-learn",
         )
     return path
 
