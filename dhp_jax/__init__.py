@@ -53,12 +53,14 @@ from dhp_jax.pruned.classifier import with_classes
 from dhp_jax.pruned.fold import fold
 from dhp_jax.pruned.gates import with_gates
 from dhp_jax.pruned.relatent import with_latents
-from dhp_jax.pruned.statistics import refresh_statistics
+from dhp_jax.pruned.statistics import renew_statistics
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.tracing.declared import prune
 from dhp_jax.tracing.explain import explain
 
 __version__ = "0.1.0"
+
+refresh_statistics = renew_statistics  # another name of the same
 
 __all__ = [
     "Axis",
@@ -105,7 +107,7 @@ __all__ = [
     "prune",
     "prune_to",
     "random_scores",
-    "refresh_statistics",
+    "renew_statistics",
     "repeat",
     "save",
     "scale_scores",

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Key
 
 from dhp_jax.pipeline.preparation import PHASES, Run
-from dhp_jax.pruned.statistics import refresh_statistics
+from dhp_jax.pruned.statistics import renew_statistics
 from dhp_jax.tasks.task import Data, Examples
 from dhp_jax.train.inputs import make_inputs
 
@@ -49,5 +49,5 @@ def renew(run: Run, model: nnx.Module, data: Data) -> bool:
     """Measures the statistics of a network anew, in place; whether it has any."""
     if not any(isinstance(layer, nnx.BatchNorm) for _, layer in nnx.iter_modules(model)):
         return False
-    refresh_statistics(model, (images for images, _ in batches(run, data, EXAMPLES)))
+    renew_statistics(model, (images for images, _ in batches(run, data, EXAMPLES)))
     return True

@@ -12,7 +12,7 @@ import numpy as np
 from dhp_jax.core.latent import walk
 
 
-def refresh_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
+def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
     """Measures the mean and variance of every BatchNorm anew; nothing is trained.
 
     Cutting channels changes what the layers behind them see, so that statistics from before are
@@ -36,7 +36,7 @@ def refresh_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
-      >>> dhp.refresh_statistics(small, [images[:256], images[256:512]])
+      >>> dhp.renew_statistics(small, [images[:256], images[256:512]])
 
     Reference: Wu, Johnson, Rethinking "Batch" in BatchNorm, 2021 (arXiv 2105.07576), section 3.
     """

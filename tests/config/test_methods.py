@@ -195,7 +195,7 @@ def test_statistics_are_renewed_on_training_data_after_the_cut(pruned):
     found = [(n.mean[...], n.var[...]) for _, n in nnx.iter_modules(small) if is_norm(n)]
     images = [inputs for inputs, _ in batches(run, run.setup.read("train"), 10**6)]
     assert len(images) == run.setup.epoch // run.config.batch_size
-    dhp.refresh_statistics(small, images)
+    dhp.renew_statistics(small, images)
     again = [(n.mean[...], n.var[...]) for _, n in nnx.iter_modules(small) if is_norm(n)]
     for one, other in zip(found, again, strict=True):
         for stored, expected in zip(one, other, strict=True):

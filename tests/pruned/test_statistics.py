@@ -23,7 +23,7 @@ def test_statistics_are_the_moments_of_all_examples():
     model = Two(nnx.Rngs(0))
     x = np.random.default_rng(0).normal(2, 3, (60, 5, 5, 3)).astype(np.float32)
     x[..., 1] *= 4
-    dhp.refresh_statistics(model, [x[:10], x[10:40], x[40:]])
+    dhp.renew_statistics(model, [x[:10], x[10:40], x[40:]])
     flat = x.reshape(-1, 3).astype(np.float64)
     np.testing.assert_allclose(model.first.mean[...], flat.mean(0), rtol=1e-5)
     np.testing.assert_allclose(model.first.var[...], flat.var(0), rtol=1e-4)
@@ -34,7 +34,7 @@ def test_nothing_but_statistics_changes_and_the_mode_stays():
     model.train()
     images = np.random.default_rng(1).normal(size=(8, *MIXED_INPUT)).astype(np.float32)
     before = {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
-    dhp.refresh_statistics(model, [images])
+    dhp.renew_statistics(model, [images])
     after = {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
     changed = {path[-1] for path in before if not np.array_equal(before[path], after[path])}
     assert changed == {"mean", "var"}
@@ -50,12 +50,12 @@ def test_a_network_whose_channels_were_cut_computes_in_evaluation_what_it_does_i
     training = np.asarray(nnx.clone(small)(images))
     small.eval()
     assert np.abs(np.asarray(small(images)) - training).max() > 0.1
-    dhp.refresh_statistics(small, [images])
+    dhp.renew_statistics(small, [images])
     np.testing.assert_allclose(small(images), training, rtol=1e-3, atol=1e-3)
 
 
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"^model: expected a network with nnx.BatchNorm layers"):
-        dhp.refresh_statistics(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [jnp.ones((1, 2))])
+        dhp.renew_statistics(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [jnp.ones((1, 2))])
     with pytest.raises(ValueError, match=r"^batches: expected at least one batch, got none"):
-        dhp.refresh_statistics(Two(nnx.Rngs(0)), [])
+        dhp.renew_statistics(Two(nnx.Rngs(0)), [])
