@@ -8,6 +8,7 @@ kinds have the same updates in all, and the same images in the same order for a 
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -62,7 +63,9 @@ def main() -> None:
     parser.add_argument("--depth", type=positive, default=8, help="of the ResNet: 8, 14, 20 ...")
     parser.add_argument("--updates", type=positive, default=1200, help="in all, for each kind")
     parser.add_argument("--kinds", nargs="+", choices=[k.name for k in KINDS], default=None)
-    parser.add_argument("--out", help="folder for hypernetworks.json and hypernetworks.md")
+    parser.add_argument(
+        "--out", type=Path, help="folder for hypernetworks.json and hypernetworks.md"
+    )
     options = parser.parse_args()
     kinds = [kind for kind in KINDS if options.kinds is None or kind.name in options.kinds]
     rows = []

@@ -34,6 +34,9 @@ class Summary:
       batch: how many inputs a timed pass took; `None` if nothing was timed.
       ratio: quartiles of the time after as a share of the time before, over pairs of passes.
       other_widths: where it is slower, the same of networks of other `multiple_of`.
+
+    Example:
+      >>> print(dhp.summary(model, small, (32, 32, 3)))
     """
 
     before: Cost

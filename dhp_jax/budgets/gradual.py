@@ -18,6 +18,7 @@ from dhp_jax.core.latent import LatentVector, latents
 from dhp_jax.core.survivors import survivor_mask
 from dhp_jax.prox import soft_threshold
 
+STAGES = 6  # parts of a search, each with a choice of its own
 TINY = 1e-12  # share of the cost of an entry that is free
 Vectors = dict[str, Array]  # by the name of a prunable latent
 
@@ -44,7 +45,7 @@ def fade_to_budget(
     cost: Cost,
     *,
     steps: int,
-    stages: int = 6,
+    stages: int = STAGES,
     power: float = 1.0,
     memory: float = 0.98,
     **budget: float,

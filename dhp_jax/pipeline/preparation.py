@@ -14,6 +14,7 @@ import optax
 
 from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.counted import check_budget, limits
+from dhp_jax.budgets.gradual import STAGES
 from dhp_jax.budgets.latency import check_latency, clock
 from dhp_jax.config.checks import check
 from dhp_jax.config.methods import METHODS
@@ -94,6 +95,8 @@ def prepare(
     model = abstract(config, blueprint)
     if source_run.needs_source(config):
         from_first(lambda: source_run.check(config, workdir, asked.checksums, model))
+    if method.fades:
+        _check_stages(config, asked.epoch)
     cost = measure_cost(model, asked.input_shape)
     try:
         check_budget(model, cost, config.multiple_of, **counted_budgets(config))
@@ -128,17 +131,31 @@ def counted_budgets(config: ConfigDict) -> dict[str, float]:
 
 def most_steps(run: Run, phase: str) -> int:
     """How many steps a phase takes if no budget ends it before."""
-    settings = run.config[phase]
-    steps = settings.epochs * (run.setup.epoch // run.config.batch_size)
-    return steps if settings.max_steps is None else min(steps, settings.max_steps)
+    return _length(run.config, run.setup.epoch, phase)[0]
 
 
 def length_field(run: Run, phase: str) -> str:
     """What ends a phase if no budget does, such as "search.epochs=100"."""
-    settings = run.config[phase]
-    whole = settings.epochs * (run.setup.epoch // run.config.batch_size)
-    name = "epochs" if most_steps(run, phase) == whole else "max_steps"
-    return f"{phase}.{name}={settings[name]}"
+    _, name = _length(run.config, run.setup.epoch, phase)
+    return f"{phase}.{name}={run.config[phase][name]}"
+
+
+def _length(config: ConfigDict, epoch: int, phase: str) -> tuple[int, str]:
+    """How many steps a phase takes at most, and the field that says so."""
+    most = config[phase].max_steps
+    steps = config[phase].epochs * (epoch // config.batch_size)
+    return (steps, "epochs") if most is None or steps <= most else (most, "max_steps")
+
+
+def _check_stages(config: ConfigDict, epoch: int) -> None:
+    """Raises unless a search that fades channels has a step for each of its parts."""
+    steps, name = _length(config, epoch, "search")
+    if steps <= STAGES:
+        raise ConfigError(
+            f"config.search.{name}",
+            f"more than {STAGES} steps for config.method={config.method}",
+            f"{config.search[name]}, which is {steps}",
+        )
 
 
 def schedule_of(run: Run, phase: str) -> optax.Schedule:

@@ -288,6 +288,13 @@ def test_a_search_from_trained_weights_meets_its_budget_and_its_cut_loses_nothin
     np.testing.assert_allclose(small(images), model(images), rtol=1e-4, atol=1e-4)
 
 
+def test_a_search_from_trained_weights_wants_a_step_for_each_of_its_parts(sources, tmp_path):
+    fields = {"method": "fade", "source": path(sources["fade"]), "search.max_steps": 6}
+    message = r"^config.search.max_steps: expected more than 6 steps .*fade; got 6, which is 6$"
+    with pytest.raises(ConfigError, match=message):
+        carry_out(tmp_path / "run", **fields)
+
+
 @pytest.mark.slow
 def test_a_search_from_trained_weights_that_is_stopped_ends_with_the_same_bits(
     faded, sources, tmp_path
