@@ -101,7 +101,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
         *NETWORKS,
         *("config.json", "metrics.jsonl", "tensorboard", "summary.json", "layers.md", "plots"),
         "report.html",
-        *("checkpoints", "data.json", ".lock"),
+        *("checkpoints", "data.json", "log.txt", ".lock"),
     }
     for name in NETWORKS:
         files = {path.name for path in (finished.workdir / name).iterdir()}
