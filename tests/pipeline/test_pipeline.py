@@ -469,7 +469,7 @@ def test_a_finished_run_only_reports(finished, tmp_path):
     assert without_times(summary) == without_times(finished.summary)
     before, after = contents(finished.workdir), contents(workdir)
     assert before.keys() == after.keys()
-    measured = ("summary.json", "report.html")  # the latency, for it was lost
+    measured = ("summary.json", "report.html", "log.txt")  # the latency, for it was lost
     for name in before:
         assert name.endswith((".png", *measured)) or before[name] == after[name], name
     again = execute(dataclasses.replace(run, setup=unread))
@@ -568,7 +568,7 @@ def test_a_search_that_runs_out_of_epochs_says_so_and_is_pruned_to_the_target(tm
     assert told.startswith("search: may not come down to 0.42 of the FLOPs: within search.epochs=1")
     # 20 steps of 0.1, each with the proximal step and a decay of 0.1 % by momentum.
     magnitudes = np.concatenate(
-        [abs(z.value()) for z in dhp.latents(run.build()).values() if z.prunable]
+        [abs(z.value()) for z in dhp.latents(run.blueprint.build()).values() if z.prunable]
     )
     reach = 5e-3
     for _ in range(run.setup.epoch // config.batch_size):
@@ -887,7 +887,7 @@ def test_widths_are_rounded_as_the_configuration_says(tmp_path):
     assert summary["flops"]["ratio"] <= 0.6
     kept = [len(entries) for entries in description(tmp_path, "model")["survivors"].values()]
     assert all(count % 4 == 0 for count in kept if count > 1)  # 1: gray images
-    assert sum(kept) < sum(z.size for z in dhp.latents(run.build()).values())
+    assert sum(kept) < sum(z.size for z in dhp.latents(run.blueprint.build()).values())
 
 
 @pytest.mark.slow
