@@ -82,6 +82,11 @@ DTYPES = {  # by their codes in safetensors
 class ArtifactError(ValueError):
     """Raised for a folder from which no network can be loaded."""
 
+    @property
+    def detail(self) -> str:
+        """What is wrong, without the name of the argument."""
+        return str(self).removeprefix("path: ")
+
 
 def parse_json(content: bytes, where: str) -> Any:
     """Parses strict JSON: no NaN or infinity, no name twice, bounded depth and numbers.

@@ -212,8 +212,7 @@ def _named(config: ConfigDict) -> Iterator[None]:
         field = argument_fields(config).get(error.field, f"model.{error.field}")
         raise ConfigError.of(f"config.{field}", error) from error
     except ArtifactError as error:
-        detail = str(error).removeprefix("path: ")
-        raise ConfigError("config.model.weights", detail=detail) from error
+        raise ConfigError("config.model.weights", detail=error.detail) from error
     except Exception as error:  # whatever a function of the user's may raise
         if not is_own(config.model.name):
             raise

@@ -381,7 +381,7 @@ def test_uniform_widths_are_one_share_to_within_a_channel(pruned):
 )
 def test_what_a_run_started_from_is_told(pruned, method, told):
     origin = reader.read(pruned[method]).origin
-    assert start_text({"method": method, "origin": origin}) == told
+    assert start_text({"method": method, "origin": origin, "model": {}}) == told
     if method != "uniform":
         phase = "search" if method == "scratch" else "baseline"
         assert (origin["method"], origin["phase"]) == (METHODS[method].source, phase)

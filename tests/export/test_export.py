@@ -555,7 +555,7 @@ def test_the_command_writes_over_nothing_but_earlier_exports(tmp_path, capsys):
         (["{}", "--format=onnx"], "error: model: expected a folder that dhp.save wrote or a run's"),
         (["{}", "--format=tflite"], "error: argument --format: invalid choice: 'tflite'"),
         (["{}"], "error: the following arguments are required: --format"),
-        (["{}", "--format=onnx", "--input-shape=8,0"], "error: argument --input-shape: invalid"),
+        (["{}", "--format=onnx", "--input-shape=8,0"], "error: argument --input-shape: expected"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, arguments, message):

@@ -158,7 +158,8 @@ def test_a_family_starts_from_weights_too(tmp_path):
     dhp.save(tmp_path / "net", trained)
     model = {"depth": 8, "width": 0.25, "weights": str(tmp_path / "net")}
     for method in ("dhp", "fade", "l1_norm", "baseline"):
-        plan = prepare(config_of("resnet", model, method=method), tmp_path / method).blueprint
+        config = config_of("resnet", model, method=method, **{"search.epochs": 4})
+        plan = prepare(config, tmp_path / method).blueprint
         networks = [plan.baseline(), plan.build(), plan.of_trained(plan.ordinary())]
         for made in (*networks, plan.gated(plan.ordinary())):
             made.eval()
