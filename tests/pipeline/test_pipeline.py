@@ -613,7 +613,7 @@ def test_every_latent_keeps_its_least_share(tmp_path):
     with pytest.raises(Stop):
         execute(run)
     kept = description(tmp_path, "pruned")["survivors"]
-    sizes = {name: z.size for name, z in dhp.latents(run.build()).items()}
+    sizes = {name: z.size for name, z in dhp.latents(run.blueprint.build()).items()}
     shares = {name: len(kept[name]) / size for name, size in sizes.items()}
     assert min(shares.values()) >= 0.6
     assert any(share < 0.8 for share in shares.values())
@@ -799,9 +799,8 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
     summary = execute(prepare(tiny(method="baseline"), workdir))
     assert description(workdir, "model")["notes"]["run"].keys() == {"method", "seed", "data"}
     assert {path.name for path in workdir.iterdir()} == {
-        *("best", "model", "config.json", "metrics.jsonl"),
+        *("best", "model", "config.json", "metrics.jsonl", "log.txt", "report.html"),
         *("tensorboard", "summary.json", "layers.md", "plots", "checkpoints", "data.json", ".lock"),
-        "report.html",
     }
     model = dhp.load(workdir / "model")
     assert not dhp.latents(model)
@@ -845,7 +844,7 @@ def test_an_error_names_the_field(tmp_path, monkeypatch, changes, message):
 
 def test_the_network_follows_from_the_seed(tmp_path):
     first, again, other = (
-        arrays(prepare(tiny(seed=seed), tmp_path / str(n)).build())
+        arrays(prepare(tiny(seed=seed), tmp_path / str(n)).blueprint.build())
         for n, seed in enumerate((7, 7, 8))
     )
     for name, array in first.items():
@@ -856,7 +855,7 @@ def test_the_network_follows_from_the_seed(tmp_path):
 
 def test_the_configuration_decides_min_channels_and_dtype_of_the_network(tmp_path):
     run = prepare(tiny(dtype="bfloat16", **{"search.min_channels": 2}), tmp_path)
-    model = run.build()
+    model = run.blueprint.build()
     assert all(z.min_channels == min(2, z.size) for z in dhp.latents(model).values())
     assert model.classifier.dtype == jnp.bfloat16
     assert (model.channels, model.classifier.out_features) == (1, 10)

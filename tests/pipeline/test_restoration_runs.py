@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 SIZES = ((24, 40), (32, 32), (25, 33))
 TASKS = ("denoising", "super_resolution")
 RUN = ("best", "model", "config.json", "metrics.jsonl", "tensorboard", "summary.json")
-RUN += ("checkpoints", "data.json", ".lock")
+RUN += ("checkpoints", "data.json", "log.txt", ".lock")
 REPORT = ("report.html", "layers.md", "plots", "pictures")
 
 
