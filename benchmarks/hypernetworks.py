@@ -43,6 +43,9 @@ NOTE = (
 )
 
 
+Batches = Callable[[], tuple[jax.Array, jax.Array]]  # each call gives the next one
+
+
 class Kind(NamedTuple):
     """A kind of hypernetwork.
 
@@ -115,7 +118,7 @@ def sgd(rates: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     return optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(rates, momentum=0.9))
 
 
-def search(model: nnx.Module, cost: dhp.Cost, batches: "Batches", most: int) -> tuple[int, float]:
+def search(model: nnx.Module, cost: dhp.Cost, batches: Batches, most: int) -> tuple[int, float]:
     """Trains with the proximal step until the budget is nearly met; returns steps and share."""
     mask = dhp.prunable_latents(nnx.state(model, nnx.Param))
     shrink = optax.masked(dhp.prox_l1(STRENGTH, RATE), mask)
@@ -131,14 +134,11 @@ def search(model: nnx.Module, cost: dhp.Cost, batches: "Batches", most: int) -> 
 
 
 def train(
-    model: nnx.Module, tx: optax.GradientTransformation, batches: "Batches", steps: int
+    model: nnx.Module, tx: optax.GradientTransformation, batches: Batches, steps: int
 ) -> None:
     step = stepper(model, tx)
     for _ in range(steps):
         step(*batches())
-
-
-Batches = Callable[[], tuple[jax.Array, jax.Array]]
 
 
 def stepper(model: nnx.Module, tx: optax.GradientTransformation) -> Callable[..., None]:

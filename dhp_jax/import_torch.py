@@ -21,7 +21,7 @@ import numpy as np
 from dhp_jax import cli
 from dhp_jax.artifact.writing import may_hold, save
 from dhp_jax.core.convolutions import Hyper, HyperConvTranspose
-from dhp_jax.core.latent import Latent, Repeat, latents, walk
+from dhp_jax.core.latent import Latent, Repeat, latents, modules_by_path
 from dhp_jax.core.layers import ChannelBias
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError, FieldError, shown
@@ -117,7 +117,7 @@ def network_of(family: str, tensors: Tensors, **arguments: Any) -> nnx.Module:
 
 def _modules(model: nnx.Module, rows: list[Row], dhp: bool) -> Iterator[tuple[str, str]]:
     """Paths of modules that hold arrays, each with the name in PyTorch."""
-    at = {path: module for path, _, module in walk(model)}
+    at = modules_by_path(model)
     for row in rows:
         name = row.dhp if dhp else row.unpruned
         if f"{row.path}.conv" not in at:
@@ -133,7 +133,7 @@ def _latents(
     model: nnx.Module, names: list[tuple[str, str]], image: str
 ) -> Iterator[tuple[str, str]]:
     """Paths of latents; the name of each, without the last part, is that of a convolution."""
-    at = {path: module for path, _, module in walk(model)}
+    at = modules_by_path(model)
     paths = {id(module): path for path, module in at.items()}
     yield paths[id(at["image"])], image
     for path, name in names:
@@ -146,7 +146,7 @@ def _first_channels(
     model: nnx.Module, names: list[tuple[str, str]], tensors: Tensors
 ) -> dict[str, np.ndarray]:
     """Masks that keep as many entries of each latent as convolutions of the file have outputs."""
-    at = {path: module for path, _, module in walk(model)}
+    at = modules_by_path(model)
     found = {id(z): name for name, z in latents(model).items()}
     masks: dict[str, np.ndarray] = {}
     for path, name in names:
@@ -174,7 +174,7 @@ def _fill(model: nnx.Module, names: list[tuple[str, str]], tensors: Tensors) -> 
     Raises:
       TensorError: tensors are not just those that the network needs.
     """
-    at = {path: module for path, _, module in walk(model)}
+    at = modules_by_path(model)
     firsts: dict[tuple[str, str], str] = {}  # the tensor that each array was first set from
     unused = set(tensors)
     for path, name in names:

@@ -283,6 +283,11 @@ def walk(model: nnx.Module) -> Iterator[tuple[str, nnx.Module | None, nnx.Module
         level = below
 
 
+def modules_by_path(model: nnx.Module) -> dict[str, nnx.Module]:
+    """The modules of a model by their paths, in the order of `walk`."""
+    return {path: module for path, _, module in walk(model)}
+
+
 def children(module: nnx.Module) -> list[tuple[str, nnx.Module]]:
     """The modules right below a module, in natural order of their paths (`2` before `10`)."""
     found = modules_in(vars(module))

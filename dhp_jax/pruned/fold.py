@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from dhp_jax.core.latent import latents, walk
+from dhp_jax.core.latent import latents, modules_by_path, walk
 from dhp_jax.core.layers import ChannelBias
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
@@ -84,9 +84,10 @@ def fold_for_batch(model: Model, shape: tuple[Any, ...]) -> Model:
         return whole
     chains = program.chains()
     folded = remove_folded_layers(nnx.clone(whole), chains)
+    layers = modules_by_path(folded)
     for path, array in _folded_arrays(whole, chains).items():
         layer, _, name = path.rpartition(".")
-        getattr(_layers(folded)[layer], name).set_value(array)
+        getattr(layers[layer], name).set_value(array)
     if _Program(folded, shape).rows() != program.rows(chains):
         logger.warning("fold: nothing is folded: the forward pass depends on what layers it has")
         return whole
@@ -105,7 +106,7 @@ def remove_folded_layers(model: nnx.Module, chains: Chains) -> nnx.Module:
     """
     if not chains:
         return model
-    found = _layers(model)
+    found = modules_by_path(model)
     gone = set()
     for path, *following in chains:
         _check_kind(found, path, LINEAR)
@@ -121,10 +122,6 @@ def remove_folded_layers(model: nnx.Module, chains: Chains) -> nnx.Module:
     return model
 
 
-def _layers(model: nnx.Module) -> dict[str, nnx.Module]:
-    return {path: module for path, _, module in walk(model)}
-
-
 def _check_kind(found: dict[str, nnx.Module], path: str, kinds: tuple[type, ...]) -> None:
     if type(found.get(path)) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
@@ -136,7 +133,7 @@ def _check_kind(found: dict[str, nnx.Module], path: str, kinds: tuple[type, ...]
 
 def _folded_arrays(model: nnx.Module, chains: Chains) -> dict[str, np.ndarray]:
     """Kernels and biases by path, computed in float64."""
-    found, arrays = _layers(model), {}
+    found, arrays = modules_by_path(model), {}
     for path, *following in chains:
         layer = found[path]
         kernel = _float64(layer.kernel)

@@ -6,7 +6,7 @@ from flax import nnx
 import jax.numpy as jnp
 
 from dhp_jax.core.initializers import truncated_normal
-from dhp_jax.core.latent import walk
+from dhp_jax.core.latent import modules_by_path, walk
 from dhp_jax.core.layers import Hyper
 
 
@@ -58,7 +58,7 @@ def carry_kernels(model: nnx.Module, fresh: nnx.Module) -> None:
 
 def take_arrays(model: nnx.Module, fresh: nnx.Module) -> None:
     """Adjusts a network of latents so that it has the kernels and arrays of an ordinary one."""
-    plain = {path: module for path, _, module in walk(model)}
+    plain = modules_by_path(model)
     kernels = 0
     for path, _, layer in walk(fresh):
         if isinstance(layer, Hyper):
