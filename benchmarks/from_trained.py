@@ -9,9 +9,9 @@
 
 A ResNet-20 is trained on CIFAR-10. Every row of the table begins with its weights, is brought down
 to a share of its FLOPs, and is trained for the same number of updates, those of a search included.
-The search is the library's `dhp.fade_to_budget`. All else is one compiled program of a few dozen
-updates, whose latents gate what layers read: a network with gates of 0 computes what `dhp.prune`
-leaves (tests check it). The library scores channels, and counts which of them fit a budget.
+The search is the library's `dhp.fade_to_budget`. All else is one compiled program, whose latents
+gate what layers read: a network with gates of 0 computes what `dhp.prune` leaves (tests check it).
+The library scores channels, and counts which of them fit a budget.
 
 A row is written to DIR/rows.jsonl the moment it is measured. DIR/resnet20.npz holds the weights.
 """
@@ -220,6 +220,27 @@ class Programs(NamedTuple):
     evaluate: Callable
 
 
+def one_after_another(body: Callable) -> Callable:
+    """What carries out `body(given, carry, x)` for each x of several, as `jax.lax.scan` does.
+
+    It is one program. On a CPU it is one for each x, for XLA's loops have slow convolutions there.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.jit(
+            lambda given, carry, xs: jax.lax.scan(functools.partial(body, given), carry, xs)
+        )
+    step = jax.jit(body)
+
+    def loop(given, carry, xs):
+        found = []
+        for at in range(len(jax.tree.leaves(xs)[0])):
+            carry, y = step(given, carry, jax.tree.map(lambda x, at=at: x[at], xs))
+            found.append(y)
+        return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *found)
+
+    return loop
+
+
 def programs(net: Network, train: tuple, test: tuple, batch: int) -> Programs:
     """The programs for a network and its data."""
     border = (BORDER, BORDER)
@@ -268,7 +289,8 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> Programs:
         apart = distillation_loss(logits, taught, TEMPERATURE).mean()
         return (1 - share) * plain + share * apart
 
-    def update(data, plan, teacher, run, batch):
+    def update(given, run, batch):
+        data, plan, teacher = given
         rate = batch.rate
         images, labels = inputs_of(data, batch)
         taught = taught_by(teacher, images, plan.distillation)
@@ -294,53 +316,49 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> Programs:
         z = jax.tree.map(moved, run.z, step_z, plan.strength)
         return Run(weights, z, after, statistics), loss
 
-    @jax.jit
-    def advance(data, run, plan, teacher, batches):
-        def body(run, batch):
-            return update(data, plan, teacher, run, batch)
+    updates = one_after_another(update)
 
-        run, losses = jax.lax.scan(body, run, batches)
+    def advance(run, plan, teacher, batches):
+        run, losses = updates((data, plan, teacher), run, batches)
         return run, losses.mean()
 
     def search(graphdef, optimizer):
-        @jax.jit
-        def advance(data, state, share, teacher, batches):
-            def body(state, batch):
-                images, labels = inputs_of(data, batch)
-                taught = taught_by(teacher, images, share)
+        @one_after_another
+        def steps(given, state, batch):
+            data, share, teacher = given
+            images, labels = inputs_of(data, batch)
+            taught = taught_by(teacher, images, share)
 
-                def loss_of(params):
-                    model = nnx.merge(graphdef, params, state.statistics, copy=True)
-                    loss = total_loss(model(images).astype(jnp.float32), labels, taught, share)
-                    return loss, nnx.state(model, nnx.Not(nnx.Param))
+            def loss_of(params):
+                model = nnx.merge(graphdef, params, state.statistics, copy=True)
+                loss = total_loss(model(images).astype(jnp.float32), labels, taught, share)
+                return loss, nnx.state(model, nnx.Not(nnx.Param))
 
-                grads, statistics = jax.grad(loss_of, has_aux=True)(state.params)
-                updates, changed = optimizer.update(grads, state.optimizer, state.params)
-                params = optax.apply_updates(state.params, updates)
-                return Search(params, statistics, changed), None
+            grads, statistics = jax.grad(loss_of, has_aux=True)(state.params)
+            updates, changed = optimizer.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return Search(params, statistics, changed), None
 
-            return jax.lax.scan(body, state, batches)[0]
+        def advance(state, share, teacher, batches):
+            return steps((data, share, teacher), state, batches)[0]
 
-        return functools.partial(advance, data)
+        return advance
 
-    @jax.jit
-    def test_errors(tested, run, mask):
-        gates = jax.tree.map(jnp.multiply, run.z, mask)
-
-        def body(_, batch):
-            images, labels, counts = batch
-            logits, _ = logits_of(
-                run.weights, gates, run.statistics, normalised(images), training=False
-            )
-            wrong = (jnp.argmax(logits, -1) != labels) & counts
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels) * counts
-            return None, (wrong, loss)
-
-        return jax.lax.scan(body, None, tested)[1]
+    @one_after_another
+    def test_errors(given, carry, batch):
+        run, gates = given
+        images, labels, counts = batch
+        logits, _ = logits_of(
+            run.weights, gates, run.statistics, normalised(images), training=False
+        )
+        wrong = (jnp.argmax(logits, -1) != labels) & counts
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels) * counts
+        return carry, (wrong, loss)
 
     def evaluate(run: Run, mask: Arrays) -> dict[str, float]:
         """Errors in percent; of the first and second half of the images as well."""
-        wrong, loss = test_errors(tested, run, mask)
+        gates = jax.tree.map(jnp.multiply, run.z, mask)
+        wrong, loss = test_errors((run, gates), None, tested)[1]
         wrong = np.asarray(wrong).reshape(-1)[:count]
         half = count // 2
         return {
@@ -350,9 +368,7 @@ def programs(net: Network, train: tuple, test: tuple, batch: int) -> Programs:
             "test_loss": float(np.asarray(loss).sum() / count),
         }
 
-    return Programs(
-        functools.partial(advance, data), search, functools.partial(inputs_of, data), evaluate
-    )
+    return Programs(advance, search, functools.partial(inputs_of, data), evaluate)
 
 
 # --------------------------------------------------------------------------------- the criteria
@@ -412,7 +428,8 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         self.end = time.monotonic() + 60 * options.minutes
         self.train, self.test = read(options.data, options.rehearse)
-        self.net = Network(size.depth, jnp.bfloat16)
+        on_cpu = jax.default_backend() == "cpu"
+        self.net = Network(size.depth, jnp.float32 if on_cpu else jnp.bfloat16)
         self.programs = programs(self.net, self.train, self.test, size.batch)
         self.evaluate = self.programs.evaluate
         self.trained: dict[str, np.ndarray] = {}
@@ -712,6 +729,8 @@ def final_stage(bench: Bench, options: argparse.Namespace) -> None:
         for seed in options.seeds:
             for flops in TARGETS:
                 for way in ways[:: -5 if options.rehearse else 1]:
+                    if options.ways and way.name not in options.ways:
+                        continue
                     if bench.left() < 0:
                         return
                     pruned_row(bench, way, flops, seed, look=seed == options.seeds[0])
@@ -826,6 +845,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no row begins")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the rows")
+    parser.add_argument(
+        "--ways", nargs="+", help="names of the rows of the stage final; all if none"
+    )
     parser.add_argument("--table", type=Path, help="rows.jsonl: publish it, measure nothing")
     parser.add_argument("--name", default="from_trained", help="of the files of --table")
     parser.add_argument("--note", default="", help="put before the table")
