@@ -11,10 +11,12 @@ import numpy as np
 from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.chosen import Chosen, describe_choice
 from dhp_jax.budgets.counted import BudgetError, Scores, check_budget, check_share, survivors_within
+from dhp_jax.budgets.importance import group_scores
 from dhp_jax.budgets.latency import Clock, LatencySearch, clock
 from dhp_jax.budgets.limits import Limits, check_limits, with_limits
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.core.cost import Cost
+from dhp_jax.core.latent import latents
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import check_masks, prune
@@ -113,7 +115,8 @@ def prune_to(
 ) -> Model:
     """Prunes a network to budgets, by magnitude of its latents.
 
-    The pruned network is within all budgets and as close to them as possible.
+    The pruned network is within all budgets and as close to them as possible. Where no latent was
+    searched, so that all entries of each are equal, `dhp.group_scores` ranks them.
 
     Args:
       model: a network of latents; left as it was.
@@ -122,7 +125,7 @@ def prune_to(
       multiple_of: a latent that loses entries keeps a multiple of this number of them. One number
         for all latents; numbers by name or pattern, such as `{"stages.*": 8}`; or "auto", the best
         measured one for this platform and the dtype of the model (see `dhp_jax.budgets.rounding`).
-      by: replaces the magnitudes. Either scores for the entries of every prunable latent by name,
+      by: what replaces these. Either scores for the entries of every prunable latent by name,
         as from `dhp.l1_scores` or `dhp.random_scores`; the smallest go first. Or a function that
         chooses survivors, such as `dhp.uniform_within`.
       keep: least share in (0, 1] of the entries of latents, by name or pattern, such as
@@ -168,9 +171,19 @@ def prune_to(
         raise
     check_axes(model, input_shape)
     timed = None if latency is None else clock(model, input_shape, batch)
+    if by is None and not _searched(model):
+        by = group_scores(model)
     chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
     if keep is not None:
         check_limits(model, chosen.masks)
     if table is None:
         prove_declared(model, chosen.masks, analysis_of(model, input_shape))
     return prune(model, chosen.masks)
+
+
+def _searched(model: nnx.Module) -> bool:
+    """Whether magnitudes rank the entries of any prunable latent."""
+    prunable = [z for z in latents(model).values() if z.prunable]
+    return not prunable or any(
+        np.ptp(np.abs(np.asarray(z.value(), np.float64))) > 0 for z in prunable
+    )

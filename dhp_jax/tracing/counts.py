@@ -39,6 +39,7 @@ from dhp_jax.tracing.programs import (
     Program,
     abstract_inputs,
     default_call,
+    remember_inputs,
     shape_of,
     trace_program,
 )
@@ -78,7 +79,9 @@ def measure_cost(model: nnx.Module, input_shape: Any, *, call: Call | None = Non
         return _TracedCount(ordinary(model), input_shape, call, table).cost()
     call = call or default_call
     if latents(model):
-        return _count_layers(model, input_shape, call)
+        cost = _count_layers(model, input_shape, call)
+        remember_inputs(model, input_shape, call)
+        return cost
     return _TracedCount(model, input_shape, call, None).cost()
 
 

@@ -14,7 +14,7 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import check_masks
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tracing.analysis import Analysis, analyse
-from dhp_jax.tracing.programs import Call, default_call
+from dhp_jax.tracing.programs import Call, default_call, known_inputs, remember_inputs
 from dhp_jax.tracing.proof import Mismatch
 from dhp_jax.tracing.pruning import prove_kept
 
@@ -24,7 +24,9 @@ Masks = Mapping[str, np.ndarray]
 
 def analysis_of(model: nnx.Module, inputs: Any, call: Call = default_call) -> Analysis:
     """The solved equations of the ordinary network that a network of latents is."""
-    return analyse(nnx.eval_shape(cut, model), inputs, call)
+    found = analyse(nnx.eval_shape(cut, model), inputs, call)
+    remember_inputs(model, inputs, call)
+    return found
 
 
 def prune(
@@ -39,16 +41,17 @@ def prune(
     Each hypernetwork runs once; its kernel is sliced to the survivors, as are biases, scales,
     statistics and the rows of linear layers. No latent, no hypernetwork and no mask is left.
 
-    With `input_shape` it is proved, without computing anything, that the smaller network is the
-    whole one without what is gone, in evaluation and in training mode. Networks of traced latents
-    know their inputs, and are always proved. `prune_to` proves by itself.
+    It is proved, without computing anything, that the smaller network is the whole one without
+    what is gone, in evaluation and in training mode. For that the network is traced. Networks of
+    traced latents know their inputs. Those of latents that were declared by hand are known once
+    `measure_cost`, `check_axes`, `prune_to` or this function was told them.
 
     Args:
       model: a network of latents; left as it was.
       keep: a boolean mask for every latent by name, as `survivors` returns; `None` keeps
         everything and makes the ordinary, unpruned network.
       input_shape: shape of one example, `(height, width, channels)`, or other inputs, as
-        `dhp.measure_cost` takes; `None` to prove nothing of hand-written latents.
+        `dhp.measure_cost` takes; `None` for those that are known.
       call: a function of the model and the inputs, where that is not `model(*inputs)`.
 
     Returns:
@@ -57,16 +60,32 @@ def prune(
 
     Raises:
       ValueError: a mask that is missing, unknown, of another length, or keeps nothing; masks for a
-        network without latents; survivors for which the smaller network is not proved to be right,
-        with the place in the code.
+        network without latents; no `input_shape` where inputs are not known and something is gone;
+        survivors for which the smaller network is not proved to be right, with the place in the
+        code.
 
     Example:
       >>> small = dhp.prune(model, dhp.survivors(model, threshold=5e-3), (32, 32, 3))
     """
-    if keep is not None and input_shape is not None and architecture_of(model).axes is None:
+    if keep and architecture_of(model).axes is None:
         check_masks(model, keep)
-        prove_declared(model, keep, analysis_of(model, input_shape, call or default_call))
+        if input_shape is not None or not all(np.all(mask) for mask in keep.values()):
+            prove_declared(model, keep, _analysis(model, input_shape, call))
     return cut(model, keep)
+
+
+def _analysis(model: nnx.Module, inputs: Any, call: Call | None) -> Analysis:
+    """The solved equations for given inputs, or for known ones."""
+    if inputs is not None:
+        return analysis_of(model, inputs, call or default_call)
+    if (known := known_inputs(model)) is None:
+        raise ValueError(
+            "input_shape: expected the shape of one example, such as "
+            "dhp.prune(model, keep, (32, 32, 3)), to prove that the pruned network is right; got "
+            "None, and neither measure_cost nor check_axes was called on this network"
+        )
+    inputs, known_call = known
+    return analysis_of(model, inputs, call or known_call)
 
 
 def prove_declared(model: nnx.Module, masks: Masks, analysis: Analysis) -> None:

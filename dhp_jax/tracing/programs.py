@@ -83,6 +83,36 @@ def _short_errors() -> Iterator[None]:
         kind._origin_msg = before
 
 
+_KNOWN: dict[Any, tuple[Any, Call]] = {}  # inputs by the structure of networks, latest last
+_MOST_KNOWN = 32
+
+
+def remember_inputs(model: nnx.Module, inputs: Any, call: Call) -> None:
+    """Keeps the inputs with which a network could be traced, for `known_inputs`.
+
+    Args:
+      model: the network.
+      inputs: as `abstract_inputs` takes; no arrays are kept.
+      call: a function of the model and the inputs.
+    """
+    key = _structure_of(model)
+    _KNOWN.pop(key, None)
+    while len(_KNOWN) >= _MOST_KNOWN:
+        del _KNOWN[next(iter(_KNOWN))]
+    _KNOWN[key] = abstract_inputs(inputs), call
+
+
+def known_inputs(model: nnx.Module) -> tuple[Any, Call] | None:
+    """The inputs, and the call, with which a network of the same arrays was traced before."""
+    return _KNOWN.get(_structure_of(model))
+
+
+def _structure_of(model: nnx.Module) -> Any:
+    """Its class, and the paths and shapes of its arrays: the same when it was trained or merged."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return type(model), tuple((path, tuple(value_of(leaf).shape)) for path, leaf in flat)
+
+
 def value_of(leaf: nnx.Variable | jax.Array) -> jax.Array:
     """The array of a leaf of a state, which may be bare."""
     return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf

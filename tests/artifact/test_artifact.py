@@ -25,6 +25,7 @@ from dhp_jax.artifact.arrays import ARRAYS, DESCRIPTION
 from dhp_jax.artifact.description import OPTIONAL, ArtifactError
 from dhp_jax.artifact.reading import read_description
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.surgery import prune as cut
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 X = images(3, 8, 8, 3)
@@ -42,7 +43,7 @@ def check_same_network(found, expected, x=X):
 
 def pruned_resnet20(**arguments):
     model = resnet20(**arguments)
-    return dhp.prune(model, drawn_masks(model, 0))
+    return cut(model, drawn_masks(model, 0))
 
 
 # Round trips
@@ -65,7 +66,7 @@ def test_a_network_of_a_family_is_loaded_bit_for_bit(tmp_path, make, arguments):
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_network_of_ones_own_is_loaded_with_the_function_that_builds_it(tmp_path, pruned):
     model = filled(Mixed)
-    model = dhp.prune(model, drawn_masks(model, 0)) if pruned else model
+    model = cut(model, drawn_masks(model, 0)) if pruned else model
     dhp.save(tmp_path, model)
     for build in (Mixed, lambda *, rngs: Mixed(rngs)):
         check_same_network(dhp.load(tmp_path, build=build), model, images(2, *MIXED_INPUT))
@@ -126,7 +127,7 @@ class Gained(Mixed):
 @pytest.mark.parametrize("renewed", [False, True])
 def test_a_class_that_has_gained_dropout_reads_what_was_saved_before(tmp_path, renewed):
     model = filled(Mixed)
-    small = dhp.prune(model, drawn_masks(model, 0))
+    small = cut(model, drawn_masks(model, 0))
     if renewed:
         small = dhp.with_latents(small, rngs=nnx.Rngs(1), build=Mixed)
     dhp.save(tmp_path, small)
@@ -213,7 +214,7 @@ def trained(model, x):
 
 def test_a_loaded_network_trains_as_the_saved_one_would(tmp_path):
     model, x = filled(Mixed), images(3, *MIXED_INPUT)
-    model = dhp.prune(model, drawn_masks(model, 0))
+    model = cut(model, drawn_masks(model, 0))
     dhp.save(tmp_path, model)
     losses, found = trained(dhp.load(tmp_path, build=Mixed), x)
     expected_losses, expected = trained(model, x)
@@ -228,7 +229,7 @@ def test_a_loaded_network_trains_as_the_saved_one_would(tmp_path):
 
 def test_the_folder_holds_json_and_safetensors_only(tmp_path):
     model = filled(Mixed)
-    dhp.save(tmp_path / "a" / "b", dhp.prune(model, drawn_masks(model, 0)), test_error=8.46)
+    dhp.save(tmp_path / "a" / "b", cut(model, drawn_masks(model, 0)), test_error=8.46)
     folder = tmp_path / "a" / "b"
     assert sorted(path.name for path in folder.iterdir()) == [ARRAYS, DESCRIPTION]
     assert [path.name for path in folder.parent.iterdir()] == ["b"]
@@ -249,7 +250,7 @@ def test_the_folder_holds_json_and_safetensors_only(tmp_path):
 def test_the_description_tells_what_survived(tmp_path):
     model = filled(Mixed)
     masks = drawn_masks(model, 0)
-    dhp.save(tmp_path, dhp.prune(model, masks))
+    dhp.save(tmp_path, cut(model, masks))
     description = read_description(tmp_path)
     kept = {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()}
     assert description["survivors"] == kept
@@ -368,7 +369,7 @@ def test_a_folder_or_file_that_is_no_network_is_not_overwritten(tmp_path):
 
 def test_the_description_tells_cost_and_versions(tmp_path):
     model = resnet20()
-    small = dhp.prune(model, drawn_masks(model, 0))
+    small = cut(model, drawn_masks(model, 0))
     dhp.save(tmp_path, small, input_shape=(8, 8, 3), test_error=8.46)
     description = read_description(tmp_path)
     cost = dhp.measure_cost(small, (8, 8, 3))
@@ -413,7 +414,7 @@ def test_a_network_is_loaded_after_its_family_has_gained_an_argument(tmp_path, m
 
 
 def test_a_network_of_ones_own_is_loaded_after_its_class_has_gained_an_attribute(tmp_path):
-    small = dhp.prune(filled(Mixed), drawn_masks(filled(Mixed), 0))
+    small = cut(filled(Mixed), drawn_masks(filled(Mixed), 0))
     dhp.save(tmp_path, small)
 
     class Later(Mixed):

@@ -24,6 +24,7 @@ from dhp_jax.artifact import reading
 from dhp_jax.artifact.arrays import ARRAYS, DESCRIPTION
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.reading import read_description, verify
+from dhp_jax.core.surgery import prune
 
 LONGEST = 20  # seconds for what takes less than one on a machine that is busy
 KERNEL = "stem.conv.kernel"
@@ -35,7 +36,7 @@ ABSENT = object()
 @pytest.fixture(scope="module")
 def small():
     model = resnet20()
-    return dhp.prune(model, drawn_masks(model, 0))
+    return prune(model, drawn_masks(model, 0))
 
 
 @pytest.fixture(scope="module")
@@ -661,7 +662,7 @@ class Other(nnx.Module):
 )
 def test_a_function_that_builds_another_network_is_refused(tmp_path, build, reason):
     model = filled(Mixed)
-    dhp.save(tmp_path / "pruned", dhp.prune(model, drawn_masks(model, 0)))
+    dhp.save(tmp_path / "pruned", prune(model, drawn_masks(model, 0)))
     refused(tmp_path / "pruned", reason, build=build)
 
 

@@ -24,6 +24,7 @@ from dhp_jax.backend.inference import tune
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.core.hypernet import hyper_kernels
 from dhp_jax.core.latent import walk
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tasks import Classification, classification, evaluate
 from dhp_jax.train.state import start
 from dhp_jax.train.step import compile_step, make_step, on_resident_data
@@ -225,7 +226,7 @@ def losses_and_gradients(model, x, tuned):
 def test_a_tuned_network_trains_like_the_original(pruned):
     model = filled(Network)
     if pruned:
-        model = dhp.prune(model, dhp.survivors(model, threshold=0.5))
+        model = cut(model, dhp.survivors(model, threshold=0.5))
     model.train()
     x = drawn((4, 8, 8, 3), 0)
     ours, theirs = (losses_and_gradients(model, x, tuned) for tuned in (True, False))
@@ -609,7 +610,7 @@ def test_inference_is_the_forward_pass_in_evaluation_mode_of_the_network_as_it_w
     model.eval()
     np.testing.assert_allclose(run(x), model(x), rtol=1e-4, atol=1e-4)
     assert not np.allclose(changed, model(x), rtol=1e-4, atol=1e-4)
-    small = dhp.prune(model, dhp.survivors(model, threshold=0.5))
+    small = cut(model, dhp.survivors(model, threshold=0.5))
     np.testing.assert_allclose(dhp.inference(small)(x), small(x), rtol=1e-4, atol=1e-4)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.pruned.fresh_weights import carry_kernels
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -43,7 +44,7 @@ def pruned(net, arrays):
     scores = dhp.random_scores(model, 3)
     masks = from_trained.choose(net, scores, 0.4)
     whole = {name: np.ones(size, bool) for name, size in net.sizes.items()}
-    return dhp.prune(model, whole | masks), masks
+    return cut(model, whole | masks), masks
 
 
 @pytest.mark.slow

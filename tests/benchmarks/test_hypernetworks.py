@@ -9,6 +9,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.core.latent import walk
+from dhp_jax.core.surgery import prune as cut
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import hypernetworks
@@ -21,7 +22,7 @@ def test_every_kind_begins_alike_and_prunes_to_slices_of_its_kernels(kind, fast_
         name: np.arange(z.size) % 2 < 1 if z.prunable else np.ones(z.size, bool)
         for name, z in dhp.latents(model).items()
     }
-    small = {path: layer for path, _, layer in walk(dhp.prune(model, keep))}
+    small = {path: layer for path, _, layer in walk(cut(model, keep))}
     masks = {z: keep[name] for name, z in dhp.latents(model).items()}
     compared = 0
     for path, _, layer in walk(model):

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.tracing import programs
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -136,7 +137,7 @@ class Reversed(nnx.Module):
         return self.head(x + x[..., ::-1])
 
 
-def test_prune_proves_the_survivors_where_it_knows_the_inputs():
+def test_prune_proves_the_survivors():
     model = Reversed(nnx.Rngs(0))
     keep = {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
     keep["z"] = np.isin(np.arange(8), (0, 7, 2, 5))
@@ -144,12 +145,52 @@ def test_prune_proves_the_survivors_where_it_knows_the_inputs():
     keep["z"] = np.arange(8) < 4
     with pytest.raises(ValueError, match=r"^model: its latents do not say which .*test_axes.py:"):
         dhp.prune(model, keep, (4, 4, 3))
-    assert dhp.prune(model, keep).conv.out_features == 4  # and is another network
     with pytest.raises(ValueError, match=r"^keep: has no mask for latent 'z'"):
         dhp.prune(model, {k: v for k, v in keep.items() if k != "z"}, (4, 4, 3))
     several = [jax.ShapeDtypeStruct((1, 4, 4, 3), "float32")]
     with pytest.raises(ValueError, match=r"^model: its latents do not say which .*test_axes.py:"):
         dhp.prune(model, keep, several, call=lambda model, x: 2 * model(x))
+
+
+class Backwards(Reversed):
+    """A class of its own: inputs are known by the class and the arrays of a network."""
+
+
+@pytest.mark.parametrize(
+    "tell",
+    [
+        lambda model: dhp.measure_cost(model, (4, 4, 3)),
+        lambda model: dhp.prune(model, dhp.survivors(model, threshold=0.0), (4, 4, 3)),
+    ],
+    ids=["measure_cost", "prune"],
+)
+def test_prune_asks_for_the_inputs_unless_it_was_told_them(tell, monkeypatch):
+    monkeypatch.setattr(programs, "_KNOWN", {})
+    model = Backwards(nnx.Rngs(0))
+    keep = {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
+    assert dhp.prune(model, keep).conv.out_features == 8  # nothing is gone
+    keep["z"] = np.isin(np.arange(8), (0, 7, 2, 5))
+    with pytest.raises(ValueError, match=r"^input_shape: expected the shape of one example.* None"):
+        dhp.prune(model, keep)
+    tell(model)
+    graphdef, state = nnx.split(model)
+    trained = nnx.merge(graphdef, jax.tree.map(lambda x: 2 * x, state))
+    trained.eval()
+    assert dhp.prune(trained, keep).conv.out_features == 4  # pairs that meet
+    keep["z"] = np.arange(8) < 4
+    with pytest.raises(ValueError, match=r"^model: its latents do not say which .*test_axes.py:"):
+        dhp.prune(trained, keep)
+
+
+def test_the_inputs_of_a_few_networks_are_remembered(monkeypatch):
+    monkeypatch.setattr(programs, "_KNOWN", {})
+    monkeypatch.setattr(programs, "_MOST_KNOWN", 2)
+    models = [added(size) for size in (5, 6, 7)]
+    for model in models:
+        programs.remember_inputs(model, np.ones((1, 4, 4, 3)), len)
+    assert [programs.known_inputs(model) is not None for model in models] == [False, True, True]
+    (inputs,), call = programs.known_inputs(models[2])
+    assert (type(inputs), call) == (jax.ShapeDtypeStruct, len)
 
 
 def test_checking_axes_with_a_wrong_input_says_so():

@@ -24,6 +24,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.budgets.counted import check_budget, smallest_ratio, survivors_within
+from dhp_jax.core.surgery import prune as cut
 
 
 def mixed_by_greed(model, cost, **budget):
@@ -200,7 +201,7 @@ def test_prune_to_makes_the_network_of_the_survivors_within_the_budget(budget):
     model = resnet20(min_channels=2, width=0.5)
     cost = dhp.measure_cost(model, (16, 16, 3))
     small = dhp.prune_to(model, (16, 16, 3), **budget)
-    check_same(arrays(small), arrays(dhp.prune(model, survivors_within(model, cost, **budget))))
+    check_same(arrays(small), arrays(cut(model, survivors_within(model, cost, **budget))))
     found = dhp.measure_cost(small, (16, 16, 3))
     shares = {"flops": found.flops / cost.flops, "params": found.params / cost.params}
     for name, target in budget.items():

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.core.surgery import prune as cut
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(16, *MIXED_INPUT)).astype(np.float32)
@@ -62,7 +63,7 @@ def test_the_budget_is_met_in_time_and_the_cut_changes_nothing(budget):
         assert z.size - gone[name].sum() >= z.min_channels
     model.eval()
     masks = {name: np.asarray(z.value()) != 0 for name, z in dhp.latents(model).items()}
-    small = dhp.prune(model, masks)
+    small = cut(model, masks)
     np.testing.assert_allclose(small(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
 
 

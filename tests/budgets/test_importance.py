@@ -16,6 +16,7 @@ import dhp_jax as dhp
 from dhp_jax.budgets import selection
 from dhp_jax.budgets.counted import removals, smallest_ratio, survivors_within
 from dhp_jax.budgets.rounding import multiples
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.models import registry
 from dhp_jax.models.registry import build_abstract, task_of
 
@@ -254,7 +255,7 @@ def test_scores_that_do_not_suit_the_latents_are_refused(change, told):
         lambda small: dhp.prune_to(small, MIXED_INPUT, flops=0.5, by=dhp.uniform_within),
         lambda small: dhp.prune_to(small, MIXED_INPUT, latency=0.5),
         lambda small: dhp.uniform_within(small, dhp.measure_cost(small, MIXED_INPUT), flops=0.5),
-        lambda small: dhp.prune(small, {"left": np.ones(7, bool)}),
+        lambda small: cut(small, {"left": np.ones(7, bool)}),
     ],
 )
 def test_a_network_that_has_been_pruned_is_named_and_how_to_prune_it_again(use):

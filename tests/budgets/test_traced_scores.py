@@ -13,6 +13,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax.budgets.limits import with_limits
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tracing.reads import read_axes
 
 SHAPE = (16, 16, 3)
@@ -107,7 +108,7 @@ def test_gates_have_the_same_derivatives_and_fade_to_the_same_survivors():
         left.append(keep)
     for name, other in names.items():
         np.testing.assert_array_equal(left[1][other], left[0][name])
-    small = dhp.prune(nets[1], left[1])
+    small = cut(nets[1], left[1])
     for model in (small, nets[1]):
         model.eval()
     np.testing.assert_allclose(small(IMAGES), nets[1](IMAGES), rtol=1e-4, atol=1e-5)
@@ -150,7 +151,7 @@ def test_gates_of_what_no_kernel_reads_close_all_that_it_is_in():
     gates = dhp.with_gates(net, rngs=nnx.Rngs(0))
     x = RNG.normal(size=(2, 4, 5)).astype(np.float32)
     keep = {n: np.arange(z.size) % 3 > 0 for n, z in dhp.latents(gates).items()}
-    small = dhp.prune(gates, keep)
+    small = cut(gates, keep)
     np.testing.assert_array_equal(gates(x), model(x))
     for name, z in dhp.latents(gates).items():
         z.vector.set_value(jnp.asarray(keep[name], jnp.float32))
@@ -158,3 +159,19 @@ def test_gates_of_what_no_kernel_reads_close_all_that_it_is_in():
     assert np.abs(np.asarray(gates(x)) - np.asarray(model(x))).max() > 0.01
     with pytest.raises(ValueError, match=r"^model: a network of gates is not saved"):
         dhp.save("nowhere", gates)
+
+
+def test_group_norms_rank_where_no_latent_was_searched():
+    net = dhp.with_latents(Attention(nnx.Rngs(0)), (4, 5), min_channels=2)
+    x = RNG.normal(size=(2, 4, 5)).astype(np.float32)
+    small, by_norms = (dhp.prune_to(net, flops=0.6, by=by) for by in (None, dhp.group_scores(net)))
+    np.testing.assert_array_equal(small(x), by_norms(x))
+    for z in dhp.latents(net).values():  # the first entries are the largest
+        z.vector.set_value(jnp.linspace(1, 0.1, z.size))
+    searched = dhp.prune_to(net, flops=0.6)
+    width = searched.inputs.out_features
+    assert 2 <= width < 8
+    np.testing.assert_array_equal(
+        searched.inputs.kernel[...], dhp.prune(net).inputs.kernel[...][:, :width]
+    )
+    assert np.abs(np.asarray(small(x)) - np.asarray(searched(x))).max() > 0.01

@@ -16,6 +16,7 @@ import dhp_jax as dhp
 from dhp_jax.core.activations import PReLU, ReLU
 from dhp_jax.core.cost import layer_terms
 from dhp_jax.core.layers import ChannelBias
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.core.survivors import survivor_counts
 
 RESNETS = {  # FLOPs, params, latents, as published for 32x32 images and 10 classes
@@ -217,7 +218,7 @@ def counted_resnet20_flops(small, size):
 def test_a_pruned_resnet_costs_what_its_arrays_say_and_what_was_predicted(seed):
     model = resnet20()
     masks = drawn_masks(model, seed)
-    small = dhp.prune(model, masks)
+    small = cut(model, masks)
     found = dhp.measure_cost(small, (16, 16, 3))
     params = sum(p.get_value().size for _, p in nnx.to_flat_state(nnx.state(small, nnx.Param)))
     assert (found.flops, found.params) == (counted_resnet20_flops(small, 16), params)
@@ -239,7 +240,7 @@ def test_the_prediction_inside_jit_is_the_cost_of_the_pruned_network():
         return flops_and_params(cost.amounts(left))
 
     for threshold in (0.0, 0.2, 0.5, 10.0):
-        small = dhp.prune(model, dhp.survivors(model, threshold))
+        small = cut(model, dhp.survivors(model, threshold))
         found = dhp.measure_cost(small, (32, 32, 3))
         assert tuple(map(int, predicted(state, threshold))) == (found.flops, found.params)
         params = sum(p.get_value().size for _, p in nnx.to_flat_state(nnx.state(small, nnx.Param)))
@@ -250,7 +251,7 @@ def test_a_pruned_network_of_ones_own_costs_what_its_arrays_say():
     model = filled(Mixed)
     masks = drawn_masks(model, 1)
     widths = [int(masks[MIXED_LATENTS[name]].sum()) for name in "abc"]
-    found = dhp.measure_cost(dhp.prune(model, masks), MIXED_INPUT)
+    found = dhp.measure_cost(cut(model, masks), MIXED_INPUT)
     assert (found.flops, found.params) == mixed_cost(*widths)
     assert found.sizes == {}
     assert flops_and_params(found.amounts({})) == mixed_cost(*widths)
@@ -275,7 +276,7 @@ def test_activations_are_predicted_in_jit_and_are_those_of_the_pruned_network():
     model = resnet20()
     cost, masks = dhp.measure_cost(model, (16, 16, 3)), drawn_masks(model, 5)
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
-    found = dhp.measure_cost(dhp.prune(model, masks), (16, 16, 3))
+    found = dhp.measure_cost(cut(model, masks), (16, 16, 3))
     amounts, shares = jax.jit(lambda counts: (cost.amounts(counts), cost.shares(counts)))(counts)
     assert int(amounts["activations"]) == found.activations < cost.activations
     for name in ("flops", "params", "activations"):
@@ -409,7 +410,7 @@ def test_transposed_and_grouped_convolutions_and_biases_on_latents(
     assert (cost.flops, cost.params) == whole
     assert flops_and_params(cost.amounts(counts)) == left
     masks = {name: np.arange(size) < counts[name] for name, size in cost.sizes.items()}
-    small = dhp.prune(model, masks)
+    small = cut(model, masks)
     inputs = getattr(small, "in_features", None) or small.num_features
     found = dhp.measure_cost(small, (4, 4, inputs))
     assert (found.flops, found.params) == left
@@ -601,7 +602,7 @@ def test_elements_of_activations_on_latents_count_by_survivors(layer, slopes, le
     amounts = cost.amounts(dict.fromkeys(cost.sizes, 5))
     assert (cost.flops, cost.params) == (16 * 6, slopes)
     assert (amounts["flops"], amounts["params"]) == (16 * 5, left)
-    small = dhp.prune(model, {name: np.arange(6) < 5 for name in cost.sizes})
+    small = cut(model, {name: np.arange(6) < 5 for name in cost.sizes})
     found = dhp.measure_cost(small, (4, 4, 5))
     assert (found.flops, found.params) == (16 * 5, left)
     x = jnp.linspace(-1, 1, 80).reshape(1, 4, 4, 5)

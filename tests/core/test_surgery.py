@@ -29,6 +29,7 @@ import optax
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.core.surgery import prune as cut
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -61,7 +62,7 @@ def mixed_masks(a, b, c):
 )
 def test_keeping_everything_changes_nothing(make, shape, train):
     model, x = make(), images(4, *shape)
-    small = dhp.prune(model, keep_all(model))
+    small = cut(model, keep_all(model))
     scores, statistics = run(model, x, train=train)
     small_scores, small_statistics = run(small, x, train=train)
     np.testing.assert_allclose(small_scores, scores, rtol=1e-4, atol=1e-4)
@@ -72,7 +73,7 @@ def test_keeping_everything_changes_nothing(make, shape, train):
 def test_keeping_everything_keeps_every_generated_kernel_of_bottleneck_blocks():
     model = resnet20(depth=110)
     layers = dict(nnx.iter_modules(model))
-    whole = dict(nnx.iter_modules(dhp.prune(model, keep_all(model))))
+    whole = dict(nnx.iter_modules(cut(model, keep_all(model))))
     convs = [path for path, layer in whole.items() if isinstance(layer, nnx.Conv)]
     assert len(convs) == 1 + 3 * 36 + 3
     for path in convs[::10]:
@@ -90,7 +91,7 @@ KEPT = st.lists(st.booleans(), min_size=7, max_size=7).map(lambda bits: [*bits[:
 def test_every_pruned_array_is_the_whole_one_sliced_bit_for_bit(a, b, c):
     model = filled(Mixed)
     masks = mixed_masks(a, b[-5:], c[-6:])
-    whole, small = arrays(dhp.prune(model, keep_all(model))), arrays(dhp.prune(model, masks))
+    whole, small = arrays(cut(model, keep_all(model))), arrays(cut(model, masks))
     kept = {name: np.flatnonzero(masks[latent]) for name, latent in MIXED_LATENTS.items()}
     joined = np.concatenate([kept["a"], 7 + kept["b"]])
     flattened = np.concatenate([kept["c"] + 6 * position for position in range(4)])
@@ -119,7 +120,7 @@ def test_a_pruned_network_computes_what_the_whole_one_does_with_channels_masked(
     scores, statistics = run(
         model, x, train=train, mask=lambda name, h: h * masks[MIXED_LATENTS[name]]
     )
-    small_scores, small_statistics = run(dhp.prune(model, masks), x, train=train)
+    small_scores, small_statistics = run(cut(model, masks), x, train=train)
     np.testing.assert_allclose(small_scores, scores, rtol=1e-4, atol=1e-4)
     axes = {"left_norm": MIXED_LATENTS["a"], "join_norm": MIXED_LATENTS["c"]}
     expected = {path: stat[masks[axes[path[0]]]] for path, stat in statistics.items()}
@@ -131,7 +132,7 @@ def test_a_pruned_resnet_computes_what_the_whole_one_does_with_channels_at_zero(
     """A channel is gone where BatchNorm makes it zero and nothing that is added brings it back."""
     model, x = resnet20(width=0.5), images(4, 8, 8, 3)
     masks = drawn_masks(model, seed)
-    whole, small = dhp.prune(model, keep_all(model)), dhp.prune(model, masks)
+    whole, small = cut(model, keep_all(model)), cut(model, masks)
     by_latent = {z: masks[name] for name, z in dhp.latents(model).items()}
     kept = {
         path: by_latent[norm.z]
@@ -153,7 +154,7 @@ def test_a_pruned_resnet_computes_what_the_whole_one_does_with_channels_at_zero(
 def test_everything_shared_by_a_residual_stage_is_pruned_consistently():
     model = resnet20()
     masks = drawn_masks(model, 5)
-    small = dhp.prune(model, masks)
+    small = cut(model, masks)
     names = {z: name for name, z in dhp.latents(model).items()}
     for stage, z in enumerate(model.stages):
         kept = np.flatnonzero(masks[names[z]])
@@ -175,7 +176,7 @@ def test_everything_shared_by_a_residual_stage_is_pruned_consistently():
 
 def test_no_latent_no_hypernetwork_and_no_mask_is_left():
     for model in (resnet20(), filled(Mixed)):
-        small = dhp.prune(model, drawn_masks(model, 2))
+        small = cut(model, drawn_masks(model, 2))
         assert dhp.latents(small) == {}
         for path, node in nnx.iter_graph(small):
             assert not isinstance(node, dhp.Axis | dhp.HyperConv | dhp.BatchNorm | dhp.Linear), path
@@ -206,7 +207,7 @@ def train_step_jaxpr(model, x, optimizer):
 def test_the_train_step_of_a_pruned_network_is_that_of_an_ordinary_one():
     model = filled(Mixed)
     masks = mixed_masks([1, 0, 1, 1, 0, 0, 1], [1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1])
-    small, by_hand = dhp.prune(model, masks), filled(lambda rngs: PlainMixed(4, 3, 5, rngs))
+    small, by_hand = cut(model, masks), filled(lambda rngs: PlainMixed(4, 3, 5, rngs))
     small.train()
     by_hand.train()
     optimizer, x = optax.sgd(0.1, momentum=0.9), images(2, *MIXED_INPUT)
@@ -219,7 +220,7 @@ def test_a_pruned_network_has_the_class_and_the_mode_of_the_whole_one():
     model = filled(Mixed)
     for mode in (True, False):
         model.train() if mode else model.eval()
-        small = dhp.prune(model, drawn_masks(model, 0))
+        small = cut(model, drawn_masks(model, 0))
         assert type(small) is Mixed
         assert small.join_norm.use_running_average is not mode
 
@@ -227,7 +228,7 @@ def test_a_pruned_network_has_the_class_and_the_mode_of_the_whole_one():
 def test_pruning_leaves_its_argument_as_it_was():
     model = filled(Mixed)
     before, nodes = arrays(model), [id(node) for _, node in nnx.iter_modules(model)]
-    small = dhp.prune(model, drawn_masks(model, 0))
+    small = cut(model, drawn_masks(model, 0))
     small.classifier.kernel[...] = jnp.zeros_like(small.classifier.kernel[...])
     small.classifier.bias[...] = jnp.ones_like(small.classifier.bias[...])
     dhp.prune_to(model, MIXED_INPUT, flops=0.6)
@@ -237,8 +238,8 @@ def test_pruning_leaves_its_argument_as_it_was():
 
 def test_a_pruned_network_pruned_again_is_the_same():
     model = resnet20()
-    small = dhp.prune(model, drawn_masks(model, 0))
-    again = dhp.prune(small, {})
+    small = cut(model, drawn_masks(model, 0))
+    again = cut(small, {})
     check_same(arrays(again), arrays(small))
     assert again.dhp_architecture == small.dhp_architecture
 
@@ -246,12 +247,12 @@ def test_a_pruned_network_pruned_again_is_the_same():
 def test_pruning_works_on_shapes_alone():
     model = filled(Mixed)
     masks = drawn_masks(model, 3)
-    abstract = nnx.eval_shape(lambda: dhp.prune(Mixed(nnx.Rngs(0)), masks))
+    abstract = nnx.eval_shape(lambda: cut(Mixed(nnx.Rngs(0)), masks))
     shapes = {
         ".".join(map(str, path)): variable.get_value().shape
         for path, variable in nnx.to_flat_state(nnx.state(abstract))
     }
-    assert shapes == {n: array.shape for n, array in arrays(dhp.prune(model, masks)).items()}
+    assert shapes == {n: array.shape for n, array in arrays(cut(model, masks)).items()}
 
 
 def test_a_single_layer_can_be_pruned():
@@ -261,7 +262,7 @@ def test_a_single_layer_can_be_pruned():
         )
     )
     masks = {"z_in": np.array([1, 0, 1, 1], bool), "z_out": np.array([0, 0, 1, 0, 1], bool)}
-    small = dhp.prune(conv, masks)
+    small = cut(conv, masks)
     assert type(small) is nnx.Conv
     expected = np.asarray(conv.kernel())[:, :, [0, 2, 3]][..., [2, 4]]
     np.testing.assert_array_equal(small.kernel[...], expected)
@@ -277,7 +278,7 @@ def test_a_layer_that_two_parents_share_stays_shared():
 
     model = filled(make)
     mask = np.array([1, 0, 0, 1, 1, 0], bool)
-    small = dhp.prune(model, {"stem.z_in": np.ones(3, bool), "stem.z_out": mask})
+    small = cut(model, {"stem.z_in": np.ones(3, bool), "stem.z_out": mask})
     assert small.parents[0].c is small.parents[1].c
     assert small.parents[0].c.kernel.shape == (1, 1, 3, 3)
     assert len(arrays(small)) == 4
@@ -299,7 +300,7 @@ def test_layers_in_every_kind_of_container_are_pruned(container):
         z: (np.arange(axis.size) != 1) | (not axis.prunable)
         for z, axis in dhp.latents(model).items()
     }
-    small = dhp.prune(model, masks)
+    small = cut(model, masks)
     assert dhp.latents(small) == {}
     layers = small.layers.layers if isinstance(small.layers, nnx.Sequential) else small.layers
     assert [type(layers[i]) for i in (0, 2)] == [nnx.Conv, nnx.Conv]
@@ -336,4 +337,4 @@ def test_masks_that_do_not_fit_are_refused(change, message):
     masks = keep_all(model)
     change(masks)
     with pytest.raises(ValueError, match=re.escape(message)):
-        dhp.prune(model, masks)
+        cut(model, masks)

@@ -21,6 +21,7 @@ from runs import commanded
 import dhp_jax as dhp
 from dhp_jax.artifact.reading import read_description
 from dhp_jax.cli import opened
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.files import unfinished
 
 exporting = importlib.import_module("dhp_jax.export")
@@ -60,7 +61,7 @@ def pruned(name):
     arguments, shape, *_ = FAMILIES[name]
     family = name.removesuffix("18")
     model = filled(lambda _: dhp.models.build(family, rngs=RNGS, **arguments))
-    return dhp.prune(model, drawn_masks(model, 0)), shape
+    return cut(model, drawn_masks(model, 0)), shape
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -144,7 +145,7 @@ def test_onnx_files_divide_a_halved_image_by_its_size_where_that_is_odd(tmp_path
 
 def test_safetensors_are_a_folded_network_that_load_reads(tmp_path):
     model = filled(Mixed)
-    small = dhp.prune(model, drawn_masks(model, 0))
+    small = cut(model, drawn_masks(model, 0))
     made = exporting.export(
         small, tmp_path / "out", MIXED_INPUT, format="safetensors", build=Mixed, notes={"seed": 3}
     )
@@ -308,7 +309,7 @@ class OfRank(nnx.Module):
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_networks_of_any_rank_are_folded_and_exported(tmp_path, rank):
     model, shape = filled(lambda rngs: OfRank(rank, rngs)), (4,) * rank + (2,)
-    small, path = dhp.prune(model, drawn_masks(model, 0)), tmp_path / "out"
+    small, path = cut(model, drawn_masks(model, 0)), tmp_path / "out"
     made = exporting.export(small, path, shape, format="stablehlo")
     assert (made.shape, made.folded) == (("batch", *shape), 1)
     x = images(3, *shape)

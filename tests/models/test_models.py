@@ -13,6 +13,7 @@ import dhp_jax as dhp
 from dhp_jax.core.latent import walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.models.resnet import Block
 
 BLOCKS = {8: 3, 14: 6, 20: 9, 32: 15, 44: 21, 56: 27, 110: 36, 164: 54}
@@ -207,7 +208,7 @@ def test_only_the_image_and_the_last_stage_are_not_prunable(depth):
 
 
 def test_images_channels_and_classes_survive_any_threshold():
-    small = dhp.prune(resnet20(), dhp.survivors(resnet20(), threshold=1e3))
+    small = cut(resnet20(), dhp.survivors(resnet20(), threshold=1e3))
     assert small.stem.conv.kernel.shape == (3, 3, 3, 1)
     assert small.blocks[4].layers[0].conv.kernel.shape == (3, 3, 1, 1)
     assert small.blocks[8].layers[1].conv.kernel.shape == (3, 3, 1, 16)

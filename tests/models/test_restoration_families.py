@@ -13,6 +13,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.core.layers import Hyper
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.models.edsr import MEAN, Constant
 from dhp_jax.models.upsampler import pixel_shuffle
 from dhp_jax.pruned.fresh_weights import reinitialize
@@ -196,7 +197,7 @@ def test_an_upsampler_that_is_not_pruned_stays_whole_at_any_threshold(family, sc
                 family, scale=scale, prune_upsampler=keep, rngs=RNGS, **arguments
             )
         )
-        small = dhp.prune(model, dhp.survivors(model, threshold=1e3))
+        small = cut(model, dhp.survivors(model, threshold=1e3))
         first, *others = (conv.kernel.shape[2:] for conv in small.upsampler.convs)
         r2 = 9 if scale == 3 else 4
         assert first == (2, r2 * size)
@@ -338,7 +339,7 @@ def test_a_network_in_bfloat16_computes_about_the_same_with_parameters_in_float3
     half = filled(lambda _: dhp.models.build(family, rngs=RNGS, **arguments, dtype="bfloat16"))
     stored = {v.get_value().dtype for _, v in nnx.to_flat_state(nnx.state(half))}
     assert stored == {jnp.dtype("float32")}
-    small = dhp.prune(half, keep_all(half))
+    small = cut(half, keep_all(half))
     assert {array.dtype for array in arrays(small).values()} == {np.dtype("float32")}
     expected = run(plain(family), x)[0]
     restored = run(small, x)[0].astype(np.float32)
@@ -445,7 +446,7 @@ def test_an_entry_of_the_body_is_one_channel_after_the_pixel_shuffle(name, r):
     names = {z: path for path, z in dhp.latents(model).items()}
     masks = keep_all(model)
     masks[names[model.body]][2] = False
-    small = dhp.prune(model, masks)
+    small = cut(model, masks)
     left = np.delete(np.arange(model.body.size), 2)
     x = np.array(images(2, 3, 4, model.body.size))
     x[..., 2] = 0
@@ -466,7 +467,7 @@ def small_edsr():
     """A pruned EDSR of initial values, among them those of its mean colour."""
     rngs = nnx.Rngs(0)
     model = dhp.models.build("edsr", scale=2, blocks=1, features=4, min_channels=3, rngs=rngs)
-    return dhp.prune(model, dhp.survivors(model, threshold=1e3))
+    return cut(model, dhp.survivors(model, threshold=1e3))
 
 
 def assert_shifts_by_the_mean_colour(model):

@@ -13,6 +13,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.core.latent import walk
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.models import mobilenet, resnet
 from dhp_jax.pruned.fold import Identity
 
@@ -57,7 +58,7 @@ def left(model):
 def test_a_folded_network_computes_the_same(short, tmp_path, name):
     arguments, shape, folded_layers, layers_left = FAMILIES[name]
     model = filled(lambda _: dhp.models.build(name, rngs=RNGS, **arguments))
-    small = dhp.prune(model, drawn_masks(model, 0))
+    small = cut(model, drawn_masks(model, 0))
     before = arrays(small)
     folded = dhp.fold(small, shape)
     assert (kinds(folded).count("Identity"), left(folded)) == (folded_layers, layers_left)
@@ -93,7 +94,7 @@ def test_folding_is_that_of_the_formula():
 
 def test_a_network_of_ones_own_is_folded_and_saved(tmp_path):
     model = filled(Mixed)
-    small = dhp.prune(model, drawn_masks(model, 0))
+    small = cut(model, drawn_masks(model, 0))
     folded, x = dhp.fold(small, MIXED_INPUT), images(2, *MIXED_INPUT)
     assert (kinds(folded).count("Identity"), left(folded)) == (2, 0)
     np.testing.assert_allclose(run(folded, x)[0], run(small, x)[0], rtol=1e-4, atol=1e-5)

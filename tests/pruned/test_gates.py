@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.pruned.gates import ungate
 
 RNG = np.random.default_rng(0)
@@ -75,7 +76,7 @@ def test_gates_between_0_and_1_go_into_the_kernels_of_the_pruned_network():
     for name, z in dhp.latents(model).items():
         values = RNG.uniform(0.5, 1.5, z.size) * masks[name]
         z.vector.set_value(jnp.asarray(values, jnp.float32))
-    small = dhp.prune(model, masks)
+    small = cut(model, masks)
     np.testing.assert_allclose(small(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
 
 
@@ -121,7 +122,7 @@ def test_families_compute_the_same_and_zeros_compute_what_is_pruned(family):
     np.testing.assert_allclose(gated(x), trained(x), rtol=1e-4, atol=1e-3)
     cost = dhp.measure_cost(gated, shape)
     masks = dhp.uniform_within(gated, cost, flops=0.6)
-    small = dhp.prune(gated, masks)
+    small = cut(gated, masks)
     set_to(gated, masks)
     wanted = np.asarray(small(x))
     np.testing.assert_allclose(gated(x), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())

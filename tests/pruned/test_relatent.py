@@ -11,6 +11,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax.artifact.reading import read_description
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.models import mobilenet
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -33,7 +34,7 @@ def pruned(name, seed=0):
     family, arguments, shape = NETWORKS[name]
     arguments = {"min_channels": 1, **arguments}
     model = filled(lambda _: dhp.models.build(family, rngs=RNGS, **arguments))
-    return dhp.prune(model, drawn_masks(model, seed)), shape
+    return cut(model, drawn_masks(model, seed)), shape
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -60,7 +61,7 @@ def test_what_is_pruned_twice_is_saved_with_the_survivors_of_both(tmp_path, name
     small, shape = pruned(name)
     again = dhp.with_latents(small, rngs=nnx.Rngs(1))
     masks = drawn_masks(again, 1)
-    smaller = dhp.prune(again, masks)
+    smaller = cut(again, masks)
     first = architecture_of(small).survivors
     for latent, kept in architecture_of(smaller).survivors.items():
         assert list(kept) == [first[latent][i] for i in np.flatnonzero(masks[latent])]
@@ -77,13 +78,13 @@ def test_a_network_with_latents_again_is_saved_and_goes_on(tmp_path):
     loaded, x = dhp.load(tmp_path), images(2, *shape)
     np.testing.assert_array_equal(run(loaded, x)[0], run(again, x)[0])
     masks = drawn_masks(again, 1)
-    once, other = dhp.prune(loaded, masks), dhp.prune(again, masks)
+    once, other = cut(loaded, masks), cut(again, masks)
     assert architecture_of(once) == architecture_of(other)
 
 
 def test_gradients_reach_latents_and_hypernetworks_again():
     model = filled(Mixed)
-    small = dhp.prune(model, drawn_masks(model, 0))
+    small = cut(model, drawn_masks(model, 0))
     again = dhp.with_latents(small, rngs=nnx.Rngs(1), build=Mixed)
     graphdef, params, rest = nnx.split(again, nnx.Param, ...)
 
@@ -101,7 +102,7 @@ def test_gradients_reach_latents_and_hypernetworks_again():
 
 def test_a_network_of_ones_own_is_given_latents_with_the_function_that_builds_it():
     model = filled(Mixed)
-    small = dhp.prune(model, drawn_masks(model, 0))
+    small = cut(model, drawn_masks(model, 0))
     again = dhp.with_latents(small, rngs=nnx.Rngs(1), build=Mixed)
     x = images(2, *MIXED_INPUT)
     np.testing.assert_allclose(run(again, x)[0], run(small, x)[0], atol=2e-4)

@@ -9,6 +9,7 @@ import optax
 
 import dhp_jax as dhp
 from dhp_jax.budgets.counted import survivors_within
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.export import export
 
 SHAPE = (8, 8, 3)
@@ -24,7 +25,7 @@ def survivors_by_hand(declared):
     """The network pruned by hand: by masks of its declared latents."""
     cost = dhp.measure_cost(declared, SHAPE)
     masks = survivors_within(declared, cost, scores=dhp.l1_scores(declared), flops=0.5)
-    return dhp.prune(declared, masks)
+    return cut(declared, masks)
 
 
 def test_from_trained_weights_to_a_file_in_ten_lines(tmp_path, monkeypatch, fast_compilation):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from networks import RNGS, drawn_masks, filled, images, keep_all, short
 
 import dhp_jax as dhp
+from dhp_jax.core.surgery import prune as cut
 
 # Family, arguments, input: of odd widths, and of few layers; see `short`.
 CLASSIFIERS = {
@@ -55,14 +56,14 @@ def network(name):
 def plain(name):
     """The unpruned network of ordinary layers."""
     model, _, _ = network(name)
-    return dhp.prune(model, keep_all(model))
+    return cut(model, keep_all(model))
 
 
 @functools.cache
 def pruned(name):
     """The network pruned by its masks."""
     model, _, masks = network(name)
-    return dhp.prune(model, masks)
+    return cut(model, masks)
 
 
 def kept_by(name):

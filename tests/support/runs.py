@@ -13,6 +13,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax import cli
 from dhp_jax.budgets.selection import choose
+from dhp_jax.core.surgery import prune as cut
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.pipeline.setup import set_up
@@ -82,7 +83,7 @@ def leave(workdir):
     model = resnet20(channels=1)
     noted = set_up(config)
     for name in ("best", "model"):
-        small = dhp.prune(model, drawn_masks(model, len(name)))
+        small = cut(model, drawn_masks(model, len(name)))
         dhp.save(workdir / name, small, input_shape=noted.input_shape, **noted.notes)
 
 
@@ -99,7 +100,7 @@ def leave_source(workdir, method):
     chosen = choose(model, run.cost, flops=0.5)
     dhp.save(workdir / "search", model, input_shape=shape, **noted)
     for name in ("pruned", "model"):
-        small = dhp.prune(model, chosen.masks)
+        small = cut(model, chosen.masks)
         dhp.save(workdir / name, small, input_shape=shape, budget=chosen.notes(), **noted)
 
 
