@@ -2,12 +2,14 @@
 
 Times the search step against the step of the same network without latents: interleaved, in one
 process, on the same data. Both are the library's own `make_step`, augmentation included, with as
-many steps a dispatch as runs take on the device. With `--torch` also against the search step in
-PyTorch (see torch_search.py), which has to be installed, checks no budget, and waits for its device
-as often; `--torch compiled` needs what `torch.compile` needs, on CPU a C++ compiler.
+many steps a dispatch as runs take on the device. With `--trained` also the step of a search from
+trained weights (`dhp.fade_to_budget`) against the plain one. With `--torch` also against the search
+step in PyTorch (see torch_search.py), which has to be installed, checks no budget, and waits for
+its device as often; `--torch compiled` needs what `torch.compile` needs, on CPU a C++ compiler.
 
     python benchmarks/step.py                # ResNet-20 and ResNet-56, batch 64
     python benchmarks/step.py --torch eager --networks mobilenet_v2 dncnn --batches 64 256
+    python benchmarks/step.py --trained --networks resnet56
     python benchmarks/step.py --quick        # a smoke run of a few seconds
 """
 
@@ -24,16 +26,18 @@ import dhp_jax as dhp
 from dhp_jax.backend.platform import steps_per_dispatch
 from dhp_jax.budgets.timing import quartiles, time_in_turn
 
-KINDS = ("plain", "torch eager", "torch compiled")
+KINDS = ("plain", "torch eager", "torch compiled", "trained")
 NOTE = (
     "Median of interleaved dispatches, each divided by its steps, quartiles in parentheses; the "
     "ratio is that of each round. The search step checks its budget, PyTorch's does not."
 )
+TRAINED = " Trained: the step of a search from trained weights, with gates."
 
 
 def main() -> None:
     arguments = parser(__doc__, ["resnet20", "resnet56"], 20, "dispatches of each kind that count")
     arguments.add_argument("--torch", nargs="+", choices=("eager", "compiled"), default=[])
+    arguments.add_argument("--trained", action="store_true", help="the search from trained weights")
     arguments.add_argument("--batches", nargs="+", type=positive, default=[64])
     arguments.add_argument(
         "--seconds",
@@ -49,14 +53,16 @@ def main() -> None:
     check_torch(arguments, options)
     if options.quick:
         options.networks, options.batches, options.rounds = [QUICK], [4], 3
-    name = "_".join(["step", *(["torch"] * bool(options.torch)), *options.torch])
+    kinds = [*(["torch"] * bool(options.torch)), *options.torch, *(["trained"] * options.trained)]
+    name = "_".join(["step", *kinds])
     title = " and PyTorch's ".join(["Search step against the plain network's", *options.torch])
     rows = (
         measure(NETWORKS[name], batch, options)
         for name in options.networks
         for batch in options.batches
     )
-    publish_each(options.out, name, f"{title} step", NOTE, rows, as_table)
+    note = NOTE + TRAINED * options.trained
+    publish_each(options.out, name, f"{title} step", note, rows, as_table)
 
 
 def check_torch(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -80,6 +86,9 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> dict:
         "search": stepper(network, model, batch, options.steps),
         "plain": stepper(network, dhp.prune(model), batch, options.steps),
     }
+    if options.trained:
+        gated = dhp.with_gates(dhp.prune(model), rngs=nnx.Rngs(0))
+        steps["trained"] = stepper(network, gated, batch, options.steps, fades=True)
     for how in options.torch:
         import torch_search
 
@@ -91,16 +100,24 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> dict:
     row = {"network": network.label, "batch": batch}
     row |= {"steps_per_dispatch": options.steps, "rounds": len(seconds["search"])}
     for kind, values in seconds.items():
-        ratios = [s / other for s, other in zip(seconds["search"], values, strict=True)]
         name = kind.replace(" ", "_")
         row[f"{name}_ms"] = quartiles([1e3 * s for s in values])
-        row[f"search_to_{name}"] = quartiles(ratios)
+        row[f"search_to_{name}"] = ratio(seconds["search"], values)
+    if options.trained:
+        row["trained_to_plain"] = ratio(seconds["trained"], seconds["plain"])
     return row
 
 
-def stepper(network: Network, model: nnx.Module, batch: int, steps: int) -> Callable[[], None]:
+def ratio(seconds: list[float], others: list[float]) -> dict:
+    """Quartiles of the ratios of each round."""
+    return quartiles([s / other for s, other in zip(seconds, others, strict=True)])
+
+
+def stepper(
+    network: Network, model: nnx.Module, batch: int, steps: int, *, fades: bool = False
+) -> Callable[[], None]:
     """A function that takes so many training steps in one dispatch, and waits for them."""
-    advance, state, inputs = search_step(network, model, batch, steps=steps)
+    advance, state, inputs = search_step(network, model, batch, steps=steps, fades=fades)
     arrays = jax.tree.leaves(state)
 
     def dispatch() -> None:
@@ -115,7 +132,10 @@ def as_table(rows: list[dict]) -> str:
     digits = ".0f" if rows[0]["search_ms"]["median"] >= 100 else ".2f"
     columns = {"search step, ms": ("search_ms", digits)}
     columns |= {f"{kind} step, ms": (f"{name}_ms", digits) for kind, name in others.items()}
-    columns |= {f"search / {kind}": (f"search_to_{name}", ".3f") for kind, name in others.items()}
+    ratios = {kind: name for kind, name in others.items() if kind != "trained"}
+    columns |= {f"search / {kind}": (f"search_to_{name}", ".3f") for kind, name in ratios.items()}
+    if "trained_to_plain" in rows[0]:
+        columns["trained / plain"] = ("trained_to_plain", ".3f")
     cells = [
         (row["network"], row["batch"], *(spread(row[n], form) for n, form in columns.values()))
         for row in rows

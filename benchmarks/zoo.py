@@ -25,6 +25,7 @@ from dhp_jax.train.schedules import drop_schedule
 from dhp_jax.train.state import TrainState, start
 from dhp_jax.train.step import CompiledStep, compile_step, make_step, many, on_resident_data
 
+FADING = 700  # steps of a search from trained weights
 THRESHOLD = 5e-3  # below which entries of latents are gone
 
 
@@ -117,13 +118,15 @@ def search_step(
     *,
     steps: int = 1,
     images: int | None = None,
+    fades: bool = False,
 ) -> tuple[CompiledStep, TrainState, tuple]:
     """The jitted step of the search, a state, and what it takes after its arrays; data are random.
 
     With more than one of `steps`, so many in a loop on the device, as runs on accelerators take
     them. Every step counts what would survive, for a budget that it never meets. A model without
     latents shrinks none and counts nothing. What goes to a mesh has still to be placed there.
-    Labelled images are so many, or those of one batch.
+    Labelled images are so many, or those of one batch. With `fades` it is the step of a search from
+    trained weights, and `model` is from `dhp.with_gates`.
     """
     batch = batch or network.batch
     if network.patch:
@@ -136,6 +139,9 @@ def search_step(
         strength = 2e-4
 
     def make_optimizer(params):
+        if fades:
+            cost = dhp.measure_cost(model, network.input_shape)
+            return dhp.fade_to_budget(plain, model, cost, steps=FADING, flops=0.75)
         shrink = shrink_latents(params, strength=strength, schedule=schedule, threshold=THRESHOLD)
         return optax.chain(plain, shrink)
 
