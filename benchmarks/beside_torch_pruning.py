@@ -1,0 +1,328 @@
+"""The library beside Torch-Pruning 1.6: the same trained weights, FLOPs, updates and images.
+
+    python benchmarks/beside_torch_pruning.py --data cifar10.pack --out DIR \
+        --weights benchmarks/results/from_trained_resnet20.npz
+    python benchmarks/beside_torch_pruning.py --table DIR/rows.jsonl --out benchmarks/results
+    python benchmarks/beside_torch_pruning.py --rehearse --out DIR
+
+It needs `pip install torch torch-pruning==1.6.0`, which are no packages of the library. The trained
+ResNet-20 of from_trained.py becomes a PyTorch network that computes the same. Its group-norm pruner
+goes on in 400 small steps until the FLOPs, as the library counts them, are within the target. What
+is left is finetuned in PyTorch by the recipe of from_trained.py, on the same images in the same
+order. The rows of the library are those of from_trained.py, in the same process. Last come the
+times of a forward pass of all of them, taken in turn.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+import copy
+from dataclasses import replace
+import datetime
+import json
+from pathlib import Path
+import shlex
+import sys
+import time
+
+from flax import nnx
+import from_trained as ours
+import jax
+import numpy as np
+
+import dhp_jax as dhp
+from dhp_jax.budgets.timing import quartiles, time_in_turn
+
+NAME, TITLE = "beside_torch_pruning", "Beside Torch-Pruning 1.6"
+NOTE = (
+    "ResNet-20 on CIFAR-10 (JPEG), pruned from the same trained weights and finetuned for the same "
+    "updates on the same images. FLOPs are counted by the library. A mean over the seeds, with the "
+    "least and the most. Times are medians of passes taken in turn, with quartiles."
+)
+STEPS = 400  # of the pruner, from nothing to all channels
+LATENCY_BATCHES = 1, 256
+
+
+def network(torch, arrays: Mapping[str, np.ndarray]):
+    """The PyTorch network with the arrays of a ResNet of ours, by their names."""
+    nn = torch.nn
+
+    def tensor(name):
+        return torch.from_numpy(np.array(arrays[name], np.float32))
+
+    def layer(path, stride):
+        kernel = tensor(f"{path}.conv.kernel").permute(3, 2, 0, 1)
+        out, into, size, _ = kernel.shape
+        conv = nn.Conv2d(into, out, size, stride, padding=size // 2, bias=False)
+        norm = nn.BatchNorm2d(out, momentum=0.1)
+        conv.weight.data = kernel.contiguous()
+        for name, of_ours in (("weight", "scale"), ("bias", "bias")):
+            getattr(norm, name).data = tensor(f"{path}.norm.{of_ours}")
+        norm.running_mean, norm.running_var = (tensor(f"{path}.norm.{x}") for x in ("mean", "var"))
+        return nn.Sequential(conv, norm)
+
+    class Block(nn.Module):
+        def __init__(self, path):
+            super().__init__()
+            projected = f"{path}.projection.conv.kernel" in arrays
+            stride = 2 if projected else 1
+            self.first, self.second = (
+                layer(f"{path}.layers.0", stride),
+                layer(f"{path}.layers.1", 1),
+            )
+            self.projection = layer(f"{path}.projection", stride) if projected else nn.Identity()
+
+        def forward(self, x):
+            return torch.relu(self.projection(x) + self.second(torch.relu(self.first(x))))
+
+    class ResNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            count = sum(f"blocks.{i}.layers.0.conv.kernel" in arrays for i in range(len(arrays)))
+            self.stem = layer("stem", 1)
+            self.blocks = nn.Sequential(*(Block(f"blocks.{i}") for i in range(count)))
+            kernel = tensor("classifier.kernel")
+            self.classifier = nn.Linear(*kernel.shape)
+            self.classifier.weight.data = kernel.T.contiguous()
+            self.classifier.bias.data = tensor("classifier.bias")
+
+        def forward(self, x):
+            x = self.blocks(torch.relu(self.stem(x)))
+            return self.classifier(x.mean((2, 3)))
+
+    return ResNet().to(memory_format=torch.channels_last)
+
+
+def widths(net: ours.Network, model) -> dict[str, int]:
+    """How many channels each latent of ours has in a PyTorch network."""
+    kernels = {
+        "stem.conv.kernel": model.stem[0].weight,
+        "classifier.kernel": model.classifier.weight,
+    }
+    for i, block in enumerate(model.blocks):
+        parts = {"layers.0": block.first, "layers.1": block.second, "projection": block.projection}
+        for name, part in parts.items():
+            if hasattr(part, "__getitem__"):
+                kernels[f"blocks.{i}.{name}.conv.kernel"] = part[0].weight
+    counts = dict(net.sizes)
+    for name, weight in kernels.items():
+        for latent, size in zip(reversed(net.reads[name]), weight.shape[:2], strict=True):
+            if latent is not None:
+                counts[latent] = int(size)
+    return counts
+
+
+def torch_inputs(torch, device, images):
+    """A batch of ours as PyTorch lays it out."""
+    x = torch.from_numpy(np.array(images, np.float32)).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last).to(device)
+
+
+def pruned_by_torch(torch, bench: ours.Bench, flops: float):
+    """The network that Torch-Pruning leaves within a share of the FLOPs, and the share."""
+    import torch_pruning
+
+    model = network(torch, bench.trained).eval()
+    pruner = torch_pruning.pruner.GroupNormPruner(
+        model,
+        torch.zeros(1, 3, *ours.SHAPE[:2]),
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=1.0,
+        iterative_steps=STEPS,
+        ignored_layers=[model.classifier],
+    )
+    for _ in range(STEPS):
+        shares = bench.net.cost.shares(widths(bench.net, model))
+        if shares["flops"] <= flops:
+            return model, shares
+        pruner.step()
+    raise ValueError(f"flops: Torch-Pruning ended at {shares['flops']:.4f}; expected {flops}")
+
+
+def torch_row(torch, device, bench: ours.Bench, flops: float, seed: int) -> None:
+    """Prunes and finetunes in PyTorch, and writes the row."""
+    began, size = time.monotonic(), bench.size
+    model, shares = pruned_by_torch(torch, bench, flops)
+    model = model.to(device).train()
+    schedule = ours.cosine(ours.FADE.rate, size.updates, size.segment)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=0.0,
+        momentum=ours.MOMENTUM,
+        weight_decay=ours.WEIGHT_DECAY,
+        nesterov=True,
+    )
+    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+    for segment in bench.batches(seed, schedule(np.arange(size.updates))):
+        for at in range(size.segment):
+            batch = jax.tree.map(lambda x, at=at: x[at], segment)
+            images, labels = bench.programs.inputs(batch)
+            optimizer.param_groups[0]["lr"] = float(batch.rate)
+            with half:
+                logits = model(torch_inputs(torch, device, images))
+            labels = torch.from_numpy(np.array(labels, np.int64)).to(device)
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    bench.write(
+        name="Torch-Pruning, group norm",
+        target=flops,
+        seed=seed,
+        error=torch_error(torch, device, bench, model),
+        train_loss=float(loss.detach()),
+        **shares,
+        widths=widths(bench.net, model),
+        updates=size.updates,
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def torch_error(torch, device, bench: ours.Bench, model) -> float:
+    """The test error in percent."""
+    images, labels = bench.test
+    model.eval()
+    wrong = 0
+    with torch.no_grad():
+        for at in range(0, len(labels), bench.size.batch):
+            part = slice(at, at + bench.size.batch)
+            x = (images[part].astype(np.float32) - ours.MEAN) / ours.DEVIATION
+            found = model(torch_inputs(torch, device, x)).argmax(1).cpu().numpy()
+            wrong += int((found != labels[part]).sum())
+    return 100 * wrong / len(labels)
+
+
+def check_same(torch, bench: ours.Bench) -> None:
+    """Raises unless the PyTorch network computes what ours does."""
+    x = np.random.default_rng(0).normal(size=(4, *ours.SHAPE)).astype(np.float32)
+    plain = ours.Network(bench.size.depth, np.float32).model(bench.trained)
+    plain.eval()
+    with torch.no_grad():
+        theirs = network(torch, bench.trained).eval()(torch_inputs(torch, "cpu", x)).numpy()
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(theirs, np.asarray(plain(x)), rtol=1e-3, atol=1e-3)
+
+
+def latencies(torch, device, bench: ours.Bench, flops: float, rounds: int) -> None:
+    """Times forward passes of whole and pruned networks of both, in turn, and writes the row."""
+    model = ours.of_latents(bench.net, bench.trained)
+    small = dhp.prune_to(model, ours.SHAPE, flops=flops, by=dhp.group_scores(model))
+    theirs = pruned_by_torch(torch, bench, flops)[0], network(torch, bench.trained)
+    for batch in LATENCY_BATCHES if bench.size != ours.REHEARSAL else (4,):
+        x = np.zeros((batch, *ours.SHAPE), np.float32)
+        passes = {"ours, whole": dhp.prune(model), "ours": small}
+        passes = {name: of_ours(module, x) for name, module in passes.items()}
+        for name, module in zip(("Torch-Pruning", "torch, whole"), theirs, strict=True):
+            passes[name] = of_torch(torch, device, copy.deepcopy(module), x)
+        seconds = time_in_turn(passes, rounds, 60)
+        found = {name: quartiles([1e3 * s for s in values]) for name, values in seconds.items()}
+        bench.write(name="forward pass", share=flops, batch=batch, ms=found)
+
+
+def of_ours(model: nnx.Module, x: np.ndarray) -> Callable[[], None]:
+    x, run = jax.numpy.asarray(x), dhp.inference(model)
+    return lambda: jax.block_until_ready(run(x))
+
+
+def of_torch(torch, device, model, x: np.ndarray) -> Callable[[], None]:
+    model, x = model.to(device).eval(), torch_inputs(torch, device, x)
+
+    def run() -> None:
+        with torch.no_grad():
+            found = model(x)
+        if device.type != "cpu":
+            torch.cuda.synchronize()
+        del found
+
+    return run
+
+
+def publish(options: argparse.Namespace) -> None:
+    """Makes the JSON and Markdown of rows that were measured."""
+    from record import spread, table_of, write
+
+    rows = [json.loads(line) for line in options.table.read_text().splitlines()]
+    about = next(row for row in rows if row["name"] == "begin")
+    about = {key: about[key] for key in ("date", "command", "commit", "hardware", "versions")}
+    found: dict[tuple[float, str], list[dict]] = {}
+    for row in rows:
+        if "target" in row:
+            found.setdefault((row["target"], row["name"]), []).append(row)
+    cells = [
+        (
+            f"{target:.0%}",
+            name,
+            ours.spread([100 * row["flops"] for row in some], ".2f", " %"),
+            ours.spread([row["error"] for row in some], ".2f", " %"),
+            len(some),
+        )
+        for (target, name), some in sorted(
+            found.items(), key=lambda item: (-item[0][0], item[0][1])
+        )
+    ]
+    errors = table_of([">FLOPs asked for", "row", ">FLOPs", ">test error", ">seeds"], cells)
+    cells = [
+        (f"{row['share']:.0%}", row["batch"], name, spread(ms, ".2f"))
+        for row in rows
+        if row["name"] == "forward pass"
+        for name, ms in row["ms"].items()
+    ]
+    times = table_of([">FLOPs", ">batch", "network", ">forward pass, ms"], cells)
+    text = f"## Errors\n\n{errors}\n\n## Forward passes\n\n{times}"
+    print(text)
+    write(options.out, NAME, TITLE, NOTE, rows, text, about)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="CIFAR-10, as for from_trained.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--weights", type=Path, help="of the stage train of from_trained.py")
+    parser.add_argument("--targets", type=float, nargs="+", default=list(ours.TARGETS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, help="of every row")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which no row begins")
+    parser.add_argument("--rounds", type=int, default=50, help="of forward passes")
+    parser.add_argument("--ways", nargs="*", default=["group", "fade"], help="rows of ours")
+    parser.add_argument("--table", type=Path, help="rows.jsonl: publish it, measure nothing")
+    parser.add_argument("--commit", default="", help="of the code, for the record")
+    parser.add_argument("--rehearse", action="store_true", help="a smoke run of a minute on a CPU")
+    options = parser.parse_args()
+    if options.table is not None:
+        return publish(options)
+    import torch
+
+    size = ours.REHEARSAL if options.rehearse else ours.Size()
+    if options.updates is not None:
+        size = replace(size, updates=options.updates)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench = ours.Bench(options, size)
+    bench.write(
+        name="begin",
+        date=datetime.date.today().isoformat(),
+        command=shlex.join(["python", *sys.argv]),
+        commit=options.commit,
+        hardware=str(jax.devices()[0].device_kind),
+        versions={module.__name__: module.__version__ for module in (dhp, jax, torch)},
+    )
+    if options.rehearse:
+        bench.trained = bench.net.fresh(0)
+    else:
+        ours.load(bench, options)
+    check_same(torch, bench)
+    known = {way.name: way for way in (*ours.ONE.values(), ours.FADE)}
+    for seed in options.seeds:
+        for flops in options.targets:
+            for way in ("", *([] if options.rehearse else options.ways)):
+                if bench.left() < 0:
+                    return
+                if way:
+                    ours.pruned_row(bench, known[way], flops, seed)
+                else:
+                    torch_row(torch, device, bench, flops, seed)
+    for flops in options.targets:
+        latencies(torch, device, bench, flops, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
