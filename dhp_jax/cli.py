@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 import numpy as np
 
+from dhp_jax.activity import doing, told_when_silent
 from dhp_jax.artifact import arrays, reading
 from dhp_jax.artifact.description import check_notes
 from dhp_jax.artifact.reading import exists, read_description
@@ -24,6 +25,7 @@ from dhp_jax.data.augmentation import normalize
 from dhp_jax.errors import shown
 from dhp_jax.models.own import imported
 from dhp_jax.models.registry import task_of
+from dhp_jax.train.progress_bar import ProgressBar
 from dhp_jax.workdir import target_dirs
 
 WHICH = ("model", "best", "pruned", "search")  # the networks of a run
@@ -81,7 +83,8 @@ def run(main: Callable[[Sequence[str]], None]) -> int:
     It is 2 for wrong input, and 1 where the work failed (`RuntimeError`).
     """
     try:
-        main(sys.argv[1:])
+        with told_when_silent(ProgressBar().wait):
+            main(sys.argv[1:])
     except (ValueError, OSError, RuntimeError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
@@ -133,6 +136,7 @@ class Saved:
         return normalize(scale * pixels, self.notes["mean"], self.notes["std"])
 
 
+@doing("reading the network")
 def opened(path: str | os.PathLike, which: str | None = None, build: str | None = None) -> Saved:
     """Loads a network from a run's folder, or one that `dhp.save` wrote.
 

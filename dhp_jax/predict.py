@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from dhp_jax import cli
+from dhp_jax.activity import doing
 from dhp_jax.artifact.arrays import DESCRIPTION
 from dhp_jax.backend.inference import inference
 from dhp_jax.cli import Saved
@@ -79,6 +80,7 @@ def _check_unused(options: Namespace, names: Sequence[str], why: str) -> None:
             raise ValueError(f"--{name}: expected none, for {why}; got {value}")
 
 
+@doing("labelling the images")
 def label(
     saved: Saved, files: Sequence[Path], *, top: int = 3, resize: bool = False
 ) -> list[list[tuple[str, float]]]:
@@ -208,6 +210,7 @@ def restore_images(
     return targets
 
 
+@doing("restoring an image")
 def restore_image(
     saved: Saved, network, image: UInt8[np.ndarray, "h w c"], *, tile: int | None = None
 ) -> Float[np.ndarray, "h2 w2 c"]:

@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache as cache
 import pytest
 from runs import carry_out, leave
 
+from dhp_jax import activity
 from dhp_jax.budgets import timing
 from dhp_jax.export.writers import NEEDS
 from dhp_jax.pipeline import preparation
@@ -134,6 +135,12 @@ def compiled_as_for_users():
     """Programs are optimized, because a test looks at them, or at bits that a run has left."""
     with compiling(fast=False):
         yield
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_fast_machine(monkeypatch):
+    """Nothing is told of what merely takes long here; tests that want it set another time."""
+    monkeypatch.setattr(activity, "SILENT", 1e6)
 
 
 MUCH = 3 * 2**30  # bytes that a process that tests may take before it lets programs go

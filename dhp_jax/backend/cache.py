@@ -62,12 +62,12 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def long_compilations(tell: Callable[[str, float], None]) -> Iterator[None]:
-    """Calls `tell(function, seconds)` after each compilation that took more than a second."""
+def long_compilations(tell: Callable[[float], None]) -> Iterator[None]:
+    """Calls `tell(seconds)` after each compilation that took more than a second."""
 
-    def listen(event: str, seconds: float, *, fun_name: str = "?", **_: object) -> None:
+    def listen(event: str, seconds: float, **_: object) -> None:
         if event == COMPILED and seconds > LONG:
-            tell(fun_name, seconds)
+            tell(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -19,10 +19,17 @@ from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.budgets.timing import forward_pass, hardware, quartiles, time_in_turn
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.surgery import prune
+from dhp_jax.errors import ArgumentError, shown
 
 RESOLUTION = 0.01  # of the FLOPs, at which the bisection ends
 ROUNDS, SECONDS = 101, 2.0  # of a measurement, at most
 Clock = Callable[[nnx.Module], Time]
+
+
+def check_batch(batch: int | None) -> None:
+    """Raises unless a value can be how many inputs a timed pass takes, or `None`."""
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise ArgumentError("batch", "an integer of at least 1, or None", shown(batch))
 
 
 def clock(model: nnx.Module, input_shape: tuple[int, ...], batch: int = 1) -> Clock:
@@ -40,13 +47,13 @@ def clock(model: nnx.Module, input_shape: tuple[int, ...], batch: int = 1) -> Cl
         return forward_pass(small, input_shape, batch)
 
     def timed(small: nnx.Module) -> Time:
-        passes = {"whole": whole, "small": compiled(small)}
-        seconds = time_in_turn(passes, ROUNDS, SECONDS)
-        pairs = list(zip(seconds["whole"], seconds["small"], strict=True))
+        passes = {"unpruned": whole, "pruned": compiled(small)}
+        seconds = time_in_turn(passes, ROUNDS, SECONDS, what=f", batch {batch}")
+        pairs = list(zip(seconds["unpruned"], seconds["pruned"], strict=True))
         return Time(
             ratio=quartiles([small / whole for whole, small in pairs]),
-            whole_ms=quartiles([1e3 * s for s in seconds["whole"]]),
-            ms=quartiles([1e3 * s for s in seconds["small"]]),
+            whole_ms=quartiles([1e3 * s for s in seconds["unpruned"]]),
+            ms=quartiles([1e3 * s for s in seconds["pruned"]]),
             rounds=len(pairs),
         )
 
@@ -118,7 +125,7 @@ class LatencySearch:
             self.timed,
             self.multiple_of,
             lambda number: smallest_ratio(self.model, self.cost, number),
-            self.latency,
+            share=self.latency,
         )
         hint = "".join(
             f"; multiple_of={number} would do, of which it takes {found}"

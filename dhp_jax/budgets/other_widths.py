@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 
 from flax import nnx
+import numpy as np
 
+from dhp_jax.activity import doing
 from dhp_jax.budgets.chosen import Time
 from dhp_jax.budgets.counted import check_budget, survivors_within
 from dhp_jax.budgets.rounding import AUTO, Multiples
@@ -14,12 +16,14 @@ from dhp_jax.errors import ArgumentError
 TRIED = (4, 8, 16, 32, AUTO)  # of `multiple_of`; the last leaves narrow latents as they are
 
 
+@doing("timing networks of other widths")
 def time_other_widths(
     model: nnx.Module,
     cost: Cost,
     timed: Callable[[nnx.Module], Time],
     multiple_of: Multiples,
     budget_of: Callable[[int | str], Mapping[str, float]],
+    select: Callable[..., dict[str, np.ndarray]] = survivors_within,
     share: float = 1.0,
 ) -> dict[int | str, Time]:
     """Times pruned networks of other `multiple_of`: of larger numbers, and "auto".
@@ -30,6 +34,7 @@ def time_other_widths(
       timed: times a pruned network against the whole one, as from `latency.clock`.
       multiple_of: of the network that is too slow.
       budget_of: shares of FLOPs, params and activations for a value.
+      select: chooses survivors, as `survivors_within`.
       share: of the whole network's time; the first network within it is the last to be timed.
 
     Returns:
@@ -46,7 +51,7 @@ def time_other_widths(
             check_budget(model, cost, other, **budget)
         except ArgumentError:  # a latent is smaller than that, or the budget is out of reach
             continue
-        masks = survivors_within(model, cost, other, **budget)
+        masks = select(model, cost, other, **budget)
         found[other] = timed(prune(model, masks))
         if found[other].within(share):
             break

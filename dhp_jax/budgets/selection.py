@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 import functools
 import inspect
 from typing import Any
+import warnings
 
 from flax import nnx
 import numpy as np
@@ -12,10 +13,12 @@ from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.chosen import Chosen, describe_choice
 from dhp_jax.budgets.counted import BudgetError, Scores, check_budget, check_share, survivors_within
 from dhp_jax.budgets.importance import group_scores
-from dhp_jax.budgets.latency import Clock, LatencySearch, clock
+from dhp_jax.budgets.latency import Clock, LatencySearch, check_batch, clock
 from dhp_jax.budgets.limits import Limits, check_limits, with_limits
+from dhp_jax.budgets.other_widths import advice, time_other_widths
 from dhp_jax.budgets.rounding import Multiples
-from dhp_jax.core.cost import Cost
+from dhp_jax.budgets.timing import hardware
+from dhp_jax.core.cost import Cost, check_input_shape
 from dhp_jax.core.latent import latents
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
@@ -110,7 +113,7 @@ def prune_to(
     by: Scores | Selection | None = None,
     keep: Limits | None = None,
     latency: float | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     **budget: float,
 ) -> Model:
     """Prunes a network to budgets, by magnitude of its latents.
@@ -134,7 +137,9 @@ def prune_to(
       latency: share in (0, 1] of the time of the unpruned network, or `None`. Both networks are
         compiled and timed alternately on this machine. Three of four pairs of passes must be within
         the share, in two of three measurements. Up to ten candidates are compiled.
-      batch: how many inputs a timed pass takes.
+      batch: how many inputs a timed pass takes, 1 for a `latency` if not given. Without `latency`
+        the pruned network is timed if it is given. Where it is slower than the unpruned one,
+        networks of other `multiple_of` are timed too, and a warning tells which would help.
       **budget: `flops`, `params` or `activations` (bytes of the outputs of all layers; see
         `dhp_jax.core.cost`), as shares of the model's own in (0, 1].
 
@@ -144,16 +149,15 @@ def prune_to(
     Raises:
       ValueError: a share outside (0, 1]; a `multiple_of` below 1 or above the size of its latents;
         a `batch` below 1; scores that do not suit the latents; a function `by` that does not take
-        these arguments, or whose survivors are not within the budgets; axes that meet in the
-        forward pass without being one latent; a share that is out of reach (`BudgetError`, with the
-        smallest one possible).
+        these arguments, or whose survivors are not within the budgets; inputs that are no shape
+        where networks are timed; axes that meet in the forward pass without being one latent; a
+        share that is out of reach (`BudgetError`, with the smallest one possible).
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
       >>> quick = dhp.prune_to(model, (32, 32, 3), multiple_of=8, params=0.6, latency=0.7, batch=64)
     """
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
+    check_batch(batch)
     if latency is not None:
         check_share("latency", latency)
         budget = {"flops": 1.0, **budget}
@@ -170,20 +174,34 @@ def prune_to(
         check_axes(model, input_shape)  # a layer that cannot be pruned is told as that
         raise
     check_axes(model, input_shape)
-    timed = None if latency is None else clock(model, input_shape, batch)
-    if by is None and not _searched(model):
-        by = group_scores(model)
+    timed = None
+    if latency is not None or batch is not None:
+        check_input_shape(input_shape)
+        timed = clock(model, input_shape, batch or 1)
+    by = default_scores(model) if by is None else by
     chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
     if keep is not None:
         check_limits(model, chosen.masks)
     if table is None:
         prove_declared(model, chosen.masks, analysis_of(model, input_shape))
-    return prune(model, chosen.masks)
+    small = prune(model, chosen.masks)
+    if timed is not None and latency is None and (time := timed(small)).ratio["low"] > 1:
+        share = budget | {"flops": chosen.shares["flops"]}
+        select = selection(by, share)
+        tried = time_other_widths(model, cost, timed, multiple_of, lambda number: share, select)
+        told = advice({number: found.ratio for number, found in tried.items()})
+        warnings.warn(
+            f"prune_to: the pruned network takes {time} of the unpruned one's time, batch {batch}, "
+            f"on {hardware()}; {told}",
+            stacklevel=2,
+        )
+    return small
 
 
-def _searched(model: nnx.Module) -> bool:
-    """Whether magnitudes rank the entries of any prunable latent."""
+def default_scores(model: nnx.Module) -> Scores | None:
+    """Scores by group norms if no latent was searched; otherwise none, for magnitudes rank."""
     prunable = [z for z in latents(model).values() if z.prunable]
-    return not prunable or any(
+    searched = not prunable or any(
         np.ptp(np.abs(np.asarray(z.value(), np.float64))) > 0 for z in prunable
     )
+    return None if searched else group_scores(model)

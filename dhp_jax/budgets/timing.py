@@ -10,6 +10,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from dhp_jax.activity import doing
 from dhp_jax.backend.inference import inference
 
 MIN_ROUNDS = 3  # rounds
@@ -20,32 +21,36 @@ def time_in_turn(
     rounds: int,
     seconds: float = float("inf"),
     each: int = 1,
+    what: str = "",
 ) -> dict[str, list[float]]:
     """Times functions alternately, so that other load on the machine affects all alike.
 
     Every other round runs in reverse order, so that no function always follows the same other one.
 
     Args:
-      passes: functions by name; each runs twice before it is timed.
+      passes: functions by name, as of a network; each runs twice before it is timed.
       rounds: the largest number of timed rounds.
       seconds: no round begins after this time, except for the first three.
       each: how many times one call repeats the work; times are divided by it.
+      what: is passed to the networks, for what is told of compilations, such as ", batch 64".
 
     Returns:
       Seconds of every call, by name; the i-th ones belong to one round.
     """
-    for run in passes.values():  # compiles, then warms up
-        run()
-        run()
+    for name, run in passes.items():  # compiles, then warms up
+        with doing("timing forward passes", f"the forward pass of the {name} network{what}"):
+            run()
+            run()
     taken: dict[str, list[float]] = {name: [] for name in passes}
     began = time.perf_counter()
-    for done in range(rounds):
-        if done >= MIN_ROUNDS and time.perf_counter() - began > seconds:
-            break
-        for name in reversed(passes) if done % 2 else passes:
-            started = time.perf_counter()
-            passes[name]()
-            taken[name].append((time.perf_counter() - started) / each)
+    with doing("timing forward passes"):
+        for done in range(rounds):
+            if done >= MIN_ROUNDS and time.perf_counter() - began > seconds:
+                break
+            for name in reversed(passes) if done % 2 else passes:
+                started = time.perf_counter()
+                passes[name]()
+                taken[name].append((time.perf_counter() - started) / each)
     return taken
 
 
@@ -81,7 +86,7 @@ def measure_latency(
       >>> times = measure_latency({"whole": dhp.prune(model), "small": small}, (32, 32, 3), 64)
     """
     passes = {name: forward_pass(model, input_shape, batch) for name, model in models.items()}
-    taken = time_in_turn(passes, rounds, seconds)
+    taken = time_in_turn(passes, rounds, seconds, what=f", batch {batch}")
     return {name: [1e3 * s for s in times] for name, times in taken.items()}
 
 

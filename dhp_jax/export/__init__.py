@@ -18,6 +18,7 @@ from jaxtyping import Float
 import numpy as np
 
 from dhp_jax import files
+from dhp_jax.activity import doing
 from dhp_jax.artifact.writing import may_hold
 from dhp_jax.core.latent import walk
 from dhp_jax.core.provenance import architecture_of
@@ -127,7 +128,7 @@ def export(
             folded = fold_for_batch(
                 model, example if format == "safetensors" else symbolic_sizes(shape)
             )
-            with _without_file(part):
+            with _without_file(part), doing(f"writing {format}, trying what was written"):
                 run = write(folded, part, shape, notes or {})
                 differences, largest = _compare(model, run, tried)
                 files.put(part, target)

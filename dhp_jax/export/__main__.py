@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped, UInt8
 import numpy as np
 
 from dhp_jax import cli
+from dhp_jax.activity import doing
 from dhp_jax.cli import Saved, opened, tell
 from dhp_jax.data.augmentation import normalize
 from dhp_jax.data.photos import photographs
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     tell(f"largest difference to the network: {told}; its outputs are up to {made.largest:.4g}")
 
 
+@doing("reading test images, or photographs")
 def _inputs(
     saved: Saved, shape: tuple[int, ...], folder: Path
 ) -> dict[str, Float[np.ndarray, "n h w c"]] | None:

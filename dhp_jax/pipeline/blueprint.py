@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from dhp_jax.activity import doing
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.weights import Weights, read_weights, take_weights
 from dhp_jax.budgets.floors import keep_share
@@ -33,6 +34,7 @@ MAY_DIFFER = {
     *("embedding", "min_channels", "prune_classifier", "classifier_keep", "prune_upsampler"),
     *("dropout", "initial_scale", "dtype"),
 }
+BUILDING = "building the network"
 LATENTS = {"embedding": EMBEDDING, "gates_above": GATES_ABOVE}  # of axes found by tracing
 
 
@@ -69,6 +71,7 @@ class Blueprint:
         """What its family or function makes."""
         return registry.build(self.name, **self.arguments, rngs=nnx.Rngs(self.seed))
 
+    @doing(BUILDING)
     def ordinary(self) -> nnx.Module:
         """The network without latents."""
         model = prune(self.made())
@@ -76,6 +79,7 @@ class Blueprint:
             take_weights(model, self.weights)
         return model
 
+    @doing(BUILDING)
     def baseline(self) -> nnx.Module:
         """The network without latents, with the weights that its training begins with."""
         model = self.ordinary()
@@ -83,6 +87,7 @@ class Blueprint:
             reinitialize(model, rngs=nnx.Rngs(self.seed))
         return model
 
+    @doing(BUILDING)
     def build(self) -> nnx.Module:
         """The network of latents that a search begins with."""
         if self.table is not None:
@@ -92,6 +97,7 @@ class Blueprint:
             take_arrays(self.ordinary(), model)
         return keep_share(model, self.share)
 
+    @doing(BUILDING)
     def of_trained(self, trained: nnx.Module) -> nnx.Module:
         """The network of latents with the weights of an ordinary one, which may change."""
         if self.table is None:
@@ -107,6 +113,7 @@ class Blueprint:
             )
         return keep_share(model, self.share)
 
+    @doing(BUILDING)
     def gated(self, trained: nnx.Module) -> nnx.Module:
         """The network of latents that are gates, with the weights of an ordinary one."""
         if self.table is not None:
@@ -143,6 +150,7 @@ def begin(config: ConfigDict) -> Blueprint:
     return made
 
 
+@doing(BUILDING)
 def complete(config: ConfigDict, begun: Blueprint, setup: TaskSetup) -> Blueprint:
     """How the network is made, with the arguments that follow from the data, and traced latents.
 
@@ -195,6 +203,7 @@ def _check_arguments(made: Blueprint, weights: Weights) -> None:
             raise ArgumentError(name, expected, shown(ours[name]))
 
 
+@doing(BUILDING)
 def abstract(config: ConfigDict, made: Blueprint) -> nnx.Module:
     """The network of latents as shapes and dtypes; if latents were found by tracing with arrays."""
     with _named(config):

@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from dhp_jax.activity import program, told_when_silent
 from dhp_jax.backend.cache import keep_compiled, long_compilations
 from dhp_jax.config.checks import check_overrides
 from dhp_jax.config.from_file import find_config, read_config
@@ -33,13 +34,6 @@ from dhp_jax.train.progress_bar import ProgressBar
 from dhp_jax.workdir.summary import beside, read_baseline
 
 WEIGHTS = "config.model.weights"
-PROGRAMS = {  # by the name of the function that is compiled
-    "on_arrays": "the training step",
-    "add": "the test",
-    "forward": "the test",
-    "compiled": "the forward pass",
-}
-
 
 Define = Callable[[Sequence[str]], flags.FlagValues]  # the flags of a command line, not yet parsed
 
@@ -72,10 +66,16 @@ def run(arguments: Sequence[str], define: Define) -> int:
     handler.setFormatter(_Message("%(message)s"))
     logging.basicConfig(handlers=[handler], force=True)  # Orbax has made one
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of Orbax's, where a line is ours
+    bar = ProgressBar()
+    with told_when_silent(lambda *what: bar.wait(*what) if is_first() else None):
+        return _run(arguments, define, bar)
+
+
+def _run(arguments: Sequence[str], define: Define, bar: ProgressBar) -> int:
     try:
         options = parse(arguments, define)
         with exit_at_once():
-            runs = prepare(options)
+            runs = prepare(options, bar)
     except (flags.Error, ValueError, ProcessError) as error:
         print("error:", _in_one_line(error), file=sys.stderr)
         return 2
@@ -177,17 +177,16 @@ def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
     return options
 
 
-def prepare(options: flags.FlagValues) -> list[Run]:
+def prepare(options: flags.FlagValues, bar: ProgressBar) -> list[Run]:
     """Checks all that can be checked before training; a run for each target."""
     join_others(options)
     if options.baseline is not None:
         read_baseline(options.baseline)
     keep_compiled(options.compilation_cache)
-    bar = [ProgressBar()] if is_first() else []
     if is_first() and sys.stderr.isatty():  # what follows takes seconds
         network = f"{network_name(options.config.model)} on {options.config.data.name}"
         print(f"checking   {network}, for {options.workdir}", file=sys.stderr, flush=True)
-    runs = targets.prepare(options.config, options.workdir, bar)
+    runs = targets.prepare(options.config, options.workdir, [bar] if is_first() else [])
     if is_first():
         tell_target(options.config)
         print(header(runs), file=sys.stderr, flush=True)
@@ -229,11 +228,10 @@ def _carry_out(
         )
 
 
-def _tell_compiled(function: str, seconds: float) -> None:
+def _tell_compiled(seconds: float) -> None:
     """Prints a line above the bar for a program that a run is made of."""
-    name = function.removeprefix("jit(").removesuffix(")")
-    if name in PROGRAMS:
-        tqdm.write(f"compiled {PROGRAMS[name]} in {seconds:.1f} s", file=sys.stderr)
+    if compiled := program():
+        tqdm.write(f"compiled {compiled} in {seconds:.1f} s", file=sys.stderr)
 
 
 def explain(error: BaseException, options: flags.FlagValues) -> tuple[int | None, str]:

@@ -63,6 +63,4 @@ def execute(
         except OriginError as error:
             hint = "; give another --workdir"
             raise ConfigError.of(f"config.{error.field}", error, hint) from error
-        if is_first():
-            logger.info("timing the network, writing the report")
         return from_first(lambda: report_write.write(run.workdir, baseline=baseline))

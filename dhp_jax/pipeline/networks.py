@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 from PIL import Image
 
+from dhp_jax.activity import doing
 from dhp_jax.artifact import reading, writing
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.reading import exists, read_description, verify
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 PICTURES = 4  # test examples shown in the report, where a task has something to show
 
 
+@doing("saving the network")
 def save(
     run: Run, name: str, model: nnx.Module, progress: Progress | None = None, **notes: Any
 ) -> str:
@@ -63,6 +65,7 @@ def keep_teacher(run: Run, source: str) -> None:
     save(run, "teacher", reading.load(there.path), made_from=source)
 
 
+@doing("saving the networks", "what makes pictures of test examples")
 def save_trained(run: Run, outcome: Outcome, test: Data, source: str) -> None:
     """Saves the network after its best epoch, then the last: the run's end."""
     task = run.setup.task
@@ -95,6 +98,7 @@ def _asked(run: Run) -> dict[str, Any]:
     return {name: config[name] for name in fields} | {"data": data}
 
 
+@doing("checking the networks that are there")
 def find(run: Run, name: str) -> dict[str, Any] | None:
     """What a network on disk says of itself, if it is there and whole."""
     path = run.workdir / name

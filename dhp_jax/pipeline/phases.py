@@ -20,6 +20,7 @@ from flax import nnx
 import jax
 import optax
 
+from dhp_jax.activity import doing
 from dhp_jax.artifact import reading
 from dhp_jax.artifact.arrays import array_name, array_of, is_finite
 from dhp_jax.budgets.counted import limits
@@ -64,7 +65,13 @@ class Work(NamedTuple):
 
 def carry_out(run: Run, stopping: Callable[[], bool]) -> None:
     """Carries out all phases of a run, or those that are left."""
-    work = Work(run, stopping, functools.cache(run.setup.read))
+
+    @functools.cache
+    def read(split: str) -> Data:
+        with doing(f"reading the {'training' if split == 'train' else split} data"):
+            return run.setup.read(split)
+
+    work = Work(run, stopping, read)
     if not METHODS[run.config.method].prunes:
         train_last(work, "baseline", run.blueprint.baseline, run.blueprint.digest)
         return
@@ -141,7 +148,8 @@ def _prune_to_budget(work: Work, made_from: str) -> str:
     found = networks.find(run, "pruned")
     if found and found["notes"]["made_from"] == made_from:
         return found["sha256"]
-    small, budget = method.smaller(RunStart(run, work.read))
+    with doing("choosing the channels that stay"):
+        small, budget = method.smaller(RunStart(run, work.read))
     if "search" in method.phases:
         _check_weights(small)
     notes: dict[str, Any] = {"budget": budget}
@@ -156,6 +164,7 @@ def _prune_to_budget(work: Work, made_from: str) -> str:
     return networks.save(run, "pruned", small, made_from=made_from, **notes)
 
 
+@doing("testing the pruned network", "the test of the pruned network")
 def _test(work: Work, model: nnx.Module) -> dict[str, float]:
     setup, batch_size = work.run.setup, 4 * work.run.config.batch_size
     return evaluate(model, setup.task, work.read("test"), batch_size=batch_size)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import optax
 
+from dhp_jax.activity import doing
 from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.counted import check_budget, limits
 from dhp_jax.budgets.gradual import STAGES
@@ -61,6 +62,7 @@ class Run:
     mesh: Mesh | None = None
 
 
+@doing("checking the run")
 def prepare(
     config: ConfigDict, workdir: str | os.PathLike, observers: Sequence[Observer] = ()
 ) -> Run:
@@ -97,7 +99,8 @@ def prepare(
         from_first(lambda: source_run.check(config, workdir, asked.checksums, model))
     if method.fades:
         _check_stages(config, asked.epoch)
-    cost = measure_cost(model, asked.input_shape)
+    with doing("counting FLOPs and params"):
+        cost = measure_cost(model, asked.input_shape)
     try:
         check_budget(model, cost, config.multiple_of, **counted_budgets(config))
     except FieldError as error:
@@ -105,7 +108,8 @@ def prepare(
             raise ConfigError("config.target", error.expected, error.got, str(error)) from error
         field = error.field if error.field == "multiple_of" else f"budget.{error.field}"
         raise ConfigError.of(f"config.{field}", error) from error
-    check_axes(model, asked.input_shape)
+    with doing("checking which channels go together"):
+        check_axes(model, asked.input_shape)
     try:
         asked.task.check(model)
     except FieldError as error:
@@ -175,6 +179,7 @@ def _target_is_smallest(config: ConfigDict) -> bool:
     return config.budget.flops is None or config.target <= config.budget.flops
 
 
+@doing("timing the smallest network")
 def _check_latency(
     config: ConfigDict,
     workdir: Path,
@@ -219,6 +224,7 @@ def _agree_on_setup(config: ConfigDict, workdir: str | os.PathLike) -> TaskSetup
     return found
 
 
+@doing("looking at the data")
 def _set_up(config: ConfigDict, streamed: bool | None) -> TaskSetup:
     """The task and its data, with few enough steps in each phase."""
     with name_data_fields():

@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 from jaxtyping import Array, Key
 
+from dhp_jax.activity import doing
 from dhp_jax.pipeline.preparation import PHASES, Run
 from dhp_jax.pruned.statistics import renew_statistics
 from dhp_jax.tasks.task import Data, Examples
@@ -45,6 +46,7 @@ def batches(run: Run, data: Data, examples: int) -> Any:
             inputs.fetch_next()
 
 
+@doing("measuring the statistics of BatchNorm again", "what measures statistics of BatchNorm")
 def renew(run: Run, model: nnx.Module, data: Data) -> bool:
     """Measures the statistics of a network anew, in place; whether it has any."""
     if not any(isinstance(layer, nnx.BatchNorm) for _, layer in nnx.iter_modules(model)):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dhp_jax import files
+from dhp_jax.activity import doing
 from dhp_jax.budgets.layer_table import layer_table
 from dhp_jax.report.comparison import comparison, comparison_charts
 from dhp_jax.report.crops import Crop, crops, grid
@@ -27,6 +28,7 @@ LAYERS = "layers.md"
 PLOTS = "plots"
 
 
+@doing("writing the report")
 def write(
     workdir: str | os.PathLike, *, baseline: str | os.PathLike | None = None
 ) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def _save_plots(run: RunReport, charts: Mapping[str, Chart], pictures: Sequence[
         grid(pictures).savefig(folder / "crops.png", dpi=150)
 
 
+@doing("writing the page")
 def write_page(
     workdir: str | os.PathLike,
     *,
@@ -150,6 +153,7 @@ def _unpruned(result: Result, unpruned: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@doing("writing the page")
 def write_comparison(
     workdirs: Sequence[str | os.PathLike], out: str | os.PathLike = COMPARED
 ) -> Path:
@@ -170,6 +174,7 @@ def write_comparison(
     return Path(out)
 
 
+@doing("writing the pages")
 def write_sizes(
     workdir: str | os.PathLike,
     *,

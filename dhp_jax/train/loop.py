@@ -1,6 +1,7 @@
 """The one training loop: search, converge and the unpruned baseline are phases of it."""
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 import optax
 
+from dhp_jax.activity import doing
 from dhp_jax.backend import hypernets, platform
 from dhp_jax.distributed.mesh import gather, keep_placement, place
 from dhp_jax.distributed.processes import Turns, from_first
@@ -87,8 +89,9 @@ def train(
         raise ValueError(
             f"batch_size: expected 1 to {examples} (the examples of an epoch), got {batch_size}"
         )
-    inputs = make_inputs(train_data, key, examples=examples, batch_size=batch_size, mesh=mesh)
-    optimizer, layout, run = _start(model, phase, mesh)
+    with doing(f"preparing the {phase.name} phase"):
+        inputs = make_inputs(train_data, key, examples=examples, batch_size=batch_size, mesh=mesh)
+        optimizer, layout, run = _start(model, phase, mesh)
     origin = {"examples": examples, "batch_size": batch_size, "data": inputs.checksum}
     plan = Plan(
         phase=phase,
@@ -104,7 +107,8 @@ def train(
         hooks=Hooks(observers, checkpoints, stopping, Turns()),
     )
     step = _make_compiled_step(plan, task, optimizer, inputs)
-    run = restore(plan, run)
+    with doing("looking for checkpoints"):
+        run = restore(plan, run)
     data = {"validation": validation_data, "test": test_data}
     evaluations = {
         split: task.evaluation(model, examples, batch_size=4 * batch_size)
@@ -151,11 +155,12 @@ def advance(
     """
     first = run.progress.steps
     last = min(first + inputs.steps_per_call, until)
-    arrays, done = step(run.arrays, *inputs.take(first, last))
-    inputs.fetch_next()
-    progress = dataclasses.replace(run.progress, steps=last)
-    run = run._replace(arrays=arrays, progress=progress, in_flight=(*run.in_flight, done))
-    run = wait(plan, run, plan.calls_ahead if run.compiled else 0)
+    with contextlib.nullcontext() if run.compiled else doing("compiling the step", plan.phase.step):
+        arrays, done = step(run.arrays, *inputs.take(first, last))
+        inputs.fetch_next()
+        progress = dataclasses.replace(run.progress, steps=last)
+        run = run._replace(arrays=arrays, progress=progress, in_flight=(*run.in_flight, done))
+        run = wait(plan, run, plan.calls_ahead if run.compiled else 0)
     if plan.phase.budget is None:
         run = tell_steps(plan, run, last)
     if not run.compiled:  # what that takes is not the speed of training
@@ -285,7 +290,8 @@ def _test(
 
     params, rest = gather(state_of(plan, run).network)
     began = time.perf_counter()
-    metrics, seconds = from_first(test)
+    with doing("testing", f"the test of the {plan.phase.network}"):
+        metrics, seconds = from_first(test)
     return run._replace(test_seconds=seconds), metrics
 
 

@@ -11,6 +11,12 @@ import optax
 from dhp_jax.errors import FieldError
 from dhp_jax.tasks.task import Params
 
+NETWORKS = {
+    "search": "searched network",
+    "converge": "pruned network",
+    "baseline": "unpruned network",
+}
+
 
 class Stopped(Exception):
     """Training was asked to stop, saved its state, and stopped."""
@@ -98,6 +104,16 @@ class Phase:
     average: float = 0.0
     teacher: Teacher | None = None
     max_steps: int | None = None
+
+    @property
+    def network(self) -> str:
+        """What is trained, in words."""
+        return NETWORKS.get(self.name, f"network of the {self.name} phase")
+
+    @property
+    def step(self) -> str:
+        """The program of a training step, in words."""
+        return "the search step" if self.budget else f"the training step of the {self.network}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import logging
 import sys
+import textwrap
 from typing import Any
 
 from tqdm import tqdm
@@ -35,6 +36,14 @@ class ProgressBar:
     Where standard error is no terminal, it prints a line for each epoch; it always logs that.
     """
 
+    def __init__(self) -> None:
+        self.phase, self.bar = "", None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.told: set[str] = set()  # of what is done between steps
+        self.waiting = False  # whether the bar shows it
+
     def begin(self, phase: str, steps: int, done: int, records: Sequence[dict[str, Any]]) -> None:
         self.phase, self.total, self.shown = phase, steps, {}
         if done:
@@ -49,15 +58,30 @@ class ProgressBar:
             disable=None,
             leave=True,
         )
-        self.compiling = True
-        if not self.bar.disable:
-            self.bar.set_postfix_str("compiling the step")
+        self.begun = False
+        self._forget()
+
+    def wait(self, what: str, again: bool) -> None:
+        """Shows what is done between steps beside the bar; elsewhere as a line, once a phase.
+
+        Args:
+          what: is done.
+          again: whether it was shown a second ago.
+        """
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix_str(textwrap.shorten(what, self._room(), placeholder=""))
+            self.waiting = True
+        elif not again and what not in self.told:
+            print(f"{self.phase}: {what}" if self.phase else what, file=sys.stderr, flush=True)
+            self.told |= {what} if self.phase else set()
 
     def step(self, count: int) -> None:
-        if self.compiling and not self.bar.disable:  # the time that is left is that of steps
+        if not self.begun and not self.bar.disable:  # the time that is left is that of steps
             self.bar.unpause()
-            self.bar.set_postfix_str("", refresh=False)
-        self.compiling = False
+        if self.waiting:
+            self.bar.set_postfix_str(self._fitting(), refresh=False)
+            self.waiting = False
+        self.begun = True
         self.bar.update(count)
 
     def record(self, values: dict[str, Any]) -> None:
@@ -81,15 +105,20 @@ class ProgressBar:
         if sys.exception() is None:  # and not at Ctrl-C or an error
             self.bar.total = self.bar.n  # a search that has met its budget is complete
         self.bar.close()
+        self.phase = ""
+        self._forget()
 
     def _fitting(self) -> str:
         """What is shown behind the bar: whole numbers, as many as the terminal is wide."""
-        columns, _ = self.bar.dynamic_ncols(self.bar.fp)
-        around = f"{self.phase}: 100%|| {self.total}/{self.total} [0:00:00<0:00:00]"
-        room = (columns or sys.maxsize) - 1 - len(around) - CELLS
         text = ""
         for label, value in self.shown.items():
             longer = f"{text}, {label}={value}" if text else f"{label}={value}"
-            if len(", ") + len(longer) <= room:
+            if len(longer) <= self._room():
                 text = longer
         return text
+
+    def _room(self) -> int:
+        """How many characters fit behind the bar."""
+        columns, _ = self.bar.dynamic_ncols(self.bar.fp)
+        around = f"{self.phase}: 100%|| {self.total}/{self.total} [0:00:00<0:00:00, ]"
+        return max(1, (columns or sys.maxsize) - 1 - len(around) - CELLS)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from dhp_jax.activity import doing
 from dhp_jax.distributed.mesh import gather, place
 from dhp_jax.distributed.processes import arrays_from_first, from_first
 from dhp_jax.train.phase import OriginError, Progress
@@ -65,7 +66,9 @@ def save(plan: Plan, run: Run, *, wait: bool = False) -> None:
     arrays, steps = gather((state, run.best)), run.progress.steps
     like = _saved_shapes(plan, notes)
     try:
-        from_first(lambda: checkpoints.save(steps, reshape_like(arrays, like), notes, wait=wait))
+        with doing("saving"):
+            tree = reshape_like(arrays, like)
+            from_first(lambda: checkpoints.save(steps, tree, notes, wait=wait))
     except FloatingPointError as error:
         raise not_finite(plan, f"state is not finite ({error})", steps) from error
 

@@ -36,8 +36,9 @@ def latency(result: Result, *, again: bool = False) -> dict[str, Any]:
     known = (result.summary or {}).get("latency")
     if known and known["of"] == of and not again:
         return known
-    networks = {"before": result.unpruned()} if result.pruned else {}
-    networks["after"] = result.trained
+    networks = {"pruned" if result.pruned else "unpruned": result.trained}
+    if result.pruned:
+        networks["unpruned"] = result.unpruned()
     rows = [
         _timed(networks, result.input_shape, batch)
         for batch in sorted({1, result.config["batch_size"]})
@@ -55,12 +56,13 @@ def latency(result: Result, *, again: bool = False) -> dict[str, Any]:
 
 def _timed(networks: Mapping[str, Any], shape: Sequence[int], batch: int) -> dict[str, Any]:
     times = measure_latency(networks, shape, batch)
-    row = {"batch": batch, "rounds": len(times["after"])}
-    row |= {f"{name}_ms": quartiles(values) for name, values in times.items()}
-    if "before" in times:
-        pairs = zip(times["before"], times["after"], strict=True)
-        row["speedup"] = quartiles([before / after for before, after in pairs])
-    return row
+    before, after = times["unpruned"], times.get("pruned")
+    row = {"batch": batch, "rounds": len(before)}
+    if after is None:
+        return row | {"after_ms": quartiles(before)}
+    speedup = [whole / small for whole, small in zip(before, after, strict=True)]
+    row |= {"before_ms": quartiles(before), "after_ms": quartiles(after)}
+    return row | {"speedup": quartiles(speedup)}
 
 
 def _other_widths(result: Result, batch: int) -> dict[str, dict[str, float]]:

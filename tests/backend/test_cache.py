@@ -89,8 +89,7 @@ def test_long_compilations_are_told_while_someone_listens(monkeypatch):
     with long_compilations(lambda *what: told.append(what)):
         compile_something(3.5)
     compile_something(4.5)
-    ((name, seconds),) = told
-    assert "lambda" in name
+    ((seconds,),) = told
     assert seconds > 0
 
 

@@ -1,13 +1,15 @@
 """What pruning has made of a network: its table, and which widths would make it faster."""
 
 import re
+import warnings
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.budgets import before_and_after, latency
+from dhp_jax.budgets import before_and_after, latency, selection
 from dhp_jax.budgets.chosen import Time
 from dhp_jax.budgets.counted import smallest_ratio
 from dhp_jax.budgets.other_widths import advice, time_other_widths
@@ -116,6 +118,58 @@ def test_where_it_is_slower_the_summary_says_which_multiple_would_help(traced, s
     share = found.after.flops / found.before.flops
     quick = dhp.prune_to(traced[1], multiple_of=8, flops=share)
     assert by_width(quick).within(1)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_where_it_is_slower_prune_to_warns_which_multiple_would_help(traced, monkeypatch, slow):
+    """With a batch it times; without one it does not."""
+    asked = []
+
+    def clock(model, shape, batch):
+        asked.append((shape, batch))
+        return by_width if slow else lambda found: took(0.5)
+
+    monkeypatch.setattr(selection, "clock", clock)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        small = dhp.prune_to(traced[1], SHAPE, flops=0.45)
+        assert not asked
+        again = dhp.prune_to(traced[1], SHAPE, flops=0.45, batch=2)
+    assert asked == [(SHAPE, 2)]
+    assert {width % 8 for width in survivors_of(small)} != {0}
+    assert survivors_of(again) == survivors_of(small)
+    assert len(told) == slow
+    for warning in told:
+        assert warning.filename == __file__
+        assert re.fullmatch(
+            r"prune_to: the pruned network takes 1\.50 \(1\.35 to 1\.65\) of the unpruned one's "
+            r"time, batch 2, on .*; multiple_of=8 would take 0\.50 of that time \(0\.45 to 0\.55\)"
+            r", for no more FLOPs",
+            str(warning.message),
+        )
+
+
+@pytest.mark.parametrize(("backend", "rounds"), [("cpu", True), ("gpu", False)])
+def test_widths_that_auto_would_round_are_told_where_that_was_measured(
+    traced, monkeypatch, backend, rounds
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    small = dhp.prune_to(traced[1], multiple_of={"*": 1}, flops=0.45)
+    uneven = sum(width % 8 > 0 for width in survivors_of(small))
+    assert uneven
+    found = dhp.summary(traced[1], small)
+    assert list(found.uneven.values()) == [8] * uneven * rounds
+    advised = [line for line in str(found).splitlines() if line.startswith("widths ")]
+    assert len(advised) == rounds
+    assert max(map(len, str(found).splitlines())) <= 80
+    even = dhp.summary(traced[1], dhp.prune_to(traced[1], multiple_of="auto", flops=0.45))
+    assert "\nwidths " not in str(even) or not rounds
+    assert not rounds or not even.uneven
+
+
+def survivors_of(small):
+    """How many channels its convolutions put out."""
+    return [conv.kernel.shape[-1] for conv in (small.first, small.second)]
 
 
 def test_widths_that_are_not_possible_are_not_tried(traced):

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from terminal import Terminal
@@ -62,6 +63,9 @@ def environment(folder):
 @pytest.mark.slow
 def test_the_first_hour_from_pip_install_to_an_onnx_file_of_ones_own(tmp_path):
     built = wheel(tmp_path)
+    with zipfile.ZipFile(built) as archive:
+        (told,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        assert re.findall(r"\]\((?!https://)", archive.read(told).decode()) == []
     installs, quick = typed_for(built)
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     record = Path(os.environ.get("FIRST_HOUR", tmp_path / "first_hour.txt"))

@@ -2,17 +2,21 @@
 
 import ast
 import configparser
+import email
 import fnmatch
 import importlib
 import os
 from pathlib import Path
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from types import ModuleType
 
 import pytest
+from terminal import Terminal
 
 import dhp_jax
 from dhp_jax.config.from_file import find_config, read_config
@@ -104,6 +108,18 @@ def test_console_commands_are_functions_that_are_there():
     for target in commands.values():
         module, _, name = target.partition(":")
         assert callable(getattr(importlib.import_module(module), name))
+        assert module == settings["options"]["py_modules"], "so that a wheel has it"
+
+
+def test_a_console_command_says_a_word_before_it_imports_the_library(tmp_path):
+    """On a terminal, here one in which the library cannot be imported."""
+    (tmp_path / "dhp_jax").mkdir()
+    (tmp_path / "dhp_jax/commands.py").write_text("raise ImportError('reached')")
+    shutil.copy(ROOT / "dhp_commands.py", tmp_path)
+    terminal = Terminal(tmp_path / "record.txt", tmp_path, {"PATH": os.environ["PATH"]})
+    shown = terminal.type(f"{sys.executable} -c 'import dhp_commands; dhp_commands.train()'")
+    assert shown.lines[0] == "loading    dhp_jax"
+    assert shown.lines[-1] == "ImportError: reached"
 
 
 def test_a_configuration_of_the_paper_is_found_by_its_name(tmp_path, monkeypatch):
@@ -188,3 +204,50 @@ def test_no_module_imports_a_private_name_of_another():
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dhp_jax"):
                 private = [a.name for a in node.names if re.match(r"_[a-z]", a.name)]
                 assert not private, f"{path}: {node.module}: {private}"
+
+
+SOURCE = "https://example.org/dhp_jax"
+TARGETS = re.compile(r"\]\(([^)]*)\)|(?:src|href)=\"([^\"]*)\"")
+
+
+def metadata(folder, source):
+    """What a build of the tree says of itself, with or without an address of the tree."""
+    for name in ("setup.py", "setup.cfg", "dhp_commands.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(LIBRARY, folder / "dhp_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    settings = (folder / "setup.cfg").read_text()
+    assert "\n    Source =" not in settings, "the test sets an address of its own"
+    if source:
+        settings = settings.replace("project_urls =", f"project_urls =\n    Source = {source}/")
+    (folder / "setup.cfg").write_text(settings)
+    program = "from setuptools import build_meta; print(build_meta.build_sdist('.'))"
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    with tarfile.open(folder / ended.stdout.split()[-1]) as made:
+        (info,) = (name for name in made.getnames() if re.fullmatch(r"[^/]*/PKG-INFO", name))
+        return email.message_from_bytes(made.extractfile(info).read())
+
+
+@pytest.mark.parametrize("source", ["", SOURCE])
+def test_a_package_index_shows_no_link_that_leads_nowhere(tmp_path, source):
+    pytest.importorskip("setuptools")
+    found = metadata(tmp_path, source)
+    assert found["Description-Content-Type"] == "text/markdown"
+    assert found["Author"]
+    urls = dict(line.split(", ") for line in found.get_all("Project-URL"))
+    assert urls["Paper"] == "https://arxiv.org/abs/2003.13683"
+    assert urls.get("Source", "").rstrip("/") == source
+    text, readme = found.get_payload(decode=True).decode(), (ROOT / "README.md").read_text()
+    targets = [first or second for first, second in TARGETS.findall(text)]
+    assert all(re.match("https://", target) for target in targets), targets
+    ours = [target for target in targets if target.startswith(SOURCE)]
+    relative = [a or b for a, b in TARGETS.findall(readme) if not (a or b).startswith("http")]
+    assert len(relative) > 20
+    assert [re.sub(r".*/(blob|raw)/main/", "", target) for target in ours] == relative * bool(
+        source
+    )
+    for target in ours:
+        assert ("/raw/" in target) == target.endswith(".png")
+    code = r"```.*?```|^    .*?$"
+    assert re.findall(code, text, re.S | re.M) == re.findall(code, readme, re.S | re.M)

@@ -1,15 +1,14 @@
-"""What a run tells before it begins, and of what it compiles."""
+"""What a run tells before it begins."""
 
 from pathlib import Path
 import re
 import runpy
 import shutil
 
-import pytest
 from runs import of_digits
 
 from dhp_jax.budgets.timing import hardware
-from dhp_jax.pipeline import command, targets
+from dhp_jax.pipeline import targets
 from dhp_jax.pipeline.header import header
 
 CONFIG = Path(__file__).parents[2] / "experiments/configs/digits_resnet20.py"
@@ -47,15 +46,6 @@ def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tm
         "a search of at most 50 steps, then training of the pruned network, 50 steps"
     )
     assert lines["device"] == hardware()
-
-
-@pytest.mark.parametrize(
-    ("function", "told"),
-    [("jit(on_arrays)", "compiled the training step in 2.5 s\n"), ("jit(broadcast_in_dim)", "")],
-)
-def test_what_is_compiled_is_told_by_what_it_is_for(function, told, capsys):
-    command._tell_compiled(function, 2.54)
-    assert capsys.readouterr().err == told
 
 
 def next_of(runs):

@@ -195,9 +195,13 @@ def shown(stderr, monkeypatch):
     bar = ProgressBar()
     bar.begin("search", 450, 0, [])
     records = {record["step"]: record for record in RECORDED}
+    for again in (False, True):  # for two seconds
+        bar.wait("compiling the step", again)
     for step in range(1, 301):
         bar.step(1)
         if step in records:
+            if "test_error" in records[step]:
+                bar.wait("testing", False)
             bar.record(records[step])
     bar.end()
     return stderr.getvalue()
@@ -229,6 +233,8 @@ def test_the_log_of_a_run_has_every_epoch_with_its_time_and_how_it_ended(
 
 def test_where_standard_error_is_no_terminal_each_epoch_is_a_line(monkeypatch):
     assert shown(io.StringIO(), monkeypatch) == (
+        "search: compiling the step\n"
+        "search: testing\n"
         "search: epoch 1, step 150 of 450: "
         "test error 77.77%, FLOPs 80.0%, loss 2.000, train error 85.0%\n"
         "search: epoch 2, step 300 of 450: "
@@ -274,14 +280,17 @@ def test_a_bar_shows_whole_numbers_on_a_terminal_of_any_width(columns, monkeypat
     whole = {"test error=77.77%", "test error=60.00%", "FLOPs=80.0%", "images/s=1234"}
     whole |= {"loss=2.346", "loss=2.000", "loss=1.500", "params=50.0%"}
     whole |= {"train error=90.0%", "train error=85.0%"}
+    compiling = "compiling the step" if columns >= 80 else "compiling"
     lines = shown(Narrow(), monkeypatch).rstrip("\n").split("\r")
     for line in lines:
         assert len(line) <= columns
         if line.strip():
             assert line.rstrip().endswith("]")
-            assert set(line.rstrip("] ").split(", ")[1:]) <= whole | {"compiling the step"}
-    assert "compiling the step" in lines[2]
-    assert all("compiling" not in line for line in lines[3:])
+            assert set(line.rstrip("] ").split(", ")[1:]) <= whole | {compiling, "testing"}
+    assert compiling in lines[2]
+    assert sum("compiling" in line for line in lines) == 2
+    assert sum("testing" in line for line in lines) == 2
+    assert not {"compiling", "testing"} & set(re.findall(r"\w+", lines[-1]))
     if columns >= 80:
         assert "test error=60.00%, FLOPs=80.0%" in lines[-1]
 
