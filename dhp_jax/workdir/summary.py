@@ -36,9 +36,9 @@ def latency(result: Result, *, again: bool = False) -> dict[str, Any]:
     known = (result.summary or {}).get("latency")
     if known and known["of"] == of and not again:
         return known
-    networks = {"pruned" if result.pruned else "unpruned": result.trained}
+    networks = {"unpruned": result.trained}
     if result.pruned:
-        networks["unpruned"] = result.unpruned()
+        networks = {"unpruned": result.unpruned(), "pruned": result.trained}
     rows = [
         _timed(networks, result.input_shape, batch)
         for batch in sorted({1, result.config["batch_size"]})

@@ -351,7 +351,7 @@ def test_latency_is_measured_again_only_for_other_networks_or_when_asked(result,
         "after_ms": {"median": 4.0, "low": 2.0, "high": 6.0},
         "speedup": {"median": 1.0, "low": 1.0, "high": 1.0},
     }
-    assert calls == [(["before", "after"], (8, 8, 1), batch) for batch in (1, 64)]
+    assert calls == [(["unpruned", "pruned"], (8, 8, 1), batch) for batch in (1, 64)]
     other = {**result.summary, "latency": {**known, "of": ["of", "others"]}}
     assert workdir_summary.latency(dataclasses.replace(result, summary=other)) == again
 
@@ -371,7 +371,7 @@ def test_the_text_of_a_summary_tells_the_latency(result):
 def test_a_network_that_is_slower_is_told_with_the_widths_that_would_help(result, monkeypatch):
     def measure(networks, shape, batch):
         slower = 2.0 if batch == 64 else 0.5
-        return {"before": [1.0] * 4, "after": [slower] * 4}
+        return {"unpruned": [1.0] * 4, "pruned": [slower] * 4}
 
     def clock(model, shape, batch):
         assert batch == 64  # of one input it is faster
