@@ -16,7 +16,7 @@ from dhp_jax.core.surgery import prune
 from dhp_jax.errors import shown
 from dhp_jax.tracing.counts import looks_like_a_shape
 from dhp_jax.tracing.declared import analysis_of, prove_declared
-from dhp_jax.tracing.programs import Call, default_call
+from dhp_jax.tracing.programs import Call, default_call, where_raised
 
 
 def check_axes(model: nnx.Module, input_shape: Any, *, call: Call | None = None) -> None:
@@ -94,9 +94,10 @@ def _check_widths(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
             else:
                 what = "axes that meet are not the same latent"
             names = " or ".join(f"{name!r} ({sizes[name]} channels)" for name in clashing)
+            place = where_raised(error)
             raise ValueError(
                 f"model: {what}; pruning {names} alone breaks the forward pass: "
-                f"{str(error).splitlines()[0]}"
+                f"{str(error).splitlines()[0]}" + (f" at {place}" if place else "")
             )
         place *= base
 

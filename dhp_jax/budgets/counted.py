@@ -64,13 +64,16 @@ def check_budget(
         if target < smallest[name]:
             reachable = math.ceil(1e4 * smallest[name]) / 1e4
             rounded = f", up to a multiple of {multiple_of}" if multiple_of != 1 else ""
+            prunable = {key: z.size for key, z in latents(model).items() if z.prunable}
+            few = min(prunable, key=prunable.get, default=None)
+            such = "" if few is None else f", as {few!r} of {prunable[few]} entries,"
             raise BudgetError(
                 name,
                 f"at least {reachable:.4f}",
                 target,
                 f"{target!r} cannot be reached: the smallest possible share is {reachable:.4f}, "
                 f"with min_channels entries left in every prunable latent{rounded}; "
-                "min_channels=1 of small latents lets more go",
+                f"min_channels=1 of small latents{such} lets more go",
             )
 
 

@@ -23,6 +23,7 @@ class Architecture:
       folded: layers that others were folded into, with those, by their paths.
       axes: the table of latents that were found by tracing (`dhp_jax.tracing.table`).
       cuts: what was kept of the axes of its arrays (`dhp_jax.tracing.cuts`).
+      example: the shape of an example that networks of its family take; `None` if it has none.
     """
 
     family: str | None = None
@@ -32,6 +33,7 @@ class Architecture:
     folded: Chains = ()
     axes: Any = None
     cuts: Any = None
+    example: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
         family = repr(self.family) if self.family else "of one's own"

@@ -33,6 +33,7 @@ FAMILIES: dict[str, type[nnx.Module]] = {
     "unet": UNet,
 }
 
+SIDES = (32, 32)  # of an image that every family takes, in pixels
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 OWN: dict[str, Callable[..., nnx.Module]] = {}  # by the import names that the user has given
 
@@ -64,7 +65,9 @@ def build(name: str, *, rngs: nnx.Rngs, **arguments: Any) -> nnx.Module:
     if not isinstance(model, nnx.Module):
         raise ArgumentError("name", "a function that returns an nnx.Module", shown(model))
     said = {argument: _parameters(name)[argument].default for argument in absent(name)}
-    set_architecture(model, Architecture(name, {**said, **arguments}))
+    channels = with_defaults(name, arguments).get("channels") if name in FAMILIES else None
+    example = None if channels is None else (*SIDES, channels)
+    set_architecture(model, Architecture(name, {**said, **arguments}, example=example))
     return model
 
 

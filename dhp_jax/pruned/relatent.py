@@ -12,7 +12,7 @@ from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Keep, Model, Prunable, select_entries, slice_axis
-from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
 from dhp_jax.errors import shown
 from dhp_jax.models import registry
 from dhp_jax.pruned.fresh_weights import take_arrays
@@ -84,9 +84,14 @@ def with_latents(
             min_channels=min_channels,
             rngs=rngs,
         )
+    made = architecture_of(model)
+    if isinstance(model, nnx.Module) and made == Architecture() and not latents(model):
+        raise ValueError(
+            "inputs: expected the shape of one example, such as with_latents(model, (32, 32, 3)), "
+            "for a network that this library has not pruned; got None"
+        )
     if rngs is None:
         raise ValueError("rngs: expected nnx.Rngs for a network that was pruned; got None")
-    made = architecture_of(model)
     if made.survivors is None or made.folded or latents(model):
         raise ValueError("model: expected a pruned network, without latents and not folded")
     if made.cuts is not None:

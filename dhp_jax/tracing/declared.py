@@ -1,12 +1,14 @@
 """The proof of axes that were declared by hand: what pruning does to every array must be right."""
 
 from collections.abc import Mapping
+import contextlib
 from typing import Any
 
 from flax import nnx
 import jax
 import numpy as np
 
+from dhp_jax.core.cost import check_input_shape
 from dhp_jax.core.latent import Axis, LatentVector, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Model
@@ -14,6 +16,7 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import check_masks
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tracing.analysis import Analysis, analyse
+from dhp_jax.tracing.counts import looks_like_a_shape
 from dhp_jax.tracing.programs import Call, default_call, known_inputs, remember_inputs
 from dhp_jax.tracing.proof import Mismatch
 from dhp_jax.tracing.pruning import prove_kept
@@ -42,9 +45,9 @@ def prune(
     statistics and the rows of linear layers. No latent, no hypernetwork and no mask is left.
 
     It is proved, without computing anything, that the smaller network is the whole one without
-    what is gone, in evaluation and in training mode. For that the network is traced. Networks of
-    traced latents know their inputs. Those of latents that were declared by hand are known once
-    `measure_cost`, `check_axes`, `prune_to` or this function was told them.
+    what is gone, in evaluation and in training mode. For that the network is traced. Families and
+    networks of traced latents know their inputs. Those of other networks are known once
+    `measure_cost`, `check_axes`, `prune_to` or this function was told them without `call=`.
 
     Args:
       model: a network of latents; left as it was.
@@ -76,16 +79,20 @@ def prune(
 
 def _analysis(model: nnx.Module, inputs: Any, call: Call | None) -> Analysis:
     """The solved equations for given inputs, or for known ones."""
+    call = call or default_call
     if inputs is not None:
-        return analysis_of(model, inputs, call or default_call)
-    if (known := known_inputs(model)) is None:
-        raise ValueError(
-            "input_shape: expected the shape of one example, such as "
-            "dhp.prune(model, keep, (32, 32, 3)), to prove that the pruned network is right; got "
-            "None, and neither measure_cost nor check_axes was called on this network"
-        )
-    inputs, known_call = known
-    return analysis_of(model, inputs, call or known_call)
+        if looks_like_a_shape(inputs):
+            check_input_shape(inputs)
+        return analysis_of(model, inputs, call)
+    known = known_inputs(model)
+    with contextlib.suppress(ValueError):  # they were those of another network of its class
+        if known is not None:
+            return analysis_of(model, known, call)
+    raise ValueError(
+        "input_shape: expected the shape of one example, such as "
+        "dhp.prune(model, keep, (32, 32, 3)), to prove that the pruned network is right; got "
+        "None, and measure_cost and check_axes were told none that this network takes"
+    )
 
 
 def prove_declared(model: nnx.Module, masks: Masks, analysis: Analysis) -> None:
@@ -117,9 +124,10 @@ def kept_arrays(model: nnx.Module, masks: Masks) -> dict[str, list[np.ndarray]]:
     """
     whole = nnx.to_flat_state(nnx.state(nnx.eval_shape(cut, model)))
     shapes = {".".join(map(str, path)): _shape(leaf) for path, leaf in whole}
-    numbered, largest = _numbered(model, 0), max(map(np.prod, shapes.values()), default=1)
-    low = _arrays(cut(numbered, masks))
-    high = _arrays(cut(_numbered(model, 1), masks)) if largest > EXACT else {}
+    largest = max(map(np.prod, shapes.values()), default=1)
+    with jax.ensure_compile_time_eval():  # also where the network is pruned within `jit`
+        low = _arrays(cut(_numbered(model, 0), masks))
+        high = _arrays(cut(_numbered(model, 1), masks)) if largest > EXACT else {}
     kept = {}
     for name, shape in shapes.items():
         if jax.dtypes.issubdtype(low[name].dtype, jax.dtypes.prng_key):

@@ -13,6 +13,7 @@ import numpy as np
 from dhp_jax.core.latent import TRACED, Latent
 from dhp_jax.core.latent import latents as find_latents
 from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.analysis import EVALUATION, Analysis
 from dhp_jax.tracing.discovery import Discovery, discover, keep_one_factor
 from dhp_jax.tracing.explain import notes_of
@@ -45,6 +46,9 @@ def traced(
     rngs: nnx.Rngs | None = None,
 ) -> nnx.Module:
     """A network with its arrays on latents, found by tracing it; see `dhp.with_latents`."""
+    for name, value, least in (("embedding", embedding, 1), ("gates_above", gates_above, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ArgumentError(name, f"an integer of at least {least}", shown(value))
     call = call or default_call
     rngs = rngs or nnx.Rngs(0)
     found = discover(model, inputs, call)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+from numbers import Number
 import os
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ from jax._src.interpreters import partial_eval
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 import jax.numpy as jnp
 import numpy as np
+
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.errors import shown
 
 Context = tuple[Any, ...]  # the operations that lead to an inner program
 Call = Callable[..., Any]
@@ -83,7 +87,7 @@ def _short_errors() -> Iterator[None]:
         kind._origin_msg = before
 
 
-_KNOWN: dict[Any, tuple[Any, Call]] = {}  # inputs by the structure of networks, latest last
+_KNOWN: dict[Any, tuple[Any, ...]] = {}  # inputs by the structure of networks, latest last
 _MOST_KNOWN = 32
 
 
@@ -93,18 +97,24 @@ def remember_inputs(model: nnx.Module, inputs: Any, call: Call) -> None:
     Args:
       model: the network.
       inputs: as `abstract_inputs` takes; no arrays are kept.
-      call: a function of the model and the inputs.
+      call: a function of the model and the inputs; nothing is kept unless it is `model(*inputs)`,
+        for it may be a part of the network.
     """
+    if call is not default_call:
+        return
     key = _structure_of(model)
     _KNOWN.pop(key, None)
     while len(_KNOWN) >= _MOST_KNOWN:
         del _KNOWN[next(iter(_KNOWN))]
-    _KNOWN[key] = abstract_inputs(inputs), call
+    _KNOWN[key] = abstract_inputs(inputs)
 
 
-def known_inputs(model: nnx.Module) -> tuple[Any, Call] | None:
-    """The inputs, and the call, with which a network of the same arrays was traced before."""
-    return _KNOWN.get(_structure_of(model))
+def known_inputs(model: nnx.Module) -> Any:
+    """The inputs with which a network of the same arrays was traced, or that its family takes.
+
+    It is `None` where there are none.
+    """
+    return _KNOWN.get(_structure_of(model), architecture_of(model).example)
 
 
 def _structure_of(model: nnx.Module) -> Any:
@@ -139,6 +149,12 @@ def abstract_inputs(inputs: Any, batch: int = 1) -> tuple[Any, ...]:
     Raises:
       ValueError: it is none of these.
     """
+    listed = inputs if isinstance(inputs, tuple | list) else (inputs,)
+    if not _is_shape(inputs) and all(isinstance(value, Number) for value in listed):
+        raise ValueError(
+            "inputs: expected the shape of one example, such as (height, width, channels), or "
+            f"arrays; got {shown(inputs)}"
+        )
     if isinstance(inputs, tuple | list) and not _is_shape(inputs) and len(inputs):
         return tuple(_abstract(argument, batch) for argument in inputs)
     return (_abstract(inputs, batch),)

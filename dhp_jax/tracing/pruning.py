@@ -7,7 +7,7 @@ import numpy as np
 
 from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.proof import Mismatch
-from dhp_jax.tracing.terms import TRUE, reason, tie
+from dhp_jax.tracing.terms import TRUE, parted, reason, tie
 
 KeptArrays = Mapping[str, Sequence[np.ndarray]]
 
@@ -60,9 +60,12 @@ def gone_atoms(analysis: Analysis, kept: KeptArrays) -> frozenset[int]:
     gone = frozenset().union(*map(terms.atoms, lost)) - alive if lost else frozenset()
     for term, place in lost.items():
         if gone.isdisjoint(terms.atoms(term)):
+            name, k, position = place
+            raw = int(analysis.arrays[analysis.names.index(name)][k][position])
+            why = parted(terms, raw) or "how the code reshapes or reorders its axis"
             raise Mismatch(
-                f"{_place(place)} goes, but it goes together with positions that stay, as the "
-                "code reshapes or reorders its axis"
+                f"{_place(place)} goes, but it goes together with positions that stay, because of "
+                f"{why}"
             )
     return gone
 

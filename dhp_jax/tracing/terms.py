@@ -30,6 +30,7 @@ class Terms:
         self.products: dict[frozenset[int], int] = {}
         self.frozen: dict[int, str] = {}  # why an atom must stay
         self.joined: dict[int, tuple[int, str]] = {}  # to what an atom was joined, and where
+        self.parted: dict[int, str] = {}  # where an atom became a product
         self.changes = 0
 
     def new(self, number: int) -> np.ndarray:
@@ -104,7 +105,7 @@ class Terms:
                 self._join(self.root(one), self.root(other), why)
         elif min(len(ours), len(theirs)) == 1:
             (single,), several = sorted((ours, theirs), key=len)
-            self.parts[single] = tuple(several)
+            self.parts[single], self.parted[single] = tuple(several), why
             self.changes += 1
         else:
             first = min(ours | theirs)
@@ -149,6 +150,13 @@ def reason(terms: Terms, term: int) -> str:
             break
         term = terms.joined[term][0]
     return next(filter(None, (reason(terms, part) for part in terms.parts.get(term, ()))), "")
+
+
+def parted(terms: Terms, term: int) -> str:
+    """Where a term became a product; empty if it is none, or was one from the beginning."""
+    while term not in terms.parted and term in terms.joined:
+        term = terms.joined[term][0]
+    return terms.parted.get(term, "")
 
 
 def tie(terms: Terms, one: int, other: int) -> str:

@@ -187,10 +187,70 @@ def test_the_inputs_of_a_few_networks_are_remembered(monkeypatch):
     monkeypatch.setattr(programs, "_MOST_KNOWN", 2)
     models = [added(size) for size in (5, 6, 7)]
     for model in models:
-        programs.remember_inputs(model, np.ones((1, 4, 4, 3)), len)
+        programs.remember_inputs(model, np.ones((1, 4, 4, 3)), programs.default_call)
     assert [programs.known_inputs(model) is not None for model in models] == [False, True, True]
-    (inputs,), call = programs.known_inputs(models[2])
-    assert (type(inputs), call) == (jax.ShapeDtypeStruct, len)
+    (inputs,) = programs.known_inputs(models[2])
+    assert type(inputs) is jax.ShapeDtypeStruct
+
+
+class WithDecoder(Reversed):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.y = dhp.Latent(8, rngs=rngs)
+        self.decode = dhp.HyperConv(self.z, self.y, (1, 1), rngs=rngs)
+        self.last = dhp.Linear(self.y, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.decode(self.conv(x))
+        return self.last(x + x[..., ::-1])
+
+
+def test_inputs_that_were_told_of_a_part_or_of_another_network_prove_nothing(monkeypatch):
+    monkeypatch.setattr(programs, "_KNOWN", {})
+    model = WithDecoder(nnx.Rngs(0))
+    keep = {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
+    keep["y"] = np.arange(8) < 4
+    dhp.measure_cost(model, (4, 4, 3), call=lambda model, x: model.conv(x))
+    with pytest.raises(ValueError, match=r"^input_shape: expected the shape of one example"):
+        dhp.prune(model, keep)
+    programs.remember_inputs(model, (4, 4, 5), programs.default_call)
+    with pytest.raises(ValueError, match=r"^input_shape: expected the shape of one example"):
+        dhp.prune(model, keep)
+
+
+@pytest.mark.parametrize("shape", ["image", 3, (4, 4.0, 3)])
+def test_inputs_that_are_none_are_refused_by_their_name(shape):
+    model = Reversed(nnx.Rngs(0))
+    keep = {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
+    with pytest.raises(ValueError, match=r"^input_shape: expected positive integers, such as \("):
+        dhp.prune(model, keep, shape)
+
+
+def test_a_compiled_function_prunes_too():
+    model = Reversed(nnx.Rngs(0))
+    keep = {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
+    keep["z"] = np.isin(np.arange(8), (0, 7, 2, 5))
+    x = images(2, 4, 4, 3)
+    expected = dhp.prune(model, keep, (4, 4, 3))(x)
+    found = nnx.jit(lambda model, x: dhp.prune(model, keep, (4, 4, 3))(x))(model, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class Shuffled(Reversed):
+    def __call__(self, x):
+        x = self.conv(x)
+        n, h, w, c = x.shape
+        return self.head(x.reshape(n, h, w, 2, c // 2).swapaxes(3, 4).reshape(x.shape))
+
+
+def test_a_shuffle_of_channels_is_told_with_its_line():
+    model = Shuffled(nnx.Rngs(0))
+    keep = {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
+    keep["z"] = np.isin(np.arange(8), (0, 3, 5, 6))
+    with pytest.raises(ValueError, match=r"^model: .*because of reshape to .*/test_axes.py:\d+$"):
+        dhp.prune(model, keep, (4, 4, 3))
+    with pytest.raises(ValueError, match=r"^model: .*cannot reshape array of .*/test_axes.py:\d+$"):
+        dhp.check_axes(model, (4, 4, 3))
 
 
 def test_checking_axes_with_a_wrong_input_says_so():

@@ -15,6 +15,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax.core.activations import ReLU
 from dhp_jax.core.layers import Hyper
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.models.edsr import Constant
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -48,6 +49,15 @@ COSTS = [  # family, arguments, input, FLOPs, params, latents
     ("dncnn", {}, (128, 128, 1), 9_125_756_928, 557_057, 18),
     ("unet", {}, (128, 128, 1), 3_415_015_424, 7_759_521, 24),
 ]
+
+
+@every_family
+def test_a_family_knows_an_image_that_it_takes(name):
+    family, arguments, _ = FAMILIES[name]
+    model = abstract(family, **arguments)
+    assert output(model, (2, *architecture_of(model).example)).shape[0] == 2
+
+
 DEEP = (34, 101, 11, 13, 19)  # of families with another depth in the table
 
 

@@ -141,6 +141,11 @@ def test_what_cannot_be_given_latents_again_is_refused(make, build, message):
         dhp.with_latents(make(), rngs=nnx.Rngs(0), build=build)
 
 
+def test_a_network_of_ones_own_is_given_latents_by_its_inputs():
+    with pytest.raises(ValueError, match=r"^inputs: expected the shape of one .*, \(32, 32, 3\)\)"):
+        dhp.with_latents(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+
+
 @pytest.mark.parametrize("with_latents", [False, True])
 def test_other_classes_leave_all_but_the_classifier(tmp_path, with_latents):
     model, shape = pruned("dense")

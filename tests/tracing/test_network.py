@@ -306,6 +306,20 @@ def test_least_shares_that_are_none_are_refused(keep, message):
         dhp.prune_to(net, flops=0.9, keep=keep)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        ((8, 8.0, 3), {}, r"^inputs: expected the shape of one example, .*; got \(8, 8.0, 3\)$"),
+        (8, {}, r"^inputs: expected the shape of one example, .*; got 8$"),
+        (SHAPE, {"embedding": 0}, "^embedding: expected an integer of at least 1, got 0$"),
+        (SHAPE, {"gates_above": "no"}, "^gates_above: expected an integer of at least 0, got 'no'"),
+    ],
+)
+def test_inputs_and_options_that_are_none_are_refused(inputs, options, message):
+    with pytest.raises(ValueError, match=message):
+        dhp.with_latents(plain(), inputs, **options)
+
+
 def test_channels_over_which_a_softmax_or_maximum_goes_may_go_and_that_is_told():
     class Gated(nnx.Module):
         def __init__(self, rngs):
