@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import contextlib
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -65,12 +65,31 @@ def convolution(
     depthwise = feature_group_count > 1 and lhs.shape[-1] == rhs.shape[-1] == feature_group_count
     if depthwise and math.prod(rhs.shape[:2]) <= MAX_TAPS:
         return _depthwise(lhs, rhs, strides, pads, dilation)
-    differentiable = jax.custom_vjp(plain)
-    differentiable.defvjp(
-        lambda x, kernel: (plain(x, kernel), (x, kernel)),
-        functools.partial(_backward, plain, strides, pads, dilation, feature_group_count),
-    )
-    return differentiable(lhs, rhs)
+    how = _How(strides, pads, dilation, feature_group_count, precision)
+    return _convolve(lhs, rhs, how)
+
+
+class _How(NamedTuple):
+    """What a convolution is besides its operands."""
+
+    strides: tuple[int, ...]
+    pads: Pads
+    dilation: tuple[int, ...]
+    groups: int
+    precision: Any
+
+    def of(self, x: Array, kernel: Array) -> Array:
+        """The convolution, without a gradient of its own."""
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            self.strides,
+            self.pads,
+            rhs_dilation=self.dilation,
+            dimension_numbers=LAYOUT,
+            feature_group_count=self.groups,
+            precision=self.precision,
+        )
 
 
 def _is_sharded_by_hand(x: Array) -> bool:
@@ -80,18 +99,30 @@ def _is_sharded_by_hand(x: Array) -> bool:
     return bool(getattr(varying, "varying", varying)) or any(kind.sharding.spec)
 
 
-def _backward(plain, strides, pads, dilation, groups, inputs, grad):
+@functools.partial(jax.jit, static_argnums=2)  # layers that are alike are traced once
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: Array, kernel: Array, how: _How) -> Array:
+    return how.of(x, kernel)
+
+
+def _backward(how: _How, inputs: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = inputs
-    (grad_x,) = jax.vjp(lambda x: plain(x, kernel), x)[1](grad)
-    taps = kernel.shape[:2]
+    (grad_x,) = jax.vjp(lambda x: how.of(x, kernel), x)[1](grad)
+    given = kernel.shape[:2], how.strides, how.pads, how.dilation
     # A computation of its own: within the whole, XLA would compute x again from what it was made
     # of, for every residual block before this one.
     with separate_computation():
-        if groups == 1:
-            grad_kernel = _kernel_gradient(x, grad, taps, strides, pads, dilation)
+        if how.groups == 1:
+            grad_kernel = _kernel_gradient(x, grad, *given)
         else:
-            grad_kernel = _grouped_kernel_gradient(x, grad, groups, taps, strides, pads, dilation)
+            grad_kernel = _grouped_kernel_gradient(x, grad, how.groups, *given)
     return grad_x, grad_kernel.astype(kernel.dtype)
+
+
+_convolve.__wrapped__.defvjp(
+    lambda x, kernel, how: (how.of(x, kernel), (x, kernel)),
+    _backward,
+)
 
 
 def separate_computation() -> contextlib.AbstractContextManager:

@@ -1,6 +1,7 @@
 """Calls of BatchNorm and bias layers that keep less for the backward pass."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 from flax import nnx
@@ -49,21 +50,38 @@ def normalize_batch(
     bias = None if layer.bias is None else layer.bias[...]
     given = (x, layer.mean[...], layer.var[...], scale, bias)
     x, _, _, scale, bias = layer.promote_dtype(given, dtype=layer.dtype)
+    means = layer.mean[...], layer.var[...]
+    y, means = _normalize(x, means, scale, bias, layer.momentum, layer.epsilon)
+    for statistic, value in zip((layer.mean, layer.var), means, strict=True):
+        statistic.set_value(value)
+    return y
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))  # layers that are alike are traced once
+def _normalize(
+    x: Array,
+    statistics: tuple[Array, Array],
+    scale: Array | None,
+    bias: Array | None,
+    momentum: float,
+    epsilon: float,
+) -> tuple[Array, tuple[Array, ...]]:
+    """The normalised input and the mean and variance to keep."""
     wide = widen(x)
     axes = tuple(range(x.ndim - 1))
     mean = jnp.mean(wide, axes)
     var = jnp.maximum(0, jnp.mean(wide * wide, axes) - mean * mean)
-    for statistic, value in ((layer.mean, mean), (layer.var, var)):
-        old = statistic[...]
-        new = layer.momentum * old + (1 - layer.momentum) * value
-        statistic.set_value(new.astype(old.dtype))
-    slope = lax.rsqrt(var + layer.epsilon)
+    kept = tuple(
+        (momentum * old + (1 - momentum) * value).astype(old.dtype)
+        for old, value in zip(statistics, (mean, var), strict=True)
+    )
+    slope = lax.rsqrt(var + epsilon)
     if scale is not None:
         slope = slope * scale
     # Written so, the backward pass keeps x alone, and takes two sums over the batch: what
     # several devices exchange is the statistics and the gradients of scale and bias.
     shift = -mean * slope
-    return (x * slope + (shift if bias is None else shift + bias)).astype(x.dtype)
+    return (x * slope + (shift if bias is None else shift + bias)).astype(x.dtype), kept
 
 
 def add_bias_once(_: Callable[..., Array], layer: ChannelBias, x: Array) -> Array:

@@ -153,9 +153,12 @@ class Cost:
           Exact integers: Python ints, or int64 arrays.
         """
         if all(isinstance(count, int | np.integer) for count in counts.values()):
-            return self._total({name: int(count) for name, count in counts.items()})
+            whole = {name: int(count) for name, count in counts.items()}
+            costs = [layer.amounts(whole) for layer in self.layers]
+            return {name: sum(cost[i] for cost in costs) for i, name in enumerate(MEASURES)}
         with jax.enable_x64(True):  # FLOPs of large images do not fit 32 bits
-            return self._total({name: jnp.int64(count) for name, count in counts.items()})
+            totals = self._polynomials.totals(counts)
+        return dict(zip(MEASURES, totals, strict=True))
 
     def shares(self, counts: Counts) -> "dict[str, float | Array]":
         """`amounts(counts)` as shares of the whole model's (float32 in jit)."""
@@ -168,9 +171,63 @@ class Cost:
                 for name, amount in amounts.items()
             }
 
-    def _total(self, counts):
-        costs = [layer.amounts(counts) for layer in self.layers]
-        return {name: sum(cost[i] for cost in costs) for i, name in enumerate(MEASURES)}
+    @functools.cached_property
+    def _polynomials(self) -> "_Polynomials":
+        return _Polynomials.of(self.layers)
+
+
+class _Polynomials(NamedTuple):
+    """All products of a network as a few arrays, so that a step counts them in a few operations.
+
+    Attributes:
+      names: of `L` latents.
+      times: `(W, 1 + L)`, what is fixed in each width and how often it has entries of each latent.
+      places: `(P, D)`, the widths of each product.
+      factors: `(3, P)`, how often each measure has each product.
+    """
+
+    names: tuple[str, ...]
+    times: np.ndarray
+    places: np.ndarray
+    factors: np.ndarray
+
+    @classmethod
+    def of(cls, layers: tuple[LayerCost, ...]) -> "_Polynomials":
+        """Those of the layers of a network; like products are one."""
+        found: dict[tuple[Width, ...], list[int]] = {}
+        for layer in layers:
+            each = (layer.flops_terms, layer.params_terms, layer.activations_terms)
+            for measure, terms in enumerate(each):
+                for term in terms:
+                    factors = found.setdefault(term.widths, [0] * len(MEASURES))
+                    factors[measure] += term.factor
+        one = Width(1, 1)
+        widths = {one: 0}
+        for product in found:
+            for width in product:
+                widths.setdefault(width, len(widths))
+        names = {name: 0 for width in widths for name, _ in width.latents}
+        column = {name: 1 + at for at, name in enumerate(names)}
+        times = np.zeros((len(widths), 1 + len(names)), np.int64)
+        for row, width in enumerate(widths):
+            times[row, 0] = width.fixed
+            for name, number in width.latents:
+                times[row, column[name]] += number
+        degree = max((len(product) for product in found), default=0)
+        places = [
+            [widths[width] for width in (*product, *[one] * (degree - len(product)))]
+            for product in found
+        ]
+        factors = np.array(list(found.values()), np.int64).reshape(-1, len(MEASURES))
+        places = np.array(places, np.int64).reshape(len(found), degree)
+        return cls(tuple(names), times, places, factors.T)
+
+    def totals(self, counts: Counts) -> tuple[Array, ...]:
+        """Each measure, in the integers that JAX has now."""
+        present = jnp.stack([jnp.int64(1), *(jnp.int64(counts[name]) for name in self.names)])
+        widths = jnp.sum(self.times * present, axis=1)
+        products = jnp.prod(jnp.take(widths, self.places, mode="clip"), axis=1)
+        return tuple(jnp.unstack(jnp.sum(self.factors * products, axis=1)))
 
 
 def _share(amount, whole: int):

@@ -4,6 +4,7 @@ Nothing is shared between the (input channel, output channel) pairs, so removing
 latent vector removes exactly one slice of the kernel. That is the whole pruning mechanism.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -178,10 +179,12 @@ def _gradients(inputs: HyperInputs, grad_kernel: Array, parts: _Parts) -> HyperI
 _generate = jax.custom_vjp(_kernel)
 
 
-_generate.defvjp(
-    lambda *inputs: (_kernel(*inputs), inputs),
-    lambda inputs, grad_kernel: _gradients(inputs, grad_kernel, _parts(*inputs, grad_kernel)),
-)
+@functools.partial(jax.jit, inline=True)  # of hypernetworks that are alike it is traced once
+def _generate_backward(inputs: HyperInputs, grad_kernel: Array) -> HyperInputs:
+    return _gradients(inputs, grad_kernel, _parts(*inputs, grad_kernel))
+
+
+_generate.defvjp(lambda *inputs: (_kernel(*inputs), inputs), _generate_backward)
 
 
 _generate_jitted = jax.jit(_generate, inline=True)
@@ -282,4 +285,5 @@ def init_hypernet(
         w2=draws[m:].reshape(*kernel_size, m, *pair) * math.sqrt(3 / (m * size_in * taps)),
         b2=zeros((*kernel_size, *pair), jnp.float32),
     )
-    return jax.tree.map(jnp.asarray, arrays)
+    # Given a dtype, JAX has nothing to compile for a NumPy array.
+    return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), arrays)

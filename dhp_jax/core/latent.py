@@ -94,7 +94,7 @@ class Latent(Axis):
         _check_positive("min_channels", min_channels)
         self.size = int(size)
         self.vector = LatentVector(
-            jnp.asarray(normal(rngs.params(), self.size)),
+            jnp.asarray(normal(rngs.params(), self.size), jnp.float32),
             prunable=bool(prunable),
             min_channels=min(int(min_channels), self.size),
         )

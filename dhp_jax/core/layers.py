@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhp_jax.core.convolutions import Hyper, HyperConv, HyperConvTranspose, HyperLinear
+from dhp_jax.core.initializers import lecun_normal
 from dhp_jax.core.latent import Axis, check_axis, in_one_line
 from dhp_jax.core.plain import (
     NO_RNGS,
@@ -267,7 +268,7 @@ class Linear(nnx.Linear):
 
     def __init__(self, z_in: Axis, out_features: int | Axis, **options: Any):
         check_axis("Linear: z_in", z_in)
-        super().__init__(z_in.size, out_features, **options)
+        super().__init__(z_in.size, out_features, **{"kernel_init": lecun_normal, **options})
         self.z_in = z_in
 
     def __nnx_repr__(self) -> Iterator[Any]:

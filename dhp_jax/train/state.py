@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from dhp_jax.core.cost import MEASURES
+from dhp_jax.core.initializers import compile_once
 from dhp_jax.core.latent import LatentVector
 from dhp_jax.tasks.task import Params
 
@@ -110,7 +111,7 @@ def start(
     graphdef, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
     params = (latents, weights)
     optimizer = make_optimizer(params)
-    opt_state = jax.jit(optimizer.init)(params)
+    opt_state = compile_once(optimizer.init, level=0)(params)
     counts = jnp.int32(0), Measures.zero(), NonFinite.none(), BudgetStatus.unpruned()
     average = (params, rest) if averaged else None
     state = TrainState(params, rest, opt_state, *counts, average, teacher)
