@@ -30,7 +30,7 @@ def truncated_normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
 
 
 def lecun_normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = None) -> Array:
-    """Initial values of `nnx.Linear`, the same numbers as its own initializer draws."""
+    """Initial values of `nnx.Linear`, the numbers that its own initializer draws."""
     return _run(_LECUN, key, shape, jnp.float32 if dtype is None else dtype)
 
 
@@ -43,7 +43,7 @@ def compile_once(
     """`jax.jit` of what runs once: XLA:CPU compiles it with fewer optimisations.
 
     Drawing the kernel of a classifier took 1.0 s of one core to compile, and takes 0.2 s; the
-    numbers are the same. Not to be called within other jitted functions.
+    numbers are the same up to rounding. Not to be called within other jitted functions.
 
     Args:
       function: any.
