@@ -1,6 +1,7 @@
 """What test modules share that is no network; see networks.py for those."""
 
 import contextlib
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from dhp_jax import activity
 from dhp_jax.budgets import timing
 from dhp_jax.export.writers import NEEDS
 from dhp_jax.pipeline import preparation
+from dhp_jax.report import write
 
 TESTS = Path(__file__).parent
 
@@ -34,6 +36,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
+def pytest_collection_finish(session):
+    """What was imported stays: looking for garbage leaves it out, and is rare."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 def pytest_runtest_setup(item):
     """Without their packages tests of ONNX are skipped, but fail if they are what is asked for."""
     if not item.get_closest_marker("onnx"):
@@ -44,12 +53,26 @@ def pytest_runtest_setup(item):
         end(f"{' and '.join(missing)} not installed; `make test-onnx` runs this")
 
 
+def shared(tmp_path_factory, worker_id):
+    """A folder of the session that is one for all processes that test."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compiled_apart(tmp_path_factory):
-    """Runs keep what they compile here, in processes of their own too, not in the user's cache."""
-    folder = str(tmp_path_factory.mktemp("compiled_apart"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    jax.config.update("jax_compilation_cache_dir", folder)
+def compiled_once(tmp_path_factory, worker_id):
+    """A program that is compiled again, by whatever process, comes from a file of the session.
+
+    Processes that tests begin read and write there, too; nothing goes to the user's cache.
+    """
+    settings = {
+        "jax_compilation_cache_dir": str(shared(tmp_path_factory, worker_id) / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    cache.reset_cache()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,32 +92,15 @@ def short_checks():
         yield
 
 
-@pytest.fixture(scope="session")
-def compiled_once(tmp_path_factory, worker_id):
-    """Programs that are compiled again, as by a run that is started again, come from a file.
-
-    All processes that test share them.
-    """
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "compiled_once"
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_compilation_cache_max_size": 2**31,  # with a limit, files are locked
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    cache.reset_cache()
-
-
 FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # as an environment variable, processes heed it too
+# Simpler generators of code, and one file of code a program: they compile in half the time.
+SIMPLE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+
+def pytest_configure(config):
+    """`make test` generates code quickly; XLA asks for this once in the life of a process."""
+    if config.option.markexpr != "slow":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SIMPLE}"
 
 
 def set_compiling(fast):
@@ -119,8 +125,7 @@ def compiling(fast):
 @pytest.fixture(scope="session", autouse=True)
 def fast_compilation_of_the_session(request):
     """`make test` compiles fast, here and in processes of its own; `make test-slow` as users do."""
-    with compiling(fast=request.config.option.markexpr != "slow"):
-        yield
+    set_compiling(str(request.config.option.markexpr != "slow"))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +160,14 @@ def programs_are_let_go():
         jax.clear_caches()
 
 
+@pytest.fixture
+def without_pages(monkeypatch):
+    """Runs leave their summary, but no page and no plots, which take longer than what is tested."""
+    monkeypatch.setattr(write, "run_charts", lambda run: {})
+    monkeypatch.setattr(write, "crops", lambda result, baseline: [])
+    monkeypatch.setattr(write, "page", lambda run, charts, pictures: "")
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """What commands read of a run on digits, without the training: networks, configuration."""
@@ -164,13 +177,12 @@ def digits_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(compiled_once, tmp_path_factory, worker_id):
+def finished(tmp_path_factory, worker_id):
     """The directory of a finished run of `runs.py`; tests copy it before they change it.
 
     All processes that test share it: the first that needs it carries it out.
     """
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "finished"
+    folder = shared(tmp_path_factory, worker_id) / "finished"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / "done").exists():

@@ -82,6 +82,7 @@ def go_on(main, workdir, phase):
     return {path.parent.name for path in networks}
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize("phase", [pytest.param("search", marks=pytest.mark.slow), "converge"])
 def test_a_half_finished_run_goes_on_and_ends_within_its_budget(main, tmp_path, capfd, phase):

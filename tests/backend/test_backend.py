@@ -67,7 +67,7 @@ def drawn(shape, seed):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=15)
 @given(convolutions(), st.integers(0, 99))
 def test_a_convolution_and_its_gradients_equal_those_of_lax(case, seed):
     x, kernel, arguments = case

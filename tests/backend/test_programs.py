@@ -144,7 +144,8 @@ assert 0 <= exchanged - gradients - statistics <= more, (exchanged, found)
 """
 
 
-@pytest.mark.parametrize("along_model", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("along_model", [1, 2])
 def test_a_chunk_of_steps_exchanges_gradients_and_statistics_and_does_not_ask_the_host(along_model):
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     paths = os.pathsep.join([BENCHMARKS, *sys.path])

@@ -198,7 +198,7 @@ def test_what_widths_cannot_be_rounded_to_is_refused(mixed, multiple_of, told):
 
 @pytest.mark.parametrize("budget", [{"flops": 0.5}, {"params": 0.4}, {"flops": 0.6, "params": 0.5}])
 def test_prune_to_makes_the_network_of_the_survivors_within_the_budget(budget):
-    model = resnet20(min_channels=2, width=0.5)
+    model = resnet20(depth=8, min_channels=2, width=0.5)
     cost = dhp.measure_cost(model, (16, 16, 3))
     small = dhp.prune_to(model, (16, 16, 3), **budget)
     check_same(arrays(small), arrays(cut(model, survivors_within(model, cost, **budget))))

@@ -393,7 +393,8 @@ def test_taylor_scores_are_derivatives_by_what_layers_read(squared):
         return jnp.mean(small.classifier(c.reshape(len(c), -1)) ** 2)
 
     gates = {"a": jnp.ones(7), "b": jnp.ones(5), "c": jnp.ones(6)}
-    terms = [jax.grad(loss_with)(gates, images) for images in batches]
+    gradient = jax.jit(jax.grad(loss_with))
+    terms = [gradient(gates, images) for images in batches]
     for name in gates:
         each = np.array([term[name] for term in terms], np.float64)
         wanted = (each**2 if squared else np.abs(each)).mean(0)

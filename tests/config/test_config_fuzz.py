@@ -304,7 +304,7 @@ def check_prepared_or_refused(config, changed):
 
 @pytest.mark.usefixtures("cached")
 @given(configurations())
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(derandomize=True, deadline=None, max_examples=25)
 def test_a_configuration_prepares_a_run_or_one_line_names_a_field_that_was_changed(example):
     check_prepared_or_refused(*example)
 

@@ -21,7 +21,6 @@ WHOLE = (
     *("resnet56", "resnet56_38", "resnet56_x2", "resnet110", "resnet164"),
     *("mobilenet_v1_x2", "mobilenet_v2_x2"),
 )
-QUICK = ("vgg16",)  # other tests train small networks of the other families
 SIZES = {"digits": 8, "cifar10": 32, "tiny_imagenet": 64}
 SHORT = {
     "resnet": {"depth": 8},
@@ -80,14 +79,9 @@ def tiny(path, folders):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_compilation")
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=[pytest.mark.slow] * (path.stem not in QUICK), id=path.stem)
-        for path in CONFIGS
-    ],
-)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_searches_prunes_and_converges(path, folders, tmp_path):
     config = tiny(path, folders)
     with contextlib.nullcontext() if path.stem in WHOLE else short():

@@ -208,7 +208,7 @@ def is_norm(layer):
     return isinstance(layer, nnx.BatchNorm)
 
 
-@pytest.mark.parametrize("per_flop", [0.0, 1.0])
+@pytest.mark.parametrize("per_flop", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_taylor_keeps_what_costs_the_loss_most(sources, baseline, tmp_path, per_flop):
     given = {"method": "taylor", "source": path(baseline), "per_flop": per_flop}
     with pytest.raises(Stop):
@@ -227,6 +227,8 @@ def test_taylor_keeps_what_costs_the_loss_most(sources, baseline, tmp_path, per_
     assert survivors(tmp_path / "run") == {name: list(found) for name, found in kept.items()}
 
 
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.slow
 def test_a_network_that_learns_from_its_source_ends_with_the_same_bits_without_it(
     sources, baseline, tmp_path
 ):
@@ -417,6 +419,7 @@ def test_the_unpruned_network_is_looked_for_in_the_source_of_a_run_or_beside_it(
     assert beside("runs/x-random", config) == str(tmp_path / "trained")
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.slow
 def test_a_run_by_norm_that_died_in_converge_ends_with_the_same_bits(
     finished_by, sources, tmp_path
@@ -429,6 +432,7 @@ def test_a_run_by_norm_that_died_in_converge_ends_with_the_same_bits(
     check_same_end(tmp_path / "run", finished_by("l1_norm"))
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_a_network_whose_description_is_damaged_is_made_again_with_the_same_bits(
     finished_by, sources, tmp_path
 ):
@@ -439,6 +443,7 @@ def test_a_network_whose_description_is_damaged_is_made_again_with_the_same_bits
     check_same_end(workdir, finished_by("l1_norm"))
 
 
+@pytest.mark.slow
 def test_a_run_that_has_taken_its_network_goes_on_without_its_source(
     finished_by, baseline, tmp_path
 ):
@@ -461,6 +466,7 @@ def test_a_run_that_has_taken_its_network_goes_on_without_its_source(
         prepare(tmp_path / "run", **fields)
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", OTHERS)
 def test_a_damaged_network_just_after_pruning_is_made_again_with_the_same_bits(

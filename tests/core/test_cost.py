@@ -72,7 +72,7 @@ def test_a_cost_is_printed_in_one_line():
 
 
 @pytest.mark.parametrize(
-    "depth", [pytest.param(d, marks=[pytest.mark.slow] * (d == 164)) for d in RESNETS]
+    "depth", [pytest.param(d, marks=[pytest.mark.slow] * (d in (110, 164))) for d in RESNETS]
 )
 def test_resnets_cost_exactly_what_is_published(depth):
     model = abstract_resnet(depth)

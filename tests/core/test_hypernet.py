@@ -66,6 +66,16 @@ def generated(z_in, z_out, arrays):
     return hyper_kernel(z_in, z_out, **arrays._asdict())
 
 
+def with_gradients(function):
+    """The output, and what a gradient of the output is pulled back to."""
+
+    def both(inputs, grad):
+        kernel, pull = jax.vjp(function, *inputs)
+        return kernel, pull(grad)
+
+    return both
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_is_that_of_three_loops(shape):
     inputs = drawn(*shape)
@@ -107,12 +117,12 @@ def test_gradients_are_those_of_finite_differences():
 def test_arrays_with_both_channel_axes_as_one_give_the_same_kernel_and_gradients(shape):
     z_in, z_out, arrays = drawn(*shape)
     as_one = jax.tree.map(lambda array: array.reshape(*array.shape[:-2], -1), arrays)
-    expected, pull = jax.vjp(generated, z_in, z_out, arrays)
-    found, pull_as_one = jax.vjp(generated, z_in, z_out, as_one)
-    grad = drawn(*shape, seed=4)[-1].b2
+    grad, both = drawn(*shape, seed=4)[-1].b2, jax.jit(with_gradients(generated))
+    expected, gradients = both((z_in, z_out, arrays), grad)
+    found, gradients_as_one = both((z_in, z_out, as_one), grad)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     for a, b, x in zip(
-        *(jax.tree.leaves(p(grad)) for p in (pull_as_one, pull)),
+        *map(jax.tree.leaves, (gradients_as_one, gradients)),
         jax.tree.leaves((z_in, z_out, as_one)),
         strict=True,
     ):
@@ -261,8 +271,7 @@ def test_sums_written_out_equal_reductions(monkeypatch, kernel_size, size_in, si
     results = []
     for small in (0, 10**9):
         monkeypatch.setattr(hypernet, "MAX_FUSED_SIZE", small)
-        kernel, pull = jax.vjp(hypernet._generate, *inputs)
-        results.append(jax.tree.leaves((kernel, pull(grad))))
+        results.append(jax.tree.leaves(jax.jit(with_gradients(hypernet._generate))(inputs, grad)))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

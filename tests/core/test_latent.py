@@ -343,7 +343,10 @@ def test_an_axis_and_a_layer_on_it_are_one_line():
         assert repr(layer) == text
 
 
-@pytest.mark.parametrize("name", ["resnet", "vgg", "densenet", "unet"])
+@pytest.mark.parametrize(
+    "name",
+    ["unet", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet", "vgg", "densenet"))],
+)
 def test_a_network_of_a_family_fits_a_screen_whole_and_pruned(name):
     depth = {"vgg": 11, "densenet": 7, "unet": 3}.get(name, 56)
 

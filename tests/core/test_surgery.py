@@ -56,8 +56,10 @@ def mixed_masks(a, b, c):
     [
         (lambda: filled(Mixed), MIXED_INPUT, True),
         (lambda: filled(Mixed), MIXED_INPUT, False),
-        (resnet20, (8, 8, 3), True),
-        pytest.param(resnet20, (8, 8, 3), False, marks=pytest.mark.slow),
+        *(
+            pytest.param(resnet20, (8, 8, 3), train, marks=pytest.mark.slow)
+            for train in (True, False)
+        ),
     ],
 )
 def test_keeping_everything_changes_nothing(make, shape, train):
@@ -127,10 +129,12 @@ def test_a_pruned_network_computes_what_the_whole_one_does_with_channels_masked(
     check_close(small_statistics, expected)
 
 
-@pytest.mark.parametrize(("seed", "train"), [(0, True), (1, False)])
+@pytest.mark.parametrize(
+    ("seed", "train"), [(0, True), pytest.param(1, False, marks=pytest.mark.slow)]
+)
 def test_a_pruned_resnet_computes_what_the_whole_one_does_with_channels_at_zero(seed, train):
     """A channel is gone where BatchNorm makes it zero and nothing that is added brings it back."""
-    model, x = resnet20(width=0.5), images(4, 8, 8, 3)
+    model, x = resnet20(depth=8, width=0.5), images(4, 8, 8, 3)
     masks = drawn_masks(model, seed)
     whole, small = cut(model, keep_all(model)), cut(model, masks)
     by_latent = {z: masks[name] for name, z in dhp.latents(model).items()}

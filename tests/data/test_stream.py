@@ -161,6 +161,8 @@ STREAMED = {"data.streamed": True, "data.workers": 0}
 OFTEN = {"checkpoint.seconds": 0.0}
 
 
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.slow
 def test_a_streamed_run_that_is_stopped_ends_with_the_bits_of_a_resident_one(tmp_path, finished):
     for stop in (("search", 6), ("converge", 8)):
         with pytest.raises(Stop):

@@ -39,6 +39,12 @@ MOST = 2 / 240  # of an error: examples that rounding may move to another label
 COMPARED = ("loss", "error", "test_loss", "test_error", "flops_ratio", "params_ratio")
 
 
+def flags_of(devices):
+    """XLA's flags of this process and simulated devices."""
+    before = os.environ.get("XLA_FLAGS", "")
+    return f"{before} --xla_force_host_platform_device_count={devices}"
+
+
 def begin(workdir, *options, devices=1, **fields):
     """A run of the small network, begun as a process with simulated devices."""
     arguments = [f"--config.{name}={value}" for name, value in fields.items()]
@@ -51,7 +57,7 @@ def begin(workdir, *options, devices=1, **fields):
         | {
             "JAX_PLATFORMS": "cpu",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": flags_of(devices),
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -202,7 +208,7 @@ assert dict(run.mesh.shape) == {"data": 2, "model": 2}
 
 
 def test_training_on_a_mesh_gives_the_records_and_the_networks_of_one_device(tmp_path):
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_of(4)}
     folders = [str(ROOT / "tests" / name) for name in ("support", "train")]
     arguments = [sys.executable, "-c", TRAINED, str(tmp_path / "run"), *folders]
     subprocess.run(arguments, env=os.environ | flags, check=True)
@@ -341,7 +347,7 @@ assert jax.tree.map(np.shape, gather(placed)) == shapes
 
 
 def test_hypernetworks_and_their_momentum_are_divided_along_output_channels_where_that_works():
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_of(4)}
     subprocess.run([sys.executable, "-c", DIVIDED], env=os.environ | flags, check=True)
 
 
@@ -446,7 +452,7 @@ def test_processes_whose_devices_lie_apart_read_their_rows_and_make_whole_batche
     flags = {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": flags_of(4),
     }
     address = free_address()
     finish(

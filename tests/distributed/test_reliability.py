@@ -54,6 +54,7 @@ def tell_to_end(workdir):
     assert re.fullmatch(stopped, told[-1])
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_a_run_that_is_killed_and_told_to_end_ends_with_the_same_bits(finished, tmp_path):
     workdir = tmp_path / "run"
     kill_in("search", workdir)
@@ -108,6 +109,8 @@ def test_a_disk_that_is_full_is_told_and_the_run_goes_on_when_there_is_room(
     check_same_end(workdir, finished)
 
 
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.slow
 def test_a_last_state_that_was_saved_before_its_test_takes_no_record_away(
     finished, tmp_path, monkeypatch
 ):

@@ -187,7 +187,7 @@ def silenced(name):
     return whole
 
 
-@every_family
+@few_families
 @modes
 def test_a_pruned_network_computes_what_the_whole_one_does_with_channels_at_zero(name, train):
     """A channel is gone where nothing makes it differ from zero, and nothing brings it back."""

@@ -149,7 +149,7 @@ def test_data_that_cannot_be_had_are_refused(main, capsys, tmp_path, offline):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("inside", ["", "run"])
+@pytest.mark.parametrize("inside", [pytest.param("", marks=pytest.mark.slow), "run"])
 def test_a_directory_that_cannot_be_written_is_refused(main, capsys, tmp_path, inside):
     file = tmp_path / "file"
     file.write_text("a thesis")
@@ -281,6 +281,7 @@ STEEP = (
 )
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_ends_with_one_line_and_exit_code_1(main, tmp_path, capsys):
     wide = "--config.search.strength=0"  # with latents that vanish, the first step ends the search
     assert main(DIGITS, *STEEP, wide, f"--workdir={tmp_path / 'run'}") == 1

@@ -4,6 +4,7 @@ import functools
 import json
 
 from flax import nnx
+from networks import short
 import numpy as np
 from own_networks import Plain
 import pytest
@@ -62,7 +63,10 @@ def computed(model):
     return np.asarray(dhp.inference(model)(X))
 
 
-@pytest.mark.parametrize("method", ["l1_norm", "taylor", "fade"])
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.parametrize(
+    "method", ["l1_norm", *(pytest.param(m, marks=pytest.mark.slow) for m in ("taylor", "fade"))]
+)
 def test_a_method_that_starts_from_trained_weights_does_so(baseline, tmp_path, method):
     fields = {"search.epochs": 7, "converge.distillation.weight": 0.5 * (method != "l1_norm")}
     summary = carry_out(tmp_path / "run", method=method, source=str(baseline), **fields)
@@ -98,6 +102,7 @@ def test_a_search_leaves_networks_and_a_report_and_another_takes_its_channels(se
     assert description(names[0])["survivors"] == description(names[1])["survivors"]
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_a_finished_run_that_is_started_again_stays_as_it_is(searched):
     before = contents(searched)
     carry_out(searched)
@@ -116,6 +121,8 @@ def test_a_module_that_a_file_names_is_imported_only_if_the_user_names_it(search
     capsys.readouterr()
 
 
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.slow
 def test_a_network_on_latents_goes_the_way_of_a_family(tmp_path):
     summary = carry_out(tmp_path / "run", LATENT)
     assert 0.4 < summary["flops"]["ratio"] <= 0.5
@@ -152,18 +159,21 @@ def test_trained_weights_are_where_a_run_begins(tmp_path, kind):
         assert f"the weights in {path}" in (tmp_path / "run/report.html").read_text()
 
 
-def test_a_family_starts_from_weights_too(tmp_path):
+@pytest.mark.parametrize(
+    "method",
+    ["dhp", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fade", "l1_norm", "baseline"))],
+)
+def test_a_family_starts_from_weights_too(tmp_path, method):
     arguments = {"depth": 8, "width": 0.25, "num_classes": 10, "channels": 1}
     trained = dhp.prune(dhp.models.build("resnet", **arguments, rngs=nnx.Rngs(5)))
     dhp.save(tmp_path / "net", trained)
     model = {"depth": 8, "width": 0.25, "weights": str(tmp_path / "net")}
-    for method in ("dhp", "fade", "l1_norm", "baseline"):
-        config = config_of("resnet", model, method=method, **{"search.epochs": 4})
-        plan = prepare(config, tmp_path / method).blueprint
-        networks = [plan.baseline(), plan.build(), plan.of_trained(plan.ordinary())]
-        for made in (*networks, plan.gated(plan.ordinary())):
-            made.eval()
-            np.testing.assert_allclose(computed(made), computed(trained), atol=1e-5)
+    config = config_of("resnet", model, method=method, **{"search.epochs": 4})
+    plan = prepare(config, tmp_path / method).blueprint
+    networks = [plan.baseline(), plan.build(), plan.of_trained(plan.ordinary())]
+    for made in (*networks, plan.gated(plan.ordinary())):
+        made.eval()
+        np.testing.assert_allclose(computed(made), computed(trained), atol=1e-5)
 
 
 def test_the_shipped_configuration_takes_any_network_by_its_name():
@@ -181,7 +191,7 @@ def test_weights_are_given_on_the_command_line_whatever_the_file_has():
 
 
 @pytest.mark.parametrize("relu6", [False, True])
-def test_weights_of_a_family_are_of_a_network_that_computes_the_same(tmp_path, relu6):
+def test_weights_of_a_family_are_of_a_network_that_computes_the_same(tmp_path, short_ones, relu6):
     arguments = {"width": 0.125, "num_classes": 10, "channels": 1}
     given = {**arguments, "stem_stride": 1, "relu6": True, "dropout": 0.2}
     trained = dhp.prune(dhp.models.build("mobilenet_v1", **given, rngs=nnx.Rngs(0)))
@@ -194,6 +204,12 @@ def test_weights_of_a_family_are_of_a_network_that_computes_the_same(tmp_path, r
     message = r"^config\.model\.relu6: expected True, as the network in .*net has it, got False$"
     with pytest.raises(ValueError, match=message):
         prepare(config, tmp_path / "run")
+
+
+@pytest.fixture
+def short_ones():
+    with short():
+        yield
 
 
 WRONG = [

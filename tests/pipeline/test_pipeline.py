@@ -201,6 +201,7 @@ def test_the_records_are_of_both_phases_and_agree_with_the_summary(finished):
 # Stopped and started again
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.parametrize(
     "lost",
     [
@@ -219,6 +220,7 @@ def test_a_run_that_goes_on_after_a_phase_ends_with_the_same_bits(finished, tmp_
     check_same_end(workdir, finished.workdir)
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_a_run_that_died_in_each_phase_ends_with_the_same_bits(finished, tmp_path):
     often = {"checkpoint.seconds": 0}
     for phase, step, left in (("search", 11, set()), ("converge", 25, {"search", "pruned"})):
@@ -233,6 +235,7 @@ def test_a_run_that_died_in_each_phase_ends_with_the_same_bits(finished, tmp_pat
     check_same_end(tmp_path, finished.workdir)
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["search", "converge"])
 def test_a_run_that_is_told_to_stop_goes_on_where_it_was(finished, tmp_path, phase):
@@ -270,6 +273,7 @@ class Steps:
 # Damage
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.parametrize(
     "name",
     ["model", *(pytest.param(n, marks=pytest.mark.slow) for n in ("pruned", "search", "best"))],
@@ -289,6 +293,7 @@ def test_a_network_that_is_damaged_is_made_again_and_only_that(finished, tmp_pat
     assert warnings[0].endswith("; it is made again")
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.parametrize(
     "left", ["a third", *(pytest.param(left, marks=pytest.mark.slow) for left in ("", "zeros"))]
 )
@@ -328,6 +333,7 @@ def test_other_data_are_refused_in_the_middle_of_a_phase(tmp_path):
 # More epochs
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_a_finished_run_with_more_epochs_goes_on_as_if_it_had_had_them_before(finished, tmp_path):
     longer = tiny(**{"converge.epochs": 3})
     once = shutil.copytree(finished.workdir, tmp_path / "once")
@@ -342,6 +348,7 @@ def test_a_finished_run_with_more_epochs_goes_on_as_if_it_had_had_them_before(fi
         prepare(tiny(), workdir)
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.slow
 def test_more_epochs_that_were_not_reached_can_be_taken_back(finished, tmp_path):
     for config in (tiny(), tiny(**{"converge.epochs": 30})):
@@ -352,6 +359,7 @@ def test_more_epochs_that_were_not_reached_can_be_taken_back(finished, tmp_path)
     check_same_end(tmp_path, finished.workdir)
 
 
+@pytest.mark.usefixtures("without_pages")
 @pytest.mark.slow
 def test_a_search_with_more_epochs_is_pruned_and_converged_again(tmp_path):
     fields = {"search.strength": 0.02, "converge.epochs": 1}
@@ -379,6 +387,7 @@ def test_a_search_with_more_epochs_stopped_in_converge_goes_on_from_there(tmp_pa
     assert again.taken == [("converge", n) for n in range(8, 21)]
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_more_epochs_without_checkpoints_are_refused(finished, tmp_path):
     workdir = shutil.copytree(finished.workdir, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
@@ -390,6 +399,7 @@ def test_more_epochs_without_checkpoints_are_refused(finished, tmp_path):
     execute(prepare(tiny(), workdir))  # it is still what it was
 
 
+@pytest.mark.slow
 def test_a_run_of_less_than_an_epoch_can_be_stopped_anywhere(tmp_path):
     fields = {"search.max_steps": 7, "converge.max_steps": 25, "search.strength": 0.02}
     execute(prepare(tiny(**fields), tmp_path / "once"))
@@ -412,6 +422,7 @@ def test_a_run_of_less_than_an_epoch_can_be_stopped_anywhere(tmp_path):
         prepare(tiny(**fields | {"converge.max_steps": 30}), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_best_epoch_of_a_run_is_that_of_its_validation_data(tmp_path):
     fields = {"method": "baseline", "data.validation": 0.1, "baseline.epochs": 2}
     summary = execute(prepare(tiny(**fields), tmp_path / "once"))
@@ -446,6 +457,8 @@ def test_the_best_epoch_of_a_run_is_that_of_its_validation_data(tmp_path):
         prepare(other, tmp_path / "pruned")
 
 
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.slow
 def test_a_baseline_of_less_than_an_epoch_is_finished(tmp_path):
     quick = {"baseline.epochs": 3, "baseline.max_steps": 5}
     execute(prepare(tiny(method="baseline", **quick), tmp_path / "baseline"))
@@ -555,6 +568,7 @@ def test_a_configuration_on_disk_that_cannot_be_read_is_named(tmp_path):
 # A search that does not get there
 
 
+@pytest.mark.slow
 def test_a_search_that_runs_out_of_epochs_says_so_and_is_pruned_to_the_target(tmp_path, caplog):
     config = tiny(**{"search.epochs": 1, "search.strength": 1e-4, "target": 0.4})
     run = prepare(config, tmp_path, [Interrupter("converge", 0)])
@@ -742,6 +756,7 @@ def test_every_network_tells_what_was_asked_of_its_run_wherever_it_is_copied_to(
         assert artifact_reading.verify(tmp_path / name)["notes"]["run"] == asked
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_a_run_that_goes_on_measures_nothing_once_its_network_is_pruned(
     quick, tmp_path, monkeypatch
 ):

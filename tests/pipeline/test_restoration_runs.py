@@ -71,7 +71,10 @@ def tiny(task, folder, **changes):
     return config
 
 
-@pytest.fixture(scope="module", params=TASKS)
+RUNS = [pytest.param(t, marks=[pytest.mark.slow] * (t == "super_resolution")) for t in TASKS]
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def finished(request, folder, tmp_path_factory, compiled_once):
     """A task, and the summaries and directories of its baseline and of its pruned network."""
     task, workdir = request.param, tmp_path_factory.mktemp("runs")

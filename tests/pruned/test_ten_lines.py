@@ -1,4 +1,4 @@
-"""A trained plain ResNet-20 becomes one of latents, is pruned, finetuned, saved, exported."""
+"""A trained plain ResNet becomes one of latents, is pruned, finetuned, saved, exported."""
 
 from flax import nnx
 import jax
@@ -31,10 +31,10 @@ def survivors_by_hand(declared):
 def test_from_trained_weights_to_a_file_in_ten_lines(tmp_path, monkeypatch, fast_compilation):
     monkeypatch.chdir(tmp_path)
     declared = filled(
-        lambda rngs: dhp.models.build("resnet", depth=20, width=0.5, num_classes=4, rngs=rngs)
+        lambda rngs: dhp.models.build("resnet", depth=8, width=0.5, num_classes=4, rngs=rngs)
     )
     model = dhp.prune(declared)
-    stage = {"blocks.6.projection.conv": 1.0}  # whose latent the family does not prune
+    stage = {"blocks.2.projection.conv": 1.0}  # whose latent the family does not prune
 
     net = dhp.with_latents(model, SHAPE)
     small = dhp.prune_to(net, flops=0.5, by=dhp.l1_scores(net), keep=stage)

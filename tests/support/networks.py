@@ -90,9 +90,16 @@ class PlainMixed(nnx.Module):
     __call__ = Mixed.__call__
 
 
+class OneKey(nnx.Rngs):
+    """Gives one key again and again, where nothing is drawn by it."""
+
+    def params(self):
+        return jax.random.key(0)
+
+
 def filled(make, seed=0):
     """The module `make(rngs)`, its arrays drawn by NumPy: nothing is compiled."""
-    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: make(OneKey(0)))
     rng = np.random.default_rng(seed)
 
     def draw(variable):

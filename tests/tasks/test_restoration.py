@@ -405,7 +405,10 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("size", [(41, 53), (40, 64), (30, 77)])
+TILED = [(41, 53), *(pytest.param(size, marks=pytest.mark.slow) for size in [(40, 64), (30, 77)])]
+
+
+@pytest.mark.parametrize("size", TILED)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_tiles_give_what_the_whole_image_gives_everywhere(name, size):
     arguments, reach, scale = NETWORKS[name]

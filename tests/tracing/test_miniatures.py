@@ -13,6 +13,11 @@ from restricted import difference, in_float64, randomised, restricted
 import dhp_jax as dhp
 from dhp_jax.tracing import discover
 
+FEW = ("ResNetD", "VisionTransformer", "UNet", "Gru")  # of each kind of layers one
+few_miniatures = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FEW)) for n in MINIATURES]
+)
+
 
 def contractions(jaxpr, times=1):
     """FLOPs of a program by an own walk: loops multiply what is in them."""
@@ -55,7 +60,7 @@ def untold(found):
     return axes - told
 
 
-@pytest.mark.parametrize("name", MINIATURES)
+@few_miniatures
 def test_a_miniature_is_pruned_to_the_right_numbers(name, fast_compilation):
     given = MINIATURES[name]
     double = name not in ("Gru", "Lstm")  # whose carry is float32 whatever the arrays are
@@ -87,12 +92,7 @@ def test_a_miniature_is_pruned_to_the_right_numbers(name, fast_compilation):
         assert difference(outputs, expected) < (1e-12 if wide else 1e-6)
 
 
-FEW = ("ResNetD", "VisionTransformer", "UNet", "Gru")  # of each kind of layers one
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FEW)) for n in MINIATURES]
-)
+@few_miniatures
 def test_a_miniature_of_latents_is_what_it_was_is_counted_and_comes_back(
     name, tmp_path, fast_compilation
 ):

@@ -52,7 +52,9 @@ def compiled(model, x):
     return np.asarray(jax.jit(lambda s, x: nnx.merge(graphdef, s, copy=True)(x))(state, x))
 
 
-@pytest.mark.parametrize("options", [{}, {"embedding": 8}, {"gates_above": 0}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"embedding": 8}, marks=pytest.mark.slow), {"gates_above": 0}]
+)
 def test_before_training_it_computes_what_the_network_does_to_the_bit(options):
     model = plain()
     net = dhp.with_latents(model, SHAPE, **options)
@@ -82,11 +84,11 @@ def test_training_reaches_latents_and_weights_and_the_proximal_step_shrinks_late
     shrink = optax.masked(dhp.prox_l1(strength=1.0, learning_rate=0.1), mask)
     optimizer = nnx.Optimizer(net, optax.chain(optax.sgd(1e-3), shrink), wrt=nnx.Param)
     before = {path: np.asarray(x.get_value()) for path, x in nnx.to_flat_state(nnx.state(net))}
-    grads = nnx.grad(lambda net: (net(X) ** 2).mean())(net)
+    grads = nnx.jit(nnx.grad(lambda net: (net(X) ** 2).mean()))(net)
     latents = [x for _, x in nnx.to_flat_state(grads) if isinstance(x, dhp.LatentVector)]
     assert len(latents) == 3
     assert all(np.abs(np.asarray(x.get_value())).sum() > 0 for x in latents)
-    optimizer.update(net, grads)
+    nnx.jit(lambda optimizer, net, grads: optimizer.update(net, grads))(optimizer, net, grads)
     for path, leaf in nnx.to_flat_state(nnx.state(net)):
         after = np.asarray(leaf.get_value())
         if isinstance(leaf, dhp.LatentVector):

@@ -411,7 +411,12 @@ def check_same_outcome(found, expected):
     assert next(progress) == next(progress)
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 10])  # of 5 an epoch, with a record every 2
+def some(first, *others):
+    """One value of a parameter; the others are slow, not lost."""
+    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in others)]
+
+
+@pytest.mark.parametrize("step", some(4, 1, 5, 10))  # of 5 an epoch, with a record every 2
 def test_training_stopped_after_any_step_goes_on_with_the_same_bits(
     net, undisturbed, tmp_path, step
 ):
@@ -439,7 +444,7 @@ def test_training_that_was_stopped_again_and_again_ends_with_the_same_bits(
     check_same_outcome(outcome, expected)
 
 
-@pytest.mark.parametrize("saves", [True, False, "before the second test"])
+@pytest.mark.parametrize("saves", some("before the second test", True, False))
 def test_many_steps_a_dispatch_go_on_with_the_same_bits(net, tmp_path, monkeypatch, saves):
     asked = []
     monkeypatch.setattr(
@@ -484,7 +489,7 @@ def test_a_state_is_saved_before_a_test_that_takes_long(net, tmp_path, monkeypat
     assert [bool(steps) for steps in found] == [False, True, True]  # the first is not yet known
 
 
-@pytest.mark.parametrize("budget", [False, True])
+@pytest.mark.parametrize("budget", some(True, False))
 def test_a_run_that_dies_within_a_long_test_goes_on_with_the_same_bits(
     net, tmp_path, monkeypatch, budget
 ):
@@ -629,8 +634,8 @@ def recipe(average=0.0):
     return Phase("converge", 3, schedule, lambda params: adamw, average=average)
 
 
-@pytest.mark.parametrize("step", [3, 5, 13])
-@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("step", some(5, 3, 13))
+@pytest.mark.parametrize("learns", some(True, False))
 def test_a_moving_average_goes_on_with_the_same_bits(net, tmp_path, step, learns):
     phase = recipe(average=0.8)
     if learns:
@@ -655,7 +660,7 @@ def test_the_moving_average_is_tested_and_kept(net):
     assert any(np.abs(plain[name] - x).max() > 1e-3 for name, x in arrays(outcome.model).items())
 
 
-@pytest.mark.parametrize("step", [3, 5, 7])
+@pytest.mark.parametrize("step", some(3, 5, 7))
 def test_a_phase_that_ends_within_an_epoch_is_the_beginning_of_the_whole_one(
     net, undisturbed, tmp_path, step
 ):
@@ -679,7 +684,7 @@ def test_a_phase_that_ends_within_an_epoch_is_the_beginning_of_the_whole_one(
     assert "step" not in after.events
 
 
-@pytest.mark.parametrize("step", [4, 5, 11])
+@pytest.mark.parametrize("step", some(4, 5, 11))
 def test_the_best_epoch_is_that_of_the_validation_data(net, undisturbed, tmp_path, step):
     phase, by_test, _ = undisturbed
     longer = dataclasses.replace(phase, epochs=4)

@@ -383,7 +383,7 @@ def test_a_step_lowers_the_loss_and_the_distance_from_the_teacher(net, weight):
         return (1 - weight) * plain + weight * temperature**2 * apart
 
     pupil.train()
-    value, grads = nnx.value_and_grad(formula)(pupil)
+    value, grads = nnx.jit(nnx.value_and_grad(formula))(pupil)
     step = jax.jit(make_step(graphdef, descent, task, BATCH, teacher=teacher))
     after = step(state, (images, labels), jax.random.key(0))
     assert float(after.measures.loss) / BATCH == pytest.approx(float(value), rel=1e-5)
