@@ -25,9 +25,10 @@ TESTS = Path(__file__).parent
 
 # Files that take longest come first, so that all processes that test end at about the same time.
 LONGEST = (
-    *("pipeline/test_pipeline.py", "config/test_methods.py", "pipeline/test_restoration_runs.py"),
-    *("models/test_families.py", "test_frozen_runs.py", "distributed/test_reliability.py"),
-    *("backend/test_backend.py", "documents/test_guides.py", "report/test_report.py"),
+    *("pipeline/test_pipeline.py", "config/test_methods.py", "distributed/test_reliability.py"),
+    *("pipeline/test_own_networks.py", "models/test_families.py", "train/test_checkpoints.py"),
+    *("pipeline/test_restoration_runs.py", "documents/test_guides.py", "tracing/test_network.py"),
+    *("backend/test_backend.py", "tracing/test_awkward.py", "distributed/test_mesh.py"),
 )
 
 

@@ -33,7 +33,7 @@ def main():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(compiled_as_for_users, compiled_once, main, tmp_path_factory):
+def undisturbed(compiled_as_for_users, main, tmp_path_factory):
     """The directory of the same run, never stopped."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     assert main(CONFIG, f"--workdir={workdir}") == 0
@@ -83,7 +83,6 @@ def go_on(main, workdir, phase):
 
 
 @pytest.mark.usefixtures("without_pages")
-@pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize("phase", [pytest.param("search", marks=pytest.mark.slow), "converge"])
 def test_a_half_finished_run_goes_on_and_ends_within_its_budget(main, tmp_path, capfd, phase):
     workdir = unpack(phase, tmp_path)

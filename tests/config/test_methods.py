@@ -41,8 +41,6 @@ from dhp_jax.workdir import reader
 from dhp_jax.workdir.identity import read_field
 from dhp_jax.workdir.summary import beside
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SHAPE = (8, 8, 1)
 ARGUMENTS = {"depth": 8, "width": 0.25, "num_classes": 10, "channels": 1, "min_channels": 1}
 OTHERS = ("uniform", "random", "l1_norm", "scratch")
@@ -79,7 +77,7 @@ def sources(baseline, found):
 
 
 @pytest.fixture(scope="module")
-def finished_by(sources, compiled_once, tmp_path_factory):
+def finished_by(sources, tmp_path_factory):
     """The directory of a finished run by method."""
     folder = tmp_path_factory.mktemp("methods")
 
@@ -264,7 +262,7 @@ def test_methods_by_weights_keep_what_their_criterion_says(sources, baseline, tm
 
 
 @pytest.fixture(scope="module")
-def faded(sources, compiled_once, tmp_path_factory):
+def faded(sources, tmp_path_factory):
     """The directory of a run whose search has begun with trained weights."""
     workdir = tmp_path_factory.mktemp("faded") / "run"
     carry_out(workdir, method="fade", source=path(sources["fade"]))

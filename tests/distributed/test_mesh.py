@@ -125,9 +125,6 @@ def check_same(workdir, expected):
     assert sum(map(len, survivors(expected).values())) > 0
 
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
-
 RECIPE = {
     **{"optimizer.decayed": "kernels", "optimizer.clip": 1.0},
     **{"optimizer.average": 0.9, "data.mixup": 0.2, "data.cutout": 3},
@@ -136,14 +133,14 @@ RECIPE = {
 
 
 @pytest.mark.slow
-def test_a_recipe_is_the_same_on_four_devices(compiled_once, tmp_path):
+def test_a_recipe_is_the_same_on_four_devices(tmp_path):
     runs = [begin(tmp_path / str(n), devices=n, **{"mesh.data": n}, **RECIPE) for n in (1, 4)]
     finish(*runs)
     check_same(tmp_path / "4", tmp_path / "1")
 
 
 @pytest.fixture(scope="module")
-def one(compiled_once, tmp_path_factory):
+def one(tmp_path_factory):
     """The directory of a run on one device."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     finish(begin(workdir))

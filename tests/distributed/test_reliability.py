@@ -12,8 +12,6 @@ from runs import Interrupter, Stop, begin, carry_out, check_same_end
 from dhp_jax.distributed.preemption import EXIT_CODE
 from dhp_jax.train.checkpoints import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def wait_for(process, ready):
     """Waits until something is there that a running process makes."""

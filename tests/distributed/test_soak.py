@@ -15,7 +15,7 @@ from runs import begin, check_same_end
 from dhp_jax.artifact.reading import read_description
 from dhp_jax.train.checkpoints import Checkpoints
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
+pytestmark = pytest.mark.slow
 
 CUTS = 100
 STREAMED = {"data.streamed": True, "data.workers": 1}
@@ -75,7 +75,7 @@ def test_a_run_killed_many_times_ends_with_the_bits_of_one_that_was_not(
 
 
 @pytest.fixture(scope="module")
-def half_done(compiled_once, tmp_path_factory):
+def half_done(tmp_path_factory):
     """A run that was killed while it converged."""
     workdir = tmp_path_factory.mktemp("half_done") / "run"
     process = begin(workdir)

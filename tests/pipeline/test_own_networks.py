@@ -46,14 +46,14 @@ def unknown(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def baseline(compiled_once, tmp_path_factory):
+def baseline(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("own") / "baseline"
     carry_out(workdir, method="baseline")
     return workdir
 
 
 @pytest.fixture(scope="module")
-def searched(compiled_once, tmp_path_factory):
+def searched(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("own") / "dhp"
     carry_out(workdir)
     return workdir

@@ -30,8 +30,6 @@ from dhp_jax.train.phase import Stopped
 from dhp_jax.workdir import identity
 from dhp_jax.workdir import metrics as workdir_metrics
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SHAPE = (8, 8, 1)
 
 
@@ -63,7 +61,7 @@ def description(workdir, name):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, compiled_once):
+def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     run = prepare(tiny(), workdir)
     before = contents(workdir)
@@ -670,7 +668,7 @@ QUICK = {"budget.latency": 0.5, "budget.batch": 3, "target": 0.6, "converge.epoc
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory, compiled_once):
+def quick(tmp_path_factory):
     """A run with four budgets, and how often a network was timed."""
     folder = tmp_path_factory.mktemp("quick")
     clocks = Clocks(floor=0.1)

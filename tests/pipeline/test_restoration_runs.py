@@ -22,8 +22,6 @@ from dhp_jax.tasks import metrics
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import reader
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SIZES = ((24, 40), (32, 32), (25, 33))
 TASKS = ("denoising", "super_resolution")
 RUN = ("best", "model", "config.json", "metrics.jsonl", "tensorboard", "summary.json")
@@ -75,7 +73,7 @@ RUNS = [pytest.param(t, marks=[pytest.mark.slow] * (t == "super_resolution")) fo
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def finished(request, folder, tmp_path_factory, compiled_once):
+def finished(request, folder, tmp_path_factory):
     """A task, and the summaries and directories of its baseline and of its pruned network."""
     task, workdir = request.param, tmp_path_factory.mktemp("runs")
     summaries = {}

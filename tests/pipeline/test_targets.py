@@ -13,8 +13,6 @@ from dhp_jax.artifact.reading import read_description
 from dhp_jax.pipeline import execution, targets
 from dhp_jax.workdir import target_dirs
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SIZES = (0.8, 0.5)
 FIELDS = {"search.strength": 0.1, "search.epochs": 3, "converge.epochs": 1}
 
@@ -37,7 +35,7 @@ class Steps(Interrupter):
 
 
 @pytest.fixture(scope="module")
-def sizes(tmp_path_factory, compiled_once):
+def sizes(tmp_path_factory):
     """Two networks from one search, and the phases with the step that each began at."""
     folder = tmp_path_factory.mktemp("sizes")
     config, steps = several(), Steps()
@@ -47,7 +45,7 @@ def sizes(tmp_path_factory, compiled_once):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, compiled_once):
+def alone(tmp_path_factory):
     """A run of the smaller target."""
     folder = tmp_path_factory.mktemp("alone")
     pipeline.execute(pipeline.prepare(tiny(**FIELDS, target=0.5), folder))

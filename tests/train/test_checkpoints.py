@@ -31,7 +31,7 @@ from dhp_jax.train.phase import Budget, OriginError, Phase, Stopped, Teacher
 from dhp_jax.train.schedules import decay_schedule, drop_schedule
 from dhp_jax.train.step import compile_step
 
-pytestmark = pytest.mark.usefixtures("compiled_once", "fast_compilation")
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 class Net(nnx.Module):
