@@ -28,11 +28,11 @@ _under_way = _UnderWay()
 
 
 @contextlib.contextmanager
-def doing(what: str, program: str = "") -> Iterator[None]:
+def doing(what: str = "", program: str = "") -> Iterator[None]:
     """Marks a block that may take longer than people like to wait without a word.
 
     Args:
-      what: is done in it, such as "reading the training data".
+      what: is done in it, such as "reading the training data"; "" if the block around it says so.
       program: what is compiled in it, such as "the search step"; "" if nothing is that takes long.
 
     Example:
@@ -68,7 +68,7 @@ def told_when_silent(tell: Callable[[str, bool], None]) -> Iterator[None]:
     def watch() -> None:
         told = None
         while not over.wait(SILENT / 10):
-            innermost, now = _under_way.stack[-1:], time.monotonic()
+            innermost, now = [a for a in _under_way.stack if a.what][-1:], time.monotonic()
             if innermost and now - _under_way.since >= SILENT:
                 _under_way.since = now
                 tell(innermost[0].what, innermost[0] is told)

@@ -64,6 +64,12 @@ def test_short_blocks_that_follow_each_other_are_not_silent_together(told):
     assert all(what.startswith("part ") and not again for what, again in told)
 
 
+def test_a_block_that_says_nothing_is_told_as_the_one_around_it(told):
+    with doing("timing"), doing(program="the forward pass"):
+        time.sleep(1.5 * SILENT)
+    assert first_told(told) == ["timing"]
+
+
 def test_an_error_ends_a_block(told):
     with pytest.raises(ZeroDivisionError), doing("dividing"):
         raise ZeroDivisionError

@@ -38,19 +38,18 @@ def time_in_turn(
       Seconds of every call, by name; the i-th ones belong to one round.
     """
     for name, run in passes.items():  # compiles, then warms up
-        with doing("timing forward passes", f"the forward pass of the {name} network{what}"):
+        with doing(program=f"the forward pass of the {name} network{what}"):
             run()
             run()
     taken: dict[str, list[float]] = {name: [] for name in passes}
     began = time.perf_counter()
-    with doing("timing forward passes"):
-        for done in range(rounds):
-            if done >= MIN_ROUNDS and time.perf_counter() - began > seconds:
-                break
-            for name in reversed(passes) if done % 2 else passes:
-                started = time.perf_counter()
-                passes[name]()
-                taken[name].append((time.perf_counter() - started) / each)
+    for done in range(rounds):
+        if done >= MIN_ROUNDS and time.perf_counter() - began > seconds:
+            break
+        for name in reversed(passes) if done % 2 else passes:
+            started = time.perf_counter()
+            passes[name]()
+            taken[name].append((time.perf_counter() - started) / each)
     return taken
 
 

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     tell(f"largest difference to the network: {told}; its outputs are up to {made.largest:.4g}")
 
 
-@doing("reading test images, or photographs")
+@doing("reading images to try it on")
 def _inputs(
     saved: Saved, shape: tuple[int, ...], folder: Path
 ) -> dict[str, Float[np.ndarray, "n h w c"]] | None:

@@ -28,7 +28,6 @@ LAYERS = "layers.md"
 PLOTS = "plots"
 
 
-@doing("writing the report")
 def write(
     workdir: str | os.PathLike, *, baseline: str | os.PathLike | None = None
 ) -> dict[str, Any]:
@@ -47,13 +46,15 @@ def write(
     Raises:
       ValueError: the folder is not that of a run, or the run is not finished.
     """
-    result = read(workdir)
+    with doing("reading what the run has left"):
+        result = read(workdir)
     if not result.finished:
         raise ValueError(f"run: expected a run that is finished; got {str(workdir)!r}")
     unpruned = None if baseline is None else _comparable(result, baseline)
     return _write(result, unpruned, baseline, latency(result))
 
 
+@doing("writing the report")
 def _write(
     result: Result,
     unpruned: Mapping[str, Any] | None,

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dhp_jax.activity import doing
 from dhp_jax.artifact.reading import read_description
 from dhp_jax.budgets.latency import clock
 from dhp_jax.budgets.layer_table import layer_changes
@@ -20,6 +21,7 @@ from dhp_jax.workdir.target_dirs import is_size
 PACKAGES = ("dhp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
+@doing("timing the networks")
 def latency(result: Result, *, again: bool = False) -> dict[str, Any]:
     """Times of the forward pass of a finished run's network, and of the unpruned one.
 

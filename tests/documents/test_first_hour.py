@@ -21,6 +21,8 @@ README = (ROOT / "README.md").read_text()
 RUNS = (ROOT / "docs/runs.md").read_text()
 OTHER = ("build", "runs", ".*", "*.egg-info", "__pycache__")
 WIDEST = 80
+SILENT_S = 5.0  # on a busy machine, without a word of what is done
+HEADER = r"network |data |budget |device |directory |next | {11}"
 TO_COPY = re.compile("  (dhp-|python )")  # commands, which a break would spoil
 
 
@@ -79,6 +81,16 @@ def test_the_first_hour_from_pip_install_to_an_onnx_file_of_ones_own(tmp_path):
         assert shown.code == 0, shown.text
         wide = [line for line in shown.lines if len(line) > WIDEST and not TO_COPY.match(line)]
         assert command.startswith("pip") or not wide, wide
+        if command.startswith("dhp-"):
+            assert shown.lines[0] == "loading    dhp_jax"
+            silent = [
+                f"{after - before:.1f} s after {line!r}"
+                for line, before, after in zip(
+                    shown.lines, shown.seconds, shown.seconds[1:], strict=False
+                )
+                if after - before > SILENT_S and re.match(HEADER, line)
+            ]
+            assert not silent, silent
         return shown.text
 
     # The library alone: a network of one's own, in half the FLOPs.

@@ -7,11 +7,13 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 import dhp_jax as dhp
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -52,3 +54,12 @@ def test_the_network_that_a_reader_has_is_pruned_in_three_lines(in_tmp_path):
     assert type(names["small"]) is type(names["model"])
     loaded = dhp.load("small", build=lambda _: dhp.prune(declared))
     assert dhp.measure_cost(loaded, (8, 8, 1)) == after
+
+
+def test_a_picture_is_wide_enough_to_be_read_and_no_taller_than_a_screen():
+    pictures = re.findall(r"!\[[^]]+\]\((\S+\.png)\)", README)
+    assert len(pictures) == 2
+    for path in pictures:
+        width, height = Image.open(ROOT / path).size
+        assert 800 <= width <= 1280, path
+        assert height <= 800, path

@@ -222,7 +222,7 @@ def check_what_is_told_while_it_goes_on(lines):
     long = {
         "converge: compiling the step",
         "converge: testing",
-        "timing forward passes",
+        "timing the networks",
         "writing the report",
     }
     assert long <= set(lines)
