@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import os
 
 from frozen import FIXTURES, ROOT, TASKS, Net, facts, fields, flags, signatures
 from networks import arrays
@@ -124,23 +123,6 @@ def loaded():
 
 def test_every_saved_network_has_its_facts():
     assert {path.name for path in (FIXTURES / "networks").iterdir()} == NETWORKS.keys()
-
-
-@pytest.mark.slow
-def test_the_script_that_made_the_fixtures_makes_such(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(FIXTURES)
-    make = importlib.import_module("make")
-    monkeypatch.setattr(make, "FIXTURES", tmp_path)
-    make.main()
-    assert {path.name for path in FIXTURES.glob("run_*.xz")} <= {*os.listdir(tmp_path)}
-    made = json.loads((tmp_path / "networks.json").read_text())
-    assert made.keys() == NETWORKS.keys()
-    for name, expected in NETWORKS.items():
-        assert made[name]["latents"] == expected["latents"], name
-        assert made[name]["cost"]["params"] == expected["cost"]["params"], name
-        np.testing.assert_allclose(
-            made[name]["outputs"], expected["outputs"], rtol=1e-4, atol=1e-5, err_msg=name
-        )
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -16,7 +16,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax.prox import ProxState, shrink_norm, soft_threshold
 
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=20)
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=15)
 # A few, because each is compiled.
 SHAPES = st.sampled_from([(), (1,), (5,), (0, 3), (2, 4), (3, 1, 2)])
 REAL = [jnp.float32, jnp.bfloat16, jnp.float16]

@@ -206,7 +206,8 @@ def is_norm(layer):
     return isinstance(layer, nnx.BatchNorm)
 
 
-@pytest.mark.parametrize("per_flop", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("per_flop", [0.0, 1.0])
 def test_taylor_keeps_what_costs_the_loss_most(sources, baseline, tmp_path, per_flop):
     given = {"method": "taylor", "source": path(baseline), "per_flop": per_flop}
     with pytest.raises(Stop):

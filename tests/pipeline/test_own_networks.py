@@ -135,7 +135,7 @@ def test_a_network_on_latents_goes_the_way_of_a_family(tmp_path):
         np.testing.assert_allclose(computed(made), computed(trained), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("folder", marks=pytest.mark.slow)])
 def test_trained_weights_are_where_a_run_begins(tmp_path, kind):
     model = build(rngs=nnx.Rngs(3))
     dhp.save(tmp_path / "net", model)

@@ -331,6 +331,7 @@ def test_other_data_are_refused_in_the_middle_of_a_phase(tmp_path):
 # More epochs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_pages")
 def test_a_finished_run_with_more_epochs_goes_on_as_if_it_had_had_them_before(finished, tmp_path):
     longer = tiny(**{"converge.epochs": 3})

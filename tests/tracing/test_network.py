@@ -5,6 +5,7 @@ import importlib.util
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from networks import filled
 import numpy as np
 import optax
 from PIL import Image
@@ -140,7 +141,9 @@ def test_costs_of_survivors_are_those_of_the_smaller_network():
 
 
 def test_the_plain_form_of_a_family_is_pruned_as_its_declared_latents_are():
-    declared = dhp.models.build("resnet", depth=8, width=0.5, num_classes=10, rngs=nnx.Rngs(0))
+    declared = filled(
+        lambda rngs: dhp.models.build("resnet", depth=8, width=0.5, num_classes=10, rngs=rngs)
+    )
     ordinary = dhp.prune(declared)
     net = dhp.with_latents(ordinary, (16, 16, 3))
     ours, theirs = list(dhp.l1_scores(net).values()), list(dhp.l1_scores(declared).values())
