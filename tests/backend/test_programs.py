@@ -80,7 +80,7 @@ def embedded(model, arrays):
     return [a for a in arrays if a.shape in shapes]
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1"])
+@pytest.mark.parametrize("name", ["resnet20", pytest.param("mobilenet_v1", marks=pytest.mark.slow)])
 def test_the_backward_pass_keeps_no_embedding(name, monkeypatch):
     network = NETWORKS[name]
     model = network.build(width=0.25)

@@ -70,7 +70,7 @@ def test_candidates_of_the_same_widths_are_timed_twice_and_no_more(mixed):
 
 
 @pytest.mark.parametrize("flops", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("strange", [0.01, 5.0])
+@pytest.mark.parametrize("strange", [pytest.param(0.01, marks=pytest.mark.slow), 5.0])
 def test_one_strange_reading_changes_nothing(mixed, flops, strange):
     """Whichever it is: another program may have had the machine meanwhile."""
     model, cost = mixed

@@ -81,6 +81,7 @@ def test_the_same_scores_leave_the_same_survivors():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gates_have_the_same_derivatives_and_fade_to_the_same_survivors():
     declared, net, names, last = twins(8)
     nets = [dhp.with_gates(model, rngs=nnx.Rngs(1)) for model in (declared, net)]

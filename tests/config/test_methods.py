@@ -332,6 +332,7 @@ def test_fresh_weights_are_drawn_as_those_of_a_baseline(pruned, method):
             assert np.all(np.asarray(getattr(norm, name)[...]) == value)
 
 
+@pytest.mark.slow
 def test_gradient_keeps_the_channels_whose_latents_the_loss_is_most_sensitive_to(tmp_path):
     whole = {"batch_size": 1297, "search.batches": 1, "data.crop_padding": 0}
     with pytest.raises(Stop):  # all images are one batch, so their order does not matter

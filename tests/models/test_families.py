@@ -25,6 +25,11 @@ KINDS = ("resnext50", "densenet", "mobilenet_v2", "edsr", "unet")
 few_families = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in KINDS)) for n in FAMILIES]
 )
+# Of these the others tell little more: runs check the axes of residual networks.
+fewest_families = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("densenet", "unet"))) for n in FAMILIES],
+)
 # What evaluation reads, training reads too or compares: so it is slow, not lost.
 modes = pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
 
@@ -141,7 +146,7 @@ def test_an_argument_that_is_not_of_the_family_is_refused(family, arguments, mes
 # Which axes are one
 
 
-@few_families
+@fewest_families
 def test_axes_that_meet_are_one_latent(name):
     model, x, _ = network(name)
     dhp.check_axes(model, x.shape[1:])
@@ -164,7 +169,7 @@ def check_results(found, expected, kept=lambda path, stat: stat):
         np.testing.assert_allclose(statistics[path], kept(path, stat), rtol=1e-3, atol=1e-3)
 
 
-@few_families
+@fewest_families
 @modes
 def test_keeping_everything_changes_nothing(name, train):
     model, x, _ = network(name)

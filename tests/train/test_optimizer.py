@@ -117,7 +117,11 @@ def test_a_gradient_is_scaled_down_to_the_largest_norm_before_weights_decay(norm
 
 
 @pytest.mark.parametrize(
-    ("name", "packed"), [("sgd", False), ("adam", False), ("adamw", False), ("adamw", True)]
+    ("name", "packed"),
+    [
+        *(("sgd", False), ("adamw", True)),
+        *(pytest.param(n, False, marks=pytest.mark.slow) for n in ("adam", "adamw")),
+    ],
 )
 def test_decay_of_kernels_leaves_out_latents_biases_and_norms(monkeypatch, name, packed):
     if packed:
