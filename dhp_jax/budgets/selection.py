@@ -23,7 +23,7 @@ from dhp_jax.core.latent import latents
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import check_masks, prune
-from dhp_jax.errors import shown
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.tracing.declared import analysis_of, prove_declared
 
@@ -199,9 +199,19 @@ def prune_to(
 
 
 def default_scores(model: nnx.Module) -> Scores | None:
-    """Scores by group norms if no latent was searched; otherwise none, for magnitudes rank."""
+    """Scores by group norms if no latent was searched; otherwise none, for magnitudes rank.
+
+    Raises:
+      ArgumentError: no latent was searched, and one is in no layer that has weights.
+    """
     prunable = [z for z in latents(model).values() if z.prunable]
     searched = not prunable or any(
         np.ptp(np.abs(np.asarray(z.value(), np.float64))) > 0 for z in prunable
     )
-    return None if searched else group_scores(model)
+    if searched:
+        return None
+    try:
+        return group_scores(model)
+    except ValueError as error:
+        why = f"no latent was searched, and group_scores cannot rank their entries: {error}"
+        raise ArgumentError("by", detail=f"expected scores by latent, for {why}") from None

@@ -15,6 +15,8 @@ from dhp_jax.tracing import rules_of_sums  # noqa: F401  (registers rules, as wh
 from dhp_jax.tracing.flow import Axes, Flow
 from dhp_jax.tracing.layer_sizes import resize
 from dhp_jax.tracing.programs import (
+    EVALUATION,
+    TRAINING,
     Call,
     Context,
     Program,
@@ -30,8 +32,6 @@ from dhp_jax.tracing.proof import Mismatch, check_restricted
 
 logger = logging.getLogger(__name__)
 
-EVALUATION: Context = ()
-TRAINING: Context = ("training",)
 MAX_PASSES = 20
 Kept = list[list[np.ndarray]]  # of each axis of each array, a boolean mask
 

@@ -22,7 +22,7 @@ from dhp_jax.core.cost import (
 )
 from dhp_jax.core.latent import Axis, Latent, latents
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.tracing.analysis import EVALUATION, array_axes, solve
+from dhp_jax.tracing.analysis import array_axes, solve
 from dhp_jax.tracing.flow import Axes, Flow
 from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.marks import (
@@ -35,6 +35,7 @@ from dhp_jax.tracing.marks import (
     used_inputs,
 )
 from dhp_jax.tracing.programs import (
+    EVALUATION,
     Call,
     Program,
     abstract_inputs,

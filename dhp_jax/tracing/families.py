@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dhp_jax.tracing.analysis import EVALUATION, Analysis
-from dhp_jax.tracing.programs import all_programs, is_literal
+from dhp_jax.tracing.analysis import Analysis
+from dhp_jax.tracing.programs import EVALUATION, all_programs, is_literal
 from dhp_jax.tracing.terms import TRUE
 
 Place = tuple[int, int]  # array and axis

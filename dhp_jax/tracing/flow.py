@@ -11,7 +11,7 @@ from typing import Any
 from jax.extend.core import Jaxpr, JaxprEqn
 import numpy as np
 
-from dhp_jax.tracing.programs import Context, is_literal, shape_of, where
+from dhp_jax.tracing.programs import Context, inner_programs, is_literal, shape_of, where
 from dhp_jax.tracing.terms import TRUE, Axis, Terms, dead_terms
 
 Axes = tuple[Axis, ...]
@@ -40,6 +40,7 @@ class Flow:
     Attributes:
       terms: the store of terms.
       at: by context and variable the axes of what it holds.
+      constant: contexts and variables of what neither arrays nor inputs change.
       unknown: operations without a rule that read positions which could go, with their lines.
       sums, choices: by atom the line of a sum, or of a maximum or minimum, over it.
     """
@@ -47,6 +48,7 @@ class Flow:
     def __init__(self):
         self.terms = Terms()
         self.at: dict[tuple[Context, Any], Axes] = {}
+        self.constant: set[tuple[Context, Any]] = set()
         self.unknown: dict[str, str] = {}
         self.sums: dict[int, str] = {}
         self.choices: dict[int, str] = {}
@@ -71,8 +73,10 @@ class Flow:
             self.at[context, variable] = tuple(axes)
         for variable in jaxpr.constvars:
             self.at[context, variable] = (None,) * len(shape_of(variable))
+            self.constant.add((context, variable))
         for number, eqn in enumerate(jaxpr.eqns):
             inputs = [read(atom) for atom in eqn.invars]
+            self._follow_constants(eqn, context, number)
             state = RULES.get(eqn.primitive.name, _not_understood)
             outputs = state(self, eqn, inputs, (*context, number))
             for variable, axes in zip(eqn.outvars, outputs, strict=True):
@@ -81,6 +85,21 @@ class Flow:
                     None if size == 1 else axis for axis, size in zip(axes, sizes, strict=True)
                 )
         return [read(atom) for atom in jaxpr.outvars]
+
+    def is_constant(self, context: Context, atom: Any) -> bool:
+        """Whether what an operation reads is the same for all arrays and inputs."""
+        return is_literal(atom) or (context, atom) in self.constant
+
+    def _follow_constants(self, eqn: JaxprEqn, context: Context, number: int) -> None:
+        """Notes what an operation writes, and the programs within it read, if it is constant."""
+        known = [self.is_constant(context, atom) for atom in eqn.invars]
+        if all(known):
+            self.constant.update((context, variable) for variable in eqn.outvars)
+        for inner_context, inner in inner_programs(eqn, (*context, number)):
+            # What they read is the last that the operation reads.
+            for variable, constant in zip(inner.invars[::-1], known[::-1], strict=False):
+                if constant:
+                    self.constant.add((inner_context, variable))
 
     def meet(self, left: Axis, right: Axis, eqn: JaxprEqn) -> Axis:
         """Two axes that meet position by position in an operation."""

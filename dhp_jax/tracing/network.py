@@ -14,7 +14,7 @@ from dhp_jax.core.latent import TRACED, Latent
 from dhp_jax.core.latent import latents as find_latents
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.errors import ArgumentError, shown
-from dhp_jax.tracing.analysis import EVALUATION, Analysis
+from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.discovery import Discovery, discover, keep_one_factor
 from dhp_jax.tracing.explain import notes_of
 from dhp_jax.tracing.generated import (
@@ -24,7 +24,7 @@ from dhp_jax.tracing.generated import (
     ordinary,
     replace_nodes,
 )
-from dhp_jax.tracing.programs import Call, default_call, trace_program
+from dhp_jax.tracing.programs import EVALUATION, Call, default_call, trace_program
 from dhp_jax.tracing.proof import check_restricted
 from dhp_jax.tracing.table import LatentTable, table_of
 

@@ -18,6 +18,8 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import shown
 
 Context = tuple[Any, ...]  # the operations that lead to an inner program
+EVALUATION: Context = ()
+TRAINING: Context = ("training",)
 Call = Callable[..., Any]
 
 _CALLS = """

@@ -5,8 +5,8 @@ from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from dhp_jax.tracing.analysis import EVALUATION, Analysis
-from dhp_jax.tracing.programs import CALLS, inner_program, is_literal, shape_of
+from dhp_jax.tracing.analysis import Analysis
+from dhp_jax.tracing.programs import CALLS, EVALUATION, inner_program, is_literal, shape_of
 from dhp_jax.tracing.rules import ELEMENTWISE, reshaped_together
 
 Origins = tuple[frozenset[tuple[int, int]], ...]  # of each axis of a value, (array, axis)

@@ -6,7 +6,14 @@ from jax.extend.core import JaxprEqn
 import numpy as np
 
 from dhp_jax.tracing.flow import Axes, Flow, rule
-from dhp_jax.tracing.programs import CALLS, Context, inner_program, shape_of, where
+from dhp_jax.tracing.programs import (
+    CALLS,
+    TRAINING,
+    Context,
+    inner_program,
+    shape_of,
+    where,
+)
 from dhp_jax.tracing.terms import Axis, merge_axes, split_axis
 
 _ELEMENTWISE = """
@@ -168,8 +175,13 @@ def _iota(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> li
 
 @rule("random_bits")
 def _random_bits(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    """As many as the code asks for; of another width they are another draw."""
+    """As many as the code asks for; of another width they are another draw.
+
+    So a fixed key, of which evaluation draws the same numbers each time, makes them stay.
+    """
     shape = shape_of(eqn.outvars[0])
+    if TRAINING[0] not in context and flow.is_constant(context[:-1], eqn.invars[0]):
+        return [(None,) * len(shape)]
     return [tuple(flow.fresh((context, k), n) if n > 1 else None for k, n in enumerate(shape))]
 
 

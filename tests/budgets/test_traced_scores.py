@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.budgets import selection
 from dhp_jax.budgets.limits import with_limits
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune as cut
@@ -177,3 +178,18 @@ def test_group_norms_rank_where_no_latent_was_searched():
         searched.inputs.kernel[...], dhp.prune(net).inputs.kernel[...][:, :width]
     )
     assert np.abs(np.asarray(small(x)) - np.asarray(searched(x))).max() > 0.01
+
+
+class Scaled(nnx.Module):
+    """A layer of one's own, of which group norms know nothing."""
+
+    def __init__(self, z, *, rngs):
+        self.z, self.scale = z, nnx.Param(jax.random.normal(rngs.params(), (z.size,)))
+
+
+def test_a_latent_that_no_norms_rank_asks_for_scores():
+    model = Scaled(dhp.Latent(6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    assert selection.default_scores(model) is None
+    model.z.vector.set_value(jnp.ones(6))
+    with pytest.raises(ValueError, match=r"^by: expected scores by latent, .* 'z' is that of"):
+        selection.default_scores(model)

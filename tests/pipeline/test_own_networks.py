@@ -7,18 +7,21 @@ from flax import nnx
 from networks import short
 import numpy as np
 from own_networks import Plain
+from PIL import Image
 import pytest
-from runs import FIELDS, contents, description, of_digits
+from runs import FIELDS, Interrupter, Stop, check_same_end, contents, description, of_digits
 from safetensors.numpy import load_file, save_file
+from test_restoration_runs import SIZES, draw, tiny
 
 import dhp_jax as dhp
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.models import registry
-from dhp_jax.pipeline import command
+from dhp_jax.pipeline import command, targets
 from dhp_jax.pipeline.blueprint import begin
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.flags import define
 from dhp_jax.pipeline.preparation import prepare
+from dhp_jax.predict import main as predict
 from dhp_jax.report.__main__ import main as report
 
 SHAPE = (8, 8, 1)
@@ -35,8 +38,8 @@ def config_of(name=PLAIN, model=None, **fields):
     return config
 
 
-def carry_out(workdir, name=PLAIN, model=None, **fields):
-    return execute(prepare(config_of(name, model, **fields), workdir))
+def carry_out(workdir, name=PLAIN, model=None, observers=(), **fields):
+    return execute(prepare(config_of(name, model, **fields), workdir, observers))
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +113,53 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(searched):
     kept = [path for path in before if path.suffix in (".safetensors", ".jsonl")]
     assert kept
     assert all(before[path] == after[path] for path in kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [PLAIN, LATENT])
+def test_a_run_that_was_stopped_in_each_phase_ends_with_the_same_bits(searched, tmp_path, name):
+    once = searched if name == PLAIN else tmp_path / "once"
+    if name != PLAIN:
+        carry_out(once, name)
+    for phase in ("search", "converge"):
+        often = {"observers": [Interrupter(phase, 1)], "checkpoint.seconds": 0}
+        with pytest.raises(Stop):
+            carry_out(tmp_path / "run", name, **often)
+    carry_out(tmp_path / "run", name)
+    check_same_end(tmp_path / "run", once)
+
+
+@pytest.mark.slow
+def test_several_sizes_of_one_search_are_those_of_a_run_of_each(searched, tmp_path):
+    config = config_of(targets=(0.8, 0.5))
+    large, small = targets.execute(targets.prepare(config, tmp_path), tmp_path)
+    assert small["flops"]["ratio"] <= 0.5 < large["flops"]["ratio"] <= 0.8
+    check_same_end(tmp_path / "0.5", searched)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "name"), [("super_resolution", "RestorerOnLatents")])
+def test_a_network_that_restores_images_is_pruned_and_restores_those_of_a_command(
+    task, name, tmp_path, compiled_once
+):
+    for i, size in enumerate(SIZES):
+        for split in ("train", "test"):
+            draw(tmp_path / split / f"{i}.png", *size, i)
+    config = tiny(task, tmp_path)
+    config.model = {"name": f"own_networks:{name}"}
+    summary = execute(prepare(config, tmp_path / "run"))
+    assert summary["flops"]["ratio"] <= config.target
+    small = dhp.load(tmp_path / "run/model")
+    assert small.head.out_features < 6
+    image = Image.open(tmp_path / "test/1.png").convert("L" if task == "denoising" else "RGB")
+    image.save(tmp_path / "image.png")
+    paths = [str(tmp_path / "run"), str(tmp_path / "image.png"), f"--out={tmp_path / 'out'}"]
+    predict([*paths, f"--build=own_networks:{name}"])
+    restored = np.asarray(Image.open(next((tmp_path / "out").iterdir())), np.float32)
+    given = np.asarray(image, np.float32).reshape(1, *SIZES[1], -1)
+    expected = np.clip(np.asarray(dhp.inference(small)(given))[0].squeeze(), 0, 255)
+    assert restored.shape == expected.shape
+    assert np.abs(restored - expected).max() <= 0.51
 
 
 def test_a_module_that_a_file_names_is_imported_only_if_the_user_names_it(searched, capsys):

@@ -51,3 +51,32 @@ def of_three_classes(rngs):
 
 def failing(rngs):
     raise KeyError("no such layer")
+
+
+class Restorer(nnx.Module):
+    """Convolutions that restore images, and a pixel shuffle where they enlarge."""
+
+    def __init__(self, size=6, *, channels, scale=1, rngs):
+        self.scale = scale
+        self.head = nnx.Conv(channels, size, (3, 3), rngs=rngs)
+        self.body = nnx.Conv(size, size, (3, 3), rngs=rngs)
+        self.tail = nnx.Conv(size, channels * scale**2, (3, 3), rngs=rngs)
+
+    def __call__(self, x):
+        n, h, w, c = x.shape
+        x = nnx.relu(self.head(x))
+        x = self.tail(x + nnx.relu(self.body(x)))
+        x = x.reshape(n, h, w, c, self.scale, self.scale).transpose(0, 1, 4, 2, 5, 3)
+        return x.reshape(n, h * self.scale, w * self.scale, c)
+
+
+class RestorerOnLatents(Restorer):
+    """The same on latents."""
+
+    def __init__(self, size=6, *, channels, scale=1, min_channels, rngs):
+        self.scale = scale
+        image = dhp.Latent(channels, prunable=False, rngs=rngs)
+        self.trunk = dhp.Latent(size, min_channels=min_channels, rngs=rngs)
+        self.head = dhp.HyperConv(image, self.trunk, (3, 3), rngs=rngs)
+        self.body = dhp.HyperConv(self.trunk, self.trunk, (3, 3), rngs=rngs)
+        self.tail = dhp.HyperConv(self.trunk, dhp.repeat(image, scale**2), (3, 3), rngs=rngs)

@@ -14,8 +14,8 @@ from jax.extend.core import Jaxpr, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from dhp_jax.tracing.analysis import EVALUATION, Analysis
-from dhp_jax.tracing.programs import CALLS, inner_program, shape_of, with_value
+from dhp_jax.tracing.analysis import Analysis
+from dhp_jax.tracing.programs import CALLS, EVALUATION, inner_program, shape_of, with_value
 from dhp_jax.tracing.rules import ELEMENTWISE
 
 PASSING = ("broadcast_in_dim", "reshape", "convert_element_type", "squeeze", "expand_dims")

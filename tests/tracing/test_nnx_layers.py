@@ -182,3 +182,22 @@ def test_what_takes_numbers_apart_keeps_its_channels():
     found = discover(Bits(), (3,))
     assert not found.families
     assert any("takes numbers apart at tracing/test_nnx_layers.py" in why for why in found.fixed())
+
+
+@pytest.mark.parametrize("drawn_in", ["eval", "train"])
+def test_what_evaluation_draws_from_a_fixed_key_keeps_its_channels(drawn_in):
+    class Noisy(nnx.Module):
+        def __init__(self):
+            self.first, self.last = linear(3, 6), linear(6, 2)
+            self.noise = nnx.Dropout(0.5, deterministic=False)
+
+        def __call__(self, x):
+            x = self.first(x)
+            if drawn_in == "eval" or not self.noise.deterministic:
+                x = x * jax.random.normal(jax.random.key(0), x.shape[-1:])
+            return self.last(x)
+
+    found = discover(Noisy(), (3,))
+    assert [family.size for family in found.families] == [6] * (drawn_in == "train")
+    told = [why for why in found.fixed() if "mul meets an axis that stays at tracing/te" in why]
+    assert bool(told) == (drawn_in == "eval")
