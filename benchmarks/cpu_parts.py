@@ -1,0 +1,130 @@
+"""Where does the time of a residual block go on a CPU, part by part, in XLA and in PyTorch?
+
+The parts of a 3x3 convolution with BatchNorm and ReLU at the three shapes of a CIFAR ResNet, batch
+64, taken in turn in one process: XLA as the library uses it, and PyTorch. Pin it to one core to
+compare the work, give it two to see which parts use both: those whose CPU time is their wall time
+run on one.
+
+    taskset -c 1 python benchmarks/cpu_parts.py    # one core
+    python benchmarks/cpu_parts.py                 # all cores
+"""
+
+import argparse
+from collections.abc import Callable
+import functools
+import os
+from pathlib import Path
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from record import positive, publish_each, table_of
+import torch
+from torch.nn import functional
+
+from dhp_jax.backend.cpu_conv import _kernel_gradient, convolution
+from dhp_jax.backend.norm import _normalize
+from dhp_jax.backend.platform import compiler_options
+
+BATCH, SHAPES = 64, ((32, 16), (16, 32), (8, 64))
+PADS = ((1, 1), (1, 1))
+NOTE = (
+    "Milliseconds, batch 64, the least of {} rounds; CPU time is that of all threads in that "
+    "round. BatchNorm is with ReLU, forward and backward."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=positive, default=60)
+    parser.add_argument("--out", type=Path, help="folder for the results as JSON and Markdown")
+    options = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    name = "cpu_parts_1" if cores == 1 else "cpu_parts"
+    title = f"Parts of a residual block on {cores} CPU core{'s' * (cores > 1)}"
+    rows = (measure(*shape, options.rounds) for shape in SHAPES)
+    publish_each(options.out, name, title, NOTE.format(options.rounds), rows, as_table)
+
+
+def measure(side: int, channels: int, rounds: int) -> dict:
+    """The least wall time of each part, and its CPU time then, in milliseconds."""
+    parts = parts_of(side, channels)
+    best = dict.fromkeys(parts, (float("inf"), 0.0))
+    for number in range(rounds + 1):
+        for name, run in parts.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            told = time.perf_counter() - wall, time.process_time() - cpu
+            if number:  # the first compiles
+                best[name] = min(best[name], told)
+    found = [
+        {"part": part, "library": library, "wall_ms": 1e3 * wall, "cpu_ms": 1e3 * cpu}
+        for (part, library), (wall, cpu) in best.items()
+    ]
+    return {"shape": f"{side}x{side}x{channels}", "parts": found}
+
+
+def parts_of(side: int, channels: int) -> dict[tuple[str, str], Callable[[], object]]:
+    """What is measured, by the name of the part and of the library."""
+    random = np.random.default_rng(0)
+    shape = BATCH, side, side, channels
+    x, grad = (jnp.asarray(random.normal(size=shape), jnp.float32) for _ in range(2))
+    kernel = jnp.asarray(random.normal(size=(3, 3, channels, channels)), jnp.float32)
+    scale, bias = jnp.ones(channels), jnp.zeros(channels)
+    compiled = functools.partial(jax.jit, compiler_options=compiler_options())
+
+    def normal(x, scale, bias):
+        return jax.nn.relu(_normalize(x, (bias, scale), scale, bias, 0.9, 1e-5)[0])
+
+    forward = compiled(lambda x, kernel: convolution(x, kernel, (1, 1), PADS))
+    to_input = compiled(
+        lambda x, kernel, grad: jax.vjp(lambda x: forward.__wrapped__(x, kernel), x)[1](grad)
+    )
+    to_kernel = compiled(lambda x, g: _kernel_gradient(x, g, (3, 3), (1, 1), PADS, (1, 1)))
+    norm = compiled(lambda g, *given: jax.vjp(normal, *given)[1](g))
+    theirs, their_grad = (_to_torch(array, (0, 3, 1, 2)) for array in (x, grad))
+    their_kernel = _to_torch(kernel, (3, 2, 0, 1))
+
+    def backward(*wanted: bool) -> object:
+        given = their_grad, theirs, their_kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+        return torch.ops.aten.convolution_backward(*given, [*wanted, False])
+
+    def their_norm() -> object:
+        given = theirs.requires_grad_(), torch.ones(channels, requires_grad=True)
+        shift, mean, var = torch.zeros(channels, requires_grad=True), *torch.eye(2, channels)
+        y = functional.batch_norm(given[0], mean, var, given[1], shift, training=True)
+        return torch.autograd.grad(functional.relu(y), (*given, shift), their_grad)
+
+    return {
+        ("forward", "XLA"): lambda: jax.block_until_ready(forward(x, kernel)),
+        ("forward", "PyTorch"): lambda: functional.conv2d(theirs.detach(), their_kernel, padding=1),
+        ("to input", "XLA"): lambda: jax.block_until_ready(to_input(x, kernel, grad)),
+        ("to input", "PyTorch"): lambda: backward(True, False),
+        ("to kernel", "XLA"): lambda: jax.block_until_ready(to_kernel(x, grad)),
+        ("to kernel", "PyTorch"): lambda: backward(False, True),
+        ("BatchNorm", "XLA"): lambda: jax.block_until_ready(norm(grad, x, scale, bias)),
+        ("BatchNorm", "PyTorch"): their_norm,
+    }
+
+
+def _to_torch(array: jax.Array, order: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(array).transpose(order)))
+
+
+def as_table(rows: list[dict]) -> str:
+    cells = [
+        (
+            row["shape"],
+            *(part["part"], part["library"]),
+            *(f"{part[name]:.2f}" for name in ("wall_ms", "cpu_ms")),
+        )
+        for row in rows
+        for part in row["parts"]
+    ]
+    return table_of(["shape", "part", "library", ">wall, ms", ">CPU, ms"], cells)
+
+
+if __name__ == "__main__":
+    main()
