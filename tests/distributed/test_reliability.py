@@ -53,10 +53,9 @@ def tell_to_end(workdir):
 
 
 @pytest.mark.usefixtures("without_pages")
-def test_a_run_that_is_killed_and_told_to_end_ends_with_the_same_bits(finished, tmp_path):
+def test_a_run_that_is_killed_ends_with_the_same_bits(finished, tmp_path):
     workdir = tmp_path / "run"
     kill_in("search", workdir)
-    tell_to_end(workdir)
     carry_out(workdir)
     check_same_end(workdir, finished)
 
