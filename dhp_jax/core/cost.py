@@ -87,10 +87,14 @@ class LayerCost:
     params_terms: tuple[Product, ...]
     activations_terms: tuple[Product, ...]
 
+    @property
+    def terms(self) -> tuple[tuple[Product, ...], ...]:
+        """Those of each measure."""
+        return self.flops_terms, self.params_terms, self.activations_terms
+
     def amounts(self, counts: Counts) -> "tuple[int | Array, ...]":
         """FLOPs, params and activations when `counts[name]` entries of each latent survive."""
-        each = (self.flops_terms, self.params_terms, self.activations_terms)
-        return tuple(sum(term.amount(counts) for term in terms) for terms in each)
+        return tuple(sum(term.amount(counts) for term in terms) for terms in self.terms)
 
     @property
     def flops(self) -> int:
@@ -196,31 +200,18 @@ class _Polynomials(NamedTuple):
         """Those of the layers of a network; like products are one."""
         found: dict[tuple[Width, ...], list[int]] = {}
         for layer in layers:
-            each = (layer.flops_terms, layer.params_terms, layer.activations_terms)
-            for measure, terms in enumerate(each):
+            for measure, terms in enumerate(layer.terms):
                 for term in terms:
-                    factors = found.setdefault(term.widths, [0] * len(MEASURES))
-                    factors[measure] += term.factor
-        one = Width(1, 1)
-        widths = {one: 0}
-        for product in found:
-            for width in product:
-                widths.setdefault(width, len(widths))
-        names = {name: 0 for width in widths for name, _ in width.latents}
-        column = {name: 1 + at for at, name in enumerate(names)}
-        times = np.zeros((len(widths), 1 + len(names)), np.int64)
-        for row, width in enumerate(widths):
-            times[row, 0] = width.fixed
-            for name, number in width.latents:
-                times[row, column[name]] += number
-        degree = max((len(product) for product in found), default=0)
-        places = [
-            [widths[width] for width in (*product, *[one] * (degree - len(product)))]
-            for product in found
-        ]
+                    found.setdefault(term.widths, [0] * len(MEASURES))[measure] += term.factor
+        one, degree = Width(1, 1), max(map(len, found), default=0)
+        products = [(*widths, *[one] * (degree - len(widths))) for widths in found]
+        numbers = {width: i for i, width in enumerate(dict.fromkeys(sum(products, (one,))))}
+        names = tuple(dict.fromkeys(name for width in numbers for name, _ in width.latents))
+        times = [[w.fixed, *(dict(w.latents).get(name, 0) for name in names)] for w in numbers]
+        places = [[numbers[width] for width in widths] for widths in products]
         factors = np.array(list(found.values()), np.int64).reshape(-1, len(MEASURES))
-        places = np.array(places, np.int64).reshape(len(found), degree)
-        return cls(tuple(names), times, places, factors.T)
+        shape = len(products), degree
+        return cls(names, np.array(times), np.array(places, int).reshape(shape), factors.T)
 
     def totals(self, counts: Counts) -> tuple[Array, ...]:
         """Each measure, in the integers that JAX has now."""
