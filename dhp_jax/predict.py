@@ -21,13 +21,13 @@ from dhp_jax.activity import doing
 from dhp_jax.artifact.arrays import DESCRIPTION
 from dhp_jax.backend.inference import inference
 from dhp_jax.cli import Saved
-from dhp_jax.core.cost import input_refused
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.data.decode import COLOUR, GRAY, decode, open_image
 from dhp_jax.errors import FieldError
 from dhp_jax.models.registry import task_of
 from dhp_jax.tasks.metrics import pixels
 from dhp_jax.tasks.tiling import restore, tiling
+from dhp_jax.tracing.inputs import input_refused
 
 LABELS = "classification"
 TASKS = (LABELS, "super_resolution", "denoising")

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
-from dhp_jax.core.cost import check_input_shape, input_refused
 from dhp_jax.core.latent import Axis, latents, walk
 from dhp_jax.core.plain import Prunable
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import shown
-from dhp_jax.tracing.counts import looks_like_a_shape
 from dhp_jax.tracing.declared import analysis_of, prove_declared
+from dhp_jax.tracing.inputs import check_input_shape, input_refused, looks_like_a_shape
 from dhp_jax.tracing.programs import Call, default_call, where_raised
 
 

@@ -21,10 +21,11 @@ from dhp_jax.budgets.other_widths import advice, time_other_widths
 from dhp_jax.budgets.rounding import AUTO, multiples
 from dhp_jax.budgets.selection import default_scores, selection
 from dhp_jax.budgets.timing import hardware
-from dhp_jax.core.cost import Cost, check_input_shape
+from dhp_jax.core.cost import Cost
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.tracing.counts import measure_cost
+from dhp_jax.tracing.inputs import check_input_shape
 
 MEASURED = {"flops": "FLOPs", "params": "params", "activations": "activations"}
 

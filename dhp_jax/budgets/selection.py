@@ -18,7 +18,7 @@ from dhp_jax.budgets.limits import Limits, check_limits, with_limits
 from dhp_jax.budgets.other_widths import advice, time_other_widths
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.budgets.timing import hardware
-from dhp_jax.core.cost import Cost, check_input_shape
+from dhp_jax.core.cost import Cost
 from dhp_jax.core.latent import latents
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
@@ -26,6 +26,7 @@ from dhp_jax.core.surgery import check_masks, prune
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.tracing.declared import analysis_of, prove_declared
+from dhp_jax.tracing.inputs import check_input_shape
 
 Selection = Callable[..., dict[str, np.ndarray]]  # takes what `survivors_within` does
 

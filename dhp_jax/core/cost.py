@@ -11,7 +11,6 @@ What ReLU, pools and additions return is not counted. `dhp_jax.tracing.counts` m
 from collections.abc import Mapping
 from dataclasses import dataclass
 import functools
-import logging
 import math
 from typing import NamedTuple
 
@@ -35,9 +34,7 @@ from dhp_jax.core.layers import (
     Linear,
     RMSNorm,
 )
-from dhp_jax.errors import shown
 
-logger = logging.getLogger(__name__)
 Counts = Mapping[str, "int | Array"]
 MEASURES = ("flops", "params", "activations")
 
@@ -167,13 +164,10 @@ class Cost:
     def shares(self, counts: Counts) -> "dict[str, float | Array]":
         """`amounts(counts)` as shares of the whole model's (float32 in jit)."""
         amounts = self.amounts(counts)
-        if all(isinstance(amount, int) for amount in amounts.values()):
-            return {name: _share(amount, getattr(self, name)) for name, amount in amounts.items()}
         with jax.enable_x64(True):
-            return {
-                name: jnp.float32(_share(amount, getattr(self, name)))
-                for name, amount in amounts.items()
-            }
+            shares = {name: _share(n, getattr(self, name)) for name, n in amounts.items()}
+            known = all(isinstance(amount, int) for amount in amounts.values())
+            return shares if known else {name: jnp.float32(n) for name, n in shares.items()}
 
     @functools.cached_property
     def _polynomials(self) -> "_Polynomials":
@@ -304,22 +298,3 @@ def _(layer: nnx.Linear, output_shape):
 @layer_terms.register
 def _(layer: HyperLinear, output_shape):
     return layer.z_in, layer.z_out, (math.prod(output_shape[:-1]), 0), (1, int(layer.use_bias))
-
-
-def check_input_shape(input_shape: tuple[int, ...]) -> None:
-    """Raises unless a value can be the shape of one example."""
-    listed = isinstance(input_shape, tuple | list) and len(input_shape) > 0
-    if not listed or not all(isinstance(n, int | np.integer) and n >= 1 for n in input_shape):
-        raise ValueError(
-            "input_shape: expected positive integers, such as (height, width, channels); got "
-            f"{shown(input_shape)}"
-        )
-
-
-def input_refused(input_shape: tuple[int, ...], error: Exception) -> str:
-    """The error message for an input on which the forward pass fails."""
-    what = (str(error).splitlines() or [type(error).__name__])[0]
-    message = f"input_shape: the model does not take {input_shape}: {what}"
-    if "incompatible shapes" in message:
-        message = message.rstrip(".") + "; axes that are added must be one latent"
-    return message

@@ -37,23 +37,21 @@ def lecun_normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = None)
 _LECUN = nnx.initializers.lecun_normal()
 
 
-def compile_once(
-    function: Callable[..., Any], static: tuple[int, ...] = (), level: int = 1
-) -> Callable[..., Any]:
+def compile_once(function: Callable[..., Any], static: int = 0, level: int = 1) -> Any:
     """`jax.jit` of what runs once: XLA:CPU compiles it with fewer optimisations.
 
-    Drawing the kernel of a classifier took 1.0 s of one core to compile, and takes 0.2 s; the
-    numbers are the same up to rounding. Not to be called within other jitted functions.
-
     Args:
-      function: any.
-      static: the numbers of arguments that are no arrays.
+      function: any; not to be called within other jitted functions.
+      static: how many arguments after the first are no arrays.
       level: of optimisation; at 0 numbers may be rounded otherwise.
     """
-    options = (
-        {"xla_backend_optimization_level": str(level)} if jax.default_backend() == "cpu" else {}
-    )
-    return jax.jit(function, static_argnums=static, compiler_options=options)
+    options = {"xla_backend_optimization_level": str(level)}
+    options = options if jax.default_backend() == "cpu" else {}
+    numbers = tuple(range(1, 1 + static))
+    return jax.jit(function, static_argnums=numbers, compiler_options=options)
+
+
+_compiled = functools.cache(compile_once)
 
 
 def _draw(sample: Callable[[Array, int], Array], key: Array, count: int) -> Array:
@@ -69,11 +67,6 @@ def _run(sample: Callable[..., Array], key: Array, *shape: Any) -> Array:
     """`sample(key, *shape)`, compiled unless it is traced."""
     traced = isinstance(key, jax.core.Tracer) or isinstance(jnp.zeros(()), jax.core.Tracer)
     return (sample if traced else _compiled(sample, len(shape)))(key, *shape)
-
-
-@functools.cache
-def _compiled(sample: Callable[..., Array], static: int) -> Callable[..., Array]:
-    return compile_once(sample, tuple(range(1, 1 + static)))
 
 
 def _uniform(key: Array, size: int) -> Array:

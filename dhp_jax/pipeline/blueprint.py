@@ -14,7 +14,6 @@ from dhp_jax.activity import doing
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.weights import Weights, read_weights, take_weights
 from dhp_jax.budgets.floors import keep_share
-from dhp_jax.core.cost import input_refused
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
@@ -26,6 +25,7 @@ from dhp_jax.pipeline.setup import TaskSetup, argument_fields, known_arguments
 from dhp_jax.pruned.fresh_weights import carry_kernels, reinitialize, take_arrays
 from dhp_jax.pruned.gates import with_gates
 from dhp_jax.tracing.explain import memory
+from dhp_jax.tracing.inputs import input_refused
 from dhp_jax.tracing.network import EMBEDDING, GATES_ABOVE, install, traced
 from dhp_jax.tracing.table import LatentTable
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from dhp_jax.tracing import rules_of_sums  # noqa: F401  (registers rules, as what it imports)
 from dhp_jax.tracing.flow import Axes, Flow
+from dhp_jax.tracing.inputs import abstract_inputs
 from dhp_jax.tracing.layer_sizes import resize
 from dhp_jax.tracing.programs import (
     EVALUATION,
@@ -20,7 +21,6 @@ from dhp_jax.tracing.programs import (
     Call,
     Context,
     Program,
-    abstract_inputs,
     default_call,
     is_random,
     shape_of,
@@ -156,7 +156,7 @@ def analyse(model: nnx.Module, inputs: Any, call: Call = default_call) -> Analys
 
     Args:
       model: left as it was.
-      inputs: as for `dhp_jax.tracing.programs.abstract_inputs`.
+      inputs: as for `dhp_jax.tracing.inputs.abstract_inputs`.
       call: a function of the model and the inputs.
 
     Raises:

@@ -11,20 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from dhp_jax.core.activations import ReLU
-from dhp_jax.core.cost import (
-    Cost,
-    LayerCost,
-    Product,
-    Width,
-    check_input_shape,
-    input_refused,
-    layer_terms,
-)
+from dhp_jax.core.cost import Cost, LayerCost, Product, Width, layer_terms
 from dhp_jax.core.latent import Axis, Latent, latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.tracing.analysis import array_axes, solve
 from dhp_jax.tracing.flow import Axes, Flow
 from dhp_jax.tracing.generated import ordinary
+from dhp_jax.tracing.inputs import (
+    abstract_inputs,
+    check_input_shape,
+    input_refused,
+    looks_like_a_shape,
+    remember_inputs,
+)
 from dhp_jax.tracing.marks import (
     SUMMING,
     LayerCall,
@@ -38,9 +37,7 @@ from dhp_jax.tracing.programs import (
     EVALUATION,
     Call,
     Program,
-    abstract_inputs,
     default_call,
-    remember_inputs,
     shape_of,
     trace_program,
 )
@@ -114,16 +111,6 @@ def _traced(
         except (TypeError, ValueError) as error:
             first = first or error
     raise ValueError(input_refused(input_shape, first)) from first
-
-
-def looks_like_a_shape(value: Any) -> bool:
-    """Whether a value is meant as the shape of one example."""
-    if isinstance(value, dict) or hasattr(value, "dtype"):
-        return False
-    nested = isinstance(value, tuple | list) and any(
-        isinstance(v, tuple | list | dict) or hasattr(v, "dtype") for v in value
-    )
-    return not nested
 
 
 def _integers(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

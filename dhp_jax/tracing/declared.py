@@ -8,7 +8,6 @@ from flax import nnx
 import jax
 import numpy as np
 
-from dhp_jax.core.cost import check_input_shape
 from dhp_jax.core.latent import Axis, LatentVector, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Model
@@ -16,8 +15,13 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import check_masks
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tracing.analysis import Analysis, analyse
-from dhp_jax.tracing.counts import looks_like_a_shape
-from dhp_jax.tracing.programs import Call, default_call, known_inputs, remember_inputs
+from dhp_jax.tracing.inputs import (
+    check_input_shape,
+    known_inputs,
+    looks_like_a_shape,
+    remember_inputs,
+)
+from dhp_jax.tracing.programs import Call, default_call
 from dhp_jax.tracing.proof import Mismatch
 from dhp_jax.tracing.pruning import prove_kept
 

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.tracing import programs
+from dhp_jax.tracing import inputs as told
+from dhp_jax.tracing.programs import default_call
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -165,7 +166,7 @@ class Backwards(Reversed):
     ids=["measure_cost", "prune"],
 )
 def test_prune_asks_for_the_inputs_unless_it_was_told_them(tell, monkeypatch):
-    monkeypatch.setattr(programs, "_KNOWN", {})
+    monkeypatch.setattr(told, "_KNOWN", {})
     model = Backwards(nnx.Rngs(0))
     keep = {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
     assert dhp.prune(model, keep).conv.out_features == 8  # nothing is gone
@@ -183,13 +184,13 @@ def test_prune_asks_for_the_inputs_unless_it_was_told_them(tell, monkeypatch):
 
 
 def test_the_inputs_of_a_few_networks_are_remembered(monkeypatch):
-    monkeypatch.setattr(programs, "_KNOWN", {})
-    monkeypatch.setattr(programs, "_MOST_KNOWN", 2)
+    monkeypatch.setattr(told, "_KNOWN", {})
+    monkeypatch.setattr(told, "_MOST_KNOWN", 2)
     models = [added(size) for size in (5, 6, 7)]
     for model in models:
-        programs.remember_inputs(model, np.ones((1, 4, 4, 3)), programs.default_call)
-    assert [programs.known_inputs(model) is not None for model in models] == [False, True, True]
-    (inputs,) = programs.known_inputs(models[2])
+        told.remember_inputs(model, np.ones((1, 4, 4, 3)), default_call)
+    assert [told.known_inputs(model) is not None for model in models] == [False, True, True]
+    (inputs,) = told.known_inputs(models[2])
     assert type(inputs) is jax.ShapeDtypeStruct
 
 
@@ -206,14 +207,14 @@ class WithDecoder(Reversed):
 
 
 def test_inputs_that_were_told_of_a_part_or_of_another_network_prove_nothing(monkeypatch):
-    monkeypatch.setattr(programs, "_KNOWN", {})
+    monkeypatch.setattr(told, "_KNOWN", {})
     model = WithDecoder(nnx.Rngs(0))
     keep = {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
     keep["y"] = np.arange(8) < 4
     dhp.measure_cost(model, (4, 4, 3), call=lambda model, x: model.conv(x))
     with pytest.raises(ValueError, match=r"^input_shape: expected the shape of one example"):
         dhp.prune(model, keep)
-    programs.remember_inputs(model, (4, 4, 5), programs.default_call)
+    told.remember_inputs(model, (4, 4, 5), default_call)
     with pytest.raises(ValueError, match=r"^input_shape: expected the shape of one example"):
         dhp.prune(model, keep)
 

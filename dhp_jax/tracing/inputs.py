@@ -1,0 +1,126 @@
+"""Inputs of networks: what is taken for them, refused, and remembered."""
+
+from numbers import Number
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.errors import shown
+from dhp_jax.tracing.programs import Call, default_call, value_of
+
+_KNOWN: dict[Any, tuple[Any, ...]] = {}  # inputs by the structure of networks, latest last
+_MOST_KNOWN = 32
+
+
+def abstract_inputs(inputs: Any, batch: int = 1) -> tuple[Any, ...]:
+    """The arguments of a forward pass as trees of abstract arrays.
+
+    Args:
+      inputs: the shape of one example; an array or abstract array with its batch axis; a tuple or
+        list of arguments, each of these; or a dict of them, as one argument.
+      batch: size of the batch axis that comes before a shape of one example.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    listed = inputs if isinstance(inputs, tuple | list) else (inputs,)
+    if not _is_shape(inputs) and all(isinstance(value, Number) for value in listed):
+        raise ValueError(
+            "inputs: expected the shape of one example, such as (height, width, channels), or "
+            f"arrays; got {shown(inputs)}"
+        )
+    if isinstance(inputs, tuple | list) and not _is_shape(inputs) and len(inputs):
+        return tuple(_abstract(argument, batch) for argument in inputs)
+    return (_abstract(inputs, batch),)
+
+
+def _is_shape(value: Any) -> bool:
+    integers = isinstance(value, tuple | list) and all(
+        isinstance(n, int | np.integer) and not isinstance(n, bool) for n in value
+    )
+    return integers and len(value) > 0
+
+
+def _abstract(value: Any, batch: int) -> Any:
+    if _is_shape(value):
+        if min(value) < 1:
+            raise ValueError(f"inputs: expected positive sizes of one example, got {tuple(value)}")
+        return jax.ShapeDtypeStruct((batch, *map(int, value)), jnp.float32)
+    if isinstance(value, dict):
+        return {key: _abstract(item, batch) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_abstract(item, batch) for item in value)
+    if value is None:
+        return None
+    try:
+        return jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value))
+    except TypeError:
+        raise ValueError(
+            "inputs: expected the shape of one example, an array, or a tuple, list or dict of "
+            f"them; got a {type(value).__name__}"
+        ) from None
+
+
+def looks_like_a_shape(value: Any) -> bool:
+    """Whether a value is meant as the shape of one example."""
+    if isinstance(value, dict) or hasattr(value, "dtype"):
+        return False
+    nested = isinstance(value, tuple | list) and any(
+        isinstance(v, tuple | list | dict) or hasattr(v, "dtype") for v in value
+    )
+    return not nested
+
+
+def check_input_shape(input_shape: tuple[int, ...]) -> None:
+    """Raises unless a value can be the shape of one example."""
+    listed = isinstance(input_shape, tuple | list) and len(input_shape) > 0
+    if not listed or not all(isinstance(n, int | np.integer) and n >= 1 for n in input_shape):
+        raise ValueError(
+            "input_shape: expected positive integers, such as (height, width, channels); got "
+            f"{shown(input_shape)}"
+        )
+
+
+def input_refused(input_shape: tuple[int, ...], error: Exception) -> str:
+    """The error message for an input on which the forward pass fails."""
+    what = (str(error).splitlines() or [type(error).__name__])[0]
+    message = f"input_shape: the model does not take {input_shape}: {what}"
+    if "incompatible shapes" in message:
+        message = message.rstrip(".") + "; axes that are added must be one latent"
+    return message
+
+
+def remember_inputs(model: nnx.Module, inputs: Any, call: Call) -> None:
+    """Keeps the inputs with which a network could be traced, for `known_inputs`.
+
+    Args:
+      model: the network.
+      inputs: as `abstract_inputs` takes; no arrays are kept.
+      call: a function of the model and the inputs; nothing is kept unless it is `model(*inputs)`,
+        for it may be a part of the network.
+    """
+    if call is not default_call:
+        return
+    key = _structure_of(model)
+    _KNOWN.pop(key, None)
+    while len(_KNOWN) >= _MOST_KNOWN:
+        del _KNOWN[next(iter(_KNOWN))]
+    _KNOWN[key] = abstract_inputs(inputs)
+
+
+def known_inputs(model: nnx.Module) -> Any:
+    """The inputs with which a network of the same arrays was traced, or that its family takes.
+
+    It is `None` where there are none.
+    """
+    return _KNOWN.get(_structure_of(model), architecture_of(model).example)
+
+
+def _structure_of(model: nnx.Module) -> Any:
+    """Its class, and the paths and shapes of its arrays: the same when it was trained or merged."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return type(model), tuple((path, tuple(value_of(leaf).shape)) for path, leaf in flat)
