@@ -138,7 +138,9 @@ def test_several_sizes_of_one_search_are_those_of_a_run_of_each(searched, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "name"), [("super_resolution", "RestorerOnLatents")])
+@pytest.mark.parametrize(
+    ("task", "name"), [("denoising", "Restorer"), ("super_resolution", "RestorerOnLatents")]
+)
 def test_a_network_that_restores_images_is_pruned_and_restores_those_of_a_command(
     task, name, tmp_path, compiled_once
 ):
@@ -185,7 +187,7 @@ def test_a_network_on_latents_goes_the_way_of_a_family(tmp_path):
         np.testing.assert_allclose(computed(made), computed(trained), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["file", pytest.param("folder", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["file", "folder"])
 def test_trained_weights_are_where_a_run_begins(tmp_path, kind):
     model = build(rngs=nnx.Rngs(3))
     dhp.save(tmp_path / "net", model)
@@ -211,7 +213,7 @@ def test_trained_weights_are_where_a_run_begins(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "method",
-    ["baseline", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dhp", "fade", "l1_norm"))],
+    ["dhp", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fade", "l1_norm", "baseline"))],
 )
 def test_a_family_starts_from_weights_too(tmp_path, method):
     arguments = {"depth": 8, "width": 0.25, "num_classes": 10, "channels": 1}
