@@ -208,11 +208,12 @@ class _Polynomials(NamedTuple):
         return cls(names, np.array(times), np.array(places, int).reshape(shape), factors.T)
 
     def totals(self, counts: Counts) -> tuple[Array, ...]:
-        """Each measure, in the integers that JAX has now."""
-        present = jnp.stack([jnp.int64(1), *(jnp.int64(counts[name]) for name in self.names)])
-        widths = jnp.sum(self.times * present, axis=1)
-        products = jnp.prod(jnp.take(widths, self.places, mode="clip"), axis=1)
-        return tuple(jnp.unstack(jnp.sum(self.factors * products, axis=1)))
+        """Each measure, in the integers that JAX has now; of the shape of the counts."""
+        present = [jnp.int64(1), *(jnp.int64(counts[name]) for name in self.names)]
+        present = jnp.stack(jnp.broadcast_arrays(*present), axis=-1)
+        widths = jnp.sum(self.times * present[..., None, :], axis=-1)
+        products = jnp.prod(jnp.take(widths, self.places, axis=-1, mode="clip"), axis=-1)
+        return tuple(jnp.unstack(jnp.sum(self.factors * products[..., None, :], axis=-1), axis=-1))
 
 
 def _share(amount, whole: int):
