@@ -1,9 +1,9 @@
 """Where does the time of a residual block go on a CPU, part by part, in XLA and in PyTorch?
 
 The parts of a 3x3 convolution with BatchNorm and ReLU at the three shapes of a CIFAR ResNet, batch
-64, taken in turn in one process: XLA as the library uses it, and PyTorch. Pin it to one core to
-compare the work, give it two to see which parts use both: those whose CPU time is their wall time
-run on one.
+64, taken in turn in one process: XLA as the library uses it, PyTorch, and XLA with the convolution
+written in other ways. Pin it to one core to compare the work, give it two to see which parts use
+both: those whose CPU time is their wall time run on one.
 
     taskset -c 1 python benchmarks/cpu_parts.py    # one core
     python benchmarks/cpu_parts.py                 # all cores
@@ -84,6 +84,13 @@ def parts_of(side: int, channels: int) -> dict[tuple[str, str], Callable[[], obj
     )
     to_kernel = compiled(lambda x, g: _kernel_gradient(x, g, (3, 3), (1, 1), PADS, (1, 1)))
     norm = compiled(lambda g, *given: jax.vjp(normal, *given)[1](g))
+    others = {
+        ("forward", "XLA, patches"): (by_patches, x, kernel),
+        ("forward", "XLA, nine products"): (by_nine_products, x, kernel),
+        ("to kernel", "XLA, patches"): (gradient_by_patches, x, grad),
+        ("to kernel", "XLA, halves of the batch"): (gradient_by_halves, x, grad),
+    }
+    check_ways(forward(x, kernel), to_kernel(x, grad), others)
     theirs, their_grad = (_to_torch(array, (0, 3, 1, 2)) for array in (x, grad))
     their_kernel = _to_torch(kernel, (3, 2, 0, 1))
 
@@ -98,6 +105,10 @@ def parts_of(side: int, channels: int) -> dict[tuple[str, str], Callable[[], obj
         return torch.autograd.grad(functional.relu(y), (*given, shift), their_grad)
 
     return {
+        **{
+            name: functools.partial(waited_for, compiled(way), *given)
+            for name, (way, *given) in others.items()
+        },
         ("forward", "XLA"): lambda: jax.block_until_ready(forward(x, kernel)),
         ("forward", "PyTorch"): lambda: functional.conv2d(theirs.detach(), their_kernel, padding=1),
         ("to input", "XLA"): lambda: jax.block_until_ready(to_input(x, kernel, grad)),
@@ -107,6 +118,49 @@ def parts_of(side: int, channels: int) -> dict[tuple[str, str], Callable[[], obj
         ("BatchNorm", "XLA"): lambda: jax.block_until_ready(norm(grad, x, scale, bias)),
         ("BatchNorm", "PyTorch"): their_norm,
     }
+
+
+def waited_for(function: Callable[..., jax.Array], *given: jax.Array) -> jax.Array:
+    return jax.block_until_ready(function(*given))
+
+
+def shifted(x: jax.Array) -> list[jax.Array]:
+    """What the nine taps meet, each in the shape of `x`."""
+    side = x.shape[1]
+    padded = jnp.pad(x, ((0, 0), *PADS, (0, 0)))
+    return [padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
+
+
+def patches(x: jax.Array) -> jax.Array:
+    """The numbers that every output is made of, `(pixels, 9 * channels)`."""
+    return jnp.concatenate(shifted(x), -1).reshape(-1, 9 * x.shape[-1])
+
+
+def by_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    channels = x.shape[-1]
+    return (patches(x) @ kernel.reshape(9 * channels, -1)).reshape(x.shape)
+
+
+def by_nine_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    taps = kernel.reshape(9, *kernel.shape[2:])
+    return sum(part @ tap for part, tap in zip(shifted(x), taps, strict=True))
+
+
+def gradient_by_patches(x: jax.Array, grad: jax.Array) -> jax.Array:
+    channels = x.shape[-1]
+    return (patches(x).T @ grad.reshape(-1, channels)).reshape(3, 3, channels, channels)
+
+
+def gradient_by_halves(x: jax.Array, grad: jax.Array) -> jax.Array:
+    halves = zip(jnp.split(x, 2), jnp.split(grad, 2), strict=True)
+    return sum(_kernel_gradient(*half, (3, 3), (1, 1), PADS, (1, 1)) for half in halves)
+
+
+def check_ways(output: jax.Array, gradient: jax.Array, ways: dict[tuple[str, str], tuple]) -> None:
+    """Raises unless the other ways compute the same."""
+    for (part, _), (way, *given) in ways.items():
+        wanted = output if part == "forward" else gradient
+        np.testing.assert_allclose(way(*given), wanted, rtol=1e-3, atol=1e-3 * wanted.std())
 
 
 def _to_torch(array: jax.Array, order: tuple[int, ...]) -> torch.Tensor:

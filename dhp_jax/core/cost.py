@@ -217,7 +217,6 @@ class _Polynomials(NamedTuple):
 
 
 def _share(amount, whole: int):
-    """A share of the whole; 1 where the whole is 0."""
     return amount / whole if whole else 1.0
 
 

@@ -31,7 +31,7 @@ def truncated_normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
 
 def lecun_normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = None) -> Array:
     """Initial values of `nnx.Linear`, the numbers that its own initializer draws."""
-    return _run(_LECUN, key, shape, jnp.float32 if dtype is None else dtype)
+    return _compiled(_LECUN, 2)(key, shape, jnp.float32 if dtype is None else dtype)
 
 
 _LECUN = nnx.initializers.lecun_normal()
@@ -41,14 +41,20 @@ def compile_once(function: Callable[..., Any], static: int = 0, level: int = 1) 
     """`jax.jit` of what runs once: XLA:CPU compiles it with fewer optimisations.
 
     Args:
-      function: any; not to be called within other jitted functions.
+      function: any; it is called as it is where it is traced within another one.
       static: how many arguments after the first are no arrays.
       level: of optimisation; at 0 numbers may be rounded otherwise.
     """
-    options = {"xla_backend_optimization_level": str(level)}
-    options = options if jax.default_backend() == "cpu" else {}
-    numbers = tuple(range(1, 1 + static))
-    return jax.jit(function, static_argnums=numbers, compiler_options=options)
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": str(level)} if on_cpu else {}
+    compiled = jax.jit(function, static_argnums=range(1, 1 + static), compiler_options=options)
+
+    def run(*given: Any) -> Any:
+        arrays = jnp.zeros(()), *jax.tree.leaves(given)
+        traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+        return (function if traced else compiled)(*given)
+
+    return run
 
 
 _compiled = functools.cache(compile_once)
@@ -59,14 +65,8 @@ def _draw(sample: Callable[[Array, int], Array], key: Array, count: int) -> Arra
     size = MIN_DRAWS
     while size < count:
         size *= 4
-    numbers = _run(sample, key, size)
+    numbers = _compiled(sample, 1)(key, size)
     return (numbers if isinstance(numbers, jax.core.Tracer) else np.asarray(numbers))[:count]
-
-
-def _run(sample: Callable[..., Array], key: Array, *shape: Any) -> Array:
-    """`sample(key, *shape)`, compiled unless it is traced."""
-    traced = isinstance(key, jax.core.Tracer) or isinstance(jnp.zeros(()), jax.core.Tracer)
-    return (sample if traced else _compiled(sample, len(shape)))(key, *shape)
 
 
 def _uniform(key: Array, size: int) -> Array:
