@@ -31,6 +31,8 @@ _under_way = _UnderWay()
 def doing(what: str = "", program: str = "") -> Iterator[None]:
     """Marks a block that may take longer than people like to wait without a word.
 
+    Blocks of other threads than the main one are not marked: people do not wait for them alone.
+
     Args:
       what: is done in it, such as "reading the training data"; "" if the block around it says so.
       program: what is compiled in it, such as "the search step"; "" if nothing is that takes long.
@@ -39,6 +41,9 @@ def doing(what: str = "", program: str = "") -> Iterator[None]:
       >>> with doing("testing the pruned network", "the test of the pruned network"):
       ...     metrics = evaluate(model, task, data)
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     began = time.monotonic()
     if not _under_way.stack and began - _under_way.ended > GAP:
         _under_way.since = began

@@ -1,5 +1,6 @@
 """What is done is told to whoever waits: the innermost block, every second, while it goes on."""
 
+import threading
 import time
 
 import pytest
@@ -94,4 +95,23 @@ def test_what_is_compiled_is_that_of_the_innermost_block_that_says_so():
         with doing("testing", "the test"), doing("saving"):
             assert program() == "the test"
         assert program() == "the forward pass"
+    assert program() == ""
+
+
+def test_blocks_of_other_threads_leave_those_of_the_main_one_alone():
+    with doing("searching", "the search step"):
+        inside, over = threading.Event(), threading.Event()
+
+        def other():
+            with doing("reading", "something else"):
+                inside.set()
+                over.wait(10)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert inside.wait(10)
+        assert program() == "the search step"
+    assert program() == ""
+    over.set()
+    thread.join()
     assert program() == ""
