@@ -223,9 +223,21 @@ def test_data_are_those_of_the_run_once_something_has_been_learnt_from_them(tmp_
 def readers(process):
     """Not all of its children: one of them keeps account of shared memory."""
     listed = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)],
+        capture_output=True,
+        text=True,
     )
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
+
+
+def readers_of_what_goes_on(run, workdir, count):
+    """So many readers of a run that has saved a state; those of a phase may have read all of it."""
+    while True:
+        assert run.poll() is None, run.communicate()[1]
+        saved, reading = list(workdir.glob("checkpoints/search/[0-9]*")), readers(run)
+        if saved and len(reading) >= count:
+            return reading
+        time.sleep(0.02)
 
 
 def alive(pid):
@@ -240,11 +252,7 @@ def alive(pid):
 def test_a_killed_run_leaves_no_reading_process_and_goes_on_with_the_same_bits(tmp_path, finished):
     streamed = {"data.streamed": True, "data.workers": 2}
     run = begin(tmp_path / "run", **streamed)
-    while not list((tmp_path / "run").glob("checkpoints/search/[0-9]*")):
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.02)
-    reading = readers(run)
-    assert len(reading) >= 2
+    reading = readers_of_what_goes_on(run, tmp_path / "run", 2)
     run.kill()
     run.communicate()
     end = time.monotonic() + 60
@@ -261,11 +269,7 @@ def test_a_killed_run_leaves_no_reading_process_and_goes_on_with_the_same_bits(t
 @pytest.mark.slow
 def test_a_reading_process_that_dies_ends_the_run_in_one_line(tmp_path):
     run = begin(tmp_path / "run", **{"data.streamed": True, "data.workers": 1})
-    while not list((tmp_path / "run").glob("checkpoints/search/[0-9]*")):
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.02)
-    reading = readers(run)
-    assert reading
+    reading = readers_of_what_goes_on(run, tmp_path / "run", 1)
     for pid in reading:
         os.kill(pid, signal.SIGKILL)
     _, told = run.communicate(timeout=120)
