@@ -307,8 +307,10 @@ def main() -> None:
     )
     if options.rehearse:
         bench.trained = bench.net.fresh(0)
-    else:
+    elif options.ways:
         ours.load(bench, options)
+    else:
+        bench.trained = ours.stored(options.weights)
     check_same(torch, bench)
     known = {way.name: way for way in (*ours.ONE.values(), ours.FADE)}
     for seed in options.seeds:
