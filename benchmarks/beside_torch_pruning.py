@@ -16,12 +16,8 @@ times of a forward pass of all of them, taken in turn.
 import argparse
 from collections.abc import Callable, Mapping
 import copy
-from dataclasses import replace
-import datetime
 import json
 from pathlib import Path
-import shlex
-import sys
 import time
 
 from flax import nnx
@@ -292,19 +288,8 @@ def main() -> None:
         return publish(options)
     import torch
 
-    size = ours.REHEARSAL if options.rehearse else ours.Size()
-    if options.updates is not None:
-        size = replace(size, updates=options.updates)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = ours.Bench(options, size)
-    bench.write(
-        name="begin",
-        date=datetime.date.today().isoformat(),
-        command=shlex.join(["python", *sys.argv]),
-        commit=options.commit,
-        hardware=str(jax.devices()[0].device_kind),
-        versions={module.__name__: module.__version__ for module in (dhp, jax, torch)},
-    )
+    bench = ours.begin(parser, options, dhp, jax, torch)
     if options.rehearse:
         bench.trained = bench.net.fresh(0)
     elif options.ways:

@@ -836,6 +836,32 @@ def publish(options: argparse.Namespace) -> None:
     write(options.out, options.name, TITLE, note, rows, tables(rows), about)
 
 
+def begin(parser: argparse.ArgumentParser, options: argparse.Namespace, *modules: Any) -> Bench:
+    """What rows share, once it is written on what they are measured.
+
+    Args:
+      parser: tells of updates that make no whole segments.
+      options: of the command line; those of `Size` that are given replace its own.
+      modules: whose versions are told.
+    """
+    size = REHEARSAL if options.rehearse else Size()
+    given = {name: getattr(options, name, None) for name in ("epochs", "updates")}
+    size = replace(size, **{name: value for name, value in given.items() if value is not None})
+    if size.updates % size.segment:
+        parser.error(f"--updates: expected a multiple of {size.segment}, got {size.updates}")
+    bench = Bench(options, size)
+    bench.write(
+        name="begin",
+        date=datetime.date.today().isoformat(),
+        command=shlex.join(["python", *sys.argv]),
+        commit=options.commit,
+        hardware=str(jax.devices()[0].device_kind),
+        versions={module.__name__: module.__version__ for module in modules},
+        size=asdict(size),
+    )
+    return bench
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="CIFAR-10: train_images, ..., test_labels")
@@ -858,21 +884,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.table is not None:
         return publish(options)
-    size = REHEARSAL if options.rehearse else Size()
-    given = {name: getattr(options, name) for name in ("epochs", "updates")}
-    size = replace(size, **{name: value for name, value in given.items() if value is not None})
-    if size.updates % size.segment:
-        parser.error(f"--updates: expected a multiple of {size.segment}, got {size.updates}")
-    bench = Bench(options, size)
-    bench.write(
-        name="begin",
-        date=datetime.date.today().isoformat(),
-        command=shlex.join(["python", *sys.argv]),
-        commit=options.commit,
-        hardware=str(jax.devices()[0].device_kind),
-        versions={module.__name__: module.__version__ for module in (dhp, jax, flax, optax)},
-        size=asdict(size),
-    )
+    bench = begin(parser, options, dhp, jax, flax, optax)
     for stage in options.stages:
         began = time.monotonic()
         STAGES[stage](bench, options)
