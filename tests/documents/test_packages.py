@@ -114,6 +114,7 @@ def test_console_commands_are_functions_that_are_there():
 def test_a_console_command_says_a_word_before_it_imports_the_library(tmp_path):
     """On a terminal, here one in which the library cannot be imported."""
     (tmp_path / "dhp_jax").mkdir()
+    (tmp_path / "dhp_jax/__init__.py").touch()
     (tmp_path / "dhp_jax/commands.py").write_text("raise ImportError('reached')")
     shutil.copy(ROOT / "dhp_commands.py", tmp_path)
     terminal = Terminal(tmp_path / "record.txt", tmp_path, {"PATH": os.environ["PATH"]})
