@@ -7,9 +7,10 @@
 
 It needs `pip install torch torch-pruning==1.6.0`, which are no packages of the library. The trained
 ResNet-20 of from_trained.py becomes a PyTorch network that computes the same. Its group-norm pruner
-goes on in 400 small steps until the FLOPs, as the library counts them, are within the target. What
-is left is finetuned in PyTorch by the recipe of from_trained.py, on the same images in the same
-order. The rows of the library are those of from_trained.py, in the same process. Last come the
+goes on in 400 small steps until the FLOPs, as the library counts them, are within the target. It
+compares the channels of all layers, or takes the same share of each layer, which is its default.
+What is left is finetuned in PyTorch by the recipe of from_trained.py, on the same images in the
+same order. The rows of the library are those of from_trained.py, in the same process. Last come the
 times of a forward pass of all of them, taken in turn.
 """
 
@@ -35,6 +36,7 @@ NOTE = (
     "least and the most. Times are medians of passes taken in turn, with quartiles."
 )
 STEPS = 400  # of the pruner, from nothing to all channels
+COMPARED = {"Torch-Pruning, all layers": True, "Torch-Pruning, each layer": False}
 LATENCY_BATCHES = 1, 256
 
 
@@ -113,7 +115,7 @@ def torch_inputs(torch, device, images):
     return x.contiguous(memory_format=torch.channels_last).to(device)
 
 
-def pruned_by_torch(torch, bench: ours.Bench, flops: float):
+def pruned_by_torch(torch, bench: ours.Bench, flops: float, together: bool):
     """The network that Torch-Pruning leaves within a share of the FLOPs, and the share."""
     import torch_pruning
 
@@ -122,7 +124,7 @@ def pruned_by_torch(torch, bench: ours.Bench, flops: float):
         model,
         torch.zeros(1, 3, *ours.SHAPE[:2]),
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=True,
+        global_pruning=together,
         pruning_ratio=1.0,
         iterative_steps=STEPS,
         ignored_layers=[model.classifier],
@@ -135,10 +137,10 @@ def pruned_by_torch(torch, bench: ours.Bench, flops: float):
     raise ValueError(f"flops: Torch-Pruning ended at {shares['flops']:.4f}; expected {flops}")
 
 
-def torch_row(torch, device, bench: ours.Bench, flops: float, seed: int) -> None:
+def torch_row(torch, device, bench: ours.Bench, name: str, flops: float, seed: int) -> None:
     """Prunes and finetunes in PyTorch, and writes the row."""
     began, size = time.monotonic(), bench.size
-    model, shares = pruned_by_torch(torch, bench, flops)
+    model, shares = pruned_by_torch(torch, bench, flops, COMPARED[name])
     model = model.to(device).train()
     schedule = ours.cosine(ours.FADE.rate, size.updates, size.segment)
     optimizer = torch.optim.SGD(
@@ -162,7 +164,7 @@ def torch_row(torch, device, bench: ours.Bench, flops: float, seed: int) -> None
             loss.backward()
             optimizer.step()
     bench.write(
-        name="Torch-Pruning, group norm",
+        name=name,
         target=flops,
         seed=seed,
         error=torch_error(torch, device, bench, model),
@@ -203,12 +205,16 @@ def latencies(torch, device, bench: ours.Bench, flops: float, rounds: int) -> No
     """Times forward passes of whole and pruned networks of both, in turn, and writes the row."""
     model = ours.of_latents(bench.net, bench.trained)
     small = dhp.prune_to(model, ours.SHAPE, flops=flops, by=dhp.group_scores(model))
-    theirs = pruned_by_torch(torch, bench, flops)[0], network(torch, bench.trained)
+    theirs = {
+        name: pruned_by_torch(torch, bench, flops, together)[0]
+        for name, together in COMPARED.items()
+    }
+    theirs["torch, whole"] = network(torch, bench.trained)
     for batch in LATENCY_BATCHES if bench.size != ours.REHEARSAL else (4,):
         x = np.zeros((batch, *ours.SHAPE), np.float32)
         passes = {"ours, whole": dhp.prune(model), "ours": small}
         passes = {name: of_ours(module, x) for name, module in passes.items()}
-        for name, module in zip(("Torch-Pruning", "torch, whole"), theirs, strict=True):
+        for name, module in theirs.items():
             passes[name] = of_torch(torch, device, copy.deepcopy(module), x)
         seconds = time_in_turn(passes, rounds, 60)
         found = {name: quartiles([1e3 * s for s in values]) for name, values in seconds.items()}
@@ -300,13 +306,13 @@ def main() -> None:
     known = {way.name: way for way in (*ours.ONE.values(), ours.FADE)}
     for seed in options.seeds:
         for flops in options.targets:
-            for way in ("", *([] if options.rehearse else options.ways)):
+            for way in (*COMPARED, *([] if options.rehearse else options.ways)):
                 if bench.left() < 0:
                     return
-                if way:
-                    ours.pruned_row(bench, known[way], flops, seed)
+                if way in COMPARED:
+                    torch_row(torch, device, bench, way, flops, seed)
                 else:
-                    torch_row(torch, device, bench, flops, seed)
+                    ours.pruned_row(bench, known[way], flops, seed)
     for flops in options.targets:
         latencies(torch, device, bench, flops, options.rounds)
 
