@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 import jax
 
-from dhp_jax.budgets.latency import check_batch, clock
+from dhp_jax.budgets.latency import check_batch, clock, timed_shape
 from dhp_jax.budgets.layer_table import (
     COLUMNS,
     change,
@@ -25,7 +25,6 @@ from dhp_jax.core.cost import Cost
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.tracing.counts import measure_cost
-from dhp_jax.tracing.inputs import check_input_shape
 
 MEASURED = {"flops": "FLOPs", "params": "params", "activations": "activations"}
 
@@ -110,12 +109,11 @@ def summary(
     if inputs is None and table is not None:
         inputs = table.inputs
     check_batch(batch)
-    if batch is not None:
-        check_input_shape(inputs)
+    shape = None if batch is None else timed_shape(model, inputs)
     before, after = (measure_cost(network, inputs, call=call) for network in (model, small))
     if batch is None:
         return Summary(before, after, uneven=_uneven(model, before, after))
-    timed = clock(model, inputs, batch)
+    timed = clock(model, shape, batch)
     time, others = timed(small), None
     if time.ratio["low"] > 1 and latents(model):
         share = {"flops": after.flops / before.flops}

@@ -11,6 +11,8 @@ import functools
 from typing import Any
 
 from flax import nnx
+import jax
+import jax.numpy as jnp
 
 from dhp_jax.budgets.chosen import Chosen, Time, describe_choice
 from dhp_jax.budgets.counted import BudgetError, check_share, smallest_ratio, survivors_within
@@ -18,8 +20,11 @@ from dhp_jax.budgets.other_widths import time_other_widths
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.budgets.timing import forward_pass, hardware, quartiles, time_in_turn
 from dhp_jax.core.cost import Cost
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.tracing.inputs import check_input_shape
+from dhp_jax.tracing.programs import default_call
 
 RESOLUTION = 0.01  # of the FLOPs, at which the bisection ends
 ROUNDS, SECONDS = 101, 2.0  # of a measurement, at most
@@ -30,6 +35,26 @@ def check_batch(batch: int | None) -> None:
     """Raises unless a value can be how many inputs a timed pass takes, or `None`."""
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise ArgumentError("batch", "an integer of at least 1, or None", shown(batch))
+
+
+def timed_shape(model: nnx.Module, inputs: Any) -> tuple[int, ...]:
+    """The shape of one example with which networks are timed.
+
+    Args:
+      model: a network, which may have been traced.
+      inputs: the shape, or what a traced network knows of its inputs.
+
+    Raises:
+      ValueError: inputs that are no shape; a network that is not called as `model(x)`.
+    """
+    table = architecture_of(model).axes
+    if table is not None and table.call not in (None, default_call):
+        raise ArgumentError("batch", "None for a network with a call of its own", "a number")
+    match inputs:
+        case (jax.ShapeDtypeStruct(shape=(_, *shape), dtype=jnp.float32),):
+            inputs = tuple(shape)
+    check_input_shape(inputs)
+    return inputs
 
 
 def clock(model: nnx.Module, input_shape: tuple[int, ...], batch: int = 1) -> Clock:

@@ -13,7 +13,7 @@ from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.chosen import Chosen, describe_choice
 from dhp_jax.budgets.counted import BudgetError, Scores, check_budget, check_share, survivors_within
 from dhp_jax.budgets.importance import group_scores
-from dhp_jax.budgets.latency import Clock, LatencySearch, check_batch, clock
+from dhp_jax.budgets.latency import Clock, LatencySearch, check_batch, clock, timed_shape
 from dhp_jax.budgets.limits import Limits, check_limits, with_limits
 from dhp_jax.budgets.other_widths import advice, time_other_widths
 from dhp_jax.budgets.rounding import Multiples
@@ -26,7 +26,6 @@ from dhp_jax.core.surgery import check_masks, prune
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.tracing.declared import analysis_of, prove_declared
-from dhp_jax.tracing.inputs import check_input_shape
 
 Selection = Callable[..., dict[str, np.ndarray]]  # takes what `survivors_within` does
 
@@ -177,8 +176,7 @@ def prune_to(
     check_axes(model, input_shape)
     timed = None
     if latency is not None or batch is not None:
-        check_input_shape(input_shape)
-        timed = clock(model, input_shape, batch or 1)
+        timed = clock(model, timed_shape(model, input_shape), batch or 1)
     by = default_scores(model) if by is None else by
     chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
     if keep is not None:

@@ -86,11 +86,18 @@ def test_inputs_that_are_no_shape_cannot_be_timed(traced, small):
         dhp.summary(traced[0], small, jnp.zeros((1, *SHAPE)), batch=2)
 
 
+def test_a_network_with_a_call_of_its_own_is_not_timed(traced):
+    net = dhp.with_latents(traced[0], SHAPE, call=lambda model, x: 2 * model(x))
+    with pytest.raises(ValueError, match=r"^batch: expected None for a network with a call of its"):
+        dhp.prune_to(net, flops=0.5, batch=2)
+
+
 @pytest.mark.parametrize("which", ["plain", "traced"])
 def test_both_networks_are_timed_here_and_now(traced, small, which, monkeypatch):
     monkeypatch.setattr(latency, "ROUNDS", 3)
     monkeypatch.setattr(before_and_after, "time_other_widths", lambda *_: {})
-    found = dhp.summary(traced[which == "traced"], small, SHAPE, batch=2)
+    known = which == "traced"  # are the inputs
+    found = dhp.summary(traced[known], small, None if known else SHAPE, batch=2)
     assert 0 < found.ratio["low"] <= found.ratio["median"] <= found.ratio["high"]
     assert re.search(r"^time +\d+\.\d\d of the time before \(.*\), batch 2, ", str(found), re.M)
 
@@ -134,7 +141,7 @@ def test_where_it_is_slower_prune_to_warns_which_multiple_would_help(traced, mon
         warnings.simplefilter("always")
         small = dhp.prune_to(traced[1], SHAPE, flops=0.45)
         assert not asked
-        again = dhp.prune_to(traced[1], SHAPE, flops=0.45, batch=2)
+        again = dhp.prune_to(traced[1], flops=0.45, batch=2)  # of the shape that it knows
     assert asked == [(SHAPE, 2)]
     assert {width % 8 for width in survivors_of(small)} != {0}
     assert survivors_of(again) == survivors_of(small)

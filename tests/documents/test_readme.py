@@ -11,6 +11,7 @@ from PIL import Image
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.budgets import before_and_after, latency
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -43,14 +44,17 @@ def test_the_quick_start_prunes_a_network_of_the_reader_in_30_lines(in_tmp_path,
     assert not dhp.latents(small)
 
 
-def test_the_network_that_a_reader_has_is_pruned_in_three_lines(in_tmp_path):
+def test_the_network_that_a_reader_has_is_pruned_in_three_lines(in_tmp_path, capsys, monkeypatch):
     code = next(block for block in BLOCKS if "dhp.with_latents" in block)
-    assert len(code.strip().splitlines()) <= 5  # with the import
+    assert len(code.strip().splitlines()) <= 6  # with the import, the summary, and saving
+    monkeypatch.setattr(latency, "ROUNDS", 3)
+    monkeypatch.setattr(before_and_after, "time_other_widths", lambda *_: {})
     declared = dhp.models.build("vgg", depth=11, width=0.1, channels=1, rngs=nnx.Rngs(0))
     names = {"model": dhp.prune(declared)}
     exec(compile(code, "README.md", "exec"), names)
     before, after = (dhp.measure_cost(names[name], (8, 8, 1)) for name in ("model", "small"))
     assert 0.45 * before.flops < after.flops <= 0.5 * before.flops
+    assert re.search(r"^time +\d\.\d\d of the time before", capsys.readouterr().out, re.M)
     assert type(names["small"]) is type(names["model"])
     loaded = dhp.load("small", build=lambda _: dhp.prune(declared))
     assert dhp.measure_cost(loaded, (8, 8, 1)) == after
