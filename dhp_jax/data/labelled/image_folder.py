@@ -43,7 +43,10 @@ def load(
     and names.
     """
     folders = _split_folders(data_dir)
-    files = {split: _files_by_label(folder) for split, folder in folders.items()}
+    try:
+        files = {split: _files_by_label(folder) for split, folder in folders.items()}
+    except OSError as error:
+        raise DataNotFoundError("data.dir", detail=f"cannot read {data_dir}: {error}") from error
     _check_labels(folders, files)
     images = {split: list(chain(*by_label.values())) for split, by_label in files.items()}
     tell_left_out(
