@@ -93,7 +93,7 @@ def load(
       >>> small = dhp.load("out/")
       >>> logits = small(images)
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     description = verify(path)
     if build is None and description["family"] in registry.OWN:
         build = functools.partial(registry.build, description["family"])

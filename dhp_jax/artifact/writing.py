@@ -68,7 +68,7 @@ def save(
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(f"model: expected an nnx.Module, got {shown(model)}")
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(os.path.expanduser(path)))
     if not may_hold(path):
         raise FileExistsError(
             f"path: expected no or an empty folder, or one with a network only, got {path}"

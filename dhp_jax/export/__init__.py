@@ -101,10 +101,11 @@ def export(
       >>> export(small, "small.onnx", (32, 32, 3), format="onnx").differences
       {'random': 1.4e-06, 'another size': 1.9e-06}
     """
+    path = Path(path).expanduser()
     check_format(format)
     check_path(path, format)
     _check_build(model, format, build)
-    path, input_shape = Path(path), tuple(input_shape)
+    input_shape = tuple(input_shape)
     if inputs is None:
         random = np.random.default_rng(0).normal(size=(2, *input_shape))
         inputs = {"random": random.astype(np.float32)}
