@@ -56,6 +56,8 @@ dist: $(VENV)/installed
 	rm -rf build/dist
 	$(RUN) -m build --outdir build/dist .
 	$(RUN) -m twine check --strict build/dist/*
+	@grep -q "^    Source = " setup.cfg || echo "README is without pictures and links there:" \
+		"add 'Source = ADDRESS', where the tree is, to project_urls in setup.cfg"
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

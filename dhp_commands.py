@@ -9,9 +9,13 @@ def _command(name: str) -> Callable[[], NoReturn]:
     def command() -> NoReturn:
         if sys.stderr.isatty():
             print("loading    dhp_jax", file=sys.stderr, flush=True)
-        from dhp_jax import commands
+        try:
+            from dhp_jax import commands
 
-        getattr(commands, name)()
+            getattr(commands, name)()
+        except KeyboardInterrupt:  # of which no other handler is there yet
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
     return command
 

@@ -3,7 +3,7 @@
     python benchmarks/onnx_files.py runs/digits_resnet20-baseline/model.onnx \
         runs/digits_resnet20/model.onnx
 
-Needs the extra `onnx`, and files that `python -m dhp_jax.export` wrote.
+Needs the extra `onnx`, and files that `dhp-export` wrote.
 """
 
 import argparse

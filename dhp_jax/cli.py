@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import math
 import os
 from pathlib import Path
+import re
 import sys
 import textwrap
 from typing import Any, NoReturn
@@ -41,9 +42,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
-def parser(description: str) -> Parser:
+def parser(command: str, description: str) -> Parser:
     """A parser of the arguments that say which network is meant."""
-    made = Parser(description=description)
+    made = Parser(prog=command, description=description)
     made.add_argument("model", type=Path, help="a run's folder, or one that dhp.save wrote")
     made.add_argument("--which", choices=WHICH, help="of a run's networks; model by default")
     made.add_argument("--build", help="module:function that builds a network of your own class")
@@ -77,14 +78,23 @@ def tell(text: str) -> None:
     print(textwrap.fill(text, 80, subsequent_indent="  ") if sys.stdout.isatty() else text)
 
 
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the home folder for `~`, which shells leave as it is in `--out=~/images`."""
+    parts = [re.fullmatch(r"(-[^=]*=)?(.*)", argument, re.DOTALL) for argument in arguments]
+    return [(part[1] or "") + os.path.expanduser(part[2]) for part in parts]
+
+
 def run(main: Callable[[Sequence[str]], None]) -> int:
     """Runs a command on the arguments given to the process; returns its exit code.
 
-    It is 2 for wrong input, and 1 where the work failed (`RuntimeError`).
+    It is 2 for wrong input, 1 where the work failed (`RuntimeError`), and 130 for Ctrl-C.
     """
     try:
         with told_when_silent(ProgressBar().wait):
-            main(sys.argv[1:])
+            main(expanded(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError, RuntimeError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2

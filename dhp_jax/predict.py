@@ -1,7 +1,7 @@
 """Labels images, or denoises or enlarges them, with a saved network.
 
-python -m dhp_jax.predict runs/digits_resnet20 digit.png
-python -m dhp_jax.predict runs/dncnn_s70 noisy.png --out=clean/
+dhp-predict runs/digits_resnet20 digit.png
+dhp-predict runs/dncnn_s70 noisy.png --out=clean/
 """
 
 from argparse import Namespace
@@ -35,7 +35,7 @@ TASKS = (LABELS, "super_resolution", "denoising")
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the arguments, and prints a line for each image."""
-    parser = cli.parser(__doc__)
+    parser = cli.parser("dhp-predict", __doc__)
     parser.add_argument("images", nargs="+", type=Path, help="image files")
     parser.add_argument("--top", type=int, help="how many classes are shown; 3 by default")
     parser.add_argument("--resize", action="store_true", help="to the size the network takes")

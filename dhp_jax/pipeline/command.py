@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dhp_jax.activity import program, told_when_silent
 from dhp_jax.backend.cache import keep_compiled, long_compilations
+from dhp_jax.cli import expanded
 from dhp_jax.config.checks import check_overrides
 from dhp_jax.config.from_file import find_config, read_config
 from dhp_jax.config.methods import METHODS
@@ -68,7 +69,7 @@ def run(arguments: Sequence[str], define: Define) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of Orbax's, where a line is ours
     bar = ProgressBar()
     with told_when_silent(lambda *what: bar.wait(*what) if is_first() else None):
-        return _run(arguments, define, bar)
+        return _run(expanded(arguments), define, bar)
 
 
 def _run(arguments: Sequence[str], define: Define, bar: ProgressBar) -> int:
@@ -76,9 +77,12 @@ def _run(arguments: Sequence[str], define: Define, bar: ProgressBar) -> int:
         options = parse(arguments, define)
         with exit_at_once():
             runs = prepare(options, bar)
-    except (flags.Error, ValueError, ProcessError) as error:
+    except (flags.Error, ValueError, OSError, ProcessError) as error:
         print("error:", _in_one_line(error), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the run has not begun", file=sys.stderr)
+        return 130
     try:
         summaries = _carry_out(runs, options, arguments)
     except (Exception, KeyboardInterrupt) as error:

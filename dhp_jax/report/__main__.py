@@ -2,9 +2,9 @@
 
 Makes the page of a run again, finished or not, or one that compares several.
 
-    python -m dhp_jax.report runs/resnet20  # writes runs/resnet20/report.html;
+    dhp-report runs/resnet20  # writes runs/resnet20/report.html;
         # with targets, the pages of all sizes and runs/resnet20/compare.html
-    python -m dhp_jax.report runs/resnet20 runs/resnet56  # writes compare.html
+    dhp-report runs/resnet20 runs/resnet56  # writes compare.html
 """
 
 import argparse
@@ -22,7 +22,7 @@ from dhp_jax.workdir.summary import beside, read_baseline
 
 def main(arguments: Sequence[str]) -> None:
     """Makes pages as the command line says, and prints where they are."""
-    parser = Parser(prog="python -m dhp_jax.report", description=__doc__.split("\n\n", 1)[1])
+    parser = Parser(prog="dhp-report", description=__doc__.split("\n\n", 1)[1])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
     parser.add_argument(
         "--out",

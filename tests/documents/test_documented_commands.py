@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```(?:\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-COMMAND = re.compile(r"(?:^|[\s\"])(?:\.venv/bin/)?(python|make) ([^\"\n]*)", re.MULTILINE)
+COMMAND = re.compile(r"(?:^|[\s\"])(?:\.venv/bin/)?(python|make|dhp-\w+) ([^\"\n]*)", re.MULTILINE)
 GROUPS = "mesh|data|task|model|search|converge|baseline|checkpoint|budget|optimizer"
 FIELD = re.compile(
     rf"(?:--)?(config\.[a-z_.]+[a-z_]|(?:{GROUPS})\.[a-z_]+)(=.*)?(?<!\.py)(?<!\.json)"
@@ -69,11 +69,11 @@ def test_a_command_of_the_documentation_is_accepted(main, monkeypatch, words):
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(arguments) <= set(targets)
-    elif arguments[0] == "experiments/main.py":
-        if "NAME" not in " ".join(arguments):
-            accept(main, arguments, monkeypatch)
+    elif program == "dhp-train" or arguments[0] == "experiments/main.py":
+        if not any(name in " ".join(arguments) for name in ("NAME", "noise.py")):
+            accept(main, words if program == "dhp-train" else arguments, monkeypatch)
     else:
-        source = module_file(arguments)
+        source = module_file(words)
         passed = [word for word in arguments if word.startswith("--config")]  # to a run
         if passed:
             accept(main, ["experiments/main.py", *passed], monkeypatch)
@@ -83,12 +83,14 @@ def test_a_command_of_the_documentation_is_accepted(main, monkeypatch, words):
         assert flags <= set(re.findall(r"\"(--[\w-]+)\"", source.read_text() + shared.read_text()))
 
 
-def module_file(arguments):
-    """The file that `python FILE ...` or `python -m MODULE ...` runs."""
-    if arguments[0] == "-m":
-        module = ROOT / arguments[1].replace(".", "/")
-        return module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
-    return ROOT / arguments[0]
+def module_file(words):
+    """The file that `python FILE ...`, `python -m MODULE ...` or `dhp-NAME ...` runs."""
+    program, first, *rest = words
+    if program == "python" and first != "-m":
+        return ROOT / first
+    name = rest[0] if program == "python" else program.replace("-", "_jax.")
+    module = ROOT / name.replace(".", "/")
+    return module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
 
 
 def accept(main, arguments, monkeypatch):

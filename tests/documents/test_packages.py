@@ -111,16 +111,23 @@ def test_console_commands_are_functions_that_are_there():
         assert module == settings["options"]["py_modules"], "so that a wheel has it"
 
 
-def test_a_console_command_says_a_word_before_it_imports_the_library(tmp_path):
-    """On a terminal, here one in which the library cannot be imported."""
+@pytest.mark.parametrize(
+    ("raised", "last", "code"),
+    [
+        ("ImportError('reached')", "ImportError: reached", 1),
+        ("KeyboardInterrupt", "interrupted", 130),
+    ],
+)
+def test_a_console_command_says_a_word_before_it_imports_the_library(tmp_path, raised, last, code):
+    """On a terminal, here one in which the library cannot be imported, or Ctrl-C comes first."""
     (tmp_path / "dhp_jax").mkdir()
     (tmp_path / "dhp_jax/__init__.py").touch()
-    (tmp_path / "dhp_jax/commands.py").write_text("raise ImportError('reached')")
+    (tmp_path / "dhp_jax/commands.py").write_text(f"raise {raised}")
     shutil.copy(ROOT / "dhp_commands.py", tmp_path)
     terminal = Terminal(tmp_path / "record.txt", tmp_path, {"PATH": os.environ["PATH"]})
     shown = terminal.type(f"{sys.executable} -c 'import dhp_commands; dhp_commands.train()'")
     assert shown.lines[0] == "loading    dhp_jax"
-    assert shown.lines[-1] == "ImportError: reached"
+    assert (shown.lines[-1], shown.code) == (last, code)
 
 
 def test_a_configuration_of_the_paper_is_found_by_its_name(tmp_path, monkeypatch):

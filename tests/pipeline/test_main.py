@@ -135,6 +135,20 @@ def test_a_function_that_gives_no_configuration_is_refused(main, capsys, tmp_pat
     assert re.search(message, refused(main, capsys, f"--config={path}"))
 
 
+def test_a_path_may_begin_with_the_home_folder(main, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"got '{tmp_path}/none'" in refused(main, capsys, DIGITS, "--baseline=~/none")
+
+
+def test_ctrl_c_before_a_run_begins_is_one_line(main, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "prepare", interrupted)
+    assert main(DIGITS) == 130
+    assert capsys.readouterr().err == "interrupted; the run has not begun\n"
+
+
 def test_data_that_cannot_be_had_are_refused(main, capsys, tmp_path, offline):
     message = refused(
         main,

@@ -288,6 +288,24 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_path_may_begin_with_the_home_folder(restorers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    dhp.save("~/net", dhp.load(restorers / "dncnn"))
+    assert dhp.load("~/net").channels == 1
+    code, _, err = told(capsys, "~/net", "~/none.png", "--out=~/a b")
+    assert (code, err[: err.index(": [")]) == (
+        2,
+        f"error: images: cannot read '{tmp_path}/none.png'",
+    )
+
+
+def test_ctrl_c_is_one_line(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    assert commanded(capsys, interrupted, "predict") == (130, "", "interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("notes", "message"),
     [

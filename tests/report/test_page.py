@@ -154,8 +154,8 @@ def latent_names(run):
 def test_how_to_load_it_and_how_it_was_made(finished, run, content):
     text = Page(content).text
     assert f'dhp.load("{finished / "model"}")' in text
-    assert f"python -m dhp_jax.predict {finished} image.png" in text
-    assert f"python -m dhp_jax.export {finished} --format=onnx" in text
+    assert f"dhp-predict {finished} image.png" in text
+    assert f"dhp-export {finished} --format=onnx" in text
     assert json.dumps(run.result.config, indent=1) in text
     for name, version in run.summary["versions"].items():
         assert re.search(f"^{name}\n{re.escape(version)}$", text, re.MULTILINE)
