@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 from jax import lax
+from jax.extend.core import jaxprs_in_params
 import jax.numpy as jnp
 from networks import RNGS, filled
 import numpy as np
@@ -79,6 +80,55 @@ def test_a_convolution_and_its_gradients_equal_those_of_lax(case, seed):
     for a, b in zip(ours, with_gradients(expected, x, kernel, seed), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("width", "kernel", "stride", "paired"),
+    [
+        (8, (3, 3, 5, 2), 1, {4, 10}),  # channels of a pair: of the output, of the input's gradient
+        (8, (3, 3, 4, 24), 1, {48, 8}),
+        (8, (3, 3, 4, 25), 1, {8}),
+        (8, (3, 3, 25, 4), 1, {8}),
+        (8, (1, 5, 3, 7), 1, {14, 6}),
+        (8, (3, 2, 3, 7), 2, {14}),
+        (7, (3, 3, 3, 7), 2, {14}),
+        (7, (3, 3, 3, 7), 1, set()),
+        (8, (3, 3, 3, 1), 1, {6}),
+        (8, (3, 1, 3, 3), 1, set()),
+    ],
+)
+def test_few_channels_are_computed_in_pairs_of_columns(width, kernel, stride, paired):
+    x, kernel = drawn((2, 6, width, kernel[2]), 0), drawn(kernel, 1)
+    ours = functools.partial(convolution, window_strides=(1, stride), padding="SAME")
+    theirs = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=(1, stride),
+        padding="SAME",
+        dimension_numbers=LAYOUT,
+    )
+    for a, b in zip(*(with_gradients(f, x, kernel, 2) for f in (ours, theirs)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+    def output_and_input_gradient(x):
+        y, pull = jax.vjp(lambda x: ours(x, kernel), x)
+        return pull(y)
+
+    program = jax.make_jaxpr(output_and_input_gradient)(x)
+    channels = {
+        eqn.outvars[0].aval.shape[-1]
+        for eqn in equations(program.jaxpr)
+        if eqn.primitive is lax.conv_general_dilated_p
+        and eqn.params["window_strides"] == (1, 2 * stride)
+    }
+    assert channels == paired
+
+
+def equations(jaxpr):
+    """All equations of a program, those of functions within it too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
 
 
 @pytest.mark.parametrize(
