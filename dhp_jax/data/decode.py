@@ -69,9 +69,29 @@ def decode(
     return np.asarray(image).reshape(image.height, image.width, -1)
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of an opened image, once it is turned as its EXIF orientation says."""
-    return image.size if _orientation(image) >= TURNED else image.size[::-1]
+def read_header(
+    file: str | os.PathLike, argument: str = "data.dir"
+) -> tuple[bool, tuple[int, int]]:
+    """Whether an image is gray, and its height and width once it is turned upright.
+
+    Args:
+      file: its path.
+      argument: what an error says is to be changed.
+
+    Raises:
+      DataNotFoundError: no whole image is there, or one of more than 8 bits a channel.
+    """
+    with open_image(file, argument=argument) as image:
+        mode = image.mode
+        _check_whole(image)  # and then what may decode the image, which closes the file
+        turned = _orientation(image) >= TURNED
+    if mode not in GRAY + COLOUR:
+        raise DataNotFoundError(
+            argument,
+            detail=f"expected images of 8 bits a channel; got {str(file)!r} in Pillow's mode "
+            f"{mode!r}",
+        )
+    return mode in GRAY, image.size if turned else image.size[::-1]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -102,12 +122,8 @@ def open_image(
         raise DataNotFoundError(argument, detail=f"cannot read {str(name)!r}: {error}") from error
 
 
-def check_whole(image: Image.Image) -> None:
-    """Raises the error of decoding if a file is truncated, without decoding a complete one.
-
-    Args:
-      image: as `open_image` gives it.
-    """
+def _check_whole(image: Image.Image) -> None:
+    """Raises the error of decoding if an image is truncated, without decoding a complete one."""
     end = ENDS.get(image.format)
     if end is not None:
         image.fp.seek(-len(end), os.SEEK_END)
@@ -117,18 +133,7 @@ def check_whole(image: Image.Image) -> None:
 
 
 def empty_images(shape: tuple[int, int, int, int], name: str) -> np.ndarray:
-    """Allocates an array for the images of a split, if there is memory for it.
-
-    Args:
-      shape: `(n, h, w, c)`.
-      name: what an error calls the images.
-
-    Returns:
-      uint8 of that shape, not filled.
-
-    Raises:
-      DataNotFoundError: it would not fit; the message tells the bytes needed and those available.
-    """
+    """Allocates uint8 `(n, h, w, c)` for the images of a split, if there is memory for it."""
     needed, available = math.prod(shape), memory_available()
     if needed > available:
         raise DataNotFoundError(
@@ -149,13 +154,10 @@ def memory_available() -> int:
 
 
 def for_each_chunk(work: Callable[[range], None], count: int, threads: int | None = None) -> None:
-    """Calls `work` with consecutive ranges that together cover `range(count)`.
+    """Calls `work` with consecutive ranges that together cover `range(count)`, in threads.
 
-    Args:
-      work: a function of the range; what it raises is raised here.
-      count: length of the whole.
-      threads: how many calls run at a time; one a core if `None`. Pillow decodes and resizes
-        outside of Python's lock, so large images gain; small ones, such as CIFAR's, lose.
+    As many calls as `threads` run at a time, one a core if `None`. Pillow decodes and resizes
+    outside of Python's lock, so large images gain; small ones, such as CIFAR's, lose.
     """
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:

@@ -56,7 +56,7 @@ def test_shipped_photographs_are_gray_only_if_that_is_asked_for(channels, sizes)
     data = load("photographs", channels=channels, patch=64)
     train, test = data.read("train"), data.read("test")
     assert tuple(data.sizes.values()) == (len(train), len(test)) == sizes
-    assert (data.name, data.channels, data.scale) == ("photographs", channels, 1)
+    assert (data.channels, data.scale) == (channels, 1)
     for photograph in train + test:
         assert photograph.target.dtype == np.uint8
         assert photograph.target.shape[2] == channels
@@ -81,12 +81,6 @@ def test_no_scene_is_in_both_splits_of_the_shipped_photographs():
     assert not scenes[0] & scenes[1]
 
 
-def test_smallest_is_the_smallest_height_and_width_of_the_training_targets():
-    data = load("photographs", scale=4, patch=64)
-    shapes = np.array([photograph.target.shape[:2] for photograph in data.read("train")])
-    assert data.smallest == tuple(shapes.min(axis=0))
-
-
 def test_shipped_photographs_are_degraded_by_bicubic_downscaling():
     chelsea = load("photographs", scale=4, patch=64).read("test")[0]
     assert chelsea.target.shape == (300, 448, 3)
@@ -107,7 +101,6 @@ def test_images_of_a_folder_are_read_in_sorted_order_whatever_their_format(tmp_p
     assert [p.name for p in data.read("train")] == list("abcdefgh")
     (photograph,) = data.read("test")
     np.testing.assert_array_equal(photograph.target, image)
-    assert data.smallest == (24, 32)
 
 
 def test_photographs_that_are_held_out_are_those_that_training_lacks(folders):
@@ -145,7 +138,6 @@ def test_photographs_are_turned_upright(folders, suffix):
     data = load_folders(scale=4)
     (photograph,) = data.read("train")
     np.testing.assert_array_equal(photograph.target, image[:, :32])
-    assert data.smallest == (24, 32)
     with data.stream(8, 0, root / "cache").training(
         (0,), examples=64, batch_size=64, first=0, last=1
     ) as batches:
@@ -202,7 +194,6 @@ def test_targets_are_cropped_at_the_bottom_and_on_the_right(folders):
     (photograph,) = data.read("train")
     np.testing.assert_array_equal(photograph.target, image[:24, :32])
     np.testing.assert_array_equal(photograph.degraded, bicubic(image[:24, :32], 0.25))
-    assert data.smallest == (24, 32)
 
 
 PAIRS = {
@@ -276,22 +267,6 @@ def test_low_resolution_images_are_ignored_at_scale_1(tmp_path, high, low, name)
 
 
 # What is refused
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        ({"name": "photos"}, ["data.name: ", "got 'photos'; did you mean 'photographs'?"]),
-        ({"channels": 2}, ["channels: expected 1 (gray) or 3 (color); got 2"]),
-        ({"scale": 0}, ["scale: expected a whole number of at least 1; got 0"]),
-        ({"scale": 1.5}, ["scale: ", "got 1.5"]),
-        ({"patch": 0}, ["patch: expected a positive multiple of the scale, 1; got 0"]),
-        ({"patch": 10, "scale": 4}, ["patch: ", "the scale, 4; got 10"]),
-    ],
-)
-def test_arguments_out_of_range_are_refused(arguments, parts):
-    with refused(ValueError, *parts):
-        load(**{"name": "photo_folder", "patch": 8, **arguments})
 
 
 def deep(path):

@@ -77,9 +77,11 @@ def test_rows_are_parts_of_the_same_batch(folder, tmp_path):
 
 def test_photographs_are_decoded_once_until_one_changes(folder, tmp_path, monkeypatch):
     cache, decoded = tmp_path / "cache", []
-    original = photographs._photograph
+    original = photographs.Photographs._photograph
     monkeypatch.setattr(
-        photographs, "_photograph", lambda file, *a: decoded.append(file.name) or original(file, *a)
+        photographs.Photographs,
+        "_photograph",
+        lambda data, file: decoded.append(file.name) or original(data, file),
     )
     loaded(folder).stream(8, 0, cache)
     assert sorted(decoded) == ["0", "1", "2"]

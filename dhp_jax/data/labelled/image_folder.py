@@ -8,17 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dhp_jax.data.decode import (
-    COLOUR,
-    GRAY,
-    SUFFIXES,
-    check_whole,
-    decode,
-    empty_images,
-    for_each_chunk,
-    open_image,
-    upright_size,
-)
+from dhp_jax.data.decode import SUFFIXES, decode, empty_images, for_each_chunk, read_header
 from dhp_jax.data.labelled.dataset import Source
 from dhp_jax.data.left_out import tell_left_out
 from dhp_jax.errors import DataNotFoundError, FieldError
@@ -167,7 +157,8 @@ def _check_headers(
     examples: dict[str, Path] = {}  # an image of each mode
     expected = None if image_size is None else (image_size, image_size)
     for file in files:
-        mode, size = _header(file)
+        gray, size = read_header(file)
+        mode = "L" if gray else "RGB"
         examples.setdefault(mode, file)
         if channels is None and len(examples) == 2:
             raise FieldError(
@@ -184,19 +175,6 @@ def _check_headers(
                 "all to one size",
             )
     return {None: mode, 1: "L", 3: "RGB"}[channels], expected
-
-
-def _header(file: Path) -> tuple[str, tuple[int, int]]:
-    """The mode to decode an image to, and its height and width."""
-    with open_image(file) as image:
-        mode = image.mode
-        check_whole(image)
-        size = upright_size(image)  # last: it may decode the image, which closes the file
-    if mode not in GRAY + COLOUR:
-        raise FieldError(
-            "data.dir", detail=f"{file} has mode {mode}, expected at most 8 bits a channel"
-        )
-    return ("L" if mode in GRAY else "RGB"), size
 
 
 def _statistics(

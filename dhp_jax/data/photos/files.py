@@ -7,7 +7,7 @@ from pathlib import Path
 import re
 from typing import NamedTuple
 
-from dhp_jax.data.decode import COLOUR, GRAY, SUFFIXES, check_whole, open_image, upright_size
+from dhp_jax.data.decode import SUFFIXES, read_header
 from dhp_jax.data.left_out import tell_left_out
 from dhp_jax.errors import DataNotFoundError, FieldError, shown
 
@@ -46,6 +46,11 @@ class PhotoFile(NamedTuple):
     gray: bool
     low: Path | None
 
+    @property
+    def paths(self) -> list[Path]:
+        """Its file, and that of its low-resolution image if there is one."""
+        return [self.path] if self.low is None else [self.path, self.low]
+
 
 # Finding files
 
@@ -62,7 +67,7 @@ def find_shipped(channels: int) -> dict[str, list[PhotoFile]]:
     folder = Path(package.origin).parent / "data"
     return {
         split: [
-            read_header("data.name", Path(name).stem, folder / name)
+            _photo_file("data.name", Path(name).stem, folder / name)
             for name in SHIPPED[split] + (SHIPPED_GRAY[split] if channels == 1 else ())
         ]
         for split in SHIPPED
@@ -94,7 +99,7 @@ def find_in_folder(argument: str, folder: str | os.PathLike | None, scale: int) 
     place = "right in the folder, or in its HR and LR"
     tell_left_out(argument, [folder], [path for _, _, path in images], place)
     return [
-        read_header(argument, name, path, low)
+        _photo_file(argument, name, path, low)
         for (name, path), low in zip(targets, counterparts, strict=True)
     ]
 
@@ -134,19 +139,9 @@ def _match(
     return matched
 
 
-def read_header(argument: str, name: str, path: Path, low: Path | None = None) -> PhotoFile:
-    """Reads the header of an image."""
-    with open_image(path, argument=argument) as image:
-        mode = image.mode
-        check_whole(image)
-        size = upright_size(image)  # last: it may decode the image, which closes the file
-    if mode not in GRAY + COLOUR:
-        raise DataNotFoundError(
-            argument,
-            detail=f"expected images of 8 bits a channel; got {str(path)!r} in Pillow's mode "
-            f"{mode!r}",
-        )
-    return PhotoFile(argument, name, path, size, mode in GRAY, low)
+def _photo_file(argument: str, name: str, path: Path, low: Path | None = None) -> PhotoFile:
+    gray, size = read_header(path, argument)
+    return PhotoFile(argument, name, path, size, gray, low)
 
 
 def check_color(files: list[PhotoFile]) -> None:
@@ -189,21 +184,21 @@ def check_pair(file: PhotoFile, channels: int, scale: int) -> None:
     """Raises unless the two images of a pair suit each other in size and color."""
     if file.low is None:
         return
-    low = read_header(file.argument, file.name, file.low)
+    gray, size = read_header(file.low, file.argument)
     target = target_size(file, scale)
     expected = (target[0] // scale, target[1] // scale)
-    if low.size != expected:
+    if size != expected:
         raise FieldError(
             f"{file.argument}",
             f"{str(file.low)!r} of {_pixels(expected)}, for a scale of {scale} to "
             f"{str(file.path)!r} of {_pixels(file.size)}",
-            _pixels(low.size),
+            _pixels(size),
         )
-    if channels == 3 and low.gray != file.gray:
+    if channels == 3 and gray != file.gray:
         raise FieldError(
             f"{file.argument}",
             detail=f"expected {str(file.low)!r} {_kind(file.gray)}, as {str(file.path)!r} is; "
-            f"got it {_kind(low.gray)}",
+            f"got it {_kind(gray)}",
         )
 
 

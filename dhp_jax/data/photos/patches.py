@@ -72,12 +72,7 @@ def cut_patches(
 ) -> Pairs:
     """Cuts a patch at a random place out of each of some photographs; within a jitted function.
 
-    Args:
-      key: random key of the places.
-      data: the photographs.
-      images: their numbers.
-      patch: side of a patch of the target, in pixels.
-      scale: as for `patches`.
+    `patch` is its side in the target, in pixels, and `scale` as for `patches`.
     """
     side, n = patch // scale, len(images)
     rows, columns = (
@@ -102,11 +97,8 @@ def mirror_patches(
 ) -> UInt8[Array, "n p p c"]:
     """Mirrors square images left to right, top to bottom, and along the diagonal.
 
-    The three together give the eight ways to turn and mirror a square.
-
-    Args:
-      images: the images.
-      flags: for each of the three ways, which images are mirrored.
+    The three together give the eight ways to turn and mirror a square. `flags` tell for each of
+    them which images are mirrored.
     """
     images = jnp.where(flags[0], images[:, :, ::-1], images)
     images = jnp.where(flags[1], images[:, ::-1], images)

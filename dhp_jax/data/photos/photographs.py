@@ -1,6 +1,6 @@
 """Photographs to restore: those that scikit-image ships, or the user's folders; no download."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,7 +18,6 @@ from dhp_jax.data.decode import decode
 from dhp_jax.data.held_out import hold_out
 from dhp_jax.data.photos.bicubic import bicubic
 from dhp_jax.data.photos.files import (
-    NAMES,
     PhotoFile,
     check_color,
     check_names,
@@ -30,7 +29,7 @@ from dhp_jax.data.photos.files import (
 )
 from dhp_jax.data.photos.pixel_cache import Pixels, ReadPatches, pixel_bytes, store
 from dhp_jax.data.stream import Stream
-from dhp_jax.errors import FieldError, shown
+from dhp_jax.errors import FieldError
 
 
 class Photograph(NamedTuple):
@@ -53,28 +52,72 @@ class Photographs:
     """A data set of photographs of any size.
 
     Attributes:
-      name: what `load` was asked for.
+      files: of each split, "train", "test" and, if some are held out, "validation".
       channels: 1 for gray, 3 for red, green and blue.
       scale: size of a target over that of its low-resolution image; 1 if there is none.
-      sizes: how many photographs each split has, by "train", "validation" and "test".
-      smallest: the smallest height and the smallest width of the training targets.
-      bytes: what the training photographs take, with their low-resolution images.
-      checksum: `checksum("train")` tells the photographs of a split from others, without decoding
-        them.
-      read: `read("train")` gives the photographs of a split.
-      stream: `stream(patch, workers, cache)` gives patches of the training photographs, which are
-        decoded into a file in the folder `cache` first.
     """
 
-    name: str
+    files: Mapping[str, Sequence[PhotoFile]]
     channels: int
     scale: int
-    sizes: Mapping[str, int]
-    smallest: tuple[int, int]
-    bytes: int
-    checksum: Callable[[str], int]
-    read: Callable[[str], list[Photograph]]
-    stream: Callable[[int, int, Path], Stream]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many photographs each split has."""
+        return {split: len(files) for split, files in self.files.items()}
+
+    @property
+    def bytes(self) -> int:
+        """What the training photographs take, with their low-resolution images."""
+        return pixel_bytes(self._target_sizes(), self.channels, self.scale)
+
+    def checksum(self, split: str) -> int:
+        """Tells the photographs of a split from others, without decoding them."""
+        lines = [f"{self.channels} {self.scale}"]
+        for file in self.files[split]:
+            lines.append(f"{file.name} {file.size} {[path.stat().st_size for path in file.paths]}")
+        return zlib.crc32("\n".join(lines).encode())
+
+    def read(self, split: str) -> list[Photograph]:
+        """Reads a split in threads: Pillow and NumPy let go of the interpreter."""
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self._photograph, self.files[split]))
+
+    def stream(self, patch: int, workers: int, cache: Path) -> Stream:
+        """Patches of training photographs, decoded into a file in the folder `cache` beforehand."""
+        train, sizes = self.files["train"], self._target_sizes()
+        identity = "\n".join(map(_identity, train)) + f"\n{self.channels} {self.scale} upright"
+
+        def decode_image(image: int) -> Pixels:
+            photo = self._photograph(train[image])
+            return photo.target, photo.degraded
+
+        path = store(cache, identity, sizes, self.channels, self.scale, decode_image)
+        read = ReadPatches(str(path), sizes, self.channels, self.scale, patch)
+        return Stream(len(train), read, self.checksum("train"), workers)
+
+    def _target_sizes(self) -> list[tuple[int, int]]:
+        return [target_size(file, self.scale) for file in self.files["train"]]
+
+    def _photograph(self, file: PhotoFile) -> Photograph:
+        """Decodes a photograph and its low-resolution image, or makes that."""
+        mode = "L" if self.channels == 1 else "RGB"
+        height, width = target_size(file, self.scale)
+        read = functools.partial(decode, mode=mode, argument=file.argument, upright=True)
+        target = read(file.path)[:height, :width]
+        if self.scale == 1:
+            degraded = None
+        elif file.low is None:
+            degraded = bicubic(target, Fraction(1, self.scale))
+        else:
+            degraded = read(file.low)
+        return Photograph(file.name, target, degraded)
+
+
+def _identity(file: PhotoFile) -> str:
+    """A text that identifies the files of a photograph."""
+    states = [(path, path.stat()) for path in file.paths]
+    return " ".join(f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states)
 
 
 def load(
@@ -98,8 +141,7 @@ def load(
     multiple of the scale at the bottom and on the right.
 
     Args:
-      name: one of `NAMES`. "photographs" is a handful that ships with scikit-image; "photo_folder"
-        is the user's own.
+      name: "photographs", a handful that ships with scikit-image, or "photo_folder", one's own.
       data_dir: folder of the training photographs (bmp, gif, jpeg, png, tiff, webp); not for
         "photographs".
       test_dir: folder of the test photographs.
@@ -115,9 +157,9 @@ def load(
       The photographs, which are decoded when asked for.
 
     Raises:
-      ValueError: an argument is out of range, or the photographs do not suit it: gray among color,
-        smaller than a patch, a pair that is incomplete, has two files for one image, is of gray
-        and color where there are 3 channels, or does not have sizes in the ratio of `scale`.
+      ValueError: photographs that do not suit the arguments: gray among color, smaller than a
+        patch, a pair that is incomplete, has two files for one image, is of gray and color where
+        there are 3 channels, or does not have sizes in the ratio of `scale`.
       DataNotFoundError: a folder is missing or empty, or a file is no image that can be read (that
         it is cut off is found out by `read`).
 
@@ -125,7 +167,6 @@ def load(
       >>> load("photographs", scale=4, patch=96).read("test")[0].degraded.shape
       (75, 112, 3)
     """
-    _check_arguments(name, channels, scale, patch)
     if name == "photographs":
         for argument, folder in (("data.dir", data_dir), ("data.test_dir", test_dir)):
             if folder is not None:
@@ -154,93 +195,4 @@ def load(
         check_pair(file, channels, scale)
     names = [(file.name, file.path) for file in files["test"]]  # what is made is stored under them
     check_names(files["test"][0].argument, "photograph", names)
-    sizes = [target_size(file, scale) for file in files["train"]]
-    heights, widths = zip(*sizes, strict=True)
-    return Photographs(
-        name=name,
-        channels=channels,
-        scale=scale,
-        sizes={split: len(found) for split, found in files.items()},
-        smallest=(min(heights), min(widths)),
-        bytes=pixel_bytes(sizes, channels, scale),
-        checksum=functools.partial(_checksum, files, channels, scale),
-        read=functools.partial(_read, files, channels, scale),
-        stream=functools.partial(_stream, files, channels, scale),
-    )
-
-
-# Checking them
-
-
-def _check_arguments(name: str, channels: int, scale: int, patch: int) -> None:
-    if name not in NAMES:
-        raise FieldError.unknown("data.name", name, NAMES)
-    if channels not in (1, 3):
-        raise FieldError("channels", "1 (gray) or 3 (color)", shown(channels))
-    if not isinstance(scale, int) or scale < 1:
-        raise FieldError("scale", "a whole number of at least 1", shown(scale))
-    if not isinstance(patch, int) or patch < 1 or patch % scale:
-        raise FieldError("patch", f"a positive multiple of the scale, {scale}", shown(patch))
-
-
-# Reading them
-
-
-def _read(
-    files: dict[str, list[PhotoFile]], channels: int, scale: int, split: str
-) -> list[Photograph]:
-    """Reads a split in threads: Pillow and NumPy let go of the interpreter."""
-    read = functools.partial(_photograph, channels=channels, scale=scale)
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(read, files[split]))
-
-
-def _photograph(file: PhotoFile, channels: int, scale: int) -> Photograph:
-    """Decodes a photograph and its low-resolution image, or makes that."""
-    mode = "L" if channels == 1 else "RGB"
-    height, width = target_size(file, scale)
-    read = functools.partial(decode, mode=mode, argument=file.argument, upright=True)
-    target = read(file.path)[:height, :width]
-    if scale == 1:
-        degraded = None
-    elif file.low is None:
-        degraded = bicubic(target, Fraction(1, scale))
-    else:
-        degraded = read(file.low)
-    return Photograph(file.name, target, degraded)
-
-
-def _stream(
-    files: dict[str, list[PhotoFile]],
-    channels: int,
-    scale: int,
-    patch: int,
-    workers: int,
-    cache: Path,
-) -> Stream:
-    """Patches of training photographs, which are decoded beforehand."""
-    train = files["train"]
-    sizes = [target_size(file, scale) for file in train]
-    identity = "\n".join(map(_identity, train)) + f"\n{channels} {scale} upright"
-
-    def decode_image(image: int) -> Pixels:
-        photo = _photograph(train[image], channels, scale)
-        return photo.target, photo.degraded
-
-    path = store(cache, identity, sizes, channels, scale, decode_image)
-    read = ReadPatches(str(path), sizes, channels, scale, patch)
-    return Stream(len(train), read, _checksum(files, channels, scale, "train"), workers)
-
-
-def _checksum(files: dict[str, list[PhotoFile]], channels: int, scale: int, split: str) -> int:
-    lines = [f"{channels} {scale}"]
-    for file in files[split]:
-        paths = [file.path] if file.low is None else [file.path, file.low]
-        lines.append(f"{file.name} {file.size} {[path.stat().st_size for path in paths]}")
-    return zlib.crc32("\n".join(lines).encode())
-
-
-def _identity(file: PhotoFile) -> str:
-    """A text that identifies the files of a photograph."""
-    paths = [file.path] if file.low is None else [file.path, file.low]
-    return " ".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
+    return Photographs(files, channels, scale)

@@ -106,17 +106,13 @@ def store(
     scale: int,
     decode: Callable[[int], Pixels],
 ) -> Path:
-    """Decodes photographs into a file, unless an earlier run has.
+    """Decodes photographs into a file in a folder, unless an earlier run has; returns its path.
 
     Args:
-      folder: where it is kept; made if it is not there.
+      folder: made if it is not there.
       identity: tells these photographs from others.
-      sizes: height and width of each target.
-      channels, scale: see `ReadPatches`.
+      sizes, channels, scale: see `ReadPatches`.
       decode: the pixels of a photograph.
-
-    Returns:
-      Its path.
 
     Raises:
       OSError: the file cannot be written, or would not fit on the disk.
