@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from dhp_jax.data.labelled.dataset import Source
+from dhp_jax.data.labelled.dataset import Loaded, Source
 from dhp_jax.errors import DataNotFoundError
 
 SIDE = 32
@@ -64,31 +64,20 @@ def found(name: str, data_dir: str | os.PathLike | None) -> Path | None:
 
 
 def source(name: str, folder: Path, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Source:
-    """The images of a folder that `found` has found.
-
-    Args:
-      name: "cifar10" or "cifar100".
-      folder: with the files of the binary version.
-      mean, std: of the training images, a number a channel.
-
-    Raises:
-      DataNotFoundError: a file is missing, or no whole number of records.
-    """
+    """The images of a folder that `found` has found, with mean and deviation of each channel."""
     layout = LAYOUTS[name]
     sizes = {
         split: sum(_records(folder / file, layout) for file in files)
         for split, files in layout.files.items()
     }
     class_names = _names(folder / layout.names)
+    read = functools.partial(_read, layout, folder, len(class_names))  # by other processes, too
 
-    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
-        return _read(layout, folder, split, len(class_names))
-
-    def one_by_one(split: str) -> tuple["_Images", str]:
+    def one_by_one(split: str) -> tuple[Loaded, str]:
         checksum = 0
         for file in layout.files[split]:
             checksum = zlib.crc32((folder / file).read_bytes(), checksum)
-        return _Images(name, str(folder), split, sizes[split]), f"{name} {checksum}"
+        return Loaded(read, split, sizes[split]), f"{name} {checksum}"
 
     return Source(
         name=name,
@@ -103,29 +92,6 @@ def source(name: str, folder: Path, *, mean: tuple[float, ...], std: tuple[float
         read=read,
         one_by_one=one_by_one,
     )
-
-
-@dataclass
-class _Images:
-    """Labelled images by number; a process that is given this reads the files itself."""
-
-    name: str
-    folder: str
-    split: str
-    size: int
-
-    @functools.cached_property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        layout = LAYOUTS[self.name]
-        folder = Path(self.folder)
-        return _read(layout, folder, self.split, len(_names(folder / layout.names)))
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
-        images, labels = self.arrays
-        return images[number], int(labels[number])
 
 
 def _names(path: Path) -> tuple[str, ...]:
@@ -156,7 +122,7 @@ def _records(path: Path, layout: Layout) -> int:
     return size // layout.record
 
 
-def _read(layout: Layout, folder: Path, split: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _read(layout: Layout, folder: Path, classes: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     """All images and labels of a split, in order."""
     parts = []
     for file in layout.files[split]:

@@ -132,7 +132,7 @@ class Source:
 
     def _one_by_one(self, split: str) -> tuple[Labelled, str]:
         if self.one_by_one is None:
-            return _Loaded(self.read, split, self.size(split)), self.name
+            return Loaded(self.read, split, self.size(split)), self.name
         return self.one_by_one(split)
 
 
@@ -151,7 +151,7 @@ class _Chosen:
 
 
 @dataclass
-class _Loaded:
+class Loaded:
     """Labelled images that are loaded whole on first use."""
 
     read: Callable[[str], tuple[np.ndarray, np.ndarray]]

@@ -33,11 +33,7 @@ def is_prepared(builder) -> bool:
 
 
 def prepare(builder) -> None:
-    """Lets TFDS prepare the data in the one file format that is read without TensorFlow.
-
-    Raises:
-      DataNotFoundError: reading or writing a file failed.
-    """
+    """Lets TFDS prepare the data in the one file format that is read without TensorFlow."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare(file_format="array_record")
@@ -56,7 +52,7 @@ def source(
     threads: int | None = 1,
     **fields: Any,
 ) -> Source:
-    """The source whose images a TFDS builder has prepared.
+    """The source, of the same name, whose images a TFDS builder has prepared.
 
     Args:
       builder: of a data set with the features "image" and "label".
@@ -65,12 +61,6 @@ def source(
       test: the split of the builder that serves as the test images.
       threads: how many images to decode at a time; one a core if `None`.
       **fields: the other fields of `Source`.
-
-    Returns:
-      The source, named as the builder is.
-
-    Raises:
-      DataNotFoundError: a split is missing, cut off or in another file format.
     """
     splits = {"train": "train", "test": test}
     with quiet(), _read_errors(builder):
