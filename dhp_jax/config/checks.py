@@ -1,7 +1,7 @@
 """The check of a configuration, and of what the command line changes in it."""
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from absl.flags import BooleanParser
@@ -37,46 +37,31 @@ def check(config: ConfigDict) -> None:
     _check_group("", config, _fields(config))
     _check_source(config)
     _check_family(config)
-    _check_examples(config)
-    _check_nesterov(config)
-    _check_warmup(config)
-    _check_distillation(config)
-    _check_per_flop(config)
+    for field, expected, got in _clashes(config):
+        raise ConfigError(f"config.{field}", expected, got)
 
 
-def _check_nesterov(config: ConfigDict) -> None:
+def _clashes(config: ConfigDict) -> Iterator[tuple[str, str, Any]]:
+    """Fields whose value does not go with those of others: what was expected, and the value."""
+    method, of_method = METHODS[config.method], f"for config.method={config.method}"
+    steps = config.task.get("steps_per_epoch", 1)
+    if steps * config.batch_size > MAX_EXAMPLES:
+        most = MAX_EXAMPLES // config.batch_size
+        examples = f"{MAX_EXAMPLES} examples of {config.batch_size} a step"
+        yield "task.steps_per_epoch", f"at most {most}, for {examples}", steps
     if config.optimizer.nesterov and config.optimizer.name != "sgd":
-        raise ConfigError(
-            "config.optimizer.nesterov", f"False, for {config.optimizer.name} has none", True
-        )
-
-
-def _check_warmup(config: ConfigDict) -> None:
+        yield "optimizer.nesterov", f"False, for {config.optimizer.name} has none", True
     for phase in SCHEDULED:
         epochs, warmup = config[phase].epochs, config[phase].warmup
         if warmup and warmup >= epochs:
-            raise ConfigError(
-                f"config.{phase}.warmup", f"less than {phase}.epochs={epochs}", warmup
-            )
-
-
-def _check_distillation(config: ConfigDict) -> None:
+            yield f"{phase}.warmup", f"less than {phase}.epochs={epochs}", warmup
     weight = config.converge.distillation.weight
-    if weight and METHODS[config.method].source != "baseline":
-        raise ConfigError(
-            "config.converge.distillation.weight",
-            f"0, for config.method={config.method} starts from no trained network",
-            weight,
-        )
-
-
-def _check_per_flop(config: ConfigDict) -> None:
-    if config.per_flop and not METHODS[config.method].ranks:
-        raise ConfigError(
-            "config.per_flop",
-            f"0, for config.method={config.method} ranks no channels by their importance",
-            config.per_flop,
-        )
+    if weight and method.source != "baseline":
+        expected = f"0, {of_method} starts from no trained network"
+        yield "converge.distillation.weight", expected, weight
+    if config.per_flop and not method.ranks:
+        expected = f"0, {of_method} ranks no channels by their importance"
+        yield "per_flop", expected, config.per_flop
 
 
 def _check_filled_in(group: str, config: ConfigDict) -> None:
@@ -139,17 +124,6 @@ def _check_family(config: ConfigDict) -> None:
             "config.model.name",
             detail=f"expected one of {', '.join(families)}, which are for {task}; got "
             f"{name!r}, which is for {task_of(name)}",
-        )
-
-
-def _check_examples(config: ConfigDict) -> None:
-    steps = config.task.get("steps_per_epoch", 1)
-    if steps * config.batch_size > MAX_EXAMPLES:
-        raise ConfigError(
-            "config.task.steps_per_epoch",
-            f"at most {MAX_EXAMPLES // config.batch_size}, for {MAX_EXAMPLES} "
-            f"examples of {config.batch_size} a step",
-            steps,
         )
 
 
