@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dhp_jax import files
 from dhp_jax.activity import doing
@@ -26,6 +26,13 @@ PAGE = "report.html"
 COMPARED = "compare.html"
 LAYERS = "layers.md"
 PLOTS = "plots"
+
+
+class Unpruned(NamedTuple):
+    """The run of the unpruned network that a run is compared with: its directory and summary."""
+
+    folder: Path
+    summary: Mapping[str, Any]
 
 
 def write(
@@ -50,25 +57,25 @@ def write(
         result = read(workdir)
     if not result.finished:
         raise ValueError(f"run: expected a run that is finished; got {str(workdir)!r}")
-    unpruned = None if baseline is None else _comparable(result, baseline)
-    return _write(result, unpruned, baseline, latency(result))
+    return _write(result, _comparable(result, baseline), latency(result))
 
 
 @doing("writing the report")
 def _write(
-    result: Result,
-    unpruned: Mapping[str, Any] | None,
-    baseline: str | os.PathLike | None,
-    times: Mapping[str, Any] | None,
+    result: Result, unpruned: Unpruned | None, times: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    summary = summarize(result, unpruned, times)
-    files.write(result.workdir / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    summary = summarize(result, unpruned and unpruned.summary, times)
+    _save_summary(result, summary)
     (result.workdir / LAYERS).write_text(layer_table(result.before, result.after))
     run = RunReport(result, summary)
-    charts, pictures = run_charts(run), crops(result, None if unpruned is None else Path(baseline))
+    charts, pictures = run_charts(run), crops(result, unpruned and unpruned.folder)
     files.write(result.workdir / PAGE, page(run, charts, pictures))
     _save_plots(run, charts, pictures)
     return summary
+
+
+def _save_summary(result: Result, summary: Mapping[str, Any]) -> None:
+    files.write(result.workdir / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
 def _save_plots(run: RunReport, charts: Mapping[str, Chart], pictures: Sequence[Crop]) -> None:
@@ -109,49 +116,42 @@ def write_page(
     result = read(workdir)
     if measure and not result.finished:
         raise ValueError(f"latency: expected a run that is finished; got {str(workdir)!r}")
-    path = Path(out) if out is not None else result.workdir / PAGE
-    _renew(result, path, baseline=baseline, measure=measure)
+    path = Path(out or result.workdir / PAGE)
+    _renew(result, path, baseline, measure)
     return path
 
 
 def _renew(
-    result: Result, path: Path, *, baseline: str | os.PathLike | None, measure: bool
+    result: Result, path: Path, baseline: str | os.PathLike | None, measure: bool
 ) -> RunReport:
     """Writes the page of a run; returns what it tells."""
-    unpruned = None if baseline is None else _comparable(result, baseline)
-    run = _report(result, unpruned, baseline)
+    unpruned = _comparable(result, baseline)
+    run = _report(result, unpruned)
     if measure:
         run = RunReport(result, {**run.summary, "latency": latency(result, again=True)})
-        files.write(result.workdir / SUMMARY, json.dumps(run.summary, indent=1) + "\n")
-    pictures = crops(result, None if unpruned is None else Path(baseline))
+        _save_summary(result, run.summary)
+    pictures = crops(result, unpruned and unpruned.folder)
     files.write(path, page(run, run_charts(run), pictures))
     return run
 
 
-def _report(
-    result: Result,
-    unpruned: Mapping[str, Any] | None = None,
-    baseline: str | os.PathLike | None = None,
-) -> RunReport:
+def _report(result: Result, unpruned: Unpruned | None = None) -> RunReport:
     """A run with its summary, which is made if it lacks it, and brought up to the baseline."""
     if not result.finished:
         return RunReport(result, None)
     if not result.summary:
-        return RunReport(result, _write(result, unpruned, baseline, None))
-    beside = result.summary if unpruned is None else result.summary | _unpruned(result, unpruned)
-    run = RunReport(result, beside)
-    if beside != result.summary:
-        files.write(result.workdir / SUMMARY, json.dumps(beside, indent=1) + "\n")
-        _save_plots(run, run_charts(run), crops(result, Path(baseline)))
-    return run
-
-
-def _unpruned(result: Result, unpruned: Mapping[str, Any]) -> dict[str, Any]:
-    """What a summary says of the run of the unpruned network."""
-    return {
-        "test": result.summary["test"] | {"unpruned": unpruned["test"]["last"]},
-        "unpruned_epochs": unpruned["phases"]["baseline"]["epochs"],
+        return RunReport(result, _write(result, unpruned, None))
+    if unpruned is None:
+        return RunReport(result, result.summary)
+    told = {
+        "test": result.summary["test"] | {"unpruned": unpruned.summary["test"]["last"]},
+        "unpruned_epochs": unpruned.summary["phases"]["baseline"]["epochs"],
     }
+    run = RunReport(result, result.summary | told)
+    if run.summary != result.summary:
+        _save_summary(result, run.summary)
+        _save_plots(run, run_charts(run), crops(result, unpruned.folder))
+    return run
 
 
 @doing("writing the page")
@@ -203,32 +203,19 @@ def write_sizes(
     if measure and not any(result.finished for result in results):
         raise ValueError(f"latency: expected a size that is finished; got {str(workdir)!r}")
     runs = [
-        _renew(
-            result,
-            result.workdir / PAGE,
-            baseline=baseline,
-            measure=measure and result.finished,
-        )
+        _renew(result, result.workdir / PAGE, baseline, measure and result.finished)
         for result in results
     ]
-    path = Path(out) if out is not None else Path(workdir) / COMPARED
-    runs = [*_whole(results[0], baseline), *runs]
+    if unpruned := _comparable(results[0], baseline):
+        runs = [_report(read(unpruned.folder)), *runs]
+    path = Path(out or Path(workdir) / COMPARED)
     files.write(path, comparison(runs, comparison_charts(runs), absent(workdir)))
     return path
 
 
-def _whole(result: Result, baseline: str | os.PathLike | None) -> list[RunReport]:
-    """The run of the unpruned network, if there is one that compares with a run."""
-    if baseline is None or _comparable(result, baseline) is None:
-        return []
-    return [_report(read(baseline))]
-
-
-def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] | None:
-    """The summary of a finished run of the same network, unpruned, on the same data; or `None`."""
-    if not result.prunes:
-        return None
-    if not (Path(baseline) / SUMMARY).is_file():
+def _comparable(result: Result, baseline: str | os.PathLike | None) -> Unpruned | None:
+    """A finished run of the same network, unpruned, on the same data; `None` if there is none."""
+    if baseline is None or not result.method.prunes or not (Path(baseline) / SUMMARY).is_file():
         return None
     try:
         summary = read_baseline(baseline)
@@ -246,7 +233,7 @@ def _comparable(result: Result, baseline: str | os.PathLike) -> dict[str, Any] |
     if not same:
         logger.warning("baseline: %s is of another network or other data; left out", baseline)
         return None
-    return summary
+    return Unpruned(Path(baseline), summary)
 
 
 def _network(model: Mapping[str, Any]) -> dict[str, Any]:
