@@ -24,9 +24,6 @@ def with_limits(model: Model, keep: Limits) -> Model:
       model: a network of latents; left as it was, and shares all arrays.
       keep: least shares in (0, 1], or pairs of a least share, which may be 0, and a most share, by
         name or pattern, as in file names; the last that fits counts.
-
-    Raises:
-      ValueError: a share that is none, or a pattern that fits no prunable latent.
     """
     model = nnx.clone(model)
     prunable = {name: z for name, z in latents_to_prune(model).items() if z.prunable}
@@ -39,6 +36,20 @@ def with_limits(model: Model, keep: Limits) -> Model:
             highest = max(1, math.floor(most * z.size + ROUNDING))
             lowest = math.ceil(least * z.size - ROUNDING) or z.min_channels
             z.vector.set_metadata(min_channels=min(lowest, highest), max_channels=highest)
+    return model
+
+
+def keep_share(model: nnx.Module, share: float) -> nnx.Module:
+    """Has every latent keep at least a share of its entries, in [0, 1]; in place.
+
+    `min_channels` of a latent becomes `share` times its size, rounded up, where that is larger. The
+    model may be abstract; it is returned.
+    """
+    if share != 0:
+        check_share("share", share)
+    for z in latents(model).values():
+        least = math.ceil(share * z.size - ROUNDING)
+        z.vector.set_metadata(min_channels=max(z.min_channels, least))
     return model
 
 

@@ -26,19 +26,17 @@ def time_other_widths(
     select: Callable[..., dict[str, np.ndarray]] = survivors_within,
     share: float = 1.0,
 ) -> dict[int | str, Time]:
-    """Times pruned networks of other `multiple_of`: of larger numbers, and "auto".
+    """Times pruned networks of other `multiple_of`, larger numbers and "auto"; by value.
+
+    Those that the latents or the budget do not allow are left out.
 
     Args:
-      model: a network of latents; left as it was.
-      cost: its `measure_cost`.
+      model, cost: a network of latents, left as it was, and its `measure_cost`.
       timed: times a pruned network against the whole one, as from `latency.clock`.
       multiple_of: of the network that is too slow.
       budget_of: shares of FLOPs, params and activations for a value.
       select: chooses survivors, as `survivors_within`.
       share: of the whole network's time; the first network within it is the last to be timed.
-
-    Returns:
-      The times by value, of those values that the latents and the budget allow.
     """
     found = {}
     for other in TRIED:

@@ -14,9 +14,9 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.budgets.counted import Scores, survivors_within
-from dhp_jax.budgets.gradients import gradient_scores
 from dhp_jax.budgets.importance import (
     fpgm_scores,
+    gradient_scores,
     group_scores,
     l1_scores,
     l2_scores,
@@ -32,12 +32,7 @@ from dhp_jax.core.survivors import survivors
 
 
 class Smaller(NamedTuple):
-    """A network just after pruning.
-
-    Attributes:
-      model: the network.
-      budget: JSON values that tell what was chosen; see `budgets.Chosen.notes`.
-    """
+    """A network just after pruning, and JSON values that tell what was chosen (`Chosen.notes`)."""
 
     model: nnx.Module
     budget: dict[str, Any]
@@ -115,6 +110,11 @@ class Method:
     def cuts(self) -> bool:
         """Whether it cuts a trained network at once, so that statistics are those of another."""
         return self.source == "baseline" and not self.fades
+
+    @property
+    def searches(self) -> bool:
+        """Whether it has a search, in which latents shrink to zero."""
+        return "search" in self.phases
 
     @property
     def prunes(self) -> bool:

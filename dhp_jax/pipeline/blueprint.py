@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dhp_jax.activity import doing
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.weights import Weights, read_weights, take_weights
-from dhp_jax.budgets.floors import keep_share
+from dhp_jax.budgets.limits import keep_share
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
@@ -46,8 +46,8 @@ class Blueprint:
       name: of its family, or of a function of the user's own.
       arguments: of `dhp.models.build`.
       seed: of its initial weights.
-      least: entries that every latent keeps at least, where they are found by tracing.
-      share: least share of its entries that every latent keeps.
+      least, share: how many entries every latent keeps at least, if latents are found by tracing;
+        and the least share of them, in any network.
       weights: that it starts from; `None` for fresh ones.
       table: of the latents that were found by tracing; `None` where it is made of latents.
       told: what latents were found, and the memory of the arrays that they generate.
@@ -153,11 +153,6 @@ def begin(config: ConfigDict) -> Blueprint:
 @doing(BUILDING)
 def complete(config: ConfigDict, begun: Blueprint, setup: TaskSetup) -> Blueprint:
     """How the network is made, with the arguments that follow from the data, and traced latents.
-
-    Args:
-      config: of the run.
-      begun: from `begin`.
-      setup: of the run.
 
     Raises:
       ConfigError: an argument makes no network, the network does not suit the data, nothing of it

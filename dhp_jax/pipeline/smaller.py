@@ -11,9 +11,9 @@ from jaxtyping import Array
 
 from dhp_jax.artifact import reading
 from dhp_jax.budgets.counted import BudgetError, Scores
-from dhp_jax.budgets.floors import keep_share
 from dhp_jax.budgets.importance import per_cost
 from dhp_jax.budgets.latency import clock
+from dhp_jax.budgets.limits import keep_share
 from dhp_jax.budgets.selection import Selection, choose
 from dhp_jax.config.methods import Smaller
 from dhp_jax.core.latent import latents

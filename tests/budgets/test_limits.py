@@ -10,7 +10,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.budgets.counted import survivors_within
-from dhp_jax.budgets.limits import with_limits
+from dhp_jax.budgets.limits import keep_share, with_limits
 
 
 class Net(nnx.Module):
@@ -98,3 +98,25 @@ def test_a_function_that_does_not_keep_to_the_limits_is_refused():
         dhp.prune_to(MODEL, (3,), flops=0.9, by=by, keep={"layer1": 0.5})
     with pytest.raises(ValueError, match=r"^keep: expected at most 3 entries of .* multiple_of=4$"):
         dhp.prune_to(MODEL, (3,), 4, flops=0.9, keep={"layer1": (0, 0.25)})
+
+
+@pytest.mark.parametrize(
+    ("share", "sizes", "floors"),
+    [
+        (0.0, (30, 8, 3), (4, 4, 3)),
+        (0.1, (30, 80, 3), (4, 8, 3)),
+        (0.1, (50, 30, 41), (5, 4, 5)),
+        (0.5, (7, 8, 9), (4, 4, 5)),
+        (1.0, (7, 8, 9), (7, 8, 9)),
+    ],
+)
+def test_a_latent_keeps_its_share_rounded_up_and_no_less_than_before(share, sizes, floors):
+    model = nnx.List([dhp.Latent(size, rngs=nnx.Rngs(0)) for size in sizes])
+    assert keep_share(model, share) is model
+    assert tuple(z.min_channels for z in model) == floors
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, "0.5", True])
+def test_what_is_no_share_is_refused(share):
+    with pytest.raises(ValueError, match=r"^share: expected a share in"):
+        keep_share(nnx.List([dhp.Latent(8, rngs=nnx.Rngs(0))]), share)
