@@ -54,8 +54,7 @@ def run(arguments: Sequence[str], define: Define) -> int:
 
     Args:
       arguments: the command line, with the name of the program first.
-      define: gives the flags for it: `config`, `workdir`, `baseline`, `compilation_cache`,
-        `distributed`, `coordinator`, `processes` and `process`.
+      define: gives the flags for it, see `pipeline.flags`.
 
     Returns:
       The exit code: 2 for wrong input; 1 for a loss that is not finite, a disk that is full, or
@@ -113,13 +112,7 @@ def _told(
 def baseline_command(
     arguments: Sequence[str], workdir: str | os.PathLike, config: ConfigDict
 ) -> str:
-    """The command line that trains the unpruned network of a run, where it is looked for.
-
-    Args:
-      arguments: the command line of the run.
-      workdir: its directory.
-      config: its configuration.
-    """
+    """The command line that trains the unpruned network of a run, where it is looked for."""
     program, *given = arguments
     left_out = ("workdir", "baseline", "config.method", "config.source", "config.targets")
     kept, skipped = [], False
@@ -137,11 +130,7 @@ def baseline_command(
 
 
 def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
-    """The options of a command line, and the directory of the run if it is not given.
-
-    Raises:
-      ValueError, flags.Error: an argument is wrong.
-    """
+    """The options of a command line, and the directory of the run if it is not given."""
     named = [a.lstrip("-").partition("=") for a in arguments if a.startswith("-")]
     given = {name: value if equals else None for name, equals, value in named}
     # First, because the flag parser's own complaints do not tell what is possible.

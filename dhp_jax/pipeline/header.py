@@ -5,9 +5,9 @@ import textwrap
 
 from dhp_jax.artifact.reading import exists, read_description
 from dhp_jax.budgets.timing import hardware
-from dhp_jax.config.methods import METHODS
-from dhp_jax.pipeline.preparation import Run, counted_budgets, length_field, most_steps
+from dhp_jax.pipeline.preparation import Run, counted_budgets, length_field
 from dhp_jax.report.run_report import network_name
+from dhp_jax.workdir.reader import is_complete
 
 PHASES = {
     "search": "a search of at most",
@@ -19,7 +19,7 @@ PHASES = {
 def header(runs: Sequence[Run]) -> str:
     """Lines about runs that are prepared and have not begun; more than one for `targets`."""
     run = runs[0]
-    config, method = run.config, METHODS[run.config.method]
+    config, method = run.config, run.method
     counts = {what: run.setup.notes.get(f"{what}_examples") for what in ("validation", "test")}
     held = "".join(f"; {count:,} for {what}" for what, count in counts.items() if count)
     shape = "x".join(map(str, run.setup.input_shape))
@@ -60,7 +60,7 @@ def _budget(run: Run) -> str:
 def _next(runs: Sequence[Run]) -> str:
     """What is left to be trained, of the first run that is not finished."""
     for run in runs:
-        method = METHODS[run.config.method]
+        method = run.method
         left = [
             f"{PHASES[phase]} {_length(run, phase)}"
             for phase in method.phases
@@ -77,8 +77,7 @@ def _is_done(run: Run, phase: str) -> bool:
     path = run.workdir / ("search" if phase == "search" else "model")
     if not exists(path):
         return False
-    progress = read_description(path)["notes"]["phase"]
-    return progress["met_budget"] or progress["steps"] >= most_steps(run, phase)
+    return is_complete(read_description(path)["notes"]["phase"], run.config[phase])
 
 
 def _length(run: Run, phase: str) -> str:

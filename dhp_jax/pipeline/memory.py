@@ -24,8 +24,7 @@ def is_streamed(
     Args:
       config: `data.streamed` decides, if it is given.
       known: whether they were streamed when the run began; `None` leaves it to their size.
-      needed: bytes that they would take on the device.
-      on_host: bytes that they would take in the host's memory.
+      needed, on_host: bytes that they would take on the device, and in the host's memory.
       what: what an error calls the data.
     """
     if config.data.streamed is None and known is not None:

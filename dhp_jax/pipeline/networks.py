@@ -12,9 +12,8 @@ from dhp_jax.activity import doing
 from dhp_jax.artifact import reading, writing
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.reading import exists, read_description, verify
-from dhp_jax.config.methods import METHODS
 from dhp_jax.errors import ConfigError
-from dhp_jax.pipeline.preparation import Run, most_steps
+from dhp_jax.pipeline.preparation import Run
 from dhp_jax.tasks.task import Data
 from dhp_jax.train.checkpoints import Checkpoints
 from dhp_jax.train.phase import Outcome, Progress
@@ -42,12 +41,9 @@ def save(
 def keep_teacher(run: Run, source: str) -> None:
     """Copies the network that a run starts and learns from, for that may change or go.
 
-    Args:
-      run: that learns from the network.
-      source: its digest.
-
     Raises:
-      ConfigError: as `source_run.read`; or the source has another network than the run began with.
+      ConfigError: as `source_run.read`; or the source's digest is not that of the network that the
+        run began with.
     """
     kept = find(run, "teacher")
     if kept and kept["notes"]["made_from"] == source:
@@ -91,7 +87,7 @@ def _asked(run: Run) -> dict[str, Any]:
     It tells where a network comes from when the run's directory is not at hand.
     """
     fields = ("method", "seed")
-    if METHODS[run.config.method].chooses:
+    if run.method.chooses:
         fields += ("target", "budget", "multiple_of")
     config = as_json(run.config)
     data = {"name": config["data"]["name"], "checksums": dict(run.setup.checksums)}
@@ -116,37 +112,26 @@ def find_trained(run: Run, phase: str, source: str = "") -> dict[str, Any] | Non
 
     A search leaves one network, the last phase two. Records of the phase that are gone come back
     from its last checkpoint.
-
-    Raises:
-      ConfigError: as `is_complete`.
     """
     names = ("search",) if phase == "search" else ("best", "model")
     for name in names:
         found = find(run, name)
         if not found or found["notes"].get("made_from", "") != source:
             return None
-        if not is_complete(run, phase, found, source):
+        if not _is_done(run, phase, found["notes"]["phase"], source):
             return None
     _mend_records(run, phase, found, source)
     return found
 
 
-def is_complete(run: Run, phase: str, found: dict[str, Any], source: str = "") -> bool:
-    """Whether a network was trained for as long as the configuration says.
-
-    Raises:
-      ConfigError: it was not, and there is no checkpoint from which it could be.
-    """
-    progress, epochs = found["notes"]["phase"], run.config[phase].epochs
-    if progress["met_budget"] or progress["steps"] >= most_steps(run, phase):
+def _is_done(run: Run, phase: str, progress: dict[str, Any], source: str) -> bool:
+    """Whether a network was trained for as long as asked; if not, there must be a checkpoint."""
+    if reader.is_complete(progress, run.config[phase]):
         return True
     if not open_checkpoints(run, phase, source).steps():
-        raise ConfigError(
-            f"config.{phase}.epochs",
-            f"at most {progress['epochs']}, for the checkpoints from which more could follow are "
-            "gone",
-            epochs,
-        )
+        gone = "for the checkpoints from which more could follow are gone"
+        most = f"at most {progress['epochs']}, {gone}"
+        raise ConfigError(f"config.{phase}.epochs", most, run.config[phase].epochs)
     return False
 
 

@@ -25,7 +25,6 @@ from dhp_jax.artifact import reading
 from dhp_jax.artifact.arrays import array_name, array_of, is_finite
 from dhp_jax.budgets.counted import limits
 from dhp_jax.budgets.gradual import fade_to_budget
-from dhp_jax.config.methods import METHODS
 from dhp_jax.core.survivors import latent_history, survivor_counts
 from dhp_jax.distributed.processes import folder_from_first, from_first, is_first
 from dhp_jax.errors import NonFiniteError
@@ -51,11 +50,8 @@ logger = logging.getLogger(__name__)
 class Work(NamedTuple):
     """A run, and what its phases share.
 
-    Attributes:
-      run: from `prepare`.
-      stopping: asked after every step of training whether to stop.
-      read: `read("train")` gives the data of a split, which are read once; a run that is finished
-        reads none.
+    `stopping` is asked after every step of training whether to stop. `read("train")` gives the data
+    of a split, which are read once; a run that is finished reads none.
     """
 
     run: Run
@@ -72,7 +68,7 @@ def carry_out(run: Run, stopping: Callable[[], bool]) -> None:
             return run.setup.read(split)
 
     work = Work(run, stopping, read)
-    if not METHODS[run.config.method].prunes:
+    if not run.method.prunes:
         train_last(work, "baseline", run.blueprint.baseline, run.blueprint.digest)
         return
     pruned_from = prune_to_budget(work, find_start(work))
@@ -82,23 +78,21 @@ def carry_out(run: Run, stopping: Callable[[], bool]) -> None:
 
 def find_start(work: Work) -> str:
     """Returns the digest of the network that channels are taken from; "" for an untrained."""
-    run, method, source = work.run, METHODS[work.run.config.method], work.run.blueprint.digest
+    run, method, source = work.run, work.run.method, work.run.blueprint.digest
     if source_run.needs_source(run.config):
         source = from_first(lambda: source_run.find_digest(run.config, run.workdir))
     if run.config.converge.distillation.weight:
         from_first(lambda: networks.keep_teacher(run, source))
-    return search(work, source) if "search" in method.phases else source
+    return search(work, source) if method.searches else source
 
 
 def search(work: Work, source: str = "") -> str:
     """Trains until enough latents are gone; returns the digest of the network then.
 
-    Args:
-      work: the run.
-      source: digest of the trained network that the search begins with; "" for fresh weights.
+    It begins with the trained network of the digest `source`, or with fresh weights if that is "".
     """
     run, settings, cost = work.run, work.run.config.search, work.run.cost
-    fades = METHODS[run.config.method].fades
+    fades = run.method.fades
     if found := from_first(lambda: networks.find_trained(run, "search", source)):
         return found["sha256"]
     asked = limits(run.config.budget, run.config.target)
@@ -134,23 +128,18 @@ def _trained(run: Run) -> nnx.Module:
 
 
 def prune_to_budget(work: Work, made_from: str) -> str:
-    """Makes the smaller network as the method does; returns its digest.
-
-    Args:
-      work: the run.
-      made_from: digest of the network that channels are taken from.
-    """
+    """Makes the smaller network as the method does, of that with a digest; returns its own."""
     return from_first(lambda: _prune_to_budget(work, made_from))
 
 
 def _prune_to_budget(work: Work, made_from: str) -> str:
-    run, method = work.run, METHODS[work.run.config.method]
+    run, method = work.run, work.run.method
     found = networks.find(run, "pruned")
     if found and found["notes"]["made_from"] == made_from:
         return found["sha256"]
     with doing("choosing the channels that stay"):
         small, budget = method.smaller(RunStart(run, work.read))
-    if "search" in method.phases:
+    if method.searches:
         _check_weights(small)
     notes: dict[str, Any] = {"budget": budget}
     if source_run.needs_source(run.config):
@@ -211,7 +200,7 @@ def _train(
         optimizer=_optimizer(run, name, schedule, None if budget is None else model),
         budget=budget,
         skip_faulty=config.nonfinite == "skip",
-        elementwise=name != "search" or not METHODS[config.method].fades,
+        elementwise=name != "search" or not run.method.fades,
         average=0.0 if name == "search" else config.optimizer.average,
         teacher=_teacher(run) if name == "converge" else None,
     )
@@ -268,7 +257,7 @@ def _optimizer(
 
     if searched is None:
         return lambda params: plain
-    if not METHODS[run.config.method].fades:
+    if not run.method.fades:
         return with_proximal_step
     steps = most_steps(run, name)
     asked = limits(run.config.budget, run.config.target)
@@ -288,7 +277,7 @@ def _observers(run: Run, phase: str) -> Sequence[Observer]:
     return (*run.observers, growth, run.journal)
 
 
-class _Growth:
+class _Growth(Observer):
     """Calls a function once a phase goes beyond a number of steps, before they are saved."""
 
     def __init__(self, steps: int, beyond: Callable[[], None]):
@@ -301,9 +290,3 @@ class _Growth:
         before, self.left = self.left, self.left - count
         if before >= 0 > self.left:
             self.beyond()
-
-    def record(self, values: dict[str, Any]) -> None:
-        pass
-
-    def end(self) -> None:
-        pass

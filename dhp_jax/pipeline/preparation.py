@@ -18,7 +18,7 @@ from dhp_jax.budgets.counted import check_budget, limits
 from dhp_jax.budgets.gradual import STAGES
 from dhp_jax.budgets.latency import check_latency, clock
 from dhp_jax.config.checks import check
-from dhp_jax.config.methods import METHODS
+from dhp_jax.config.methods import METHODS, Method
 from dhp_jax.core.cost import Cost
 from dhp_jax.distributed.mesh import DATA, check_batch, make_mesh
 from dhp_jax.distributed.processes import from_first, is_first
@@ -60,6 +60,11 @@ class Run:
     journal: Journal | None
     observers: Sequence[Observer] = ()
     mesh: Mesh | None = None
+
+    @property
+    def method(self) -> Method:
+        """The method of its configuration."""
+        return METHODS[self.config.method]
 
 
 @doing("checking the run")

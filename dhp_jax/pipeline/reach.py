@@ -17,10 +17,7 @@ logger = logging.getLogger(__name__)
 def tell_reach(run: Run, model: nnx.Module, budget: Budget) -> None:
     """Warns of a search whose steps are too few or too small to bring its latents to the budget.
 
-    Args:
-      run: whose search begins.
-      model: the network of latents before its first step.
-      budget: of the search.
+    The model is the network of latents before the first step.
     """
     config, settings = run.config, run.config.search
     largest = largest_to_vanish(

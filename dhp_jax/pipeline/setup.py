@@ -62,11 +62,9 @@ def known_arguments(config: ConfigDict) -> dict[str, Any]:
 
 
 def set_up(config: ConfigDict, streamed: bool | None = None) -> TaskSetup:
-    """Finds the data of a configuration, and sets up its task.
+    """Finds the data of a configuration that was checked, and sets up its task.
 
-    Args:
-      config: a configuration that `dhp_jax.config.check` accepts.
-      streamed: whether to stream the data if `config` does not say; `None` decides by their size.
+    Without `config.data.streamed`, `streamed` decides; if that is `None` too, the size of the data.
 
     Raises:
       ValueError: data that are not there, cannot be read, or do not suit the task.

@@ -98,7 +98,7 @@ def execute(
         from_first(lambda: target_dirs.note(workdir, [run.config.target for run in runs]))
     summaries = []
     for place, run in enumerate(runs):
-        if place and not METHODS[run.config.method].fades:  # which begins with trained weights
+        if place and not run.method.fades:  # which begins with trained weights
             larger = runs[place - 1].workdir
             from_first(lambda larger=larger, run=run: _continue_search(larger, run.workdir))
         summaries.append(

@@ -24,10 +24,7 @@ class Position(NamedTuple):
 def batches(run: Run, data: Data, examples: int) -> Any:
     """Training batches, augmented, as a generator of inputs and targets; the same in every call.
 
-    Args:
-      run: whose task, batch size and seed they have.
-      data: of training.
-      examples: about how many there are in all; at least one batch, and no more than an epoch.
+    There are about as many examples in all as are asked for: at least one batch, at most an epoch.
     """
     size, task = run.config.batch_size, run.setup.task
     count = max(1, min(examples, run.setup.epoch) // size)

@@ -153,13 +153,9 @@ def new_chart(
     width: float = WIDTH,
     height: float = HEIGHT,
 ) -> Chart:
-    """A figure of one drawing, with room for its legend below it.
+    """A figure of one drawing, with room for its legend below it; sizes in pixels of a page.
 
-    Args:
-      title: above it.
-      draw: draws on the axes; returns what is told of marks that are pointed at, see `Chart`.
-      note: below it.
-      width, height: in pixels of a page, without the legend.
+    `draw` draws on the axes and returns what is told of marks that are pointed at, see `Chart`.
     """
     import matplotlib
     from matplotlib.figure import Figure

@@ -17,12 +17,9 @@ QUARTILES = ("low", "median", "high")
 def comparison(
     runs: Sequence[RunReport], charts: Mapping[str, Chart], absent: Sequence[str] = ()
 ) -> str:
-    """The page as HTML.
+    """The page as HTML, of at least one run, with those of `comparison_charts` that are given.
 
-    Args:
-      runs: at least one, with what they came to.
-      charts: of them, see `comparison_charts`; those that are not given are left out.
-      absent: names of runs that belong to them and have not begun.
+    `absent` are names of runs that belong to them and have not begun.
 
     Raises:
       ValueError: the runs are not of the same task.
@@ -167,7 +164,7 @@ def _value(run: RunReport) -> float | None:
     metric, last = run.metric, run.last_tested
     if run.summary:
         return metric.factor * run.summary["test"]["last"][metric.name]
-    if last is None or run.result.after is None or last["phase"] != run.result.phases[-1]:
+    if last is None or run.result.after is None or last["phase"] != run.result.method.phases[-1]:
         return None
     return metric.factor * last[f"test_{metric.name}"]
 
@@ -181,7 +178,7 @@ def _speedup(run: RunReport, batch: int) -> dict[str, float] | None:
     """Quartiles of pairs of passes; an unpruned network is as fast as itself."""
     for row in _latencies(run):
         if row["batch"] == batch:
-            return row.get("speedup") if run.result.prunes else dict.fromkeys(QUARTILES, 1.0)
+            return row.get("speedup") if run.result.method.prunes else dict.fromkeys(QUARTILES, 1.0)
     return None
 
 
@@ -192,7 +189,7 @@ def _latency(run: RunReport, batch: int) -> str:
 
 def _faster(run: RunReport, batch: int) -> Cell:
     speedup = _speedup(run, batch)
-    if speedup is None or not run.result.prunes:
+    if speedup is None or not run.result.method.prunes:
         return Cell("" if speedup is None else "1")
     return Cell(f"{speedup['median']:.2f}", "{low:.2f} to {high:.2f}".format(**speedup))
 

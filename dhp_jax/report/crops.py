@@ -32,12 +32,7 @@ class Crop:
 
 
 def crops(result: Result, baseline: Path | None = None) -> list[Crop]:
-    """One square of every picture that a run has left; those of an unpruned run with them.
-
-    Args:
-      result: the run.
-      baseline: directory of the unpruned run; left out if it has other pictures.
-    """
+    """One square of every picture that a run has left, and of the baseline's if it has the same."""
     if not (result.workdir / PICTURES).is_dir():
         return []
     names = sorted(

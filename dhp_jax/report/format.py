@@ -69,14 +69,7 @@ def interval(share: float, count: int) -> str:
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share that was found among some examples, after Wilson.
-
-    Args:
-      share: from 0 to 1.
-      count: the number of examples; at least one.
-
-    Returns:
-      Its ends, from 0 to 1.
+    """The ends of the 95 % confidence interval of a share that was found among some examples.
 
     References:
       E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
@@ -121,8 +114,7 @@ def duration(seconds: float) -> str:
 def faster(row: Mapping[str, Any]) -> str:
     """The quartiles of a speed-up in words; if they lie on both sides of 1 there is none.
 
-    Args:
-      row: of a summary's latency. Of a slower network it tells which `multiple_of` would help.
+    Of a slower network it tells which `multiple_of` would help.
     """
     low, median, high = (row["speedup"][name] for name in ("low", "median", "high"))
     if low <= 1 <= high:

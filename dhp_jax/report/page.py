@@ -50,13 +50,7 @@ Card = tuple[str, str, Sequence[str]]  # what a number is, the number, what to c
 
 
 def page(run: RunReport, charts: Mapping[str, Chart], pictures: Sequence[Crop] = ()) -> str:
-    """The page of a run as HTML.
-
-    Args:
-      run: the run.
-      charts: its charts by name, see `run_charts`; those that are not given are left out.
-      pictures: details of restored pictures.
-    """
+    """The page of a run as HTML, with those charts of `run_charts` and crops that are given."""
     result, summary = run.result, run.summary
 
     def of(*names: str) -> list[Chart]:
@@ -75,7 +69,7 @@ def page(run: RunReport, charts: Mapping[str, Chart], pictures: Sequence[Crop] =
         channels=of("channels"),
         budgets=result.budgets,
         training=of("ratio", "loss", run.metric.name),
-        searches=result.searches,
+        searches=result.method.searches,
         latents=of("magnitudes", "survivors", "latents"),
         told="magnitudes" in charts,
         layers=_layers(run),

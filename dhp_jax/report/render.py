@@ -14,13 +14,9 @@ STYLE_SHEET = (resources.files("dhp_jax.report") / "style.css").read_text()
 
 
 class Cell(NamedTuple):
-    """A cell of a table.
+    """A cell of a table: its text, and what belongs to it, shown smaller, below it.
 
-    Attributes:
-      text: its value.
-      more: what belongs to it, shown smaller, below it.
-      share: drawn as a short bar, if given.
-      colour: number of the colour of a square before it, if given.
+    `share` is drawn as a short bar; `colour` is the number of that of a square before the text.
     """
 
     text: str
@@ -32,11 +28,7 @@ class Cell(NamedTuple):
 class Table(NamedTuple):
     """A table; cells are text or `Cell`.
 
-    Attributes:
-      header: names of the columns.
-      rows: below it.
-      total: the last row, if it is one of all others; it stays in sight.
-      note: below the table.
+    `total` is a last row of all others, which stays in sight; `note` stands below the table.
     """
 
     header: list[str]
@@ -46,12 +38,7 @@ class Table(NamedTuple):
 
 
 def render(template: str, **content: Any) -> str:
-    """A page.
-
-    Args:
-      template: name of its file.
-      **content: the names that the template uses.
-    """
+    """A page from the file of a template and the names that it uses."""
     return templates().get_template(template).render(style=Markup(STYLE_SHEET), **content)
 
 

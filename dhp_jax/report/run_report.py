@@ -10,7 +10,7 @@ from dhp_jax.models.own import is_own
 from dhp_jax.models.registry import FAMILIES
 from dhp_jax.report.format import interval
 from dhp_jax.tasks.task import METRICS, Metric
-from dhp_jax.workdir.reader import Result
+from dhp_jax.workdir.reader import Result, is_complete
 
 PHASES = {"search": "search", "converge": "pruned", "baseline": "unpruned"}
 Point = tuple[float, float]
@@ -68,11 +68,11 @@ class RunReport:
         if not recorded:
             found.append("records of training: no step has been recorded")
         without = "no channels, layers, FLOPs and params to show"
-        if result.searches and result.search is None:
+        if result.method.searches and result.search is None:
             found.append(f"the end of the search, and with it which channels go: {without}")
-        elif result.prunes and result.after is None:
+        elif result.method.prunes and result.after is None:
             found.append(f"the pruned network: {without}")
-        last = result.phases[-1]
+        last = result.method.phases[-1]
         began = "has not ended" if last in recorded else "has not begun"
         return [
             *found,
@@ -81,15 +81,12 @@ class RunReport:
 
     def _to_come(self) -> list[str]:
         """The rest of a finished run that was given more epochs."""
-        phase, result = self.result.phases[-1], self.result
+        phase, result = self.result.method.phases[-1], self.result
         done, settings = result.notes["model"]["phase"], result.config.get(phase, {})
-        asked = settings.get("epochs", 0)
-        cut = done["steps"] >= (settings.get("max_steps") or math.inf)
-        if done["met_budget"] or cut or done["epochs"] >= asked:
+        if is_complete(done, settings):
             return []
-        return [
-            f"epochs {done['epochs'] + 1} to {asked}: the run has since been given more of them"
-        ]
+        left = f"epochs {done['epochs'] + 1} to {settings['epochs']}"
+        return [f"{left}: the run has since been given more of them"]
 
     def curve(self, name: str, factor: float = 1.0) -> list[Point | None]:
         """Steps and values of what was recorded by a name, through all phases.
@@ -97,7 +94,7 @@ class RunReport:
         `None` is where one phase follows another, whose steps go on from it.
         """
         found, start = [], 0
-        for phase in self.result.phases:
+        for phase in self.result.method.phases:
             records = self.records(phase)
             found += [None] if found else []
             found += [(start + step, y) for step, y in points(records, name, factor)]
@@ -107,7 +104,7 @@ class RunReport:
     def starts(self) -> list[tuple[str, int]]:
         """Every phase after the first one that was recorded, with the step at which it begins."""
         found, start = [], 0
-        for phase in self.result.phases:
+        for phase in self.result.method.phases:
             records = self.records(phase)
             found += [(PHASES[phase], start)] if start and records else []
             start += records[-1]["step"] if records else 0

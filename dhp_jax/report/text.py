@@ -37,10 +37,7 @@ Rows = list[tuple[str, str]]
 def text(workdir: str | os.PathLike, summary: Mapping[str, Any], missing: str = "") -> str:
     """What to tell at the end of a run; what came of it is at the bottom.
 
-    Args:
-      workdir: directory of the run.
-      summary: of the run.
-      missing: the command that trains the unpruned network, told where its error is not known.
+    `missing` is the command that trains the unpruned network, told where its error is not known.
     """
     workdir, prunes = Path(workdir), METHODS[summary["method"]].prunes
     layers = []
@@ -63,10 +60,7 @@ def sizes_text(
 ) -> str:
     """What to tell at the end of a run of several targets: one table of all sizes.
 
-    Args:
-      workdir: directory of the run.
-      summaries: of each size, by the name of its folder.
-      missing: as for `text`.
+    Summaries are by the names of their folders; `missing` as for `text`.
     """
     workdir, some = Path(workdir), next(iter(summaries.values()))
     metric = METRICS[main_metric(some["test"]["last"])]

@@ -29,6 +29,8 @@ class OriginError(FieldError):
 class Observer(Protocol):
     """Something that is told how training goes, such as a progress bar.
 
+    What a class that derives from it leaves out does nothing.
+
     `begin` is told the most steps that the phase may take, how many of them were taken before the
     phase was stopped, and the records of those. `step` is told how many steps were taken, `record`
     what was measured.

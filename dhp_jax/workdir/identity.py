@@ -100,11 +100,7 @@ def read_data_choice(workdir: str | os.PathLike) -> bool | None:
 
 
 def read_data_checksums(workdir: str | os.PathLike) -> dict[str, int]:
-    """Checksums of the training and the test images that a run began with.
-
-    Raises:
-      KeyError, OSError, TypeError, ValueError: the directory has none, or they are damaged.
-    """
+    """Checksums of the training and the test images that a run began with, if it noted them."""
     return _read_data(Path(workdir) / DATA)["checksums"]
 
 

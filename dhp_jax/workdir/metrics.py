@@ -16,11 +16,8 @@ class Journal:
     """Writes every record of a phase to `metrics.jsonl` and to TensorBoard; an `Observer`.
 
     When a phase begins, its earlier records are replaced by those of the steps it continues from.
-    Beside `step`, which begins anew with every phase, a line has `total_step`, which goes on.
-
-    Args:
-      workdir: where they are written.
-      phases: the order of the records in the file once a phase has ended.
+    Beside `step`, which begins anew with every phase, a line has `total_step`, which goes on. Once
+    a phase has ended, records are in the order of `phases`.
     """
 
     def __init__(self, workdir: str | os.PathLike, phases: Sequence[str] = ()):

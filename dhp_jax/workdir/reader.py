@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -83,19 +84,9 @@ class Result:
         return METHODS[self.config["method"]]
 
     @property
-    def prunes(self) -> bool:
-        """Whether its method makes a smaller network."""
-        return self.method.prunes
-
-    @property
-    def searches(self) -> bool:
-        """Whether it has a search, in which latents shrink to zero."""
-        return "search" in self.phases
-
-    @property
     def pruned(self) -> bool:
         """Whether its smaller network is there."""
-        return self.prunes and self.after is not None
+        return self.method.prunes and self.after is not None
 
     @property
     def origin(self) -> dict[str, Any] | None:
@@ -147,11 +138,6 @@ class Result:
         least = self.config["search"]["min_channels"]
         return with_latents(model, self.input_shape, min_channels=least)
 
-    @property
-    def phases(self) -> tuple[str, ...]:
-        """The phases of training, in order."""
-        return self.method.phases
-
 
 def _whole(result: Result) -> nnx.Module:
     """The unpruned network of a run, of latents where it searched."""
@@ -162,11 +148,7 @@ def _whole(result: Result) -> nnx.Module:
 
 
 def read(workdir: str | os.PathLike) -> Result:
-    """Reads a run.
-
-    Raises:
-      ValueError: the folder is not the directory of a run, or one of its files is damaged.
-    """
+    """Reads a run; a `ValueError` if the folder is none's, or one of its files is damaged."""
     workdir = Path(workdir)
     config = configuration(workdir)
     names = [name for name in NETWORKS if exists(workdir / name)]
@@ -195,11 +177,7 @@ def _cost_before(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
 
 
 def configuration(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The configuration of a run.
-
-    Raises:
-      ValueError: there is none.
-    """
+    """The configuration of a run; a `ValueError` if there is none."""
     path = Path(workdir) / CONFIG
     if not path.is_file():
         raise ValueError(
@@ -217,12 +195,14 @@ def configuration(workdir: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
-def read_summary(path: Path) -> dict[str, Any]:
-    """The summary of a run; tables and pages are made from it.
+def is_complete(progress: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a phase has come as far as its fields in a configuration say, or to its budget."""
+    ended = progress["steps"] >= (settings.get("max_steps") or math.inf)
+    return ended or progress["met_budget"] or progress["epochs"] >= settings.get("epochs", 0)
 
-    Raises:
-      ValueError: the file is damaged, or something is missing in it.
-    """
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary of a run, from which tables and pages are made; all that they need is in it."""
     summary = _read_json(path)
     for place, kind in IN_SUMMARY.items():
         _require(path, summary, place, kind)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from dhp_jax.config.methods import METHODS
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import ConfigError, shown
 from dhp_jax.workdir.identity import MAY_CHANGE, MAY_MOVE, as_json, flatten, read_data_checksums
-from dhp_jax.workdir.reader import configuration
+from dhp_jax.workdir.reader import configuration, is_complete
 
 SAME = ("task.", "model.", "data.")  # fields in which both runs agree
 RECIPE = ("model.weights", "task.label_smoothing", "data.cutout", "data.mixup")  # but for these
@@ -132,10 +131,6 @@ def check(
       workdir: its directory; if it has begun, the source must be the one that it began with.
       checksums: of its data.
       model: its network, unpruned; may be abstract.
-
-    Raises:
-      ConfigError: as `read`; other data, another network, or another source than the run has begun
-        with.
     """
     if _find_taken(config, workdir):
         return
@@ -169,7 +164,7 @@ def _read_made_from(
     config: ConfigDict, workdir: str | os.PathLike, read: Callable[[Path], dict[str, Any]]
 ) -> str | None:
     """The digest that is stored beside the first network of a run, if it can be read."""
-    searches = "search" in METHODS[config.method].phases
+    searches = METHODS[config.method].searches
     path = Path(workdir) / ("search" if searches else "pruned")
     try:
         return read(path)["notes"].get("made_from") if exists(path) else None
@@ -203,10 +198,7 @@ def _find_source(folder: Path, there: Mapping[str, Any]) -> Source | None:
     phase, trained = METHODS[method].phases[0], METHODS[method].phases[-1]
     if not all(exists(folder / name) for name in ("model", METHODS[method].network)):
         return None
-    last = verify(folder / "model")["notes"]["phase"]
-    asked = there[trained]
-    cut = last["steps"] >= (asked.get("max_steps") or math.inf)
-    if last["epochs"] < asked["epochs"] and not cut:
+    if not is_complete(verify(folder / "model")["notes"]["phase"], there[trained]):
         return None
     of_phase = "search" if phase == "search" else "model"
     reached = read_description(folder / of_phase)["notes"]["phase"]

@@ -143,20 +143,20 @@ def summarize(
     if "search" in notes:
         test["after_search"] = notes["search"]["phase"]["last"]
         phases["search"] = notes["search"]["phase"]
-    if result.prunes:
+    if result.method.prunes:
         if not result.method.fresh:
             test["after_pruning"] = notes["pruned"]["test"]
             if "renewed" in notes["pruned"]:
                 test["renewed"] = notes["pruned"]["renewed"]
         test["unpruned"] = unpruned and unpruned["test"]["last"]
-    phases[result.phases[-1]] = trained
+    phases[result.method.phases[-1]] = trained
     return {
         "method": result.config["method"],
         "task": result.config["task"],
         "model": result.config["model"],
         "data": result.config["data"]["name"],
         "seed": result.config["seed"],
-        "target": result.config["target"] if result.prunes else None,
+        "target": result.config["target"] if result.method.prunes else None,
         "origin": result.origin,
         "test": test,
         "test_examples": notes["model"].get("test_examples"),

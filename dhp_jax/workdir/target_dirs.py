@@ -17,11 +17,7 @@ def folder_name(target: float) -> str:
 
 
 def note(workdir: str | os.PathLike, targets: Sequence[float]) -> None:
-    """Stores the targets of a run when it begins; makes its directory if it is not there.
-
-    Raises:
-      ConfigError: the directory cannot be written.
-    """
+    """Stores the targets of a run when it begins; makes its directory if it is not there."""
     workdir = Path(workdir)
     with refuse_unwritable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -38,11 +34,7 @@ def begun(workdir: str | os.PathLike) -> list[Path]:
 
 
 def absent(workdir: str | os.PathLike) -> list[str]:
-    """The folders of stored targets whose run has not begun, the largest first.
-
-    Raises:
-      ValueError: the note is damaged.
-    """
+    """The folders of stored targets whose run has not begun, the largest first."""
     path = Path(workdir) / TARGETS
     if not path.is_file():
         return []

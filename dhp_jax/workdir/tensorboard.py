@@ -11,12 +11,9 @@ from tensorboardX.summary import scalar
 
 
 class Events:
-    """Writes the numbers of records, and not their vectors: `survivors`, `magnitudes`.
+    """Writes the numbers of records to a folder, and not their vectors: `survivors`, `magnitudes`.
 
     The steps of one phase follow those of the phase before.
-
-    Args:
-      folder: where they are written.
     """
 
     def __init__(self, folder: str | os.PathLike):
