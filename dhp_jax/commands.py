@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import importlib
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -28,12 +29,15 @@ def report() -> NoReturn:
 
 def leave(code: int) -> NoReturn:
     """Ends the process of a run; one of several does not wait for others that have died."""
-    from dhp_jax.distributed import processes
+    import jax
+
     from dhp_jax.distributed.preemption import EXIT_CODE
 
-    if code in (0, EXIT_CODE):  # as in all processes
+    if code in (0, EXIT_CODE) or not jax.distributed.is_initialized():  # as in all processes
         sys.exit(code)
-    processes.leave(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once, so that the others notice; JAX would wait for them first
 
 
 def _run_module(name: str) -> NoReturn:

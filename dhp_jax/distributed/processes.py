@@ -6,9 +6,7 @@ functions of this module call what they are given and do nothing else.
 
 from collections.abc import Callable
 import json
-import os
 from pathlib import Path
-import sys
 import tempfile
 import time
 from typing import Any, TypeVar
@@ -101,23 +99,8 @@ def describe_loss(error: Exception) -> str:
     )
 
 
-def leave(code: int) -> None:
-    """Ends this process with an exit code.
-
-    One of several processes ends at once, so that the others notice. JAX would wait for them first.
-    """
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 def from_first(work: Callable[[], Any]) -> Any:
-    """Has the first process alone do a piece of work, and gives its result to all processes.
-
-    Args:
-      work: returns a JSON value.
+    """Has the first process alone do work that returns a JSON value, and gives it to all processes.
 
     Raises:
       Exception: what `work` raises, in the first process.
@@ -140,12 +123,7 @@ def from_first(work: Callable[[], Any]) -> Any:
 
 
 def folder_from_first(folder: Path, read: Callable[[Path], Result]) -> Result:
-    """Reads a folder in all processes, though the first one alone may see it.
-
-    Args:
-      folder: of files.
-      read: is called with the folder, or with a copy of it.
-    """
+    """Reads a folder of files, or a copy of it, in all processes; the first alone need see it."""
     if not are_several():
         return read(folder)
     names = from_first(lambda: sorted(path.name for path in folder.iterdir() if path.is_file()))
@@ -159,9 +137,7 @@ def folder_from_first(folder: Path, read: Callable[[Path], Result]) -> Result:
 def arrays_from_first(tree: PyTree | None, like: PyTree) -> PyTree:
     """Gives the first process's tree of NumPy arrays to all processes.
 
-    Args:
-      tree: the arrays; only those of the first process are looked at.
-      like: arrays of the same structure, shapes and dtypes.
+    Those of others are not looked at; `like` tells structure, shapes and dtypes.
     """
     if not are_several():
         return tree
@@ -204,14 +180,9 @@ class Turns:
         self.looked = time.monotonic()
 
     def look(self, stopping: Callable[[], bool], due: Callable[[], bool]) -> tuple[bool, bool]:
-        """Asks whether to stop and whether to save; to be called after every step.
+        """Asks whether any process was asked to stop, and whether it is time to save.
 
-        Args:
-          stopping: whether this process was asked to stop.
-          due: whether it is time to save; the first process alone calls it.
-
-        Returns:
-          Whether any process was asked to stop, and whether it is time to save.
+        To be called after every step. The first process alone calls `due`.
         """
         if not are_several():
             stop = stopping()
