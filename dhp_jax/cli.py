@@ -103,13 +103,7 @@ def run(main: Callable[[Sequence[str]], None]) -> int:
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved network, ordinary and in evaluation mode, with its notes.
-
-    Attributes:
-      path: the folder.
-      model: the network, without latents.
-      notes: JSON values that were saved with it.
-    """
+    """A saved network, ordinary and in evaluation mode, with its folder and its notes."""
 
     path: Path
     model: nnx.Module
@@ -154,10 +148,6 @@ def opened(path: str | os.PathLike, which: str | None = None, build: str | None 
       path: the folder.
       which: one of a run's networks, its `model` if `None`.
       build: "module:function" that makes a network of the user's own class.
-
-    Raises:
-      ValueError: no network is there, it cannot be loaded, commands cannot use what is noted of it,
-        or `build` leads to no function.
     """
     folder = find(path, which)
     notes = read_description(folder)["notes"]

@@ -31,12 +31,7 @@ class FieldError(ValueError):
     ) -> Self:
         """An error of a name that does not exist, with all known names and the nearest of them.
 
-        Args:
-          field: as of the class.
-          value: the name.
-          known: the names that exist.
-          lead: words before "expected".
-          hint: words at the end.
+        `lead` are words before "expected", and `hint` words at the end.
         """
         known = sorted(map(str, known))
         near = difflib.get_close_matches(shown(value).strip("'").lower(), known, n=1)
@@ -68,10 +63,8 @@ class DataNotFoundError(FieldError):
 class NonFiniteError(FloatingPointError):
     """A loss, a latent or a metric that is not finite ended training.
 
-    Args:
-      phase: of training, such as "search".
-      detail: what is not finite, and when.
-      tested: whether a test found it, after steps that were finite.
+    `detail` tells what is not finite, and when; `tested` whether a test found it, after steps that
+    were finite.
     """
 
     def __init__(self, phase: str, detail: str, tested: bool = False):

@@ -23,11 +23,7 @@ ARRAYS = "arrays.safetensors"
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for reading.
-
-    Raises:
-      ArtifactError: it cannot be read.
-    """
+    """Opens a file for reading; an `ArtifactError` if it cannot be read."""
     try:
         with path.open("rb") as file:
             yield file
@@ -41,11 +37,7 @@ def open_arrays(path: Path, arrays: Mapping[str, Any]) -> Iterator[Any]:
 
     Args:
       path: of the file.
-      arrays: the shape and dtype by name of all arrays that it has to hold.
-
-    Raises:
-      ArtifactError: safetensors refuses the file; an array is missing, left over, or of another
-        shape or dtype.
+      arrays: the shape and dtype by name of all arrays that it has to hold, and of no others.
     """
     try:
         with safe_open(path, "np") as file:
@@ -69,15 +61,12 @@ def _check_header_names(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> nnx.State:
-    """Reads the arrays of a network from a file.
+    """Reads the arrays of a network from the file in a folder; all of them must be finite.
 
     Args:
       abstract: what a network needs.
       arrays: the table in model.json, already checked.
       path: the folder.
-
-    Raises:
-      ArtifactError: the file has not just these arrays, or one of them is not finite.
     """
     path = path / ARRAYS
     leaves = {

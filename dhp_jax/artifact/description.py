@@ -89,15 +89,7 @@ class ArtifactError(ValueError):
 
 
 def parse_json(content: bytes, where: str) -> Any:
-    """Parses strict JSON: no NaN or infinity, no name twice, bounded depth and numbers.
-
-    Args:
-      content: UTF-8.
-      where: what an error calls it.
-
-    Raises:
-      ArtifactError: it is not that.
-    """
+    """Parses strict JSON in UTF-8: no NaN or infinity, no name twice, bounded depth and numbers."""
     try:
         value = json.loads(
             content.decode(),
@@ -129,13 +121,6 @@ def check_description(description: Any, where: str) -> None:
 
     Whether its family takes the arguments, and has such survivors and arrays, is found out by
     building the network, which is safe after this.
-
-    Args:
-      description: JSON of any kind.
-      where: what an error calls it.
-
-    Raises:
-      ArtifactError: it names the field, its value and what was expected.
     """
     if not isinstance(description, dict):
         raise ArtifactError(f"path: {where} holds no JSON object")
@@ -170,15 +155,7 @@ def check_description(description: Any, where: str) -> None:
 
 
 def check_notes(notes: Mapping[str, Any], where: str) -> None:
-    """Raises unless the notes that commands read are well formed; other notes may be any JSON.
-
-    Args:
-      notes: of a description that has been checked.
-      where: what an error calls the file.
-
-    Raises:
-      ArtifactError: it names the field, its value and what was expected.
-    """
+    """Raises unless the notes that commands read are well formed; other notes may be any JSON."""
     shape = notes.get("input_shape")
     channels = shape[-1] if _is_input_shape(shape) else None
     a_channel = "a list of numbers" if channels is None else f"a list of {channels} numbers"

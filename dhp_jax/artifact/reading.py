@@ -219,15 +219,7 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_description(content: bytes, where: Path) -> dict[str, Any]:
-    """Parses and checks the content of a `model.json`.
-
-    Args:
-      content: of the file.
-      where: what an error calls it.
-
-    Raises:
-      ArtifactError: it is not what an artifact may say.
-    """
+    """Parses and checks the content of a `model.json`."""
     if len(content) > MAX_DESCRIPTION_BYTES:
         raise ArtifactError(
             f"path: {where}: expected at most {MAX_DESCRIPTION_BYTES} bytes, got more"
@@ -302,12 +294,7 @@ def _built(build: Callable[..., nnx.Module], description: Mapping[str, Any]) -> 
 def _masks(
     model: nnx.Module, survivors: Mapping[str, list[int]] | None, where: Path
 ) -> dict[str, np.ndarray] | None:
-    """Masks of the survivors in the file.
-
-    Raises:
-      ArtifactError: the latents are not those of the network, or one that is not prunable does not
-        keep everything.
-    """
+    """Masks of the survivors in the file, which must be those of the network's latents."""
     if survivors is None:
         return None
     axes = latents(model)

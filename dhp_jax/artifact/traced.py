@@ -56,11 +56,7 @@ def _as_runs(rows: np.ndarray) -> Runs:
 
 
 def _from_runs(runs: Any, columns: int, where: str) -> np.ndarray:
-    """The rows of runs that a file holds.
-
-    Raises:
-      ArtifactError: they are none.
-    """
+    """The rows of runs that a file holds."""
     rows: list[np.ndarray] = []
     total = 0
     for run in runs if isinstance(runs, list) else [None]:
@@ -92,11 +88,7 @@ def cuts_as_json(cuts: ArrayCuts) -> dict[str, Any]:
 
 
 def cuts_from_json(value: Mapping[str, Any], where: str) -> ArrayCuts:
-    """Cuts from model.json.
-
-    Raises:
-      ArtifactError: it does not hold any.
-    """
+    """Cuts from model.json, of whose content nothing is trusted."""
     where = f"{where}: cuts"
     _check_keys(value, {"kept", "positions", "numbers"}, where)
     lists = [_from_runs(runs, 1, where)[:, 0] for runs in _list(value["positions"], where)]
@@ -116,15 +108,7 @@ def cuts_from_json(value: Mapping[str, Any], where: str) -> ArrayCuts:
 
 
 def table_as_json(table: LatentTable, least: Mapping[str, int]) -> dict[str, Any]:
-    """A table of latents as model.json holds it.
-
-    Args:
-      table: of the network.
-      least: how many entries of each latent survive at least.
-
-    Raises:
-      ValueError: a network from `with_gates`.
-    """
+    """A table of latents as model.json holds it, and how many entries of each survive at least."""
     if "gates" in table.notes:
         raise ValueError("model: a network of gates is not saved; prune(model) is")
     listed = _Listed()
@@ -146,11 +130,7 @@ def table_as_json(table: LatentTable, least: Mapping[str, int]) -> dict[str, Any
 
 
 def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, dict[str, int]]:
-    """A table of latents from model.json, and how many entries of each survive at least.
-
-    Raises:
-      ArtifactError: it does not hold any.
-    """
+    """A table of latents from model.json, and how many entries of each survive at least."""
     where = f"{where}: latents"
     keys = {"sizes", "least", "places", "positions", "numbers", "generated", "settings", "inputs"}
     _check_keys(value, keys, where)

@@ -20,14 +20,9 @@ MOST_NAMED = 3
 
 
 class Weights(NamedTuple):
-    """Arrays by their paths in a network, such as "stem.kernel".
+    """Arrays by their paths in a network, such as "stem.kernel", and the digest of their file.
 
-    Attributes:
-      path: of the file.
-      arrays: by path.
-      sha256: digest of the file.
-      family: of the network that they are of, where a folder tells it.
-      arguments: of that family.
+    A folder tells the family of the network that they are of, and its arguments.
     """
 
     path: Path
@@ -38,11 +33,7 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: str | os.PathLike) -> Weights:
-    """Reads weights from a folder that `save` wrote, a run's folder, or a file of safetensors.
-
-    Raises:
-      ArtifactError: there are none, or they cannot be read.
-    """
+    """Reads weights from a folder that `save` wrote, a run's folder, or a file of safetensors."""
     path, described = Path(path).expanduser(), {}
     if path.is_dir():
         path = path if exists(path) or not exists(path / MODEL) else path / MODEL
@@ -61,11 +52,8 @@ def read_weights(path: str | os.PathLike) -> Weights:
 def take_weights(model: nnx.Module, weights: Weights) -> None:
     """Gives an ordinary network other arrays, in place; floats become of its dtypes.
 
-    Random state stays as it is.
-
-    Raises:
-      ArgumentError: of `weights`; an array is missing, left over, of another shape or kind, or not
-        finite.
+    Random state stays as it is. Arrays that are missing, left over, of another shape or kind, or
+    not finite are refused, by an error of `weights`.
     """
     places = {array_name(path): (path, x) for path, x in nnx.to_flat_state(nnx.state(model))}
     others, found = [name for name in weights.arrays if name not in places], []

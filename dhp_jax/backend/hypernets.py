@@ -17,17 +17,12 @@ MAX_SMALL_SIZE = 2**20  # numbers of an array that is small work for a GPU
 
 
 def pack_axes(model: nnx.Module) -> nnx.Module:
-    """Reshapes the arrays of hypernetworks so that a TPU stores them without padding.
+    """Reshapes the arrays of hypernetworks so that a TPU stores them without padding, in a copy.
 
     A TPU pads the last axis of an array to 128 numbers, and arrays of 16 channels take 8 times the
     memory, and the time to read it. There the arrays of hypernetworks have both channel axes as
     one, but for layers that share some of them, or generate their kernel in a way of their own.
-
-    Args:
-      model: any network; left as it was.
-
-    Returns:
-      The same network elsewhere; on a TPU a copy, which computes the same.
+    Elsewhere the model itself is returned.
     """
     if jax.default_backend() != "tpu":
         return model
@@ -50,10 +45,7 @@ def generate_together(model: nnx.Module) -> None:
     A GPU takes longer to start many small programs than to run them. A layer generates its kernel
     by itself where that is not known to be the same: if its arrays or axes change before it is
     called, if it is called within a transformation, and if its class or its latents override how
-    the kernel is computed.
-
-    Args:
-      model: merged within a jitted function.
+    the kernel is computed. The model is one that was merged within a jitted function.
     """
     alike = defaultdict(list)
     for layer in _generators(model):

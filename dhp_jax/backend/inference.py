@@ -52,15 +52,9 @@ def inference(model: nnx.Module) -> Callable[[Float[Array, "*batch"]], Float[Arr
 def tune(model: nnx.Module) -> nnx.Module:
     """Makes a network's layers compute in the way that is fastest here; in place, same numbers.
 
-    For models that were merged within a jitted function. Convolutions that were given a function of
-    their own keep it. What is tuned for CPU has no forward-mode derivative. The platform is that of
-    `jax.default_backend()`.
-
-    Args:
-      model: any network.
-
-    Returns:
-      The same object.
+    For models that were merged within a jitted function; returns the model. Convolutions that were
+    given a function of their own keep it. What is tuned for CPU has no forward-mode derivative. The
+    platform is that of `jax.default_backend()`.
     """
     on_cpu = jax.default_backend() == "cpu"
     if jax.default_backend() == "gpu":

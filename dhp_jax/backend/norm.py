@@ -26,13 +26,8 @@ def normalize_batch(
     """Replaces the call of a BatchNorm layer; training keeps less for the backward pass.
 
     It takes less time to trace too: `[...] =` on statistics asks for their sharding, which takes
-    time in proportion to the computation traced so far, `set_value` does not.
-
-    Args:
-      call: the layer's own method, for all that is not ordinary training.
-      layer: `nnx.BatchNorm` or `dhp.BatchNorm`, which checks its input.
-      x: the input.
-      use_running_average, **options: as in `nnx.BatchNorm`.
+    time in proportion to the computation traced so far, `set_value` does not. What is not ordinary
+    training is left to `call`, the layer's own method.
     """
     if use_running_average is None:
         use_running_average = layer.use_running_average

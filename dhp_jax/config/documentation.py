@@ -36,14 +36,9 @@ this page. Both are made from `config/fields.py`.
 
 
 class Row(NamedTuple):
-    """A field for people.
+    """A field for people: its full name, its type in Python, default, limits, and what it is.
 
-    Attributes:
-      name: its full name.
-      kind: its type in Python.
-      default: of all tasks, with those of single tasks that differ.
-      limits: which values it may have.
-      text: what it is.
+    `default` is that of all tasks, with those of single tasks that differ.
     """
 
     name: str
@@ -54,12 +49,7 @@ class Row(NamedTuple):
 
 
 def rows(fields: Fields, task: str | None = None) -> Iterator[Row]:
-    """The fields of a table, by their full names.
-
-    Args:
-      fields: in groups.
-      task: whose defaults are meant; `None` for all tasks.
-    """
+    """The fields of a table, with the defaults of a task or, if it is `None`, of all tasks."""
     for name, field in flat_fields(fields):
         yield Row(name, _kind(field), _default(name, field, task), str(field.rule), field.text)
 

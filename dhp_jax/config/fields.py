@@ -245,11 +245,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def fields_of(task: str) -> Fields:
-    """The fields of a task's configurations, in groups.
-
-    Args:
-      task: one of `TASK_FIELDS`.
-    """
+    """The fields of a task's configurations, in groups."""
     own = TASK_FIELDS[task]
     name = Field(task, one_of(*TASK_FIELDS), "what the network is for")
     return {**FIELDS, "task": {"name": name, **own["task"]}, "data": own["data"]}
@@ -267,8 +263,7 @@ def flat_fields(fields: Fields, prefix: str = "") -> Iterator[tuple[str, Field]]
 def absent_values(task: Any) -> dict[str, Any]:
     """What a stored configuration means that lacks fields, for it is older: values by full name.
 
-    Args:
-      task: its task; of one that is none, nothing is known.
+    Of a task that is none, nothing is known.
     """
     if not isinstance(task, str) or task not in TASK_FIELDS:
         return {}

@@ -12,20 +12,13 @@ EXAMPLE = "experiments/configs/digits_resnet20.py"
 
 
 def find_config(given: str) -> str:
-    """The path of a configuration: the given one, or that of a name which the library knows.
-
-    Args:
-      given: such as "experiments/configs/resnet20.py", or "resnet20".
-    """
+    """The path of a configuration: the given one, or that of a name such as "resnet20"."""
     shipped = SHIPPED / f"{given}.py"
     return str(shipped) if not Path(given).exists() and shipped.is_file() else given
 
 
 def read_config(given: str | None) -> ConfigDict:
-    """The configuration of a file.
-
-    Args:
-      given: what the command line gave as its path or name; `None` if nothing.
+    """The configuration of a file, whose path or name the command line gave; `None` if nothing.
 
     Raises:
       ValueError: there is no such file, it raises something, or it gives something else.

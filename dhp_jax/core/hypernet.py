@@ -35,9 +35,7 @@ class HypernetArrays(NamedTuple):
 class KernelGenerator(nnx.Module):
     """Base of what makes a kernel of its two axes; its attributes are the hypernetwork's arrays.
 
-    Attributes:
-      kernel_size: of the other axes of the kernel.
-      param_dtype: of the kernel.
+    `kernel_size` is that of the other axes of the kernel, and `param_dtype` the kernel's dtype.
     """
 
     kernel_size: tuple[int, ...]
@@ -207,12 +205,6 @@ def hyper_kernels(inputs: list[HyperInputs]) -> list[Float[Array, "*k in out"]]:
     The numbers are those of `hyper_kernel`, up to rounding. A GPU starts a fraction of the
     programs, which counts where arrays are small; embeddings and their gradients are in memory for
     a while.
-
-    Args:
-      inputs: latent vectors of input and output channels, and arrays, of each hypernetwork.
-
-    Returns:
-      A kernel of each.
     """
     return list(jnp.unstack(jax.vmap(_kernel)(*_stack(inputs))))
 
@@ -260,19 +252,10 @@ def init_hypernet(
     size_out: int,
     m: int = EMBEDDING,
 ) -> HypernetArrays:
-    """Initial arrays of a hypernetwork.
+    """Initial arrays of a hypernetwork in float32, of `size_in` channels per group.
 
     `w1 ~ U(-sqrt 3, sqrt 3)`, `w2 ~ U(-a, a)` with `a = sqrt(3 / (m c k^2))`, and biases zero. With
     latents from N(0, 1) the generated kernel then has variance `1 / (c k^2)`.
-
-    Args:
-      key: random key.
-      kernel_size: spatial shape of the kernel.
-      size_in, size_out: channels of the two axes (`size_in` per group).
-      m: embedding size.
-
-    Returns:
-      The arrays, float32.
     """
     pair = (size_in, size_out)
     taps = math.prod(kernel_size)

@@ -249,11 +249,7 @@ def latents(model: nnx.Module) -> dict[str, Latent]:
 
 
 def latents_to_prune(model: nnx.Module) -> dict[str, Latent]:
-    """The latents of a network, of which there must be some.
-
-    Raises:
-      ValueError: it has none, as one that was pruned before.
-    """
+    """The latents of a network, of which there must be some."""
     if not isinstance(model, nnx.Module):
         raise ValueError(f"model: expected a network with latents, got {shown(model)}")
     found = latents(model)

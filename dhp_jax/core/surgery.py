@@ -16,14 +16,7 @@ from dhp_jax.core.survivors import Masks
 
 
 def prune(model: Model, keep: Masks | None = None) -> Model:
-    """Makes the smaller network; nothing of hand-written latents is proved.
-
-    Args:
-      model, keep: as for `dhp.prune`.
-
-    Raises:
-      ValueError: as `dhp.prune`, without `input_shape`.
-    """
+    """Makes the smaller network, as `dhp.prune` does; nothing of hand-written latents is proved."""
     if keep is None:
         keep = {name: np.ones(z.size, bool) for name, z in latents(model).items()}
     check_masks(model, keep)

@@ -82,10 +82,9 @@ def survivor_counts(model: nnx.Module, threshold: float) -> dict[str, Array]:
 def latent_history(model: nnx.Module, threshold: float) -> dict[str, Array]:
     """Survivor counts and magnitudes of the latents, as a search records them; usable in jit.
 
-    Returns:
-      `survivors`, how many entries of each prunable latent survive the threshold, in the order of
-      `dhp.latents`; and `magnitudes`, the 0th, 10th, ... 100th percentile of all their magnitudes.
-      Nothing for a network without prunable latents.
+    `survivors` is how many entries of each prunable latent survive the threshold, in the order of
+    `dhp.latents`; `magnitudes` is the 0th, 10th, ... 100th percentile of all their magnitudes.
+    Nothing for a network without prunable latents.
     """
     prunable = [z for z in latents(model).values() if z.prunable]
     if not prunable:

@@ -71,10 +71,8 @@ def cut_out(
 ) -> Float[Array, "n h w c"]:
     """Sets a square of each image to zero; each image draws its own.
 
-    Args:
-      key: a JAX random key.
-      images: normalised, so that zero is the mean colour.
-      side: of the square, in pixels. Its centre is any pixel, and it may lie partly outside.
+    Its centre is any pixel, and it may lie partly outside. Images are normalised, so that zero is
+    the mean colour; `side` is in pixels.
 
     Reference: DeVries and Taylor, Cutout (arXiv 1708.04552), section 3.
     """
@@ -94,12 +92,8 @@ def blend(
     """Blends each image with another of the batch: mixup.
 
     The other of image `i` is image `n - 1 - i`; the order of a batch is random. One share for the
-    batch is drawn from the Beta distribution with both parameters `alpha`.
-
-    Args:
-      key: a JAX random key.
-      images: of a batch.
-      alpha: near 0 images are hardly blended, 1 draws the share uniformly.
+    batch is drawn from the Beta distribution with both parameters `alpha`: near 0 images are hardly
+    blended, 1 draws it uniformly.
 
     Returns:
       `share * images + (1 - share) * others`, and the share of each, which is the same.

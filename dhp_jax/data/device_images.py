@@ -18,10 +18,6 @@ class Rows:
     A TPU lays out arrays with few channels so that images lie interleaved, and a program that takes
     some of them copies all first. Rows lie one after the other everywhere.
 
-    Attributes:
-      pixels: of all images.
-      image_shape: of one of them.
-
     Example:
       >>> Rows.of(np.zeros((5, 4, 4, 3), np.uint8))[np.array([0, 3])].shape
       (2, 4, 4, 3)

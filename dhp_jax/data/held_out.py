@@ -14,14 +14,7 @@ def hold_out(
     """Numbers of the examples to train on, and of those to validate on, each in order.
 
     They are drawn without the seed of a run, so that runs compare. A larger share holds out what a
-    smaller one does, and more.
-
-    Args:
-      count: how many examples there are.
-      share: of them to hold out, rounded to one at least; 0 holds out none.
-
-    Raises:
-      FieldError: nothing would be left to train on.
+    smaller one does, and more. At least one is held out, unless the share is 0.
 
     Example:
       >>> train, validation = hold_out(10, 0.2)

@@ -23,14 +23,10 @@ from dhp_jax.errors import DataNotFoundError
 
 
 def epoch_order(seed: Sequence[int], epoch: int, examples: int) -> Int[np.ndarray, " examples"]:
-    """The order of the examples in an epoch.
+    """The order of the examples in an epoch, counted from 1.
 
-    NumPy draws it, so that a process that only reads images need not start JAX.
-
-    Args:
-      seed: numbers from 0 to 2^32 - 1.
-      epoch: its number, from 1.
-      examples: how many there are.
+    NumPy draws it, so that a process that only reads images need not start JAX. The seed is of
+    numbers from 0 to 2^32 - 1.
 
     Example:
       >>> sorted(epoch_order((0,), 1, 5))

@@ -30,8 +30,7 @@ def axis_sizes(data: int, model: int, devices: int, processes: int = 1) -> tuple
     """How many devices each axis of the mesh has.
 
     Args:
-      data: `config.mesh.data`; -1 for all devices that `model` leaves.
-      model: `config.mesh.model`.
+      data, model: `config.mesh.data`, -1 for all devices that `model` leaves, and `.model`.
       devices: how many there are.
       processes: among which they are divided. Several of them use all devices.
 
@@ -63,10 +62,7 @@ def axis_sizes(data: int, model: int, devices: int, processes: int = 1) -> tuple
 def check_batch(batch_size: int, data: int, processes: int = 1) -> None:
     """Raises a `ConfigError` unless a batch can be divided among the devices along `data`.
 
-    Args:
-      batch_size: `config.batch_size`.
-      data: how many devices there are along `data`.
-      processes: among which they are divided. Several of them cannot leave any out.
+    Several processes cannot leave any of them out.
     """
     if batch_size % data:
         below = batch_size - batch_size % data
@@ -92,12 +88,8 @@ def make_mesh(
 ) -> Mesh | None:
     """Makes the mesh of the devices of all processes; `None` if it would have one device.
 
-    Args:
-      data, model: see `axis_sizes`.
-      devices: those of all processes if not given.
-
     Raises:
-      ConfigError: the devices at hand cannot be arranged so.
+      ConfigError: the devices at hand cannot be arranged so; see `axis_sizes`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(data, model, len(devices), jax.process_count())
@@ -137,14 +129,8 @@ def gather_kernels(mesh: Mesh | None, model: nnx.Module) -> nnx.Module:
     """Has every device use whole kernels where hypernetworks are divided; in place.
 
     Otherwise the compiler divides the channels of activations like the kernels. It then sends
-    activations between devices, which are many times larger.
-
-    Args:
-      mesh: of devices.
-      model: merged within a jitted function.
-
-    Returns:
-      The same object.
+    activations between devices, which are many times larger. The model, merged within a jitted
+    function, is returned.
     """
     if mesh is not None and mesh.shape[MODEL] > 1:
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -176,14 +162,10 @@ def local_rows(mesh: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:
 
 
 def put_batch(mesh: Mesh | None, batch: PyTree, batch_size: int) -> PyTree:
-    """Copies a batch from the host to the devices of this process.
+    """Copies a batch from the host, the examples `local_rows`, to the devices of this process.
 
     It is copied even where the device is the host, so that shared memory can be used again.
-
-    Args:
-      mesh: of devices.
-      batch: NumPy arrays of the examples `local_rows`.
-      batch_size: examples in the batch of all processes.
+    `batch_size` counts the examples of all processes.
     """
     if mesh is None:
         return jax.tree.map(lambda array: jax.device_put(array, may_alias=False), batch)

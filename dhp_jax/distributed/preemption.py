@@ -32,16 +32,10 @@ def exit_at_once() -> Iterator[None]:
 def watch_for_stop(grace: float) -> Iterator[Callable[[], bool]]:
     """While the block runs, SIGTERM and Ctrl-C are noted and do not end the process.
 
-    The block calls the function that it is given, and ends when that returns true. If it has not
-    ended `grace` seconds after the signal, as within a long compilation, the process ends with
-    `EXIT_CODE`. Ctrl-C given twice raises `KeyboardInterrupt`. Python takes signals in the main
-    thread only. In another thread the function always returns false.
-
-    Args:
-      grace: in seconds.
-
-    Returns:
-      A function that tells whether such a signal has come.
+    The block is given a function that tells whether such a signal has come, and ends when it has.
+    If it has not ended `grace` seconds after the signal, as within a long compilation, the process
+    ends with `EXIT_CODE`. Ctrl-C given twice raises `KeyboardInterrupt`. Python takes signals in
+    the main thread only. In another thread the function always returns false.
     """
     asked, ended = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():

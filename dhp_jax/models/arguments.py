@@ -89,15 +89,12 @@ CHECKS: Mapping[str, Callable[[str, Any], None]] = {  # of arguments that severa
 
 
 def check_arguments(arguments: Mapping[str, Any], *, widest: int) -> None:
-    """Checks the arguments that a family has in common with others.
+    """Checks the arguments that a family has in common with others; names the first wrong one.
 
     Args:
       arguments: `locals()` of the family's constructor: its arguments by name. Those in `CHECKS`
         are checked, and `width`.
       widest: channels of the widest layer at width 1.
-
-    Raises:
-      ValueError: it names the first argument that makes no network.
     """
     for argument, check in CHECKS.items():
         if argument in arguments:

@@ -31,14 +31,8 @@ class Family(nnx.Module):
 class ConvNorm(nnx.Module):
     """A convolution without bias, padded by half its kernel, then BatchNorm.
 
-    Args:
-      z_in, z_out: axes of its input and output.
-      kernel: its size, the same in both directions.
-      strides: its stride.
-      groups: its number of groups; `z_in.size` for a depthwise convolution.
-      dtype: of the computation.
-      rngs: the `params` stream draws the initial values.
-      **options: of the convolution.
+    `kernel` is its size, the same in both directions; of a depthwise one, `groups` is `z_in.size`.
+    Other options are the convolution's.
     """
 
     def __init__(

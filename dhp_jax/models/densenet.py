@@ -26,12 +26,7 @@ STEM_GROWTHS = 2  # width of the stem, in units of the growth
 class NormConv(nnx.Module):
     """BatchNorm and ReLU, then a convolution without bias, padded by half its kernel.
 
-    Args:
-      z_in, z_out: axes of its input and output; BatchNorm is pruned with the input.
-      kernel: its size, the same in both directions.
-      dtype: of the computation.
-      rngs: the `params` stream draws the initial values.
-      **options: of the convolution.
+    BatchNorm is pruned with the input. `kernel` is the size, the same in both directions.
     """
 
     def __init__(

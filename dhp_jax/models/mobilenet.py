@@ -54,9 +54,8 @@ class InvertedResidual(nnx.Module):
     """The block of MobileNetV2: expansion, depthwise convolution, projection without ReLU.
 
     Args:
-      z_in: axis of the input.
+      z_in, z_out: axes of input and output; the input is added where they are one and `stride` 1.
       hidden: axis of the depthwise convolution; `z_in` itself for a block without expansion.
-      z_out: axis of the output; the input is added where this is `z_in` and `stride` 1.
       stride: of the depthwise convolution.
       relu6: whether ReLU6 takes the place of ReLU.
       **options: `embedding`, `dtype` and `rngs`.

@@ -19,12 +19,7 @@ def is_own(name: Any) -> bool:
 def imported(name: str, argument: str = "build") -> Callable[..., nnx.Module]:
     """The function that "module:function" names; modules are looked for in this folder too.
 
-    Args:
-      name: given by the user, never one that a file holds.
-      argument: what an error calls it.
-
-    Raises:
-      ArgumentError: there is no such module or function.
+    The name is given by the user, never one that a file holds; an error calls it `argument`.
     """
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:

@@ -77,9 +77,6 @@ def add_own(name: str, argument: str = "build") -> None:
     Args:
       name: "module:function", given by the user, never one that a file holds.
       argument: what an error calls it.
-
-    Raises:
-      ArgumentError: there is no such function, or it takes no `rngs`.
     """
     OWN[name] = imported(name, argument)
     if not taken_by(name, ["rngs"]):

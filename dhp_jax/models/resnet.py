@@ -35,9 +35,9 @@ class Block(nnx.Module):
     """A residual block: convolutions through hidden axes, added to the input or its projection.
 
     Args:
-      z_in: axis of the input.
+      z_in, z_out: axes of input and output; the input is added as it is where they are one and
+        `stride` 1.
       hidden: axes between the convolutions.
-      z_out: axis of the output; the input is added as it is where this is `z_in` and `stride` 1.
       kernels: kernel size of each convolution; the stride goes to the first of size 3.
       groups: of the convolutions of size 3.
       **options: of the convolutions with their BatchNorm.

@@ -15,14 +15,10 @@ class Upsampler(nnx.Module):
     """Convolutions to `r * r` times the channels, each followed by a pixel shuffle by `r`.
 
     Args:
-      z_in: axis of the input.
-      z_out: axis of the output; `z_in` itself to prune the up-sampler with the body.
+      z_in, z_out: axes of input and output; one and the same to prune the up-sampler with the body.
       scale: 2, 3, or 4.
       activation: applied after each stage, if any.
       **options: of the convolutions.
-
-    Raises:
-      ValueError: another scale.
     """
 
     def __init__(

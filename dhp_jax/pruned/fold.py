@@ -95,10 +95,10 @@ def fold_for_batch(model: Model, shape: tuple[Any, ...]) -> Model:
 
 
 def remove_folded_layers(model: nnx.Module, chains: Chains) -> nnx.Module:
-    """Removes layers that are folded into others; the kernels keep their values.
+    """Removes layers that are folded into others, in place; the kernels keep their values.
 
     Args:
-      model: changed in place; may be abstract.
+      model: may be abstract.
       chains: paths of layers, each a linear one and those that are folded into it.
 
     Raises:

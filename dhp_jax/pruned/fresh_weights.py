@@ -38,16 +38,10 @@ def reinitialize(model: nnx.Module, *, gain: float | None = None, rngs: nnx.Rngs
 
 
 def carry_kernels(model: nnx.Module, fresh: nnx.Module) -> None:
-    """Copies the arrays of an ordinary network into a network of latents, kernels bit for bit.
+    """Copies the arrays of an ordinary network into its network of latents, kernels bit for bit.
 
     The hypernetworks generate them whatever the latents are: only their last biases are not zero.
-
-    Args:
-      model: an ordinary network, left as it was.
-      fresh: the same network of latents; changed in place.
-
-    Raises:
-      ValueError: the arrays of `model` are not those of `fresh`.
+    `fresh` is changed in place.
     """
     for _, _, layer in walk(fresh):
         if isinstance(layer, Hyper):

@@ -99,14 +99,10 @@ def _gates_of(model: nnx.Module) -> dict[str, list[int]]:
 def ungate(net: nnx.Module, model: nnx.Module) -> nnx.Module:
     """The network of latents with the kernels of one with gates, and the gates for latents.
 
-    Args:
-      net: from `with_gates`; left as it was.
-      model: the network of latents that it was made of, or a fresh one; left as it was.
-
-    Returns:
-      A network that computes what `net` does, and whose entries survive by their gates. It can be
-      saved and loaded. Its latents do not act on its kernels; where those were found by tracing
-      and an array has one number a weight, those that are 0 do.
+    `model` is the network of latents that `net` was made of, or a fresh one; both are left as they
+    were. The result computes what `net` does, and its entries survive by their gates. It can be
+    saved and loaded. Its latents do not act on its kernels; where those were found by tracing and
+    an array has one number a weight, those that are 0 do.
     """
     gates = latents(net)
     if is_traced(net):

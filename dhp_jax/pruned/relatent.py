@@ -113,11 +113,9 @@ def with_latents(
 
 
 def narrow(model: nnx.Module, survivors: Mapping[str, tuple[int, ...]]) -> nnx.Module:
-    """Removes entries of latents; the network still has latents and computes what `prune` leaves.
+    """Removes all entries of latents but survivors; computes what `prune` leaves, on latents still.
 
-    Args:
-      model: left as it was; may be abstract.
-      survivors: indices kept of each latent, all of them.
+    The model is left as it was, and may be abstract.
     """
     model = nnx.clone(model)
     masks: dict[Latent, np.ndarray] = {}

@@ -137,12 +137,9 @@ class Classification:
 def distillation_loss(
     outputs: Float[Array, "n classes"], taught: Float[Array, "n classes"], temperature: float
 ) -> Float[Array, " n"]:
-    """`T^2 KL(softmax(taught / T) | softmax(outputs / T))` of each example.
+    """`T^2 KL(softmax(taught / T) | softmax(outputs / T))` of each example, of logits.
 
-    Args:
-      outputs: logits of the network that learns.
-      taught: logits of the network that it learns from.
-      temperature: `T`; the larger, the more the unlikely classes count.
+    The larger `T`, the temperature, the more the unlikely classes count.
 
     Reference: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network (arXiv
     1503.02531), section 2.

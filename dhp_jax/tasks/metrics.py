@@ -32,15 +32,14 @@ def compare(
     shave: int = 0,
     on_luminance: bool = False,
 ) -> dict[str, float]:
-    """PSNR in dB and SSIM of an image of 0 .. 255.
+    """PSNR in dB, 100 at most, and SSIM of an image of 0 .. 255.
+
+    SSIM has Gaussian windows of 11 pixels, and is averaged over channels.
 
     Args:
       output, target: the two images.
       shave: pixels left out along each border.
       on_luminance: whether the Y channel alone is compared.
-
-    Returns:
-      `psnr`, 100 at most, and `ssim`, with Gaussian windows of 11 pixels, averaged over channels.
 
     Raises:
       ValueError: images of unlike shapes, or smaller than a window.

@@ -122,16 +122,14 @@ class Checkpoints:
             ) from error
 
     def newest(self, like: Callable[[dict[str, Any]], PyTree]) -> tuple[PyTree, dict] | None:
-        """Reads the newest checkpoint that is not damaged.
+        """Reads the newest checkpoint that is not damaged: a state of NumPy arrays, and its notes.
 
         A damaged one is set aside, under a name that ends with `.damaged`, with a warning.
-        Checkpoints of another source are removed: what they would go on from is gone.
+        Checkpoints of another source are removed: what they would go on from is gone. Where there
+        is none of this source, it returns `None`.
 
         Args:
           like: from notes to a state of the shapes, dtypes and structure that are expected.
-
-        Returns:
-          A state of NumPy arrays and its notes; `None` if there is no checkpoint of this source.
 
         Raises:
           CheckpointError: a checkpoint cannot be read at this moment, or all are damaged.
@@ -196,11 +194,7 @@ class Checkpoints:
         self._cost, self._started = self._rested - self._started, None
 
     def close(self) -> None:
-        """Waits until all is on disk, and ends Orbax's threads.
-
-        Raises:
-          CheckpointError: the last checkpoint cannot be written.
-        """
+        """Waits until all is on disk, or raises a `CheckpointError`, and ends Orbax's threads."""
         if self._manager is None:
             return
         try:

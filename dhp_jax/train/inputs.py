@@ -30,14 +30,9 @@ def make_inputs(
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> "Resident | Streamed":
-    """The batches of a phase.
+    """The batches of a phase, `examples` of which make an epoch.
 
-    Args:
-      data: what a task reads its examples from.
-      key: random key of the phase: the order of examples and every step's key follow from it.
-      examples: how many make an epoch.
-      batch_size: examples in a step.
-      mesh: of devices.
+    The order of examples and every step's key follow from the phase's `key`.
     """
     order_key, step_key = jax.random.split(key)
     seed = np.ravel(jax.random.key_data(order_key)).tolist()
@@ -61,12 +56,9 @@ class Resident:
         self.checksum = _checksum(data)
 
     def feed(self, step: Step, task: Task, *, stops: bool) -> Step:
-        """The step that takes a state and what `take` returns.
+        """The step of `make_step` as one that takes a state and what `take` returns.
 
-        Args:
-          step: of `make_step`.
-          task: how examples are taken from the data.
-          stops: whether calls after the one that meets the budget change nothing.
+        With `stops`, calls after the one that meets the budget change nothing.
         """
         step = on_resident_data(step, task, self.batch_size, self.mesh)
         if self.steps_per_call > 1:

@@ -147,11 +147,7 @@ def advance(
 ) -> Run:
     """Calls the compiled step once, and waits for calls before the last few.
 
-    Args:
-      plan, run: of the phase.
-      step: takes one step or, where that is faster, several.
-      inputs: of the phase.
-      until: the number of the last step that may be taken.
+    It takes one step or, where that is faster, several, up to the step `until`.
     """
     first = run.progress.steps
     last = min(first + inputs.steps_per_call, until)

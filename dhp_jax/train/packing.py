@@ -40,14 +40,12 @@ def pack(state: PyTree) -> tuple[np.ndarray, dict[str, list]]:
 
 
 def unpack(packed: np.ndarray, layout: Mapping[str, list], like: PyTree) -> PyTree:
-    """Takes the arrays that were packed apart again.
+    """Takes the arrays that were packed apart again: a tree of NumPy arrays.
 
     Args:
       packed, layout: from `pack`.
-      like: a tree of the structure, shapes and dtypes that are expected.
-
-    Returns:
-      The tree, of NumPy arrays; of random keys where `like` has random keys.
+      like: a tree of the structure, shapes and dtypes that are expected; its random keys become
+        random keys.
 
     Raises:
       UnlikeError: the arrays are others than those of `like`.

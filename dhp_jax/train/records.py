@@ -49,9 +49,6 @@ def measure(plan: Plan, run: Run) -> tuple[Run, dict[str, Any]]:
     Returns:
       The run, and for a record: epoch, loss, the task's metric, learning rate, speed, batches that
       were left out, and for a phase with a budget the cost of what would survive.
-
-    Raises:
-      NonFiniteError: a loss or a latent is not finite, or no batch could be used.
     """
     check_finite(plan, run)
     state, progress = state_of(plan, run), run.progress
@@ -124,11 +121,7 @@ def check_finite(plan: Plan, run: Run) -> None:
 def not_finite(plan: Plan, what: str, step: int, *, tested: bool = False) -> NonFiniteError:
     """The error that ends training. It names the checkpoint from which one may go on.
 
-    Args:
-      plan: of the phase.
-      what: is not finite, in words.
-      step: its number.
-      tested: whether a test found it.
+    `tested` tells whether a test found what is not finite.
     """
     checkpoints = plan.hooks.checkpoints
     saved = checkpoints.steps() if checkpoints and is_first() else []

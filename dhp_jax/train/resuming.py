@@ -44,9 +44,7 @@ def restore(plan: Plan, run: Run) -> Run:
 def save(plan: Plan, run: Run, *, wait: bool = False) -> None:
     """Saves a run of which no call is in flight, if there are checkpoints.
 
-    Args:
-      plan, run: of the phase.
-      wait: whether to return only when all is on disk.
+    With `wait` it returns only when all is on disk.
 
     Raises:
       NonFiniteError: the state is not finite; nothing is saved.

@@ -95,10 +95,10 @@ def start(
     averaged: bool = False,
     teacher: nnx.State | None = None,
 ) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
-    """Splits a model into its structure and the state before the first step.
+    """Splits a model, left as it was, into its structure and the state before the first step.
 
     Args:
-      model: a network; left as it was.
+      model: a network.
       make_optimizer: from `(latent vectors, other parameters)` to the optimizer.
       averaged: whether the state has an average of the weights.
       teacher: arrays of the network that this one learns from.

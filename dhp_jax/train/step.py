@@ -42,7 +42,8 @@ def make_step(
 ) -> Step:
     """One training step `(state, examples, key) -> state`, to be used in a jitted function.
 
-    The step augments its examples, updates the parameters, and counts what it has done.
+    The step augments its examples, updates the parameters, and counts what it has done. Its key is
+    of that step alone.
 
     Args:
       graphdef, optimizer: from `start`.
@@ -54,9 +55,6 @@ def make_step(
       average: decay of the moving average of the weights, if the state has one.
       teacher: what the network learns from besides its targets; its arrays are in the state.
       mesh: of devices.
-
-    Returns:
-      The step. Its key is of that step alone.
     """
 
     taught_by = teacher and _evaluated(teacher.model)
@@ -107,11 +105,8 @@ def make_step(
 def dropout_from(key: Key[Array, ""], model: nnx.Module) -> Iterator[None]:
     """Within the block, dropout that has no random numbers of its own draws them from a key.
 
-    The key is of one step, so a network has no random state that must be saved with it.
-
-    Args:
-      key: each layer folds its number in it, in the order of `walk`.
-      model: any network; it is the same after the block.
+    The key is of one step, so a network has no random state that must be saved with it. Each layer
+    folds its number in it, in the order of `walk`. The model is the same after the block.
     """
     layers = [m for _, _, m in walk(model) if isinstance(m, nnx.Dropout) and m.rngs is None]
     for number, layer in enumerate(layers):
@@ -155,13 +150,9 @@ def stop_at_budget(step: Step) -> Step:
 
 
 def many(step: Step) -> Step:
-    """Many steps in one loop on the device, which ends when the budget is met.
+    """Many steps of `on_resident_data` in one loop on the device, which ends at the budget.
 
-    Args:
-      step: of `on_resident_data`.
-
-    Returns:
-      `(state, data, order, position, count, key) -> state`, which takes up to `count` steps.
+    It is `(state, data, order, position, count, key) -> state`, and takes up to `count` steps.
     """
 
     def steps(state: TrainState, data: Data, order, position, count, key) -> TrainState:
@@ -187,10 +178,6 @@ def compile_step(step: Step, structure: PyTreeDef) -> CompiledStep:
 
     The state is a list of arrays because JAX takes a list apart in a fraction of the time. The
     arrays are donated.
-
-    Args:
-      step: from a state and inputs to the next state.
-      structure: of the state.
     """
 
     def on_arrays(arrays: list[Array], *inputs: Any) -> tuple[list[Array], StepDone]:
