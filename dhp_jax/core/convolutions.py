@@ -13,10 +13,11 @@ import numpy as np
 from dhp_jax.core.hypernet import EMBEDDING, KernelGenerator, init_hypernet
 from dhp_jax.core.latent import Axis, Latent, check_axis, in_one_line
 from dhp_jax.core.plain import (
-    NO_RNGS,
     Keep,
+    Layer,
     check_channels,
     initializer_of,
+    make_like,
     select_entries,
     slice_axis,
 )
@@ -73,23 +74,19 @@ class Hyper(KernelGenerator):
     def kernel_axes(self) -> tuple[Axis, Axis]:
         return self.kernel_axis(), self.z_out
 
-    def _plain_arguments(self, keep: Keep | None) -> dict[str, Any]:
-        """Arguments that make the plain layer of the channels in `keep`."""
+    def _plain(self, kind: type[Layer], keep: Keep | None, **sizes: int) -> Layer:
+        """The layer of a kind with the generated kernel of the channels in `keep`."""
         kept_out = self.z_out.keep(keep)
         kernel = slice_axis(self.kernel(), self.kernel_axis().keep(keep), -2)
-        return {
-            "in_features": int(self.z_in.keep(keep).sum()),
-            "out_features": int(kept_out.sum()),
-            "use_bias": self.use_bias,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "precision": self.precision,
-            "promote_dtype": self.promote_dtype,
-            "preferred_element_type": self.preferred_element_type,
-            "kernel_init": initializer_of(slice_axis(kernel, kept_out, -1)),
-            "bias_init": initializer_of(select_entries(self.bias, kept_out)),
-            "rngs": NO_RNGS,
-        }
+        return make_like(
+            kind,
+            self,
+            in_features=int(self.z_in.keep(keep).sum()),
+            out_features=int(kept_out.sum()),
+            kernel_init=initializer_of(slice_axis(kernel, kept_out, -1)),
+            bias_init=initializer_of(select_entries(self.bias, kept_out)),
+            **sizes,
+        )
 
     def plain(self, keep: Keep | None = None) -> nnx.Module:
         raise NotImplementedError
@@ -185,16 +182,7 @@ class HyperConv(Hyper):
         groups = self.feature_group_count
         if groups != 1:  # those left; `_check_groups` has seen to it that they are whole
             groups = int(self.z_in.keep(keep).sum()) // self.z_group.size
-        return nnx.Conv(
-            **self._plain_arguments(keep),
-            kernel_size=self.kernel_size,
-            strides=self.strides,
-            padding=self.padding,
-            input_dilation=self.input_dilation,
-            kernel_dilation=self.kernel_dilation,
-            feature_group_count=groups,
-            conv_general_dilated=self.conv_general_dilated,
-        )
+        return self._plain(nnx.Conv, keep, feature_group_count=groups)
 
 
 class HyperConvTranspose(Hyper):
@@ -259,13 +247,7 @@ class HyperConvTranspose(Hyper):
 
     def plain(self, keep: Keep | None = None) -> nnx.ConvTranspose:
         """The `nnx.ConvTranspose` with the generated kernel of the channels in `keep`."""
-        return nnx.ConvTranspose(
-            **self._plain_arguments(keep),
-            kernel_size=self.kernel_size,
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
-        )
+        return self._plain(nnx.ConvTranspose, keep)
 
 
 class HyperLinear(Hyper):
@@ -324,7 +306,7 @@ class HyperLinear(Hyper):
 
     def plain(self, keep: Keep | None = None) -> nnx.Linear:
         """The `nnx.Linear` with the generated kernel of the features in `keep`."""
-        return nnx.Linear(**self._plain_arguments(keep), dot_general=self.dot_general)
+        return self._plain(nnx.Linear, keep)
 
 
 def _check_groups(groups: int, z_in: Axis, z_out: Axis) -> None:

@@ -6,7 +6,6 @@ restricted to surviving channels.
 """
 
 from collections.abc import Callable, Iterator
-import inspect
 from typing import Any
 
 from flax import nnx
@@ -19,8 +18,10 @@ from dhp_jax.core.latent import Axis, check_axis, in_one_line
 from dhp_jax.core.plain import (
     NO_RNGS,
     Keep,
+    Layer,
     check_channels,
     initializer_of,
+    make_like,
     select_entries,
     slice_axis,
 )
@@ -117,17 +118,12 @@ class Norm(nnx.Module):
         groups = {"num_groups": self.num_groups} if hasattr(self, "num_groups") else {}
         return in_one_line(self, self.z, **groups)
 
-    def _plain(self, kind: type, keep: Keep | None, **sizes: Any) -> Any:
+    def _plain(self, kind: type[Layer], keep: Keep | None, **sizes: Any) -> Layer:
         """The layer of a kind with this one's options, and the arrays of the channels in `keep`."""
         kept = self.z.keep(keep)
-        given, own = {"num_features": int(kept.sum()), "rngs": NO_RNGS, **sizes}, vars(self)
-        for name in inspect.signature(kind.__init__).parameters:
-            if name in ("scale_init", "bias_init"):
-                array = getattr(self, name.removesuffix("_init"))
-                given[name] = initializer_of(select_entries(array, kept))
-            elif name in own and name not in given:
-                given[name] = own[name]
-        return kind(**given)
+        for name in {"scale", "bias"} & vars(self).keys():
+            sizes[f"{name}_init"] = initializer_of(select_entries(getattr(self, name), kept))
+        return make_like(kind, self, num_features=int(kept.sum()), **sizes)
 
     def __call__(self, x: Float[Array, "*batch c"], *args: Any, **kwargs: Any):
         check_channels(self, x, self.z, getattr(self, "axis", -1))
@@ -277,19 +273,12 @@ class Linear(nnx.Linear):
     def plain(self, keep: Keep | None = None) -> nnx.Linear:
         """The `nnx.Linear` with the rows of the features in `keep`."""
         kept = self.z_in.keep(keep)
-        return nnx.Linear(
-            int(kept.sum()),
-            self.out_features,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
+        return make_like(
+            nnx.Linear,
+            self,
+            in_features=int(kept.sum()),
             kernel_init=initializer_of(select_entries(self.kernel, kept)),
             bias_init=initializer_of(None if self.bias is None else self.bias[...]),
-            dot_general=self.dot_general,
-            promote_dtype=self.promote_dtype,
-            preferred_element_type=self.preferred_element_type,
-            rngs=NO_RNGS,
         )
 
     def __call__(self, x: Float[Array, "*batch in"], *args: Any, **kwargs: Any):

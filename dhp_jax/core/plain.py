@@ -1,6 +1,7 @@
 """Helpers that turn a layer on latents into a plain layer of the surviving channels."""
 
 from collections.abc import Callable, Mapping
+import inspect
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -13,6 +14,7 @@ from dhp_jax.core.latent import Axis, Latent
 
 Keep = Mapping[Latent, np.ndarray]
 Model = TypeVar("Model", bound=nnx.Module)  # what is given back as a network of its own class
+Layer = TypeVar("Layer", bound=nnx.Module)
 NO_RNGS: Any = SimpleNamespace(params=lambda: None)  # for layers whose initial values are given
 
 
@@ -44,6 +46,13 @@ def slice_axis(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
         return jnp.take(array, np.flatnonzero(mask), axis)
     # On the host: each of the many different shapes would otherwise be compiled for.
     return jnp.asarray(np.compress(mask, np.asarray(array), axis))
+
+
+def make_like(kind: type[Layer], layer: nnx.Module, **given: Any) -> Layer:
+    """A layer of a kind with the options that another one keeps as attributes, and those given."""
+    taken = inspect.signature(kind.__init__).parameters
+    kept = {name: value for name, value in vars(layer).items() if name in taken}
+    return kind(**{**kept, **given, "rngs": NO_RNGS})
 
 
 def initializer_of(array: Any) -> Callable[..., Any]:
