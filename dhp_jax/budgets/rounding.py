@@ -15,7 +15,6 @@ from dhp_jax.errors import ArgumentError
 
 AUTO = "auto"
 
-
 # By platform and dtype the best of benchmarks/results/widths.json; others have not been measured.
 MEASURED: Mapping[tuple[str, str], int] = MappingProxyType(
     {("cpu", "float32"): 8, ("cpu", "bfloat16"): 8}

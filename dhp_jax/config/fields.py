@@ -36,12 +36,8 @@ from dhp_jax.models.arguments import MAX_CHANNELS
 from dhp_jax.train import optimizer, schedules
 
 DTYPES = ("float32", "bfloat16")
-
 PRECISIONS = ("default", "high", "highest")
-
 MAX_EXAMPLES = 2**28  # of an epoch; their order takes 4 bytes each
-
-
 _BUDGET = or_none(SHARE, "for no such budget")
 
 
@@ -219,7 +215,6 @@ _RESTORATION: Mapping[str, Any] = {
     "search.strength": 0.1,
     **{f"{phase}.learning_rate": 1e-4 for phase in ("search", "converge", "baseline")},
 }
-
 
 # The defaults of a task that differ from those of classification.
 RECIPES: Mapping[str, Mapping[str, Any]] = {

@@ -6,8 +6,6 @@ import runpy
 from ml_collections import ConfigDict
 
 SHIPPED = Path(__file__).parents[1] / "configs"  # a link to experiments/configs, files in a wheel
-
-
 EXAMPLE = "experiments/configs/digits_resnet20.py"
 
 

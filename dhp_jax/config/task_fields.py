@@ -10,7 +10,6 @@ from dhp_jax.tasks.restoration import LOSSES
 
 MAX_SIDE = 10_000  # of images, in pixels
 MAX_WORKERS = 1024
-
 _NAMED = one_of(*registry.NAMES)
 _NAMED_OR_OWN = _NAMED._replace(
     possible=lambda value: _NAMED.possible(value) or (isinstance(value, str) and value in OWN)

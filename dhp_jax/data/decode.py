@@ -16,14 +16,8 @@ from dhp_jax.errors import DataNotFoundError
 GRAY = ("1", "L", "LA")
 COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # also upper-case
-
-
 ORIENTATION = 0x0112  # a tag of EXIF
-
-
 TURNED = 5  # from this orientation on, width and height change places
-
-
 ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # of files that are not truncated
 CHUNK = 100  # images that one thread decodes in a row
 

@@ -35,7 +35,6 @@ from dhp_jax.train.progress_bar import ProgressBar
 from dhp_jax.workdir.summary import beside, read_baseline
 
 WEIGHTS = "config.model.weights"
-
 Define = Callable[[Sequence[str]], flags.FlagValues]  # the flags of a command line, not yet parsed
 
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:  # it is slow to import, and commands that draw nothing do wit
 INK, SOFT, EDGE, BEFORE = "#1b2026", "#59636e", "#dde2e8", "#ccd4de"
 COLOURS = ["#1f6fb2", "#d9603b", "#2a9d6f", "#8a5bc4", "#b8860b", "#c2457f", "#4c8ea6", "#6b7280"]
 
-
 # A page has a variable for each colour, with another value in dark mode.
 NAMED = {"ink": INK, "soft": SOFT, "edge": EDGE, "before": BEFORE}
 NAMED |= {f"c{place}": colour for place, colour in enumerate(COLOURS)}

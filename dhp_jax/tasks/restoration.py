@@ -24,7 +24,6 @@ from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
 from dhp_jax.tasks.tiling import restore, tile_for, tiling
 
 PEAK = 255.0
-
 LOSSES = {"l1": jnp.abs, "l2": jnp.square}  # of the error of a pixel
 
 

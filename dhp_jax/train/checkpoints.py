@@ -22,7 +22,6 @@ ARRAYS, NOTES = "arrays", "notes"
 DAMAGED, REMOVED = ".damaged", ".removed"  # endings of folders that are no checkpoints
 WRITING_SHARE = 0.05  # of the time of training, at most, that checkpoints are being written
 
-
 # Words of TensorStore's errors for a file that cannot be read at this moment. Its errors have no
 # attribute that says so.
 TEMPORARY = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "ABORTED", "open files")

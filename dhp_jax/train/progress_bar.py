@@ -23,10 +23,7 @@ SHOWN = {  # the most important first: what does not fit beside a bar is left ou
     "psnr": ("train PSNR", "{:.2f} dB"),
 }
 
-
 FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-
-
 CELLS = 6  # of the bar, at least
 
 

@@ -22,7 +22,6 @@ from dhp_jax.train.phase import Budget, Teacher
 from dhp_jax.train.state import BudgetStatus, Measures, NonFinite, StepDone, TrainState
 
 DROPOUT = 0x64726F70  # tells the key of dropout from those of a step's examples
-
 STEPS_PER_CHECK = 4  # of a loop on the device, between two checks of whether to go on
 Step = Callable[..., TrainState]
 CompiledStep = Callable[..., tuple[list[Array], StepDone]]

@@ -22,7 +22,6 @@ CHECKPOINTS = "checkpoints"  # a folder for each phase
 LEARNT = (f"{CHECKPOINTS}/*/[0-9]*", "search", "best", "model")  # exist once a step was trained
 DATA = "data.json"  # what the data were when the run began
 
-
 # Fields that may have another value when a run is started again in its directory.
 MAY_CHANGE = (
     "log_every",

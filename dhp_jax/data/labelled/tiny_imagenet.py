@@ -18,11 +18,9 @@ from dhp_jax.errors import DataNotFoundError, FieldError
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 SHAPE = (64, 64, 3)
 
-
 # Of red, green and blue in the training images, pixels 0 .. 255.
 MEAN = tuple(255 * mean for mean in (0.4802, 0.4481, 0.3975))
 STD = tuple(255 * std for std in (0.2302, 0.2265, 0.2262))
-
 
 # The files of each split, with the WordNet id that is their class.
 Listing = dict[str, list[tuple[str, str]]]

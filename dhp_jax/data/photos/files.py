@@ -14,7 +14,6 @@ from dhp_jax.errors import DataNotFoundError, FieldError, shown
 NAMES = ("photographs", "photo_folder")
 MARKS = ("HR", "LR")  # of the two images of a pair, in upper or lower case
 
-
 # Files in skimage/data. The stereo pair motorcycle_left, motorcycle_right is not divided.
 SHIPPED = {
     "train": (

@@ -13,7 +13,6 @@ from dhp_jax.errors import FieldError
 
 CELLS_PER_BLOCK = 1024  # so that no index needs more than 32 bits
 
-
 # Patches of low-resolution images, where there are any, and of targets.
 Pairs = tuple[UInt8[Array, "n p p c"] | None, UInt8[Array, "n scale*p scale*p c"]]
 

@@ -23,7 +23,6 @@ from dhp_jax.files import unfinished
 
 logger = logging.getLogger(__name__)
 
-
 # Of a photograph, with its low-resolution image where there is one.
 Pixels = tuple[UInt8[np.ndarray, "h w c"], UInt8[np.ndarray, "h2 w2 c"] | None]
 
