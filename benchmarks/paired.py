@@ -1,10 +1,11 @@
-"""Is a search step as fast, as quickly compiled and as small as that of another commit?
+"""Is a step as fast, as quickly compiled and as small as that of another commit?
 
 Both trees have a process of their own. They compile in turn and take steps in turn, so that other
 load on the machine affects both alike; the ratios of a pair are what counts.
 
     python benchmarks/paired.py --before 5add151    # the commit before modules were moved
     python benchmarks/paired.py --before HEAD --quick
+    python benchmarks/paired.py --before HEAD --flops 0.25     # of pruned networks
 """
 
 import argparse
@@ -24,7 +25,7 @@ from zoo import NETWORKS, QUICK
 from dhp_jax.budgets.timing import quartiles
 
 ROOT = Path(__file__).parents[1]
-NOTE = """One search step, float32. Ratio: this tree to commit {}; medians and quartiles of pairs,
+NOTE = """One {}, float32. Ratio: this tree to commit {}; medians and quartiles of pairs,
 compiled and run in turn. Peak memory is that of the compiled program, by XLA's own analysis."""
 CHILD = """
 import json, sys, time
@@ -32,8 +33,14 @@ import jax
 from programs import peak_bytes
 from zoo import NETWORKS, search_step
 
-network, quick = NETWORKS[sys.argv[1]], sys.argv[2] == "True"
-build = (lambda: network.build(width=0.25)) if quick else network.build
+import dhp_jax as dhp
+
+network, quick, flops = NETWORKS[sys.argv[1]], sys.argv[2] == "True", float(sys.argv[3])
+
+def build():
+    model = network.build(width=0.25) if quick else network.build()
+    return dhp.prune_to(model, network.input_shape, flops=flops) if flops < 1 else model
+
 arrays = None
 for asked in sys.stdin:
     if asked.strip() == "compile":
@@ -59,6 +66,9 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=names)
     parser.add_argument("--rounds", type=positive, default=30, help="pairs of steps")
     parser.add_argument("--compiles", type=positive, default=3, help="pairs of compilations")
+    parser.add_argument(
+        "--flops", type=float, default=1.0, help="share to prune networks to before"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     parser.add_argument("--out", type=Path, help="folder for the results as JSON and Markdown")
     options = parser.parse_args()
@@ -80,14 +90,20 @@ def main() -> None:
         with tarfile.open(fileobj=io.BytesIO(files.stdout)) as archive:
             archive.extractall(other, filter="data")
         rows = (measure(name, Path(other), options) for name in options.networks)
-        title = "A search step before and after"
-        publish_each(options.out, "paired", title, NOTE.format(commit), rows, as_table)
+        name, what = "paired", "search step"
+        if options.flops < 1:
+            name, what = (
+                "paired_pruned",
+                f"training step of networks with {options.flops:.0%} FLOPs",
+            )
+        title = f"A {what} before and after"
+        publish_each(options.out, name, title, NOTE.format(what, commit), rows, as_table)
 
 
 def measure(name: str, other: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What a step of a network comes to in both trees."""
     trees = {
-        tree: begin(folder, name, options.quick)
+        tree: begin(folder, name, options.quick, options.flops)
         for tree, folder in (("before", other), ("after", ROOT))
     }
     compiled = in_turn(trees, "compile", options.compiles)
@@ -105,11 +121,11 @@ def measure(name: str, other: Path, options: argparse.Namespace) -> dict[str, An
     return row
 
 
-def begin(tree: Path, name: str, quick: bool) -> subprocess.Popen:
+def begin(tree: Path, name: str, quick: bool, flops: float) -> subprocess.Popen:
     """A process that compiles or steps with the code of a tree, each time that it is told to."""
     paths = os.pathsep.join(map(str, (tree, tree / "benchmarks")))
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, name, str(quick)],
+        [sys.executable, "-c", CHILD, name, str(quick), str(flops)],
         **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tree},
         env=os.environ | {"PYTHONPATH": paths, "JAX_ENABLE_COMPILATION_CACHE": "false"},
     )
