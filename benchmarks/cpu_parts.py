@@ -31,7 +31,8 @@ BATCH, SHAPES = 64, ((32, 16), (16, 32), (8, 64))
 PADS = ((1, 1), (1, 1))
 NOTE = (
     "Milliseconds, batch 64, the least of {} rounds; CPU time is that of all threads in that "
-    "round. BatchNorm is with ReLU, forward and backward. PyTorch has channels last, which is faster."
+    "round. BatchNorm is with ReLU, forward and backward. PyTorch has channels last, its faster "
+    "layout."
 )
 
 
