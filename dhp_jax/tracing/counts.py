@@ -14,7 +14,7 @@ from dhp_jax.core.activations import ReLU
 from dhp_jax.core.cost import Cost, LayerCost, Product, Width, layer_terms
 from dhp_jax.core.latent import Axis, Latent, latents
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.tracing.analysis import array_axes, solve
+from dhp_jax.tracing.analysis import solve
 from dhp_jax.tracing.flow import Axes, Flow
 from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.inputs import (
@@ -41,6 +41,7 @@ from dhp_jax.tracing.programs import (
     shape_of,
     trace_program,
 )
+from dhp_jax.tracing.terms import TRUE
 from dhp_jax.tracing.terms import Axis as TermAxis
 
 
@@ -225,19 +226,20 @@ class _TracedCount:
             self._solve()
 
     def _solve(self) -> None:
-        """Which latent rules each term of the program."""
-        self.flow = Flow()
-        arrays = array_axes(self.flow, self.program)
-        solve(self.flow, {EVALUATION: self.program}, arrays)
-        names, terms = list(self.table.sizes), self.flow.terms
-        for name, axes in zip(self.program.names, arrays, strict=True):
+        """Which latent rules each term of the program; what the table has of none stays."""
+        self.flow, first = Flow(), []
+        for name, size in self.table.sizes.items():
+            atoms = self.flow.terms.new(size).tolist()
+            self.owner |= dict.fromkeys(atoms, name)
+            first.append(atoms[0])
+        arrays: list[Axes] = []
+        for name, x in zip(self.program.names, self.program.arrays, strict=True):
+            axes: list[TermAxis] = [None] * len(x.shape)
             for k, positions in self.table.places.get(name, {}).items():
-                for term, owner in zip(
-                    terms.roots(axes[k]).tolist(), positions.owner.tolist(), strict=True
-                ):
-                    if owner >= 0:
-                        for atom in terms.atoms(term):
-                            self.owner.setdefault(atom, names[owner])
+                terms = np.array(first)[positions.owner] + positions.entry
+                axes[k] = np.where(positions.owner < 0, TRUE, terms)
+            arrays.append(tuple(axes))
+        solve(self.flow, {EVALUATION: self.program}, arrays)
 
     def cost(self) -> Cost:
         """The sum over all calls of layers, and what belongs to none."""
