@@ -11,7 +11,7 @@ from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.tracing.discovery import Discovery
 from dhp_jax.tracing.generated import GeneratedArray
-from dhp_jax.tracing.rules_of_sums import WINDOW
+from dhp_jax.tracing.rules_of_sums import TAPS
 
 MOST_NAMED = 3
 COLUMNS = 80
@@ -37,7 +37,7 @@ class Explanation:
             layers = dict.fromkeys(_layer(place) for place in places)
             layers.pop(name, None)
             lines += _wrapped(f"{name}: {size} entries, with {_some(list(layers))}")
-        windows = {why: places for why, places in self.fixed.items() if WINDOW in why}
+        windows = {why: places for why, places in self.fixed.items() if TAPS in why}
         others = {why: places for why, places in self.fixed.items() if why not in windows}
         lines.append("What stays:" if others else "Nothing else has an axis of channels.")
         for why, places in others.items():
@@ -126,6 +126,11 @@ def notes_of(found: Discovery) -> dict[str, Any]:
             sentences.append(
                 f"{family.name}: a maximum or softmax goes over it at {family.chosen}, so the "
                 "numbers of what is left change when entries go."
+            )
+        if family.drawn:
+            sentences.append(
+                f"{family.name}: random numbers are drawn over it in evaluation at {family.drawn}, "
+                "so what is left is given others when entries go."
             )
         if family.renormalises:
             sentences.append(

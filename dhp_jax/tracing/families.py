@@ -25,6 +25,7 @@ class Family:
       renormalises: whether a normalisation goes over it, so that the others' numbers change.
       summed: where numbers are added up over it otherwise; empty if nowhere.
       chosen: where a maximum or softmax goes over it, so that the others' numbers may change.
+      drawn: where evaluation draws random numbers over it, so that they are others.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Family:
     renormalises: bool = False
     summed: str = ""
     chosen: str = ""
+    drawn: str = ""
     error: str = field(default="", repr=False)
 
     @property
@@ -141,11 +143,10 @@ def _family(analysis: Analysis, units: list[Unit]) -> Family:
         size = int(np.prod(shapes[number]))
         numbers += size // shapes[number][k] * len(units[0][1][number, k])
     atoms = [atom for atom, _ in units]
-    summed, chosen = (
-        next((found[atom] for atom in atoms if atom in found), "")
-        for found in (analysis.flow.sums, analysis.flow.choices)
-    )
-    return Family("", atoms, places, numbers, summed=summed, chosen=chosen)
+    flow, told = analysis.flow, {}
+    for name, found in (("summed", flow.sums), ("chosen", flow.choices), ("drawn", flow.draws)):
+        told[name] = next((found[atom] for atom in atoms if atom in found), "")
+    return Family("", atoms, places, numbers, **told)
 
 
 def _named(analysis: Analysis, families: list[Family]) -> list[Family]:

@@ -42,7 +42,8 @@ class Flow:
       at: by context and variable the axes of what it holds.
       constant: contexts and variables of what neither arrays nor inputs change.
       unknown: operations without a rule that read positions which could go, with their lines.
-      sums, choices: by atom the line of a sum, or of a maximum or minimum, over it.
+      sums, choices, draws: by atom the line of a sum, of a maximum or minimum, or of random numbers
+        in evaluation, over it.
     """
 
     def __init__(self):
@@ -52,7 +53,9 @@ class Flow:
         self.unknown: dict[str, str] = {}
         self.sums: dict[int, str] = {}
         self.choices: dict[int, str] = {}
+        self.draws: dict[int, str] = {}
         self._fresh: dict[Hashable, np.ndarray] = {}
+        self._within: list[JaxprEqn] = []  # the operation at hand, after those that contain it
         self._dead: tuple[Any, np.ndarray] | None = None
 
     def fresh(self, key: Hashable, number: int) -> np.ndarray:
@@ -78,13 +81,19 @@ class Flow:
             inputs = [read(atom) for atom in eqn.invars]
             self._follow_constants(eqn, context, number)
             state = RULES.get(eqn.primitive.name, _not_understood)
+            self._within.append(eqn)
             outputs = state(self, eqn, inputs, (*context, number))
+            self._within.pop()
             for variable, axes in zip(eqn.outvars, outputs, strict=True):
                 sizes = shape_of(variable)  # what has one position broadcasts, and has no term
                 self.at[context, variable] = tuple(
                     None if size == 1 else axis for axis, size in zip(axes, sizes, strict=True)
                 )
         return [read(atom) for atom in jaxpr.outvars]
+
+    def place(self) -> str:
+        """File and line of the user's code that the operation at hand comes from."""
+        return next(filter(None, map(where, reversed(self._within))), "")
 
     def is_constant(self, context: Context, atom: Any) -> bool:
         """Whether what an operation reads is the same for all arrays and inputs."""
@@ -105,18 +114,23 @@ class Flow:
         """Two axes that meet position by position in an operation."""
         fixed = left is None or right is None
         how = " meets an axis that stays" if fixed else ""
-        return self.terms.equal_axes(left, right, _told(eqn, how))
+        return self.terms.equal_axes(left, right, self._told(eqn, how))
 
     def freeze(self, axis: Axis, eqn: JaxprEqn, why: str) -> None:
         """An axis that must stay because of an operation."""
-        self.terms.freeze_axis(axis, _told(eqn, f" {why}"))
+        self.terms.freeze_axis(axis, self._told(eqn, f" {why}"))
 
-    def note(self, places: dict[int, str], axis: Axis, eqn: JaxprEqn) -> None:
-        """Notes the line of an operation that goes over an axis."""
+    def note(self, places: dict[int, str], axis: Axis) -> None:
+        """Notes the line of the operation at hand, which goes over an axis."""
         if atoms := self.atoms_of(axis):
-            place = where(eqn)
+            place = self.place()
             for atom in atoms:
                 places.setdefault(atom, place)
+
+    def _told(self, eqn: JaxprEqn, why: str) -> str:
+        """A reason in words: the operation, what it does, and the line of the user's code."""
+        place = self.place()
+        return f"{eqn.primitive.name}{why}" + (f" at {place}" if place else "")
 
     def kept(self, axis: Axis, gone: frozenset[int], size: int) -> np.ndarray:
         """Which positions of an axis are left without some atoms, a boolean mask."""
@@ -135,16 +149,10 @@ class Flow:
         return frozenset().union(*(self.terms.atoms(term) for term in terms if term != TRUE))
 
 
-def _told(eqn: JaxprEqn, why: str) -> str:
-    """A reason in words: the operation, what it does, and the line of the user's code."""
-    place = where(eqn)
-    return f"{eqn.primitive.name}{why}" + (f" at {place}" if place else "")
-
-
 def _not_understood(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
     for axes in inputs:
         for axis in axes:
             if flow.atoms_of(axis):
-                flow.unknown.setdefault(eqn.primitive.name, where(eqn))
+                flow.unknown.setdefault(eqn.primitive.name, flow.place())
             flow.freeze(axis, eqn, "is not understood")
     return [(None,) * len(shape_of(variable)) for variable in eqn.outvars]

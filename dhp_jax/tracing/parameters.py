@@ -25,6 +25,7 @@ _SIZES = {  # that the shapes of inputs and outputs tell
     "iota": {"shape"},
     "random_bits": {"shape"},
     "split": {"sizes"},
+    "tile": {"reps"},
     "slice": {"start_indices", "limit_indices", "strides"},
     "pad": {"padding_config"},
     "gather": {"slice_sizes"},

@@ -12,7 +12,6 @@ from dhp_jax.tracing.programs import (
     Context,
     inner_program,
     shape_of,
-    where,
 )
 from dhp_jax.tracing.terms import Axis, merge_axes, split_axis
 
@@ -86,18 +85,20 @@ def _broadcast(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) 
 
 @rule("reshape")
 def _reshape(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
-    if eqn.params.get("dimensions") is not None or 0 in old:
-        for axis in inputs[0]:
-            flow.freeze(axis, eqn, "in another order")
+    order = eqn.params.get("dimensions") or range(len(inputs[0]))
+    given, old = ([x[k] for k in order] for x in (inputs[0], shape_of(eqn.invars[0])))
+    new = shape_of(eqn.outvars[0])
+    if 0 in old:
+        for axis in given:
+            flow.freeze(axis, eqn, "of no numbers")
         return [(None,) * len(new)]
     outputs: list[Axis] = [None] * len(new)
     for sources, targets in reshaped_together(old, new):
         if len(sources) == len(targets) == 1:
-            outputs[targets[0]] = inputs[0][sources[0]]
+            outputs[targets[0]] = given[sources[0]]
             continue
         sizes = [old[k] for k in sources]
-        flat = merge_axes(flow.terms, [inputs[0][k] for k in sources], sizes)
+        flat = merge_axes(flow.terms, [given[k] for k in sources], sizes)
         if len(targets) == 1:
             outputs[targets[0]] = flat
             continue
@@ -106,7 +107,7 @@ def _reshape(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) ->
             flat,
             [new[k] for k in targets],
             lambda k, size, targets=targets: flow.fresh((context, targets[k]), size),
-            f"reshape to {new} at {where(eqn)}",
+            f"reshape to {new} at {flow.place()}",
         )
         for k, part in zip(targets, parts, strict=True):
             outputs[k] = part
@@ -182,7 +183,10 @@ def _random_bits(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context
     shape = shape_of(eqn.outvars[0])
     if TRAINING[0] not in context and flow.is_constant(context[:-1], eqn.invars[0]):
         return [(None,) * len(shape)]
-    return [tuple(flow.fresh((context, k), n) if n > 1 else None for k, n in enumerate(shape))]
+    axes = tuple(flow.fresh((context, k), n) if n > 1 else None for k, n in enumerate(shape))
+    for axis in axes if TRAINING[0] not in context else ():
+        flow.note(flow.draws, axis)
+    return [axes]
 
 
 @rule("concatenate")
@@ -328,17 +332,30 @@ def _gather(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> 
     return [tuple(outputs)]
 
 
-@rule("scatter")
+@rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
 def _scatter(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    """Only `x.at[...].set(y)` of all of x is understood."""
-    numbers = eqn.params["dimension_numbers"]
-    whole = shape_of(eqn.invars[0]) == shape_of(eqn.invars[2])
-    if not numbers.scatter_dims_to_operand_dims and whole:
-        both = zip(inputs[0], inputs[2], strict=True)
-        return [tuple(flow.meet(axis, update, eqn) for axis, update in both)]
-    for axes in inputs:
-        for axis in axes:
-            if flow.atoms_of(axis):
-                flow.unknown.setdefault("scatter", where(eqn))
-            flow.freeze(axis, eqn, "writes entries by index")
-    return [(None,) * len(inputs[0])]
+    """Axes that are written whole stay what they are; those that indices choose from must stay."""
+    axes, index_axes, updates = inputs
+    numbers, (shape, _, new) = eqn.params["dimension_numbers"], map(shape_of, eqn.invars)
+    outputs, batching = list(axes), numbers.operand_batching_dims
+    inside = [k for k in range(len(axes)) if k not in (*numbers.inserted_window_dims, *batching)]
+    for k, part in zip(inside, numbers.update_window_dims, strict=True):
+        if shape[k] == new[part] and k not in numbers.scatter_dims_to_operand_dims:
+            outputs[k] = flow.meet(axes[k], updates[part], eqn)
+            continue
+        flow.freeze(axes[k], eqn, "writes entries by index")
+        flow.freeze(updates[part], eqn, "writes it to entries by index")
+        outputs[k] = None
+    for k in numbers.inserted_window_dims:
+        flow.freeze(axes[k], eqn, "writes entries by index")
+        outputs[k] = None
+    batch = [axis for k, axis in enumerate(updates) if k not in numbers.update_window_dims]
+    for n, (part, index) in enumerate(zip(batch, index_axes[:-1], strict=True)):
+        if n in numbers.scatter_indices_batching_dims:
+            k = batching[numbers.scatter_indices_batching_dims.index(n)]
+            outputs[k] = all_one(flow, [axes[k], part, index], eqn)
+            continue
+        for axis in (part, index):
+            flow.freeze(axis, eqn, "writes it to entries by index")
+    flow.freeze(index_axes[-1], eqn, "takes it as an index")
+    return [tuple(outputs)]

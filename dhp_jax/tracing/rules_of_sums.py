@@ -6,11 +6,11 @@ from typing import Any
 from jax.extend.core import JaxprEqn
 
 from dhp_jax.tracing.flow import Axes, Flow, rule
-from dhp_jax.tracing.programs import Context, shape_of, where
+from dhp_jax.tracing.programs import Context, shape_of
 from dhp_jax.tracing.rules import all_one, elementwise
 from dhp_jax.tracing.terms import Axis
 
-WINDOW = "slides along it"  # why the taps of a kernel stay
+TAPS = "slides along it"  # why the taps of a kernel stay
 
 
 @rule("dot_general")
@@ -33,8 +33,9 @@ def _convolution(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context
     (batch, feature, *space), (out, into, *taps), (to_batch, to_feature, *_) = eqn.params[
         "dimension_numbers"
     ]
-    for axis in [x[k] for k in space] + [kernel[k] for k in taps]:
-        flow.freeze(axis, eqn, WINDOW)
+    for axes, own, why in ((kernel, taps, TAPS), (x, space, "has a window along it")):
+        for k in own:
+            flow.freeze(axes[k], eqn, why)
     channels, filters, groups = x[feature], kernel[out], eqn.params["feature_group_count"]
     if eqn.params["batch_group_count"] != 1:
         for axis in (x[batch], channels, filters, kernel[into]):
@@ -61,13 +62,13 @@ def _groups(
     for ins, outs in both:
         first, *others = (*ins.tolist(), *outs.tolist())
         for other in others:
-            flow.terms.equal(first, other, f"a group of a convolution at {where(eqn)}")
+            flow.terms.equal(first, other, f"a group of a convolution at {flow.place()}")
 
 
 @rule("reduce_sum")
 def _sum(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
     for k in eqn.params["axes"]:
-        flow.note(flow.sums, inputs[0][k], eqn)
+        flow.note(flow.sums, inputs[0][k])
     return [_without(axes, eqn.params["axes"]) for axes in inputs]
 
 
@@ -75,7 +76,7 @@ def _sum(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> lis
 def _extreme(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
     """What is left is compared with fewer others: as in a softmax, its numbers change."""
     for k in eqn.params["axes"]:
-        flow.note(flow.choices, inputs[0][k], eqn)
+        flow.note(flow.choices, inputs[0][k])
     return [_without(inputs[0], eqn.params["axes"])]
 
 
@@ -111,7 +112,7 @@ def _window(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> 
             and (params.get("base_dilation") or ones)[k] == 1
         )
         if not still:
-            flow.freeze(axis, eqn, WINDOW)
+            flow.freeze(axis, eqn, "has a window along it")
         outputs.append(axis if still else None)
     return [tuple(outputs) for _ in eqn.outvars]
 
@@ -121,6 +122,21 @@ def _sort(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> li
     for axes in inputs:
         flow.freeze(axes[eqn.params["dimension"]], eqn, "orders it")
     return elementwise(flow, eqn, inputs, context)
+
+
+@rule("top_k")
+def _largest(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    along, axes = eqn.params["axis"] % len(inputs[0]), inputs[0]
+    flow.freeze(axes[along], eqn, "orders it")
+    return [(*axes[:along], None, *axes[along + 1 :])] * 2
+
+
+@rule("fft")
+def _fft(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    number = len(eqn.params["fft_lengths"])
+    for axis in inputs[0][-number:]:
+        flow.freeze(axis, eqn, "transforms it")
+    return [(*inputs[0][:-number], *[None] * number)]
 
 
 @rule("scan")

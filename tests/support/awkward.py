@@ -639,6 +639,43 @@ class ConvTransposed(nnx.Module):
         return self.u(nnx.relu(self.a(x)))
 
 
+@case([6, 8])
+class Spectral(nnx.Module):
+    # Of the lowest frequencies only, over pixels; then blurred, one kernel for each channel.
+    def __init__(self, rngs):
+        self.a, self.c = linear(3, 6, rngs), linear(8, 3, rngs)
+        shape = (3, 3, 6, 8)
+        self.re, self.im = (nnx.Param(jax.random.normal(rngs(), shape)) for _ in range(2))
+
+    def __call__(self, x):
+        low = jnp.fft.rfft2(self.a(x), axes=(1, 2))[:, :3, :3]
+        y = jnp.einsum("bhwi,hwio->bhwo", low, self.re[...] + 1j * self.im[...])
+        y = jnp.zeros((len(x), 8, 5, y.shape[-1]), y.dtype).at[:, :3, :3].set(y)
+        y = jnp.fft.irfft2(y, axes=(1, 2))
+        blur = jnp.tile(jnp.full((3, 3, 1, 1), 1 / 9, y.dtype), (1, 1, 1, y.shape[-1]))
+        y = jax.lax.conv_general_dilated(
+            y,
+            *(blur, (2, 2), "SAME"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=y.shape[-1],
+        )
+        return self.c(nnx.relu(y))
+
+
+@case([6, 8], lambda: (images(5, 3), jnp.array([[0, 1], [2, 1], [4, 0]])))
+class Messages(nnx.Module):
+    # Between nodes of a graph; the largest two of each channel at the end.
+    def __init__(self, rngs):
+        self.a, self.m, self.c = linear(3, 6, rngs), linear(12, 8, rngs), linear(28, 3, rngs)
+
+    def __call__(self, x, edges):
+        x = nnx.relu(self.a(x))
+        sent = nnx.relu(self.m(jnp.concatenate([x[edges[:, 0]], x[edges[:, 1]]], -1)))
+        got = jax.ops.segment_sum(sent, edges[:, 1], num_segments=len(x))
+        most, _ = jax.lax.top_k(jnp.concatenate([x, got], -1).T, 2)
+        return self.c(most.reshape(-1))
+
+
 @case([8], lambda: (images(2, 4, 4, 3),))
 class OneAfterTheOther(nnx.Module):
     # Nnx.scan over stacked layers.

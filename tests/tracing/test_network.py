@@ -140,6 +140,24 @@ def test_costs_of_survivors_are_those_of_the_smaller_network():
         assert int(jax.jit(lambda c: cost.amounts(c)["flops"])(counts)) == flops
 
 
+def test_an_axis_whose_positions_are_products_counts_the_factor_that_may_go_alone():
+    class Descriptors(nnx.Module):  # as many as centres times features; of both only one may go
+        def __init__(self, rngs):
+            self.a, self.centres = nnx.Linear(4, 12, rngs=rngs), nnx.Linear(12, 5, rngs=rngs)
+            self.head = nnx.Linear(60, 3, rngs=rngs)
+
+        def __call__(self, x):
+            x = nnx.relu(self.a(x))
+            pairs = jnp.einsum("btk,btd->bkd", nnx.sigmoid(self.centres(x)), x)
+            return self.head(pairs.reshape(len(x), -1))
+
+    net = dhp.with_latents(randomised(Descriptors(nnx.Rngs(0))), (6, 4))
+    assert {name: z.size for name, z in dhp.latents(net).items()} == {"a": 12}
+    small = dhp.prune(net, {"a": np.arange(12) % 2 > 0})
+    flops = dhp.measure_cost(net, (6, 4)).amounts({"a": 6})["flops"]
+    assert flops == dhp.measure_cost(small, (6, 4)).flops == 6 * (4 * 6 + 2 * 6 * 5) + 30 * 3
+
+
 def test_the_plain_form_of_a_family_is_pruned_as_its_declared_latents_are():
     declared = filled(
         lambda rngs: dhp.models.build("resnet", depth=8, width=0.5, num_classes=10, rngs=rngs)
@@ -336,9 +354,8 @@ def test_channels_over_which_a_softmax_or_maximum_goes_may_go_and_that_is_told()
 
     model = randomised(Gated(nnx.Rngs(0)))
     net = dhp.with_latents(model, (3,), min_channels=2)
-    assert "a: a maximum or softmax goes over it at tracing/test_network.py:" in str(
-        dhp.explain(net)
-    )
+    told = str(dhp.explain(net))
+    assert "a: a maximum or softmax goes over it at tracing/test_network.py:" in told
     keep = np.arange(6) % 3 > 0
     small = dhp.prune(net, {"a": keep})
     x = np.asarray(X[:, 0, 0], np.float64)
@@ -347,3 +364,16 @@ def test_channels_over_which_a_softmax_or_maximum_goes_may_go_and_that_is_told()
     y = powers / powers.sum(1, keepdims=True) * left.max(1, keepdims=True)
     expected = y @ np.asarray(model.b.kernel[...])[keep] + np.asarray(model.b.bias[...])
     np.testing.assert_allclose(small(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_that_evaluation_draws_over_channels_are_told_to_be_others_after_pruning():
+    class Noisy(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b, self.rngs = nnx.Linear(3, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs), rngs
+
+        def __call__(self, x):
+            x = self.a(x)
+            return self.b(x + jax.random.normal(self.rngs.noise(), x.shape))
+
+    told = " ".join(str(dhp.explain(dhp.with_latents(Noisy(nnx.Rngs(0, noise=1)), (3,)))).split())
+    assert "a: random numbers are drawn over it in evaluation at tracing/test_network.py:" in told
