@@ -90,5 +90,10 @@ def shown(value: Any) -> str:
     return f"{text[: MAX_SHOWN // 2]}...{text[-MAX_SHOWN // 4 :]}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _one_line(text: str) -> str:
     return " ".join(line.strip() for line in text.splitlines())

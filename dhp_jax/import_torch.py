@@ -24,7 +24,7 @@ from dhp_jax.core.convolutions import Hyper, HyperConvTranspose
 from dhp_jax.core.latent import Latent, Repeat, latents, modules_by_path
 from dhp_jax.core.layers import ChannelBias
 from dhp_jax.core.surgery import prune
-from dhp_jax.errors import ArgumentError, FieldError, shown
+from dhp_jax.errors import ArgumentError, FieldError, first_line, shown
 from dhp_jax.models import registry
 from dhp_jax.models.released import RELEASED, Row
 
@@ -246,7 +246,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # whatever its readers raise for other files
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise ValueError(f"{path}: expected tensors that torch.save wrote; got {why}") from error
     found = found.get("state_dict", found) if isinstance(found, Mapping) else found
     try:

@@ -34,7 +34,7 @@ from dhp_jax.core.latent import latents
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
 from dhp_jax.core.surgery import prune
-from dhp_jax.errors import FieldError, shown
+from dhp_jax.errors import FieldError, first_line, shown
 from dhp_jax.models import registry
 from dhp_jax.models.own import is_own
 from dhp_jax.pruned.fold import remove_folded_layers
@@ -265,7 +265,7 @@ def _build_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
     try:
         return nnx.eval_shape(build)
     except Exception as error:  # whatever hostile arguments lead to
-        what = (str(error).splitlines() or [type(error).__name__])[0]
+        what = first_line(error)
         raise ArtifactError(f"path: {where}: arguments: {what[:MAX_TEXT]}") from None
 
 
@@ -274,7 +274,7 @@ def _call_build(build: Callable[..., nnx.Module], description: Mapping[str, Any]
     try:
         return nnx.eval_shape(lambda: _built(build, description))
     except Exception as error:  # whatever the function raises, or what is none
-        what = (str(error).splitlines() or [type(error).__name__])[0]
+        what = first_line(error)
         raise ArtifactError(
             "build: expected a function build(rngs) that makes the unpruned network, an "
             f"nnx.Module; got {shown(build)}: {what}"

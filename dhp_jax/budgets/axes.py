@@ -15,7 +15,7 @@ from dhp_jax.core.surgery import prune
 from dhp_jax.errors import shown
 from dhp_jax.tracing.declared import analysis_of, prove_declared
 from dhp_jax.tracing.inputs import check_input_shape, input_refused, looks_like_a_shape
-from dhp_jax.tracing.programs import Call, default_call, where_raised
+from dhp_jax.tracing.programs import Call, default_call, failure
 
 
 def check_axes(model: nnx.Module, input_shape: Any, *, call: Call | None = None) -> None:
@@ -93,10 +93,8 @@ def _check_widths(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
             else:
                 what = "axes that meet are not the same latent"
             names = " or ".join(f"{name!r} ({sizes[name]} channels)" for name in clashing)
-            place = where_raised(error)
             raise ValueError(
-                f"model: {what}; pruning {names} alone breaks the forward pass: "
-                f"{str(error).splitlines()[0]}" + (f" at {place}" if place else "")
+                f"model: {what}; pruning {names} alone breaks the forward pass: {failure(error)}"
             )
         place *= base
 

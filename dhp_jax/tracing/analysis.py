@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dhp_jax.errors import ArgumentError, first_line
 from dhp_jax.tracing import rules_of_sums  # noqa: F401  (registers rules, as what it imports)
 from dhp_jax.tracing.flow import Axes, Flow
 from dhp_jax.tracing.inputs import abstract_inputs
@@ -21,7 +22,9 @@ from dhp_jax.tracing.programs import (
     Call,
     Context,
     Program,
+    UntraceableError,
     default_call,
+    failure,
     is_random,
     shape_of,
     trace_program,
@@ -144,8 +147,7 @@ class Analysis:
             try:
                 small = trace_program(pruned, self.call, self.inputs)
             except Exception as error:  # whatever the code raises for such widths
-                text = (str(error).splitlines() or [type(error).__name__])[0]
-                why = f"the forward pass fails after pruning: {text[:160]}"
+                why = f"the forward pass fails after pruning: {first_line(error)[:160]}"
                 raise Mismatch(why, where_raised(error)) from error
             notes |= check_restricted(self.flow, program.closed, small.closed, gone, context)
         return notes
@@ -175,7 +177,7 @@ def analyse(model: nnx.Module, inputs: Any, call: Call = default_call) -> Analys
             raise ValueError("it has other arrays")
         programs[TRAINING] = other
     except Exception as error:  # whatever the network's code raises
-        untrainable = (str(error).splitlines() or [type(error).__name__])[0]
+        untrainable = first_line(error)
         logger.warning("the network cannot be traced in training mode: %s", untrainable)
     flow = Flow()
     arrays = array_axes(flow, program)
@@ -189,16 +191,16 @@ def _first_program(
     """The program of evaluation; shapes of examples are of floats, or else of integers."""
     try:
         return inputs, trace_program(model, call, inputs)
+    except UntraceableError:
+        raise
     except Exception as error:  # whatever the network's code raises
         try:
             integers = jax.tree.map(_as_integers, inputs)
             return integers, trace_program(model, call, integers)
         except Exception:  # the first error says more
-            text = (str(error).splitlines() or [type(error).__name__])[0]
-            place = where_raised(error)
-            at = f" at {place}" if place else ""
             shapes = ", ".join(str(x.shape) for x in jax.tree.leaves(inputs))
-            raise ValueError(f"inputs: the model does not take {shapes}: {text}{at}") from error
+            why = failure(error)
+            raise ValueError(f"inputs: the model does not take {shapes}: {why}") from error
 
 
 def _as_integers(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -262,10 +264,13 @@ def cut_model(
         masks[path] = own
     model = nnx.merge(graphdef, nnx.from_flat_state(cut), copy=True)
     for path, module in nnx.iter_modules(model):
-        resize(
-            module,
-            {at[-1]: own for at, own in masks.items() if at[:-1] == tuple(path) and at},
-        )
+        own = {at[-1]: own for at, own in masks.items() if at[:-1] == tuple(path) and at}
+        try:
+            resize(module, own)
+        except Exception as error:  # whatever a function of the user's raises
+            what = f"{type(module).__name__} {'.'.join(map(str, path))!r}"
+            why = f"expected a function of tracing.resize that suits {what}; it fails: "
+            raise ArgumentError("model", detail=why + failure(error)) from error
     return model
 
 

@@ -37,6 +37,7 @@ from dhp_jax.tracing.programs import (
     EVALUATION,
     Call,
     Program,
+    UntraceableError,
     default_call,
     shape_of,
     trace_program,
@@ -109,6 +110,8 @@ def _traced(
     for given in (inputs, jax.tree.map(_integers, inputs)):
         try:
             return trace_program(model, called, given), calls, names, given
+        except UntraceableError:
+            raise
         except (TypeError, ValueError) as error:
             first = first or error
     raise ValueError(input_refused(input_shape, first)) from first

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.errors import shown
+from dhp_jax.errors import first_line, shown
 from dhp_jax.tracing.programs import Call, default_call, value_of
 
 _KNOWN: dict[Any, tuple[Any, ...]] = {}  # inputs by the structure of networks, latest last
@@ -87,7 +87,7 @@ def check_input_shape(input_shape: tuple[int, ...]) -> None:
 
 def input_refused(input_shape: tuple[int, ...], error: Exception) -> str:
     """The error message for an input on which the forward pass fails."""
-    what = (str(error).splitlines() or [type(error).__name__])[0]
+    what = first_line(error)
     message = f"input_shape: the model does not take {input_shape}: {what}"
     if "incompatible shapes" in message:
         message = message.rstrip(".") + "; axes that are added must be one latent"

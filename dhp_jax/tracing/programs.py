@@ -10,6 +10,9 @@ import jax
 from jax._src import source_info_util  # where an operation comes from; there is no public way
 from jax._src.interpreters import partial_eval
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+import numpy as np
+
+from dhp_jax.errors import ArgumentError, first_line
 
 Context = tuple[Any, ...]  # the operations that lead to an inner program
 EVALUATION: Context = ()
@@ -26,6 +29,10 @@ _LIBRARIES = tuple(
 )
 _LIBRARY = os.path.dirname(os.path.dirname(__file__))
 _OWN = tuple(os.path.join(_LIBRARY, part) + os.sep for part in ("tracing", "core"))
+
+
+class UntraceableError(ArgumentError):
+    """A network or call of which no program can be, whatever the inputs are."""
 
 
 class Program(NamedTuple):
@@ -48,15 +55,26 @@ def trace_program(model: nnx.Module, call: Call, inputs: tuple[Any, ...]) -> Pro
       model: left as it was; its arrays may be abstract.
       call: a function of the model and the inputs.
       inputs: trees of abstract arrays.
+
+    Raises:
+      UntraceableError: a variable or an output that is no array.
     """
     graphdef, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
+    for path, leaf in flat:
+        if not hasattr(value_of(leaf), "dtype"):
+            name, kind = ".".join(map(str, path)), type(value_of(leaf)).__name__
+            raise UntraceableError("model", f"an array in variable {name!r}", f"a value of {kind}")
     arrays, structure = jax.tree.flatten(state)
     abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
 
     def forward(arrays: list[Any], *inputs: Any) -> tuple[Any, list[Any]]:
         merged = nnx.merge(graphdef, jax.tree.unflatten(structure, arrays), copy=True)
         outputs = call(merged, *inputs)
+        for leaf in jax.tree.leaves(outputs):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | complex | float | int):
+                wanted = "a function whose outputs are arrays, or trees of them"
+                raise UntraceableError("call", wanted, f"a {type(leaf).__name__} among them")
         after = dict(nnx.to_flat_state(nnx.state(merged)))
         kept = [after.get(path, x) for (path, _), x in zip(flat, arrays, strict=True)]
         return outputs, [value_of(leaf) for leaf in kept]
@@ -157,10 +175,17 @@ def where_raised(error: BaseException) -> str:
     found, trace = "", error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if not name.startswith((*_LIBRARIES, *_OWN)) and "site-packages" not in name:
+        others = (*_LIBRARIES, *_OWN, os.path.dirname(os.__file__) + os.sep)
+        if not name.startswith(others) and "site-packages" not in name:
             found = _place(name, trace.tb_lineno)
         trace = trace.tb_next
     return found
+
+
+def failure(error: BaseException) -> str:
+    """What an error in the user's code says, and where it was raised."""
+    place = where_raised(error)
+    return first_line(error) + (f" at {place}" if place else "")
 
 
 def _place(file: str, line: int) -> str:

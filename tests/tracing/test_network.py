@@ -369,7 +369,11 @@ def test_channels_over_which_a_softmax_or_maximum_goes_may_go_and_that_is_told()
 def test_numbers_that_evaluation_draws_over_channels_are_told_to_be_others_after_pruning():
     class Noisy(nnx.Module):
         def __init__(self, rngs):
-            self.a, self.b, self.rngs = nnx.Linear(3, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs), rngs
+            self.a, self.b, self.rngs = (
+                nnx.Linear(3, 6, rngs=rngs),
+                nnx.Linear(6, 2, rngs=rngs),
+                rngs,
+            )
 
         def __call__(self, x):
             x = self.a(x)

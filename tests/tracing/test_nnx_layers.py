@@ -1,5 +1,7 @@
 """Every layer of flax.nnx between two others: what of it may go, and that the rest is right."""
 
+from typing import NamedTuple
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -201,3 +203,41 @@ def test_what_evaluation_draws_from_a_fixed_key_keeps_its_channels(drawn_in):
     assert [family.size for family in found.families] == [6] * (drawn_in == "train")
     told = [why for why in found.fixed() if "mul meets an axis that stays at tracing/te" in why]
     assert bool(told) == (drawn_in == "eval")
+
+
+class Failing(Packed):
+    pass
+
+
+@resize.register
+def _(module: Failing, kept):
+    module.sizes = (2, int(kept["weight"][1].sum()) // 2)
+
+
+class Shown(NamedTuple):
+    y: jax.Array
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("layer", "call", "message"),
+    [
+        (
+            Failing(),
+            None,
+            "^model: .* tracing.resize that suits Failing 'layer'; it fails: 'weight'",
+        ),
+        (
+            nnx.PReLU(jnp.ones(6)),
+            None,
+            r"^model: expected an array in variable 'extra', got .* int",
+        ),
+        (Packed(), lambda m, x: Shown(m(x), "y"), "^call: .* outputs are arrays, .* a str among"),
+    ],
+)
+def test_what_cannot_be_traced_is_told_with_what_is_wrong(layer, call, message):
+    model = Between(6, layer, 6 if isinstance(layer, nnx.PReLU) else 4)
+    if isinstance(layer, nnx.PReLU):
+        model.extra = nnx.Param(3)
+    with pytest.raises(ValueError, match=message):
+        dhp.with_latents(model, (3,), call=call)
