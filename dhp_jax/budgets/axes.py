@@ -42,11 +42,14 @@ def check_axes(model: nnx.Module, input_shape: Any, *, call: Call | None = None)
     """
     if isinstance(model, nnx.Module) and architecture_of(model).axes is not None:
         return  # each pruning of latents that were found by tracing is proved by itself
-    if not isinstance(model, nnx.Module) or (call is None and looks_like_a_shape(input_shape)):
+    call = call or default_call
+    if not isinstance(model, nnx.Module) or (
+        call is default_call and looks_like_a_shape(input_shape)
+    ):
         _check_widths(model, input_shape)
     if not any(z.prunable for z in latents(model).values()):
         return
-    analysis = analysis_of(model, input_shape, call or default_call)
+    analysis = analysis_of(model, input_shape, call)
     prove_declared(model, _random_survivors(model), analysis)
 
 

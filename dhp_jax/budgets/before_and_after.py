@@ -25,6 +25,7 @@ from dhp_jax.core.cost import Cost
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.tracing.counts import measure_cost
+from dhp_jax.tracing.programs import Call
 
 MEASURED = {"flops": "FLOPs", "params": "params", "activations": "activations"}
 
@@ -81,7 +82,12 @@ class Summary:
 
 
 def summary(
-    model: nnx.Module, small: nnx.Module, inputs: Any = None, *, batch: int | None = None
+    model: nnx.Module,
+    small: nnx.Module,
+    inputs: Any = None,
+    *,
+    call: Call | None = None,
+    batch: int | None = None,
 ) -> Summary:
     """Tells what pruning has made of a network, layer by layer and in all.
 
@@ -90,6 +96,7 @@ def summary(
       small: the network after it.
       inputs: shape of one example, `(height, width, channels)`, or other inputs, as for
         `dhp.measure_cost`; `None` for those that `dhp.with_latents` was given.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`.
       batch: time both networks with so many inputs, in turn, on this machine; `inputs` has to be a
         shape then. Where the pruned one is slower and `model` has latents, networks of other
         `multiple_of` are timed too.
@@ -105,11 +112,11 @@ def summary(
       >>> print(dhp.summary(model, small, (32, 32, 3), batch=64))
     """
     table = architecture_of(model).axes if isinstance(model, nnx.Module) else None
-    call = table and table.call
+    call = call or (table and table.call)
     if inputs is None and table is not None:
         inputs = table.inputs
     check_batch(batch)
-    shape = None if batch is None else timed_shape(model, inputs)
+    shape = None if batch is None else timed_shape(inputs, call)
     before, after = (measure_cost(network, inputs, call=call) for network in (model, small))
     if batch is None:
         return Summary(before, after, uneven=_uneven(model, before, after))

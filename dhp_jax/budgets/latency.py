@@ -20,11 +20,10 @@ from dhp_jax.budgets.other_widths import time_other_widths
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.budgets.timing import forward_pass, hardware, quartiles, time_in_turn
 from dhp_jax.core.cost import Cost
-from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.inputs import check_input_shape
-from dhp_jax.tracing.programs import default_call
+from dhp_jax.tracing.programs import Call, default_call
 
 RESOLUTION = 0.01  # of the FLOPs, at which the bisection ends
 ROUNDS, SECONDS = 101, 2.0  # of a measurement, at most
@@ -37,18 +36,17 @@ def check_batch(batch: int | None) -> None:
         raise ArgumentError("batch", "an integer of at least 1, or None", shown(batch))
 
 
-def timed_shape(model: nnx.Module, inputs: Any) -> tuple[int, ...]:
+def timed_shape(inputs: Any, call: Call | None) -> tuple[int, ...]:
     """The shape of one example with which networks are timed.
 
     Args:
-      model: a network, which may have been traced.
       inputs: the shape, or what a traced network knows of its inputs.
+      call: how the network is called; `None` for `model(*inputs)`.
 
     Raises:
       ValueError: inputs that are no shape; a network that is not called as `model(x)`.
     """
-    table = architecture_of(model).axes
-    if table is not None and table.call not in (None, default_call):
+    if call not in (None, default_call):
         raise ArgumentError("batch", "None for a network with a call of its own", "a number")
     match inputs:
         case (jax.ShapeDtypeStruct(shape=(_, *shape), dtype=jnp.float32),):

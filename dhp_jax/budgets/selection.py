@@ -26,6 +26,7 @@ from dhp_jax.core.surgery import check_masks, prune
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.tracing.declared import analysis_of, prove_declared
+from dhp_jax.tracing.programs import Call, default_call
 
 Selection = Callable[..., dict[str, np.ndarray]]  # takes what `survivors_within` does
 
@@ -112,6 +113,7 @@ def prune_to(
     *,
     by: Scores | Selection | None = None,
     keep: Limits | None = None,
+    call: Call | None = None,
     latency: float | None = None,
     batch: int | None = None,
     **budget: float,
@@ -134,6 +136,8 @@ def prune_to(
       keep: least share in (0, 1] of the entries of latents, by name or pattern, such as
         `{"stages.*": 0.5, "stem*": 1.0}`, where 1 leaves a latent out; or a pair of the least and
         the most share, such as `{"head": (0, 0.5)}`. The last pattern that fits counts.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`; networks
+        of traced latents know theirs.
       latency: share in (0, 1] of the time of the unpruned network, or `None`. Both networks are
         compiled and timed alternately on this machine. Three of four pairs of passes must be within
         the share, in two of three measurements. Up to ten candidates are compiled.
@@ -149,9 +153,9 @@ def prune_to(
     Raises:
       ValueError: a share outside (0, 1]; a `multiple_of` below 1 or above the size of its latents;
         a `batch` below 1; scores that do not suit the latents; a function `by` that does not take
-        these arguments, or whose survivors are not within the budgets; inputs that are no shape
-        where networks are timed; axes that meet in the forward pass without being one latent; a
-        share that is out of reach (`BudgetError`, with the smallest one possible).
+        these arguments, or whose survivors are not within the budgets; inputs that are no shape,
+        or a `call`, where networks are timed; axes that meet in the forward pass without being
+        one latent; a share that is out of reach (`BudgetError`, with the smallest one possible).
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
@@ -165,24 +169,25 @@ def prune_to(
     table = architecture_of(model).axes if isinstance(model, nnx.Module) else None
     if input_shape is None and table is not None:
         input_shape = table.inputs
+    call = call or (table and table.call)
     if keep is not None:
         model = with_limits(model, keep)
-    cost = measure_cost(model, input_shape)
+    cost = measure_cost(model, input_shape, call=call)
     try:
         check_budget(model, cost, multiple_of, **budget)
     except BudgetError:
-        check_axes(model, input_shape)  # a layer that cannot be pruned is told as that
+        check_axes(model, input_shape, call=call)  # a layer that cannot be pruned is told as that
         raise
-    check_axes(model, input_shape)
+    check_axes(model, input_shape, call=call)
     timed = None
     if latency is not None or batch is not None:
-        timed = clock(model, timed_shape(model, input_shape), batch or 1)
+        timed = clock(model, timed_shape(input_shape, call), batch or 1)
     by = default_scores(model) if by is None else by
     chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
     if keep is not None:
         check_limits(model, chosen.masks)
     if table is None:
-        prove_declared(model, chosen.masks, analysis_of(model, input_shape))
+        prove_declared(model, chosen.masks, analysis_of(model, input_shape, call or default_call))
     small = prune(model, chosen.masks)
     if timed is not None and latency is None and (time := timed(small)).ratio["low"] > 1:
         share = budget | {"flops": chosen.shares["flops"]}

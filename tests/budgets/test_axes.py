@@ -280,3 +280,24 @@ def test_a_pixel_shuffle_is_accepted_and_pruned_to_whole_channels():
     whole = dhp.prune(model, keep_all(model))
     whole.last.kernel[...] = kernel
     np.testing.assert_allclose(small(x), whole(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_is_called_otherwise_is_pruned_to_a_budget_and_told_of():
+    class Encoder(WithDecoder):
+        def __call__(self, x):
+            raise NotImplementedError
+
+        def encode(self, x, *, times):
+            return self.last(self.decode(self.conv(x))) * times
+
+    def call(model, x):
+        return model.encode(x, times=2)
+
+    model = filled(Encoder)
+    dhp.check_axes(model, (4, 4, 3), call=call)
+    small = dhp.prune_to(model, (4, 4, 3), flops=0.6, call=call)
+    told = dhp.summary(model, small, (4, 4, 3), call=call)
+    assert 0.4 < told.after.flops / told.before.flops <= 0.6
+    assert call(small, images(2, 4, 4, 3)).shape[-1] == 3
+    with pytest.raises(ValueError, match=r"^batch: expected None for a network with a call"):
+        dhp.prune_to(model, (4, 4, 3), flops=0.6, call=call, batch=1)
