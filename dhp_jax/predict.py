@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 import sys
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, UInt8
@@ -27,7 +26,7 @@ from dhp_jax.errors import FieldError
 from dhp_jax.models.registry import task_of
 from dhp_jax.tasks.metrics import pixels
 from dhp_jax.tasks.tiling import restore, tiling
-from dhp_jax.tracing.inputs import input_refused
+from dhp_jax.tracing.inputs import outputs_of
 
 LABELS = "classification"
 TASKS = (LABELS, "super_resolution", "denoising")
@@ -131,14 +130,10 @@ def _input_shape(saved: Saved) -> tuple[int, ...]:
 
 def _class_names(saved: Saved, shape: tuple[int, ...]) -> list[str]:
     """A name for each output of the network: those noted, or numbers."""
-    graphdef, state = nnx.split(saved.model)
-    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     try:
-        made = jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), state, images)
-    except Exception as error:  # whatever a forward pass may raise
-        raise ValueError(
-            f"{saved.path / DESCRIPTION}: notes.{input_refused(shape, error)}"
-        ) from error
+        made = outputs_of(saved.model, shape)
+    except ValueError as error:
+        raise ValueError(f"{saved.path / DESCRIPTION}: notes.{error}") from error
     if not isinstance(made, jax.ShapeDtypeStruct) or made.ndim != 2:
         raise ValueError(
             f"{saved.path}: expected a network that gives each class a number; got {made}"

@@ -14,7 +14,12 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import shown
 from dhp_jax.tracing.declared import analysis_of, prove_declared
-from dhp_jax.tracing.inputs import check_input_shape, input_refused, looks_like_a_shape
+from dhp_jax.tracing.inputs import (
+    check_input_shape,
+    check_no_batch,
+    input_refused,
+    looks_like_a_shape,
+)
 from dhp_jax.tracing.programs import Call, default_call, failure
 
 
@@ -74,6 +79,7 @@ def _check_widths(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
     if not isinstance(model, nnx.Module):
         raise ValueError(f"model: expected a network, got {shown(model)}")
     check_input_shape(input_shape)
+    check_no_batch(model, input_shape)
     sizes = {name: z.size for name, z in latents(model).items()}
     prunable = [name for name, z in latents(model).items() if z.prunable and z.size > 2]
     numbers = {name: number for number, name in enumerate(prunable, start=1)}  # 0: not pruned

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flax import nnx
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dhp_jax.activity import doing
@@ -25,7 +23,7 @@ from dhp_jax.pipeline.setup import TaskSetup, argument_fields, known_arguments
 from dhp_jax.pruned.fresh_weights import carry_kernels, reinitialize, take_arrays
 from dhp_jax.pruned.gates import with_gates
 from dhp_jax.tracing.explain import memory
-from dhp_jax.tracing.inputs import input_refused
+from dhp_jax.tracing.inputs import outputs_of
 from dhp_jax.tracing.network import EMBEDDING, GATES_ABOVE, install, traced
 from dhp_jax.tracing.table import LatentTable
 
@@ -239,11 +237,10 @@ def _check_outputs(model: nnx.Module, setup: TaskSetup) -> None:
     if "num_classes" in told:
         expected = (1, told["num_classes"])
     model.eval()
-    graphdef, state = nnx.split(model)
-    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     try:
-        found = jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), state, image)
-    except Exception as error:  # whatever a forward pass may raise
-        raise ArgumentError("name", detail=input_refused(shape, error)) from error
-    if getattr(found, "shape", None) != expected:
-        raise ArgumentError("name", f"outputs of shape {expected} for such data", shown(found))
+        found = outputs_of(model, shape)
+    except ValueError as error:
+        raise ArgumentError("name", detail=str(error)) from error
+    got = getattr(found, "shape", found)
+    if got != expected:
+        raise ArgumentError("name", f"outputs of shape {expected} for such data", shown(got))

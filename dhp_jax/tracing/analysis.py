@@ -14,7 +14,12 @@ import numpy as np
 from dhp_jax.errors import ArgumentError, first_line
 from dhp_jax.tracing import rules_of_sums  # noqa: F401  (registers rules, as what it imports)
 from dhp_jax.tracing.flow import Axes, Flow
-from dhp_jax.tracing.inputs import abstract_inputs
+from dhp_jax.tracing.inputs import (
+    abstract_inputs,
+    check_no_batch,
+    input_refused,
+    looks_like_a_shape,
+)
 from dhp_jax.tracing.layer_sizes import resize
 from dhp_jax.tracing.programs import (
     EVALUATION,
@@ -167,7 +172,17 @@ def analyse(model: nnx.Module, inputs: Any, call: Call = default_call) -> Analys
     graphdef, state = nnx.split(model)
     whole = nnx.merge(graphdef, state, copy=True)
     whole.eval()
-    given, program = _first_program(whole, abstract_inputs(inputs), call)
+    given = abstract_inputs(inputs)
+    if call is default_call:
+        check_no_batch(model, inputs, "inputs")
+    try:
+        given, program = _first_program(whole, given, call)
+    except UntraceableError:
+        raise
+    except Exception as error:  # whatever the network's code raises
+        shapes = ", ".join(str(x.shape) for x in jax.tree.leaves(given))
+        told = inputs if looks_like_a_shape(inputs) else shapes
+        raise ValueError(input_refused(told, error, "inputs")) from error
     programs, untrainable = {EVALUATION: program}, ""
     trained = nnx.merge(program.graphdef, program.state, copy=True)
     trained.train()
@@ -198,9 +213,7 @@ def _first_program(
             integers = jax.tree.map(_as_integers, inputs)
             return integers, trace_program(model, call, integers)
         except Exception:  # the first error says more
-            shapes = ", ".join(str(x.shape) for x in jax.tree.leaves(inputs))
-            why = failure(error)
-            raise ValueError(f"inputs: the model does not take {shapes}: {why}") from error
+            raise error from None
 
 
 def _as_integers(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

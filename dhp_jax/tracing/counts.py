@@ -20,6 +20,7 @@ from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.inputs import (
     abstract_inputs,
     check_input_shape,
+    check_no_batch,
     input_refused,
     looks_like_a_shape,
     remember_inputs,
@@ -91,6 +92,8 @@ def _traced(
     """The program of evaluation with marks of layers, their calls, and the names of latents."""
     if looks_like_a_shape(input_shape):
         check_input_shape(input_shape)
+        if call is default_call:
+            check_no_batch(model, input_shape)
     inputs = abstract_inputs(input_shape)
     calls: list[LayerCall] = []
     names: dict[Latent, str] = {}

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dhp_jax.core.latent import walk
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import first_line, shown
-from dhp_jax.tracing.programs import Call, default_call, value_of
+from dhp_jax.tracing.programs import Call, default_call, failure, value_of
 
 _KNOWN: dict[Any, tuple[Any, ...]] = {}  # inputs by the structure of networks, latest last
 _MOST_KNOWN = 32
@@ -75,6 +76,22 @@ def looks_like_a_shape(value: Any) -> bool:
     return not nested
 
 
+def check_no_batch(model: nnx.Module, inputs: Any, argument: str = "input_shape") -> None:
+    """Raises if a shape of one example has more axes than every convolution of a network takes.
+
+    Such a shape has the batch axis too, as `x.shape` has. Flax would take the axis before it for
+    the batch, and compute something else.
+    """
+    sizes = [getattr(module, "kernel_size", ()) for _, _, module in walk(model)]
+    most = max((len(size) for size in sizes if isinstance(size, tuple)), default=0)
+    if most and _is_shape(inputs) and len(inputs) > most + 1:
+        raise ValueError(
+            f"{argument}: expected the shape of one example, without the batch axis, for "
+            f"convolutions of {most} axes; got {tuple(inputs)}; an array, or jax.ShapeDtypeStruct, "
+            "with its batch axis may have more"
+        )
+
+
 def check_input_shape(input_shape: tuple[int, ...]) -> None:
     """Raises unless a value can be the shape of one example."""
     listed = isinstance(input_shape, tuple | list) and len(input_shape) > 0
@@ -85,12 +102,34 @@ def check_input_shape(input_shape: tuple[int, ...]) -> None:
         )
 
 
-def input_refused(input_shape: tuple[int, ...], error: Exception) -> str:
-    """The error message for an input on which the forward pass fails."""
-    what = first_line(error)
-    message = f"input_shape: the model does not take {input_shape}: {what}"
+def outputs_of(model: nnx.Module, input_shape: tuple[int, ...]) -> Any:
+    """The abstract outputs of a network in evaluation mode for one example.
+
+    Raises:
+      ValueError: it does not take such an input.
+    """
+    graphdef, state = nnx.split(model)
+    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    try:
+        return jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
+    except Exception as error:  # whatever a forward pass may raise
+        raise ValueError(input_refused(input_shape, error)) from error
+
+
+def input_refused(input_shape: Any, error: Exception, argument: str = "input_shape") -> str:
+    """The error message for an input on which the forward pass fails, with the place in the code.
+
+    Args:
+      input_shape: of one example, or other inputs in words.
+      error: that it has raised.
+      argument: that the input was given as.
+    """
+    message = f"{argument}: the model does not take {input_shape}: {failure(error)}"
     if "incompatible shapes" in message:
-        message = message.rstrip(".") + "; axes that are added must be one latent"
+        message += "; axes that are added must be one latent"
+    match input_shape:
+        case (1 | 3, _, width) if width not in (1, 3):
+            message += "; the shape of an image is (height, width, channels)"
     return message
 
 

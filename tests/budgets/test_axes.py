@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.export import export
 from dhp_jax.tracing import inputs as told
 from dhp_jax.tracing.programs import default_call
 
@@ -254,9 +255,30 @@ def test_a_shuffle_of_channels_is_told_with_its_line():
         dhp.check_axes(model, (4, 4, 3))
 
 
-def test_checking_axes_with_a_wrong_input_says_so():
-    with pytest.raises(ValueError, match=r"^input_shape: the model does not take \(4, 4, 5\)"):
-        dhp.check_axes(filled(Mixed), (4, 4, 5))
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 4, 5), r": the model does not take \(4, 4, 5\): .* at .*/networks.py:\d+$"),
+        (
+            (3, 4, 4),
+            r": the model does not take \(3, 4, 4\): .*; the shape of an image is \(height,",
+        ),
+        ((2, 4, 4, 3), r": expected .* without the batch axis, for convolutions of 2 axes; got "),
+    ],
+)
+def test_a_shape_of_other_channels_of_channels_first_or_with_a_batch_axis_is_refused(
+    shape, message, tmp_path
+):
+    plain = dhp.prune(filled(Mixed))
+    for made in (
+        lambda: dhp.check_axes(filled(Mixed), shape),
+        lambda: dhp.measure_cost(plain, shape),
+        lambda: dhp.with_latents(nnx.clone(plain), shape),
+        lambda: export(plain, tmp_path / "out", shape, format="safetensors", build=Mixed),
+    ):
+        with pytest.raises(ValueError, match=f"^(input_shape|inputs){message}"):
+            made()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pixel_shuffle_is_accepted_and_pruned_to_whole_channels():
