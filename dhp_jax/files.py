@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 import shutil
+import tempfile
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
@@ -22,6 +23,18 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
         part.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def why_unwritable(folder: str | os.PathLike) -> str:
+    """Why no file can be put in a folder, which need not be there yet; empty if one can."""
+    there = os.path.abspath(folder)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as error:
+        return os.strerror(error.errno)
 
 
 def user_cache(name: str) -> Path:

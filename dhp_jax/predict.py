@@ -23,6 +23,7 @@ from dhp_jax.cli import Saved
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.data.decode import COLOUR, GRAY, decode, open_image
 from dhp_jax.errors import FieldError
+from dhp_jax.files import why_unwritable
 from dhp_jax.models.registry import task_of
 from dhp_jax.tasks.metrics import pixels
 from dhp_jax.tasks.tiling import restore, tiling
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help="folder for restored images")
     parser.add_argument("--tile", type=int, help="side of the tiles of images that do not fit")
     options = parser.parse_args(arguments)
+    for file in options.images:
+        if file.is_dir():
+            raise ValueError(f"images: expected files, such as {file}/*; got the folder {file}")
     saved = cli.opened(options.model, options.which, options.build)
     _check_task(saved)
     if saved.task == LABELS:
@@ -60,7 +64,10 @@ def main(arguments: Sequence[str]) -> None:
 def _check_task(saved: Saved) -> None:
     """Raises unless a network is for one of the tasks, and may be."""
     if saved.task is None:
-        raise ValueError(f"{saved.path}: expected a note task; dhp.save(path, model, task=...)")
+        raise ValueError(
+            f"{saved.path}: expected a note task, {', '.join(TASKS[:-1])} or {TASKS[-1]}; "
+            "dhp.save(path, model, task=...) keeps it"
+        )
     where = f"{saved.path / DESCRIPTION}: notes.task"
     if saved.task not in TASKS:
         raise FieldError.unknown(where, saved.task, TASKS)
@@ -190,14 +197,11 @@ def restore_images(
             raise ValueError(f"--out: expected a folder other than the images', got {folder}")
     channels = getattr(saved.model, "channels", None) or _input_shape(saved)[-1]
     tiling(saved.model).check("--tile", tile)
+    if why := why_unwritable(folder):
+        raise ValueError(f"--out: expected a folder that can be written, got {folder} ({why})")
     for file in files:  # before the first is run
         _read(file, channels)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--out: expected a folder that can be made, got {folder} ({error.strerror})"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
     network = inference(saved.model)
     for file, target in zip(files, targets, strict=True):
         image = pixels(restore_image(saved, network, _read(file, channels), tile=tile))

@@ -241,7 +241,8 @@ def _build_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
         made = "a class of its own" if family is None else shown(family)
         raise ArtifactError(
             f"path: {where.parent} holds a network of {made}; expected load(path, build=...) with "
-            "a function build(rngs) that makes it unpruned (--build=module:function of commands)"
+            "a function build(rngs) that makes it unpruned (of commands "
+            f"--build={family or 'module:function'})"
         )
     if family not in registry.FAMILIES:
         raise ArtifactError(

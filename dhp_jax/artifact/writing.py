@@ -84,6 +84,12 @@ def save(
         description["cost"] = {"flops": cost.flops, "params": cost.params}
         if all(isinstance(size, int) for size in input_shape):
             notes["input_shape"] = list(input_shape)
+    for name, note in notes.items():
+        try:
+            json.dumps(note)
+        except TypeError as error:
+            expected = "a JSON value, such as a number, a text or a list of them"
+            raise TypeError(f"{name}: expected {expected}; got {shown(note)}") from error
     text = json.dumps(description, indent=1)
     parse_description(text.encode(), path / DESCRIPTION)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -115,6 +115,11 @@ def summary(
     call = call or (table and table.call)
     if inputs is None and table is not None:
         inputs = table.inputs
+    if inputs is None:
+        raise ValueError(
+            "inputs: expected the shape of one example, such as (32, 32, 3), for a network that "
+            "dhp.with_latents was not told it of; got None"
+        )
     check_batch(batch)
     shape = None if batch is None else timed_shape(inputs, call)
     before, after = (measure_cost(network, inputs, call=call) for network in (model, small))

@@ -19,7 +19,7 @@ from dhp_jax.budgets.other_widths import advice, time_other_widths
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.budgets.timing import hardware
 from dhp_jax.core.cost import Cost
-from dhp_jax.core.latent import latents
+from dhp_jax.core.latent import latents, latents_to_prune
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import check_masks, prune
@@ -166,6 +166,7 @@ def prune_to(
         check_share("latency", latency)
         budget = {"flops": 1.0, **budget}
     selection(by, budget)  # so that what it refuses is told before any work
+    latents_to_prune(model)
     table = architecture_of(model).axes if isinstance(model, nnx.Module) else None
     if input_shape is None and table is not None:
         input_shape = table.inputs

@@ -256,7 +256,7 @@ def latents_to_prune(model: nnx.Module) -> dict[str, Latent]:
     if not found:
         raise ValueError(
             f"model: expected a network with latents, got a {type(model).__name__} that has none; "
-            "dhp.with_latents makes one of a pruned network"
+            "dhp.with_latents makes one of it"
         )
     return found
 

@@ -177,8 +177,10 @@ def check_format(format: str) -> None:
 
 
 def check_path(path: str | os.PathLike, format: str, argument: str = "path") -> None:
-    """Raises a `ValueError` where something is that an export must not replace."""
+    """Raises a `ValueError` where something is that an export must not replace, or none can be."""
     path = Path(path)
+    if why := files.why_unwritable(path.parent):
+        raise ValueError(f"{argument}: expected a place that can be written, got {path} ({why})")
     if format == "safetensors" and not may_hold(path):
         raise ValueError(
             f"{argument}: expected no or an empty folder, or one with a network only, got {path}"

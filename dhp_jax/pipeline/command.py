@@ -137,6 +137,8 @@ def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
     weights = overrides.pop(WEIGHTS, "None")  # which files need not mention
     if weights is None:
         raise ValueError(f"{WEIGHTS}: expected --{WEIGHTS}=<value>; got none")
+    if "config" not in given and arguments[1:] and not arguments[1].startswith("-"):
+        raise ValueError(f"expected --config={arguments[1]}; got {arguments[1]!r}")
     config = read_config(given.get("config"))
     check_overrides(config, overrides)
     found = find_config(given["config"])  # for a name, its file

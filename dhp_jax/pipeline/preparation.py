@@ -29,7 +29,13 @@ from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.train.phase import Observer
 from dhp_jax.train.schedules import make_schedule
 from dhp_jax.workdir import source_run
-from dhp_jax.workdir.identity import CONFIG, hold, read_data_choice, settle_data
+from dhp_jax.workdir.identity import (
+    CONFIG,
+    check_directory,
+    hold,
+    read_data_choice,
+    settle_data,
+)
 from dhp_jax.workdir.metrics import Journal
 from dhp_jax.workdir.source_run import find_digest
 
@@ -91,6 +97,7 @@ def prepare(
             "None for a single run, for `dhp_jax.targets` carries out several",
             tuple(config.targets),
         )
+    from_first(lambda: check_directory(workdir, config))
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     if mesh is not None:
         check_batch(config.batch_size, mesh.shape[DATA], jax.process_count())

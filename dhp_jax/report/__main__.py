@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 import sys
 
+from dhp_jax import files
 from dhp_jax.cli import Parser, run
 from dhp_jax.models.registry import add_own
 from dhp_jax.report.write import COMPARED, PAGE, write_comparison, write_page, write_sizes
@@ -55,6 +56,10 @@ def _make(options: argparse.Namespace) -> Path:
             raise ValueError(
                 f"--out: expected a file in a folder that is there; got {options.out!r}"
             )
+    folder = "." if len(options.runs) > 1 else options.runs[0]
+    folder = Path(folder) if options.out is None else Path(options.out).parent
+    if why := files.why_unwritable(folder):
+        raise ValueError(f"--out: expected a folder that can be written; got '{folder}' ({why})")
     if len(options.runs) > 1:
         for name in ("baseline", "latency"):
             if getattr(options, name):

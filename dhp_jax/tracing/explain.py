@@ -103,9 +103,9 @@ def memory(net: nnx.Module) -> str:
     now = sum(node.numbers() * node.dtype.itemsize for node in arrays) / 1e6
     least = sum(node.size * node.dtype.itemsize for node in arrays) / 1e6
     return (
-        f"{len(arrays)} arrays are generated, {gates} of them with latents as gates: {trained:_} "
-        f"numbers ({now:.3g} MB) are trained in the place of {there:_}; {least:.3g} MB with all "
-        "as gates (gates_above=0)."
+        f"{len(arrays)} arrays are generated from {trained:,} numbers ({now:.3g} MB), in place of "
+        f"{there:,}. Latents are gates of {gates} of them; with gates_above=0 of all, which takes "
+        f"{least:.3g} MB."
     )
 
 

@@ -50,7 +50,7 @@ def hold(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[None]:
         or it cannot be written.
     """
     workdir = Path(workdir)
-    _check(workdir, config)
+    check_directory(workdir, config)
     with contextlib.ExitStack() as stack:
         with refuse_unwritable(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def hold(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[None]:
                     detail=f"another process is at work in {workdir}; wait until it ends, or give "
                     "another --workdir",
                 ) from None
-            _check(workdir, config)
+            check_directory(workdir, config)
             files.write(workdir / CONFIG, json.dumps(_as_stored(workdir, config), indent=1))
         yield
 
@@ -170,8 +170,11 @@ def refuse_unwritable(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-def _check(workdir: Path, config: ConfigDict) -> None:
+def check_directory(workdir: str | os.PathLike, config: ConfigDict) -> None:
     """Raises a `ConfigError` unless a directory is new, empty, or has this configuration."""
+    workdir = Path(workdir)
+    if why := files.why_unwritable(workdir):
+        raise ConfigError("workdir", "a directory that can be written", f"{str(workdir)!r} ({why})")
     path = workdir / CONFIG
     if not path.is_file():
         ours = {LOCK, unfinished(path).name}

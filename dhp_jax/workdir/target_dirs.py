@@ -9,6 +9,7 @@ from dhp_jax import files
 from dhp_jax.workdir.identity import CONFIG, refuse_unwritable
 
 TARGETS = "targets.json"  # the targets of the last command
+MOST_NAMED = 5
 
 
 def folder_name(target: float) -> str:
@@ -56,6 +57,10 @@ def is_size(path: Path) -> bool:
 
 
 def hint(workdir: str | os.PathLike) -> str:
-    """What an error adds where one run was expected and the directory holds several targets."""
-    runs = ", ".join(map(str, begun(workdir)))
-    return f"; it holds several sizes, give one of them: {runs}" if runs else ""
+    """What an error adds where one run was expected and the directory holds some."""
+    runs, kind = begun(workdir), "sizes"
+    if not runs:
+        runs, kind = sorted(path.parent for path in Path(workdir).glob(f"*/{CONFIG}")), "runs"
+    more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
+    some = ", ".join(map(str, runs[:MOST_NAMED]))
+    return f"; it holds {kind}, give one of them: {some}{more}" if runs else ""

@@ -69,6 +69,13 @@ def test_the_inputs_of_a_traced_network_are_known(traced, small):
     assert str(dhp.summary(traced[1], small)) == str(dhp.summary(traced[1], small, SHAPE))
 
 
+def test_inputs_that_nobody_told_are_asked_for(traced, small):
+    with pytest.raises(
+        ValueError, match=r"^inputs: expected the shape of one example, .*; got None"
+    ):
+        dhp.summary(traced[0], small)
+
+
 def test_networks_of_other_layers_are_compared_in_all(traced, small):
     other = dhp.prune(dhp.models.build("resnet", depth=8, width=0.25, rngs=nnx.Rngs(0)))
     told = str(dhp.summary(traced[0], other, SHAPE)).splitlines()

@@ -252,6 +252,7 @@ def test_scores_that_do_not_suit_the_latents_are_refused(change, told):
         dhp.l1_scores,
         lambda small: dhp.random_scores(small, 0),
         lambda small: dhp.prune_to(small, MIXED_INPUT, flops=0.5),
+        lambda small: dhp.prune_to(small, flops=0.5),
         lambda small: dhp.prune_to(small, MIXED_INPUT, flops=0.5, by=dhp.uniform_within),
         lambda small: dhp.prune_to(small, MIXED_INPUT, latency=0.5),
         lambda small: dhp.uniform_within(small, dhp.measure_cost(small, MIXED_INPUT), flops=0.5),
@@ -264,7 +265,7 @@ def test_a_network_that_has_been_pruned_is_named_and_how_to_prune_it_again(use):
         ValueError, match=r"^model: expected a network with latents, got a Mixed "
     ) as caught:
         use(small)
-    assert str(caught.value).endswith("; dhp.with_latents makes one of a pruned network")
+    assert str(caught.value).endswith("; dhp.with_latents makes one of it")
 
 
 @pytest.mark.parametrize("by", ["l1", dhp.l1_scores, dhp.random_scores])

@@ -556,6 +556,7 @@ def test_the_command_writes_over_nothing_but_earlier_exports(tmp_path, capsys):
         (["{}", "--format=onnx"], "error: model: expected a folder that dhp.save wrote or a run's"),
         (["{}", "--format=tflite"], "error: argument --format: invalid choice: 'tflite'"),
         (["{}"], "error: the following arguments are required: --format"),
+        (["{}", "--format=onnx", "--out=/proc/a"], "error: --out: expected a place that can be wr"),
         (["{}", "--format=onnx", "--input-shape=8,0"], "error: argument --input-shape: expected"),
     ],
 )

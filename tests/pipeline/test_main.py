@@ -18,7 +18,7 @@ from dhp_jax import activity
 from dhp_jax.backend import cache as backend_cache
 from dhp_jax.config.documentation import describe
 from dhp_jax.data.labelled import cifar
-from dhp_jax.pipeline import command
+from dhp_jax.pipeline import command, preparation
 from dhp_jax.pipeline.command import baseline_command, tell_target
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def test_a_file_that_is_no_configuration_is_refused(main, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("raise KeyError('depth')", r"KeyError: 'depth'"),
+        ("raise KeyError('depth')", r"--config: \S*/wrong.py:2: KeyError: depth$"),
         ("return {'seed': 0}", r"expected get_config\(\) to return a ConfigDict; got {'seed': 0}"),
     ],
 )
@@ -147,6 +147,24 @@ def test_ctrl_c_before_a_run_begins_is_one_line(main, capsys, monkeypatch):
     monkeypatch.setattr(command, "prepare", interrupted)
     assert main(DIGITS) == 130
     assert capsys.readouterr().err == "interrupted; the run has not begun\n"
+
+
+def test_a_configuration_is_meant_by_a_name_alone_or_one_that_is_near(main, capsys):
+    message = refused(main, capsys, "resnet20", "--workdir=out")
+    assert message == "error: expected --config=resnet20; got 'resnet20'\n"
+    message = refused(main, capsys, "--config=resnt20")
+    assert message.endswith("; got 'resnt20', which is no file; did you mean 'resnet20'?\n")
+
+
+def test_the_directory_of_a_run_is_looked_at_before_its_data(
+    main, capsys, tmp_path, finished, monkeypatch
+):
+    monkeypatch.setattr(preparation, "set_up", None)
+    (tmp_path / "file").touch()
+    message = refused(main, capsys, DIGITS, f"--workdir={tmp_path / 'file/run'}")
+    assert message.endswith(f"that can be written; got '{tmp_path}/file/run' (Not a directory)\n")
+    message = refused(main, capsys, DIGITS, f"--workdir={finished}", "--config.seed=7")
+    assert "holds a run with another configuration: config.seed is 0 there and 7 here" in message
 
 
 def test_data_that_cannot_be_had_are_refused(main, capsys, tmp_path, offline):

@@ -214,6 +214,10 @@ def test_an_image_is_enlarged(restorers, tmp_path):
             "{digits}; it has model, best, see --which",
         ),
         (["{digits}", "{tmp}/none.png"], "error: images: cannot read '{tmp}/none.png': [Errno 2]"),
+        (
+            ["{tmp}", "{tmp}"],
+            "error: images: expected files, such as {tmp}/*; got the folder {tmp}",
+        ),
         (["{digits}", "{tmp}/text.png"], "error: images: cannot read '{tmp}/text.png': it is no"),
         (["{digits}", "{tmp}/cut.png"], "error: images: cannot read '{tmp}/cut.png': "),
         (
@@ -231,7 +235,7 @@ def test_an_image_is_enlarged(restorers, tmp_path):
         (["{restorers}/dncnn", "{tmp}/gray.png"], "error: --out: expected a folder, for "),
         (
             ["{restorers}/dncnn", "{tmp}/gray.png", "--out={tmp}/text.png"],
-            "error: --out: expected a folder that can be made, got {tmp}/text.png (File exists)",
+            "error: --out: expected a folder that can be written, got {tmp}/text.png (Not a dir",
         ),
         (
             ["{restorers}/dncnn", "{tmp}/gray.png", "--out={tmp}/out", "--top=3"],
@@ -309,7 +313,7 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("notes", "message"),
     [
-        ({}, "expected a note task; dhp.save"),
+        ({}, "expected a note task, classification, super_resolution or denoising; dhp.save"),
         ({"task": "classification"}, "expected a note input_shape; dhp.save"),
         (
             {"task": "classification", "input_shape": MIXED_INPUT, "mean": [1.0] * 3},

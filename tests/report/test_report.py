@@ -455,6 +455,7 @@ def test_latency_that_is_asked_for_is_noted(copy, monkeypatch):
             "--out: expected a file in a folder that is there; got '{tmp}",
         ),
         (["{run}", "--out={tmp}"], "--out: expected a file; got the folder '{tmp}'"),
+        (["{run}", "--out=/proc/a.html"], "--out: expected a folder that can be written; got '/p"),
     ],
 )
 def test_wrong_input_is_one_line(finished, tmp_path, capsys, monkeypatch, arguments, message):

@@ -300,8 +300,9 @@ def test_the_memory_of_both_forms_is_told(options, gates):
         cheap = taps * pairs > options.get("gates_above", there)
         trained += taps * pairs if cheap else pairs * (1 + 2 * m + m * taps + taps)
     told = " ".join(str(dhp.explain(net)).split())
-    assert f"5 arrays are generated, {gates} of them with latents as gates: {trained:_} n" in told
-    assert f"in the place of {there:_}; {4 * there / 1e6:.3g} MB with all as gates" in told
+    assert f"5 arrays are generated from {trained:,} numbers ({4 * trained / 1e6:.3g} MB)" in told
+    assert f"in place of {there:,}. Latents are gates of {gates} of them; " in told
+    assert f"with gates_above=0 of all, which takes {4 * there / 1e6:.3g} MB." in told
 
 
 def test_a_network_of_which_nothing_can_go_is_refused_with_the_place():

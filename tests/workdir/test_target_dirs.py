@@ -120,7 +120,7 @@ def test_commands_on_one_network_name_the_sizes_to_choose_from(begun, capsys, ma
     code, printed, told = commanded(capsys, main, "command", begun, *arguments)
     assert (code, printed, told.count("\n")) == (2, "", 1)
     assert told.startswith("error: model: expected a folder that dhp.save wrote or a run's with ")
-    assert told.endswith(f"; it holds several sizes, give one of them: {begun}/0.75, {begun}/0.5\n")
+    assert told.endswith(f"; it holds sizes, give one of them: {begun}/0.75, {begun}/0.5\n")
 
 
 def test_a_source_of_several_sizes_is_told_which(begun):
