@@ -10,7 +10,7 @@ import numpy as np
 
 from dhp_jax.core.latent import walk
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.errors import first_line, shown
+from dhp_jax.errors import shown
 from dhp_jax.tracing.programs import Call, default_call, failure, value_of
 
 _KNOWN: dict[Any, tuple[Any, ...]] = {}  # inputs by the structure of networks, latest last
