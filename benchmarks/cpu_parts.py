@@ -1,9 +1,9 @@
 """Where does the time of a residual block go on a CPU, part by part, in XLA and in PyTorch?
 
-The parts of a 3x3 convolution with BatchNorm and ReLU at the three shapes of a CIFAR ResNet, batch
-64, taken in turn in one process: XLA as the library uses it, PyTorch, and XLA with the convolution
-written in other ways. Pin it to one core to compare the work, give it two to see which parts use
-both: those whose CPU time is their wall time run on one.
+The parts of a 3x3 convolution with BatchNorm and ReLU at the three shapes of a CIFAR ResNet, and at
+the first of a pruned one, batch 64, taken in turn in one process: XLA as the library uses it,
+PyTorch, and XLA with the convolution written in other ways. Pin it to one core to compare the work,
+give it two to see which parts use both: those whose CPU time is their wall time run on one.
 
     taskset -c 1 python benchmarks/cpu_parts.py    # one core
     python benchmarks/cpu_parts.py                 # all cores
@@ -17,17 +17,18 @@ from pathlib import Path
 import time
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 from record import positive, publish_each, table_of
 import torch
 from torch.nn import functional
 
-from dhp_jax.backend.cpu_conv import _kernel_gradient, convolution
+from dhp_jax.backend.cpu_conv import LAYOUT, _kernel_gradient, convolution
 from dhp_jax.backend.norm import _normalize
 from dhp_jax.backend.platform import compiler_options
 
-BATCH, SHAPES = 64, ((32, 16), (16, 32), (8, 64))
+BATCH, SHAPES = 64, ((32, 8), (32, 16), (16, 32), (8, 64))
 PADS = ((1, 1), (1, 1))
 NOTE = (
     "Milliseconds, batch 64, the least of {} rounds; CPU time is that of all threads in that "
@@ -86,10 +87,13 @@ def parts_of(side: int, channels: int) -> dict[tuple[str, str], Callable[[], obj
     to_kernel = compiled(lambda x, g: _kernel_gradient(x, g, (3, 3), (1, 1), PADS, (1, 1)))
     norm = compiled(lambda g, *given: jax.vjp(normal, *given)[1](g))
     others = {
+        ("forward", "XLA, one column at a time"): (by_single_columns, x, kernel),
         ("forward", "XLA, patches"): (by_patches, x, kernel),
         ("forward", "XLA, nine products"): (by_nine_products, x, kernel),
         ("to kernel", "XLA, patches"): (gradient_by_patches, x, grad),
         ("to kernel", "XLA, halves of the batch"): (gradient_by_halves, x, grad),
+        ("to kernel", "XLA, two columns"): (gradient_by_columns, x, grad),
+        ("to kernel", "XLA, three rows"): (gradient_by_rows, x, grad),
     }
     check_ways(forward(x, kernel), to_kernel(x, grad), others)
     theirs, their_grad = (_to_torch(array, (0, 3, 1, 2)) for array in (x, grad))
@@ -137,6 +141,10 @@ def patches(x: jax.Array) -> jax.Array:
     return jnp.concatenate(shifted(x), -1).reshape(-1, 9 * x.shape[-1])
 
 
+def by_single_columns(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, (1, 1), PADS, dimension_numbers=LAYOUT)
+
+
 def by_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
     channels = x.shape[-1]
     return (patches(x) @ kernel.reshape(9 * channels, -1)).reshape(x.shape)
@@ -155,6 +163,33 @@ def gradient_by_patches(x: jax.Array, grad: jax.Array) -> jax.Array:
 def gradient_by_halves(x: jax.Array, grad: jax.Array) -> jax.Array:
     halves = zip(jnp.split(x, 2), jnp.split(grad, 2), strict=True)
     return sum(_kernel_gradient(*half, (3, 3), (1, 1), PADS, (1, 1)) for half in halves)
+
+
+def gradient_by_columns(x: jax.Array, grad: jax.Array) -> jax.Array:
+    """Of a kernel of four columns for two columns of the gradient, added where taps are alike."""
+    batch, side, _, channels = grad.shape
+    pairs = grad.reshape(batch, side, side // 2, 2 * channels)
+    found = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        pairs.transpose(1, 2, 0, 3),
+        (1, 1),
+        PADS,
+        rhs_dilation=(1, 2),
+        dimension_numbers=LAYOUT,
+    )
+    found = found[:, :, :3, :channels] + found[:, :, 1:, channels:]
+    return found.transpose(1, 2, 0, 3)
+
+
+def gradient_by_rows(x: jax.Array, grad: jax.Array) -> jax.Array:
+    """Of a kernel of one row for three rows of the gradient, which lie side by side as channels."""
+    side, channels = grad.shape[1], grad.shape[-1]
+    padded = jnp.pad(grad.transpose(1, 2, 0, 3), (PADS[0], (0, 0), (0, 0), (0, 0)))
+    rows = jnp.concatenate([padded[i : i + side] for i in range(3)], -1)
+    found = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0), rows, (1, 1), ((0, 0), PADS[1]), dimension_numbers=LAYOUT
+    )
+    return found.reshape(channels, 3, 3, channels)[:, :, ::-1].transpose(2, 1, 0, 3)
 
 
 def check_ways(output: jax.Array, gradient: jax.Array, ways: dict[tuple[str, str], tuple]) -> None:
