@@ -18,9 +18,6 @@ DESCRIPTION = "model.json"
 ARRAYS = "arrays.safetensors"
 
 
-# Reading
-
-
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for reading; an `ArtifactError` if it cannot be read."""
@@ -94,9 +91,6 @@ def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> n
             is_variable = isinstance(leaf, nnx.Variable)
             found.append((location, leaf.replace(value) if is_variable else value))
     return nnx.from_flat_state(found)
-
-
-# Arrays
 
 
 def array_name(location: tuple) -> str:

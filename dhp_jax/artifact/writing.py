@@ -109,9 +109,6 @@ def may_hold(path: str | os.PathLike) -> bool:
     return {item.name for item in path.iterdir()} <= {DESCRIPTION, ARRAYS}
 
 
-# Writing
-
-
 def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     """Every array of a network by its path."""
     # safetensors writes memory as it lies, and device layouts need not be row-major.

@@ -5,6 +5,7 @@ A network says which axes are one by using one object for them. Two axes that ar
 `repeat(z, 4)`. Everything else in the library reads the coupling of axes from here.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 import re
 from typing import Any
@@ -53,7 +54,8 @@ class Axis(nnx.Module):
 
     def multiplicity(self) -> dict["Latent", int]:
         """How many channels of this axis each entry of each latent stands for."""
-        raise NotImplementedError
+        channels = Counter(latent for latent, _ in self.entries())
+        return {latent: count // latent.size for latent, count in channels.items()}
 
     def entries(self) -> list[tuple["Latent", int]]:
         """The latent and the index in it that each channel stands for."""
@@ -115,9 +117,6 @@ class Latent(Axis):
     def value(self) -> Float[Array, " size"]:
         return self.vector[...]
 
-    def multiplicity(self) -> dict["Latent", int]:
-        return {self: 1}
-
     def entries(self) -> list[tuple["Latent", int]]:
         return [(self, index) for index in range(self.size)]
 
@@ -139,13 +138,6 @@ class Concat(Axis):
     def value(self) -> Float[Array, " size"]:
         return jnp.concatenate([part.value() for part in self.parts])
 
-    def multiplicity(self) -> dict[Latent, int]:
-        total: dict[Latent, int] = {}
-        for part in self.parts:
-            for latent, times in part.multiplicity().items():
-                total[latent] = total.get(latent, 0) + times
-        return total
-
     def entries(self) -> list[tuple[Latent, int]]:
         return [entry for part in self.parts for entry in part.entries()]
 
@@ -166,9 +158,6 @@ class Repeat(Axis):
 
     def value(self) -> Float[Array, " size"]:
         return jnp.repeat(self.base.value(), self.times)
-
-    def multiplicity(self) -> dict[Latent, int]:
-        return {latent: self.times * n for latent, n in self.base.multiplicity().items()}
 
     def entries(self) -> list[tuple[Latent, int]]:
         return [entry for entry in self.base.entries() for _ in range(self.times)]

@@ -225,9 +225,6 @@ def _remove(part: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-# Comparing
-
-
 def _compare(
     model: nnx.Module, run: Forward, inputs: Mapping[str, Float[np.ndarray, "n *example"]]
 ) -> tuple[dict[str, float], float]:

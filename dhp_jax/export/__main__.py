@@ -30,9 +30,6 @@ ENDINGS = {"stablehlo": ".stablehlo", "onnx": ".onnx", "safetensors": "-folded"}
 REAL = 8  # test images that an export is tried on, at most
 
 
-# The command
-
-
 def main(arguments: Sequence[str]) -> None:
     """Parses the arguments, writes the file and prints what became of it."""
     parser = cli.parser("dhp-export", __doc__)

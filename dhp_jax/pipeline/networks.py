@@ -52,12 +52,7 @@ def keep_teacher(run: Run, source: str) -> None:
         save(run, "teacher", run.blueprint.ordinary(), made_from=source)
         return
     there = source_run.read(run.config)
-    if there.sha256 != source:
-        raise ConfigError(
-            "config.source",
-            detail=f"expected the network that the run in {run.workdir} began with; "
-            f"{str(there.path)!r} is another one; give another --workdir",
-        )
+    source_run.check_digest(there, source, run.workdir)
     save(run, "teacher", reading.load(there.path), made_from=source)
 
 

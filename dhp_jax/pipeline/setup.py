@@ -142,29 +142,22 @@ def _super_resolution(config: ConfigDict, streamed: bool | None) -> TaskSetup:
         raise ConfigError(
             "config.task.patch", f"a multiple of the scale, {settings.scale}", settings.patch
         )
-    task = SuperResolution(
-        patch=settings.patch,
-        scale=settings.scale,
-        tile=settings.tile,
-        overlap=settings.overlap,
-        loss_name=settings.loss,
-        on_luminance=settings.psnr == "y",
-    )
+    own = {"scale": settings.scale, "on_luminance": settings.psnr == "y"}
+    task = SuperResolution(**_of_patches(settings), **own)
     arguments = {"scale": settings.scale, "channels": settings.channels}
     return _restoration(config, streamed, task, arguments)
 
 
 def _denoising(config: ConfigDict, streamed: bool | None) -> TaskSetup:
     settings = config.task
-    task = Denoising(
-        patch=settings.patch,
-        sigma=settings.sigma,
-        tile=settings.tile,
-        overlap=settings.overlap,
-        loss_name=settings.loss,
-        shave=settings.shave,
-    )
+    task = Denoising(**_of_patches(settings), sigma=settings.sigma, shave=settings.shave)
     return _restoration(config, streamed, task, {"channels": settings.channels})
+
+
+def _of_patches(settings: ConfigDict) -> dict[str, Any]:
+    """What both tasks of restoration are made of."""
+    names = {name: settings[name] for name in ("patch", "tile", "overlap")}
+    return names | {"loss_name": settings.loss}
 
 
 def _restoration(

@@ -6,7 +6,7 @@ from typing import Any
 from dhp_jax.budgets.layer_table import compact, percent
 from dhp_jax.report.charts import Dot, Line, Rule, dot_chart, line_chart
 from dhp_jax.report.figures import Chart
-from dhp_jax.report.format import duration, in_row, milliseconds, upper_first
+from dhp_jax.report.format import duration, in_row, milliseconds, timed_batches, upper_first
 from dhp_jax.report.render import Cell, Table, render
 from dhp_jax.report.run_report import RunReport, when
 from dhp_jax.workdir.target_dirs import is_size
@@ -43,9 +43,9 @@ def comparison(
         + [f"{name}: has not begun" for name in absent],
         metric=upper_first(metric.label),
         table=_table(names, runs),
-        timed=any(map(_latencies, runs)),
+        timed=any(timed_batches(run.summary) for run in runs),
         hardware=_differing(
-            {n: r.summary["latency"]["hardware"] for n, r in pairs if _latencies(r)}
+            {n: r.summary["latency"]["hardware"] for n, r in pairs if timed_batches(r.summary)}
         ),
         networks=sorted({run.network for run in runs}),
         cost=[charts[name] for name in ("flops", "params", "speedup") if name in charts],
@@ -88,7 +88,7 @@ def _differing(places: Mapping[str, str]) -> str:
 
 
 def _table(names: Sequence[str], runs: Sequence[RunReport]) -> Table:
-    batches = sorted({row["batch"] for run in runs for row in _latencies(run)})
+    batches = sorted({row["batch"] for run in runs for row in timed_batches(run.summary)})
     label = f"test {runs[0].metric.label}"
     header = ["run", f"{label}, last epoch", f"{label}, best epoch", "FLOPs", "params"]
     for batch in batches:
@@ -169,21 +169,16 @@ def _value(run: RunReport) -> float | None:
     return metric.factor * last[f"test_{metric.name}"]
 
 
-def _latencies(run: RunReport) -> list[dict[str, Any]]:
-    latency = run.summary.get("latency") if run.summary else None
-    return latency["batches"] if latency else []
-
-
 def _speedup(run: RunReport, batch: int) -> dict[str, float] | None:
     """Quartiles of pairs of passes; an unpruned network is as fast as itself."""
-    for row in _latencies(run):
+    for row in timed_batches(run.summary):
         if row["batch"] == batch:
             return row.get("speedup") if run.result.method.prunes else dict.fromkeys(QUARTILES, 1.0)
     return None
 
 
 def _latency(run: RunReport, batch: int) -> str:
-    (row,) = [row for row in _latencies(run) if row["batch"] == batch] or [{}]
+    (row,) = [row for row in timed_batches(run.summary) if row["batch"] == batch] or [{}]
     return milliseconds(row["after_ms"]["median"]) if "after_ms" in row else ""
 
 
@@ -221,7 +216,7 @@ def _cost_charts(names: Sequence[str], runs: Sequence[RunReport]) -> dict[str, C
         charts[name] = chart(label, [(count / size, ()) for count in counts], x=x, x_low=0)
     placed = [(i, run, y) for i, run, y in placed if run.summary]
     of_each = [
-        {row["batch"] for row in _latencies(run) if _speedup(run, row["batch"])}
+        {row["batch"] for row in timed_batches(run.summary) if _speedup(run, row["batch"])}
         for _, run, _ in placed
     ]
     if common := set.intersection(*of_each) if of_each else None:

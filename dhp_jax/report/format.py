@@ -62,6 +62,24 @@ def start_text(summary: Mapping[str, Any]) -> str:
     return f"the weights of {origin['run']}, trained for {spent}"
 
 
+def remarks(summary: Mapping[str, Any]) -> list[str]:
+    """What is to be known of a run's phases."""
+    found, phases = [], summary["phases"]
+    if "search" in phases and not phases["search"]["met_budget"]:
+        found.append("the search ended above its budget; the network was pruned to it anyway")
+    return found + [
+        f"{phase['skipped']} batches of the {name} phase were skipped: not finite"
+        for name, phase in phases.items()
+        if phase.get("skipped")
+    ]
+
+
+def timed_batches(summary: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The rows of a summary's latency, one for each size of a batch."""
+    latency = summary and summary.get("latency")
+    return latency["batches"] if latency else []
+
+
 def interval(share: float, count: int) -> str:
     """The 95 % interval of a share of examples, for people: "0.55 to 2.60 %"."""
     low, high = wilson(share, count)

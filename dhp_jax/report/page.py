@@ -20,7 +20,9 @@ from dhp_jax.report.format import (
     loss_text,
     main_metric,
     milliseconds,
+    remarks,
     start_text,
+    timed_batches,
 )
 from dhp_jax.report.render import Cell, Table, render
 from dhp_jax.report.run_report import RunReport, number, tested, when
@@ -64,7 +66,7 @@ def page(run: RunReport, charts: Mapping[str, Chart], pictures: Sequence[Crop] =
         missing=run.missing(),
         cards=answer(run),
         begun=summary and start_text(summary),
-        remarks=_remarks(summary),
+        remarks=remarks(summary) if summary else [],
         stages=_stages(run),
         channels=of("channels"),
         budgets=result.budgets,
@@ -113,8 +115,7 @@ def answer(run: RunReport) -> list[Card]:
             if number(last.get(name)) is not None:
                 told = f"would survive after step {last['step']}"
                 found.append((label, percent(last[name]), [told]))
-    latency = (run.summary or {}).get("latency") or {"batches": []}
-    for row in latency["batches"]:
+    for row in timed_batches(run.summary):
         details = []
         if before := row.get("before_ms"):
             details = [f"before {milliseconds(before['median'])}", faster(row)]
@@ -151,17 +152,6 @@ def _counted(run: RunReport, value: float) -> list[str]:
     return ([f"95 %: {interval}"] if interval else []) + (
         [f"{count:,} test examples"] if count else []
     )
-
-
-def _remarks(summary: Mapping[str, Any] | None) -> list[str]:
-    found, phases = [], summary["phases"] if summary else {}
-    if "search" in phases and not phases["search"]["met_budget"]:
-        found.append("the search ended above its budget; the network was pruned to it anyway")
-    return found + [
-        f"{phase['skipped']} batches of the {name} phase were skipped: not finite"
-        for name, phase in phases.items()
-        if phase.get("skipped")
-    ]
 
 
 def _stages(run: RunReport) -> Table | None:

@@ -1,6 +1,6 @@
 """What a run prints at its end: layers, details, files, and last of all what came of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import os
 from pathlib import Path
 import textwrap
@@ -23,7 +23,9 @@ from dhp_jax.report.format import (
     main_metric,
     metrics_text,
     milliseconds,
+    remarks,
     start_text,
+    timed_batches,
 )
 from dhp_jax.report.page import STAGES, stages
 from dhp_jax.report.write import COMPARED, LAYERS, PAGE, PLOTS
@@ -70,14 +72,14 @@ def sizes_text(
         rows.append(["unpruned", _score(some, "unpruned"), *whole, ""])
     for name, summary in summaries.items():
         left = [percent(summary[cost]["ratio"]) for cost in ("flops", "params")]
-        timed = [row["speedup"] for row in _batches(summary) if "speedup" in row][-1:]
+        timed = [row["speedup"] for row in timed_batches(summary) if "speedup" in row][-1:]
         speed = ["{median:.2f} ({low:.2f} to {high:.2f})".format(**row) for row in timed]
         rows.append([name, _score(summary, "last"), *left, *(speed or [""])])
     notes: Rows = [("networks", f"{workdir}/SIZE/model, of SIZE {', '.join(summaries)}")]
     if some.get("test_examples"):
         told = "; 95 % intervals (Wilson) in brackets" if metric.name == "error" else ""
         notes.append(("tested on", f"{some['test_examples']:,} examples{told}"))
-    timed = [row["batch"] for row in _batches(some) if "speedup" in row][-1:]
+    timed = [row["batch"] for row in timed_batches(some) if "speedup" in row][-1:]
     notes += [("timed with", f"batches of {batch}") for batch in timed]
     if unpruned is None:
         notes.append(_unknown(metric.label, missing))
@@ -112,15 +114,7 @@ def _details(summary: Mapping[str, Any]) -> Rows:
     begun = start_text(summary)
     rows += [("starts from", begun)] if begun else []
     rows.append(("time", f"{duration(summary['seconds'])} on {summary['hardware']}"))
-    if "search" in phases and not phases["search"]["met_budget"]:
-        rows.append(
-            ("note", "the search ended above its budget; the network was pruned to it anyway")
-        )
-    skipped = {name: phase["skipped"] for name, phase in phases.items() if phase["skipped"]}
-    if skipped:
-        counts = ", ".join(f"{count} in the {name} phase" for name, count in skipped.items())
-        rows.append(("note", f"batches skipped because they were not finite: {counts}"))
-    return rows
+    return rows + [("note", remark) for remark in remarks(summary)]
 
 
 def _answer(summary: Mapping[str, Any], missing: str) -> Rows:
@@ -178,14 +172,10 @@ def _budget_rows(budgets: Mapping[str, Mapping[str, Any]]) -> Rows:
     return rows
 
 
-def _batches(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return (summary.get("latency") or {"batches": []})["batches"]
-
-
 def _latency_rows(summary: Mapping[str, Any]) -> Rows:
     """The latency of one input and of a batch in words."""
     rows = []
-    for row in _batches(summary):
+    for row in timed_batches(summary):
         shown = milliseconds(row["after_ms"]["median"])
         if "before_ms" in row:
             before = milliseconds(row["before_ms"]["median"])

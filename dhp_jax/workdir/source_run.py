@@ -143,7 +143,13 @@ def check(
         )
     _check_network(source, model)
     began = _read_made_from(config, workdir, read_description)
-    if began not in (None, source.sha256):
+    if began is not None:
+        check_digest(source, began, workdir)
+
+
+def check_digest(source: Source, began: str, workdir: str | os.PathLike) -> None:
+    """Raises unless a source is the network, by its digest, that a run began with."""
+    if source.sha256 != began:
         raise ConfigError(
             "config.source",
             detail=f"expected the network that the run in {workdir} began with; "

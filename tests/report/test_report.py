@@ -201,7 +201,7 @@ def test_batches_that_were_skipped_are_told(result):
     assert "skipped" not in summary_text(summary)
     summary["phases"]["converge"]["skipped"] = 7
     note = told(summary_text(summary))["note"]
-    assert note.endswith("batches skipped because they were not finite: 7 in the converge phase")
+    assert note.endswith("7 batches of the converge phase were skipped: not finite")
 
 
 def test_the_answer_is_at_the_bottom_and_all_lines_fit_a_terminal(finished):

@@ -51,9 +51,6 @@ class PhotoFile(NamedTuple):
         return [self.path] if self.low is None else [self.path, self.low]
 
 
-# Finding files
-
-
 def find_shipped(channels: int) -> dict[str, list[PhotoFile]]:
     """The photographs of scikit-image; those that are gray only if that is asked for."""
     package = importlib.util.find_spec("skimage")  # no import: that takes a second
@@ -149,7 +146,7 @@ def check_color(files: list[PhotoFile]) -> None:
     if gray:
         mixed = f", and {str(color[0].path)!r} is in color" if color else ""
         raise FieldError(
-            f"{gray[0].argument}",
+            gray[0].argument,
             detail=f"expected color photographs for 3 channels; {str(gray[0].path)!r} is "
             f"gray{mixed}; task.channels=1 makes all of them gray",
         )
@@ -160,7 +157,7 @@ def check_sizes(files: list[PhotoFile], scale: int, least: int, what: str) -> No
     for file in files:
         if min(target_size(file, scale)) < least:
             raise FieldError(
-                f"{file.argument}",
+                file.argument,
                 detail=f"expected photographs no smaller than {what}, {least}x{least}; got "
                 f"{str(file.path)!r} of {_pixels(file.size)}",
             )
@@ -188,14 +185,14 @@ def check_pair(file: PhotoFile, channels: int, scale: int) -> None:
     expected = (target[0] // scale, target[1] // scale)
     if size != expected:
         raise FieldError(
-            f"{file.argument}",
+            file.argument,
             f"{str(file.low)!r} of {_pixels(expected)}, for a scale of {scale} to "
             f"{str(file.path)!r} of {_pixels(file.size)}",
             _pixels(size),
         )
     if channels == 3 and gray != file.gray:
         raise FieldError(
-            f"{file.argument}",
+            file.argument,
             detail=f"expected {str(file.low)!r} {_kind(file.gray)}, as {str(file.path)!r} is; "
             f"got it {_kind(gray)}",
         )
