@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import hashlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,14 +29,15 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
         raise ArtifactError(f"path: {path} cannot be read: {error.strerror}") from error
 
 
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, as `model.json` holds it."""
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextlib.contextmanager
 def open_arrays(path: Path, arrays: Mapping[str, Any]) -> Iterator[Any]:
-    """Opens the file of arrays; safetensors checks its header.
-
-    Args:
-      path: of the file.
-      arrays: the shape and dtype by name of all arrays that it has to hold, and of no others.
-    """
+    """Opens the file of arrays of given shapes and dtypes, and no others; checks its header."""
     try:
         with safe_open(path, "np") as file:
             _check_header_names(path, arrays)
@@ -58,12 +60,9 @@ def _check_header_names(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> nnx.State:
-    """Reads the arrays of a network from the file in a folder; all of them must be finite.
+    """Reads the arrays that a network needs from the file in a folder; all of them must be finite.
 
-    Args:
-      abstract: what a network needs.
-      arrays: the table in model.json, already checked.
-      path: the folder.
+    `arrays` is the table in model.json, already checked.
     """
     path = path / ARRAYS
     leaves = {

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 import functools
-import hashlib
 import os
 from pathlib import Path
 import stat
@@ -18,6 +17,7 @@ from dhp_jax.artifact.arrays import (
     ARRAYS,
     DESCRIPTION,
     array_name,
+    digest_of,
     open_arrays,
     open_file,
     read_arrays,
@@ -181,8 +181,7 @@ def verify(path: str | os.PathLike) -> dict[str, Any]:
     description = read_description(path)
     with open_arrays(path / ARRAYS, description["arrays"]):
         pass  # what opening it checks is all
-    with open_file(path / ARRAYS) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = digest_of(path / ARRAYS)
     if digest != description["sha256"]:
         raise ArtifactError(
             f"path: {path / ARRAYS} is not what was saved: expected SHA-256 "

@@ -1,7 +1,6 @@
 """Weights that a network starts from: those of a saved network, or of a file of safetensors."""
 
 from collections.abc import Mapping
-import hashlib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dhp_jax.artifact.arrays import ARRAYS, array_name, array_of, is_finite, open_file
+from dhp_jax.artifact.arrays import ARRAYS, array_name, array_of, digest_of, is_finite
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.reading import MODEL, exists, verify
 from dhp_jax.errors import ArgumentError, shown
@@ -39,8 +38,7 @@ def read_weights(path: str | os.PathLike) -> Weights:
         path = path if exists(path) or not exists(path / MODEL) else path / MODEL
         described = verify(path)
         path = path / ARRAYS
-    with open_file(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = digest_of(path)
     try:
         with safe_open(path, "np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

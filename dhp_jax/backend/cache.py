@@ -15,11 +15,6 @@ LONG = 1.0  # seconds of a compilation that is worth telling
 MAX_BYTES = 2**31  # of the cache
 
 
-def default_cache() -> Path:
-    """Where compiled programs are kept: `dhp_jax/xla` in the user's cache folder."""
-    return user_cache("xla")
-
-
 def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
     """Has JAX keep programs that take long to compile in a folder, and read them from there.
 
@@ -28,7 +23,7 @@ def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
 
     Args:
       folder: made if it is not there; the least used programs go once there are 2 GiB. `None` is
-        `default_cache()`, "off" keeps nothing.
+        `user_cache("xla")`, "off" keeps nothing.
 
     Returns:
       The folder; `None` if nothing is kept.
@@ -41,7 +36,7 @@ def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
         return None
     if folder is None and jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
-    folder = default_cache() if folder is None else Path(folder).expanduser()
+    folder = user_cache("xla") if folder is None else Path(folder).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.config.jax_compilation_cache_max_size < 0:
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)

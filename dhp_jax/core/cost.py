@@ -144,14 +144,10 @@ class Cost:
         return sum(layer.activations for layer in self.layers)
 
     def amounts(self, counts: Counts) -> "dict[str, int | Array]":
-        """FLOPs, params and activations by name when `counts[name]` entries of latents survive.
+        """FLOPs, params and activations by name when `counts[name]` entries of each latent survive.
 
-        Args:
-          counts: survivors of each latent by name, Python ints or (in a jitted function) integer
-            arrays.
-
-        Returns:
-          Exact integers: Python ints, or int64 arrays.
+        They are exact: Python ints give Python ints, and integer arrays (in a jitted function) give
+        int64 arrays.
         """
         if all(isinstance(count, int | np.integer) for count in counts.values()):
             whole = {name: int(count) for name, count in counts.items()}

@@ -40,10 +40,8 @@ _LECUN = nnx.initializers.lecun_normal()
 def compile_once(function: Callable[..., Any], static: int = 0, level: int = 1) -> Any:
     """`jax.jit` of what runs once: XLA:CPU compiles it with fewer optimisations.
 
-    Args:
-      function: any; it is called as it is where it is traced within another one.
-      static: how many arguments after the first are no arrays.
-      level: of optimisation; at 0 numbers may be rounded otherwise.
+    It is called as it is where it is traced within another function. `static` arguments after the
+    first are no arrays. At `level` 0 of optimisation numbers may be rounded otherwise.
     """
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": str(level)} if on_cpu else {}

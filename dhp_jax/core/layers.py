@@ -48,11 +48,7 @@ sliced = slice_axis  # for layers of one's own, under the name that they know
 class ChannelBias(nnx.Module):
     """Adds a learned number to each channel: a convolution's bias as a layer of its own.
 
-    Args:
-      num_features: number of channels.
-      param_dtype: of the bias; it is added in the dtype of the input.
-      bias_init: initial values, as in `nnx.Conv`.
-      rngs: the `params` stream draws the initial values.
+    It is added in the dtype of the input; `bias_init` is as in `nnx.Conv`.
     """
 
     def __init__(

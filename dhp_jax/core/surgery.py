@@ -68,10 +68,8 @@ def _tie(layer: nnx.Module, made: nnx.Module, shared: dict[Any, nnx.Variable]) -
 def replace_modules(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> Any:
     """Replaces modules within a module, in place; returns what replaces the module itself.
 
-    Args:
-      module: where to begin.
-      change: what stands in a module's place; the module itself to look at those in it. A module
-        that several parents share is changed once.
+    `change` gives what stands in a module's place; the module itself to look at those in it. A
+    module that several parents share is changed once.
     """
     done: dict[int, Any] = {}
 
@@ -97,12 +95,9 @@ def replace_modules(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> 
 def override(layer: nnx.Module, **methods: Callable[..., Any]) -> None:
     """Replaces methods of one layer, in place; other layers of its class keep theirs.
 
-    Args:
-      layer: any module.
-      **methods: functions by the name of the method that each replaces. A function is called with
-        the replaced method, then the layer and the arguments of the call. NNX keeps every class for
-        good, and each pair of a class and these functions makes one: use functions of a module, and
-        keep what belongs to one layer in its attributes.
+    A function is called with the replaced method, then the layer and the arguments of the call. NNX
+    keeps every class for good, and each pair of a class and these functions makes one: use
+    functions of a module, and keep what belongs to one layer in its attributes.
     """
     layer.__class__ = _overriding(type(layer), tuple(methods.items()))
 

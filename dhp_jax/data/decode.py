@@ -1,16 +1,20 @@
-"""Image files decoded by Pillow into one array of pixels that fits into memory."""
+"""Image files: decoded by Pillow into one array of pixels that fits into memory, or left out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
+import logging
 import math
 import os
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dhp_jax.errors import DataNotFoundError
+
+logger = logging.getLogger(__name__)
 
 # What Pillow calls images of 8 bits or less a channel.
 GRAY = ("1", "L", "LA")
@@ -67,10 +71,6 @@ def read_header(
     file: str | os.PathLike, argument: str = "data.dir"
 ) -> tuple[bool, tuple[int, int]]:
     """Whether an image is gray, and its height and width once it is turned upright.
-
-    Args:
-      file: its path.
-      argument: what an error says is to be changed.
 
     Raises:
       DataNotFoundError: no whole image is there, or one of more than 8 bits a channel.
@@ -157,3 +157,34 @@ def for_each_chunk(work: Callable[[range], None], count: int, threads: int | Non
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for _ in pool.map(work, chunks):
             pass
+
+
+def tell_left_out(
+    argument: str, folders: Collection[Path], read: Collection[Path], place: str
+) -> None:
+    """Warns if there are files that are not read: other endings, and folders too deep.
+
+    Args:
+      argument: what led to the folders, such as "data.dir".
+      folders: where files are looked for, at any depth; hidden ones are not meant.
+      read: the files that are read.
+      place: where images are expected, in words.
+    """
+    known = set(read)
+    left = [path for folder in folders for path in _visible_files(folder) if path not in known]
+    if left:
+        logger.warning(
+            "%s: %d file%s left out, such as %s; images lie %s and end in %s",
+            argument,
+            len(left),
+            "" if len(left) == 1 else "s",
+            left[0],
+            place,
+            ", ".join(SUFFIXES),
+        )
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(where, name) for name in sorted(files) if not name.startswith("."))

@@ -91,8 +91,7 @@ class Stream:
 
         Args:
           seed: of orders and draws.
-          examples: how many make an epoch.
-          batch_size: examples in a step.
+          examples, batch_size: in an epoch, and in a step.
           first, last: numbers of the steps, from 0; `last` is not read any more.
           rows: positions in each batch of the examples that are wanted; all if not given.
         """

@@ -5,7 +5,6 @@ dhp-export runs/resnet56 --format=stablehlo --out=net.stablehlo
 """
 
 from collections.abc import Sequence
-import dataclasses
 from pathlib import Path
 import sys
 
@@ -104,12 +103,12 @@ def _of_run(folder: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"
 
 
 def _first_images(data: Data) -> UInt8[np.ndarray, "n h w c"]:
-    if not isinstance(data, Stream):
-        images, _ = data
-        return images[np.arange(min(REAL, len(images)))]
-    with dataclasses.replace(data, workers=0).in_order(min(REAL, data.size)) as batches:
-        (images, _), _ = next(batches)
-        return np.array(images)
+    if isinstance(data, Stream):
+        chosen = np.arange(min(REAL, data.size))
+        images, _ = data.read(chosen, chosen, np.random.default_rng(0))
+        return images
+    images, _ = data
+    return images[np.arange(min(REAL, len(images)))]
 
 
 def _photographs(shape: tuple[int, ...]) -> UInt8[np.ndarray, "n h w c"]:

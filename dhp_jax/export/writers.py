@@ -58,12 +58,7 @@ def extend_images(x: Float[np.ndarray, "n h w c"], multiple: int) -> Float[np.nd
 
 
 def output_names(model: nnx.Module, shape: Shape) -> list[str]:
-    """Names of a network's outputs: `output`, or the places of several, as the keys of a dict.
-
-    Args:
-      model: called with a batch.
-      shape: of the batch.
-    """
+    """Names of the outputs for a batch: `output`, or the places of several, as keys of a dict."""
     images = jax.ShapeDtypeStruct(symbolic_sizes(shape), jnp.float32)
     places, _ = jax.tree.flatten_with_path(nnx.eval_shape(lambda model, x: model(x), model, images))
     named = [jax.tree_util.keystr(place, simple=True, separator=".") for place, _ in places]

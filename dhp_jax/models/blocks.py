@@ -16,7 +16,15 @@ SMALL_GAIN = 1 / 3
 
 
 class Family(nnx.Module):
-    """Base of the families: what `repr` shows of a network are its arguments, not its layers."""
+    """Base of the families: what `repr` shows of a network are its arguments, not its layers.
+
+    Args:
+      embedding: size of the embedding of each pair of channels in the hypernetworks.
+      min_channels: entries that every latent keeps at least.
+      dtype: of activations and kernels, but for the last convolution of networks that restore
+        images, whose pixels are float32; parameters stay float32.
+      rngs: the `params` stream draws the initial values.
+    """
 
     def __nnx_repr__(self) -> Iterator[Any]:
         made = architecture_of(self)

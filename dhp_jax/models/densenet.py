@@ -52,10 +52,7 @@ class DenseNet(Family):
       num_classes: number of outputs.
       channels: channels of the input images.
       width: multiplies the growth.
-      embedding: size of the embedding of each pair of channels in the hypernetworks.
-      min_channels: entries that every latent keeps at least.
-      dtype: of activations and kernels; parameters stay float32.
-      rngs: the `params` stream draws the initial values.
+      embedding, min_channels, dtype, rngs: see `models.blocks.Family`.
 
     Raises:
       ValueError: a depth that is not of the family or above 304, an argument that is not positive

@@ -29,11 +29,7 @@ class DnCNN(Family):
       width: multiplies `features`.
       head_activation: whether ReLU follows the first convolution, as in the paper's unpruned
         network; in those that its code searches and prunes, none does.
-      embedding: size of the embedding of each pair of channels in the hypernetworks.
-      min_channels: entries that every latent keeps at least.
-      dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
-        parameters stay float32.
-      rngs: the `params` stream draws the initial values.
+      embedding, min_channels, dtype, rngs: see `models.blocks.Family`.
 
     Raises:
       ValueError: an argument that is not positive or makes too many channels, a depth below 3 or

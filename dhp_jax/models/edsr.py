@@ -55,11 +55,7 @@ class EDSR(Family):
         them as small as PyTorch's, trains this network without BatchNorm much faster at first.
       prune_upsampler: whether the up-sampler is pruned with the body; it keeps a latent of its own
         that is not pruned otherwise.
-      embedding: size of the embedding of each pair of channels in the hypernetworks.
-      min_channels: entries that every latent keeps at least.
-      dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
-        parameters stay float32.
-      rngs: the `params` stream draws the initial values.
+      embedding, min_channels, dtype, rngs: see `models.blocks.Family`.
 
     Raises:
       ValueError: another scale, an argument that is not positive or makes too large a network; when

@@ -102,10 +102,7 @@ class MobileNet(Family):
         paper. In a training loop of your own, give the layer `dropout` its `rngs`; runs do.
       stem_stride: 2 for images of 64 by 64 pixels or more, 1 for smaller ones.
       relu6: whether ReLU6 takes the place of ReLU, as in the ordinary networks of the paper's code.
-      embedding: size of the embedding of each pair of channels in the hypernetworks.
-      min_channels: entries that every latent keeps at least.
-      dtype: of activations and kernels; parameters stay float32.
-      rngs: the `params` stream draws the initial values.
+      embedding, min_channels, dtype, rngs: see `models.blocks.Family`.
 
     Raises:
       ValueError: an argument that is not positive or makes too many channels, a share outside

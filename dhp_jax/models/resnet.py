@@ -98,10 +98,7 @@ class ResNet(Family):
       groups: of the 3 by 3 convolutions of bottleneck blocks.
       group_width: channels of a group in the first stage; they double with every stage. Given if,
         and only if, there are several groups.
-      embedding: size of the embedding of each pair of channels in the hypernetworks.
-      min_channels: entries that every latent keeps at least.
-      dtype: of activations and kernels; parameters stay float32.
-      rngs: the `params` stream draws the initial values.
+      embedding, min_channels, dtype, rngs: see `models.blocks.Family`.
 
     Raises:
       ValueError: a depth that is not of the family, an argument that is not positive or makes too

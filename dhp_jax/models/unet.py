@@ -83,11 +83,7 @@ class UNet(Family):
       width: multiplies `features`.
       batch_norm: whether BatchNorm follows the first of each two convolutions, which have no biases
         then. The network of the paper has none.
-      embedding: size of the embedding of each pair of channels in the hypernetworks.
-      min_channels: entries that every latent keeps at least.
-      dtype: of activations and kernels, but for the last convolution, whose pixels are float32;
-        parameters stay float32.
-      rngs: the `params` stream draws the initial values.
+      embedding, min_channels, dtype, rngs: see `models.blocks.Family`.
 
     Raises:
       ValueError: an argument that is not positive or makes too many channels, a depth above 8; when

@@ -34,10 +34,7 @@ class VGG(Family):
       num_classes: number of outputs.
       channels: channels of the input images.
       width: multiplies the widths 64, 128, 256, 512, 512 of the stages.
-      embedding: size of the embedding of each pair of channels in the hypernetworks.
-      min_channels: entries that every latent keeps at least.
-      dtype: of activations and kernels; parameters stay float32.
-      rngs: the `params` stream draws the initial values.
+      embedding, min_channels, dtype, rngs: see `models.blocks.Family`.
 
     Raises:
       ValueError: a depth that is not of the family, an argument that is not positive or makes too

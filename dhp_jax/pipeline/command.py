@@ -229,10 +229,7 @@ def _tell_compiled(seconds: float) -> None:
 
 
 def explain(error: BaseException, options: flags.FlagValues) -> tuple[int | None, str]:
-    """The exit code for what ended a run, and the line that tells it.
-
-    The code is `None` for errors that nobody has foreseen.
-    """
+    """The exit code for what ended a run, `None` if nobody has foreseen it, and the line for it."""
     again = "the same command goes on"
     if isinstance(error, KeyboardInterrupt):
         return 130, f"interrupted; {again} from the last checkpoint"

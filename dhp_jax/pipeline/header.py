@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import logging
-import textwrap
 
 from flax import nnx
 
@@ -17,7 +16,7 @@ from dhp_jax.pipeline.preparation import (
     most_steps,
     schedule_of,
 )
-from dhp_jax.report.format import in_words
+from dhp_jax.report.format import in_words, labelled
 from dhp_jax.report.run_report import network_name
 from dhp_jax.train.optimizer import largest_to_vanish
 from dhp_jax.train.phase import Budget
@@ -52,18 +51,7 @@ def header(runs: Sequence[Run]) -> str:
     lines.append(("device", hardware()))
     lines.append(("directory", ", ".join(str(one.workdir) for one in runs)))
     lines.append(("next", _next(runs)))
-    return "\n".join(_wrapped(label, text) for label, text in lines)
-
-
-def _wrapped(label: str, text: str) -> str:
-    """A label and its text, on more lines where they do not fit 80 columns."""
-    return textwrap.fill(
-        f"{label:<9}  {text}",
-        80,
-        subsequent_indent=11 * " ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return "\n".join(labelled(label, text, 9) for label, text in lines)
 
 
 def _budget(run: Run) -> str:

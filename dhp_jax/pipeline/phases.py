@@ -172,13 +172,9 @@ def _check_weights(small: nnx.Module) -> None:
 
 
 def train_last(work: Work, phase: str, make: Callable[[], nnx.Module], source: str = "") -> None:
-    """Carries out the last phase, which leaves the networks `best` and `model`.
+    """Carries out the last phase, "converge" or "baseline": leaves the networks `best` and `model`.
 
-    Args:
-      work: the run.
-      phase: "converge" or "baseline".
-      make: gives the network that it starts from.
-      source: digest of that network; "" for one that is not on disk.
+    `source` is the digest of the network that `make` gives; "" for one that is not on disk.
     """
     run = work.run
     if from_first(lambda: networks.find_trained(run, phase, source) is not None):

@@ -48,11 +48,9 @@ class Run:
     """A run whose configuration, data and directory have passed all checks.
 
     Attributes:
-      config: its configuration.
-      workdir: the directory that it writes to.
+      config, workdir: its configuration, and the directory that it writes to.
       setup: its task and data.
-      blueprint: how its unpruned network is made.
-      cost: the cost of that network.
+      blueprint, cost: how its unpruned network is made, and what that costs.
       journal: writes its records; `None` in all processes but the first.
       observers: are told how training goes, as the journal is; in the first process.
       mesh: the devices, if there are several.

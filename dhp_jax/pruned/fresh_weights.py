@@ -11,17 +11,12 @@ from dhp_jax.core.layers import Hyper
 
 
 def reinitialize(model: nnx.Module, *, gain: float | None = None, rngs: nnx.Rngs) -> None:
-    """Gives an ordinary network fresh kernels, as if it had never had hypernetworks.
+    """Gives an ordinary network fresh kernels, as if it had never had hypernetworks; in place.
 
     Kernels of convolutions and `nnx.Linear` are drawn from a normal distribution of variance
     `gain / fan_in`, cut off at two standard deviations, their biases are zero; all else stays, and
-    so do kernels that are not trained (that are no `nnx.Param`).
-
-    Args:
-      model: a pruned or ordinary network; changed in place.
-      gain: the network's `initial_gain` if `None`, or He's 2 where it has none; 1/3 is PyTorch's
-        default.
-      rngs: the `params` stream draws the kernels.
+    so do kernels that are not trained (that are no `nnx.Param`). If it is not given, the gain is
+    the network's `initial_gain`, or He's 2 where it has none; 1/3 is PyTorch's default.
 
     Reference: He et al., Delving deep into rectifiers, 2015, equation 10.
     """

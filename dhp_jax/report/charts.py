@@ -62,13 +62,12 @@ def line_chart(
     note: str = "",
     text: Callable[[float], str] = "{:.4g}".format,
 ) -> Chart:
-    """A chart of lines.
+    """A chart of lines, of which at least one has a point.
 
     Args:
       title: above it.
-      lines: at least one of them has a point.
+      lines, rules: in it, and across it.
       x, y: names of the axes.
-      rules: lines across it.
       log: a logarithmic y axis, where values differ enough for it and none is negative; one that
         is linear down to 0 where some are 0.
       low: where the y axis begins, if not at the smallest value.

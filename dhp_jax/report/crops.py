@@ -20,10 +20,8 @@ if TYPE_CHECKING:  # it is slow to import, and commands that draw nothing do wit
 class Crop:
     """The same square of one picture: the input, what networks make of it, and the original.
 
-    Attributes:
-      name: of the picture.
-      images: by what they are, `(h, w)` or `(h, w, 3)`, 0 to 255.
-      psnr: of the whole pictures but the original, in dB, over all pixels and channels.
+    Images are by what they are, `(h, w)` or `(h, w, 3)`, 0 to 255. `psnr` is of the whole pictures
+    but the original, in dB, over all pixels and channels.
     """
 
     name: str

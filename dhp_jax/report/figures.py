@@ -50,13 +50,9 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with what a page says beside it.
+    """A figure with what a page says beside it: a title above, and a note below unless it is empty.
 
-    Attributes:
-      title: above it.
-      figure: the drawing.
-      note: below it; empty for none.
-      tips: for marks that are pointed at, by the `gid` of the artist that draws them.
+    `tips` are for marks that are pointed at, by the `gid` of the artist that draws them.
     """
 
     title: str

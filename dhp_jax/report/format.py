@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 import json
 import math
 import os
+import textwrap
 from typing import Any
 
-from dhp_jax.budgets.layer_table import percent
+from dhp_jax.budgets.layer_table import COLUMNS, percent
 from dhp_jax.budgets.other_widths import advice
 from dhp_jax.config.methods import METHODS
 from dhp_jax.models.own import is_own
@@ -46,6 +47,18 @@ def in_words(shares: Mapping[str, float]) -> str:
 def in_row(names: Sequence[str]) -> str:
     """Names one after the other: "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def labelled(label: str, text: str, width: int) -> str:
+    """A label and its text within `COLUMNS`, on more lines below each other where it is long."""
+    return textwrap.fill(
+        text,
+        COLUMNS,
+        initial_indent=f"{label:<{width}}  ",
+        subsequent_indent=" " * (width + 2),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def start_text(summary: Mapping[str, Any]) -> str:

@@ -35,13 +35,9 @@ def floor_round(value: float) -> float:
 def set_scale(
     axes: "Axes", values: Sequence[float], *, log: bool, low: float | None = None
 ) -> None:
-    """Makes the y axis logarithmic where that is asked for and shows more.
+    """Makes the y axis logarithmic where that is asked for and shows more; all is drawn already.
 
-    Args:
-      axes: which hold all that is drawn.
-      values: that are on the axis.
-      log: whether it may be logarithmic.
-      low: where a linear axis begins, if not at the smallest value.
+    `low` is where a linear axis begins, if not at the smallest value.
     """
     smallest, largest = min(values), max(values)
     below = linear_below(values) if log else None

@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 import os
 from pathlib import Path
-import textwrap
 from typing import Any
 
 from dhp_jax.budgets.layer_table import (
-    COLUMNS,
     LayerChange,
     aligned,
     compact,
@@ -19,6 +17,7 @@ from dhp_jax.report.format import (
     duration,
     faster,
     interval,
+    labelled,
     load_call,
     main_metric,
     metrics_text,
@@ -190,13 +189,5 @@ def _lines(rows: Rows) -> str:
     lines = []
     for label, told in rows:
         first, *whole = told.split("\n")
-        lines += textwrap.wrap(
-            first,
-            COLUMNS,
-            initial_indent=f"{label:<{width}}  ",
-            subsequent_indent=" " * (width + 2),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        lines += whole
+        lines += [labelled(label, first, width), *whole]
     return "\n".join(lines)

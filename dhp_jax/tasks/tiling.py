@@ -36,13 +36,9 @@ class Tiling(NamedTuple):
 def tiling(model: nnx.Module, overlap: int | None = None) -> Tiling:
     """How images are cut into tiles for a network.
 
-    Args:
-      model: its attribute `reach` is how many pixels away an output depends on the input, 48 if it
-        has none. Tiles begin at multiples of its attribute `multiple`, 1 if it has none.
-      overlap: in pixels, in place of the reach.
-
-    Returns:
-      The overlap, rounded up to a multiple, and the multiple.
+    The overlap, in pixels, is as given, or else the network's attribute `reach`, how many pixels
+    away an output depends on the input; 48 if it has none. It is rounded up to the attribute
+    `multiple`, 1 if there is none.
 
     Example:
       >>> tiling(dhp.models.build_abstract("dncnn", depth=17))
@@ -65,21 +61,16 @@ def restore(
 
     Every pixel is taken from a tile in which it is at least `overlap` pixels from any side that is
     not a side of the image. If the network's reach is not larger, the result is that of the whole
-    image.
+    image. The output may be larger than the image by a whole factor.
 
     Args:
-      forward: the network, for a batch of one; its output may be larger by a whole factor.
+      forward: the network, for a batch of one.
       image: the image.
-      tile: height and width of a tile; smaller images are run whole. `None` runs all whole.
+      tile: height and width of a tile, more than twice the overlap; smaller images are run whole.
+        `None` runs all whole.
       overlap: in pixels of the input.
       multiple: tiles begin at multiples of it. The image is extended to a multiple by its last row
         and column, as networks that halve the resolution need it.
-
-    Returns:
-      The output, as large as the image times the network's factor.
-
-    Raises:
-      ValueError: a tile that is not larger than twice the overlap.
     """
     if _fits(image.shape[:2], tile):
         return np.asarray(forward(image[None])[0])
@@ -137,21 +128,13 @@ def tile_for(
     multiple: int = 1,
     side: int | None = None,
 ) -> tuple[int, int] | None:
-    """Chooses the tile that images are cut into, so that few shapes are compiled.
+    """Chooses height and width of the tile that images are cut into, so that few are compiled.
 
-    Up to 16 shapes are run whole. For more, the tile has the smallest height and the smallest width
-    above `3 * overlap`. Images that are no larger than the tile in a direction are neither cut nor
-    padded in it, as padding would change their border. Each of their sizes is compiled. A warning
-    is given if that leaves more than 16 shapes.
-
-    Args:
-      shapes: heights and widths of the images.
-      overlap, multiple: as for `restore`.
-      side: of a square tile, whatever the shapes are.
-
-    Returns:
-      Height and width, or `None` to run all images whole, because there are few shapes or cutting
-      would leave as many.
+    Up to 16 shapes are run whole (`None`). For more, the tile has the smallest height and the
+    smallest width above `3 * overlap`. Images that are no larger than the tile in a direction are
+    neither cut nor padded in it, as padding would change their border. Each of their sizes is
+    compiled. A warning is given if that leaves more than 16 shapes. If cutting would leave as many,
+    all are run whole. `side` is of a square tile, whatever the shapes are.
 
     Example:
       >>> tile_for([(200 + i, 300) for i in range(17)])

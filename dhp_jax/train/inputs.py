@@ -43,9 +43,8 @@ def make_inputs(
 class Resident:
     """Data that are on the device as a whole, and the order in which an epoch takes them.
 
-    Attributes:
-      steps_per_call: how many training steps one call of the compiled step takes at most.
-      checksum: of the training data.
+    One call of the compiled step takes up to `steps_per_call` training steps. `checksum` is of the
+    training data.
     """
 
     def __init__(self, data, seed, key, examples, batch_size, mesh):

@@ -40,12 +40,9 @@ def pack(state: PyTree) -> tuple[np.ndarray, dict[str, list]]:
 
 
 def unpack(packed: np.ndarray, layout: Mapping[str, list], like: PyTree) -> PyTree:
-    """Takes the arrays that were packed apart again: a tree of NumPy arrays.
+    """Takes the arrays that were packed apart again: a tree of NumPy arrays, and of random keys.
 
-    Args:
-      packed, layout: from `pack`.
-      like: a tree of the structure, shapes and dtypes that are expected; its random keys become
-        random keys.
+    `like` is a tree of the structure, shapes and dtypes that are expected.
 
     Raises:
       UnlikeError: the arrays are others than those of `like`.

@@ -61,9 +61,7 @@ class ProgressBar:
     def wait(self, what: str, again: bool) -> None:
         """Shows what is done between steps beside the bar; elsewhere as a line, once a phase.
 
-        Args:
-          what: is done.
-          again: whether it was shown a second ago.
+        `again` tells whether it was shown a second ago.
         """
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix_str(textwrap.shorten(what, self._room(), placeholder=""))

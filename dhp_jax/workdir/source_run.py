@@ -126,11 +126,8 @@ def check(
 ) -> None:
     """Raises if a run needs its source, and the source has other data or another network.
 
-    Args:
-      config: of the run.
-      workdir: its directory; if it has begun, the source must be the one that it began with.
-      checksums: of its data.
-      model: its network, unpruned; may be abstract.
+    `model` is the run's network, unpruned; may be abstract. If the run has begun, the source must
+    be the one that it began with.
     """
     if _find_taken(config, workdir):
         return

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from dhp_jax.backend import cache as backend_cache
-from dhp_jax.backend.cache import default_cache, keep_compiled, long_compilations
+from dhp_jax.backend.cache import keep_compiled, long_compilations
+from dhp_jax.files import user_cache
 
 SETTINGS = (
     "jax_compilation_cache_dir",
@@ -76,11 +77,11 @@ def test_a_cache_that_jax_was_told_to_do_without_stays_off(settings, tmp_path):
 def test_the_default_is_in_the_users_cache_folder(settings, monkeypatch, tmp_path):
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert keep_compiled() == default_cache() == tmp_path / "dhp_jax" / "xla"
+    assert keep_compiled() == user_cache("xla") == tmp_path / "dhp_jax" / "xla"
     assert jax.config.jax_compilation_cache_max_size == 2**31
     assert keep_compiled("~/here") == Path.home() / "here"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache() == Path.home() / ".cache" / "dhp_jax" / "xla"
+    assert user_cache("xla") == Path.home() / ".cache" / "dhp_jax" / "xla"
 
 
 def test_long_compilations_are_told_while_someone_listens(monkeypatch):

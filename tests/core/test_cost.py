@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
-from networks import MIXED_INPUT, MIXED_LATENTS, Mixed, arrays, drawn_masks, filled, resnet20
+from networks import (
+    MIXED_INPUT,
+    MIXED_LATENTS,
+    Mixed,
+    Net,
+    arrays,
+    drawn_masks,
+    filled,
+    resnet20,
+)
 import numpy as np
 import pytest
 
@@ -299,16 +308,6 @@ def test_of_nothing_everything_is_left():
 
 
 # Ordinary layers, and more than one call
-
-
-class Net(nnx.Module):
-    def __init__(self, forward, **layers):
-        self.forward = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def __call__(self, x):
-        return self.forward(self, x)
 
 
 RNGS = nnx.Rngs(0)

@@ -40,7 +40,7 @@ def offline(monkeypatch):
 
 
 # Each of these is an argument, then what its one line must contain: the field, the value, and what
-# is possible.
+# is possible. tests/config has the rules of all fields.
 WRONG = [
     ("--config.model.name=resnot", "config.model.name", "'resnot'", "resnet,", "mean 'resnet'?"),
     ("--config.model.depth=21", "config.model", "depth", "got 21", "(8, 14, 20, 32, 44, 56)"),
@@ -51,8 +51,6 @@ WRONG = [
     ("--config.search.epoch=1", "config.search.epoch", "'epoch'", "did you mean 'epochs'?"),
     ("--config.serch.epochs=1", "config.serch", "'serch'", "did you mean 'search'?"),
     ("--config.target=0", "config.target", "got 0", "> 0 and <= 1"),
-    ("--config.target=1.5", "config.target", "got 1.5", "> 0 and <= 1"),
-    ("--config.target=nan", "config.target", "got nan", "> 0 and <= 1"),
     ("--config.target=half", "config.target", "'half'", "a number > 0 and <= 1"),
     (
         "--config.target=0.01",
@@ -61,14 +59,8 @@ WRONG = [
         "smallest possible share is 0.1527",
     ),
     ("--config.batch_size=1298", "config.batch_size", "got 1298", "at most 1297"),
-    ("--config.batch_size=0", "config.batch_size", "got 0", "an integer >= 1"),
-    ("--config.search.epochs=many", "config.search.epochs", "'many'", "an integer >= 1"),
-    ("--config.search.epochs=1.5", "config.search.epochs", "'1.5'", "an integer >= 1"),
     ("--config.search.drops=soon", "config.search.drops", "'soon'", "such as (150, 225)"),
     ("--config.converge.drops=(3,'a')", "config.converge.drops", "(3, 'a')", "such as (150, 225)"),
-    ("--config.converge.drops=(5,3)", "config.converge.drops", "(5, 3)", "in ascending order"),
-    ("--config.method=prune", "config.method", "'prune'", "one of dhp, baseline"),
-    ("--config.seed=-1", "config.seed", "got -1", "an integer >= 0"),
     ("--config.search=3", "config.search", "'3'"),
     ("--config.multiple_of=99", "config.multiple_of: expected at most", "got 99"),
     ("--config.target", "config.target", "expected --config.target=<value>"),

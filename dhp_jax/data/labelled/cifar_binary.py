@@ -18,11 +18,8 @@ SIDE = 32
 class Layout:
     """Where the binary version of a data set has what.
 
-    Attributes:
-      folder: of its files.
-      files: of each split, in order.
-      names: file with the names of the classes.
-      labels: bytes of labels that a record begins with, the last of which is the class.
+    `files` of a split are in order. A record begins with some bytes of `labels`, the last of which
+    is the class.
     """
 
     folder: str

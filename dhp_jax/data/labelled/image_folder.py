@@ -8,9 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from dhp_jax.data.decode import SUFFIXES, decode, empty_images, for_each_chunk, read_header
+from dhp_jax.data.decode import (
+    SUFFIXES,
+    decode,
+    empty_images,
+    for_each_chunk,
+    read_header,
+    tell_left_out,
+)
 from dhp_jax.data.labelled.dataset import Source
-from dhp_jax.data.left_out import tell_left_out
 from dhp_jax.errors import DataNotFoundError, FieldError
 
 # Images from which the mean and standard deviation are taken, if there are more.

@@ -7,8 +7,7 @@ from pathlib import Path
 import re
 from typing import NamedTuple
 
-from dhp_jax.data.decode import SUFFIXES, read_header
-from dhp_jax.data.left_out import tell_left_out
+from dhp_jax.data.decode import SUFFIXES, read_header, tell_left_out
 from dhp_jax.errors import DataNotFoundError, FieldError, shown
 
 NAMES = ("photographs", "photo_folder")

@@ -33,14 +33,7 @@ class Patches(NamedTuple):
 
 
 def patches(photographs: Sequence[Photograph], scale: int = 1) -> Patches:
-    """Lays photographs out for training.
-
-    Args:
-      photographs: their targets' sides are multiples of `scale`.
-      scale: of the degraded images.
-
-    Returns:
-      NumPy arrays; `jax.device_put` takes them to the device.
+    """Lays photographs, whose sides are multiples of `scale`, out for training, as NumPy arrays.
 
     Raises:
       ValueError: 2^32 cells or more.

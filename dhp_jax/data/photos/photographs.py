@@ -33,13 +33,10 @@ from dhp_jax.errors import FieldError
 
 
 class Photograph(NamedTuple):
-    """A photograph.
+    """A photograph: what a network should give, and the low-resolution image that it is given.
 
-    Attributes:
-      name: file name without its suffix, and without `_HR`.
-      target: what a network should give.
-      degraded: the low-resolution image that it is given, `target`'s size divided by the scale;
-        `None` at scale 1.
+    The name is that of the file without its suffix, and without `_HR`. `degraded` has the size of
+    `target` divided by the scale; it is `None` at scale 1.
     """
 
     name: str
