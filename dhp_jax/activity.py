@@ -1,8 +1,9 @@
-"""What the program is doing, told to whoever waits once nothing was told for a second."""
+"""What the program is doing, told to whoever waits, without what others tell of themselves."""
 
 from collections.abc import Callable, Iterator
 import contextlib
 from dataclasses import dataclass
+import logging
 import threading
 import time
 
@@ -53,6 +54,19 @@ def doing(what: str = "", program: str = "") -> Iterator[None]:
     finally:
         _under_way.stack.pop()
         _under_way.ended = time.monotonic()
+
+
+@contextlib.contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Within the block, loggers of these names say nothing below an error."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def program() -> str:

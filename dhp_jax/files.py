@@ -18,11 +18,10 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
     try:
         part.write_bytes(data)
         sync(part)
-        part.replace(path)
+        put(part, path)
     except OSError:
         part.unlink(missing_ok=True)
         raise
-    sync(path.parent)
 
 
 def why_unwritable(folder: str | os.PathLike) -> str:

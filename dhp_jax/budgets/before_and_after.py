@@ -111,7 +111,7 @@ def summary(
       >>> print(dhp.summary(model, small, (32, 32, 3)))
       >>> print(dhp.summary(model, small, (32, 32, 3), batch=64))
     """
-    table = architecture_of(model).axes if isinstance(model, nnx.Module) else None
+    table = architecture_of(model).axes
     call = call or (table and table.call)
     if inputs is None and table is not None:
         inputs = table.inputs

@@ -167,7 +167,7 @@ def prune_to(
         budget = {"flops": 1.0, **budget}
     selection(by, budget)  # so that what it refuses is told before any work
     latents_to_prune(model)
-    table = architecture_of(model).axes if isinstance(model, nnx.Module) else None
+    table = architecture_of(model).axes
     if input_shape is None and table is not None:
         input_shape = table.inputs
     call = call or (table and table.call)

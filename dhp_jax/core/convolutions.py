@@ -194,9 +194,7 @@ class HyperConvTranspose(Hyper):
       kernel_size: spatial size, `(2, 2)` for a 2 by 2 kernel.
       strides, padding, kernel_dilation, use_bias, dtype: as in `nnx.ConvTranspose`.
       param_dtype, precision, promote_dtype, preferred_element_type: as in `nnx.ConvTranspose`.
-      embedding: size `m` of the embedding of each pair of channels.
-      initial_scale: multiplies the kernel before training, whose variance is `1 / fan_in`.
-      rngs: the `params` stream draws the initial values.
+      embedding, initial_scale, rngs: as in `HyperConv`.
 
     Raises:
       ValueError: `z_in` or `z_out` is no axis; when called, an input with another channel count.
@@ -258,9 +256,7 @@ class HyperLinear(Hyper):
       z_out: axis of the output features.
       use_bias, dtype, param_dtype, precision, dot_general, promote_dtype, preferred_element_type:
         as in `nnx.Linear`.
-      embedding: size `m` of the embedding of each pair of features.
-      initial_scale: multiplies the kernel before training, whose variance is `1 / fan_in`.
-      rngs: the `params` stream draws the initial values.
+      embedding, initial_scale, rngs: as in `HyperConv`.
 
     Raises:
       ValueError: `z_in` or `z_out` is no axis; when called, an input with another feature count.

@@ -1,7 +1,6 @@
 """Exports networks to StableHLO, ONNX or safetensors, and tests each file it writes."""
 
 from collections.abc import Iterator, Mapping
-import contextlib
 from dataclasses import dataclass
 import functools
 import importlib.util
@@ -132,13 +131,16 @@ def export(
             folded = fold_for_batch(
                 model, example if format == "safetensors" else symbolic_sizes(shape)
             )
-            with _without_file(part), doing(f"writing {format}, trying what was written"):
+            _remove(part)
+            with doing(f"writing {format}, trying what was written"):
                 run = write(folded, part, shape, notes or {})
                 differences, largest = _compare(model, run, tried)
                 files.put(part, target)
         except Exception as error:  # whatever a forward pass or a converter may raise
             failure = error
             continue
+        finally:
+            _remove(part)
         count = sum(isinstance(module, Identity) for _, _, module in walk(folded))
         fixed = None if failure is None or shape[1:] != input_shape else _reason(failure)
         return Exported(path, shape, count, differences, largest, fixed)
@@ -208,17 +210,8 @@ def _shapes(input_shape: tuple[int, ...], multiple: int) -> Iterator[Shape]:
     yield 1, *input_shape
 
 
-@contextlib.contextmanager
-def _without_file(part: Path) -> Iterator[None]:
-    """Removes an unfinished file or folder, before and after."""
-    _remove(part)
-    try:
-        yield
-    finally:
-        _remove(part)
-
-
 def _remove(part: Path) -> None:
+    """Removes an unfinished file or folder, if there is one."""
     if part.is_dir() and not part.is_symlink():
         shutil.rmtree(part)
     else:

@@ -1,9 +1,7 @@
 """One writer for each format of exported networks."""
 
-from collections.abc import Callable, Iterator, Mapping
-import contextlib
+from collections.abc import Callable, Mapping
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from jaxtyping import Float
 import numpy as np
 
 from dhp_jax import files
+from dhp_jax.activity import quiet
 from dhp_jax.artifact import reading, writing
 from dhp_jax.core.latent import walk
 
@@ -80,7 +79,7 @@ def _onnx(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any])
     import jax2onnx
     import onnxruntime
 
-    with _quiet("onnx_ir", "jax2onnx"):
+    with quiet("onnx_ir", "jax2onnx"):
         made = jax2onnx.to_onnx(
             _in_float32(model),
             inputs=[shape],
@@ -141,17 +140,3 @@ def _in_float32(model: nnx.Module) -> nnx.Module:
         if getattr(layer, "dtype", None) in (jnp.bfloat16, jnp.float16):
             layer.dtype = jnp.float32
     return model
-
-
-@contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Loggers of these names say nothing below an error."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

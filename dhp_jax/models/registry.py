@@ -143,7 +143,6 @@ def build_abstract(name: str, **arguments: Any) -> nnx.Module:
       >>> dhp.measure_cost(model, (32, 32, 3)).flops
       126837376
     """
-    check_arguments(name, arguments)
     # Not `nnx.Rngs`: counting its draws under a trace takes seconds in a deep network.
     constant: Any = SimpleNamespace(params=lambda: jax.random.key(0))
     return nnx.eval_shape(

@@ -135,11 +135,7 @@ def _mend_records(run: Run, phase: str, found: dict[str, Any], source: str) -> N
     end = found["notes"]["phase"]
     with contextlib.closing(open_checkpoints(run, phase, source)) as checkpoints:
         for step in checkpoints.steps()[:1]:
-            try:
-                notes, _ = checkpoints.notes(step)
-            except Exception as error:  # whatever a damaged file may raise
-                logger.warning("%s: step %d: %s", checkpoints.folder, step, error)
-            else:
+            if notes := checkpoints.known_notes(step):
                 reached = notes["progress"]  # its last step may be saved before it is tested
                 same = all(reached[name] == end[name] for name in ("steps", "epochs"))
                 if notes["source"] == source and same:

@@ -7,7 +7,7 @@ search of a larger one.
 """
 
 from collections.abc import Callable, Sequence
-import logging
+import contextlib
 import os
 from pathlib import Path
 import shutil
@@ -28,8 +28,6 @@ from dhp_jax.train.phase import Observer
 from dhp_jax.workdir import target_dirs
 from dhp_jax.workdir.identity import CHECKPOINTS, CONFIG
 from dhp_jax.workdir.target_dirs import folder_name
-
-logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -115,23 +113,11 @@ def _continue_search(larger: Path, smaller: Path) -> None:
     if begun.exists() or exists(smaller / "search") or not folder.is_dir():
         return
     end = read_description(larger / "search")["notes"]["phase"]["steps"]
-    there = Checkpoints(folder)
-    try:
+    with contextlib.closing(Checkpoints(folder)) as there:
         for step in there.steps():
-            if step < end and _is_whole(there, step):
+            if step < end and there.known_notes(step):  # if not, an earlier one will do
                 unfinished = begun.with_name("search.unfinished")
                 shutil.rmtree(unfinished, ignore_errors=True)
                 shutil.copytree(folder / str(step), unfinished / str(step))
                 unfinished.rename(begun)
                 return
-    finally:
-        there.close()
-
-
-def _is_whole(checkpoints: Checkpoints, step: int) -> bool:
-    try:
-        checkpoints.notes(step)
-    except Exception as error:  # whatever a damaged file may raise; an earlier one will do
-        logger.warning("%s: step %d: %s", checkpoints.folder, step, error)
-        return False
-    return True

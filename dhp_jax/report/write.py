@@ -187,10 +187,8 @@ def write_sizes(
 
     Args:
       workdir: directory of the run; not all of its sizes need be finished, or have begun.
-      baseline: directory of a finished run of the unpruned network, which is compared with them;
-        left out if there is none.
-      measure: whether to measure the latency of those that are finished, here and now, and note it
-        in their `summary.json`.
+      baseline: as for `write_page`; the unpruned network is compared with them.
+      measure: as for `write_page`, of those that are finished.
       out: the file; `compare.html` in `workdir` if not given.
 
     Returns:

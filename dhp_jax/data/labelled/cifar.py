@@ -9,11 +9,11 @@ import threading
 
 import numpy as np
 
+from dhp_jax.activity import quiet
 from dhp_jax.data.decode import decode
 from dhp_jax.data.labelled import cifar_binary
-from dhp_jax.data.labelled import tfds as labelled_tfds
 from dhp_jax.data.labelled.dataset import Source
-from dhp_jax.data.labelled.tfds import directory, is_prepared, prepare, source
+from dhp_jax.data.labelled.tfds import DEFAULT_CONFIG, directory, is_prepared, prepare, source
 from dhp_jax.errors import DataNotFoundError
 
 # Mean and standard deviation of red, green and blue in the training images, pixels 0 .. 255.
@@ -29,7 +29,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Source:
     folder = cifar_binary.found(name, data_dir)
     if folder is not None:
         return cifar_binary.source(name, folder, mean=mean, std=std)
-    with labelled_tfds.quiet():
+    with quiet("absl"):
         builder = _builder(name, data_dir)
     if not is_prepared(builder):
         _prepare(builder, data_dir)
@@ -102,7 +102,7 @@ def _prepare(builder, data_dir: str | os.PathLike | None) -> None:
             "prepare it (as array_record) on a machine with network, and copy the folder: "
             'python -c "from dhp_jax.data.labelled import registry; '
             f"registry.load('{builder.name}', '.')\"; "
-            f"or try {labelled_tfds.DEFAULT_CONFIG}, whose images come with scikit-learn",
+            f"or try {DEFAULT_CONFIG}, whose images come with scikit-learn",
         )
     prepare(builder)
 

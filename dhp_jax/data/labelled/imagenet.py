@@ -3,10 +3,10 @@
 import functools
 import os
 
+from dhp_jax.activity import quiet
 from dhp_jax.data.decode import decode
-from dhp_jax.data.labelled import tfds as labelled_tfds
 from dhp_jax.data.labelled.dataset import Source
-from dhp_jax.data.labelled.tfds import directory, is_prepared, source
+from dhp_jax.data.labelled.tfds import DEFAULT_CONFIG, directory, is_prepared, source
 from dhp_jax.errors import DataNotFoundError
 
 # Of red, green and blue in the training images, pixels 0 .. 255.
@@ -24,7 +24,7 @@ def load(data_dir: str | os.PathLike | None = None, image_size: int | None = Non
     import tensorflow_datasets as tfds  # here, because it is slow and "digits" does without
 
     size = DEFAULT_IMAGE_SIZE if image_size is None else image_size
-    with labelled_tfds.quiet():
+    with quiet("absl"):
         builder = tfds.builder("imagenet2012", data_dir=directory(data_dir))
     if not is_prepared(builder):
         raise DataNotFoundError(
@@ -36,7 +36,7 @@ def load(data_dir: str | os.PathLike | None = None, image_size: int | None = Non
             'python -c "import tensorflow_datasets as tfds; '
             f"tfds.builder('{builder.name}', data_dir='.')"
             ".download_and_prepare(file_format='array_record')\"; "
-            f"or try {labelled_tfds.DEFAULT_CONFIG}, whose images come with scikit-learn",
+            f"or try {DEFAULT_CONFIG}, whose images come with scikit-learn",
         )
     return source(
         builder,

@@ -5,14 +5,13 @@ import contextlib
 from dataclasses import dataclass
 import functools
 import io
-import logging
 import os
 import sys
 from typing import Any
 
-from absl.logging import get_absl_logger
 import numpy as np
 
+from dhp_jax.activity import quiet
 from dhp_jax.data.decode import empty_images, for_each_chunk
 from dhp_jax.data.labelled.dataset import Labelled, Source
 from dhp_jax.errors import DataNotFoundError
@@ -28,7 +27,7 @@ def directory(data_dir: str | os.PathLike | None) -> str | None:
 
 def is_prepared(builder) -> bool:
     """Whether the data are there, in whatever file format."""
-    with quiet():
+    with quiet("absl"):
         return builder.is_prepared()
 
 
@@ -63,7 +62,7 @@ def source(
       **fields: the other fields of `Source`.
     """
     splits = {"train": "train", "test": test}
-    with quiet(), _read_errors(builder):
+    with quiet("absl"), _read_errors(builder):
         sizes = {split: _checked_size(builder, stored) for split, stored in splits.items()}
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +98,7 @@ class _Records:
     def records(self):
         import tensorflow_datasets as tfds
 
-        with quiet():
+        with quiet("absl"):
             return _records(tfds.builder_from_directory(self.directory), self.split)
 
     def __len__(self) -> int:
@@ -150,7 +149,7 @@ def _read(
     threads: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """All images and labels of a split, in the order in which they are stored."""
-    with quiet(), _read_errors(builder):
+    with quiet("absl"), _read_errors(builder):
         records = _records(builder, split)
         images = empty_images((len(records), *image_shape), f"the {split} images of {builder.name}")
         labels = np.empty(len(records), np.int32)
@@ -179,15 +178,3 @@ def _read_errors(builder) -> Iterator[None]:
         raise DataNotFoundError(
             "data.dir", detail=f"cannot read {builder.name} in {builder.data_dir}: {error}; {AGAIN}"
         ) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps what TFDS logs about itself out of the log of a run."""
-    logger = get_absl_logger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

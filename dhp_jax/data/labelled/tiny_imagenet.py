@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 import zipfile
 import zlib
 
+from dhp_jax.activity import quiet
 from dhp_jax.data.decode import decode
-from dhp_jax.data.labelled import tfds as labelled_tfds
 from dhp_jax.data.labelled.dataset import Source
-from dhp_jax.data.labelled.tfds import directory, is_prepared, prepare, source
+from dhp_jax.data.labelled.tfds import DEFAULT_CONFIG, directory, is_prepared, prepare, source
 from dhp_jax.errors import DataNotFoundError, FieldError
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -30,7 +30,7 @@ def load(
     data_dir: str | os.PathLike | None = None, archive: str | os.PathLike | None = None
 ) -> Source:
     """Finds prepared data, or prepares them from the archive; see `dhp_jax.data.load`."""
-    with labelled_tfds.quiet():
+    with quiet("absl"):
         builder = _builder(data_dir)
     if not is_prepared(builder):
         builder.archive = _find(builder, archive)
@@ -103,7 +103,7 @@ def _find(builder, archive: str | os.PathLike | None) -> Path:
             "data.archive",
             detail=f"found no prepared {builder.name} in {builder.data_dir}, and no archive "
             f"{path}; fetch it on a machine with network, by curl -O {URL}, and give its path as "
-            f"data.archive, or try {labelled_tfds.DEFAULT_CONFIG}, "
+            f"data.archive, or try {DEFAULT_CONFIG}, "
             "whose images come with scikit-learn",
         )
     return path
