@@ -18,7 +18,6 @@ import numpy as np
 from dhp_jax.activity import doing, told_when_silent
 from dhp_jax.artifact import arrays, reading
 from dhp_jax.artifact.description import check_notes
-from dhp_jax.artifact.reading import exists, read_description
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
@@ -150,7 +149,7 @@ def opened(path: str | os.PathLike, which: str | None = None, build: str | None 
       build: "module:function" that makes a network of the user's own class.
     """
     folder = find(path, which)
-    notes = read_description(folder)["notes"]
+    notes = reading.read_description(folder)["notes"]
     check_notes(notes, str(folder / arrays.DESCRIPTION))
     model = reading.load(folder, build=None if build is None else imported(build))
     if latents(model):
@@ -162,14 +161,14 @@ def opened(path: str | os.PathLike, which: str | None = None, build: str | None 
 def find(path: str | os.PathLike, which: str | None = None) -> Path:
     """The folder of a network: `path` itself, or the one in a run's folder."""
     path = Path(path)
-    if exists(path):
+    if reading.exists(path):
         if which is not None:
             raise ValueError(f"--which: expected none, for {path} is one network; got {which}")
         return path
     which = which or "model"
-    if exists(path / which):
+    if reading.exists(path / which):
         return path / which
-    others = [name for name in WHICH if exists(path / name)]
+    others = [name for name in WHICH if reading.exists(path / name)]
     hint = f"; it has {', '.join(others)}, see --which" if others else target_dirs.hint(path)
     raise ValueError(
         f"model: expected a folder that dhp.save wrote or a run's with {which}/, got {path}{hint}"

@@ -19,7 +19,6 @@ from dhp_jax import cli
 from dhp_jax.activity import doing
 from dhp_jax.artifact.arrays import DESCRIPTION
 from dhp_jax.backend.inference import inference
-from dhp_jax.cli import Saved
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.data.decode import COLOUR, GRAY, decode, open_image
 from dhp_jax.errors import FieldError
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
         print(file)
 
 
-def _check_task(saved: Saved) -> None:
+def _check_task(saved: cli.Saved) -> None:
     """Raises unless a network is for one of the tasks, and may be."""
     if saved.task is None:
         raise ValueError(
@@ -88,7 +87,7 @@ def _check_unused(options: Namespace, names: Sequence[str], why: str) -> None:
 
 @doing("labelling the images")
 def label(
-    saved: Saved, files: Sequence[Path], *, top: int = 3, resize: bool = False
+    saved: cli.Saved, files: Sequence[Path], *, top: int = 3, resize: bool = False
 ) -> list[list[tuple[str, float]]]:
     """The likeliest classes of each image, with their probabilities.
 
@@ -126,7 +125,7 @@ def label(
     return [[(names[i], float(row[i])) for i in of] for row, of in zip(shares, best, strict=True)]
 
 
-def _input_shape(saved: Saved) -> tuple[int, ...]:
+def _input_shape(saved: cli.Saved) -> tuple[int, ...]:
     if saved.input_shape is None or len(saved.input_shape) != 3:
         raise ValueError(
             f"{saved.path}: expected a note input_shape; "
@@ -135,7 +134,7 @@ def _input_shape(saved: Saved) -> tuple[int, ...]:
     return saved.input_shape
 
 
-def _class_names(saved: Saved, shape: tuple[int, ...]) -> list[str]:
+def _class_names(saved: cli.Saved, shape: tuple[int, ...]) -> list[str]:
     """A name for each output of the network: those noted, or numbers."""
     try:
         made = outputs_of(saved.model, shape)
@@ -169,7 +168,7 @@ def _of_shape(
 
 
 def restore_images(
-    saved: Saved, files: Sequence[Path], folder: Path, *, tile: int | None = None
+    saved: cli.Saved, files: Sequence[Path], folder: Path, *, tile: int | None = None
 ) -> list[Path]:
     """Writes what a restoration network makes of images, as PNG files of the same names.
 
@@ -211,7 +210,7 @@ def restore_images(
 
 @doing("restoring an image")
 def restore_image(
-    saved: Saved, network, image: UInt8[np.ndarray, "h w c"], *, tile: int | None = None
+    saved: cli.Saved, network, image: UInt8[np.ndarray, "h w c"], *, tile: int | None = None
 ) -> Float[np.ndarray, "h2 w2 c"]:
     """What a restoration network makes of an image, whole or in tiles without a seam."""
     overlap, multiple = tiling(saved.model)

@@ -13,7 +13,6 @@ from dhp_jax.config.rules import PATH, or_none
 from dhp_jax.errors import ConfigError, shown
 from dhp_jax.models import registry
 from dhp_jax.models.own import is_own
-from dhp_jax.models.registry import task_of
 
 SCHEDULED = ("search", "converge", "baseline")  # groups of fields
 
@@ -116,14 +115,14 @@ def _check_family(config: ConfigDict) -> None:
     name, task = config.model.get("name"), config.task.name
     if is_own(name):
         return
-    families = sorted(family for family in registry.FAMILIES if task_of(family) == task)
+    families = sorted(family for family in registry.FAMILIES if registry.task_of(family) == task)
     if not isinstance(name, str) or name not in registry.FAMILIES:
         raise ConfigError.unknown("config.model.name", name, families)
     if name not in families:
         raise ConfigError(
             "config.model.name",
             detail=f"expected one of {', '.join(families)}, which are for {task}; got "
-            f"{name!r}, which is for {task_of(name)}",
+            f"{name!r}, which is for {registry.task_of(name)}",
         )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from dhp_jax.config.rules import BOOLEAN, PATH, Field, Fields, integer, number, one_of, or_none
 from dhp_jax.data.labelled import registry
-from dhp_jax.data.labelled.registry import OWN
 from dhp_jax.data.photos import files as photos_files
 from dhp_jax.tasks.restoration import LOSSES
 
@@ -12,7 +11,9 @@ MAX_SIDE = 10_000  # of images, in pixels
 MAX_WORKERS = 1024
 _NAMED = one_of(*registry.NAMES)
 _NAMED_OR_OWN = _NAMED._replace(
-    possible=lambda value: _NAMED.possible(value) or (isinstance(value, str) and value in OWN)
+    possible=lambda value: (
+        _NAMED.possible(value) or (isinstance(value, str) and value in registry.OWN)
+    )
 )
 
 _READING: Fields = {

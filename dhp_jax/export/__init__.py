@@ -31,7 +31,6 @@ from dhp_jax.export.writers import (
     extend_images,
     symbolic_sizes,
 )
-from dhp_jax.files import unfinished
 from dhp_jax.models import registry
 from dhp_jax.pruned.fold import Identity, fold_for_batch
 from dhp_jax.tracing.inputs import check_no_batch, outputs_of
@@ -116,7 +115,7 @@ def export(
     write = WRITERS[format] if build is None else functools.partial(WRITERS[format], build=build)
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = unfinished(target)
+    part = files.unfinished(target)
     multiple = getattr(model, "multiple", 1)  # of height and width, see `dhp_jax.tasks.tiling`
     shapes = list(_shapes(input_shape, multiple))
     if format == "safetensors":  # read as the network that it is, with all its freedom

@@ -13,7 +13,6 @@ import numpy as np
 
 from dhp_jax import cli
 from dhp_jax.activity import doing
-from dhp_jax.cli import Saved, opened, tell
 from dhp_jax.data.augmentation import normalize
 from dhp_jax.data.photos import photographs
 from dhp_jax.data.stream import Stream
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     check_format(options.format)
     if options.out is not None:
         check_path(options.out, options.format, "--out")
-    saved = opened(options.model, options.which, options.build)
+    saved = cli.opened(options.model, options.which, options.build)
     if options.out is not None and options.out.resolve() == saved.path.resolve():
         raise ValueError(f"--out: expected another folder than the network's, got {options.out}")
     shape = options.input_shape or saved.input_shape
@@ -56,18 +55,18 @@ def main(arguments: Sequence[str]) -> None:
         build=imported(options.build) if options.build and folder else None,
     )
     sizes = ", ".join(map(str, made.shape))
-    tell(f"{made.path}: takes ({sizes}) in float32; {made.folded} layers folded into others")
+    cli.tell(f"{made.path}: takes ({sizes}) in float32; {made.folded} layers folded into others")
     if made.fixed is not None:
         batch, images = made.shape[0] != "batch", len(shape) == 3
         what = "all sizes" if batch else "height and width" if images else "sizes"
-        tell(f"{what} are fixed, because with free ones: {made.fixed}")
+        cli.tell(f"{what} are fixed, because with free ones: {made.fixed}")
     told = ", ".join(f"{value:.2g} on {name}" for name, value in made.differences.items())
-    tell(f"largest difference to the network: {told}; its outputs are up to {made.largest:.4g}")
+    cli.tell(f"largest difference to the network: {told}; its outputs are up to {made.largest:.4g}")
 
 
 @doing("reading images to try it on")
 def _inputs(
-    saved: Saved, shape: tuple[int, ...], folder: Path
+    saved: cli.Saved, shape: tuple[int, ...], folder: Path
 ) -> dict[str, Float[np.ndarray, "n h w c"]] | None:
     """Random and real inputs; `None` for a network that does not take images."""
     if len(shape) != 3 or shape[-1] not in (1, 3):
@@ -85,7 +84,9 @@ def _inputs(
     return inputs | {f"{len(images)} photographs": _prepare(saved, images)}
 
 
-def _prepare(saved: Saved, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
+def _prepare(
+    saved: cli.Saved, images: UInt8[np.ndarray, "n h w c"]
+) -> Float[np.ndarray, "n h w c"]:
     """Normalises images for the network; by a guess where the file does not say how."""
     if saved.task == "classification" and not {"mean", "std"} <= saved.notes.keys():
         return (images.astype(np.float32) - 127) / 64

@@ -18,7 +18,6 @@ from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError, ConfigError, FieldError, shown
 from dhp_jax.models import registry
 from dhp_jax.models.own import is_own
-from dhp_jax.models.registry import build_abstract
 from dhp_jax.pipeline.setup import TaskSetup, argument_fields, known_arguments
 from dhp_jax.pruned.fresh_weights import carry_kernels, reinitialize, take_arrays
 from dhp_jax.pruned.gates import with_gates
@@ -202,7 +201,7 @@ def abstract(config: ConfigDict, made: Blueprint) -> nnx.Module:
     with _named(config):
         if made.table is not None:
             return made.build()
-        return keep_share(build_abstract(made.name, **made.arguments), made.share)
+        return keep_share(registry.build_abstract(made.name, **made.arguments), made.share)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from PIL import Image
 from dhp_jax.activity import doing
 from dhp_jax.artifact import reading, writing
 from dhp_jax.artifact.description import ArtifactError
-from dhp_jax.artifact.reading import exists, read_description, verify
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline.preparation import Run
 from dhp_jax.tasks.task import Data
@@ -35,7 +34,7 @@ def save(
         del phase["validation"]
     noted = {**run.setup.notes, **notes, "run": _asked(run)}
     writing.save(path, model, input_shape=run.setup.input_shape, phase=phase, **noted)
-    return read_description(path)["sha256"]
+    return reading.read_description(path)["sha256"]
 
 
 def keep_teacher(run: Run, source: str) -> None:
@@ -93,10 +92,10 @@ def _asked(run: Run) -> dict[str, Any]:
 def find(run: Run, name: str) -> dict[str, Any] | None:
     """What a network on disk says of itself, if it is there and whole."""
     path = run.workdir / name
-    if not exists(path):
+    if not reading.exists(path):
         return None
     try:
-        return verify(path)
+        return reading.verify(path)
     except ArtifactError as error:
         logger.warning("%s; it is made again", error)
         return None

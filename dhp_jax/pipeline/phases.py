@@ -71,7 +71,8 @@ def carry_out(run: Run, stopping: Callable[[], bool]) -> None:
     if not run.method.prunes:
         train_last(work, "baseline", run.blueprint.baseline, run.blueprint.digest)
         return
-    pruned_from = prune_to_budget(work, find_start(work))
+    start = find_start(work)
+    pruned_from = from_first(lambda: prune_to_budget(work, start))
     folder = run.workdir / "pruned"
     train_last(work, "converge", lambda: folder_from_first(folder, reading.load), pruned_from)
 
@@ -129,10 +130,6 @@ def _trained(run: Run) -> nnx.Module:
 
 def prune_to_budget(work: Work, made_from: str) -> str:
     """Makes the smaller network as the method does, of that with a digest; returns its own."""
-    return from_first(lambda: _prune_to_budget(work, made_from))
-
-
-def _prune_to_budget(work: Work, made_from: str) -> str:
     run, method = work.run, work.run.method
     found = networks.find(run, "pruned")
     if found and found["notes"]["made_from"] == made_from:

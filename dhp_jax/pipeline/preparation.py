@@ -37,7 +37,6 @@ from dhp_jax.workdir.identity import (
     settle_data,
 )
 from dhp_jax.workdir.metrics import Journal
-from dhp_jax.workdir.source_run import find_digest
 
 PHASES = ("search", "converge", "baseline")  # the position selects the random stream of each
 MAX_STEPS = 2**31 - 1  # they are counted in int32
@@ -101,7 +100,7 @@ def prepare(
         check_batch(config.batch_size, mesh.shape[DATA], jax.process_count())
     blueprint = begin(config)
     if source_run.needs_source(config):
-        from_first(lambda: find_digest(config, workdir))
+        from_first(lambda: source_run.find_digest(config, workdir))
     asked = _agree_on_setup(config, workdir)
     blueprint = complete(config, blueprint, asked)
     model = abstract(config, blueprint)

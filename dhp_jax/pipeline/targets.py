@@ -27,7 +27,6 @@ from dhp_jax.train.checkpoints import Checkpoints
 from dhp_jax.train.phase import Observer
 from dhp_jax.workdir import target_dirs
 from dhp_jax.workdir.identity import CHECKPOINTS, CONFIG
-from dhp_jax.workdir.target_dirs import folder_name
 
 
 def prepare(
@@ -62,7 +61,8 @@ def prepare(
         one = config.copy_and_resolve_references()
         one.update(target=target, targets=None)
         try:
-            runs.append(preparation.prepare(one, Path(workdir) / folder_name(target), observers))
+            folder = Path(workdir) / target_dirs.folder_name(target)
+            runs.append(preparation.prepare(one, folder, observers))
         except ConfigError as error:
             if error.field != "config.target":
                 raise

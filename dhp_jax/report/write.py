@@ -19,7 +19,6 @@ from dhp_jax.report.run_report import RunReport
 from dhp_jax.workdir import target_dirs
 from dhp_jax.workdir.reader import SUMMARY, Result, read
 from dhp_jax.workdir.summary import latency, read_baseline, summarize
-from dhp_jax.workdir.target_dirs import absent
 
 logger = logging.getLogger(__name__)
 PAGE = "report.html"
@@ -207,7 +206,7 @@ def write_sizes(
     if unpruned := _comparable(results[0], baseline):
         runs = [_report(read(unpruned.folder)), *runs]
     path = Path(out or Path(workdir) / COMPARED)
-    files.write(path, comparison(runs, comparison_charts(runs), absent(workdir)))
+    files.write(path, comparison(runs, comparison_charts(runs), target_dirs.absent(workdir)))
     return path
 
 

@@ -15,7 +15,6 @@ from dhp_jax import files
 from dhp_jax.config.fields import absent_values
 from dhp_jax.config.methods import METHODS
 from dhp_jax.errors import ConfigError
-from dhp_jax.files import unfinished
 
 CONFIG, LOCK, COMMANDS = "config.json", ".lock", "command.txt"
 CHECKPOINTS = "checkpoints"  # a folder for each phase
@@ -177,7 +176,7 @@ def check_directory(workdir: str | os.PathLike, config: ConfigDict) -> None:
         raise ConfigError("workdir", "a directory that can be written", f"{str(workdir)!r} ({why})")
     path = workdir / CONFIG
     if not path.is_file():
-        ours = {LOCK, unfinished(path).name}
+        ours = {LOCK, files.unfinished(path).name}
         if workdir.is_dir() and any(item.name not in ours for item in workdir.iterdir()):
             raise ConfigError("workdir", "a new or empty directory, or a run's", workdir)
         return

@@ -12,7 +12,6 @@ from typing import Any
 from flax import nnx
 
 from dhp_jax.artifact import reading
-from dhp_jax.artifact.reading import exists, read_description
 from dhp_jax.budgets.counted import limits
 from dhp_jax.config.methods import METHODS, Method
 from dhp_jax.core.cost import MEASURES, Cost
@@ -21,7 +20,6 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import FieldError
 from dhp_jax.models import registry
-from dhp_jax.models.registry import build_abstract
 from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.workdir import metrics as workdir_metrics
@@ -151,8 +149,8 @@ def read(workdir: str | os.PathLike) -> Result:
     """Reads a run; a `ValueError` if the folder is none's, or one of its files is damaged."""
     workdir = Path(workdir)
     config = configuration(workdir)
-    names = [name for name in NETWORKS if exists(workdir / name)]
-    notes = {name: read_description(workdir / name)["notes"] for name in names}
+    names = [name for name in NETWORKS if reading.exists(workdir / name)]
+    notes = {name: reading.read_description(workdir / name)["notes"] for name in names}
     networks = {name: reading.load(workdir / name) for name in names}
     shape = tuple(notes[names[0]]["input_shape"]) if names else ()
     trained = networks.get("model", networks.get("pruned"))
@@ -173,7 +171,7 @@ def read(workdir: str | os.PathLike) -> Result:
 def _cost_before(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
     """The cost of the network that a network was pruned from."""
     made = architecture_of(model)
-    return measure_cost(build_abstract(made.family, **made.arguments), input_shape)
+    return measure_cost(registry.build_abstract(made.family, **made.arguments), input_shape)
 
 
 def configuration(workdir: str | os.PathLike) -> dict[str, Any]:
