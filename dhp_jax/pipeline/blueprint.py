@@ -43,8 +43,8 @@ class Blueprint:
       name: of its family, or of a function of the user's own.
       arguments: of `dhp.models.build`.
       seed: of its initial weights.
-      least, share: how many entries every latent keeps at least, if latents are found by tracing;
-        and the least share of them, in any network.
+      least: entries that every latent keeps at least, where they are found by tracing.
+      share: of its entries, that every latent keeps at least.
       weights: that it starts from; `None` for fresh ones.
       table: of the latents that were found by tracing; `None` where it is made of latents.
       told: what latents were found, and the memory of the arrays that they generate.
