@@ -14,18 +14,28 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextlib.contextmanager
 def exit_at_once() -> Iterator[None]:
-    """While the block runs, SIGTERM ends the process with `EXIT_CODE`; for work without a state.
+    """While the block runs, a signal ends the process; for work without a state.
+
+    The exit code is `EXIT_CODE` for SIGTERM, and 130 for Ctrl-C, as of shells. A
+    `KeyboardInterrupt` may get lost: Python drops what is raised while it collects garbage.
 
     Python takes signals in the main thread only. In another thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_CODE))
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            print("interrupted; the run has not begun", file=sys.stderr, flush=True)
+        os._exit(EXIT_CODE if number == signal.SIGTERM else 130)
+
+    handlers = {number: signal.signal(number, leave) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

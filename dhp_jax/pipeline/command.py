@@ -72,15 +72,12 @@ def run(arguments: Sequence[str], define: Define) -> int:
 
 def _run(arguments: Sequence[str], define: Define, bar: ProgressBar) -> int:
     try:
-        options = parse(arguments, define)
         with exit_at_once():
+            options = parse(arguments, define)
             runs = prepare(options, bar)
     except (flags.Error, ValueError, OSError, ProcessError) as error:
         print("error:", _in_one_line(error), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; the run has not begun", file=sys.stderr)
-        return 130
     try:
         summaries = _carry_out(runs, options, arguments)
     except (Exception, KeyboardInterrupt) as error:

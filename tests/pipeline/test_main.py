@@ -3,10 +3,12 @@
 import html
 import importlib.util
 import json
+import os
 from pathlib import Path
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -132,12 +134,19 @@ def test_a_path_may_begin_with_the_home_folder(main, capsys, tmp_path, monkeypat
     assert f"got '{tmp_path}/none'" in refused(main, capsys, DIGITS, "--baseline=~/none")
 
 
-def test_ctrl_c_before_a_run_begins_is_one_line(main, capsys, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+class Left(BaseException):
+    """In the place of the end of this process."""
 
-    monkeypatch.setattr(command, "prepare", interrupted)
-    assert main(DIGITS) == 130
+
+def test_ctrl_c_before_a_run_begins_is_one_line(main, capsys, monkeypatch):
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(command, "prepare", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Left) as left:
+        main(DIGITS)
+    assert left.value.args == (130,)
     assert capsys.readouterr().err == "interrupted; the run has not begun\n"
 
 
