@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 import re
 from typing import Any
+import warnings
 
 from flax import nnx
 from flax.nnx import reprlib
@@ -344,6 +345,12 @@ def prunable_latents(params: Any) -> Any:
         raise ValueError(
             "prunable_latents: expected a state of nnx.Variables, such as "
             f"nnx.state(model, nnx.Param); got a tree of {type(leaves[0]).__name__}"
+        )
+    if leaves and not any(isinstance(leaf, LatentVector) for leaf in leaves):
+        warnings.warn(
+            "prunable_latents: the state has no latents, so nothing shrinks; "
+            "dhp.with_latents(model, shape) makes a network of latents",
+            stacklevel=2,
         )
     return map_variables(lambda v: isinstance(v, LatentVector) and v.prunable, params)
 

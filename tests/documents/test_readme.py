@@ -60,6 +60,15 @@ def test_the_network_that_a_reader_has_is_pruned_in_three_lines(in_tmp_path, cap
     assert dhp.measure_cost(loaded, (8, 8, 1)) == after
 
 
+def test_the_figures_of_that_network_are_those_of_the_guide():
+    rows = re.findall(r"^\| (?:before|after) \| (\S+) \| (\S+) \| (\S+) % \|$", README, re.M)
+    guide = (ROOT / "docs/any_network.md").read_text()
+    costs = re.findall(r"^([\d,]+) FLOPs, ([\d,]+) params", guide, re.M)
+    accuracies = re.findall(r"^(?:.* )?accuracy ([\d.]+)%$", guide, re.M)
+    assert rows == [(*cost, share) for cost, share in zip(costs, accuracies, strict=True)]
+    assert len(rows) == 2
+
+
 def test_a_picture_is_wide_enough_to_be_read_and_no_taller_than_a_screen():
     pictures = re.findall(r"!\[[^]]+\]\((\S+\.png)\)", README)
     assert len(pictures) == 2

@@ -221,9 +221,12 @@ def test_latents_shrink_down_to_their_min_channels_and_no_further():
     assert np.all(np.abs(value(after, "wide"))[:2] > 0)
 
 
-def test_a_network_without_prunable_latents_is_left_alone():
+def test_a_network_without_latents_is_left_alone_and_that_is_told():
     params = nnx.state(dhp.prune(filled(Mixed)), nnx.Param)
-    shrink = shrink_latents(params, strength=1.0, schedule=lambda step: 1.0, threshold=0.0)
+    with pytest.warns(
+        UserWarning, match=r"^prunable_latents: .* so nothing shrinks; dhp\.with_lat"
+    ):
+        shrink = shrink_latents(params, strength=1.0, schedule=lambda step: 1.0, threshold=0.0)
     before, after = jax.tree.leaves(params), jax.tree.leaves(stepped(params, shrink))
     assert len(before) == len(after) > 0
     for b, a in zip(before, after, strict=True):
