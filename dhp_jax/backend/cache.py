@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import logging
 import os
 from pathlib import Path
 
 from filelock import FileLock
 import jax
 
-from dhp_jax.files import user_cache
+from dhp_jax.files import user_cache, why_unwritable
 
+logger = logging.getLogger(__name__)
 COMPILED = "/jax/core/compile/backend_compile_duration"
 LONG = 1.0  # seconds of a compilation that is worth telling
 MAX_BYTES = 2**31  # of the cache
@@ -27,6 +29,9 @@ def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
 
     Returns:
       The folder; `None` if nothing is kept.
+
+    Raises:
+      ValueError: a folder that cannot be written; for `None` that is a warning.
     """
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
@@ -36,7 +41,13 @@ def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
         return None
     if folder is None and jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
-    folder = user_cache("xla") if folder is None else Path(folder).expanduser()
+    asked, folder = folder, user_cache("xla") if folder is None else Path(folder).expanduser()
+    if why := why_unwritable(folder):
+        told = f"compilation_cache: expected a folder that can be written, or off; got {folder}"
+        if asked is not None:
+            raise ValueError(f"{told} ({why})")
+        logger.warning("%s (%s); compiled programs are not kept", told, why)
+        return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.config.jax_compilation_cache_max_size < 0:
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)

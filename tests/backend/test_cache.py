@@ -55,6 +55,20 @@ def test_what_a_killed_process_left_keeps_no_later_program_from_being_kept(setti
     assert {path.name for path in tmp_path.glob("*-cache")} > whole
 
 
+def test_where_no_folder_can_be_the_default_is_left_out_and_another_refused(
+    settings, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert keep_compiled() is None
+    assert "file/dhp_jax/xla (Not a directory); compiled programs are not kept" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"^compilation_cache: expected a folder .*Not a directory"
+    ):
+        keep_compiled(tmp_path / "file")
+
+
 def test_off_keeps_nothing(settings, tmp_path):
     keep_compiled(tmp_path)
     assert keep_compiled("off") is None
