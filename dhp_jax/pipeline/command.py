@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 import logging
 import os
 from pathlib import Path
-import shlex
 import sys
 import textwrap
 from typing import Any
@@ -32,6 +31,7 @@ from dhp_jax.report.run_report import network_name
 from dhp_jax.train.checkpoints import CheckpointError
 from dhp_jax.train.phase import Stopped
 from dhp_jax.train.progress_bar import ProgressBar
+from dhp_jax.workdir.identity import typed
 from dhp_jax.workdir.summary import beside, read_baseline
 
 WEIGHTS = "config.model.weights"
@@ -120,9 +120,8 @@ def baseline_command(
             kept.append(argument)
         else:
             skipped = False
-    name = ["python", program] if program.endswith(".py") else [Path(program).name]
-    where = [f"--workdir={beside(workdir, config)}"]
-    return shlex.join([*name, *kept, "--config.method=baseline", *where])
+    where = f"--workdir={beside(workdir, config)}"
+    return typed([program, *kept, "--config.method=baseline", where])
 
 
 def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:

@@ -132,10 +132,17 @@ def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[s
         )
 
 
+def typed(command: Sequence[str]) -> str:
+    """A command line of a process as people type it; a console command is called by its name."""
+    program, *given = command
+    name = ["python", program] if program.endswith(".py") else [Path(program).name]
+    return shlex.join([*name, *given])
+
+
 def note_command(workdir: str | os.PathLike, command: Sequence[str]) -> None:
     """Adds a command line and the current folder to the commands of a run, unless it is there."""
     path = Path(workdir) / COMMANDS
-    line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(['python', *command])}\n"
+    line = f"cd {shlex.quote(os.getcwd())} && {typed(command)}\n"
     there = path.read_text(errors="replace") if path.is_file() else ""
     if line not in there.splitlines(keepends=True):
         files.write(path, there + line)
