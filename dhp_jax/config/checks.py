@@ -8,13 +8,11 @@ from absl.flags import BooleanParser
 from ml_collections import ConfigDict, config_dict
 
 from dhp_jax.config.fields import FIELDS, MAX_EXAMPLES, TASK_FIELDS, Field, fields_of
-from dhp_jax.config.methods import METHODS
+from dhp_jax.config.methods import METHODS, PHASES
 from dhp_jax.config.rules import PATH, or_none
 from dhp_jax.errors import ConfigError, shown
 from dhp_jax.models import registry
 from dhp_jax.models.own import is_own
-
-SCHEDULED = ("search", "converge", "baseline")  # groups of fields
 
 # How the text of a flag is read, by the type of its field, and what an error expects.
 READERS: Mapping[type, tuple[Callable[[str], Any], str]] = {
@@ -50,7 +48,7 @@ def _clashes(config: ConfigDict) -> Iterator[tuple[str, str, Any]]:
         yield "task.steps_per_epoch", f"at most {most}, for {examples}", steps
     if config.optimizer.nesterov and config.optimizer.name != "sgd":
         yield "optimizer.nesterov", f"False, for {config.optimizer.name} has none", True
-    for phase in SCHEDULED:
+    for phase in PHASES:
         epochs, warmup = config[phase].epochs, config[phase].warmup
         if warmup and warmup >= epochs:
             yield f"{phase}.warmup", f"less than {phase}.epochs={epochs}", warmup

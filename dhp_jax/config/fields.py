@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from dhp_jax.config.methods import METHODS
+from dhp_jax.config.methods import METHODS, PHASES
 from dhp_jax.config.rules import (
     BOOLEAN,
     DEVICES,
@@ -213,7 +213,7 @@ _RESTORATION: Mapping[str, Any] = {
     "optimizer.name": "adam",
     "optimizer.weight_decay": 0.0,
     "search.strength": 0.1,
-    **{f"{phase}.learning_rate": 1e-4 for phase in ("search", "converge", "baseline")},
+    **{f"{phase}.learning_rate": 1e-4 for phase in PHASES},
 }
 
 # The defaults of a task that differ from those of classification.

@@ -30,6 +30,8 @@ from dhp_jax.budgets.uniform import uniform_within
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.survivors import survivors
 
+PHASES = ("search", "converge", "baseline")  # the position selects the random stream of each
+
 
 class Smaller(NamedTuple):
     """A network just after pruning, and JSON values that tell what was chosen (`Chosen.notes`)."""

@@ -27,9 +27,7 @@ from dhp_jax.core.layers import (
     Bias,
     ChannelBias,
     GroupNorm,
-    HyperConv,
-    HyperConvTranspose,
-    HyperLinear,
+    Hyper,
     LayerNorm,
     Linear,
     RMSNorm,
@@ -241,19 +239,13 @@ def layer_terms(layer: nnx.Module, output_shape: tuple[int, ...]) -> Terms | Non
 
 
 @layer_terms.register
-def _(layer: HyperConv | HyperConvTranspose, output_shape):
-    return _conv_terms(layer, layer.kernel_axis(), layer.z_out, output_shape)
-
-
-@layer_terms.register
-def _(layer: nnx.Conv | nnx.ConvTranspose, output_shape):
-    inputs = layer.in_features // getattr(layer, "feature_group_count", 1)
-    return _conv_terms(layer, inputs, layer.out_features, output_shape)
-
-
-def _conv_terms(layer, inputs, outputs, output_shape):
-    taps = math.prod(layer.kernel_size)
-    positions = math.prod(output_shape[:-1])
+def _(layer: Hyper | nnx.Conv | nnx.ConvTranspose, output_shape):
+    if isinstance(layer, Hyper):
+        inputs, outputs = layer.kernel_axes()
+    else:
+        inputs = layer.in_features // getattr(layer, "feature_group_count", 1)
+        outputs = layer.out_features
+    taps, positions = math.prod(layer.kernel_size), math.prod(output_shape[:-1])
     return inputs, outputs, (taps * positions, 0), (taps, int(layer.use_bias))
 
 
@@ -289,8 +281,3 @@ def _(layer: nnx.Linear, output_shape):
     inputs = layer.z_in if isinstance(layer, Linear) else layer.in_features
     positions = math.prod(output_shape[:-1])
     return inputs, layer.out_features, (positions, 0), (1, int(layer.use_bias))
-
-
-@layer_terms.register
-def _(layer: HyperLinear, output_shape):
-    return layer.z_in, layer.z_out, (math.prod(output_shape[:-1]), 0), (1, int(layer.use_bias))

@@ -16,7 +16,6 @@ from dhp_jax.core.convolutions import Hyper, HyperConv, HyperConvTranspose, Hype
 from dhp_jax.core.initializers import lecun_normal
 from dhp_jax.core.latent import Axis, check_axis, in_one_line
 from dhp_jax.core.plain import (
-    NO_RNGS,
     Keep,
     Layer,
     check_channels,
@@ -93,9 +92,7 @@ class Bias(ChannelBias):
         """The `ChannelBias` of the channels in `keep`."""
         kept = self.z.keep(keep)
         given = initializer_of(select_entries(self.bias, kept))
-        return ChannelBias(
-            int(kept.sum()), param_dtype=self.param_dtype, bias_init=given, rngs=NO_RNGS
-        )
+        return make_like(ChannelBias, self, num_features=int(kept.sum()), bias_init=given)
 
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         check_channels(self, x, self.z)

@@ -25,12 +25,13 @@ from dhp_jax.artifact import reading
 from dhp_jax.artifact.arrays import array_name, array_of, is_finite
 from dhp_jax.budgets.counted import limits
 from dhp_jax.budgets.gradual import fade_to_budget
+from dhp_jax.config.methods import PHASES
 from dhp_jax.core.survivors import latent_history, survivor_counts
 from dhp_jax.distributed.processes import folder_from_first, from_first, is_first
 from dhp_jax.errors import NonFiniteError
 from dhp_jax.pipeline import networks
 from dhp_jax.pipeline.header import tell_reach
-from dhp_jax.pipeline.preparation import PHASES, Run, length_field, most_steps, schedule_of
+from dhp_jax.pipeline.preparation import Run, length_field, most_steps, schedule_of
 from dhp_jax.pipeline.smaller import RunStart
 from dhp_jax.pipeline.training_batches import renew
 from dhp_jax.pruned.fresh_weights import reinitialize

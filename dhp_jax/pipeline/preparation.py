@@ -18,7 +18,7 @@ from dhp_jax.budgets.counted import check_budget, limits
 from dhp_jax.budgets.gradual import STAGES
 from dhp_jax.budgets.latency import check_latency, clock
 from dhp_jax.config.checks import check
-from dhp_jax.config.methods import METHODS, Method
+from dhp_jax.config.methods import METHODS, PHASES, Method
 from dhp_jax.core.cost import Cost
 from dhp_jax.distributed.mesh import DATA, check_batch, make_mesh
 from dhp_jax.distributed.processes import from_first, is_first
@@ -38,7 +38,6 @@ from dhp_jax.workdir.identity import (
 )
 from dhp_jax.workdir.metrics import Journal
 
-PHASES = ("search", "converge", "baseline")  # the position selects the random stream of each
 MAX_STEPS = 2**31 - 1  # they are counted in int32
 
 

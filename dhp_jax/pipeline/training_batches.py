@@ -7,7 +7,8 @@ import jax
 from jaxtyping import Array, Key
 
 from dhp_jax.activity import doing
-from dhp_jax.pipeline.preparation import PHASES, Run
+from dhp_jax.config.methods import PHASES
+from dhp_jax.pipeline.preparation import Run
 from dhp_jax.pruned.statistics import renew_statistics
 from dhp_jax.tasks.task import Data, Examples
 from dhp_jax.train.inputs import make_inputs

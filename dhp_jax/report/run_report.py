@@ -1,6 +1,6 @@
 """A run as reports tell it: what it has left, and what that comes to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 import inspect
 import math
@@ -93,22 +93,24 @@ class RunReport:
 
         `None` is where one phase follows another, whose steps go on from it.
         """
-        found, start = [], 0
-        for phase in self.result.method.phases:
-            records = self.records(phase)
+        found = []
+        for _, start, records in self._by_phase():
             found += [None] if found else []
             found += [(start + step, y) for step, y in points(records, name, factor)]
-            start += records[-1]["step"] if records else 0
         return found if any(found) else []
 
     def starts(self) -> list[tuple[str, int]]:
         """Every phase after the first one that was recorded, with the step at which it begins."""
-        found, start = [], 0
+        found = self._by_phase()
+        return [(PHASES[phase], start) for phase, start, records in found if start and records]
+
+    def _by_phase(self) -> Iterator[tuple[str, int, list[Mapping[str, Any]]]]:
+        """Each phase with the step at which it begins and its records."""
+        start = 0
         for phase in self.result.method.phases:
             records = self.records(phase)
-            found += [(PHASES[phase], start)] if start and records else []
+            yield phase, start, records
             start += records[-1]["step"] if records else 0
-        return found
 
     def records(self, phase: str) -> list[Mapping[str, Any]]:
         """The records of a phase."""
