@@ -26,7 +26,7 @@ from dhp_jax.artifact.arrays import (
 from dhp_jax.artifact.description import FORMAT, VERSION
 from dhp_jax.artifact.reading import parse_description
 from dhp_jax.artifact.traced import cuts_as_json, table_as_json
-from dhp_jax.core.latent import latents
+from dhp_jax.core.latent import check_module, latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import shown
 from dhp_jax.files import put, unfinished, write
@@ -66,8 +66,7 @@ def save(
     Example:
       >>> dhp.save("out/", small, input_shape=(32, 32, 3), test_error=8.46)
     """
-    if not isinstance(model, nnx.Module):
-        raise ValueError(f"model: expected an nnx.Module, got {shown(model)}")
+    check_module(model)
     path = Path(os.path.realpath(os.path.expanduser(path)))
     if not may_hold(path):
         raise FileExistsError(

@@ -12,7 +12,7 @@ from dhp_jax.backend.cpu_conv import convolution
 from dhp_jax.backend.hypernets import generate_together
 from dhp_jax.backend.norm import add_bias_once, normalize_batch
 from dhp_jax.backend.platform import compiler_options
-from dhp_jax.core.latent import walk
+from dhp_jax.core.latent import check_module, walk
 from dhp_jax.core.layers import BatchNorm, Bias, ChannelBias
 from dhp_jax.core.surgery import override
 
@@ -32,6 +32,7 @@ def inference(model: nnx.Module) -> Callable[[Float[Array, "*batch"]], Float[Arr
       >>> run = dhp.inference(small)
       >>> y = run(x)                           # (n, h, w, c) -> what the network returns
     """
+    check_module(model)
     model = nnx.clone(model)
     model.eval()
     graphdef, state = nnx.split(model)

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
-from dhp_jax.core.latent import Axis, latents, walk
+from dhp_jax.core.latent import Axis, check_module, latents, walk
 from dhp_jax.core.plain import Prunable
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
-from dhp_jax.errors import shown
 from dhp_jax.tracing.declared import analysis_of, prove_declared
 from dhp_jax.tracing.inputs import (
     check_input_shape,
@@ -76,8 +75,7 @@ def _check_widths(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
     Every latent loses channels, and any two lose different numbers of them at least once. Its
     errors name the latents; of the order of channels it sees nothing.
     """
-    if not isinstance(model, nnx.Module):
-        raise ValueError(f"model: expected a network, got {shown(model)}")
+    check_module(model)
     check_input_shape(input_shape)
     check_no_batch(model, input_shape)
     sizes = {name: z.size for name, z in latents(model).items()}

@@ -25,6 +25,8 @@ def with_limits(model: Model, keep: Limits) -> Model:
       keep: least shares in (0, 1], or pairs of a least share, which may be 0, and a most share, by
         name or pattern, as in file names; the last that fits counts.
     """
+    if not isinstance(keep, Mapping):
+        raise ArgumentError("keep", "shares by latent, such as {'stem*': 0.5}", shown(keep))
     model = nnx.clone(model)
     prunable = {name: z for name, z in latents_to_prune(model).items() if z.prunable}
     for pattern, limit in keep.items():

@@ -238,6 +238,12 @@ def latents(model: nnx.Module) -> dict[str, Latent]:
     return {name: m for name, m in found if isinstance(m, Latent)}
 
 
+def check_module(model: object) -> None:
+    """Raises unless a value is a network of `flax.nnx`."""
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"model: expected an nnx.Module, got {shown(model)}")
+
+
 def latents_to_prune(model: nnx.Module) -> dict[str, Latent]:
     """The latents of a network, of which there must be some."""
     if not isinstance(model, nnx.Module):

@@ -10,6 +10,7 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.core.latent import walk
+from dhp_jax.errors import shown
 
 
 def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
@@ -57,6 +58,8 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
     first = {path: np.zeros(norm.num_features) for path, norm in norms.items()}
     second = {path: np.zeros(norm.num_features) for path, norm in norms.items()}
     for batch in batches:
+        if not hasattr(batch, "shape"):
+            raise ValueError(f"batches: expected arrays, without labels; got {shown(batch)}")
         size = len(batch)
         count += size
         for path, moments in of_batch(state, batch).items():

@@ -29,7 +29,8 @@ def abstract_inputs(inputs: Any, batch: int = 1) -> tuple[Any, ...]:
       ValueError: it is none of these.
     """
     listed = inputs if isinstance(inputs, tuple | list) else (inputs,)
-    if not _is_shape(inputs) and all(isinstance(value, Number) for value in listed):
+    as_numbers = all(value is None or isinstance(value, Number) for value in listed)
+    if not _is_shape(inputs) and as_numbers and set(listed) != {None}:
         raise ValueError(
             "inputs: expected the shape of one example, such as (height, width, channels), or "
             f"arrays; got {shown(inputs)}"

@@ -77,9 +77,15 @@ def test_a_parameter_that_was_forgotten_is_found_before_a_budget_is_refused():
         dhp.prune_to(filled(make), (4, 4, 3), flops=0.01)
 
 
-def test_only_the_axes_of_networks_can_be_checked():
-    with pytest.raises(ValueError, match=r"^model: expected a network, got <class"):
-        dhp.check_axes(Net, (4, 4, 3))
+def test_a_class_is_no_network():
+    for use in (
+        dhp.check_axes,
+        dhp.measure_cost,
+        dhp.with_latents,
+        lambda net, _: dhp.inference(net),
+    ):
+        with pytest.raises(ValueError, match=r"^model: expected an nnx.Module, got <class"):
+            use(Net, (4, 4, 3))
 
 
 def test_an_axis_that_lacks_a_part_of_a_concatenation_is_found():

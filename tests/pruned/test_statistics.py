@@ -57,5 +57,8 @@ def test_a_network_whose_channels_were_cut_computes_in_evaluation_what_it_does_i
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"^model: expected a network with nnx.BatchNorm layers"):
         dhp.renew_statistics(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [jnp.ones((1, 2))])
+    labelled = (jnp.ones((1, 4, 4, 3)), jnp.ones(1))
+    with pytest.raises(ValueError, match=r"^batches: expected arrays, without labels; got \("):
+        dhp.renew_statistics(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), [labelled])
     with pytest.raises(ValueError, match=r"^batches: expected at least one batch, got none"):
         dhp.renew_statistics(Two(nnx.Rngs(0)), [])

@@ -322,6 +322,7 @@ def test_a_network_of_which_nothing_can_go_is_refused_with_the_place():
     [
         ({"no": 0.5}, r"^keep: expected one of first, hidden, stem; got 'no'"),
         ({"stem": 2}, r"^keep\['stem'\]: expected a share in \(0, 1\], got 2"),
+        (["stem"], r"^keep: expected shares by latent, such as .*, got \['stem'\]"),
     ],
 )
 def test_least_shares_that_are_none_are_refused(keep, message):
@@ -335,6 +336,11 @@ def test_least_shares_that_are_none_are_refused(keep, message):
     [
         ((8, 8.0, 3), {}, r"^inputs: expected the shape of one example, .*; got \(8, 8.0, 3\)$"),
         (8, {}, r"^inputs: expected the shape of one example, .*; got 8$"),
+        (
+            (None, 8, 8, 3),
+            {},
+            r"^inputs: expected the shape of one .*; got \(None, 8, 8, 3\)$",
+        ),
         (SHAPE, {"embedding": 0}, "^embedding: expected an integer of at least 1, got 0$"),
         (SHAPE, {"gates_above": "no"}, "^gates_above: expected an integer of at least 0, got 'no'"),
     ],
