@@ -236,13 +236,15 @@ def array_axes(flow: Flow, program: Program) -> list[Axes]:
 
 def solve(flow: Flow, programs: dict[Context, Program], arrays: Sequence[Axes]) -> None:
     """States all equations until nothing changes."""
+    (given,) = flow.fresh("input", 1)
+    flow.terms.freeze(given, "it is that of an input of the network")
     for _ in range(MAX_PASSES):
         before = flow.terms.changes
         for context, program in programs.items():
             jaxpr = program.closed.jaxpr
-            inputs = jaxpr.invars[len(arrays) :]
-            given = [*arrays, *((None,) * len(shape_of(variable)) for variable in inputs)]
-            outputs = flow.run(jaxpr, given, context)
+            shapes = [shape_of(variable) for variable in jaxpr.invars[len(arrays) :]]
+            inputs = [tuple(np.full(n, given) if n > 1 else None for n in x) for x in shapes]
+            outputs = flow.run(jaxpr, [*arrays, *inputs], context)
             own = len(outputs) - len(arrays)
             for axes in outputs[:own]:
                 for axis in axes:

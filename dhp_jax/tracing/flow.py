@@ -17,6 +17,7 @@ from dhp_jax.tracing.terms import TRUE, Axis, Terms, dead_terms
 Axes = tuple[Axis, ...]
 Rule = Callable[["Flow", JaxprEqn, list[Axes], Context], list[Axes]]
 RULES: dict[str, Rule] = {}
+STAYS = " meets an axis that stays"
 
 
 def rule(*primitives: str) -> Callable[[Rule], Rule]:
@@ -112,8 +113,10 @@ class Flow:
 
     def meet(self, left: Axis, right: Axis, eqn: JaxprEqn) -> Axis:
         """Two axes that meet position by position in an operation."""
-        fixed = left is None or right is None
-        how = " meets an axis that stays" if fixed else ""
+        roots = [None if axis is None else self.terms.roots(axis) for axis in (left, right)]
+        if np.array_equal(*roots):
+            return left  # most often; where the code stands is not looked up for these
+        how = "" if all(own is not None and own.any() for own in roots) else STAYS
         return self.terms.equal_axes(left, right, self._told(eqn, how))
 
     def freeze(self, axis: Axis, eqn: JaxprEqn, why: str) -> None:

@@ -263,8 +263,9 @@ def slices_of(eqn: JaxprEqn) -> list[slice]:
 def _pad(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
     before, after, outputs = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]), []
     for k, (axis, config) in enumerate(zip(inputs[0], eqn.params["padding_config"], strict=True)):
-        if (axis is None and before[k] > 1) or not any(config):
-            outputs.append(axis)
+        stays = before[k] > 1 and not flow.atoms_of(axis)
+        if stays or not any(config):
+            outputs.append(None if any(config) else axis)
             continue
         places = pad_places(before[k], config)
         padded = flow.fresh((context, k), after[k]).copy()

@@ -8,11 +8,12 @@ positions together than necessary, but never less.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+import math
 
 import numpy as np
 
 TRUE = 0
-Axis = np.ndarray | None  # the term of each position; None where all of them are TRUE
+Axis = np.ndarray | None  # the term of each position; None where all are TRUE and no cause is known
 
 
 class Terms:
@@ -86,7 +87,8 @@ class Terms:
             self._join(atom, TRUE, why)
 
     def equal(self, left: int, right: int, why: str) -> None:
-        """Makes two terms equal."""
+        """Makes two terms equal; what that freezes knows the first cause, if there is one."""
+        raw = (left, right)
         left, right = self.root(left), self.root(right)
         if left == right:
             return
@@ -96,6 +98,9 @@ class Terms:
             for term in {left, right} - {first}:
                 self.parent[term] = first
             return
+        if TRUE in (left, right):
+            cause = reason(self, raw[left != TRUE]).rpartition(": ")[2]
+            why += f": {cause}" if cause else ""
         ours, theirs = ours - theirs, theirs - ours
         if not ours or not theirs:
             for atom in ours | theirs:
@@ -115,11 +120,11 @@ class Terms:
     def equal_axes(self, left: Axis, right: Axis, why: str) -> Axis:
         """Makes two axes equal, position by position; returns one for both."""
         if left is None or right is None:
-            self.freeze_axis(right if left is None else left, why)
-            return None
-        ours, theirs = self.roots(left), self.roots(right)
-        for place in np.flatnonzero(ours != theirs):
-            self.equal(int(ours[place]), int(theirs[place]), why)
+            left = right if left is None else left
+            self.freeze_axis(left, why)
+            return left
+        for place in np.flatnonzero(self.roots(left) != self.roots(right)):
+            self.equal(int(left[place]), int(right[place]), why)
         return left
 
     def freeze_axis(self, axis: Axis, why: str) -> None:
@@ -185,9 +190,10 @@ def dead_terms(terms: Terms, gone: frozenset[int]) -> np.ndarray:
 
 def merge_axes(terms: Terms, axes: Sequence[Axis], shape: Sequence[int]) -> Axis:
     """The axis that a reshape makes of several, the last one fastest."""
-    live = [(k, axis) for k, axis in enumerate(axes) if axis is not None]
+    known = [(k, axis) for k, axis in enumerate(axes) if axis is not None]
+    live = [(k, axis) for k, axis in known if terms.roots(axis).any()]
     if not live:
-        return None
+        return np.full(math.prod(shape), known[0][1][0]) if known else None
     views = [axis.reshape([-1 if j == k else 1 for j in range(len(shape))]) for k, axis in live]
     if len(live) == 1:
         return np.broadcast_to(views[0], shape).ravel().copy()
@@ -213,8 +219,10 @@ def split_axis(
       fresh: a function of an axis and its size, that returns the same new atoms in every pass.
       why: the reason for what becomes frozen.
     """
-    if axis is None or not (grid := terms.roots(axis).reshape(shape)).any():
+    if axis is None:
         return [None] * len(shape)
+    if not (grid := terms.roots(axis).reshape(shape)).any():
+        return [np.full(size, axis[0]) for size in shape]
     lines = [np.moveaxis(grid, k, 0).reshape(size, -1) for k, size in enumerate(shape)]
     for k, line in enumerate(lines):  # often all depends on one of them
         if line.shape[1] == 1 or (line == line[:, :1]).all():

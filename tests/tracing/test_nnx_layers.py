@@ -1,5 +1,6 @@
 """Every layer of flax.nnx between two others: what of it may go, and that the rest is right."""
 
+import re
 from typing import NamedTuple
 
 from flax import nnx
@@ -184,6 +185,28 @@ def test_what_takes_numbers_apart_keeps_its_channels():
     found = discover(Bits(), (3,))
     assert not found.families
     assert any("takes numbers apart at tracing/test_nnx_layers.py" in why for why in found.fixed())
+
+
+def test_why_an_axis_stays_is_told_with_the_first_cause():
+    class Mixed(nnx.Module):
+        def __init__(self):
+            self.first, self.second, self.last = linear(3, 6), linear(6, 6), linear(6, 2)
+
+        def __call__(self, x):
+            x = jax.lax.cumsum(self.first(x), 1)
+            return self.last(nnx.relu(x + self.second(x)))
+
+    fixed = {
+        array: why for why, places in discover(Mixed(), (3,)).fixed().items() for array in places
+    }
+    at = r" at tracing/test_nnx_layers.py:\d+"
+    for array, why in {
+        ("first.kernel", 0): f".*{at}: it is that of an input of the network",
+        ("first.kernel", 1): f"cumsum goes along it{at}",
+        ("second.kernel", 1): f"add meets an axis that stays{at}: cumsum goes along it{at}",
+        ("last.kernel", 0): f"dot_general meets an axis that stays{at}: cumsum goes along it{at}",
+    }.items():
+        assert re.fullmatch(why, fixed[array]), fixed[array]
 
 
 @pytest.mark.parametrize("drawn_in", ["eval", "train"])
