@@ -166,27 +166,33 @@ sys.path[:0] = folders
 import dataclasses
 import jax
 import numpy as np
+from flax import nnx
 import dhp_jax as dhp
-from dhp_jax.distributed.mesh import make_mesh
+from dhp_jax.distributed.mesh import make_mesh, place
 from dhp_jax.train.phase import Teacher
 from dhp_jax.pipeline.preparation import prepare
 from networks import arrays, filled
 from runs import of_digits
-from test_checkpoints import Net, phase_of, recipe, trained
+from test_checkpoints import SHAPE, Net, phase_of, recipe, trained
 from test_train import EXAMPLES, streamed_labelled
 jax.config.update("jax_disable_most_optimizations", True)
 net = filled(Net)
+traced = dhp.with_latents(dhp.prune(net), SHAPE, embedding=2)
+placed = place(make_mesh(2, 2), nnx.to_pure_dict(nnx.state(traced, nnx.Param)))
+for name, array in placed["conv"]["kernel"].items():
+    assert array.addressable_data(0).shape == (*array.shape[:-1], array.shape[-1] // 2), name
 streamed = streamed_labelled(EXAMPLES, 0)
 teacher = Teacher(dhp.prune(net), 0.5, 2.0)
-for phase, ways in [
-    (phase_of(net, True), [(make_mesh(4, 1), None), (make_mesh(2, 2), streamed)]),
-    (phase_of(net, False), [(make_mesh(2, 2), None)]),
-    (dataclasses.replace(recipe(average=0.8), teacher=teacher), [(make_mesh(2, 2), None)]),
+for model, phase, ways in [
+    (net, phase_of(net, True), [(make_mesh(4, 1), None), (make_mesh(2, 2), streamed)]),
+    (net, phase_of(net, False), [(make_mesh(2, 2), None)]),
+    (net, dataclasses.replace(recipe(average=0.8), teacher=teacher), [(make_mesh(2, 2), None)]),
+    (traced, phase_of(traced, False), [(make_mesh(2, 2), None)]),
 ]:
-    expected, once = trained(net, phase)
+    expected, once = trained(model, phase)
     for mesh, data in ways:
         assert mesh.size == 4
-        found, again = trained(net, phase, mesh=mesh, data=data)
+        found, again = trained(model, phase, mesh=mesh, data=data)
         assert [*map(list, again.records)] == [*map(list, once.records)]
         for a, b in zip(again.records, once.records):
             numbers = [name for name in b if name != "phase"]
