@@ -113,7 +113,8 @@ def _traced(
     first = None
     for given in (inputs, jax.tree.map(_integers, inputs)):
         try:
-            return trace_program(model, called, given), calls, names, given
+            program = trace_program(model, called, given, as_written=False)
+            return program, calls, names, given
         except UntraceableError:
             raise
         except (TypeError, ValueError) as error:

@@ -116,7 +116,7 @@ class Flow:
         roots = [None if axis is None else self.terms.roots(axis) for axis in (left, right)]
         if np.array_equal(*roots):
             return left  # most often; where the code stands is not looked up for these
-        how = "" if all(own is not None and own.any() for own in roots) else STAYS
+        how = "" if all(own is not None and own.all() for own in roots) else STAYS
         return self.terms.equal_axes(left, right, self._told(eqn, how))
 
     def freeze(self, axis: Axis, eqn: JaxprEqn, why: str) -> None:

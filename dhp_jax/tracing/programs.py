@@ -9,8 +9,10 @@ from flax import nnx
 import jax
 from jax._src import source_info_util  # where an operation comes from; there is no public way
 from jax._src.interpreters import partial_eval
+from jax._src.numpy.einsum import Unoptimized
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 import numpy as np
+import opt_einsum
 
 from dhp_jax.errors import ArgumentError, first_line
 
@@ -48,13 +50,17 @@ class Program(NamedTuple):
     arrays: tuple[jax.Array | jax.ShapeDtypeStruct, ...]
 
 
-def trace_program(model: nnx.Module, call: Call, inputs: tuple[Any, ...]) -> Program:
+def trace_program(
+    model: nnx.Module, call: Call, inputs: tuple[Any, ...], *, as_written: bool = True
+) -> Program:
     """Traces `call(model, *inputs)`; nothing is computed.
 
     Args:
       model: left as it was; its arrays may be abstract.
       call: a function of the model and the inputs.
       inputs: trees of abstract arrays.
+      as_written: whether an einsum of several arrays goes through them in turn, whatever their
+        sizes are. It is run in the order that is cheapest for its sizes.
 
     Raises:
       UntraceableError: a variable or an output that is no array.
@@ -79,7 +85,7 @@ def trace_program(model: nnx.Module, call: Call, inputs: tuple[Any, ...]) -> Pro
         kept = [after.get(path, x) for (path, _), x in zip(flat, arrays, strict=True)]
         return outputs, [value_of(leaf) for leaf in kept]
 
-    with _short_errors():
+    with _short_errors(), _in_turn() if as_written else contextlib.nullcontext():
         closed = jax.make_jaxpr(forward)(abstract, *inputs)
     names = tuple(".".join(map(str, path)) for path, _ in flat)
     return Program(closed, names, graphdef, state, tuple(arrays))
@@ -99,6 +105,21 @@ def _short_errors() -> Iterator[None]:
         yield
     finally:
         kind._origin_msg = before
+
+
+@contextlib.contextmanager
+def _in_turn() -> Iterator[None]:
+    """Keeps `jnp.einsum` from an order of contractions that depends on sizes."""
+    before = opt_einsum.contract_path
+
+    def contract_path(*operands: Any, **options: Any) -> Any:
+        return before(*operands, **options | {"optimize": Unoptimized()})
+
+    opt_einsum.contract_path = contract_path
+    try:
+        yield
+    finally:
+        opt_einsum.contract_path = before
 
 
 def value_of(leaf: nnx.Variable | jax.Array) -> jax.Array:

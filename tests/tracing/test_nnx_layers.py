@@ -187,6 +187,27 @@ def test_what_takes_numbers_apart_keeps_its_channels():
     assert any("takes numbers apart at tracing/test_nnx_layers.py" in why for why in found.fixed())
 
 
+def test_an_einsum_whose_order_depends_on_sizes_is_pruned_and_counted_as_it_is_run():
+    class Attention(nnx.Module):  # linear: over tokens first where there are few features
+        def __init__(self):
+            self.key, self.value, self.last = linear(3, 12), linear(3, 12), linear(12, 2)
+
+        def __call__(self, x):
+            k = self.key(x)
+            return self.last(jnp.einsum("qd,kd,ke->qe", k, k, self.value(x)))
+
+    model, x = Attention(), jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    net = dhp.with_latents(model, x, min_channels=2)
+    keep = {name: np.arange(12) < 3 for name in dhp.latents(net)}
+    small = dhp.prune(net, keep)
+    k, v = (np.asarray(layer(x))[:, :3] for layer in (model.key, model.value))
+    expected = k @ k.T @ v @ np.asarray(model.last.kernel)[:3] + np.asarray(model.last.bias)
+    np.testing.assert_allclose(small(x), expected, rtol=1e-4, atol=1e-4)
+    layers = 8 * (2 * 3 * 3 + 3 * 2)
+    assert dhp.measure_cost(small, x).flops == layers + 2 * (8 * 3 * 3)  # over tokens first
+    assert dhp.measure_cost(model, x).flops == 8 * (2 * 3 * 12 + 12 * 2) + 2 * (8 * 8 * 12)
+
+
 def test_why_an_axis_stays_is_told_with_the_first_cause():
     class Mixed(nnx.Module):
         def __init__(self):
