@@ -116,7 +116,10 @@ def table_as_json(table: LatentTable, least: Mapping[str, int]) -> dict[str, Any
         name: {str(k): listed.number([p.owner, p.entry]) for k, p in axes.items()}
         for name, axes in table.places.items()
     }
-    numbers = [[n.path, n.attribute, n.latent, n.array, n.axis] for n in table.numbers]
+    numbers = [
+        [n.path, n.attribute, n.latent, n.array, n.times if n.latent else n.axis]
+        for n in table.numbers
+    ]
     return {
         "sizes": dict(table.sizes),
         "least": dict(least),
@@ -175,12 +178,14 @@ def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, 
 
 def _size_entry(entry: Any, sizes: Mapping[str, int], where: str) -> SizeEntry:
     if isinstance(entry, list) and len(entry) == 5:
-        path, attribute, latent, array, axis = entry
+        path, attribute, latent, array, number = entry
         texts = all(isinstance(text, str) for text in (path, attribute))
         of_latent = isinstance(latent, str) and latent in sizes and array is None
         of_array = latent is None and isinstance(array, str)
-        if texts and (of_latent or of_array) and type(axis) is int:
-            return SizeEntry(path, attribute, latent, array, axis)
+        if texts and (of_latent or of_array) and type(number) is int:
+            if of_latent:  # of files without times it is 0
+                return SizeEntry(path, attribute, latent, times=max(1, number))
+            return SizeEntry(path, attribute, None, array, number)
     raise ArtifactError(f"path: {where}: numbers: got {shown(entry)}")
 
 

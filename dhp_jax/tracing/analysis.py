@@ -51,14 +51,16 @@ class SizeRule:
     Attributes:
       path: of the module.
       attribute: of the number.
-      atoms: the number is how many of these are left; or
+      atoms: the number is so many times how many of these are left; or
       axis: (array, axis), the number is how much of that is left.
+      times: how many times, as heads of queries that share a key.
     """
 
     path: tuple[Any, ...]
     attribute: str
     atoms: tuple[int, ...] = ()
     axis: tuple[int, int] | None = None
+    times: int = 1
 
 
 @dataclass
@@ -109,7 +111,8 @@ class Analysis:
         modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
         for rule in self.sizes:
             if rule.axis is None:
-                left = sum(self.flow.terms.root(atom) not in gone for atom in rule.atoms)
+                kept_atoms = sum(self.flow.terms.root(atom) not in gone for atom in rule.atoms)
+                left = rule.times * kept_atoms
             else:
                 array, axis = rule.axis
                 left = int(kept[array][axis].sum())

@@ -223,29 +223,36 @@ def _meets(family: Family, group: Sequence[Family]) -> bool:
 
 
 def _guesses(analysis: Analysis, family: Family) -> list[list[SizeRule]]:
-    """Numbers in the user's modules around a family's arrays that may be its size: sets to try."""
-    modules = {
-        tuple(map(str, path)): (tuple(path), module)
-        for path, module in nnx.iter_modules(analysis.model)
-    }
+    """Numbers in modules around a family's arrays that may be its size: sets to try.
+
+    The modules are those of the user's that hold the arrays, and those in them that hold none.
+    """
+    parts = [tuple(name.split(".")) for name in analysis.names]
+    holding = {path[:depth] for path in parts for depth in range(len(path))}
     entries: dict[tuple, SizeRule] = {}
     widths: dict[tuple, SizeRule] = {}
-    for number, axis in family.places:
-        parts = tuple(analysis.names[number].split("."))
-        for depth in range(len(parts)):
-            path, module = modules.get(parts[:depth], (None, None))
-            if module is None or type(module).__module__.startswith("flax."):
+    multiples: dict[tuple, SizeRule] = {}
+    for path, module in nnx.iter_modules(analysis.model):
+        at = holder = tuple(map(str, path))
+        while holder not in holding:
+            holder = holder[:-1]
+        if holder == at and type(module).__module__.startswith("flax."):
+            continue
+        near = [place for place in family.places if parts[place[0]][: len(holder)] == holder]
+        for attribute, value in vars(module).items() if near else ():
+            key, rule = (at, attribute), SizeRule(tuple(path), attribute, tuple(family.atoms))
+            if type(value) is not int:
                 continue
-            for attribute, value in vars(module).items():
-                if type(value) is not int:
-                    continue
-                rule = SizeRule(path, attribute)
-                if value == family.size:
-                    entries[path, attribute] = replace(rule, atoms=tuple(family.atoms))
-                elif value == analysis.leaves[number].shape[axis]:
-                    widths[path, attribute] = replace(rule, axis=(number, axis))
-    sets = [list(entries.values()), list(widths.values())]
-    return [guess for guess in (*sets, sets[0] + sets[1]) if guess]  # as few as will do
+            if value == family.size:
+                entries[key] = rule
+            elif place := next((p for p in near if value == analysis.leaves[p[0]].shape[p[1]]), ()):
+                widths[key] = replace(rule, atoms=(), axis=place)
+            elif value % family.size == 0:
+                multiples[key] = replace(rule, times=value // family.size)
+    one, wide = list(entries.values()), list(widths.values())
+    beside = [rule for (at, _), rule in multiples.items() if at in {at for at, _ in entries}]
+    sets = (one, wide, one + wide, *([*one, rule] for rule in beside))
+    return [guess for guess in sets if guess]  # as few as will do
 
 
 def keep_one_factor(found: Discovery, prefer: Callable[[Family], Any] | None = None) -> None:

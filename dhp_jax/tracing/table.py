@@ -26,7 +26,7 @@ class SizeEntry:
     Attributes:
       path: of the module.
       attribute: of the number.
-      latent: it is the number of survivors of this; or
+      latent, times: it is so many times the number of survivors of this; or
       array, axis: it is the size of this axis.
     """
 
@@ -35,6 +35,7 @@ class SizeEntry:
     latent: str | None = None
     array: str | None = None
     axis: int = 0
+    times: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ class LatentTable:
         found = []
         for entry in self.numbers:
             if entry.latent is not None:
-                left = int(np.sum(masks[entry.latent]))
+                left = entry.times * int(np.sum(masks[entry.latent]))
             else:
                 left = int(kept[entry.array][entry.axis].sum())
             found.append((entry.path, entry.attribute, left))
@@ -151,7 +152,8 @@ def table_of(found: Discovery, notes: Mapping[str, Any]) -> LatentTable:
             array, k = rule.axis
             numbers.append(SizeEntry(path, rule.attribute, None, analysis.names[array], k))
         elif rule.atoms[0] in family_of:
-            numbers.append(SizeEntry(path, rule.attribute, family_of[rule.atoms[0]]))
+            latent = family_of[rule.atoms[0]]
+            numbers.append(SizeEntry(path, rule.attribute, latent, times=rule.times))
     return LatentTable(
         {family.name: family.size for family in found.families},
         places,

@@ -639,6 +639,27 @@ class ConvTransposed(nnx.Module):
         return self.u(nnx.relu(self.a(x)))
 
 
+@case([2, 2, 3], lambda: (images(2, 5, 3),))
+class SizesBeside(nnx.Module):
+    # Of heads that share keys, in numbers; of groups, in a layer without arrays.
+    def __init__(self, rngs):
+        self.norm = nnx.GroupNorm(12, 3, use_scale=False, use_bias=False, rngs=rngs)
+        self.a, self.q, self.o = linear(3, 12, rngs), linear(12, 8, rngs), linear(8, 3, rngs)
+        self.k, self.v = linear(12, 4, rngs), linear(12, 4, rngs)
+        self.heads, self.shared = 4, 2
+
+    def __call__(self, x):
+        x = self.norm(self.a(x))
+        split = lambda y, heads: y.reshape(*y.shape[:2], heads, -1)  # noqa: E731
+        q, k, v = (
+            split(self.q(x), self.heads),
+            *(split(f(x), self.shared) for f in (self.k, self.v)),
+        )
+        k, v = (jnp.repeat(y, self.heads // self.shared, axis=2) for y in (k, v))
+        y = jnp.einsum("bhqk,bkhd->bqhd", nnx.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k)), v)
+        return self.o(y.reshape(*y.shape[:2], -1))
+
+
 @case([6, 8])
 class Spectral(nnx.Module):
     # Of the lowest frequencies only, over pixels; then blurred, one kernel for each channel.

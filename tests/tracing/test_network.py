@@ -388,3 +388,28 @@ def test_numbers_that_evaluation_draws_over_channels_are_told_to_be_others_after
 
     told = " ".join(str(dhp.explain(dhp.with_latents(Noisy(nnx.Rngs(0, noise=1)), (3,)))).split())
     assert "a: random numbers are drawn over it in evaluation at tracing/test_network.py:" in told
+
+
+def test_heads_that_share_keys_are_numbers_that_go_with_them_and_come_back_from_a_file(tmp_path):
+    class Shared(nnx.Module):
+        def __init__(self, rngs):
+            self.q, self.k = nnx.Linear(3, 12, rngs=rngs), nnx.Linear(3, 6, rngs=rngs)
+            self.o, self.heads, self.shared = nnx.Linear(12, 2, rngs=rngs), 6, 3
+
+        def __call__(self, x):
+            q, k = self.q(x).reshape(len(x), self.heads, -1), self.k(x)
+            k = k.reshape(len(x), self.shared, -1).repeat(self.heads // self.shared, axis=1)
+            return self.o((q * k).reshape(len(x), -1))
+
+    model = randomised(Shared(nnx.Rngs(0)))
+    dhp.save(tmp_path / "net", dhp.with_latents(model, (3,), min_channels=1))
+    net = dhp.load(tmp_path / "net", build=Shared)
+    small = dhp.prune(net, {"q": np.array([True, False, True])})
+    assert (small.heads, small.shared, small.q.out_features) == (4, 2, 8)
+    x = X[:, 0, 0]
+    products = np.asarray(model.q(x)) * np.asarray(model.k(x)).reshape(4, 3, 2).repeat(
+        2, 1
+    ).reshape(4, 12)
+    kept = np.isin(np.arange(12) // 4, (0, 2))
+    expected = products[:, kept] @ np.asarray(model.o.kernel)[kept] + np.asarray(model.o.bias)
+    np.testing.assert_allclose(small(x), expected, rtol=1e-4, atol=1e-5)
