@@ -14,7 +14,7 @@ from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline.preparation import Run
 from dhp_jax.tasks.task import Data
-from dhp_jax.train.checkpoints import Checkpoints
+from dhp_jax.train.checkpoints import Checkpoints, known_notes
 from dhp_jax.train.phase import Outcome, Progress
 from dhp_jax.workdir import reader, source_run
 from dhp_jax.workdir.identity import CHECKPOINTS, as_json
@@ -134,7 +134,7 @@ def _mend_records(run: Run, phase: str, found: dict[str, Any], source: str) -> N
     end = found["notes"]["phase"]
     with contextlib.closing(open_checkpoints(run, phase, source)) as checkpoints:
         for step in checkpoints.steps()[:1]:
-            if notes := checkpoints.known_notes(step):
+            if notes := known_notes(checkpoints, step):
                 reached = notes["progress"]  # its last step may be saved before it is tested
                 same = all(reached[name] == end[name] for name in ("steps", "epochs"))
                 if notes["source"] == source and same:

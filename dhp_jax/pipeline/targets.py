@@ -23,7 +23,7 @@ from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline import execution, preparation
 from dhp_jax.pipeline.preparation import Run
 from dhp_jax.report.write import write_sizes
-from dhp_jax.train.checkpoints import Checkpoints
+from dhp_jax.train.checkpoints import Checkpoints, known_notes
 from dhp_jax.train.phase import Observer
 from dhp_jax.workdir import target_dirs
 from dhp_jax.workdir.identity import CHECKPOINTS, CONFIG
@@ -115,7 +115,7 @@ def _continue_search(larger: Path, smaller: Path) -> None:
     end = read_description(larger / "search")["notes"]["phase"]["steps"]
     with contextlib.closing(Checkpoints(folder)) as there:
         for step in there.steps():
-            if step < end and there.known_notes(step):  # if not, an earlier one will do
+            if step < end and known_notes(there, step):  # if not, an earlier one will do
                 unfinished = begun.with_name("search.unfinished")
                 shutil.rmtree(unfinished, ignore_errors=True)
                 shutil.copytree(folder / str(step), unfinished / str(step))

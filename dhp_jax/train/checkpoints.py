@@ -177,14 +177,6 @@ class Checkpoints:
         read = json.loads(sealed["text"])
         return read["notes"], read["layout"]
 
-    def known_notes(self, step: int) -> dict[str, Any] | None:
-        """The notes of a checkpoint; `None`, with a warning, if they cannot be read."""
-        try:
-            return self.notes(step)[0]
-        except Exception as error:  # whatever a damaged file may raise
-            logger.warning("%s: step %d: %s", self.folder, step, error)
-            return None
-
     def wait(self) -> None:
         """Waits until the last checkpoint is on disk."""
         if self._manager is not None:
@@ -232,6 +224,15 @@ class Checkpoints:
         (self.folder / str(step)).rename(aside)
         files.sync(self.folder)
         self._open().reload()
+
+
+def known_notes(checkpoints: Checkpoints, step: int) -> dict[str, Any] | None:
+    """The notes of a checkpoint; `None`, with a warning, if they cannot be read."""
+    try:
+        return checkpoints.notes(step)[0]
+    except Exception as error:  # whatever a damaged file may raise
+        logger.warning("%s: step %d: %s", checkpoints.folder, step, error)
+        return None
 
 
 def _remove(folder: Path, step: int) -> None:
