@@ -2,9 +2,10 @@
 
 The Python blocks of a guide run one after another in one fresh namespace, in a folder of their own.
 What a block prints is compared with the block right after it, if that is one of output:
-`output` is what is printed, but for what `...` stands for; in `text`, numbers may be others. A
-guide names what it needs besides the library, and says if it takes long, in comments that are not
-shown: `<!-- needs: sklearn -->` (names of modules), `<!-- onnx -->` and `<!-- slow -->`.
+`output` is what is printed, but for what `...` stands for; in `text`, numbers may be others, but
+those of 1,000 and more, which count something, by a tenth at most. A guide names what it needs
+besides the library, and says if it takes long, in comments that are not shown:
+`<!-- needs: sklearn -->` (names of modules), `<!-- onnx -->` and `<!-- slow -->`.
 """
 
 import contextlib
@@ -24,7 +25,8 @@ BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(\n```(?P<kind>output|text)\n(?P<shown>.*?)^```\n)?",
     flags=re.DOTALL | re.MULTILINE,
 )
-NUMBER = re.compile(r"\d+(\.\d+)?")
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+LARGE, NEAR = 1000, 0.1
 
 
 def guides():
@@ -55,8 +57,11 @@ def run(path, folder):
 
 
 def compare(printed, shown, numbers):
-    """Raises unless what was printed is what is shown; numbers as well if asked for."""
+    """Raises unless what was printed is what is shown; small numbers as well if asked for."""
     if not numbers:
+        found = zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=False)
+        for got, expected in ([float(text.replace(",", "")) for text in pair] for pair in found):
+            assert max(got, expected) < LARGE or abs(got - expected) <= NEAR * expected, printed
         printed, shown = NUMBER.sub("#", printed), NUMBER.sub("#", shown)
     assert doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS), printed
 
@@ -85,6 +90,7 @@ def test_a_guide_that_is_wrong_is_found_with_its_line(tmp_path):
         ("output", "", False),
         ("text", "x 22 of y\n", True),
         ("text", "x 22 of z\n", False),
+        ("text", "x 2,001.5 of y\n", False),
     ],
 )
 def test_what_a_guide_shows_is_what_is_printed(tmp_path, kind, shown, right):

@@ -257,5 +257,8 @@ def test_a_package_index_shows_no_link_that_leads_nowhere(tmp_path, source):
     )
     for target in ours:
         assert ("/raw/" in target) == target.endswith(".png")
+    recipe = re.search(r"^\t@(grep .*\\\n.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    warned = subprocess.run(["sh", "-c", recipe], cwd=tmp_path, capture_output=True, text=True)
+    assert ("add 'Source = ADDRESS'" in warned.stdout) == (not source)
     code = r"```.*?```|^    .*?$"
     assert re.findall(code, text, re.S | re.M) == re.findall(code, readme, re.S | re.M)
