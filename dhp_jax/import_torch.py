@@ -205,15 +205,10 @@ def _fill(model: nnx.Module, names: list[tuple[str, str]], tensors: Tensors) -> 
 def _converted(
     key: str, tensor: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...], turned: bool
 ) -> np.ndarray:
-    """A tensor in our order of axes.
+    """A tensor, of the name `key`, in our order of axes, with the shape of our array.
 
-    Args:
-      key: its name.
-      tensor: as PyTorch has it.
-      shape: that our array has.
-      axes: the order of PyTorch's axes in ours.
-      turned: whether the kernel is turned by 180 degrees, for PyTorch's transposed convolutions
-        scatter and ours gather.
+    Where it is turned, the kernel is so by 180 degrees: PyTorch's transposed convolutions scatter,
+    and ours gather.
     """
     taps = len(shape) - len(axes)  # more axes than PyTorch has: it has one for all taps
     merged = (math.prod(shape[: taps + 1]), *shape[taps + 1 :]) if shape else (1,)

@@ -166,14 +166,12 @@ def proximal(
     learning_rate: ScalarOrSchedule,
     where: Callable[[Array], Bool[Array, "..."]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A proximal step as a transformation.
+    """A proximal step as a transformation, for `prox_l1` and its like.
 
     Args:
       name: of the function whose arguments are checked, for errors.
-      shrink: the proximal operator of an array, by an amount.
-      strength, learning_rate: numbers or schedules, whose product is the amount; the first may be a
-        tree of them.
-      where: as in `prox_l1`.
+      shrink: the proximal operator of an array, by an amount, `strength * learning_rate`.
+      strength, learning_rate, where: as in `prox_l1`.
     """
     strengths = jax.tree_util.tree_leaves_with_path(strength, is_leaf=callable)
     for path, value in strengths or [((), strength)]:
@@ -259,11 +257,8 @@ def _warn_of_rounding(
 ) -> None:
     """Warns of the first narrow array with entries whose steps are rounded away.
 
-    Args:
-      name: of the transformation.
-      unmoved: the entries of an array that a step of an amount leaves where they are.
-      params: parameters, of which some are narrow.
-      amounts: like `params`, or `None` where they change from step to step.
+    `unmoved` gives the entries of an array that a step of an amount leaves where they are.
+    `amounts` are like `params`, or `None` where they change from step to step.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     each = [None] * len(leaves) if amounts is None else jax.tree.leaves(amounts)

@@ -24,13 +24,10 @@ Vectors = dict[str, Array]  # by the name of a prunable latent
 
 
 class FadeToBudgetState(NamedTuple):
-    """State of `fade_to_budget`.
+    """State of `fade_to_budget`, with that of the optimizer in it.
 
-    Attributes:
-      count: steps taken.
-      average: of the squared first-order Taylor terms of each entry.
-      keep: entries that are not to fade.
-      inner: of the optimizer.
+    `count` are the steps taken, `average` is of the squared first-order Taylor terms of each entry,
+    and `keep` are the entries that are not to fade.
     """
 
     count: Int[Array, ""]

@@ -171,11 +171,9 @@ class Cost:
 class _Polynomials(NamedTuple):
     """All products of a network as a few arrays, so that a step counts them in a few operations.
 
-    Attributes:
-      names: of `L` latents.
-      times: `(W, 1 + L)`, what is fixed in each width and how often it has entries of each latent.
-      places: `(P, D)`, the widths of each product.
-      factors: `(3, P)`, how often each measure has each product.
+    Of `L` latents `times`, `(W, 1 + L)`, has what is fixed in each width and how often it has
+    entries of each; `places`, `(P, D)`, the widths of each product; and `factors`, `(3, P)`, how
+    often each measure has each product.
     """
 
     names: tuple[str, ...]

@@ -12,28 +12,6 @@ import numpy as np
 
 MIN_DRAWS = 2**16  # of a program; drawing so many takes less time than compiling for fewer
 DEVIATION = 0.8796256610342398  # of N(0, 1) cut off at -2 and 2
-
-
-def uniform(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
-    """Numbers from U(-1, 1); a NumPy array unless traced."""
-    return _draw(_uniform, key, count)
-
-
-def normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
-    """Numbers from N(0, 1); a NumPy array unless traced."""
-    return _draw(_normal, key, count)
-
-
-def truncated_normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
-    """Numbers from a normal distribution cut off at two deviations, scaled to variance 1."""
-    return _draw(_truncated_normal, key, count)
-
-
-def lecun_normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = None) -> Array:
-    """Initial values of `nnx.Linear`, the numbers that its own initializer draws."""
-    return _compiled(_LECUN, 2)(key, shape, jnp.float32 if dtype is None else dtype)
-
-
 _LECUN = nnx.initializers.lecun_normal()
 
 
@@ -58,22 +36,38 @@ def compile_once(function: Callable[..., Any], static: int = 0, level: int = 1) 
 _compiled = functools.cache(compile_once)
 
 
-def _draw(sample: Callable[[Array, int], Array], key: Array, count: int) -> Array:
-    """Draws at least `count` numbers, a power of 4 times `MIN_DRAWS`; returns the first `count`."""
-    size = MIN_DRAWS
-    while size < count:
-        size *= 4
-    numbers = _compiled(sample, 1)(key, size)
-    return (numbers if isinstance(numbers, jax.core.Tracer) else np.asarray(numbers))[:count]
+def _few_sizes(sample: Callable[[Array, int], Array]) -> Callable[[Array, int], Array]:
+    """Has a function draw a power of 4 times `MIN_DRAWS` numbers, and returns as many as asked."""
+
+    @functools.wraps(sample)
+    def draw(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
+        size = MIN_DRAWS
+        while size < count:
+            size *= 4
+        numbers = _compiled(sample, 1)(key, size)
+        return (numbers if isinstance(numbers, jax.core.Tracer) else np.asarray(numbers))[:count]
+
+    return draw
 
 
-def _uniform(key: Array, size: int) -> Array:
-    return jax.random.uniform(key, (size,), jnp.float32, minval=-1.0, maxval=1.0)
+@_few_sizes
+def uniform(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
+    """Numbers from U(-1, 1); a NumPy array unless traced."""
+    return jax.random.uniform(key, (count,), jnp.float32, minval=-1.0, maxval=1.0)
 
 
-def _normal(key: Array, size: int) -> Array:
-    return jax.random.normal(key, (size,), jnp.float32)
+@_few_sizes
+def normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
+    """Numbers from N(0, 1); a NumPy array unless traced."""
+    return jax.random.normal(key, (count,), jnp.float32)
 
 
-def _truncated_normal(key: Array, size: int) -> Array:
-    return jax.random.truncated_normal(key, -2.0, 2.0, (size,), jnp.float32) / DEVIATION
+@_few_sizes
+def truncated_normal(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
+    """Numbers from a normal distribution cut off at two deviations, scaled to variance 1."""
+    return jax.random.truncated_normal(key, -2.0, 2.0, (count,), jnp.float32) / DEVIATION
+
+
+def lecun_normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = None) -> Array:
+    """Initial values of `nnx.Linear`, the numbers that its own initializer draws."""
+    return _compiled(_LECUN, 2)(key, shape, jnp.float32 if dtype is None else dtype)

@@ -64,9 +64,6 @@ def output_names(model: nnx.Module, shape: Shape) -> list[str]:
     return [f"output_{name}" if name.isdigit() else name or "output" for name in named]
 
 
-# Writing, and reading what was written
-
-
 def _stablehlo(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any]) -> Forward:
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda images: nnx.merge(graphdef, state, copy=True)(images))

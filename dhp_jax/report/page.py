@@ -83,9 +83,6 @@ def page(run: RunReport, charts: Mapping[str, Chart], pictures: Sequence[Crop] =
     )
 
 
-# The answer
-
-
 def _lead(run: RunReport) -> str:
     result, summary, metric = run.result, run.summary, run.metric
     if summary is None:
@@ -189,9 +186,6 @@ def stages(summary: Mapping[str, Any]) -> Mapping[str, tuple[str, str]]:
     told += f" ({interval(value, count)})" if name == "error" else ""
     chosen = f"chosen on {count:,} validation examples, {told}"
     return {**STAGES, "best": ("best epoch by the validation data", chosen)}
-
-
-# Layers, pictures, and how to use the network
 
 
 def _layers(run: RunReport) -> Table | None:

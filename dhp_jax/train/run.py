@@ -20,11 +20,8 @@ from dhp_jax.train.state import StepDone, TrainState
 class Layout(NamedTuple):
     """How a network and its training state are put together from arrays.
 
-    Attributes:
-      graphdef: the network's structure.
-      structure: of the state.
-      here: shapes of the state's arrays on the device.
-      saved: shapes of the same arrays in networks and files.
+    `graphdef` is the network's structure, and `structure` the state's. `here` are shapes of the
+    state's arrays on the device, and `saved` shapes of the same arrays in networks and files.
     """
 
     graphdef: nnx.GraphDef

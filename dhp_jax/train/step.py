@@ -48,11 +48,9 @@ def make_step(
       graphdef, optimizer: from `start`.
       task: losses, and how examples become inputs.
       batch_size: examples in a step.
-      skip_faulty: whether a batch is left out after which anything would not be finite. It counts
-        as a step. Otherwise the state keeps the number of the first such step.
-      budget: if given, the state has the cost of what would survive after every step.
-      average: decay of the moving average of the weights, if the state has one.
-      teacher: what the network learns from besides its targets; its arrays are in the state.
+      skip_faulty, budget, average, teacher: as in `Phase`. A batch that is skipped counts as a
+        step; otherwise the state keeps the number of the first such step. With a budget, the state
+        has the cost of what would survive. Arrays of the teacher are in the state.
       mesh: of devices.
     """
 

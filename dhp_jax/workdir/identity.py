@@ -106,9 +106,6 @@ def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[s
     """Stores what the data of a run are when it begins; later checks that they are the same.
 
     They may change until the first step is trained, for instance when a damaged file is replaced.
-
-    Raises:
-      ConfigError: they differ.
     """
     path, here = Path(workdir) / DATA, {"streamed": streamed, "checksums": dict(checksums)}
     learnt = any(any(path.parent.glob(pattern)) for pattern in LEARNT)

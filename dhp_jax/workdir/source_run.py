@@ -36,13 +36,10 @@ MAY_DIFFER = ("min_channels", "dtype")  # arguments that do not change a network
 
 @dataclass(frozen=True)
 class Source:
-    """A network of a finished run.
+    """A network of a finished run: its folder, and what that says of it.
 
-    Attributes:
-      path: its folder.
-      description: what it says of itself.
-      origin: JSON values that tell how it was trained: `run`, `method`, `phase`, `epochs`, `steps`.
-      checksums: of the data that its run was trained and tested on.
+    `origin` are JSON values that tell how it was trained: `run`, `method`, `phase`, `epochs`,
+    `steps`. `checksums` are those of the data that its run was trained and tested on.
     """
 
     path: Path
@@ -79,9 +76,7 @@ def source_folder(config: Mapping[str, Any]) -> Path:
 def read(config: ConfigDict) -> Source:
     """The source of a run whose method needs one.
 
-    Raises:
-      ConfigError: there is no such run, it is not finished, or it is of another network, task, data
-        or budget; the message names `config.source` and what was expected.
+    It must be finished, and of the same network, task, data and budget.
     """
     folder = source_folder(config)
     expected = f"expected the directory of a finished run with {_describe_method(config)}"
@@ -107,13 +102,10 @@ def read(config: ConfigDict) -> Source:
 
 
 def find_digest(config: ConfigDict, workdir: str | os.PathLike) -> str:
-    """The digest of the network that a run starts from.
+    """The digest of the network that a run starts from; an error as of `read` if that is needed.
 
     A run reads its source once, to make its pruned network. While that network is whole and
     `config.source` has the same value, the source may change or be deleted.
-
-    Raises:
-      ConfigError: as `read`, if the source is needed.
     """
     return _find_taken(config, workdir) or read(config).sha256
 

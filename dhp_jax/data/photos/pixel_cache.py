@@ -31,12 +31,8 @@ Pixels = tuple[UInt8[np.ndarray, "h w c"], UInt8[np.ndarray, "h2 w2 c"] | None]
 class ReadPatches:
     """Reads patches at random places: of the low-resolution images, or none, and of the targets.
 
-    Attributes:
-      path: file of pixels: of each photograph the target, then its low-resolution image.
-      sizes: height and width of each target.
-      channels: of all of them.
-      scale: size of a target over that of its low-resolution image; 1 if there is none.
-      patch: side of a patch of the target.
+    The file of pixels has of each photograph the target, then its low-resolution image. `sizes` are
+    height and width of each target, and `patch` is the side of a patch of it.
     """
 
     path: str
