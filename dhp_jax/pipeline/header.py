@@ -16,7 +16,7 @@ from dhp_jax.pipeline.preparation import (
     most_steps,
     schedule_of,
 )
-from dhp_jax.report.format import in_words, labelled
+from dhp_jax.report.format import LABELS, in_words, labelled
 from dhp_jax.report.run_report import network_name
 from dhp_jax.train.optimizer import largest_to_vanish
 from dhp_jax.train.phase import Budget
@@ -56,8 +56,11 @@ def header(runs: Sequence[Run]) -> str:
 
 def _budget(run: Run) -> str:
     shares = {**counted_budgets(run.config), "latency": run.config.budget.latency}
-    told = [f"{100 * share:g} % of the {name}" for name, share in shares.items() if share]
-    return " and ".join(text.replace("flops", "FLOPs") for text in told)
+    given = {name: share for name, share in shares.items() if share}
+    given = {name: share for name, share in given.items() if share < 1} or given
+    return " and ".join(
+        f"{100 * share:g} % of the {LABELS.get(name, name)}" for name, share in given.items()
+    )
 
 
 def _next(runs: Sequence[Run]) -> str:

@@ -40,8 +40,12 @@ LABELS = {"flops": "FLOPs", "params": "params", "activations": "activations"}
 
 
 def in_words(shares: Mapping[str, float]) -> str:
-    """Shares of a network's cost: "0.52 of the FLOPs and 0.6 of the params"."""
-    return " and ".join(f"{share:g} of the {LABELS[name]}" for name, share in shares.items())
+    """Shares of a network's cost: "0.52 of the FLOPs and 0.6 of the params".
+
+    Those that limit nothing are left out, if others do.
+    """
+    told = {name: share for name, share in shares.items() if share < 1} or shares
+    return " and ".join(f"{share:g} of the {LABELS[name]}" for name, share in told.items())
 
 
 def in_row(names: Sequence[str]) -> str:

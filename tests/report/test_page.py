@@ -16,7 +16,14 @@ from dhp_jax.budgets.layer_table import compact
 from dhp_jax.cli import opened
 from dhp_jax.core.latent import latents
 from dhp_jax.report.crops import Crop, crops, grid
-from dhp_jax.report.format import duration, interval, loss_text, milliseconds, wilson
+from dhp_jax.report.format import (
+    duration,
+    in_words,
+    interval,
+    loss_text,
+    milliseconds,
+    wilson,
+)
 from dhp_jax.report.page import page
 from dhp_jax.report.run_charts import most_pruned, run_charts
 from dhp_jax.report.run_report import RunReport, network_name
@@ -373,6 +380,8 @@ def test_a_network_is_called_as_papers_call_it(model, name):
         (compact(999_600), "1.00 M"),
         (compact(20_439_552), "20.4 M"),
         (compact(4_100_000_000), "4.10 G"),
+        (in_words({"flops": 1.02, "params": 0.22}), "0.22 of the params"),
+        (in_words({"flops": 1.0}), "1 of the FLOPs"),
         (duration(85.4), "85 s"),
         (duration(1200), "20 min"),
         (duration(12_000), "3 h 20 min"),
