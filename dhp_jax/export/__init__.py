@@ -33,7 +33,7 @@ from dhp_jax.export.writers import (
 )
 from dhp_jax.models import registry
 from dhp_jax.pruned.fold import Identity, fold_for_batch
-from dhp_jax.tracing.inputs import check_no_batch, outputs_of
+from dhp_jax.tracing.inputs import outputs_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,6 @@ def export(
         inputs = {"random": random.astype(np.float32)}
     model = nnx.clone(model)
     model.eval()
-    check_no_batch(model, input_shape)
     outputs_of(model, input_shape)
     write = WRITERS[format] if build is None else functools.partial(WRITERS[format], build=build)
     target = Path(os.path.realpath(path))
