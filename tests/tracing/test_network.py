@@ -413,3 +413,23 @@ def test_heads_that_share_keys_are_numbers_that_go_with_them_and_come_back_from_
     kept = np.isin(np.arange(12) // 4, (0, 2))
     expected = products[:, kept] @ np.asarray(model.o.kernel)[kept] + np.asarray(model.o.bias)
     np.testing.assert_allclose(small(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_arrays_without_a_variable_are_cut_and_come_back_from_a_file(tmp_path):
+    class Scaled(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Linear(3, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+            self.scales = nnx.List([jnp.arange(1.0, 9.0)])
+
+        def __call__(self, x):
+            return self.b(self.a(x) * self.scales[0])
+
+    model = randomised(Scaled(nnx.Rngs(0)))
+    model.scales[0] = model.scales[0] + 1
+    net = dhp.with_latents(model, (3,))
+    small = dhp.prune(net, {"a": np.arange(8) % 2 > 0})
+    np.testing.assert_array_equal(small.scales[0], [3, 5, 7, 9])
+    for each in (model, net, small):
+        dhp.save(tmp_path / "net", each)
+        loaded = dhp.load(tmp_path / "net", build=Scaled)
+        np.testing.assert_array_equal(loaded(X[0, :, 0]), each(X[0, :, 0]))
