@@ -271,29 +271,14 @@ def _build_family(description: Mapping[str, Any], where: Path) -> nnx.Module:
 
 def _call_build(build: Callable[..., nnx.Module], description: Mapping[str, Any]) -> nnx.Module:
     """Builds the unpruned network by the caller's function, with shapes in place of arrays."""
-
-    def abstract() -> nnx.Module:
-        model = _built(build, description)
-        nodes = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree))
-        if any(isinstance(x, jax.core.Tracer) for node in nodes for x in vars(node).values()):
-            raise _BareArray
-        return model
-
     try:
-        try:
-            return nnx.eval_shape(abstract)
-        except _BareArray:
-            return nnx.eval_shape(lambda model: model, _built(build, description))
+        return registry.shapes_of(lambda: _built(build, description))
     except Exception as error:  # whatever the function raises, or what is none
         what = first_line(error)
         raise ArtifactError(
             "build: expected a function build(rngs) that makes the unpruned network, an "
             f"nnx.Module; got {shown(build)}: {what}"
         ) from error
-
-
-class _BareArray(Exception):
-    """An array that is no variable's, which NNX knows as one only where it is computed."""
 
 
 def _built(build: Callable[..., nnx.Module], description: Mapping[str, Any]) -> nnx.Module:

@@ -145,9 +145,32 @@ def build_abstract(name: str, **arguments: Any) -> nnx.Module:
     """
     # Not `nnx.Rngs`: counting its draws under a trace takes seconds in a deep network.
     constant: Any = SimpleNamespace(params=lambda: jax.random.key(0))
-    return nnx.eval_shape(
+    return shapes_of(
         lambda: build(name, rngs=nnx.Rngs(0) if is_own(name) else constant, **arguments)
     )
+
+
+def shapes_of(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """The network that a function makes, of shapes and dtypes only.
+
+    It is computed if it holds an array that is no variable's, for NNX knows no shape as one.
+    """
+
+    def checked() -> nnx.Module:
+        model = make()
+        nodes = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree))
+        if any(isinstance(x, jax.core.Tracer) for node in nodes for x in vars(node).values()):
+            raise _BareArrayError
+        return model
+
+    try:
+        return nnx.eval_shape(checked)
+    except _BareArrayError:
+        return nnx.eval_shape(lambda model: model, make())
+
+
+class _BareArrayError(Exception):
+    """A network holds an array that is no variable's."""
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:

@@ -39,8 +39,10 @@ def _channels(run: RunReport) -> Chart | None:
     result = run.result
     if not result.pruned:
         return None
-    pairs = zip(result.before.layers, result.after.layers, strict=True)
+    pairs = list(zip(result.before.layers, result.after.layers, strict=True))
     convs = [(b, a) for b, a in pairs if "Conv" in b.kind]
+    kind = "convolution" if convs else "layer"
+    convs = convs or pairs
     names = [b.path.removesuffix(".conv") for b, _ in convs]
     widths = [(b.outputs.full, a.outputs.full) for b, a in convs]
     named = len(convs) <= MAX_NAMED
@@ -71,7 +73,7 @@ def _channels(run: RunReport) -> Chart | None:
         ]
         return {f"{which}.{n}": [text] for n, text in enumerate(told) for which in (0, 1)}
 
-    title = "Output channels of every convolution, in order of execution"
+    title = f"Output channels of every {kind}, in order of execution"
     foot = 6.5 * (max(map(len, names)) + 9) if named else 25
     return new_chart(title, draw, width=16 + step * len(convs), height=150 + foot)
 

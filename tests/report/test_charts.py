@@ -3,15 +3,18 @@
 import itertools
 import math
 import re
+from types import SimpleNamespace
 import xml.etree.ElementTree as ET
 
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 import numpy as np
 import pytest
 
-from dhp_jax.report import figures, scales
+import dhp_jax as dhp
+from dhp_jax.report import figures, run_charts, scales
 from dhp_jax.report.charts import Dot, Line, Rule, dot_chart, line_chart
 from dhp_jax.report.render import STYLE_SHEET
 from dhp_jax.report.run_charts import group_names
@@ -155,6 +158,17 @@ def test_deep_networks_have_names_of_groups_instead_of_layers():
 
 
 # In a page
+
+
+def test_a_network_without_convolutions_has_the_widths_of_its_layers():
+    both = {}
+    for when, width in (("before", 8), ("after", 3)):
+        layers = nnx.Linear(4, width, rngs=nnx.Rngs(0)), nnx.Linear(width, 2, rngs=nnx.Rngs(0))
+        both[when] = dhp.measure_cost(nnx.Sequential(*layers), (4,))
+    chart = run_charts._channels(SimpleNamespace(result=SimpleNamespace(pruned=True, **both)))
+    assert "every layer" in chart.title
+    texts = [text.get_text() for text in axes_of(chart).get_xticklabels()]
+    assert texts == ["layers.0  3 of 8", "layers.1  2"]
 
 
 @pytest.fixture(scope="module")
