@@ -168,7 +168,7 @@ def scale_scores(model: nnx.Module) -> Scores:
     2017 (arXiv 1708.06519), section 3.
     """
     scaled = [weights for weights in weights_of(model) if weights.role == SCALED]
-    pairs = [(weights.entries, np.abs(weights.value())) for weights in scaled]
+    pairs = [(weights.entries, np.abs(weights.rows()).sum(1)) for weights in scaled]
     return sum_by_entry(model, pairs, "normalisations whose axes")
 
 

@@ -14,10 +14,12 @@ from dhp_jax.core.layers import Hyper, Linear
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import override, prune
+from dhp_jax.errors import ArgumentError
 from dhp_jax.pruned.fresh_weights import carry_kernels
 from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.tracing.generated import GeneratedArray, ordinary
 from dhp_jax.tracing.network import gated, install, is_traced, variables_of
+from dhp_jax.tracing.programs import value_of
 from dhp_jax.tracing.weights import READ, weights_of
 
 
@@ -52,7 +54,7 @@ def with_gates(
 
     Raises:
       ValueError: as `with_latents`, if the network is ordinary; the code of one of traced latents
-        allows no gates on an array.
+        allows no gates on an array, or a kernel is no `nnx.Param`.
 
     Example:
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
@@ -82,12 +84,19 @@ def with_gates(
 def _gates_of(model: nnx.Module) -> dict[str, list[int]]:
     """By array the axes that traced latents gate."""
     table = architecture_of(model).axes
+    named, variables = latents(model), variables_of(ordinary(model))
+    for array in table.places:
+        variable = variables[array]
+        taken = isinstance(variable, nnx.Param | nnx.Cache | nnx.BatchStat)
+        if not taken and value_of(variable).ndim > 1:
+            kind = type(variable).__name__
+            detail = f"expected kernels that are nnx.Param; {array!r} is a {kind}"
+            raise ArgumentError("model", detail=detail)
     found = [weights for weights in weights_of(model) if weights.role == READ]
     gates = {}
     for weights in found:
         gates.setdefault(weights.array, []).append(weights.axis)
     ruled = {latent for weights in found for latent, _ in filter(None, weights.entries)}
-    named, variables = latents(model), variables_of(ordinary(model))
     unread = [n for n, name in enumerate(table.sizes) if named[name] not in ruled]
     for array, axes in table.places.items():
         for k, positions in axes.items() if isinstance(variables[array], nnx.Param) else ():

@@ -110,6 +110,21 @@ def test_what_is_ungated_of_a_traced_network_computes_the_same(options, tmp_path
     np.testing.assert_array_equal(loaded(IMAGES), found(IMAGES))
 
 
+def test_kernels_that_are_no_params_have_no_gates():
+    class Quantised(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.last = nnx.Linear(3, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+            self.kernel = nnx.Variable(jnp.ones((6, 6), jnp.int8))
+
+        def __call__(self, x):
+            x = nnx.relu(self.first(x))
+            return self.last(x + x @ self.kernel[...].astype(x.dtype))
+
+    net = dhp.with_latents(Quantised(nnx.Rngs(0)), (3,))
+    with pytest.raises(ValueError, match=r"^model: .* are nnx.Param; 'kernel' is a Variable$"):
+        dhp.with_gates(net, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("family", ["resnet", "mobilenet_v2", "densenet", "edsr", "unet"])
 def test_families_compute_the_same_and_zeros_compute_what_is_pruned(family):
     arguments = SMALL[family] | ({"scale": 2} if family == "edsr" else {})
