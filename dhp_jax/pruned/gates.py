@@ -34,7 +34,8 @@ def with_gates(
     The kernel of a layer that reads the axis of a latent `z` is `K[.., i, o] = z[i] W[.., i, o]`,
     with the trained kernel for `W`. At `z = 1` it is that kernel to the bit. At `z[i] = 0` the
     network computes exactly what is left when `dhp.prune` removes entry `i`, whatever stands
-    between the layers: nothing reads the channel. The derivative of the loss by `z[i]` at 1 is the
+    between the layers, for nothing reads the channel; but a sum, maximum or product over channels,
+    as in LayerNorm or of queries and keys, still sees it. The derivative of the loss by `z[i]` at 1 is the
     first-order Taylor term of the channel (see `dhp.taylor_scores`).
 
     This is the hypernetwork with an embedding of 1 and no biases, without the factor of the output
