@@ -35,8 +35,8 @@ def with_gates(
     with the trained kernel for `W`. At `z = 1` it is that kernel to the bit. At `z[i] = 0` the
     network computes exactly what is left when `dhp.prune` removes entry `i`, whatever stands
     between the layers, for nothing reads the channel; but a sum, maximum or product over channels,
-    as in LayerNorm or of queries and keys, still sees it. The derivative of the loss by `z[i]` at 1 is the
-    first-order Taylor term of the channel (see `dhp.taylor_scores`).
+    as in LayerNorm or of queries and keys, still sees it. The derivative of the loss by `z[i]` at 1
+    is the first-order Taylor term of the channel (see `dhp.taylor_scores`).
 
     This is the hypernetwork with an embedding of 1 and no biases, without the factor of the output
     axis. A BatchNorm behind the convolution would undo that factor, and would go on adding its bias
