@@ -143,6 +143,7 @@ def build_abstract(name: str, **arguments: Any) -> nnx.Module:
       >>> dhp.measure_cost(model, (32, 32, 3)).flops
       126837376
     """
+    check_arguments(name, arguments)  # out here, for JAX adds lines to errors within a trace
     # Not `nnx.Rngs`: counting its draws under a trace takes seconds in a deep network.
     constant: Any = SimpleNamespace(params=lambda: jax.random.key(0))
     return shapes_of(
