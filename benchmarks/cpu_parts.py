@@ -2,8 +2,8 @@
 
 The parts of a 3x3 convolution with BatchNorm and ReLU at the three shapes of a CIFAR ResNet, and at
 the first of a pruned one, batch 64, taken in turn in one process: XLA as the library uses it,
-PyTorch, and XLA with the convolution written in other ways. Pin it to one core to compare the work,
-give it two to see which parts use both: those whose CPU time is their wall time run on one.
+PyTorch, and XLA with the convolution written in other ways. Pinned to one core it compares the
+work; with two it shows which parts use both.
 
     taskset -c 1 python benchmarks/cpu_parts.py    # one core
     python benchmarks/cpu_parts.py                 # all cores
@@ -31,9 +31,8 @@ from dhp_jax.backend.platform import compiler_options
 BATCH, SHAPES = 64, ((32, 8), (32, 16), (16, 32), (8, 64))
 PADS = ((1, 1), (1, 1))
 NOTE = (
-    "Milliseconds, batch 64, the least of {} rounds; CPU time is that of all threads in that "
-    "round. BatchNorm is with ReLU, forward and backward. PyTorch has channels last, its faster "
-    "layout."
+    "Milliseconds, batch 64, the least of {} rounds. BatchNorm is with ReLU, forward and backward. "
+    "PyTorch has channels last, its faster layout."
 )
 
 
@@ -51,19 +50,18 @@ def main() -> None:
 
 
 def measure(side: int, channels: int, rounds: int) -> dict:
-    """The least wall time of each part, and its CPU time then, in milliseconds."""
+    """The least time of each part, in milliseconds."""
     parts = parts_of(side, channels)
-    best = dict.fromkeys(parts, (float("inf"), 0.0))
+    best = dict.fromkeys(parts, float("inf"))
     for number in range(rounds + 1):
         for name, run in parts.items():
-            wall, cpu = time.perf_counter(), time.process_time()
+            started = time.perf_counter()
             run()
-            told = time.perf_counter() - wall, time.process_time() - cpu
             if number:  # the first compiles
-                best[name] = min(best[name], told)
+                best[name] = min(best[name], time.perf_counter() - started)
     found = [
-        {"part": part, "library": library, "wall_ms": 1e3 * wall, "cpu_ms": 1e3 * cpu}
-        for (part, library), (wall, cpu) in best.items()
+        {"part": part, "library": library, "ms": 1e3 * seconds}
+        for (part, library), seconds in best.items()
     ]
     return {"shape": f"{side}x{side}x{channels}", "parts": found}
 
@@ -208,13 +206,12 @@ def as_table(rows: list[dict]) -> str:
     cells = [
         (
             row["shape"],
-            *(part["part"], part["library"]),
-            *(f"{part[name]:.2f}" for name in ("wall_ms", "cpu_ms")),
+            *(part["part"], part["library"], f"{part['ms']:.2f}"),
         )
         for row in rows
         for part in row["parts"]
     ]
-    return table_of(["shape", "part", "library", ">wall, ms", ">CPU, ms"], cells)
+    return table_of(["shape", "part", "library", ">ms"], cells)
 
 
 if __name__ == "__main__":
