@@ -286,6 +286,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no row begins")
     parser.add_argument("--rounds", type=int, default=50, help="of forward passes")
     parser.add_argument("--ways", nargs="*", default=["group", "fade"], help="rows of ours")
+    parser.add_argument("--compared", nargs="+", choices=COMPARED, default=list(COMPARED))
     parser.add_argument("--table", type=Path, help="rows.jsonl: publish it, measure nothing")
     parser.add_argument("--commit", default="", help="of the code, for the record")
     parser.add_argument("--rehearse", action="store_true", help="a smoke run of a minute on a CPU")
@@ -306,7 +307,7 @@ def main() -> None:
     known = {way.name: way for way in (*ours.ONE.values(), ours.FADE)}
     for seed in options.seeds:
         for flops in options.targets:
-            for way in (*COMPARED, *([] if options.rehearse else options.ways)):
+            for way in (*options.compared, *([] if options.rehearse else options.ways)):
                 if bench.left() < 0:
                     return
                 if way in COMPARED:
