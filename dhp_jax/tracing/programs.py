@@ -9,7 +9,6 @@ from flax import nnx
 import jax
 from jax._src import source_info_util  # where an operation comes from; there is no public way
 from jax._src.interpreters import partial_eval
-from jax._src.numpy.einsum import Unoptimized
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 import numpy as np
 import opt_einsum
@@ -107,13 +106,20 @@ def _short_errors() -> Iterator[None]:
         kind._origin_msg = before
 
 
+class _Written(opt_einsum.paths.PathOptimizer):
+    """The order in which the arrays of an einsum are written: always the first two."""
+
+    def __call__(self, inputs: list[Any], *_: Any, **__: Any) -> list[tuple[int, int]]:
+        return [(0, 1)] * (len(inputs) - 1)
+
+
 @contextlib.contextmanager
 def _in_turn() -> Iterator[None]:
     """Keeps `jnp.einsum` from an order of contractions that depends on sizes."""
     before = opt_einsum.contract_path
 
     def contract_path(*operands: Any, **options: Any) -> Any:
-        return before(*operands, **options | {"optimize": Unoptimized()})
+        return before(*operands, **options | {"optimize": _Written()})
 
     opt_einsum.contract_path = contract_path
     try:
