@@ -3,7 +3,7 @@
 Prunes networks to one share of their FLOPs with widths as they fall and rounded to multiples of
 several numbers, and times the forward passes of all of them in turn. All fit the same budget, so a
 rounded network has no more FLOPs than the one beside it: what it gains is the hardware's. The
-numbers that are best here are what `multiple_of="auto"` chooses (`dhp_jax/widths.py`).
+numbers that are best here are what `multiple_of="auto"` chooses (`budgets/rounding.py`).
 
     python benchmarks/widths.py                        # a few networks, float32 and bfloat16
     python benchmarks/widths.py --networks vgg16 unet --dtypes float32
