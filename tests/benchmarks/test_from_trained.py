@@ -101,6 +101,24 @@ def test_the_search_leaves_a_network_within_its_budget_whose_gates_are_closed(tm
     assert len(list(stream)) == 2  # of 9 updates, 7 are the search's
 
 
+@pytest.mark.slow
+def test_what_a_cpu_trains_after_a_cut_is_what_closed_gates_train(tmp_path, arrays):
+    options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True)
+    bench = from_trained.Bench(options, from_trained.REHEARSAL)
+    masks = from_trained.choose(bench.net, dhp.random_scores(bench.net.latents, 3), 0.4)
+    way = dataclasses.replace(from_trained.ONE["random"], distillation=0.5)
+    found = []
+    for each, run, mask in (
+        (bench, bench.begin(arrays), masks),
+        (*bench.cut_down(bench.begin(arrays), masks), {}),
+    ):
+        plan = each.plan(mask, way)
+        for batches in each.batches(0, [0.05, 0.02, 0.01]):
+            run, loss = each.step(run, plan, batches)
+        found.append((float(loss), each.evaluate(run, plan.mask)["test_loss"]))
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
 def test_generated_kernels_are_those_of_an_embedding_of_1(net, arrays):
     rng = np.random.default_rng(2)
     z = {name: jnp.asarray(rng.normal(size=net.sizes[name]), jnp.float32) for name in net.prunable}
