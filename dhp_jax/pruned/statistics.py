@@ -10,6 +10,7 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.core.latent import walk
+from dhp_jax.core.surgery import override
 from dhp_jax.errors import shown
 
 
@@ -18,13 +19,14 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
 
     Cutting channels changes what the layers behind them see, so that statistics from before are
     those of another network. Every batch goes through the network once, each BatchNorm normalising
-    with the mean `m` and variance `v` of the batch itself. Over batches of `n` examples, the
-    statistics become
+    with the mean `m` and variance `v` of the batch itself. Over calls with `n` numbers a channel
+    the statistics become
 
         mean = sum(n m) / sum(n)
         variance = sum(n (v + m^2)) / sum(n) - mean^2
 
-    the moments of all that a layer saw, and not an average that forgets. Dropout is off.
+    the moments of all that a layer saw, and not an average that forgets. A layer that is not called
+    keeps its own. Dropout is off.
 
     Args:
       model: any network with `nnx.BatchNorm` layers, pruned or not; changed in place, its mode
@@ -33,7 +35,8 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
         training; some thousand examples in all. Batches of another shape are compiled for again.
 
     Raises:
-      ValueError: a network without `nnx.BatchNorm` layers, or no batches.
+      ValueError: a network without `nnx.BatchNorm` layers, no batches or an empty one, or a layer
+        that sees NaN or infinity; nothing is changed then.
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
@@ -49,30 +52,32 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
     graphdef, state = nnx.split(_measuring(model))
 
     @jax.jit
-    def of_batch(state: nnx.State, batch: Array) -> dict[str, tuple[Array, Array]]:
+    def of_batch(state: nnx.State, batch: Array) -> dict[str, tuple[Array, Array, Array]]:
         network = nnx.merge(graphdef, state, copy=True)
         network(batch)
-        return {path: (norm.mean[...], norm.var[...]) for path, norm in _norms(network).items()}
+        found = _norms(network).items()
+        return {path: (norm.seen[...], norm.mean[...], norm.var[...]) for path, norm in found}
 
-    count = 0
-    first = {path: np.zeros(norm.num_features) for path, norm in norms.items()}
-    second = {path: np.zeros(norm.num_features) for path, norm in norms.items()}
+    sums = {path: np.zeros((3, *norm.mean.shape)) for path, norm in norms.items()}
+    measured = False
     for batch in batches:
-        if not hasattr(batch, "shape"):
+        if not hasattr(batch, "shape") or not len(batch):
             raise ValueError(f"batches: expected arrays, without labels; got {shown(batch)}")
-        size = len(batch)
-        count += size
+        measured = True
         for path, moments in of_batch(state, batch).items():
-            mean, variance = (np.asarray(moment, np.float64) for moment in moments)
-            first[path] += size * mean
-            second[path] += size * (variance + mean**2)
-    if not count:
+            n, mean, variance = (np.asarray(moment, np.float64) for moment in moments)
+            sums[path] += n, n * mean, n * (variance + mean**2)
+    if not measured:
         raise ValueError("batches: expected at least one batch, got none")
+    for path, (_, first, second) in sums.items():
+        if not np.isfinite(first + second).all():
+            raise ValueError(f"batches: expected finite numbers; {path!r} sees NaN or infinity")
     for path, norm in norms.items():
-        mean = first[path] / count
-        variance = np.maximum(second[path] / count - mean**2, 0)
-        norm.mean.set_value(jnp.asarray(mean, norm.mean[...].dtype))
-        norm.var.set_value(jnp.asarray(variance, norm.var[...].dtype))
+        n, first, second = sums[path]
+        if n.all():  # others are not called
+            variance = np.maximum(second / n - (first / n) ** 2, 0)
+            norm.mean.set_value(jnp.asarray(first / n, norm.mean[...].dtype))
+            norm.var.set_value(jnp.asarray(variance, norm.var[...].dtype))
 
 
 def _norms(model: nnx.Module) -> dict[str, nnx.BatchNorm]:
@@ -80,10 +85,25 @@ def _norms(model: nnx.Module) -> dict[str, nnx.BatchNorm]:
 
 
 def _measuring(model: nnx.Module) -> nnx.Module:
-    """A copy in evaluation mode whose BatchNorms store the statistics of a batch as they are."""
+    """A copy in evaluation mode whose BatchNorms store the statistics of what they have seen."""
     copy = nnx.clone(model)
     copy.eval()
     for norm in _norms(copy).values():
-        norm.use_running_average = False
         norm.momentum = 0.0
+        for name in ("mean", "var", "seen"):
+            setattr(norm, name, nnx.BatchStat(jnp.zeros(norm.mean.shape)))
+        override(norm, __call__=_measure)
     return copy
+
+
+def _measure(call: Any, norm: nnx.BatchNorm, x: Array, *_: Any, **options: Any) -> Array:
+    """Normalises with the statistics of a batch, and adds them to those of the calls before."""
+    before = norm.seen[...], norm.mean[...], norm.var[...]
+    output = call(norm, x, **options | {"use_running_average": False})
+    mean, variance = norm.mean[...], norm.var[...]
+    n = x.size // mean.size
+    share, apart = n / (before[0] + n), mean - before[1]
+    norm.seen[...] = before[0] + n
+    norm.mean[...] = before[1] + share * apart
+    norm.var[...] = before[2] + share * (variance - before[2] + (1 - share) * apart**2)
+    return output

@@ -1,6 +1,7 @@
 """Statistics of BatchNorm are those of the examples, however these are cut into batches."""
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from networks import MIXED_INPUT, Mixed, filled
 import numpy as np
@@ -54,6 +55,55 @@ def test_a_network_whose_channels_were_cut_computes_in_evaluation_what_it_does_i
     np.testing.assert_allclose(small(images), training, rtol=1e-3, atol=1e-3)
 
 
+class Twice(Two):
+    """Its BatchNorm sees both halves of the channels, whatever the code says of its mode."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.unused = nnx.BatchNorm(3, rngs=rngs)
+
+    def __call__(self, x):
+        first, second = (
+            self.first(half, use_running_average=True) for half in (x[:, :3], x[:, 3:])
+        )
+        return self.last(first + second)
+
+
+def test_a_layer_that_is_called_twice_has_the_moments_of_all_it_saw():
+    model = Twice(nnx.Rngs(0))
+    model.first.mean[...], model.first.var[...] = jnp.full(3, jnp.nan), jnp.full(3, jnp.inf)
+    x = np.random.default_rng(0).normal(2, 3, (60, 6)).astype(np.float32) + np.arange(6) * 100
+    dhp.renew_statistics(model, [x[:10], x[10:40], x[40:]])
+    seen = np.concatenate([x[:, :3], x[:, 3:]]).astype(np.float64)
+    np.testing.assert_allclose(model.first.mean[...], seen.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(model.first.var[...], seen.var(0), rtol=1e-4)
+    assert (model.unused.var[...] == 1).all()
+
+
+def test_layers_that_are_stacked_and_scanned_have_statistics_each():
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(3, use_bias=False, rngs=rngs)
+
+        def __call__(self, x):
+            return 2 * self.norm(x) + 1
+
+    class Stacked(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.vmap(Layer)(nnx.Rngs(params=jax.random.split(rngs.params(), 2)))
+
+        def __call__(self, x):
+            scan = nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            return scan(lambda x, layer: layer(x))(x, self.layers)
+
+    model = Stacked(nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(5, 3, (50, 3)).astype(np.float32)
+    dhp.renew_statistics(model, [x])
+    norm = model.layers.norm
+    np.testing.assert_allclose(norm.mean[...], [x.mean(0), [1, 1, 1]], rtol=1e-4)
+    np.testing.assert_allclose(norm.var[...], [x.var(0), [4, 4, 4]], rtol=1e-4)
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"^model: expected a network with nnx.BatchNorm layers"):
         dhp.renew_statistics(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [jnp.ones((1, 2))])
@@ -62,3 +112,8 @@ def test_wrong_arguments_are_refused():
         dhp.renew_statistics(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), [labelled])
     with pytest.raises(ValueError, match=r"^batches: expected at least one batch, got none"):
         dhp.renew_statistics(Two(nnx.Rngs(0)), [])
+    x = np.ones((4, 3), np.float32)
+    with pytest.raises(ValueError, match=r"^batches: expected arrays, .* shape=\(0, 3\)"):
+        dhp.renew_statistics(Two(nnx.Rngs(0)), [x, x[4:]])
+    with pytest.raises(ValueError, match=r"^batches: expected finite .* 'first' sees NaN or infin"):
+        dhp.renew_statistics(Two(nnx.Rngs(0)), [x, x * np.inf])
