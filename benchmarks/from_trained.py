@@ -65,7 +65,7 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 TEMPERATURE = 4.0  # of the distillation
 PARTS = "train", "test"
 BINARY = "data_batch_*.bin", "test_batch.bin"  # files of CIFAR-10's binary version
-WEIGHTS = "resnet20.npz"
+WEIGHTS, ROWS = "resnet20.npz", "rows.jsonl"
 TARGETS = (0.5, 0.25)  # shares of the FLOPs
 
 Array = jax.Array
@@ -83,9 +83,10 @@ class Size:
     epochs: int = 50  # of the training
     rate: float = 0.2  # largest learning rate of the training
     updates: int = 980  # of every row
+    before: int = 100  # epochs of the trained network; rows with fresh weights have as many more
 
 
-REHEARSAL = Size(depth=8, batch=8, segment=1, epochs=1, updates=9)
+REHEARSAL = Size(depth=8, batch=8, segment=1, epochs=1, updates=9, before=1)
 
 
 # ---------------------------------------------------------------------------------- the program
@@ -434,13 +435,15 @@ class Way:
 
     Attributes:
       name: of the row.
-      by: the criterion; "fade" for the search from trained weights, "dhp" for the paper's.
+      by: the criterion; "fade" for the search from trained weights, "dhp" for the paper's; for
+        fresh weights "uniform" for the same share of all layers, "found" for what "fade" has left.
       power: of the FLOPs, by which the criterion is divided.
       relative: whether roots of the scores are divided by their mean over each latent.
       stages: of the search, each a segment long, after one that only measures.
       strength: of the l1 norm of the paper's search.
       distillation: share of the loss that compares with the unpruned network.
       rate: largest learning rate.
+      fresh: whether weights are drawn anew and have the updates of the trained network, too.
     """
 
     name: str
@@ -451,6 +454,7 @@ class Way:
     strength: float = 0.0
     distillation: float = 0.0
     rate: float = 0.05
+    fresh: bool = False
 
 
 class Bench:
@@ -483,7 +487,7 @@ class Bench:
         return bench, bench.begin(bench.net.arrays())
 
     def write(self, **row: Any) -> None:
-        with (self.out / "rows.jsonl").open("a") as file:
+        with (self.out / ROWS).open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
@@ -531,13 +535,17 @@ def cosine(peak: float, updates: int, warm_up: int) -> optax.Schedule:
     return decay_schedule("cosine", peak, updates, 1, warmup=warm_up)
 
 
+def segments(bench: Bench, epochs: int) -> int:
+    """How many segments come nearest to so many epochs."""
+    return round(epochs * len(bench.train[1]) / bench.size.batch / bench.size.segment)
+
+
 def train(
     bench: Bench, start: Mapping[str, np.ndarray], rate: float, seed: int, epochs: int
 ) -> Run:
     """Training of the whole network."""
     size = bench.size
-    segments = max(2, round(epochs * len(bench.train[1]) / size.batch / size.segment))
-    updates = segments * size.segment
+    updates = max(2, segments(bench, epochs)) * size.segment
     run, plan = bench.begin(start), bench.plan(bench.net.full(1))
     schedule = cosine(rate, updates, min(2 * size.segment, updates // 2))
     for batches in bench.batches(1000 + seed, schedule(np.arange(updates))):
@@ -584,9 +592,11 @@ def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = Fal
       look: whether the network is tested right after the cut, too, its statistics renewed.
     """
     began, net, size = time.monotonic(), bench.net, bench.size
-    run = bench.begin(bench.trained)
-    schedule = cosine(way.rate, size.updates, size.segment)
-    stream = bench.batches(seed, schedule(np.arange(size.updates)))
+    run, updates = bench.begin(bench.trained), size.updates
+    if way.fresh:
+        updates += segments(bench, size.before) * size.segment
+    schedule = cosine(way.rate, updates, size.segment)
+    stream = bench.batches(seed, schedule(np.arange(updates)))
     if way.by == "fade":
         run, mask = faded(bench, way, flops, schedule, stream)
     elif way.by == "dhp":
@@ -594,10 +604,12 @@ def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = Fal
     else:
         mask = cut(bench, way, flops, seed)
     counts = net.sizes | {name: int(np.sum(kept)) for name, kept in mask.items()}
-    if jax.default_backend() == "cpu":
+    if way.fresh or jax.default_backend() == "cpu":
         (bench, run), mask = bench.cut_down(run, mask), {}
+    if way.fresh:
+        run = bench.begin(bench.net.fresh(seed))
     plan = bench.plan(mask, way)
-    after_cut = error_after_cut(bench, run, mask) if look else None
+    after_cut = error_after_cut(bench, run, mask) if look and not way.fresh else None
     for batches in stream:
         run, loss = bench.step(run, plan, batches)
     bench.write(
@@ -609,7 +621,7 @@ def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = Fal
         train_loss=float(loss),
         **net.cost.shares(counts),
         widths={name: counts[name] for name in net.prunable},
-        updates=size.updates,
+        updates=updates,
         seconds=round(time.monotonic() - began, 3),
         way=asdict(way),
     )
@@ -626,6 +638,11 @@ def error_after_cut(bench: Bench, run: Run, mask: Mapping[str, np.ndarray]) -> f
 def cut(bench: Bench, way: Way, flops: float, seed: int) -> dict[str, np.ndarray]:
     """The survivors of a way that cuts at once."""
     net = bench.net
+    if way.by == "found":
+        return found_widths(bench, flops, seed)
+    if way.by == "uniform":
+        masks = dhp.uniform_within(net.latents, net.cost, flops=flops)
+        return {name: masks[name] for name in net.prunable}
     if way.by == "random":
         return choose(net, dhp.random_scores(net.latents, seed), flops)
     if way.by.startswith("uniform"):
@@ -634,6 +651,14 @@ def cut(bench: Bench, way: Way, flops: float, seed: int) -> dict[str, np.ndarray
     if way.relative:
         scores = of_mean_one({name: np.sqrt(values) for name, values in scores.items()})
     return choose(net, dhp.per_cost(scores, net.cost, power=way.power), flops)
+
+
+def found_widths(bench: Bench, flops: float, seed: int) -> dict[str, np.ndarray]:
+    """As many entries of each latent as the row of the search with this seed has kept."""
+    for row in map(json.loads, (bench.out / ROWS).read_text().splitlines()):
+        if (row["name"], row.get("target"), row.get("seed")) == (FADE.name, flops, seed):
+            return {name: np.arange(bench.net.sizes[name]) < n for name, n in row["widths"].items()}
+    raise ValueError(f"--out: expected a row {FADE.name!r} at {flops} with seed {seed} in {ROWS}")
 
 
 def faded(
@@ -738,9 +763,11 @@ BY_WEIGHTS = {
 CRITERIA = ("l1", "group", "taylor_square", "scale", "fpgm", "random", "uniform_l1")
 ONE = {by: Way(by, by=by) for by in (*CRITERIA, "taylor", "l2", "uniform_taylor_square")}
 FADE = Way("fade", by="fade", power=1.0, stages=6)
-DISTILLED = (
-    replace(FADE, name="fade, distilled", distillation=0.9),
-    replace(ONE["l1"], name="l1, distilled", distillation=0.9),
+DISTILLED = tuple(
+    replace(way, name=f"{way.name}, distilled", distillation=0.9) for way in (FADE, ONE["group"])
+)
+FRESH = tuple(
+    Way(f"{by}, fresh weights", by=by, rate=0.2, fresh=True) for by in ("found", "uniform")
 )
 PER_FLOP = Way("taylor_square per flop^0.5", by="taylor_square", power=0.5)
 PAPER = Way("dhp, latents in kernels", by="dhp", stages=6, strength=0.04)
@@ -755,7 +782,8 @@ def explore_stage(bench: Bench, options: argparse.Namespace) -> None:
     ways += [replace(PER_FLOP, name="taylor_square per flop", power=1.0)]
     ways += [Way("root of taylor_square, mean 1", by="taylor_square", relative=True)]
     ways += [replace(ONE["l1"], name=f"l1, rate {rate}", rate=rate) for rate in (0.02, 0.1)]
-    ways += [replace(half, name="fade per flop^0.5, distilled", distillation=0.9), DISTILLED[1]]
+    for way in (half, ONE["l1"]):
+        ways.append(replace(way, name=f"{way.name}, distilled", distillation=0.9))
     ways += [replace(FADE, name="fade, not per flop", power=0.0)]
     for way in ways[:: 3 if options.rehearse else 1]:
         if bench.left() < 0:
@@ -767,11 +795,14 @@ def final_stage(bench: Bench, options: argparse.Namespace) -> None:
     """The table: what matters most is measured first, for every seed and both targets."""
     load(bench, options)
     first = [FADE, *(ONE[by] for by in CRITERIA)]
-    others = [*DISTILLED], [PER_FLOP, PAPER], [replace(FADE, name="fade per flop^0.5", power=0.5)]
-    for ways in (first, *others):
-        for seed in options.seeds:
-            for flops in TARGETS:
-                for way in ways[:: -5 if options.rehearse else 1]:
+    half = replace(FADE, name="fade per flop^0.5", power=0.5)
+    seeds, targets, each = options.seeds, TARGETS, 1
+    if options.rehearse:
+        seeds, targets, each = seeds[:1], TARGETS[:1], 5
+    for ways in (first, [PAPER], [*DISTILLED], [PER_FLOP, half], [*FRESH]):
+        for seed in seeds:
+            for flops in targets:
+                for way in ways[::each]:
                     if options.ways and way.name not in options.ways:
                         continue
                     if bench.left() < 0:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 import sys
 
@@ -117,6 +118,17 @@ def test_what_a_cpu_trains_after_a_cut_is_what_closed_gates_train(tmp_path, arra
             run, loss = each.step(run, plan, batches)
         found.append((float(loss), each.evaluate(run, plan.mask)["test_loss"]))
     np.testing.assert_allclose(*found, rtol=1e-3)
+
+
+def test_fresh_weights_have_the_widths_that_the_search_has_found(tmp_path, net):
+    bench = argparse.Namespace(out=tmp_path, net=net)
+    row = {"name": "fade", "target": 0.5, "seed": 1, "widths": {"stages.0": 5, "stages.1": 7}}
+    (tmp_path / "rows.jsonl").write_text(f'{{"name": "begin"}}\n{json.dumps(row)}\n')
+    found = from_trained.cut(bench, from_trained.FRESH[0], 0.5, 1)
+    assert {name: int(mask.sum()) for name, mask in found.items()} == row["widths"]
+    assert found["stages.0"].shape == (net.sizes["stages.0"],)
+    with pytest.raises(ValueError, match=r"expected a row 'fade' at 0\.25 with seed 1"):
+        from_trained.cut(bench, from_trained.FRESH[0], 0.25, 1)
 
 
 def test_generated_kernels_are_those_of_an_embedding_of_1(net, arrays):
