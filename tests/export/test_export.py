@@ -247,6 +247,29 @@ def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch, format, th
         assert tree(tmp_path) == before
 
 
+class Small(nnx.Module):
+    """Two outputs, one of them small, as those of a softmax over many classes."""
+
+    dtype = jnp.bfloat16
+
+    def __call__(self, x):
+        return x, 0.01 * x
+
+
+@pytest.mark.parametrize("wrong", [jnp.nan, -0.01])
+def test_a_second_output_that_is_wrong_is_seen(tmp_path, monkeypatch, wrong):
+    monkeypatch.setitem(exporting.NEEDS, "stablehlo", ())
+
+    def write(model, path, *arguments, **options):
+        path.write_bytes(b"whole")
+        return lambda x: (x, wrong * x)
+
+    monkeypatch.setitem(exporting.WRITERS, "stablehlo", write)
+    inputs = {"two": np.full((1, 2, 2, 3), 2.0, np.float32)}
+    with pytest.raises(exporting.ExportError, match=r"^export: outputs on two, "):
+        exporting.export(Small(), tmp_path / "out", (2, 2, 3), format="stablehlo", inputs=inputs)
+
+
 @pytest.mark.parametrize("there", ["nothing", "file", "link"])
 def test_a_file_that_was_tried_replaces_the_earlier_one(tmp_path, monkeypatch, there):
     monkeypatch.setitem(exporting.NEEDS, "stablehlo", ())
