@@ -103,6 +103,7 @@ def fade_to_budget(
     """
     _check_numbers(steps, stages, power, memory)
     check_budget(model, cost, **budget)
+    inner = optax.with_extra_args_support(inner)
     named = {name: z for name, z in latents(model).items() if z.prunable}
     floors = {name: z.min_channels for name, z in named.items()}
     sizes = {name: z.size for name, z in named.items()}
@@ -145,8 +146,8 @@ def fade_to_budget(
 
         leaves, structure = jax.tree.flatten(updates)
         for name, place in _vectors(updates, names).items():
-            fades = name in named
-            leaves[place] = faded(name, leaves[place]) if fades else 0 * leaves[place]
+            u = leaves[place]
+            leaves[place] = faded(name, u) if name in named else jnp.zeros_like(u)
         count = optax.safe_increment(state.count)
         updates = jax.tree.unflatten(structure, leaves)
         return updates, FadeToBudgetState(count, average, keep, inner_state)
@@ -193,31 +194,29 @@ def _chosen(
     }
 
 
-def _vector_names(model: nnx.Module) -> list[str]:
-    """Names of all latents in the order of their vectors in the model's state."""
+def _vector_names(model: nnx.Module) -> dict[str, str]:
+    """Names of all latents by the paths of their vectors in the model's state, in its order."""
     numbered = nnx.clone(model)
     named = latents(numbered)
     for number, z in enumerate(named.values()):
         z.vector.set_value(jnp.full(z.size, number))
-    names = list(named)
-    return [names[int(x[0])] for x in jax.tree.leaves(nnx.state(numbered, LatentVector))]
+    names, vectors = list(named), nnx.to_flat_state(nnx.state(numbered, LatentVector))
+    return {".".join(map(str, path)): names[int(vector[0])] for path, vector in vectors}
 
 
-def _vectors(params: PyTree, names: list[str]) -> dict[str, int]:
+def _vectors(params: PyTree, names: Mapping[str, str]) -> dict[str, int]:
     """Where among the leaves of parameters the vector of each latent is."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    places = [place for place, path in enumerate(paths) if _is_vector(path)]
-    if len(places) != len(names):
+    found = {}
+    for place, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        keys = (str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+        if (name := names.get(".".join(keys))) is not None:
+            found[name] = place
+    if len(found) != len(names):
         raise ValueError(
             f"fade_to_budget: params: expected those of the model, with {len(names)} latent "
-            f"vectors; got {len(places)}"
+            f"vectors; got {len(found)}"
         )
-    return dict(zip(names, places, strict=True))
-
-
-def _is_vector(path: tuple[Any, ...]) -> bool:
-    keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-    return "vector" in keys[-2:]
+    return found
 
 
 def _marginal(cost: Cost, z: Vectors, measure: str) -> Vectors:

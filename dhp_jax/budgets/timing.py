@@ -58,7 +58,7 @@ def forward_pass(
 ) -> Callable[[], None]:
     """A function that runs a network on some batches and waits until all are done."""
     run = inference(model)
-    x = jnp.full((batch, *input_shape), 0.5)
+    x = jnp.full((batch, *input_shape), 0.5, jnp.float32)
     return lambda: jax.block_until_ready([run(x) for _ in range(queued)])
 
 

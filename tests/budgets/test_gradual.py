@@ -131,6 +131,30 @@ def test_parameters_may_be_latent_vectors_and_others():
     assert shares_left(nnx.merge(graphdef, *params, rest), cost)["flops"] <= 0.5
 
 
+class WithVector(Mixed):
+    """A network with a parameter of its own that has the name of a latent's vector."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.vector = nnx.Param(jnp.zeros(5))
+
+    def __call__(self, x):
+        return super().__call__(x) + self.vector[...]
+
+
+def test_a_parameter_named_as_latents_are_is_trained_and_values_are_handed_on():
+    model = dhp.with_gates(filled(WithVector), rngs=nnx.Rngs(1))
+    cost = dhp.measure_cost(model, MIXED_INPUT)
+    tx = dhp.fade_to_budget(optax.scale(-0.5), model, cost, steps=20, flops=0.5)
+    params = nnx.state(model, nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params, value=1.0)
+    assert (updates["vector"][...] == -0.5).all()
+    assert not any(
+        update.any() for update in jax.tree.leaves(nnx.filter_state(updates, dhp.LatentVector))
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,6 +1,8 @@
 """Functions are timed in turn, after they are warm, for no longer than is asked."""
 
 from flax import nnx
+import jax
+import jax.numpy as jnp
 import pytest
 
 import dhp_jax as dhp
@@ -52,6 +54,19 @@ def test_the_latency_of_networks_is_that_of_their_compiled_forward_passes():
     model = dhp.models.build("resnet", depth=20, width=0.25, num_classes=10, rngs=nnx.Rngs(0))
     times = measure_latency({"only": dhp.prune(model)}, (8, 8, 3), 2, rounds=4, seconds=60.0)
     assert [len(times["only"]), min(times["only"]) > 0] == [4, True]
+
+
+def test_inputs_are_float32_whatever_jax_is_set_to():
+    seen = []
+
+    class Seeing(nnx.Module):
+        def __call__(self, x):
+            seen.append(x.dtype)
+            return x
+
+    with jax.enable_x64(True):
+        timing.forward_pass(Seeing(), (4,), 1)()
+    assert set(seen) == {jnp.dtype("float32")}
 
 
 def test_quartiles():
