@@ -109,8 +109,6 @@ def cuts_from_json(value: Mapping[str, Any], where: str) -> ArrayCuts:
 
 def table_as_json(table: LatentTable, least: Mapping[str, int]) -> dict[str, Any]:
     """A table of latents as model.json holds it, and how many entries of each survive at least."""
-    if "gates" in table.notes:
-        raise ValueError("model: a network of gates is not saved; prune(model) is")
     listed = _Listed()
     places = {
         name: {str(k): listed.number([p.owner, p.entry]) for k, p in axes.items()}

@@ -26,7 +26,7 @@ from dhp_jax.artifact.arrays import (
 from dhp_jax.artifact.description import FORMAT, VERSION
 from dhp_jax.artifact.reading import parse_description
 from dhp_jax.artifact.traced import cuts_as_json, table_as_json
-from dhp_jax.core.latent import check_module, latents
+from dhp_jax.core.latent import check_module, has_gates, latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import shown
 from dhp_jax.files import put, unfinished, write
@@ -72,6 +72,8 @@ def save(
         raise FileExistsError(
             f"path: expected no or an empty folder, or one with a network only, got {path}"
         )
+    if has_gates(model):
+        raise ValueError("model: a network of gates is not saved; prune(model) is")
     arrays = _arrays(model)
     for name, array in arrays.items():
         if not is_finite(array):

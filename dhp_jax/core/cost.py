@@ -32,6 +32,7 @@ from dhp_jax.core.layers import (
     Linear,
     RMSNorm,
 )
+from dhp_jax.errors import shown
 
 Counts = Mapping[str, "int | Array"]
 MEASURES = ("flops", "params", "activations")
@@ -151,6 +152,9 @@ class Cost:
             whole = {name: int(count) for name, count in counts.items()}
             costs = [layer.amounts(whole) for layer in self.layers]
             return {name: sum(cost[i] for cost in costs) for i, name in enumerate(MEASURES)}
+        for name, count in counts.items():
+            if not jnp.issubdtype(jnp.result_type(count), jnp.integer):  # as of a mask
+                raise ValueError(f"counts[{name!r}]: expected whole numbers, got {shown(count)}")
         with jax.enable_x64(True):  # FLOPs of large images do not fit 32 bits
             totals = self._polynomials.totals(counts)
         return dict(zip(MEASURES, totals, strict=True))

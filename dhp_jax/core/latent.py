@@ -257,6 +257,11 @@ def latents_to_prune(model: nnx.Module) -> dict[str, Latent]:
     return found
 
 
+def has_gates(model: nnx.Module) -> bool:
+    """Whether the latents of a network are gates, see `dhp_jax.pruned.gates`."""
+    return any(z.vector.get_metadata().get("gate") for z in latents(model).values())
+
+
 def walk(model: nnx.Module) -> Iterator[tuple[str, nnx.Module | None, nnx.Module]]:
     """Yields `(path, parent, module)` for the model and every module in it, breadth first.
 

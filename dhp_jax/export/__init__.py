@@ -33,7 +33,7 @@ from dhp_jax.export.writers import (
 )
 from dhp_jax.models import registry
 from dhp_jax.pruned.fold import Identity, fold_for_batch
-from dhp_jax.tracing.inputs import outputs_of
+from dhp_jax.tracing.inputs import check_input_shape, outputs_of
 
 SMALL = 0.1  # outputs up to which differences are not compared with them
 
@@ -106,6 +106,7 @@ def export(
     check_format(format)
     check_path(path, format)
     _check_build(model, format, build)
+    check_input_shape(input_shape)
     input_shape = tuple(input_shape)
     if inputs is None:
         random = np.random.default_rng(0).normal(size=(2, *input_shape))

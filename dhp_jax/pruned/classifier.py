@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from flax import nnx
+import numpy as np
 
 from dhp_jax.core.latent import latents, walk
 from dhp_jax.core.layers import Linear
@@ -12,6 +13,9 @@ from dhp_jax.core.surgery import replace_modules
 from dhp_jax.errors import ArgumentError
 from dhp_jax.models.registry import task_of
 from dhp_jax.tracing.generated import GeneratedArray, PlacedAxis
+
+OPTIONS = ("use_bias", "dtype", "param_dtype", "precision", "dot_general", "promote_dtype")
+OPTIONS += ("preferred_element_type",)
 
 
 def with_classes(
@@ -44,14 +48,16 @@ def with_classes(
             "layer: expected the path of the linear layer that gives the classes, for a network of "
             f"no family that classifies; got None and family {made.family!r}"
         )
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+    integer = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
+    if not integer or num_classes < 1:
         raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+    num_classes = int(num_classes)
     model, path = nnx.clone(model), layer or "classifier"
     linear = {p: m for p, _, m in walk(model) if isinstance(m, Linear | nnx.Linear)}
     if path not in linear:
         raise ArgumentError.unknown("layer", path, linear)
     old = linear[path]
-    options = {name: getattr(old, name) for name in ("use_bias", "dtype", "param_dtype")}
+    options = {name: getattr(old, name) for name in OPTIONS}
     if isinstance(old, Linear):
         new = Linear(old.z_in, num_classes, **options, rngs=rngs)
     else:

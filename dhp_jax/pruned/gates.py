@@ -9,12 +9,12 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from dhp_jax.core.hypernet import HypernetArrays
-from dhp_jax.core.latent import latents, walk
+from dhp_jax.core.latent import has_gates, latents, walk
 from dhp_jax.core.layers import Hyper, Linear
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import override, prune
-from dhp_jax.errors import ArgumentError
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.pruned.fresh_weights import carry_kernels
 from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.tracing.generated import GeneratedArray, ordinary
@@ -61,7 +61,9 @@ def with_gates(
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
     """
     if is_traced(model):
-        return gated(model, _gates_of(model), rngs)
+        return _marked(gated(model, _gates_of(model), rngs))
+    if has_gates(model):
+        raise ArgumentError("model", "a network without gates", shown(model))
     kernels = {
         path: layer.kernel() if isinstance(layer, Hyper) else layer.kernel[...]
         for path, _, layer in walk(model)
@@ -79,6 +81,13 @@ def with_gates(
             override(layer, plain=_gated_plain, __call__=_call_plain)
     for z in latents(net).values():
         z.vector.set_value(jnp.ones_like(z.vector[...]))
+    return _marked(net)
+
+
+def _marked(net: nnx.Module) -> nnx.Module:
+    """The network, whose latents say that they are gates, in place."""
+    for z in latents(net).values():
+        z.vector.set_metadata(gate=True)
     return net
 
 

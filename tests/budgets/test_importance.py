@@ -435,7 +435,8 @@ def test_scores_per_flop_divide_by_what_an_entry_costs():
     np.testing.assert_allclose(once[MIXED_LATENTS["a"]], 1 / a)
     np.testing.assert_allclose(once[MIXED_LATENTS["b"]], 1 / b)
     np.testing.assert_allclose(root[MIXED_LATENTS["a"]], a**-0.5)
-    assert all((dhp.per_cost(ones, cost, power=0)[name] == 1).all() for name in ones)
+    lists = {name: values.tolist() for name, values in ones.items()}
+    assert all((dhp.per_cost(lists, cost, power=0)[name] == 1).all() for name in ones)
 
 
 @pytest.mark.parametrize(

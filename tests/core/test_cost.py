@@ -203,6 +203,13 @@ def test_numpy_counts_are_counts(mixed):
     assert tuple(map(int, flops_and_params(mixed.amounts(counts)))) == mixed_cost(4, 2, 5)
 
 
+@pytest.mark.parametrize("count", [4.5, jnp.ones(7, bool)])
+def test_counts_that_are_no_whole_numbers_are_refused(mixed, count):
+    wrong = {**mixed_counts(4, 2, 5), MIXED_LATENTS["a"]: count}
+    with pytest.raises(ValueError, match=rf"^counts\['{MIXED_LATENTS['a']}'\]: expected whole "):
+        mixed.shares(wrong)
+
+
 # What is counted is what is there
 
 

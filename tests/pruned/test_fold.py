@@ -210,9 +210,13 @@ def test_transposed_convolutions_and_linear_layers_are_folded():
     np.testing.assert_allclose(run(folded, X)[0], run(model, X)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_network_of_latents_is_not_folded():
+def test_what_is_no_network_without_latents_or_no_shape_is_not_folded():
     with pytest.raises(ValueError, match=r"^model: .* without latents, got 4; dhp.prune\(model\)"):
         dhp.fold(filled(Mixed), MIXED_INPUT)
+    with pytest.raises(ValueError, match=r"^input_shape: expected positive integers, .* got 4$"):
+        dhp.fold(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), 4)
+    with pytest.raises(ValueError, match=r"^model: expected an nnx.Module, got \{\}$"):
+        dhp.fold({}, (4,))
 
 
 @pytest.mark.parametrize(

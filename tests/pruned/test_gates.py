@@ -92,6 +92,15 @@ def test_what_is_ungated_computes_the_same_and_survives_by_its_gates():
     assert list(np.flatnonzero(~dhp.survivors(found)[MIXED_LATENTS["b"]])) == [3]
 
 
+def test_declared_gates_are_neither_made_twice_nor_saved(tmp_path):
+    model = gated_mixed()
+    with pytest.raises(ValueError, match=r"^model: expected a network without gates, got Mixed"):
+        dhp.with_gates(model, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"^model: a network of gates is not saved"):
+        dhp.save(tmp_path / "net", model)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("options", [{}, {"gates_above": 0}])
 def test_what_is_ungated_of_a_traced_network_computes_the_same(options, tmp_path):
     plain = dhp.prune(filled(Mixed))

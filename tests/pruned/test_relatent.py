@@ -151,7 +151,9 @@ def test_other_classes_leave_all_but_the_classifier(tmp_path, with_latents):
     model, shape = pruned("dense")
     if with_latents:
         model = dhp.with_latents(model, rngs=nnx.Rngs(1))
-    other = dhp.with_classes(model, 7, rngs=nnx.Rngs(2))
+    model.classifier.precision = "highest"
+    other = dhp.with_classes(model, np.int32(7), rngs=nnx.Rngs(2))
+    assert other.classifier.precision == "highest"
     x = images(2, *shape)
     assert run(other, x)[0].shape == (2, 7)
     assert run(model, x)[0].shape == (2, 10)
