@@ -236,8 +236,10 @@ def check_inexact(argument: str, x: Any) -> None:
 
 def _check_scalar(argument: str, value: Any) -> None:
     """Raises unless a value is a number of at least 0, an array or a schedule."""
-    negative = isinstance(value, Real) and not value >= 0
-    if negative or not (callable(value) or isinstance(value, Real | np.ndarray | jax.Array)):
+    number = isinstance(value, Real | np.ndarray | jax.Array)
+    known = number and not isinstance(value, jax.core.Tracer)
+    negative = known and not np.all(np.asarray(value) >= 0)
+    if negative or not (callable(value) or number):
         schedule = "" if negative else " or a schedule"
         raise ValueError(f"{argument}: expected a number >= 0{schedule}, got {value!r}")
 

@@ -372,7 +372,10 @@ def test_a_condition_that_is_no_function_is_refused():
 
 
 @pytest.mark.parametrize("make", [dhp.prox_l1, dhp.prox_l2])
-@pytest.mark.parametrize("value", [-1, -0.5, float("nan"), np.float32(-1), np.int64(-2)])
+@pytest.mark.parametrize(
+    "value",
+    [-1, -0.5, float("nan"), np.float32(-1), np.int64(-2), jnp.array(-0.5), np.array([0.1, -0.1])],
+)
 def test_negative_numbers_are_refused(make, value):
     expected = f"expected a number >= 0, got {value!r}"
     with pytest.raises(ValueError, match="strength") as raised:

@@ -44,7 +44,7 @@ def inference(model: nnx.Module) -> Callable[[Float[Array, "*batch"]], Float[Arr
 
     def run(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         if isinstance(x, jax.core.Tracer):  # options are for functions that are not in others
-            return nnx.merge(graphdef, state)(x)
+            return nnx.merge(graphdef, state, copy=True)(x)
         return compiled(arrays, x)
 
     return run

@@ -675,6 +675,21 @@ def test_inference_can_be_transformed():
     assert jax.jvp(run, (x,), (x,))[1].shape == run(x).shape
 
 
+def test_inference_of_a_network_that_counts_its_calls_can_be_transformed():
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.calls = nnx.Variable(jnp.zeros(()))
+
+        def __call__(self, x):
+            self.calls[...] += 1
+            return x * self.calls[...]
+
+    model = Counting()
+    run = dhp.inference(model)
+    assert [float(each(2.0)) for each in (run, jax.jit(run), jax.grad(run), run)] == [2, 2, 1, 2]
+    assert model.calls[...] == 0
+
+
 def test_a_norm_over_an_axis_still_checks_its_input():
     norm = dhp.BatchNorm(dhp.Latent(3, prunable=False, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="expected 3 channels"):
