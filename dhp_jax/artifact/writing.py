@@ -111,11 +111,11 @@ def may_hold(path: str | os.PathLike) -> bool:
 
 
 def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Every array of a network by its path."""
+    """Every array of a network by its path, but for what its last call has left."""
     # safetensors writes memory as it lies, and device layouts need not be row-major.
     return {
         array_name(location): np.asarray(to_stored(array_of(leaf)), order="C")
-        for location, leaf in nnx.to_flat_state(nnx.state(model))
+        for location, leaf in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Intermediate)))
     }
 
 

@@ -227,7 +227,7 @@ def _compare(
     Raises:
       ExportError: outputs that are missing, of another shape, or unlike by more than rounding.
     """
-    network = jax.jit(lambda x: model(x))
+    network = jax.jit(lambda x: nnx.clone(model)(x))  # it may write its variables
     differences, largest = {}, 0.0
     for name, x in inputs.items():
         expected = [np.asarray(y, np.float32) for y in jax.tree.leaves(network(jnp.asarray(x)))]

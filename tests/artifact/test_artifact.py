@@ -429,6 +429,20 @@ def test_a_network_of_ones_own_is_loaded_after_its_class_has_gained_an_attribute
 # What is not saved
 
 
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow")
+def test_what_a_call_has_left_is_not_saved(tmp_path):
+    class Sowing(nnx.Linear):
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "seen", x)
+            return super().__call__(x)
+
+    model, x = Sowing(2, 3, rngs=nnx.Rngs(0)), jnp.ones((1, 2))
+    expected = model(x)
+    dhp.save(tmp_path, model)
+    loaded = dhp.load(tmp_path, build=lambda rngs: Sowing(2, 3, rngs=rngs))
+    np.testing.assert_array_equal(loaded(x), expected)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_network_of_numbers_that_are_not_finite_is_not_saved(tmp_path, value):
     model = filled(Mixed)

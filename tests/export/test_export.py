@@ -247,6 +247,26 @@ def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch, format, th
         assert tree(tmp_path) == before
 
 
+class Counting(Doubling):
+    """Writes a variable in every call, in evaluation mode too."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return super().__call__(x)
+
+
+@needs("stablehlo")
+def test_a_network_that_writes_its_variables_is_exported(tmp_path):
+    model = Counting(nnx.Rngs(0))
+    made = exporting.export(model, tmp_path / "out", (2, 2, 3), format="stablehlo")
+    assert max(made.differences.values()) == 0
+    assert model.calls[...] == 0
+
+
 class Small(nnx.Module):
     """Two outputs, one of them small, as those of a softmax over many classes."""
 
