@@ -30,7 +30,7 @@ def limits(budget: Mapping[str, float | None], target: float) -> dict[str, float
 
 
 Scores = Mapping[str, np.ndarray]  # by latent a number for each entry; the smallest go first
-TOLERANCE = 0.005  # of a budget that may be left before entries are traded
+TOLERANCE = 0.005  # of the whole network's cost may be left before entries are traded
 TRADES = 32
 Group = tuple[str, tuple[int, ...]]  # a latent, and entries of it that go together
 
@@ -95,8 +95,8 @@ def survivors_within(
 
     First the smallest entries of all latents go, until the budget holds. Then those that still fit
     come back, largest first. The result is within the budget, and no channel that was removed fits
-    in the rest. If more than 0.5 % of the budget is left, an expensive channel that does not fit
-    comes back in exchange for the smallest ones of other latents.
+    in the rest. If more than 0.5 % of the whole network's cost is left, an expensive channel that
+    does not fit comes back in exchange for the smallest ones of other latents.
 
     Args:
       model: a network of latents.
@@ -148,7 +148,7 @@ def survivors_within(
 
 
 def slack(cost: Cost, counts: Counts, budget: Mapping[str, float]) -> float:
-    """The share of the tightest budget that is left; negative if it is exceeded."""
+    """How far the tightest budget is from being used up, in its shares; negative beyond it."""
     used = cost.shares(counts)
     return min(share - used[name] for name, share in budget.items())
 

@@ -14,8 +14,9 @@ from optax._src.base import NO_PARAMS_MSG
 
 from dhp_jax.budgets.counted import check_budget
 from dhp_jax.core.cost import MEASURES, Cost
-from dhp_jax.core.latent import LatentVector, latents
+from dhp_jax.core.latent import LatentVector, has_gates, latents
 from dhp_jax.core.survivors import survivor_mask
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.prox import soft_threshold
 
 STAGES = 6  # parts of a search, each with a choice of its own
@@ -86,8 +87,8 @@ def fade_to_budget(
       tx, wrt=nnx.Param)` and a tuple of its latent vectors and other parameters have it.
 
     Raises:
-      ValueError: a number outside its range; budgets as of `prune_to`; from `update`, `params`
-        missing.
+      ValueError: a number outside its range; budgets as of `prune_to`; a model without gates; from
+        `update`, `params` missing.
 
     Example:
       >>> model = dhp.with_gates(trained, rngs=nnx.Rngs(0))
@@ -103,6 +104,8 @@ def fade_to_budget(
     """
     _check_numbers(steps, stages, power, memory)
     check_budget(model, cost, **budget)
+    if not has_gates(model):  # at 0 others leave something behind
+        raise ArgumentError("model", "a network of dhp.with_gates", shown(model))
     inner = optax.with_extra_args_support(inner)
     named = {name: z for name, z in latents(model).items() if z.prunable}
     floors = {name: z.min_channels for name, z in named.items()}

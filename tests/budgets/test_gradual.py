@@ -173,6 +173,15 @@ def test_wrong_arguments_are_refused(arguments, message):
         dhp.fade_to_budget(optax.sgd(0.1), model, cost, **{"steps": 20, "flops": 0.5} | arguments)
 
 
+def test_a_network_without_gates_is_refused():
+    model = filled(Mixed)
+    cost = dhp.measure_cost(model, MIXED_INPUT)
+    with pytest.raises(
+        ValueError, match=r"^model: expected a network of dhp.with_gates, got Mixed"
+    ):
+        dhp.fade_to_budget(optax.sgd(0.1), model, cost, steps=20, flops=0.5)
+
+
 def test_parameters_of_another_model_are_refused():
     model, cost = gated()
     tx = dhp.fade_to_budget(optax.sgd(0.1), model, cost, steps=20, flops=0.5)
