@@ -176,6 +176,9 @@ def refuse_unwritable(workdir: Path) -> Iterator[None]:
 def check_directory(workdir: str | os.PathLike, config: ConfigDict) -> None:
     """Raises a `ConfigError` unless a directory is new, empty, or has this configuration."""
     workdir = Path(workdir)
+    if patterns := set("*?[").intersection(str(workdir.absolute())):  # Orbax looks there by pattern
+        expected = f"a path without {' and '.join(sorted(patterns))}"
+        raise ConfigError("workdir", expected, repr(str(workdir.absolute())))
     if why := files.why_unwritable(workdir):
         raise ConfigError("workdir", "a directory that can be written", f"{str(workdir)!r} ({why})")
     path = workdir / CONFIG

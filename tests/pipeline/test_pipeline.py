@@ -557,6 +557,15 @@ def test_a_directory_in_which_another_is_at_work_is_refused(tmp_path):
     prepare(tiny(log_every=7), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["run[1]", "run*"])
+def test_a_directory_whose_name_is_a_pattern_is_refused_for_its_checkpoints_would_be_lost(
+    tmp_path, name
+):
+    with pytest.raises(ValueError, match=r"^workdir: expected a path without [*\[]; got '/"):
+        prepare(tiny(), tmp_path / name / "below")
+    assert contents(tmp_path) == {}
+
+
 def test_a_configuration_on_disk_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 0,')
     with pytest.raises(ValueError, match=r"^workdir: .*config.json is no configuration: "):
