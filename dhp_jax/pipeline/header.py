@@ -5,7 +5,8 @@ import logging
 
 from flax import nnx
 
-from dhp_jax.artifact.reading import exists, read_description
+from dhp_jax.artifact.description import ArtifactError
+from dhp_jax.artifact.reading import read_description
 from dhp_jax.budgets.timing import hardware
 from dhp_jax.core.latent import latents
 from dhp_jax.core.survivors import survivor_counts
@@ -81,9 +82,10 @@ def _next(runs: Sequence[Run]) -> str:
 def _is_done(run: Run, phase: str) -> bool:
     """Whether the network at the end of a phase is there; `networks.find_trained` looks closer."""
     path = run.workdir / ("search" if phase == "search" else "model")
-    if not exists(path):
+    try:
+        return is_complete(read_description(path)["notes"]["phase"], run.config[phase])
+    except ArtifactError:  # there is none, or it is damaged and is made again
         return False
-    return is_complete(read_description(path)["notes"]["phase"], run.config[phase])
 
 
 def _length(run: Run, phase: str) -> str:

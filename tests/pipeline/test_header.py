@@ -58,5 +58,9 @@ def test_the_header_names_only_phases_that_are_left(finished, tmp_path):
     assert next_of(runs) == "nothing is left to be trained; the report is written again"
     runs[0].config.converge.epochs = 3
     assert next_of(runs) == "training of the pruned network, 3 epochs"
+    runs[0].config.converge.epochs = 1
+    path = there / "model/model.json"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert next_of(runs) == "training of the pruned network, 1 epochs"
     shutil.rmtree(there / "search")
     assert next_of(runs).startswith("a search of at most ")
