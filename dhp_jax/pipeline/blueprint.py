@@ -102,7 +102,7 @@ class Blueprint:
             carry_kernels(trained, model)
         else:
             model = install(
-                trained,
+                self._with_arrays_of(trained),
                 self.table,
                 self.table.notes["generated"],
                 min_channels=self.least,
@@ -113,9 +113,14 @@ class Blueprint:
     @doing(BUILDING)
     def gated(self, trained: nnx.Module) -> nnx.Module:
         """The network of latents that are gates, with the weights of an ordinary one."""
-        if self.table is not None:
-            trained = self.of_trained(trained)
-        return keep_share(with_gates(trained, rngs=nnx.Rngs(self.seed)), self.share)
+        whole = self.of_trained if self.table is not None else self._with_arrays_of
+        return keep_share(with_gates(whole(trained), rngs=nnx.Rngs(self.seed)), self.share)
+
+    def _with_arrays_of(self, trained: nnx.Module) -> nnx.Module:
+        """The ordinary network with the arrays of one that may be of another dtype."""
+        model = self.ordinary()
+        take_arrays(trained, model)
+        return model
 
 
 def begin(config: ConfigDict) -> Blueprint:

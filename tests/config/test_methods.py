@@ -289,6 +289,22 @@ def test_a_search_from_trained_weights_meets_its_budget_and_its_cut_loses_nothin
     np.testing.assert_allclose(small(images), model(images), rtol=1e-4, atol=1e-4)
 
 
+def test_a_search_from_trained_weights_has_the_dtype_and_the_floors_of_its_own_run(
+    baseline, tmp_path
+):
+    fields = {"dtype": "bfloat16", "search.min_channels": 2, "search.keep": 0.5}
+    run = prepare(tmp_path / "run", method="fade", source=str(baseline), **fields)
+    trained = dhp.load(baseline / "model")
+    net, before = run.blueprint.gated(trained), kernels(trained)
+    floors = {z.min_channels / z.size for z in dhp.latents(net).values() if z.prunable}
+    assert floors == {0.5}
+    convolutions = [(name, layer) for name, _, layer in walk(net) if name.endswith(".conv")]
+    assert len(convolutions) == 9
+    for name, layer in convolutions:
+        assert layer.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(layer.kernel(), before[name])
+
+
 def test_a_search_from_trained_weights_wants_a_step_for_each_of_its_parts(sources, tmp_path):
     fields = {"method": "fade", "source": path(sources["fade"]), "search.max_steps": 6}
     message = r"^config.search.max_steps: expected more than 6 steps .*fade; got 6, which is 6$"
