@@ -18,6 +18,8 @@ from dhp_jax.errors import NonFiniteError
 from dhp_jax.train.run import Plan, Run, state_of
 from dhp_jax.train.state import Measures
 
+FEW_SKIPPED = 5  # batches that a record may be without; its loss and metric are then left out
+
 
 @contextlib.contextmanager
 def observe(plan: Plan, run: Run) -> Iterator[None]:
@@ -53,16 +55,18 @@ def measure(plan: Plan, run: Run) -> tuple[Run, dict[str, Any]]:
     check_finite(plan, run)
     state, progress = state_of(plan, run), run.progress
     measures = jax.device_get(state.measures)
-    if not measures.examples:
-        what = "loss or gradient of every batch since the last record is not finite"
-        raise not_finite(plan, what, progress.steps)
-    means = {"loss": measures.loss, plan.metric.name: measures.score}
-    means = {name: float(total / measures.examples) for name, total in means.items()}
-    values = {
-        "epoch": progress.epochs + 1,
-        **_with_steps_before(plan, run, means, float(measures.examples)),
-        "learning_rate": _learning_rate(plan, progress.steps),
-    }
+    means = {}
+    if measures.examples:
+        means = {"loss": measures.loss, plan.metric.name: measures.score}
+        means = {name: float(total / measures.examples) for name, total in means.items()}
+        means = _with_steps_before(plan, run, means, float(measures.examples))
+    else:
+        used = max((r["step"] for r in run.records if "loss" in r), default=0)
+        if progress.steps - used >= FEW_SKIPPED:
+            what = f"loss or gradient of every batch after step {used} is not finite"
+            raise not_finite(plan, what, progress.steps)
+    learning_rate = _learning_rate(plan, progress.steps)
+    values = {"epoch": progress.epochs + 1, **means, "learning_rate": learning_rate}
     if plan.phase.skip_faulty:
         values["skipped"] = int(measures.skipped)
         progress = dataclasses.replace(progress, skipped=progress.skipped + values["skipped"])
@@ -86,7 +90,7 @@ def _with_steps_before(
 
     So the end of an epoch or of a search is not told of one batch, which may be any.
     """
-    if not run.records:
+    if not run.records or "loss" not in run.records[-1]:
         return means
     before, steps = run.records[-1], [0, *(record["step"] for record in run.records)]
     few = run.progress.steps - steps[-1] < plan.log_every

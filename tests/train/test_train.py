@@ -689,9 +689,23 @@ def test_with_the_switch_a_batch_whose_gradient_is_not_finite_is_left_out():
     assert outcome.progress.skipped == 3
 
 
+def test_a_batch_that_is_left_out_ends_nothing_where_its_record_has_no_other():
+    class Poisoned(Climb):
+        def loss(self, outputs, targets):
+            return jnp.where(targets == 40, math.nan, super().loss(outputs, targets))
+
+    witness = Witness()
+    told = {"log_every": 1, "skip_faulty": True, "observers": [witness]}
+    outcome = climbed(Poisoned(), epochs=3, examples=5, batch_size=1, **told)
+    assert (outcome.progress.skipped, float(outcome.model.height[...])) == (3, 12)
+    assert [record["skipped"] for record in witness.records] == [
+        0 if "loss" in record else 1 for record in witness.records
+    ]
+
+
 def test_where_every_batch_would_be_left_out_training_ends():
     task = Climb(losses=[0.0, 0.0] + [math.nan] * 97)
-    message = "^converge: the loss or gradient of every batch .* is not finite at step 6"
+    message = "^converge: the loss or gradient of every batch after step 3 is not finite at step 9"
     with pytest.raises(FloatingPointError, match=message):
         climbed(task, epochs=1, examples=9, batch_size=1, log_every=3, skip_faulty=True)
 
