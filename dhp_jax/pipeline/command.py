@@ -120,8 +120,12 @@ def baseline_command(
             kept.append(argument)
         else:
             skipped = False
+    # A baseline is refused with these, and a file may set them.
+    weight = config.converge.distillation.weight
+    unfit = ["--config.per_flop=0"] * bool(config.per_flop)
+    unfit += ["--config.converge.distillation.weight=0"] * bool(weight)
     where = f"--workdir={beside(workdir, config)}"
-    return typed([program, *kept, "--config.method=baseline", where])
+    return typed([program, *kept, "--config.method=baseline", *unfit, where])
 
 
 def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:

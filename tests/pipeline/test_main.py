@@ -18,6 +18,7 @@ from runs import CONFIG, FIELDS, contents, of_digits
 import dhp_jax as dhp
 from dhp_jax import activity
 from dhp_jax.backend import cache as backend_cache
+from dhp_jax.config.checks import check
 from dhp_jax.config.documentation import describe
 from dhp_jax.data.labelled import cifar
 from dhp_jax.pipeline import command, preparation
@@ -377,6 +378,14 @@ def test_a_target_that_holds_besides_other_budgets_is_told(capsys, fields, told)
 )
 def test_the_command_that_trains_the_unpruned_network_is_that_of_the_run(arguments, expected):
     assert baseline_command(arguments, "out/run", of_digits()) == expected
+
+
+def test_the_command_that_trains_the_unpruned_network_leaves_out_what_that_refuses():
+    config = of_digits(method="gradient", per_flop=0.5)
+    told = baseline_command(["main.py", "--config=a", "--config.per_flop=0.5"], "run", config)
+    fields = dict(field.removeprefix("--config.").split("=") for field in told.split()[3:-1])
+    assert fields == {"per_flop": "0", "method": "baseline"}
+    check(of_digits(method="baseline", per_flop=float(fields["per_flop"])))
 
 
 def test_several_targets_end_with_one_comparison(main, capfd, finished, tmp_path, monkeypatch):
