@@ -185,7 +185,7 @@ FIELDS: Fields = {
             0.0, number(0, 1), "least share of its entries that every latent keeps", absent=0.0
         ),
         "batches": Field(
-            10, integer(1), "whose gradient chooses channels; at most an epoch", absent=10
+            10, integer(1), "of method gradient, to choose channels; at most an epoch", absent=10
         ),
     },
     "converge": {
