@@ -11,6 +11,7 @@ from PIL import Image
 from dhp_jax.activity import doing
 from dhp_jax.artifact import reading, writing
 from dhp_jax.artifact.description import ArtifactError
+from dhp_jax.budgets.timing import hardware
 from dhp_jax.errors import ConfigError
 from dhp_jax.pipeline.preparation import Run
 from dhp_jax.tasks.task import Data
@@ -18,6 +19,7 @@ from dhp_jax.train.checkpoints import Checkpoints, known_notes
 from dhp_jax.train.phase import Outcome, Progress
 from dhp_jax.workdir import reader, source_run
 from dhp_jax.workdir.identity import CHECKPOINTS, as_json
+from dhp_jax.workdir.summary import versions
 
 logger = logging.getLogger(__name__)
 PICTURES = 4  # test examples shown in the report, where a task has something to show
@@ -33,6 +35,7 @@ def save(
     if phase is not None and not phase["validation"]:
         del phase["validation"]
     noted = {**run.setup.notes, **notes, "run": _asked(run)}
+    noted |= {"hardware": hardware(), "versions": versions()}
     writing.save(path, model, input_shape=run.setup.input_shape, phase=phase, **noted)
     return reading.read_description(path)["sha256"]
 

@@ -8,7 +8,7 @@ from dhp_jax.report.charts import Dot, Line, Rule, dot_chart, line_chart
 from dhp_jax.report.figures import Chart
 from dhp_jax.report.format import duration, in_row, milliseconds, timed_batches, upper_first
 from dhp_jax.report.render import Cell, Table, render
-from dhp_jax.report.run_report import RunReport, when
+from dhp_jax.report.run_report import RunReport, tested_task, when
 from dhp_jax.workdir.target_dirs import is_size
 
 QUARTILES = ("low", "median", "high")
@@ -59,7 +59,7 @@ def check_same_task(runs: Sequence[RunReport]) -> None:
     first = runs[0].result
     for run in runs[1:]:
         one, other = first.config["task"], run.result.config["task"]
-        if one != other:
+        if tested_task(one) != tested_task(other):
             raise ValueError(
                 f"run: expected runs of one task to compare; got {_task(one)} in {first.workdir} "
                 f"and {_task(other)} in {run.result.workdir}"

@@ -33,7 +33,7 @@ def load_call(folder: str | os.PathLike, model: Mapping[str, Any]) -> str:
     """The Python that loads a network, whose function a user has to give if it is none of ours."""
     name = model.get("name")
     build = f", build={name.partition(':')[2]}" if is_own(name) else ""
-    return f"dhp.load({json.dumps(str(folder))}{build})"
+    return f"dhp.load({json.dumps(str(folder), ensure_ascii=False)}{build})"
 
 
 LABELS = {"flops": "FLOPs", "params": "params", "activations": "activations"}

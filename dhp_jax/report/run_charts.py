@@ -92,6 +92,7 @@ def group_names(names: Sequence[str], step: float) -> dict[int, str]:
 def _ratio(run: RunReport) -> Chart | None:
     """What would survive, while searching."""
     records, asked = run.records("search"), run.result.asked
+    margin = 0.0 if run.result.method.fades else run.result.config["search"]["stop_limit"]
     lines = [
         Line(LABELS[name], [(0, 100.0), *line], colour)
         for colour, name in enumerate(n for n in LABELS if n in {"flops", "params", *asked})
@@ -101,7 +102,7 @@ def _ratio(run: RunReport) -> Chart | None:
         return None
     stops = {}
     for name, share in asked.items():
-        stop = f"{100 * share + 100 * run.result.config['search']['stop_limit']:g}"
+        stop = f"{100 * share + 100 * margin:g}"
         stops.setdefault(stop, []).append(LABELS[name])
     rules = [
         Rule(f"{'search ends at' if len(stops) == 1 else in_row(names)} {stop} %", float(stop))

@@ -81,12 +81,14 @@ class RunReport:
 
     def _to_come(self) -> list[str]:
         """The rest of a finished run that was given more epochs."""
-        phase, result = self.result.method.phases[-1], self.result
-        done, settings = result.notes["model"]["phase"], result.config.get(phase, {})
-        if is_complete(done, settings):
-            return []
-        left = f"epochs {done['epochs'] + 1} to {settings['epochs']}"
-        return [f"{left}: the run has since been given more of them"]
+        found = []
+        for phase in self.result.method.phases:
+            notes = self.result.notes.get("search" if phase == "search" else "model")
+            settings = self.result.config.get(phase, {})
+            if notes and not is_complete(notes["phase"], settings):
+                left = f"epochs {notes['phase']['epochs'] + 1} to {settings['epochs']}"
+                found.append(f"{left} of {phase}: the run has since been given more of them")
+        return found
 
     def curve(self, name: str, factor: float = 1.0) -> list[Point | None]:
         """Steps and values of what was recorded by a name, through all phases.
@@ -115,6 +117,11 @@ class RunReport:
     def records(self, phase: str) -> list[Mapping[str, Any]]:
         """The records of a phase."""
         return [record for record in self.result.records if record["phase"] == phase]
+
+
+def tested_task(task: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a task without what is of its training alone."""
+    return {name: value for name, value in task.items() if name != "label_smoothing"}
 
 
 def network_name(model: Mapping[str, Any]) -> str:

@@ -22,8 +22,8 @@ def linear_below(values: Sequence[float]) -> float | None:
 
 
 def scale_note(below: float) -> str:
-    """What a reader must know of an axis that is logarithmic down to a value."""
-    return f"The scale is logarithmic above {below:g} and linear below it."
+    """What a reader must know of an axis that is logarithmic down to a value; see `bend`."""
+    return f"The scale is logarithmic above {below:g} and linear below it." if below else ""
 
 
 def floor_round(value: float) -> float:
@@ -52,10 +52,11 @@ def set_scale(
 
 
 def bend(axes: "Axes", below: float, largest: float) -> None:
-    """Makes the y axis begin at 0, linear below a value and logarithmic above."""
-    axes.set_yscale("symlog", linthresh=below, linscale=0.5)
+    """Makes the y axis begin at 0, linear below a value and logarithmic above; linear for 0."""
+    if below:
+        axes.set_yscale("symlog", linthresh=below, linscale=0.5)
+        _write(axes, [0.0, *log_ticks(below, largest)])
     axes.set_ylim(0, 1.15 * largest)
-    _write(axes, [0.0, *log_ticks(below, largest)])
 
 
 def _write(axes: "Axes", ticks: Sequence[float]) -> None:

@@ -15,10 +15,10 @@ from dhp_jax.report.crops import Crop, crops, grid
 from dhp_jax.report.figures import Chart
 from dhp_jax.report.page import page
 from dhp_jax.report.run_charts import run_charts
-from dhp_jax.report.run_report import RunReport
+from dhp_jax.report.run_report import RunReport, tested_task
 from dhp_jax.workdir import target_dirs
 from dhp_jax.workdir.reader import SUMMARY, Result, read
-from dhp_jax.workdir.summary import latency, read_baseline, summarize
+from dhp_jax.workdir.summary import checksums, latency, read_baseline, summarize
 
 logger = logging.getLogger(__name__)
 PAGE = "report.html"
@@ -220,13 +220,16 @@ def _comparable(result: Result, baseline: str | os.PathLike | None) -> Unpruned 
         logger.warning("%s; left out", error)
         return None
     config = result.config
-    network = config["task"], _network(config["model"]), config["data"]["name"]
-    same = (summary["task"], _network(summary["model"]), summary["data"]) == network
+    network = tested_task(config["task"]), _network(config["model"]), config["data"]["name"]
+    theirs = tested_task(summary["task"]), _network(summary["model"]), summary["data"]
+    same = theirs == network
     if result.finished:
         inputs = result.notes["model"]["without_network"] or None  # tells test images apart
         same = same and summary["test"].get("without_network") == inputs
         held = (summary.get("validation") or {}).get("examples")  # it has not trained on these
         same = same and held == result.notes["model"].get("validation_examples")
+        sums = checksums(result.notes["model"]), summary.get("checksums")
+        same = same and (None in sums or sums[0] == sums[1])
     if not same:
         logger.warning("baseline: %s is of another network or other data; left out", baseline)
         return None

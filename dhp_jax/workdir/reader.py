@@ -149,7 +149,7 @@ def read(workdir: str | os.PathLike) -> Result:
     """Reads a run; a `ValueError` if the folder is none's, or one of its files is damaged."""
     workdir = Path(workdir)
     config = configuration(workdir)
-    names = [name for name in NETWORKS if reading.exists(workdir / name)]
+    names = _current(workdir)
     notes = {name: reading.read_description(workdir / name)["notes"] for name in names}
     networks = {name: reading.load(workdir / name) for name in names}
     shape = tuple(notes[names[0]]["input_shape"]) if names else ()
@@ -163,9 +163,22 @@ def read(workdir: str | os.PathLike) -> Result:
         trained=trained,
         before=_cost_before(networks[names[0]], shape) if names else None,
         after=None if trained is None else measure_cost(trained, shape),
-        summary=_summary(workdir / SUMMARY),
+        summary=_summary(workdir / SUMMARY, notes.get("model")),
         commands=_lines(workdir / COMMANDS),
     )
+
+
+def _current(workdir: Path) -> list[str]:
+    """The networks of a run but those that are made again, as after a search that has gone on."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in NETWORKS:
+        if reading.exists(workdir / name):
+            described = reading.read_description(workdir / name)
+            before = list(found.values())[-1:]
+            if any(described["notes"].get("made_from", d["sha256"]) != d["sha256"] for d in before):
+                break
+            found[name] = described
+    return list(found)
 
 
 def _cost_before(model: nnx.Module, input_shape: tuple[int, ...]) -> Cost:
@@ -224,12 +237,17 @@ def _require(path: Path, summary: Mapping[str, Any], place: str, kind: Any) -> N
         raise ValueError(f"run: {path} is no summary of a run: it has no {place!r}")
 
 
-def _summary(path: Path) -> dict[str, Any] | None:
+def _summary(path: Path, notes: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The summary of a run, if it is of the network with these notes; it can be made again."""
     try:
-        return read_summary(path) if path.is_file() else None
-    except ValueError as error:  # as of a disk that was full; it can be made again
+        summary = read_summary(path) if path.is_file() else None
+    except ValueError as error:  # as of a disk that was full
         logger.warning("%s; left out", error)
         return None
+    if not summary or not notes:
+        return None
+    ended, *phases = ({**p, "seconds": 0} for p in (notes["phase"], *summary["phases"].values()))
+    return summary if ended in phases else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -155,6 +155,7 @@ def summarize(
         "task": result.config["task"],
         "model": result.config["model"],
         "data": result.config["data"]["name"],
+        "checksums": checksums(notes["model"]),
         "seed": result.config["seed"],
         "target": result.config["target"] if result.method.prunes else None,
         "origin": result.origin,
@@ -169,9 +170,15 @@ def summarize(
         "phases": phases,
         "unpruned_epochs": unpruned and unpruned["phases"]["baseline"]["epochs"],
         "seconds": sum(phase["seconds"] for phase in phases.values()),
-        "hardware": hardware(),
-        "versions": versions(),
+        # Where it was trained, which may be elsewhere; earlier runs have not noted it.
+        "hardware": notes["model"].get("hardware") or hardware(),
+        "versions": notes["model"].get("versions") or versions(),
     }
+
+
+def checksums(notes: Mapping[str, Any]) -> dict[str, int] | None:
+    """Those of the data of a network's run, by split; `None` where they were not noted."""
+    return notes.get("run", {}).get("data", {}).get("checksums")
 
 
 def _validation(notes: Mapping[str, Any]) -> dict[str, Any] | None:

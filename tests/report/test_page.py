@@ -144,14 +144,26 @@ def test_the_drawings_show_what_was_recorded(run, content):
 
 
 def test_budgets_that_end_the_search_at_one_share_have_one_line(run):
-    def rules(**budget):
-        there = dataclasses.replace(run.result, config={**run.result.config, "budget": budget})
+    def rules(method="dhp", **budget):
+        changed = {"budget": budget, "method": method}
+        there = dataclasses.replace(run.result, config={**run.result.config, **changed})
         chart = run_charts(RunReport(there, run.summary))["ratio"]
         return [line.get_label() for line in chart.figure.axes[0].lines if line.get_gid() == "rule"]
 
     assert rules() == ["search ends at 52 %"]
     assert rules(params=0.5) == ["search ends at 52 %"]
     assert rules(params=0.9, activations=0.9) == ["FLOPs 52 %", "params and activations 92 %"]
+    assert rules(method="fade") == ["search ends at 50 %"]
+
+
+def test_a_threshold_of_zero_is_drawn_on_a_linear_scale(run):
+    config = {**run.result.config, "search": {**run.result.config["search"], "threshold": 0.0}}
+    charts = run_charts(RunReport(dataclasses.replace(run.result, config=config), run.summary))
+    for name in ("magnitudes", "latents"):
+        (axes,) = charts[name].figure.axes
+        assert axes.get_yscale() == "linear"
+        assert axes.get_ylim()[0] == 0
+        assert "logarithmic" not in charts[name].note
 
 
 def latent_names(run):
@@ -307,8 +319,8 @@ def test_a_finished_run_that_was_given_more_epochs_says_so(run):
     assert run.missing() == []
     config = {**run.result.config, "converge": {"epochs": 5}}
     longer = dataclasses.replace(run.result, config=config)
-    told = ["epochs 2 to 5: the run has since been given more of them"]
-    assert RunReport(longer, run.summary).missing() == told
+    told = "epochs 2 to 5 of converge: the run has since been given more of them"
+    assert RunReport(longer, run.summary).missing() == [told]
 
 
 def test_records_of_earlier_versions_lack_the_latents_and_the_page_says_so(run):

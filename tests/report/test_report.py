@@ -157,6 +157,18 @@ def test_the_summary_tells_what_the_run_came_to(finished, result):
     assert json.loads((finished / "summary.json").read_text()) == summary
 
 
+def test_the_summary_tells_where_the_network_was_trained_and_not_where_it_is_told(
+    finished, result, monkeypatch
+):
+    noted = description(finished / "model")["notes"]
+    for what, elsewhere in (("hardware", "another machine"), ("versions", {"jax": "0.1"})):
+        monkeypatch.setattr(workdir_summary, what, lambda elsewhere=elsewhere: elsewhere)
+        assert summarize(result)[what] == noted[what] != elsewhere
+        del result.notes["model"][what]  # as of an earlier run
+        assert summarize(result)[what] == elsewhere
+        result.notes["model"][what] = noted[what]
+
+
 def test_the_summary_compares_with_an_unpruned_run_that_is_known(result):
     known, unknown = summarize(result, UNPRUNED), summarize(result)
     assert known["test"]["unpruned"] == {"loss": 0.3, "error": 0.0846}
@@ -264,6 +276,8 @@ def test_the_text_of_a_run_names_paths_that_exist(finished):
         ({"model": {"name": "resnet", "depth": 56, "width": 0.25}}, False),
         ({"data": "cifar10"}, False),
         ({"validation": {"examples": 130}}, False),
+        ({"task": {"name": "classification", "label_smoothing": 0.1}}, True),
+        ({"checksums": {"train": 1, "test": 2}}, False),
         ({"task": {"name": "denoising"}}, False),
         ({"method": "dhp"}, False),
     ],
@@ -288,7 +302,7 @@ def test_a_report_compares_with_an_unpruned_run_of_the_same_network_and_data(
             "baseline: expected the directory of a finished run with config.method=baseline; "
             f"got '{tmp_path}'; left out"
         )
-    elif "task" in changes:
+    elif not compared and "task" in changes:
         lacks = "is no summary of a run: it has no 'test.last.psnr'"
         expected = f"run: {tmp_path}/summary.json {lacks}; left out"
     assert told == ([] if compared else [expected])
@@ -421,6 +435,23 @@ def test_a_summary_that_was_cut_short_is_made_again(copy, monkeypatch):
     after = json.loads((copy / "summary.json").read_text())
     assert after == before | {"latency": None}
     assert "Latency was not measured" in (copy / "report.html").read_text()
+
+
+def test_what_was_made_of_another_network_than_is_there_is_not_told(copy, monkeypatch):
+    monkeypatch.setattr(report_write, "run_charts", lambda run: {})
+    path = copy / "model/model.json"
+    model = json.loads(path.read_text())
+    model["notes"]["phase"] |= {"epochs": 7, "last": {"loss": 0.5, "error": 0.125}}
+    path.write_text(json.dumps(model))  # as of a run that has gone on, and has died at its end
+    report_main.main([str(copy)])
+    summary = json.loads((copy / "summary.json").read_text())
+    assert summary["test"]["last"]["error"] == 0.125
+    assert "12.50 %" in (copy / "report.html").read_text()
+    path = copy / "pruned/model.json"
+    cut = json.loads(path.read_text())
+    cut["notes"]["made_from"] = "of a shorter search"
+    path.write_text(json.dumps(cut))
+    assert list(reader.read(copy).notes) == ["search"]  # the others are going to be made again
 
 
 def test_latency_that_is_asked_for_is_noted(copy, monkeypatch):
