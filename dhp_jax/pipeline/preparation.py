@@ -98,8 +98,10 @@ def prepare(
     if mesh is not None:
         check_batch(config.batch_size, mesh.shape[DATA], jax.process_count())
     blueprint = begin(config)
+    origin = {"config.model.weights": blueprint.digest}
     if source_run.needs_source(config):
-        from_first(lambda: source_run.find_digest(config, workdir))
+        digest = from_first(lambda: source_run.find_digest(config, workdir))
+        origin = {"config.source": digest}
     asked = _agree_on_setup(config, workdir)
     blueprint = complete(config, blueprint, asked)
     model = abstract(config, blueprint)
@@ -129,7 +131,7 @@ def prepare(
             lambda: _check_latency(config, workdir, blueprint.build, cost, asked.input_shape)
         )
     with hold_by_first(workdir, config):  # so that an error comes now
-        from_first(lambda: settle_data(workdir, asked.streamed, asked.checksums))
+        from_first(lambda: settle_data(workdir, asked.streamed, asked.checksums, origin))
     journal = Journal(workdir, PHASES) if is_first() else None
 
     told = observers if is_first() else ()

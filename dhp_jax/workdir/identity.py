@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 import shlex
+from types import MappingProxyType
 from typing import Any
 
 import filelock
@@ -102,12 +103,19 @@ def read_data_checksums(workdir: str | os.PathLike) -> dict[str, int]:
     return _read_data(Path(workdir) / DATA)["checksums"]
 
 
-def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[str, int]) -> None:
+def settle_data(
+    workdir: str | os.PathLike,
+    streamed: bool,
+    checksums: Mapping[str, int],
+    origin: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Stores what the data of a run are when it begins; later checks that they are the same.
 
     They may change until the first step is trained, for instance when a damaged file is replaced.
+    So may the network that it starts from, whose digest `origin` has by the field that names it.
     """
     path, here = Path(workdir) / DATA, {"streamed": streamed, "checksums": dict(checksums)}
+    here["origin"] = dict(origin)
     learnt = any(any(path.parent.glob(pattern)) for pattern in LEARNT)
     if not path.is_file() or not learnt:
         files.write(path, json.dumps(here))
@@ -120,6 +128,13 @@ def settle_data(workdir: str | os.PathLike, streamed: bool, checksums: Mapping[s
                 detail=f"expected the {split} images that the run in {workdir} began with; got "
                 "others (their names, sizes or statistics differ); give another --workdir, "
                 f"or delete {path} to go on with these",
+            )
+    for field, digest in origin.items():
+        if there["origin"].get(field, digest) != digest:
+            raise ConfigError(
+                field,
+                detail=f"expected the network that the run in {workdir} began with; got another "
+                "one; give another --workdir",
             )
     if there["streamed"] != streamed:
         raise ConfigError(
@@ -157,7 +172,8 @@ def _read_data_or_tell(path: Path) -> dict[str, Any]:
 
 def _read_data(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text())
-    return {"streamed": bool(found["streamed"]), "checksums": dict(found["checksums"])}
+    noted = {"streamed": bool(found["streamed"]), "checksums": dict(found["checksums"])}
+    return noted | {"origin": dict(found.get("origin", {}))}  # of which earlier runs have none
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The source of a run: a finished run whose weights or channels it starts from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 import json
 import os
@@ -11,7 +11,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 import numpy as np
 
-from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.reading import exists, read_description, verify
 from dhp_jax.config.fields import absent_values
 from dhp_jax.config.methods import METHODS
@@ -118,8 +117,7 @@ def check(
 ) -> None:
     """Raises if a run needs its source, and the source has other data or another network.
 
-    `model` is the run's network, unpruned; may be abstract. If the run has begun, the source must
-    be the one that it began with.
+    `model` is the run's network, unpruned; may be abstract.
     """
     if _find_taken(config, workdir):
         return
@@ -131,9 +129,6 @@ def check(
             "seen others (their names, sizes or statistics differ)",
         )
     _check_network(source, model)
-    began = _read_made_from(config, workdir, read_description)
-    if began is not None:
-        check_digest(source, began, workdir)
 
 
 def check_digest(source: Source, began: str, workdir: str | os.PathLike) -> None:
@@ -148,22 +143,11 @@ def check_digest(source: Source, began: str, workdir: str | os.PathLike) -> None
 
 def _find_taken(config: ConfigDict, workdir: str | os.PathLike) -> str | None:
     """The digest of the source's network, if the run has made its own from it."""
+    path = Path(workdir) / ("search" if METHODS[config.method].searches else "pruned")
     try:
-        given = configuration(workdir).get("source")
-    except ValueError:  # none yet, or a damaged one, of which `identity.hold` tells
-        return None
-    return _read_made_from(config, workdir, verify) if given == str(config.source) else None
-
-
-def _read_made_from(
-    config: ConfigDict, workdir: str | os.PathLike, read: Callable[[Path], dict[str, Any]]
-) -> str | None:
-    """The digest that is stored beside the first network of a run, if it can be read."""
-    searches = METHODS[config.method].searches
-    path = Path(workdir) / ("search" if searches else "pruned")
-    try:
-        return read(path)["notes"].get("made_from") if exists(path) else None
-    except ArtifactError:  # it is made again
+        same = configuration(workdir).get("source") == str(config.source)
+        return verify(path)["notes"].get("made_from") if same else None
+    except ValueError:  # none yet, or a damaged one, which is told or made again
         return None
 
 

@@ -661,13 +661,30 @@ def test_a_run_that_has_begun_keeps_its_source_which_may_move(tmp_path, pruned, 
     workdir = shutil.copytree(pruned["l1_norm"], tmp_path / "run")
     moved, another = (shutil.copytree(baseline, tmp_path / name) for name in ("moved", "another"))
     prepare(workdir, method="l1_norm", source=str(moved))
-    other = dhp.load(another / "model")
-    other.classifier.bias[...] = other.classifier.bias[...] + 1
-    notes = description(another / "model")["notes"]
-    notes.pop("input_shape")
-    dhp.save(another / "model", other, input_shape=SHAPE, **notes)
+    trained_further(another)
     with pytest.raises(ConfigError, match=r"^config.source: expected the network that the run in"):
         prepare(workdir, method="l1_norm", source=str(another))
+
+
+@pytest.mark.parametrize("field", ["config.source", "config.model.weights"])
+def test_a_run_that_is_within_its_first_phase_is_refused_other_weights(tmp_path, baseline, field):
+    source, fields = shutil.copytree(baseline, tmp_path / "source"), {"method": "fade"}
+    config = of_digits(**fields, source=None if field.endswith("weights") else str(source))
+    if field.endswith("weights"):
+        config.model.weights = str(source / "model")
+    preparation.prepare(config, tmp_path / "run")
+    (tmp_path / "run/checkpoints/search/7").mkdir(parents=True)
+    trained_further(source)
+    with pytest.raises(ConfigError, match=rf"^{field}: expected the network that the run in "):
+        preparation.prepare(config, tmp_path / "run")
+
+
+def trained_further(source):
+    other = dhp.load(source / "model")
+    other.classifier.bias[...] = other.classifier.bias[...] + 1
+    notes = description(source / "model")["notes"]
+    notes.pop("input_shape")
+    dhp.save(source / "model", other, input_shape=SHAPE, **notes)
 
 
 def test_every_method_is_documented_and_carried_out():
