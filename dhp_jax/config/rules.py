@@ -134,10 +134,6 @@ def _are_epochs(value: Any) -> bool:
     return few and all(map(epoch.allows, value)) and list(value) == sorted(set(value))
 
 
-def _is_devices(value: Any) -> bool:
-    return (type(value) is int and value == -1) or integer(1).allows(value)
-
-
 PATH = Rule(_is_path, "a path")
 WHOLE_EPOCHS = integer(1)._replace(expected=f"{integer(1)} (max_steps is for a part of one)")
 BOOLEAN = Rule(lambda value: isinstance(value, bool), "True or False")
@@ -154,4 +150,7 @@ MULTIPLE = Rule(
 )
 
 EPOCHS = Rule(_are_epochs, f"up to {MAX_DROPS} epochs in ascending order, such as (150, 225)")
-DEVICES = Rule(_is_devices, f"an integer >= 1 and <= {MAX_COUNT}, or -1 for all devices")
+DEVICES = Rule(
+    lambda value: (type(value) is int and value == -1) or integer(1).allows(value),
+    f"an integer >= 1 and <= {MAX_COUNT}, or -1 for all devices",
+)

@@ -114,7 +114,7 @@ def prepare(
     try:
         check_budget(model, cost, config.multiple_of, **counted_budgets(config))
     except FieldError as error:
-        if error.field == "flops" and _target_is_smallest(config):
+        if error.field == "flops" and config.target <= (config.budget.flops or 1):
             raise ConfigError("config.target", error.expected, error.got, str(error)) from error
         field = error.field if error.field == "multiple_of" else f"budget.{error.field}"
         raise ConfigError.of(f"config.{field}", error) from error
@@ -183,10 +183,6 @@ def schedule_of(run: Run, phase: str) -> optax.Schedule:
         warmup=settings.warmup,
         steps_per_epoch=run.setup.epoch // run.config.batch_size,
     )
-
-
-def _target_is_smallest(config: ConfigDict) -> bool:
-    return config.budget.flops is None or config.target <= config.budget.flops
 
 
 @doing("timing the smallest network")

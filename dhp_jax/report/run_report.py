@@ -126,7 +126,7 @@ def tested_task(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def network_name(model: Mapping[str, Any]) -> str:
     """A network as papers call it: "ResNet-20", "MobileNetV2 (width 0.5)"."""
-    arguments = dict(model)
+    arguments = {argument: value for argument, value in model.items() if argument != "weights"}
     name = arguments.pop("name", "network")
     family, defaults = FAMILIES.get(name) if isinstance(name, str) else None, {}
     if family is not None:
@@ -135,7 +135,6 @@ def network_name(model: Mapping[str, Any]) -> str:
         name = f"{family.__name__}{depth}"
     elif is_own(name):
         name = name.partition(":")[2]
-        arguments.pop("weights", None)
     shown = [
         f"{argument} {f'{value:g}' if isinstance(value, float) else value}"
         for argument, value in arguments.items()

@@ -157,7 +157,11 @@ def read(workdir: str | os.PathLike) -> Result:
     return Result(
         workdir=workdir,
         config=config,
-        records=workdir_metrics.read(workdir / workdir_metrics.RECORDS),
+        records=[
+            record
+            for record in workdir_metrics.read(workdir / workdir_metrics.RECORDS)
+            if record["phase"] != "converge" or "pruned" in names  # others are of an earlier one
+        ],
         notes=notes,
         search=networks.get("search"),
         trained=trained,

@@ -77,11 +77,12 @@ def read(config: ConfigDict) -> Source:
 
     It must be finished, and of the same network, task, data and budget.
     """
-    folder = source_folder(config)
-    expected = f"expected the directory of a finished run with {_describe_method(config)}"
+    folder, needed = source_folder(config), METHODS[config.method].source
+    expected = f"expected the directory of a finished run with config.method={needed}, "
+    expected += f"for config.method={config.method}"
     try:
         there = configuration(folder)
-        if there["method"] != METHODS[config.method].source:
+        if there["method"] != needed:
             raise ConfigError(
                 "config.source",
                 detail=f"{expected}; that in {str(folder)!r} has config.method={there['method']}",
@@ -164,11 +165,6 @@ def _check_network(source: Source, model: nnx.Module) -> None:
                 detail=f"expected a network of {name}={shown(expected)}, as here; that in "
                 f"{str(source.path)!r} has {shown(got)}",
             )
-
-
-def _describe_method(config: ConfigDict) -> str:
-    needed = METHODS[config.method].source
-    return f"config.method={needed}, for config.method={config.method}"
 
 
 def _find_source(folder: Path, there: Mapping[str, Any]) -> Source | None:

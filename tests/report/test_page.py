@@ -373,7 +373,7 @@ def test_intervals_are_those_of_another_package(count, of):
     [
         ({"name": "resnet", "depth": 20, "width": 1.0}, "ResNet-20"),
         ({"name": "resnet", "depth": 56, "width": 0.5}, "ResNet-56 (width 0.5)"),
-        ({"name": "mobilenet_v2"}, "MobileNetV2"),
+        ({"name": "mobilenet_v2", "weights": "runs/theirs/model"}, "MobileNetV2"),
         ({"name": "theirs", "depth": 3}, "theirs (depth 3)"),
         ({}, "network"),
     ],

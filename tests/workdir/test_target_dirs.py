@@ -63,6 +63,9 @@ def begun(finished, tmp_path_factory):
     for name, changes in (("config.json", {}), ("summary.json", UNPRUNED)):
         content = json.loads((whole / name).read_text())
         (whole / name).write_text(json.dumps({**content, "method": "baseline", **changes}))
+    model = json.loads((whole / "model/model.json").read_text())
+    model["notes"]["phase"] = UNPRUNED["phases"]["baseline"]
+    (whole / "model/model.json").write_text(json.dumps(model))
     return run
 
 
