@@ -240,7 +240,7 @@ class Denoising(Restoration):
     shave: int = 1
 
     def degrade(self, key, degraded, target):
-        return target + self.sigma * jax.random.normal(key, target.shape)
+        return target + self.sigma * jax.random.normal(key, target.shape, target.dtype)
 
     def test_input(self, photograph, index):
         noise = np.random.default_rng((self.seed, index)).normal(size=photograph.target.shape)

@@ -86,7 +86,7 @@ def install(
     for name, size in table.sizes.items():
         least = min_channels if isinstance(min_channels, int) else min_channels[name]
         z = Latent(size, min_channels=least, rngs=_CONSTANT)
-        z.vector.set_value(jnp.ones(size))
+        z.vector.set_value(jnp.ones(size, jnp.float32))
         latents.append(z)
     variables = variables_of(net)
     stand_ins: dict[int, nnx.Module] = {}

@@ -160,6 +160,12 @@ def test_a_batch_follows_from_its_key_alone():
         assert np.mean(array != different) > 0.4
 
 
+def test_noise_is_float32_whatever_jax_is_set_to():
+    with jax.enable_x64(True):
+        noisy = Denoising(patch=2).degrade(jax.random.key(0), None, jnp.ones((1, 2, 2, 1), "f4"))
+    assert noisy.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("sigma", [5.0, 70.0])
 def test_noise_is_white_gaussian_of_the_sigma_asked_for_and_not_clipped(sigma):
     data, chosen = patches(photographs()), np.arange(2000)

@@ -78,6 +78,14 @@ def test_without_a_latent_there_is_nothing_left_of_what_it_rules():
     assert np.abs(np.asarray(net.first.kernel[...])[..., 2]).min() > 0
 
 
+def test_latents_are_float32_whatever_jax_is_set_to():
+    model = nnx.Sequential(nnx.Linear(3, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 2, rngs=nnx.Rngs(1)))
+    with jax.enable_x64(True):
+        net = dhp.with_latents(model, (3,))
+        for each in (net, dhp.with_gates(net, rngs=nnx.Rngs(0))):
+            assert [z.value().dtype for z in dhp.latents(each).values()] == [jnp.float32]
+
+
 def test_training_reaches_latents_and_weights_and_the_proximal_step_shrinks_latents_alone():
     net = dhp.with_latents(plain(), SHAPE, embedding=2)
     net.train()
