@@ -139,8 +139,8 @@ class _Traced:
         self.table, self.least = None, {}
         if table is not None:
             self.table, self.least = table_from_json(table, str(where))
-            if call is not None:
-                self.table = replace(self.table, call=call)
+            call = call or self.table.call
+            self.table = replace(self.table, call=call, inputs=call and self.table.inputs)
 
     def __bool__(self) -> bool:
         return self.cuts is not None or self.table is not None
@@ -225,6 +225,7 @@ def parse_description(content: bytes, where: Path) -> dict[str, Any]:
         )
     description = parse_json(content, str(where))
     check_description(description, str(where))
+    _Traced(description, where, None)
     return description
 
 

@@ -18,6 +18,7 @@ from dhp_jax.tracing.programs import default_call
 from dhp_jax.tracing.table import LatentTable, SizeEntry
 
 Runs = tuple[tuple[int, ...], ...]
+MOST = 2**40  # numbers of an array
 
 
 class _Listed:
@@ -109,7 +110,7 @@ def cuts_from_json(value: Mapping[str, Any], where: str) -> ArrayCuts:
 
 def table_as_json(table: LatentTable, least: Mapping[str, int]) -> dict[str, Any]:
     """A table of latents as model.json holds it, and how many entries of each survive at least."""
-    listed = _Listed()
+    listed, inputs = _Listed(), _inputs_as_json(table.inputs)
     places = {
         name: {str(k): listed.number([p.owner, p.entry]) for k, p in axes.items()}
         for name, axes in table.places.items()
@@ -125,8 +126,8 @@ def table_as_json(table: LatentTable, least: Mapping[str, int]) -> dict[str, Any
         "positions": listed.lists,
         "numbers": numbers,
         "generated": list(table.notes["generated"]),
-        "settings": dict(table.notes["settings"]),
-        "inputs": None if table.call is not default_call else _inputs_as_json(table.inputs),
+        "settings": {name: min(n, MOST) for name, n in table.notes["settings"].items()},
+        "inputs": inputs if table.call is default_call else {"own_call": inputs},
     }
 
 
@@ -140,7 +141,7 @@ def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, 
         if not isinstance(numbers, dict) or len(numbers) > MAX_ARRAYS:
             raise ArtifactError(f"path: {where}: got {shown(numbers)}")
         for number in numbers.values():
-            if type(number) is not int or not 0 <= number <= 2**40:
+            if type(number) is not int or not 0 <= number <= MOST:
                 raise ArtifactError(f"path: {where}: expected a size, got {shown(number)}")
     if sizes.keys() != least.keys() or value["settings"].keys() != {"embedding", "gates_above"}:
         raise ArtifactError(f"path: {where}: sizes, least or settings lack something")
@@ -161,14 +162,16 @@ def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, 
     generated = _list(value["generated"], where)
     if not all(isinstance(name, str) and name in places for name in generated):
         raise ArtifactError(f"path: {where}: generated: got {shown(generated)}")
-    inputs = value["inputs"]
+    inputs, call = value["inputs"], default_call
+    if inputs is None or isinstance(inputs, dict):  # of a function that no file holds
+        inputs, call = (inputs or {}).get("own_call"), None
     notes = {"generated": generated, "settings": value["settings"]}
     table = LatentTable(
         sizes,
         places,
         tuple(_size_entry(entry, sizes, where) for entry in _list(value["numbers"], where)),
         None if inputs is None else _inputs_from_json(inputs, where),
-        None if inputs is None else default_call,
+        call,
         notes,
     )
     return table, least
@@ -221,9 +224,11 @@ def _inputs_from_json(value: Any, where: str, depth: int = 0) -> Any:
         return {k: _inputs_from_json(item, where) for k, item in value["named"].items()}
     shape = value.get("shape") if isinstance(value, dict) else None
     sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-    if not sizes or len(shape) > 32 or value.get("dtype") not in DTYPES.values():
+    key = jax.eval_shape(jax.random.key, 0).dtype
+    dtypes = {name: jnp.dtype(name) for name in DTYPES.values()} | {str(key): key}
+    if not sizes or len(shape) > 32 or value.get("dtype") not in dtypes:
         raise ArtifactError(f"path: {where}: inputs: got {shown(value)}")
-    return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(value["dtype"]))
+    return jax.ShapeDtypeStruct(tuple(shape), dtypes[value["dtype"]])
 
 
 def _list(value: Any, where: str) -> list[Any]:

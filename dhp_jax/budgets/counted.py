@@ -32,6 +32,7 @@ def limits(budget: Mapping[str, float | None], target: float) -> dict[str, float
 Scores = Mapping[str, np.ndarray]  # by latent a number for each entry; the smallest go first
 TOLERANCE = 0.005  # of the whole network's cost may be left before entries are traded
 TRADES = 32
+TINY = 1e-12  # share of the cost of an entry that is free
 Group = tuple[str, tuple[int, ...]]  # a latent, and entries of it that go together
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from dhp_jax.budgets.counted import check_budget
+from dhp_jax.budgets.counted import TINY, check_budget
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, has_gates, latents
 from dhp_jax.core.survivors import survivor_mask
@@ -20,7 +20,6 @@ from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.prox import soft_threshold
 
 STAGES = 6  # parts of a search, each with a choice of its own
-TINY = 1e-12  # share of the cost of an entry that is free
 Vectors = dict[str, Array]  # by the name of a prunable latent
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
-from dhp_jax.budgets.counted import Scores
+from dhp_jax.budgets.counted import TINY, Scores
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, latents, latents_to_prune, walk
 from dhp_jax.core.surgery import prune
@@ -29,8 +29,6 @@ from dhp_jax.tracing.weights import (
     weights_in_role,
     weights_of,
 )
-
-TINY = 1e-12  # share of the cost of an entry that is free
 
 
 def l1_scores(model: nnx.Module) -> Scores:

@@ -163,7 +163,10 @@ class Cost:
         """`amounts(counts)` as shares of the whole model's (float32 in jit)."""
         amounts = self.amounts(counts)
         with jax.enable_x64(True):
-            shares = {name: _share(n, getattr(self, name)) for name, n in amounts.items()}
+            shares = {
+                name: amount / whole if (whole := getattr(self, name)) else 1.0
+                for name, amount in amounts.items()
+            }
             known = all(isinstance(amount, int) for amount in amounts.values())
             return shares if known else {name: jnp.float32(n) for name, n in shares.items()}
 
@@ -210,10 +213,6 @@ class _Polynomials(NamedTuple):
         widths = jnp.sum(self.times * present[..., None, :], axis=-1)
         products = jnp.prod(jnp.take(widths, self.places, axis=-1, mode="clip"), axis=-1)
         return tuple(jnp.unstack(jnp.sum(self.factors * products[..., None, :], axis=-1), axis=-1))
-
-
-def _share(amount, whole: int):
-    return amount / whole if whole else 1.0
 
 
 Terms = tuple["Axis | int", "Axis | int", tuple[int, int], tuple[int, ...]]

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PyTree
 import numpy as np
 
 from dhp_jax.core.initializers import normal
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import shown
 
 TRACED = "traced_latents"  # attribute of a network that holds latents which were found by tracing
@@ -259,7 +260,8 @@ def latents_to_prune(model: nnx.Module) -> dict[str, Latent]:
 
 def has_gates(model: nnx.Module) -> bool:
     """Whether the latents of a network are gates, see `dhp_jax.pruned.gates`."""
-    return any(z.vector.get_metadata().get("gate") for z in latents(model).values())
+    declared = any(z.vector.get_metadata().get("gate") for z in latents(model).values())
+    return declared or "gates" in getattr(architecture_of(model).axes, "notes", ())
 
 
 def walk(model: nnx.Module) -> Iterator[tuple[str, nnx.Module | None, nnx.Module]]:

@@ -14,9 +14,6 @@ from dhp_jax.errors import ArgumentError
 from dhp_jax.models.registry import task_of
 from dhp_jax.tracing.generated import GeneratedArray, PlacedAxis
 
-OPTIONS = ("use_bias", "dtype", "param_dtype", "precision", "dot_general", "promote_dtype")
-OPTIONS += ("preferred_element_type",)
-
 
 def with_classes(
     model: Model, num_classes: int, *, rngs: nnx.Rngs, layer: str | None = None
@@ -57,7 +54,8 @@ def with_classes(
     if path not in linear:
         raise ArgumentError.unknown("layer", path, linear)
     old = linear[path]
-    options = {name: getattr(old, name) for name in OPTIONS}
+    names = ("use_bias", "dtype", "param_dtype", "precision", "dot_general", "promote_dtype")
+    options = {name: getattr(old, name) for name in (*names, "preferred_element_type")}
     if isinstance(old, Linear):
         new = Linear(old.z_in, num_classes, **options, rngs=rngs)
     else:

@@ -61,7 +61,7 @@ def with_gates(
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
     """
     if is_traced(model):
-        return _marked(gated(model, _gates_of(model), rngs))
+        return gated(model, _gates_of(model), rngs)
     if has_gates(model):
         raise ArgumentError("model", "a network without gates", shown(model))
     kernels = {
@@ -81,12 +81,6 @@ def with_gates(
             override(layer, plain=_gated_plain, __call__=_call_plain)
     for z in latents(net).values():
         z.vector.set_value(jnp.ones_like(z.vector[...]))
-    return _marked(net)
-
-
-def _marked(net: nnx.Module) -> nnx.Module:
-    """The network, whose latents say that they are gates, in place."""
-    for z in latents(net).values():
         z.vector.set_metadata(gate=True)
     return net
 

@@ -84,7 +84,7 @@ def install(
     settings = table.notes.get("settings", {"embedding": EMBEDDING, "gates_above": GATES_ABOVE})
     latents = []
     for name, size in table.sizes.items():
-        least = min_channels if isinstance(min_channels, int) else min_channels[name]
+        least = min_channels[name] if isinstance(min_channels, Mapping) else min_channels
         z = Latent(size, min_channels=least, rngs=_CONSTANT)
         z.vector.set_value(jnp.ones(size, jnp.float32))
         latents.append(z)

@@ -121,7 +121,7 @@ class LatentTable:
             if self.call is None or self.inputs is None:
                 raise ValueError(
                     "model: expected a network whose inputs and call are known; "
-                    "give load those that with_latents had"
+                    "give load the call that with_latents had"
                 )
             self.cache["analysis"] = analyse(model, self.inputs, self.call)
         return self.cache["analysis"]

@@ -86,6 +86,33 @@ def test_latents_are_float32_whatever_jax_is_set_to():
             assert [z.value().dtype for z in dhp.latents(each).values()] == [jnp.float32]
 
 
+def noisy(model, x, key):
+    return model.last(nnx.relu(model.first(x))) + jax.random.normal(key, (2,))
+
+
+@pytest.mark.parametrize("call", [None, lambda model, *inputs: noisy(model, *inputs)])
+def test_a_network_of_random_keys_comes_back_from_a_file_and_is_pruned(tmp_path, call):
+    class Noisy(nnx.Module):
+        __call__ = noisy
+
+        def __init__(self, rngs):
+            self.first, self.last = nnx.Linear(3, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+
+    inputs = jnp.ones((1, 3)), jax.random.key(0)
+    options = {"gates_above": 2**50, "min_channels": np.int64(2), "call": call}
+    net = dhp.with_latents(Noisy(nnx.Rngs(0)), inputs, **options)
+    dhp.save(tmp_path, net)
+    loaded = dhp.load(tmp_path, build=Noisy, call=call)
+    np.testing.assert_array_equal(loaded(*inputs), net(*inputs))
+    assert dhp.prune_to(loaded, flops=0.4).first.out_features == 2
+    if call is not None:
+        unknown = dhp.load(tmp_path, build=Noisy)
+        with pytest.raises(ValueError, match=r"give load the call that with_latents had"):
+            dhp.prune_to(unknown, inputs, flops=0.4)
+        with pytest.raises(ValueError, match=r"^inputs: expected the shape of one example"):
+            dhp.summary(unknown, unknown)
+
+
 def test_training_reaches_latents_and_weights_and_the_proximal_step_shrinks_latents_alone():
     net = dhp.with_latents(plain(), SHAPE, embedding=2)
     net.train()
