@@ -79,7 +79,8 @@ def explain(net: nnx.Module) -> Explanation:
             if (positions.owner == number).any()
         ]
         found[name] = (latents(net)[name].size, places)
-    return Explanation(found, dict(table.notes.get("fixed", {})), _sentences(net, table))
+    fixed = table.notes.get("fixed", {"the file that it is from tells no reasons": ["other axes"]})
+    return Explanation(found, dict(fixed), _sentences(net, table))
 
 
 def _sentences(net: nnx.Module, table: Any) -> list[str]:

@@ -105,6 +105,9 @@ def test_a_network_of_random_keys_comes_back_from_a_file_and_is_pruned(tmp_path,
     loaded = dhp.load(tmp_path, build=Noisy, call=call)
     np.testing.assert_array_equal(loaded(*inputs), net(*inputs))
     assert dhp.prune_to(loaded, flops=0.4).first.out_features == 2
+    told = "What stays:\n  other axes: the file that it is from tells no reasons\n"
+    assert told in str(dhp.explain(loaded))
+    assert "last.bias[0]" in str(dhp.explain(net))
     if call is not None:
         unknown = dhp.load(tmp_path, build=Noisy)
         with pytest.raises(ValueError, match=r"give load the call that with_latents had"):
