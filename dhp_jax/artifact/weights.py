@@ -67,9 +67,10 @@ def take_weights(model: nnx.Module, weights: Weights) -> None:
         if array.shape != like.shape or not (both_floats or array.dtype == like.dtype):
             expected = f"{like.dtype} of shape {like.shape}"
             _refuse(name, weights, expected, f"{array.dtype} of shape {array.shape}")
+        array = jnp.asarray(array, like.dtype)
         if not is_finite(array):
-            _refuse(name, weights, "finite numbers", "NaN or infinity")
-        found.append((path, leaf.replace(jnp.asarray(array, like.dtype))))
+            _refuse(name, weights, f"finite numbers of {like.dtype}", "NaN or infinity")
+        found.append((path, leaf.replace(array)))
     if others:
         _refuse(others[0], weights, "no such array, for the network has none", "one")
     nnx.update(model, nnx.from_flat_state(found))

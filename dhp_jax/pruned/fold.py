@@ -89,6 +89,9 @@ def fold_for_batch(model: Model, shape: tuple[Any, ...]) -> Model:
     folded = remove_folded_layers(nnx.clone(whole), chains)
     layers = modules_by_path(folded)
     for path, array in _folded_arrays(whole, chains).items():
+        if not jnp.isfinite(array).all():
+            logger.warning("fold: nothing is folded: %r has numbers beyond %s", path, array.dtype)
+            return whole
         layer, _, name = path.rpartition(".")
         getattr(layers[layer], name).set_value(array)
     if _Program(folded, shape).rows() != program.rows(chains):

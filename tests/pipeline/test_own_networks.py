@@ -300,9 +300,11 @@ def test_a_network_that_is_none_is_refused_in_one_line(tmp_path, name, model, me
         ({"head.bias": np.zeros(9)}, r"'head.bias'.* \(10,\); got float64 of shape \(9,\)"),
         ({"head.bias": np.zeros(10, int)}, r"'head.bias'.* \(10,\); got int64 of shape \(10,\)"),
         ({"head.bias": np.full(10, np.nan)}, r"'head.bias'.*: expected finite numbers"),
+        ({"head.bias": np.full(10, 1e39)}, r"'head.bias'.*: expected finite numbers of float32"),
         ({"tail.bias": np.zeros(3)}, r"'tail.bias'.*: expected no such array"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_weights_that_are_of_another_network_are_refused(tmp_path, change, message):
     flat = nnx.to_flat_state(nnx.state(build(rngs=nnx.Rngs(0)), nnx.Not(nnx.RngState)))
     arrays = {".".join(place): np.asarray(x.get_value()) for place, x in flat} | change

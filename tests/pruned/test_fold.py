@@ -194,6 +194,23 @@ def test_a_forward_pass_that_asks_what_layers_it_has_is_not_folded(caplog):
     np.testing.assert_array_equal(run(folded, X)[0], run(model, X)[0])
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_numbers_that_a_narrow_dtype_cannot_hold_are_not_folded(caplog):
+    class Narrow(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 4, param_dtype=jnp.float16, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+            self.norm.mean[...], self.norm.var[...] = jnp.full(4, 500.0), jnp.zeros(4)
+
+        def __call__(self, x):
+            return self.norm(self.linear(x))
+
+    model = Narrow(nnx.Rngs(0))
+    model.eval()
+    np.testing.assert_array_equal(dhp.fold(model, (3,))(jnp.ones((1, 3))), model(jnp.ones((1, 3))))
+    assert "'linear.bias' has numbers beyond float16" in caplog.text
+
+
 def test_transposed_convolutions_and_linear_layers_are_folded():
     class Net(nnx.Module):
         def __init__(self, rngs):
