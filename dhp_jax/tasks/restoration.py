@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import functools
+import math
 import os
 from typing import ClassVar
 
@@ -109,23 +110,25 @@ class Restoration(Degradation):
     ) -> Evaluation:
         del batch_size  # one image at a time: their sizes differ
         smallest = min((photo.target for photo in data), key=lambda image: min(image.shape[:2]))
-        self.compare_images(
-            smallest, smallest
-        )  # refuses too small images before the work, not after
+        self.compare_images(smallest, smallest)  # refuses too small images before the work
         restored = _prepare_restoring(self, model, data)
 
         def run(params: Params, rest: nnx.State) -> dict[str, float]:
             # Images are compared on the host, while the device works on the next one.
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 jobs = [
-                    pool.submit(
-                        self.compare_images, pixels(restored(params, rest, i)), photo.target
-                    )
+                    pool.submit(self._measure, restored(params, rest, i), photo.target)
                     for i, photo in enumerate(data)
                 ]
             return _means([job.result() for job in jobs])
 
         return run
+
+    def _measure(self, output: Float[np.ndarray, "h w c"], target: np.ndarray) -> dict[str, float]:
+        """Metrics of an output; NaN if one of its numbers is not finite, which no pixel tells."""
+        if not np.isfinite(output).all():
+            return dict.fromkeys(("psnr", "ssim"), math.nan)
+        return self.compare_images(pixels(output), target)
 
     def check(self, model: nnx.Module) -> None:
         tiling(model, self.overlap).check("tile", self.tile)

@@ -659,6 +659,16 @@ def test_a_test_of_denoising_is_the_mean_over_whole_images_and_compiles_once_a_s
     assert measured["ssim"] == pytest.approx(np.mean([ssim(*pair) for pair in pairs]), rel=1e-6)
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_test_of_an_output_that_is_not_finite_is_none(number):
+    class Faulty(nnx.Module):
+        def __call__(self, x):
+            return x.at[0, 12, 12].set(number)
+
+    found = evaluate(Faulty(), Denoising(patch=8), [Photograph("a", picture(24, 30, 1), None)])
+    assert np.isnan([found["psnr"], found["ssim"]]).all()
+
+
 @pytest.mark.parametrize(("on_luminance", "shave"), [(True, 2), (False, 8)])
 def test_a_test_of_super_resolution_shaves_as_papers_do(on_luminance, shave):
     targets = [picture(32, 40, 3, 0), picture(30, 28, 3, 1)]
