@@ -124,14 +124,17 @@ def _check_family(config: ConfigDict) -> None:
         )
 
 
-def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> None:
+def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> list[str]:
     """Raises a `ConfigError` for the first name that is no field, or text that is no value of it.
+
+    Returns the names of those that become `None`.
 
     Args:
       config: the configuration whose fields are to be overridden.
       overrides: what the command line gives each field, such as `{"config.search.epochs": "50"}`;
         `None` where there is no "=".
     """
+    absent = []
     for name, text in overrides.items():
         value, kind, rule, path = config, None, _fields(config), "config"
         for part in name.split(".")[1:]:
@@ -162,9 +165,12 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
                 detail=f"expected a field of it, such as --{name}.{first}=<value>; "
                 f"got {shown(text)}",
             )
-        if kind in READERS and not _suits(READERS[kind][0], rule, text):
+        if text == "None" and isinstance(rule, Field) and rule.rule.or_none:
+            absent.append(name)
+        elif kind in READERS and not _suits(READERS[kind][0], rule, text):
             expected = rule.rule.expected if isinstance(rule, Field) else READERS[kind][1]
             raise ConfigError(name, expected, shown(text))
+    return absent
 
 
 def _is_dict(text: str) -> bool:

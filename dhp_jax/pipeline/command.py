@@ -121,9 +121,9 @@ def baseline_command(
         else:
             skipped = False
     # A baseline is refused with these, and a file may set them.
-    weight = config.converge.distillation.weight
     unfit = ["--config.per_flop=0"] * bool(config.per_flop)
-    unfit += ["--config.converge.distillation.weight=0"] * bool(weight)
+    if config.converge.distillation.weight:
+        unfit.append("--config.converge.distillation.weight=0")
     where = f"--workdir={beside(workdir, config)}"
     return typed([program, *kept, "--config.method=baseline", *unfit, where])
 
@@ -139,13 +139,16 @@ def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
         raise ValueError(f"{WEIGHTS}: expected --{WEIGHTS}=<value>; got none")
     if "config" not in given and arguments[1:] and not arguments[1].startswith("-"):
         raise ValueError(f"expected --config={arguments[1]}; got {arguments[1]!r}")
+    for name in given:
+        if name.startswith("noconfig."):
+            raise ValueError(f"--{name}: expected --{name.removeprefix('no')}=False")
     config = read_config(given.get("config"))
-    check_overrides(config, overrides)
+    absent = check_overrides(config, overrides)
     found = find_config(given["config"])  # for a name, its file
     arguments = [
         a.replace(given["config"], found) if a.lstrip("-").startswith("config=") else a
         for a in arguments
-        if a.lstrip("-").partition("=")[0] != WEIGHTS
+        if a.lstrip("-").partition("=")[0] not in (WEIGHTS, *absent)
     ]
     options = define(arguments)
     try:
@@ -159,6 +162,8 @@ def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
         raise
     if surplus:
         raise ValueError(f"expected flags only, such as --config.target=0.5; got {surplus[0]!r}")
+    for name in absent:
+        options.config.update_from_flattened_dict({name.removeprefix("config."): None})
     if WEIGHTS in given and isinstance(options.config.get("model"), ConfigDict):
         with options.config.unlocked():
             options.config.model.weights = None if weights == "None" else weights

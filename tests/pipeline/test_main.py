@@ -1,5 +1,6 @@
 """The command line: wrong input is told in one line before any work, a run its results."""
 
+import functools
 import html
 import importlib.util
 import json
@@ -23,6 +24,7 @@ from dhp_jax.config.documentation import describe
 from dhp_jax.data.labelled import cifar
 from dhp_jax.pipeline import command, preparation
 from dhp_jax.pipeline.command import baseline_command, tell_target
+from dhp_jax.pipeline.flags import define
 
 ROOT = Path(__file__).parents[2]
 MAIN = ROOT / "experiments/main.py"
@@ -71,6 +73,11 @@ WRONG = [
     ("--target=0.5", "--target: expected --config.target=<value>"),
     ("--search.epochs=5", "--search.epochs: expected --config.search.epochs=<value>"),
     ("--workdri=out", "'workdri'", "Did you mean: workdir"),
+    (
+        "--noconfig.optimizer.nesterov",
+        "--noconfig.optimizer.nesterov: expected --config.optimizer.nesterov=False",
+    ),
+    ("--config.seed=None", "config.seed", "'None'", "an integer >= 0"),
     ("surplus", "'surplus'", "flags only"),
 ]
 
@@ -205,6 +212,26 @@ def test_a_finished_run_is_left_as_it_is(main, capsys, finished, argument, part)
     message = refused(main, capsys, DIGITS, *overrides(), f"--workdir={finished}", argument)
     assert part in message
     assert contents(finished) == before
+
+
+def test_a_field_that_may_be_none_can_be_made_none(tmp_path):
+    (tmp_path / "c.py").write_text(
+        "from runs import of_digits\n"
+        "def get_config():\n"
+        "    return of_digits(source='there', targets=(0.7, 0.5), **{'data.dir': 'x'})"
+    )
+    fields = ("source", "targets", "data.dir", "optimizer.clip", "data.streamed", "budget.batch")
+    given = [f"--config.{name}=None" for name in fields]
+    line = ["main.py", f"--config={tmp_path / 'c.py'}", "--config.optimizer.clip=2.0", *given]
+    config = command.parse(line, define).config
+    assert dict(flat_values(config, fields)) == dict.fromkeys(fields)
+    check(config)
+
+
+def flat_values(config, names):
+    """The values of fields by their full names."""
+    for name in names:
+        yield name, functools.reduce(getattr, name.split("."), config)
 
 
 def overrides():
