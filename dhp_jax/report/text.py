@@ -86,11 +86,6 @@ def sizes_text(
     return "\n".join(["", *aligned(rows, "  "), "", _lines(notes)])
 
 
-def summary_text(summary: Mapping[str, Any], missing: str = "") -> str:
-    """The numbers of a run as lines: details, then what came of it; see `text`."""
-    return "\n".join([_lines(_details(summary)), "", _lines(_answer(summary, missing))])
-
-
 def _details(summary: Mapping[str, Any]) -> Rows:
     """What led to the result, budgets, times, and what is to be known of them."""
     test, phases = summary["test"], summary["phases"]

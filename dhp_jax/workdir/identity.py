@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 import shlex
-from types import MappingProxyType
 from typing import Any
 
 import filelock
@@ -107,7 +106,7 @@ def settle_data(
     workdir: str | os.PathLike,
     streamed: bool,
     checksums: Mapping[str, int],
-    origin: Mapping[str, str] = MappingProxyType({}),
+    origin: Mapping[str, str] | None = None,
 ) -> None:
     """Stores what the data of a run are when it begins; later checks that they are the same.
 
@@ -115,7 +114,7 @@ def settle_data(
     So may the network that it starts from, whose digest `origin` has by the field that names it.
     """
     path, here = Path(workdir) / DATA, {"streamed": streamed, "checksums": dict(checksums)}
-    here["origin"] = dict(origin)
+    here["origin"] = origin or {}
     learnt = any(any(path.parent.glob(pattern)) for pattern in LEARNT)
     if not path.is_file() or not learnt:
         files.write(path, json.dumps(here))
@@ -129,7 +128,7 @@ def settle_data(
                 "others (their names, sizes or statistics differ); give another --workdir, "
                 f"or delete {path} to go on with these",
             )
-    for field, digest in origin.items():
+    for field, digest in here["origin"].items():
         if there["origin"].get(field, digest) != digest:
             raise ConfigError(
                 field,

@@ -152,16 +152,13 @@ def read(workdir: str | os.PathLike) -> Result:
     names = _current(workdir)
     notes = {name: reading.read_description(workdir / name)["notes"] for name in names}
     networks = {name: reading.load(workdir / name) for name in names}
+    records = workdir_metrics.read(workdir / workdir_metrics.RECORDS)
     shape = tuple(notes[names[0]]["input_shape"]) if names else ()
     trained = networks.get("model", networks.get("pruned"))
     return Result(
         workdir=workdir,
         config=config,
-        records=[
-            record
-            for record in workdir_metrics.read(workdir / workdir_metrics.RECORDS)
-            if record["phase"] != "converge" or "pruned" in names  # others are of an earlier one
-        ],
+        records=[r for r in records if r["phase"] != "converge" or "pruned" in names],
         notes=notes,
         search=networks.get("search"),
         trained=trained,

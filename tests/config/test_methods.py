@@ -20,6 +20,7 @@ from runs import (
     description,
     leave_source,
     of_digits,
+    summary_text,
 )
 
 import dhp_jax as dhp
@@ -35,7 +36,6 @@ from dhp_jax.pipeline.targets import execute
 from dhp_jax.pipeline.training_batches import batches
 from dhp_jax.report import write as report_write
 from dhp_jax.report.format import start_text
-from dhp_jax.report.text import summary_text
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import reader
 from dhp_jax.workdir.identity import read_field

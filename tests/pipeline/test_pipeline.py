@@ -440,7 +440,7 @@ def test_the_best_epoch_of_a_run_is_that_of_its_validation_data(tmp_path):
     scores = model(jnp.asarray((images - source.mean[0]) / source.std[0], jnp.float32))
     wrong = np.mean(np.argmax(scores, -1) != labels)
     assert wrong == pytest.approx(best["validation_error"], abs=1e-6)
-    for told in (text.summary_text(summary), (tmp_path / "once/report.html").read_text()):
+    for told in (text.text("run", summary), (tmp_path / "once/report.html").read_text()):
         assert "chosen on 130 validation examples" in " ".join(told.split())
     often = tiny(**fields, **{"checkpoint.seconds": 0.0})
     with pytest.raises(Stop):

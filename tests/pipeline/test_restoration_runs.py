@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 from PIL import Image
 import pytest
-from runs import Interrupter, Stop, check_same_end, contents
+from runs import Interrupter, Stop, check_same_end, contents, summary_text
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
@@ -17,7 +17,6 @@ from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.report import write as report_write
 from dhp_jax.report.crops import crops
 from dhp_jax.report.format import main_metric
-from dhp_jax.report.text import summary_text
 from dhp_jax.tasks import metrics
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import reader
@@ -172,7 +171,7 @@ def test_the_text_of_a_summary_is_of_psnr_and_ssim(finished):
     def shown(name):
         return f"{test[name]['psnr']:.2f} dB, SSIM {test[name]['ssim']:.4f}"
 
-    assert lines[0] == ["test PSNR, input", shown("without_network")]
+    assert ["test PSNR, input", shown("without_network")] in lines
     assert ["right after pruning", shown("after_pruning")] in starts
     assert ["test PSNR, unpruned", f"{shown('unpruned')}, epoch 1"] in lines
     assert ["test PSNR, pruned", f"{shown('last')}, epoch 2"] in lines

@@ -13,7 +13,7 @@ import jax
 from matplotlib.image import imread
 import numpy as np
 import pytest
-from runs import UNPRUNED, description
+from runs import UNPRUNED, description, summary_text
 
 import dhp_jax as dhp
 from dhp_jax import cli
@@ -27,7 +27,6 @@ from dhp_jax.report import write as report_write
 from dhp_jax.report.format import interval
 from dhp_jax.report.run_charts import run_charts
 from dhp_jax.report.run_report import RunReport
-from dhp_jax.report.text import summary_text
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import reader
 from dhp_jax.workdir import summary as workdir_summary

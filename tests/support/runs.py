@@ -17,6 +17,7 @@ from dhp_jax.core.surgery import prune as cut
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.pipeline.setup import set_up
+from dhp_jax.report import text
 from dhp_jax.workdir import metrics as workdir_metrics
 
 CONFIG = Path(__file__).parents[2] / "experiments/configs/digits_resnet20.py"
@@ -74,6 +75,11 @@ def of_digits(**fields):
 def carry_out(workdir, observers=(), **fields):
     """Carries the run out in a directory, with other values of some fields."""
     execute(prepare(of_digits(**fields), workdir, observers))
+
+
+def summary_text(summary, missing=""):
+    """What a run with a summary prints at its end."""
+    return text.text("run", summary, missing)
 
 
 def leave(workdir):
