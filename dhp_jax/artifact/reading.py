@@ -115,11 +115,14 @@ def load(
             model = prune(model, masks)
         return nnx.split(remove_folded_layers(model, folded))
 
+    def is_gained(location: tuple, leaf: Any) -> bool:  # random state that the file lacks
+        return isinstance(leaf, nnx.RngState) and array_name(location) not in description["arrays"]
+
     try:
         graphdef, abstract = nnx.eval_shape(make, whole)
     except (ValueError, KeyError) as error:  # such as layers that are not there
         raise ArtifactError(f"path: {path / DESCRIPTION}: {error}") from error
-    gained, known = nnx.split_state(abstract, _random_besides(description["arrays"]), ...)
+    gained, known = nnx.split_state(abstract, is_gained, ...)
     state = read_arrays(known, description["arrays"], path)
     if gained:
         state = nnx.merge_state(state, _draw(lambda: make(_built(build, description))[1], gained))
@@ -314,13 +317,6 @@ def _masks(
         masks[name] = np.zeros(size, bool)
         masks[name][indices] = True
     return masks
-
-
-def _random_besides(arrays: Mapping[str, Any]) -> Callable[[tuple, Any], bool]:
-    """A filter for states of random generators that the file lacks."""
-    return lambda location, leaf: (
-        isinstance(leaf, nnx.RngState) and array_name(location) not in arrays
-    )
 
 
 def _draw(make: Callable[[], nnx.State], like: nnx.State) -> nnx.State:

@@ -71,11 +71,15 @@ def with_gates(
     }
     given = bool(latents(model))
     net = nnx.clone(model) if given else with_latents(model, rngs=rngs, build=build)
+    shared: dict[Any, nnx.Param] = {}
     for path, _, layer in walk(net):
         if isinstance(layer, Hyper):
+            makers = *layer.kernel_axes(), *(getattr(layer, n) for n in HypernetArrays._fields)
+            weight = nnx.Param(jnp.array(kernels[path]))
+            weight = shared.setdefault(tuple(map(id, makers)), weight)
             for name in HypernetArrays._fields:
                 delattr(layer, name)
-            layer.weight = nnx.Param(jnp.array(kernels[path]))
+            layer.weight = weight
             override(layer, kernel=_gated_kernel)
         elif isinstance(layer, Linear):
             override(layer, plain=_gated_plain, __call__=_call_plain)

@@ -148,15 +148,14 @@ def _has_arrays(module: nnx.Module) -> bool:
 def _count_layers(model: nnx.Module, input_shape: Any, call: Call) -> Cost:
     """The cost of a network of layers on latents, each of which says what a call of it costs."""
     program, calls, names, _ = _traced(model, input_shape, call, lambda module: is_counted(module))
-    layers, seen = [], set()
+    layers, seen = [], set[Any]()
     last = {call.path: number for number, call in enumerate(calls)}
     for operation in costly_operations(program.closed.jaxpr):
         if operation.eqn.primitive.name == "layer_output":
             found = calls[operation.call]
             if _is_activation(found.layer) and operation.call != last[found.path]:
                 continue
-            layers.append(_layer_cost(found, operation, names, found.path not in seen))
-            seen.add(found.path)
+            layers.append(_layer_cost(found, operation, names, seen))
         elif operation.call is None:
             layers.append(_TracedCount.fixed(operation))
     layers += _other_params(program, calls)
@@ -164,9 +163,10 @@ def _count_layers(model: nnx.Module, input_shape: Any, call: Call) -> Cost:
 
 
 def _layer_cost(
-    found: LayerCall, operation: Operation, names: Mapping[Latent, str], is_first: bool
+    found: LayerCall, operation: Operation, names: Mapping[Latent, str], seen: set[Any]
 ) -> LayerCost:
     inputs, outputs, flops, params = layer_terms(found.layer, found.shape)
+    params = _first_seen(found.layer, params, seen)
     inputs, outputs = _width(inputs, names), _width(outputs, names)
     runs = call_size(operation) // max(1, math.prod(found.shape))
 
@@ -187,9 +187,22 @@ def _layer_cost(
         inputs=inputs,
         outputs=outputs,
         flops_terms=terms(flops, runs),
-        params_terms=terms(params, 1) if is_first else (),
+        params_terms=terms(params, 1),
         activations_terms=terms((0, bytes_each), runs),
     )
+
+
+def _first_seen(layer: nnx.Module, params: tuple[int, ...], seen: set[Any]) -> tuple[int, ...]:
+    """The params of a layer without those of variables that are another's too, on the same axes."""
+    axes = tuple(id(z) for z in vars(layer).values() if isinstance(z, Axis))
+    own = {name: v for name, v in vars(layer).items() if isinstance(v, nnx.Param)} or {"": layer}
+    known = {name for name, v in own.items() if (id(v), axes) in seen}
+    seen |= {(id(v), axes) for v in own.values()}
+    if known == own.keys():
+        return (0, 0)
+    each = known & {"bias", "scale"}
+    has_kernel = bool(own.keys() - known - {"bias", "scale"}) or known == each
+    return (has_kernel * params[0], params[1] - len(each), *params[2:])
 
 
 def _width(channels: Axis | int, names: Mapping[Latent, str]) -> Width:

@@ -1,6 +1,6 @@
 """Which channels of any network may go, found by tracing it, and why others may not."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,9 +68,7 @@ class Discovery:
         return found
 
 
-def discover(
-    model: nnx.Module, inputs: Any, call: Call = default_call, *, seed: int = 0
-) -> Discovery:
+def discover(model: nnx.Module, inputs: Any, call: Call = default_call) -> Discovery:
     """Finds which channels of a network may go; nothing is computed.
 
     Args:
@@ -78,14 +76,13 @@ def discover(
       inputs: the shape of one example, an array or abstract array, or a tuple, list or dict of
         them.
       call: a function of the model and the inputs, where that is not `model(*inputs)`.
-      seed: of the survivors for which it is proved.
 
     Raises:
       ValueError: the network does not take such inputs.
     """
     analysis = analyse(model, inputs, call)
     found = Discovery(analysis, find_families(analysis))
-    _Trial(found, np.random.default_rng(seed)).settle()
+    _Trial(found, np.random.default_rng(0)).settle()
     return found
 
 
@@ -255,12 +252,11 @@ def _guesses(analysis: Analysis, family: Family) -> list[list[SizeRule]]:
     return [guess for guess in sets if guess]  # as few as will do
 
 
-def keep_one_factor(found: Discovery, prefer: Callable[[Family], Any] | None = None) -> None:
+def keep_one_factor(found: Discovery) -> None:
     """Where a position is the product of two families, freezes all but one of them.
 
     An axis of a hypernetwork takes one latent at each position.
     """
-    prefer = prefer or (lambda family: (not family.renormalises, family.numbers * family.size))
     terms = found.analysis.flow.terms
     while True:
         owner = {terms.root(atom): f for f in found.families for atom in f.atoms}
@@ -273,7 +269,7 @@ def keep_one_factor(found: Discovery, prefer: Callable[[Family], Any] | None = N
                         clashing |= met
         if not clashing:
             return
-        losing = min(clashing.values(), key=prefer)
+        losing = min(clashing.values(), key=lambda f: (not f.renormalises, f.numbers * f.size))
         why = "it shares an axis with another family, of which positions are products"
         for atom in losing.atoms:
             terms.freeze(atom, why)

@@ -17,13 +17,12 @@ _KNOWN: dict[Any, tuple[Any, ...]] = {}  # inputs by the structure of networks, 
 _MOST_KNOWN = 32
 
 
-def abstract_inputs(inputs: Any, batch: int = 1) -> tuple[Any, ...]:
+def abstract_inputs(inputs: Any) -> tuple[Any, ...]:
     """The arguments of a forward pass as trees of abstract arrays.
 
     Args:
       inputs: the shape of one example; an array or abstract array with its batch axis; a tuple or
         list of arguments, each of these; or a dict of them, as one argument.
-      batch: size of the batch axis that comes before a shape of one example.
 
     Raises:
       ValueError: it is none of these.
@@ -36,8 +35,8 @@ def abstract_inputs(inputs: Any, batch: int = 1) -> tuple[Any, ...]:
             f"arrays; got {shown(inputs)}"
         )
     if isinstance(inputs, tuple | list) and not _is_shape(inputs) and len(inputs):
-        return tuple(_abstract(argument, batch) for argument in inputs)
-    return (_abstract(inputs, batch),)
+        return tuple(map(_abstract, inputs))
+    return (_abstract(inputs),)
 
 
 def _is_shape(value: Any) -> bool:
@@ -47,15 +46,15 @@ def _is_shape(value: Any) -> bool:
     return integers and len(value) > 0
 
 
-def _abstract(value: Any, batch: int) -> Any:
+def _abstract(value: Any) -> Any:
     if _is_shape(value):
         if min(value) < 1:
             raise ValueError(f"inputs: expected positive sizes of one example, got {tuple(value)}")
-        return jax.ShapeDtypeStruct((batch, *map(int, value)), jnp.float32)
+        return jax.ShapeDtypeStruct((1, *map(int, value)), jnp.float32)
     if isinstance(value, dict):
-        return {key: _abstract(item, batch) for key, item in value.items()}
+        return {key: _abstract(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_abstract(item, batch) for item in value)
+        return type(value)(map(_abstract, value))
     if value is None:
         return None
     try:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.pruned.gates import ungate
 
@@ -90,6 +91,36 @@ def test_what_is_ungated_computes_the_same_and_survives_by_its_gates():
     found.eval()
     np.testing.assert_allclose(found(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
     assert list(np.flatnonzero(~dhp.survivors(found)[MIXED_LATENTS["b"]])) == [3]
+
+
+class Tied(nnx.Module):
+    """Two convolutions with one hypernetwork, each with a bias of its own."""
+
+    def __init__(self, rngs):
+        image, z = dhp.Latent(3, prunable=False, rngs=rngs), dhp.Latent(6, rngs=rngs)
+        self.stem = dhp.HyperConv(image, z, (3, 3), rngs=rngs)
+        self.first, self.second = (dhp.HyperConv(z, z, (3, 3), rngs=rngs) for _ in range(2))
+        for name in HypernetArrays._fields:
+            setattr(self.second, name, getattr(self.first, name))
+        self.head = dhp.Linear(z, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.stem(x))
+        return self.head(nnx.relu(self.second(nnx.relu(self.first(x)))).mean((1, 2)))
+
+
+def test_layers_of_one_hypernetwork_have_one_weight_and_its_params_count_once():
+    model = filled(Tied)
+    gated = dhp.with_gates(model, rngs=nnx.Rngs(0))
+    assert gated.first.weight is gated.second.weight
+    plain = dhp.prune(gated)
+    assert plain.first.kernel is plain.second.kernel
+    params = 9 * 3 * 6 + 9 * 6 * 6 + 3 * 6 + 6 * 2 + 2
+    for network in (model, gated, plain):
+        assert dhp.measure_cost(network, MIXED_INPUT).params == params
+    counts = {name: min(z.size, 4) for name, z in dhp.latents(model).items()}
+    left = dhp.measure_cost(model, MIXED_INPUT).amounts(counts)["params"]
+    assert left == 9 * 3 * 4 + 9 * 4 * 4 + 3 * 4 + 4 * 2 + 2
 
 
 def test_declared_gates_are_neither_made_twice_nor_saved(tmp_path):
