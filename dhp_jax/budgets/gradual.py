@@ -235,9 +235,9 @@ def _marginal(cost: Cost, z: Vectors, measure: str) -> Vectors:
 
 
 def _check_numbers(steps: int, stages: int, power: float, memory: float) -> None:
-    for name, value, least in (("stages", stages, 1), ("steps", steps, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    for name, value in (("stages", stages), ("steps", steps)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
     if steps <= stages:
         raise ValueError(f"steps: expected more than the {stages} stages, got {steps!r}")
     if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < float("inf"):

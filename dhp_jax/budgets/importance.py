@@ -318,10 +318,7 @@ def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float
         name: 1 - cost.shares({**cost.sizes, name: cost.sizes[name] - 1})[measure]
         for name in scores
     }
-    return {
-        name: np.asarray(values) / max(shares[name], TINY) ** power
-        for name, values in scores.items()
-    }
+    return {name: np.asarray(x) / max(shares[name], TINY) ** power for name, x in scores.items()}
 
 
 def _summed(model: nnx.Module, number_of: Callable[[np.ndarray], np.ndarray]) -> Scores:

@@ -35,8 +35,6 @@ from dhp_jax.models import registry
 from dhp_jax.pruned.fold import Identity, fold_for_batch
 from dhp_jax.tracing.inputs import check_input_shape, outputs_of
 
-SMALL = 0.1  # outputs up to which differences are not compared with them
-
 
 @dataclass(frozen=True)
 class Exported:
@@ -238,7 +236,7 @@ def _compare(
         differences[name] = 0.0
         for a, b in zip(expected, found, strict=True):
             off, peak = (float(np.abs(y).max()) for y in (a - b, a))
-            if not off <= _tolerance(model) * max(SMALL, peak):
+            if not off <= _tolerance(model) * max(0.1, peak):  # of small outputs an absolute one
                 raise ExportError(
                     f"outputs on {name}, of shape {x.shape}, differ from the network's by up "
                     f"to {off:.3g}, where they are up to {peak:.3g}"

@@ -59,15 +59,14 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
         return {path: (norm.seen[...], norm.mean[...], norm.var[...]) for path, norm in found}
 
     sums = {path: np.zeros((3, *norm.mean.shape)) for path, norm in norms.items()}
-    measured = False
+    batch = None
     for batch in batches:
         if not hasattr(batch, "shape") or not len(batch):
             raise ValueError(f"batches: expected arrays, without labels; got {shown(batch)}")
-        measured = True
         for path, moments in of_batch(state, batch).items():
             n, mean, variance = (np.asarray(moment, np.float64) for moment in moments)
             sums[path] += n, n * mean, n * (variance + mean**2)
-    if not measured:
+    if batch is None:
         raise ValueError("batches: expected at least one batch, got none")
     for path, (_, first, second) in sums.items():
         if not np.isfinite(first + second).all():
