@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import functools
 import logging
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +155,12 @@ def prune_to_budget(work: Work, made_from: str) -> str:
 @doing("testing the pruned network", "the test of the pruned network")
 def _test(work: Work, model: nnx.Module) -> dict[str, float]:
     setup, batch_size = work.run.setup, 4 * work.run.config.batch_size
-    return evaluate(model, setup.task, work.read("test"), batch_size=batch_size)
+    found = evaluate(model, setup.task, work.read("test"), batch_size=batch_size)
+    for name, value in found.items():
+        if not math.isfinite(value):
+            what = f"the test {name} right after pruning is {value}"
+            raise NonFiniteError("converge", what, tested=True)
+    return found
 
 
 def _check_weights(small: nnx.Module) -> None:

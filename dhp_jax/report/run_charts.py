@@ -25,7 +25,7 @@ def run_charts(run: RunReport) -> dict[str, Chart]:
     drawn = {
         "channels": _channels(run),
         "ratio": _ratio(run),
-        "loss": _loss(run),
+        "loss": _over_steps(run, "Loss", "loss", "loss", 1.0, [], log=True),
         run.metric.name: _score(run),
         "magnitudes": _magnitudes(run),
         "survivors": _survivors(run),
@@ -122,10 +122,6 @@ def _ratio(run: RunReport) -> Chart | None:
         note=note,
         text="{:.2f} %".format,
     )
-
-
-def _loss(run: RunReport) -> Chart | None:
-    return _over_steps(run, "Loss", "loss", "loss", 1.0, [], log=True)
 
 
 def _score(run: RunReport) -> Chart | None:

@@ -30,8 +30,8 @@ from dhp_jax.config.methods import METHODS
 from dhp_jax.core.latent import walk
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.data.labelled import digits
-from dhp_jax.errors import ConfigError
-from dhp_jax.pipeline import preparation, targets
+from dhp_jax.errors import ConfigError, NonFiniteError
+from dhp_jax.pipeline import phases, preparation, targets
 from dhp_jax.pipeline.targets import execute
 from dhp_jax.pipeline.training_batches import batches
 from dhp_jax.report import write as report_write
@@ -184,6 +184,14 @@ def test_what_survives_by_norm_are_the_largest_filters_of_the_trained_network(pr
         indices = kept[f"blocks.{number}.hidden.0"]
         assert sorted(indices) == sorted(order[: len(indices)])
     assert kept != survivors(pruned["random"])
+
+
+def test_a_test_right_after_the_cut_that_is_not_finite_is_told(baseline, tmp_path, monkeypatch):
+    monkeypatch.setattr(phases, "evaluate", lambda *_, **__: {"loss": float("inf"), "error": 0.9})
+    run = prepare(tmp_path / "run", method="l1_norm", source=str(baseline))
+    with pytest.raises(NonFiniteError, match=r"^converge: the test loss right after pruning is"):
+        phases.prune_to_budget(phases.Work(run, lambda: False, run.setup.read), "")
+    assert not (tmp_path / "run/pruned").exists()
 
 
 def test_statistics_are_renewed_on_training_data_after_the_cut(pruned):
