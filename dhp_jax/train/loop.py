@@ -100,7 +100,8 @@ def train(
         steps_per_epoch=examples // batch_size,
         log_every=log_every,
         mesh=mesh,
-        calls_ahead=_calls_ahead(phase.budget),
+        # Calls after the one that meets the budget change nothing. A CPU would take long for them.
+        calls_ahead=0 if phase.budget and platform.steps_per_dispatch() == 1 else CALLS_AHEAD,
         layout=layout,
         history=_make_history(phase.budget, layout.graphdef, mesh),
         origin=origin,
@@ -232,11 +233,6 @@ def _start(
         saved = jax.eval_shape(lambda: start_phase(model, phase.optimizer)[-1])
     arrays, structure = jax.tree.flatten(place(mesh, state))
     return optimizer, Layout(graphdef, structure, here, saved), Run(arrays)
-
-
-def _calls_ahead(budget: Budget | None) -> int:
-    # Calls after the one that meets the budget change nothing. A CPU would take long for them.
-    return 0 if budget is not None and platform.steps_per_dispatch() == 1 else CALLS_AHEAD
 
 
 def _make_compiled_step(

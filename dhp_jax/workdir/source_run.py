@@ -18,6 +18,7 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import ConfigError, shown
 from dhp_jax.workdir.identity import MAY_CHANGE, MAY_MOVE, as_json, flatten, read_data_checksums
 from dhp_jax.workdir.reader import configuration, is_complete
+from dhp_jax.workdir.target_dirs import is_size
 
 SAME = ("task.", "model.", "data.")  # fields in which both runs agree
 RECIPE = ("model.weights", "task.label_smoothing", "data.cutout", "data.mixup")  # but for these
@@ -177,7 +178,8 @@ def _find_source(folder: Path, there: Mapping[str, Any]) -> Source | None:
         return None
     of_phase = "search" if phase == "search" else "model"
     reached = read_description(folder / of_phase)["notes"]["phase"]
-    origin = {"run": folder.name, "method": method, "phase": phase}
+    name = "/".join(folder.absolute().parts[-1 - is_size(folder) :])  # "resnet20/0.5" for a size
+    origin = {"run": name, "method": method, "phase": phase}
     origin |= {name: reached[name] for name in ("epochs", "steps")}
     path = folder / METHODS[method].network
     return Source(path, verify(path), origin, read_data_checksums(folder))

@@ -37,7 +37,7 @@ from dhp_jax.pipeline.training_batches import batches
 from dhp_jax.report import write as report_write
 from dhp_jax.report.format import start_text
 from dhp_jax.workdir import metrics as workdir_metrics
-from dhp_jax.workdir import reader
+from dhp_jax.workdir import reader, source_run
 from dhp_jax.workdir.identity import read_field
 from dhp_jax.workdir.summary import beside
 
@@ -653,6 +653,12 @@ def test_nothing_is_measured_where_nothing_is_chosen(tmp_path, found, monkeypatc
     source = changed(tmp_path, found, "config.json", lambda c: c["budget"].update(latency=0.01))
     monkeypatch.setattr(latency, "clock", None)
     prepare(tmp_path / "run", method="scratch", source=source, **{"budget.latency": 0.01})
+
+
+@pytest.mark.parametrize(("name", "told"), [("0.5", "run/0.5"), ("other", "other")])
+def test_a_source_of_several_sizes_is_told_with_its_run(tmp_path, found, name, told):
+    there = shutil.copytree(found, tmp_path / "run" / name)
+    assert source_run.read(of_digits(method="scratch", source=str(there))).origin["run"] == told
 
 
 def test_a_source_that_is_damaged_is_refused(tmp_path, baseline):
