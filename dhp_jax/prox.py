@@ -237,8 +237,7 @@ def check_inexact(argument: str, x: Any) -> None:
 def _check_scalar(argument: str, value: Any) -> None:
     """Raises unless a value is a number of at least 0, an array or a schedule."""
     number = isinstance(value, Real | np.ndarray | jax.Array)
-    known = number and not isinstance(value, jax.core.Tracer)
-    negative = known and not np.all(np.asarray(value) >= 0)
+    negative = number and not (isinstance(value, jax.core.Tracer) or np.all(np.asarray(value) >= 0))
     if negative or not (callable(value) or number):
         schedule = "" if negative else " or a schedule"
         raise ValueError(f"{argument}: expected a number >= 0{schedule}, got {value!r}")

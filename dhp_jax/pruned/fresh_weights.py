@@ -10,17 +10,17 @@ from dhp_jax.core.latent import modules_by_path, walk
 from dhp_jax.core.layers import Hyper
 
 
-def reinitialize(model: nnx.Module, *, gain: float | None = None, rngs: nnx.Rngs) -> None:
+def reinitialize(model: nnx.Module, *, rngs: nnx.Rngs) -> None:
     """Gives an ordinary network fresh kernels, as if it had never had hypernetworks; in place.
 
     Kernels of convolutions and `nnx.Linear` are drawn from a normal distribution of variance
     `gain / fan_in`, cut off at two standard deviations, their biases are zero; all else stays, and
-    so do kernels that are not trained (that are no `nnx.Param`). If it is not given, the gain is
-    the network's `initial_gain`, or He's 2 where it has none; 1/3 is PyTorch's default.
+    so do kernels that are not trained (that are no `nnx.Param`). The gain is the network's
+    `initial_gain`, or He's 2 where it has none; 1/3 is PyTorch's default.
 
     Reference: He et al., Delving deep into rectifiers, 2015, equation 10.
     """
-    gain = getattr(model, "initial_gain", 2.0) if gain is None else gain
+    gain = getattr(model, "initial_gain", 2.0)
     for _, _, layer in walk(model):
         ordinary = isinstance(layer, nnx.Conv | nnx.ConvTranspose | nnx.Linear)
         if ordinary and isinstance(layer.kernel, nnx.Param):

@@ -509,10 +509,11 @@ def test_the_mean_colour_is_gray_where_channels_are_not_three():
 
 @small_networks
 def test_fresh_kernels_are_as_small_as_those_of_pytorch(name):
-    carrying, without = nnx.clone(plain(name)), nnx.Dict(network=nnx.clone(plain(name)))
-    reinitialize(carrying, rngs=nnx.Rngs(0))
-    reinitialize(without, gain=1 / 3, rngs=nnx.Rngs(0))
-    expected = arrays(without.network)
+    carrying, given = nnx.clone(plain(name)), nnx.clone(plain(name))
+    given.initial_gain = 1 / 3
+    for each in (carrying, given):
+        reinitialize(each, rngs=nnx.Rngs(0))
+    expected = arrays(given)
     for path, array in arrays(carrying).items():
         np.testing.assert_array_equal(array, expected[path], err_msg=path)
 

@@ -41,14 +41,12 @@ class Mild(nnx.Module):
         self.layer = filled(lambda rngs: nnx.Conv(20, 10, (3, 3), rngs=rngs))
 
 
-@pytest.mark.parametrize(("given", "drawn"), [({}, 0.25), ({"gain": 0.25}, 0.25), ({"gain": 1}, 1)])
-def test_reinitialize_draws_with_the_gain_that_a_network_carries_or_another(given, drawn):
-    carrying, without = Mild(), nnx.Dict(layer=Mild().layer)
-    reinitialize(carrying, **given, rngs=nnx.Rngs(0))
-    reinitialize(without, gain=drawn, rngs=nnx.Rngs(0))
-    for name, array in arrays(carrying).items():
-        np.testing.assert_array_equal(array, arrays(without)[name])
-    np.testing.assert_allclose(np.var(carrying.layer.kernel[...]), drawn / 180, rtol=0.05)
+@pytest.mark.parametrize("gain", [0.25, 1.0])
+def test_reinitialize_draws_with_the_gain_that_a_network_carries(gain):
+    network = Mild()
+    network.initial_gain = gain
+    reinitialize(network, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(np.var(network.layer.kernel[...]), gain / 180, rtol=0.05)
 
 
 def test_reinitialize_leaves_kernels_that_are_not_trained():
