@@ -107,7 +107,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a network for one example, layer by layer in the order of execution.
+    """The cost of a network for its inputs, layer by layer in the order of execution.
 
     Attributes:
       layers: the cost of each call of a layer.
@@ -129,7 +129,7 @@ class Cost:
 
     @functools.cached_property
     def flops(self) -> int:
-        """Multiply-accumulates of one forward pass of one example; exact."""
+        """Multiply-accumulates of one forward pass; exact."""
         return sum(layer.flops for layer in self.layers)
 
     @functools.cached_property
@@ -139,7 +139,7 @@ class Cost:
 
     @functools.cached_property
     def activations(self) -> int:
-        """Bytes of the outputs of all layers that have FLOPs, for one example; exact."""
+        """Bytes of the outputs of all layers that have FLOPs; exact."""
         return sum(layer.activations for layer in self.layers)
 
     def amounts(self, counts: Counts) -> "dict[str, int | Array]":

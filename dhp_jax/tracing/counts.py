@@ -57,7 +57,7 @@ def measure_cost(model: nnx.Module, input_shape: Any, *, call: Call | None = Non
     Args:
       model: with latents or without; left as it was.
       input_shape: shape of one example without the batch axis, `(height, width, channels)`; or an
-        array, an abstract array, or a tuple, list or dict of them, as for `dhp.with_latents`.
+        array, an abstract array, or a tuple, list or dict of them, of which all examples count.
       call: a function of the model and the inputs, where that is not `model(*inputs)`; for a
         network of traced latents the one that it was made with.
 
