@@ -116,7 +116,7 @@ def search(work: Work, source: str = "") -> str:
             "search: did not come down to %s within %s; pruning to %s anyway",
             in_words(budget.limits),
             length_field(run, "search"),
-            in_words(asked),
+            "its budgets" if run.config.budget.latency else in_words(asked),
         )
     noted = {"made_from": source} if source else {}
     return from_first(lambda: networks.save(run, "search", searched, outcome.progress, **noted))

@@ -109,9 +109,9 @@ def _ratio(run: RunReport) -> Chart | None:
         for stop, names in stops.items()
     ]
     targets = " and ".join(f"{100 * share:g} % of the {LABELS[n]}" for n, share in asked.items())
-    note = f"The network is then pruned to {targets}."
-    if len(stops) > 1:
-        note = f"The search ends when each share is within its dashed line. {note}"
+    if run.result.config.get("budget", {}).get("latency"):  # which a search takes for FLOPs
+        targets = "its budgets, the time as it is measured"
+    ends = "The search ends when each share is within its dashed line. " * (len(stops) > 1)
     return line_chart(
         "What would survive, while searching",
         lines,
@@ -119,7 +119,7 @@ def _ratio(run: RunReport) -> Chart | None:
         y="% of the unpruned network",
         rules=rules,
         low=0,
-        note=note,
+        note=f"{ends}The network is then pruned to {targets}.",
         text="{:.2f} %".format,
     )
 

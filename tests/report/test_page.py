@@ -156,6 +156,16 @@ def test_budgets_that_end_the_search_at_one_share_have_one_line(run):
     assert rules(method="fade") == ["search ends at 50 %"]
 
 
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [({}, "50 % of the FLOPs"), ({"latency": 0.4}, "its budgets, the time as it is measured")],
+)
+def test_what_the_network_is_pruned_to_after_the_search_is_told(run, budget, told):
+    there = dataclasses.replace(run.result, config={**run.result.config, "budget": budget})
+    note = run_charts(RunReport(there, run.summary))["ratio"].note
+    assert note == f"The network is then pruned to {told}."
+
+
 def test_a_threshold_of_zero_is_drawn_on_a_linear_scale(run):
     config = {**run.result.config, "search": {**run.result.config["search"], "threshold": 0.0}}
     charts = run_charts(RunReport(dataclasses.replace(run.result, config=config), run.summary))
