@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 from jaxtyping import PyTree
 import numpy as np
 
@@ -135,20 +136,27 @@ def folder_from_first(folder: Path, read: Callable[[Path], Result]) -> Result:
 
 
 def arrays_from_first(tree: PyTree | None, like: PyTree) -> PyTree:
-    """Gives the first process's tree of NumPy arrays to all processes.
+    """Gives the first process's tree of NumPy arrays and random keys to all processes.
 
     Those of others are not looked at; `like` tells structure, shapes and dtypes.
     """
     if not are_several():
         return tree
     leaves, structure = jax.tree.flatten(like)
-    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
-    content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
+    shapes = [jax.eval_shape(numbers_of, leaf) for leaf in leaves]
+    sizes = [shape.size * shape.dtype.itemsize for shape in shapes]
+    content = b"".join(np.asarray(numbers_of(leaf)).tobytes() for leaf in jax.tree.leaves(tree))
     content, arrays = _bytes_from_first(content), []
-    for leaf, end, size in zip(leaves, np.cumsum(sizes), sizes, strict=True):
-        numbers = np.frombuffer(content[end - size : end], leaf.dtype)
-        arrays.append(numbers.reshape(leaf.shape))
+    for leaf, shape, end, size in zip(leaves, shapes, np.cumsum(sizes), sizes, strict=True):
+        numbers = np.frombuffer(content[end - size : end], shape.dtype).reshape(shape.shape)
+        arrays.append(numbers if leaf.dtype == shape.dtype else jax.random.wrap_key_data(numbers))
     return jax.tree.unflatten(structure, arrays)
+
+
+def numbers_of(array: Any) -> Any:
+    """The array, or the numbers of random keys."""
+    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(array) if is_key else array
 
 
 def _bytes_from_first(content: bytes) -> bytes:

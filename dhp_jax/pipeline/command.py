@@ -122,8 +122,7 @@ def baseline_command(
             skipped = False
     # A baseline is refused with these, and a file may set them.
     unfit = ["--config.per_flop=0"] * bool(config.per_flop)
-    if config.converge.distillation.weight:
-        unfit.append("--config.converge.distillation.weight=0")
+    unfit += ["--config.converge.distillation.weight=0"] * bool(config.converge.distillation.weight)
     where = f"--workdir={beside(workdir, config)}"
     return typed([program, *kept, "--config.method=baseline", *unfit, where])
 

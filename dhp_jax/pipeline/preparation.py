@@ -100,8 +100,7 @@ def prepare(
     blueprint = begin(config)
     origin = {"config.model.weights": blueprint.digest}
     if source_run.needs_source(config):
-        digest = from_first(lambda: source_run.find_digest(config, workdir))
-        origin = {"config.source": digest}
+        origin = {"config.source": from_first(lambda: source_run.find_digest(config, workdir))}
     asked = _agree_on_setup(config, workdir)
     blueprint = complete(config, blueprint, asked)
     model = abstract(config, blueprint)

@@ -221,8 +221,7 @@ def _comparable(result: Result, baseline: str | os.PathLike | None) -> Unpruned 
         return None
     config = result.config
     network = tested_task(config["task"]), _network(config["model"]), config["data"]["name"]
-    theirs = tested_task(summary["task"]), _network(summary["model"]), summary["data"]
-    same = theirs == network
+    same = network == (tested_task(summary["task"]), _network(summary["model"]), summary["data"])
     if result.finished:
         inputs = result.notes["model"]["without_network"] or None  # tells test images apart
         same = same and summary["test"].get("without_network") == inputs

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 import numpy as np
 
+from dhp_jax.distributed.processes import numbers_of
+
 
 class UnlikeError(ValueError):
     """A state that is undamaged, but has other arrays than those that are expected."""
@@ -26,7 +28,7 @@ def pack(state: PyTree) -> tuple[np.ndarray, dict[str, list]]:
     Raises:
       FloatingPointError: an array has numbers that are not finite.
     """
-    arrays = jax.device_get({name: _numbers(leaf) for name, leaf in _by_path(state).items()})
+    arrays = jax.device_get({name: numbers_of(leaf) for name, leaf in _by_path(state).items()})
     packed = np.empty(1 + sum(array.nbytes for array in arrays.values()), np.uint8)
     packed[-1], at, layout = 0, 0, {}  # the last because Orbax takes no empty array
     for name, array in arrays.items():
@@ -53,7 +55,7 @@ def unpack(packed: np.ndarray, layout: Mapping[str, list], like: PyTree) -> PyTr
         raise UnlikeError(f"array {min(other)!r} is missing or unexpected")
     leaves, at = {}, 0
     for name, (dtype, shape, checksum) in layout.items():
-        wanted = jax.eval_shape(_numbers, expected[name])
+        wanted = jax.eval_shape(numbers_of, expected[name])
         if (dtype, tuple(shape)) != (str(wanted.dtype), wanted.shape):
             raise UnlikeError(
                 f"array {name!r}: expected {wanted.dtype} of shape {wanted.shape}, "
@@ -73,9 +75,3 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
     """The arrays of a tree by their paths in it."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
-
-
-def _numbers(array: jax.Array) -> jax.Array:
-    """The array, or the numbers of random keys."""
-    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(array) if is_key else array

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from runs import ROOT
 
+from dhp_jax.distributed import processes as sharing
 from dhp_jax.distributed.mesh import (
     arrange,
     axis_sizes,
@@ -417,6 +418,20 @@ def test_gpus_of_several_hosts_make_a_mesh_host_by_host(sizes):
 
 def test_the_topology_orders_the_devices_where_it_can():
     assert [device.id for device in arrange(tpus(2, 4), (8, 1)).flat] == [0, 1, 2, 3, 7, 6, 5, 4]
+
+
+def test_what_the_first_process_has_read_comes_to_the_others_random_keys_too(monkeypatch):
+    sent = []
+    monkeypatch.setattr(sharing, "are_several", lambda: True)
+    monkeypatch.setattr(
+        sharing, "_bytes_from_first", lambda content: sent.append(content) or sent[0]
+    )
+    tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "key": jax.random.key(7)}
+    like = jax.eval_shape(lambda: {"a": jnp.zeros((2, 3)), "key": jax.random.key(0)})
+    for theirs in (tree, None):  # of the first process, and of another one
+        found = sharing.arrays_from_first(theirs, like)
+        np.testing.assert_array_equal(found["a"], tree["a"])
+        assert found["key"] == tree["key"]
 
 
 SHARED = """
