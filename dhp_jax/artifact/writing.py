@@ -26,7 +26,7 @@ from dhp_jax.artifact.arrays import (
 from dhp_jax.artifact.description import FORMAT, VERSION
 from dhp_jax.artifact.reading import parse_description
 from dhp_jax.artifact.traced import cuts_as_json, table_as_json
-from dhp_jax.core.latent import check_module, has_gates, latents
+from dhp_jax.core.latent import has_gates, latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.errors import shown
 from dhp_jax.files import put, unfinished, write
@@ -66,7 +66,6 @@ def save(
     Example:
       >>> dhp.save("out/", small, input_shape=(32, 32, 3), test_error=8.46)
     """
-    check_module(model)
     path = Path(os.path.realpath(os.path.expanduser(path)))
     if not may_hold(path):
         raise FileExistsError(

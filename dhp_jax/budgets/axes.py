@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
-from dhp_jax.core.latent import Axis, check_module, latents, walk
+from dhp_jax.core.latent import Axis, latents, walk
 from dhp_jax.core.plain import Prunable
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
@@ -75,7 +75,6 @@ def _check_widths(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
     Every latent loses channels, and any two lose different numbers of them at least once. Its
     errors name the latents; of the order of channels it sees nothing.
     """
-    check_module(model)
     check_input_shape(input_shape)
     check_no_batch(model, input_shape)
     sizes = {name: z.size for name, z in latents(model).items()}

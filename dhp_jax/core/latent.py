@@ -247,8 +247,6 @@ def check_module(model: object) -> None:
 
 def latents_to_prune(model: nnx.Module) -> dict[str, Latent]:
     """The latents of a network, of which there must be some."""
-    if not isinstance(model, nnx.Module):
-        raise ValueError(f"model: expected a network with latents, got {shown(model)}")
     found = latents(model)
     if not found:
         raise ValueError(
@@ -269,6 +267,7 @@ def walk(model: nnx.Module) -> Iterator[tuple[str, nnx.Module | None, nnx.Module
 
     A module that several parents share is yielded once, under its shortest path.
     """
+    check_module(model)
     seen = {id(model)}
     level: list[tuple[str, nnx.Module | None, nnx.Module]] = [("", None, model)]
     while level:

@@ -1,6 +1,6 @@
 """Pruning: layers on latents are replaced by smaller plain layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 import functools
 from typing import Any
@@ -13,6 +13,7 @@ from dhp_jax.core.latent import Axis, latents, latents_to_prune, modules_in
 from dhp_jax.core.plain import Model, Prunable
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.core.survivors import Masks
+from dhp_jax.errors import shown
 
 
 def prune(model: Model, keep: Masks | None = None) -> Model:
@@ -113,6 +114,8 @@ def _overriding(kind: type, methods: tuple[tuple[str, Callable[..., Any]], ...])
 
 def check_masks(model: nnx.Module, keep: Masks) -> None:
     """Raises unless every latent has a mask of its size that keeps what may not be pruned."""
+    if not isinstance(keep, Mapping):
+        raise ValueError(f"keep: expected masks by latent, got {shown(keep)}")
     expected = latents_to_prune(model) if keep else latents(model)
     for name in [*(n for n in keep if n not in expected), *(n for n in expected if n not in keep)]:
         what = "has no mask for latent" if name in expected else "has a mask for unknown latent"

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from dhp_jax.core.latent import check_module, latents, modules_by_path, walk
+from dhp_jax.core.latent import latents, modules_by_path, walk
 from dhp_jax.core.layers import ChannelBias
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
@@ -66,7 +66,6 @@ def fold(model: Model, input_shape: tuple[Any, ...]) -> Model:
     Example:
       >>> fast = dhp.fold(small, (32, 32, 3))
     """
-    check_module(model)
     check_input_shape(input_shape)
     return fold_for_batch(model, (1, *input_shape))
 

@@ -9,7 +9,7 @@ from flax import nnx
 import numpy as np
 
 from dhp_jax.core.hypernet import HypernetArrays
-from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, check_module, latents, walk
+from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Keep, Model, Prunable, select_entries, slice_axis
 from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
@@ -70,7 +70,6 @@ def with_latents(
       >>> again = dhp.with_latents(dhp.load("runs/resnet56/model"), rngs=nnx.Rngs(1))
     """
     if inputs is not None:
-        check_module(model)
         if latents(model):
             raise ValueError("model: expected a network without latents; prune(model) makes one")
         return traced(

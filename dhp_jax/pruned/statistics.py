@@ -44,6 +44,8 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
 
     Reference: Wu, Johnson, Rethinking "Batch" in BatchNorm, 2021 (arXiv 2105.07576), section 3.
     """
+    if hasattr(batches, "shape"):
+        raise ValueError(f"batches: expected several, such as [x]; got shape {batches.shape}")
     norms = _norms(model)
     if not norms:
         raise ValueError(

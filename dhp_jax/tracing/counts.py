@@ -12,7 +12,7 @@ import numpy as np
 
 from dhp_jax.core.activations import ReLU
 from dhp_jax.core.cost import Cost, LayerCost, Product, Width, layer_terms
-from dhp_jax.core.latent import Axis, Latent, check_module, latents
+from dhp_jax.core.latent import Axis, Latent, latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.tracing.analysis import solve
 from dhp_jax.tracing.flow import Axes, Flow
@@ -74,7 +74,6 @@ def measure_cost(model: nnx.Module, input_shape: Any, *, call: Call | None = Non
       >>> cost.flops, cost.params, cost.activations
       (41214592, 272474, 1605672)
     """
-    check_module(model)
     table = architecture_of(model).axes
     if table is not None:
         call = call or table.call or default_call

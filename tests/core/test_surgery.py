@@ -342,3 +342,12 @@ def test_masks_that_do_not_fit_are_refused(change, message):
     change(masks)
     with pytest.raises(ValueError, match=re.escape(message)):
         cut(model, masks)
+
+
+def test_what_is_no_network_or_no_masks_by_name_is_refused():
+    model = filled(Mixed)
+    with pytest.raises(ValueError, match=r"^keep: expected masks by latent, got \[array"):
+        dhp.prune(model, list(keep_all(model).values()))
+    for wrong in (dhp.prune, dhp.latents, dhp.survivors, dhp.check_axes):
+        with pytest.raises(ValueError, match=r"^model: expected an nnx.Module, got \{\}$"):
+            wrong({}, *[(3,)] * (wrong is dhp.check_axes))

@@ -113,6 +113,10 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"^batches: expected at least one batch, got none"):
         dhp.renew_statistics(Two(nnx.Rngs(0)), [])
     x = np.ones((4, 3), np.float32)
+    with pytest.raises(ValueError, match=r"^batches: expected several, .* got shape \(4, 3\)$"):
+        dhp.renew_statistics(Two(nnx.Rngs(0)), x)
+    with pytest.raises(ValueError, match=r"^model: expected an nnx.Module, got \{\}$"):
+        dhp.renew_statistics({}, [x])
     with pytest.raises(ValueError, match=r"^batches: expected arrays, .* shape=\(0, 3\)"):
         dhp.renew_statistics(Two(nnx.Rngs(0)), [x, x[4:]])
     with pytest.raises(ValueError, match=r"^batches: expected finite .* 'first' sees NaN or infin"):
