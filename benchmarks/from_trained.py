@@ -923,6 +923,7 @@ def begin(parser: argparse.ArgumentParser, options: argparse.Namespace, *modules
     size = replace(size, **{name: value for name, value in given.items() if value is not None})
     if size.updates % size.segment:
         parser.error(f"--updates: expected a multiple of {size.segment}, got {size.updates}")
+    dhp.keep_memory()  # as runs do
     bench = Bench(options, size)
     bench.write(
         name="begin",

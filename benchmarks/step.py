@@ -6,6 +6,7 @@ many steps a dispatch as runs take on the device. With `--trained` also the step
 trained weights (`dhp.fade_to_budget`) against the plain one. With `--torch` also against the search
 step in PyTorch (see torch_search.py), which has to be installed, checks no budget, and waits for
 its device as often; `--torch compiled` needs what `torch.compile` needs, on CPU a C++ compiler.
+PyTorch is in a process of its own. With `--torch-keeps` that one keeps its memory, as ours does.
 
     python benchmarks/step.py                # ResNet-20 and ResNet-56, batch 64
     python benchmarks/step.py --torch eager --networks mobilenet_v2 dncnn --batches 64 256
@@ -15,6 +16,8 @@ its device as often; `--torch compiled` needs what `torch.compile` needs, on CPU
 
 import argparse
 from collections.abc import Callable
+import multiprocessing
+from multiprocessing.connection import Connection
 import os
 
 from flax import nnx
@@ -31,12 +34,14 @@ NOTE = (
     "Median of interleaved dispatches, each divided by its steps, quartiles in parentheses; the "
     "ratio is that of each round. The search step checks its budget, PyTorch's does not."
 )
+KEEPS = " PyTorch's process keeps its memory by `dhp.keep_memory()`, too, which is not its default."
 TRAINED = " Trained: the step of a search from trained weights, with gates."
 
 
 def main() -> None:
     arguments = parser(__doc__, ["resnet20", "resnet56"], 20, "dispatches of each kind that count")
     arguments.add_argument("--torch", nargs="+", choices=("eager", "compiled"), default=[])
+    arguments.add_argument("--torch-keeps", action="store_true", help="dhp.keep_memory() for it")
     arguments.add_argument("--trained", action="store_true", help="the search from trained weights")
     arguments.add_argument("--batches", nargs="+", type=positive, default=[64])
     arguments.add_argument(
@@ -49,19 +54,20 @@ def main() -> None:
     options = arguments.parse_args()
     if options.torch:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two share a GPU
+    dhp.keep_memory()  # as runs do
     options.steps = options.steps or steps_per_dispatch()
     check_torch(arguments, options)
     if options.quick:
         options.networks, options.batches, options.rounds = [QUICK], [4], 3
     kinds = [*(["torch"] * bool(options.torch)), *options.torch, *(["trained"] * options.trained)]
-    name = "_".join(["step", *kinds])
+    name = "_".join(["step", *kinds, *(["keeping"] * options.torch_keeps)])
     title = " and PyTorch's ".join(["Search step against the plain network's", *options.torch])
     rows = (
         measure(NETWORKS[name], batch, options)
         for name in options.networks
         for batch in options.batches
     )
-    note = NOTE + TRAINED * options.trained
+    note = NOTE + TRAINED * options.trained + KEEPS * options.torch_keeps
     publish_each(options.out, name, f"{title} step", note, rows, as_table)
 
 
@@ -90,12 +96,8 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> dict:
         gated = dhp.with_gates(dhp.prune(model), rngs=nnx.Rngs(0))
         steps["trained"] = stepper(network, gated, batch, options.steps, fades=True)
     for how in options.torch:
-        import torch_search
-
-        compiled = how == "compiled"
-        steps[f"torch {how}"] = torch_search.stepper(
-            network, batch, options.steps, compiled=compiled
-        )
+        given = network, batch, options.steps, how == "compiled", options.torch_keeps
+        steps[f"torch {how}"] = torch_stepper(*given)
     seconds = time_in_turn(steps, options.rounds, options.seconds, each=options.steps)
     row = {"network": network.label, "batch": batch}
     row |= {"steps_per_dispatch": options.steps, "rounds": len(seconds["search"])}
@@ -106,6 +108,35 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> dict:
     if options.trained:
         row["trained_to_plain"] = ratio(seconds["trained"], seconds["plain"])
     return row
+
+
+def torch_stepper(*given: object) -> Callable[[], None]:
+    """`torch_search.stepper` in a process of its own, for what it takes; see `serve_torch`."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=serve_torch, args=(there, *given), daemon=True).start()
+    here.recv()
+
+    def dispatch() -> None:
+        here.send(None)
+        here.recv()
+
+    return dispatch
+
+
+def serve_torch(
+    pipe: Connection, network: Network, batch: int, steps: int, compiled: bool, keeps: bool
+) -> None:
+    """Takes the steps whenever it is told to, and says when they are done."""
+    import torch_search
+
+    if keeps:
+        dhp.keep_memory()
+    dispatch = torch_search.stepper(network, batch, steps, compiled=compiled)
+    while True:
+        pipe.send(None)
+        pipe.recv()
+        dispatch()
 
 
 def ratio(seconds: list[float], others: list[float]) -> dict:

@@ -4,6 +4,7 @@ from dhp_jax import models
 from dhp_jax.artifact.reading import load
 from dhp_jax.artifact.writing import save
 from dhp_jax.backend.inference import inference
+from dhp_jax.backend.memory import keep_memory
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.before_and_after import Summary, summary
@@ -90,6 +91,7 @@ __all__ = [
     "group_scores",
     "hyper_kernel",
     "inference",
+    "keep_memory",
     "l1_scores",
     "l2_scores",
     "latents",

@@ -19,6 +19,7 @@ from dhp_jax import cli
 from dhp_jax.activity import doing
 from dhp_jax.artifact.arrays import DESCRIPTION
 from dhp_jax.backend.inference import inference
+from dhp_jax.backend.memory import keep_memory
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.data.decode import COLOUR, GRAY, decode, open_image
 from dhp_jax.errors import FieldError
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     for file in options.images:
         if file.is_dir():
             raise ValueError(f"images: expected files, such as {file}/*; got the folder {file}")
+    keep_memory()
     saved = cli.opened(options.model, options.which, options.build)
     _check_task(saved)
     if saved.task == LABELS:

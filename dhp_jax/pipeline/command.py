@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dhp_jax.activity import program, told_when_silent
 from dhp_jax.backend.cache import keep_compiled, long_compilations
+from dhp_jax.backend.memory import keep_memory
 from dhp_jax.cli import expanded
 from dhp_jax.config.checks import check_overrides
 from dhp_jax.config.from_file import find_config, read_config
@@ -181,6 +182,7 @@ def prepare(options: flags.FlagValues, bar: ProgressBar) -> list[Run]:
     if options.baseline is not None:
         read_baseline(options.baseline)
     keep_compiled(options.compilation_cache)
+    keep_memory()
     if is_first() and sys.stderr.isatty():  # what follows takes seconds
         network = f"{network_name(options.config.model)} on {options.config.data.name}"
         print(f"checking   {network}, for {options.workdir}", file=sys.stderr, flush=True)
