@@ -16,9 +16,11 @@ PyTorch is in a process of its own. With `--torch-keeps` that one keeps its memo
 
 import argparse
 from collections.abc import Callable
+import contextlib
 import multiprocessing
 from multiprocessing.connection import Connection
 import os
+import resource
 
 from flax import nnx
 import jax
@@ -34,6 +36,7 @@ NOTE = (
     "Median of interleaved dispatches, each divided by its steps, quartiles in parentheses; the "
     "ratio is that of each round. The search step checks its budget, PyTorch's does not."
 )
+FREED = " Without `dhp.keep_memory()`."
 KEEPS = " PyTorch's process keeps its memory by `dhp.keep_memory()`, too, which is not its default."
 TRAINED = " Trained: the step of a search from trained weights, with gates."
 
@@ -41,6 +44,7 @@ TRAINED = " Trained: the step of a search from trained weights, with gates."
 def main() -> None:
     arguments = parser(__doc__, ["resnet20", "resnet56"], 20, "dispatches of each kind that count")
     arguments.add_argument("--torch", nargs="+", choices=("eager", "compiled"), default=[])
+    arguments.add_argument("--memory", choices=("kept", "default"), default="kept", help="of ours")
     arguments.add_argument("--torch-keeps", action="store_true", help="dhp.keep_memory() for it")
     arguments.add_argument("--trained", action="store_true", help="the search from trained weights")
     arguments.add_argument("--batches", nargs="+", type=positive, default=[64])
@@ -54,13 +58,15 @@ def main() -> None:
     options = arguments.parse_args()
     if options.torch:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two share a GPU
-    dhp.keep_memory()  # as runs do
+    if options.memory == "kept":  # as runs do
+        dhp.keep_memory()
     options.steps = options.steps or steps_per_dispatch()
     check_torch(arguments, options)
     if options.quick:
         options.networks, options.batches, options.rounds = [QUICK], [4], 3
     kinds = [*(["torch"] * bool(options.torch)), *options.torch, *(["trained"] * options.trained)]
     name = "_".join(["step", *kinds, *(["keeping"] * options.torch_keeps)])
+    name += "_default_memory" * (options.memory == "default")
     title = " and PyTorch's ".join(["Search step against the plain network's", *options.torch])
     rows = (
         measure(NETWORKS[name], batch, options)
@@ -68,6 +74,7 @@ def main() -> None:
         for batch in options.batches
     )
     note = NOTE + TRAINED * options.trained + KEEPS * options.torch_keeps
+    note += FREED * (options.memory == "default")
     publish_each(options.out, name, f"{title} step", note, rows, as_table)
 
 
@@ -99,7 +106,7 @@ def measure(network: Network, batch: int, options: argparse.Namespace) -> dict:
         given = network, batch, options.steps, how == "compiled", options.torch_keeps
         steps[f"torch {how}"] = torch_stepper(*given)
     seconds = time_in_turn(steps, options.rounds, options.seconds, each=options.steps)
-    row = {"network": network.label, "batch": batch}
+    row = {"network": network.label, "batch": batch, "page_faults": page_faults(steps["search"])}
     row |= {"steps_per_dispatch": options.steps, "rounds": len(seconds["search"])}
     for kind, values in seconds.items():
         name = kind.replace(" ", "_")
@@ -133,10 +140,18 @@ def serve_torch(
     if keeps:
         dhp.keep_memory()
     dispatch = torch_search.stepper(network, batch, steps, compiled=compiled)
-    while True:
-        pipe.send(None)
-        pipe.recv()
-        dispatch()
+    with contextlib.suppress(EOFError):  # until the process that asks has ended
+        while True:
+            pipe.send(None)
+            pipe.recv()
+            dispatch()
+
+
+def page_faults(dispatch: Callable[[], None]) -> int:
+    """Of this process during a dispatch."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    dispatch()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def ratio(seconds: list[float], others: list[float]) -> dict:
