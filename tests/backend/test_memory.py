@@ -40,4 +40,4 @@ def test_calls_use_the_memory_of_those_before():
         pytest.skip("another platform or C library")
     assert faults_by_default > CALLS * 1000  # 64 MB and more of each call, in pages of 4 kB
     assert faults < 0.1 * faults_by_default
-    assert added < 32_000
+    assert added < 100_000  # what lives longer may part a block: one more, of 64 MB
