@@ -5,20 +5,20 @@ import sys
 
 import pytest
 
-CALLS = 10
+CALLS = 40
 PROGRAM = """
 import resource, sys
 import jax, jax.numpy as jnp, numpy as np
 import dhp_jax as dhp
 
 kept = dhp.keep_memory() if sys.argv[1] == "kept" else None
-twice = jax.jit(lambda x: jnp.cumsum(jnp.cumsum(x)[::-1]).sum())  # two temporary arrays
-x, others = jnp.ones(2**23), []
+twice = jax.jit(lambda x, w: (jnp.sin(x @ w) @ w).max())  # two temporary arrays of 64 MB
+given, others = (jnp.ones((2**19, 32)), jnp.ones((32, 32))), []
 for _ in range(3):
-    twice(x).block_until_ready()
+    twice(*given).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF)
 for _ in range({calls}):
-    twice(x).block_until_ready()
+    twice(*given).block_until_ready()
     others.append(np.ones(1000))  # what lives longer lies between blocks
 after = resource.getrusage(resource.RUSAGE_SELF)
 print(kept, after.ru_minflt - before.ru_minflt, after.ru_maxrss - before.ru_maxrss)
@@ -39,5 +39,5 @@ def test_calls_use_the_memory_of_those_before():
     if kept != "True":
         pytest.skip("another platform or C library")
     assert faults_by_default > CALLS * 1000  # 64 MB and more of each call, in pages of 4 kB
-    assert faults < 0.1 * faults_by_default
-    assert added < 100_000  # what lives longer may part a block: one more, of 64 MB
+    assert faults < 0.3 * faults_by_default
+    assert added < 800_000  # what lives longer may part a few blocks of 64 MB, not one a call
