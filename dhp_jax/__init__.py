@@ -49,6 +49,7 @@ from dhp_jax.core.layers import (
 )
 from dhp_jax.core.plain import Prunable
 from dhp_jax.core.survivors import survivors
+from dhp_jax.models.linen import FromLinen, pruned_linen
 from dhp_jax.prox import prox_l1, prox_l2
 from dhp_jax.pruned.classifier import with_classes
 from dhp_jax.pruned.fold import fold
@@ -68,6 +69,7 @@ __all__ = [
     "Bias",
     "BudgetError",
     "Cost",
+    "FromLinen",
     "GroupNorm",
     "HyperConv",
     "HyperConvTranspose",
@@ -107,6 +109,7 @@ __all__ = [
     "prunable_latents",
     "prune",
     "prune_to",
+    "pruned_linen",
     "random_scores",
     "renew_statistics",
     "repeat",

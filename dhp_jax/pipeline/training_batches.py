@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 from dhp_jax.activity import doing
 from dhp_jax.config.methods import PHASES
 from dhp_jax.pipeline.preparation import Run
-from dhp_jax.pruned.statistics import renew_statistics
+from dhp_jax.pruned.statistics import has_batch_norm, renew_statistics
 from dhp_jax.tasks.task import Data, Examples
 from dhp_jax.train.inputs import make_inputs
 
@@ -47,7 +47,7 @@ def batches(run: Run, data: Data, examples: int) -> Any:
 @doing("measuring the statistics of BatchNorm again", "what measures statistics of BatchNorm")
 def renew(run: Run, model: nnx.Module, data: Data) -> bool:
     """Measures the statistics of a network anew, in place; whether it has any."""
-    if not any(isinstance(layer, nnx.BatchNorm) for _, layer in nnx.iter_modules(model)):
+    if not has_batch_norm(model):
         return False
     renew_statistics(model, (images for images, _ in batches(run, data, EXAMPLES)))
     return True

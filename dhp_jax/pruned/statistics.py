@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from flax import nnx
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -12,6 +13,7 @@ import numpy as np
 from dhp_jax.core.latent import walk
 from dhp_jax.core.surgery import override
 from dhp_jax.errors import shown
+from dhp_jax.models.linen import FromLinen
 
 
 def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
@@ -29,13 +31,13 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
     keeps its own. Dropout is off.
 
     Args:
-      model: any network with `nnx.BatchNorm` layers, pruned or not; changed in place, its mode
-        stays.
+      model: any network with `nnx.BatchNorm` layers, or those of `flax.linen`, pruned or not;
+        changed in place, its mode stays.
       batches: what the model takes, such as images of shape `(n, h, w, c)`, augmented as in
         training; some thousand examples in all. Batches of another shape are compiled for again.
 
     Raises:
-      ValueError: a network without `nnx.BatchNorm` layers, no batches or an empty one, or a layer
+      ValueError: a network without BatchNorm layers, no batches or an empty one, or a layer
         that sees NaN or infinity; nothing is changed then.
 
     Example:
@@ -49,7 +51,7 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
     norms = _norms(model)
     if not norms:
         raise ValueError(
-            f"model: expected a network with nnx.BatchNorm layers, got {type(model).__name__}"
+            f"model: expected a network with BatchNorm layers, got {type(model).__name__}"
         )
     graphdef, state = nnx.split(_measuring(model))
 
@@ -81,8 +83,19 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
             norm.var.set_value(jnp.asarray(variance, norm.var[...].dtype))
 
 
-def _norms(model: nnx.Module) -> dict[str, nnx.BatchNorm]:
-    return {path: layer for path, _, layer in walk(model) if isinstance(layer, nnx.BatchNorm)}
+def has_batch_norm(model: nnx.Module) -> bool:
+    """Whether a network has BatchNorm layers, of `flax.nnx` or of `flax.linen`."""
+    return bool(_norms(model))
+
+
+def _norms(model: nnx.Module) -> dict[str, Any]:
+    """What holds the mean and variance of each BatchNorm, by its path."""
+    found = {path: layer for path, _, layer in walk(model) if isinstance(layer, nnx.BatchNorm)}
+    for path, _, network in walk(model):
+        if isinstance(network, FromLinen):
+            for inner, layer in network.batch_norms().items():
+                found[".".join([path, *inner] if path else inner)] = layer
+    return found
 
 
 def _measuring(model: nnx.Module) -> nnx.Module:
@@ -90,10 +103,14 @@ def _measuring(model: nnx.Module) -> nnx.Module:
     copy = nnx.clone(model)
     copy.eval()
     for norm in _norms(copy).values():
-        norm.momentum = 0.0
         for name in ("mean", "var", "seen"):
             setattr(norm, name, nnx.BatchStat(jnp.zeros(norm.mean.shape)))
-        override(norm, __call__=_measure)
+        if isinstance(norm, nnx.BatchNorm):
+            norm.momentum = 0.0
+            override(norm, __call__=_measure)
+    for _, _, network in walk(copy):
+        if isinstance(network, FromLinen):
+            override(network, __call__=_measure_linen)
     return copy
 
 
@@ -101,10 +118,36 @@ def _measure(call: Any, norm: nnx.BatchNorm, x: Array, *_: Any, **options: Any) 
     """Normalises with the statistics of a batch, and adds them to those of the calls before."""
     before = norm.seen[...], norm.mean[...], norm.var[...]
     output = call(norm, x, **options | {"use_running_average": False})
-    mean, variance = norm.mean[...], norm.var[...]
-    n = x.size // mean.size
+    _add(norm, before, x.size, norm.mean[...], norm.var[...])
+    return output
+
+
+def _measure_linen(call: Any, network: FromLinen, *args: Any, **options: Any) -> Any:
+    """The same for the BatchNorms of `flax.linen` in a network."""
+    norms = network.batch_norms()
+
+    def measured(method: Any, given: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if not isinstance(module, linen.BatchNorm) or module.path not in norms:
+            return method(*given, **kwargs)
+        x, norm = given[0], norms[module.path]
+        kept = {axis % x.ndim for axis in np.atleast_1d(module.axis).tolist()}
+        others = tuple(axis for axis in range(x.ndim) if axis not in kept)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean, variance = wide.mean(others), wide.var(others)
+        _add(norm, (norm.seen[...], norm.mean[...], norm.var[...]), x.size, mean, variance)
+        variables = {**module.variables, "batch_stats": {"mean": mean, "var": variance}}
+        alone = module.clone(parent=None, name=None, use_running_average=None)
+        return alone.apply(variables, x, **kwargs | {"use_running_average": True})
+
+    with linen.intercept_methods(measured):
+        return call(network, *args, **options)
+
+
+def _add(norm: Any, before: tuple[Array, ...], size: int, mean: Array, variance: Array) -> None:
+    """Stores the moments of all that was seen: before, and `size` numbers of these moments."""
+    n = size // mean.size
     share, apart = n / (before[0] + n), mean - before[1]
     norm.seen[...] = before[0] + n
     norm.mean[...] = before[1] + share * apart
     norm.var[...] = before[2] + share * (variance - before[2] + (1 - share) * apart**2)
-    return output

@@ -242,6 +242,11 @@ class _TracedCount:
         self.program, self.calls, _, _ = _traced(model, input_shape, call, _has_arrays)
         self.flow: Flow | None = None
         self.owner: dict[int, str] = {}
+        self.holders = {
+            ".".join(map(str, path))
+            for path, module in nnx.iter_modules(model)
+            if isinstance(module, nnx.Dict)
+        }
         if table is not None:
             self._solve()
 
@@ -265,7 +270,8 @@ class _TracedCount:
         """The sum over all calls of layers, and what belongs to none."""
         by_call: dict[Any, list[Operation]] = {}
         for operation in costly_operations(self.program.closed.jaxpr):
-            key = operation.call if operation.call is not None else ("other", len(by_call))
+            key = operation.call if operation.call is not None else self._holder(operation)
+            key = ("operation", len(by_call)) if key is None else key
             by_call.setdefault(key, []).append(operation)
         params = self._params()
         layers, last = [], {call.path: number for number, call in enumerate(self.calls)}
@@ -281,6 +287,11 @@ class _TracedCount:
         for path, own in params.items():
             layers.append(replace(_params_only(path, "Param", own[0]), params_terms=own))
         return Cost(tuple(layers), dict(self.table.sizes) if self.table else {})
+
+    def _holder(self, operation: Operation) -> str | None:
+        """The mapping of arrays that the scopes of an operation name, as `flax.linen` does."""
+        paths = (".".join(operation.scope[at:]) for at in range(len(operation.scope)))
+        return next((path for path in paths if path in self.holders), None)
 
     def _layer(self, key: Any, operations: list[Operation]) -> LayerCost:
         found = self.calls[key] if isinstance(key, int) else None
@@ -300,7 +311,7 @@ class _TracedCount:
             flops.append(product)
             nbytes = jnp.dtype(out.aval.dtype).itemsize
             activations.append(Product(nbytes * operation.times, widths))
-        path = found.path if found else f"operation {key[1]}"
+        path = found.path if found else key if isinstance(key, str) else f"operation {key[1]}"
         kind = type(found.layer).__name__ if found else operations[0].eqn.primitive.name
         return LayerCost(path, kind, *ends, tuple(flops), (), tuple(activations))
 
@@ -324,7 +335,7 @@ class _TracedCount:
     def _params(self) -> dict[str, tuple[Product, ...]]:
         """By the path of its module the params that the program reads."""
         used = used_inputs(self.program.closed.jaxpr)
-        modules = {call.path for call in self.calls}
+        modules = {call.path for call in self.calls} | self.holders
         flat = nnx.to_flat_state(self.program.state)
         found: dict[str, tuple[Product, ...]] = {}
         for (path, leaf), variable in zip(flat, self.program.closed.jaxpr.invars, strict=False):

@@ -61,12 +61,14 @@ class Operation(NamedTuple):
       context: of the program that it stands in.
       call: number of the call that it belongs to; `None` if of no layer.
       times: how often it runs.
+      scope: the names of `jax.named_scope` around it, from the outermost on.
     """
 
     eqn: JaxprEqn
     context: Context
     call: int | None
     times: int
+    scope: tuple[str, ...]
 
 
 def mark_calls(model: nnx.Module, is_layer: Callable[[nnx.Module], bool]) -> list[LayerCall]:
@@ -121,7 +123,11 @@ def _marked_call(call: Callable[..., Any], layer: nnx.Module, *args: Any, **opti
 
 
 def costly_operations(
-    jaxpr: Jaxpr, context: Context = (), times: int = 1, call: int | None = None
+    jaxpr: Jaxpr,
+    context: Context = (),
+    times: int = 1,
+    call: int | None = None,
+    scope: tuple[str, ...] = (),
 ) -> Iterator[Operation]:
     """Contractions, convolutions and marks of a program, wherever they stand.
 
@@ -132,17 +138,18 @@ def costly_operations(
     """
     for number, eqn in enumerate(jaxpr.eqns):
         name, inner = eqn.primitive.name, (*context, number)
-        scopes = _SCOPE.findall(str(eqn.source_info.name_stack))
-        own = int(scopes[-1]) if scopes else call
+        names = (*scope, *str(eqn.source_info.name_stack).split("/"))
+        calls = _SCOPE.findall("/".join(names[len(scope) :]))
+        own = int(calls[-1]) if calls else call
         if name in SUMMING:
-            yield Operation(eqn, context, own, times)
+            yield Operation(eqn, context, own, times, names)
         elif name == "layer_output":
-            yield Operation(eqn, context, eqn.params["call"], times)
+            yield Operation(eqn, context, eqn.params["call"], times, names)
         elif name in CALLS:
-            yield from costly_operations(inner_program(eqn)[0], inner, times, own)
+            yield from costly_operations(inner_program(eqn)[0], inner, times, own, names)
         elif name == "scan":
             runs = times * eqn.params["length"]
-            yield from costly_operations(eqn.params["jaxpr"].jaxpr, inner, runs, own)
+            yield from costly_operations(eqn.params["jaxpr"].jaxpr, inner, runs, own, names)
         elif name == "while":
             body = eqn.params["body_jaxpr"].jaxpr
             if any(found.eqn.primitive.name in SUMMING for found in costly_operations(body, inner)):
@@ -152,7 +159,7 @@ def costly_operations(
                 )
         elif name == "cond":
             branches = [
-                list(costly_operations(branch.jaxpr, (*inner, n), times, own))
+                list(costly_operations(branch.jaxpr, (*inner, n), times, own, names))
                 for n, branch in enumerate(eqn.params["branches"])
             ]
             yield from max(branches, key=lambda found: sum(map(_numbers, found)))

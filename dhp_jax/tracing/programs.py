@@ -5,6 +5,7 @@ import contextlib
 import os
 from typing import Any, NamedTuple
 
+import flax
 from flax import nnx
 import jax
 from jax._src import source_info_util  # where an operation comes from; there is no public way
@@ -26,10 +27,13 @@ _CALLS = """
 """
 CALLS = frozenset(_CALLS.split())
 _LIBRARIES = tuple(
-    os.path.dirname(module.__file__) + os.sep for module in (jax, nnx) if module.__file__
+    os.path.dirname(module.__file__) + os.sep for module in (jax, flax) if module.__file__
 )
 _LIBRARY = os.path.dirname(os.path.dirname(__file__))
-_OWN = tuple(os.path.join(_LIBRARY, part) + os.sep for part in ("tracing", "core"))
+_OWN = tuple(
+    os.path.join(_LIBRARY, *part)
+    for part in (["tracing", ""], ["core", ""], ["models", "linen.py"])
+)
 
 
 class UntraceableError(ArgumentError):

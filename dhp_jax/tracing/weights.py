@@ -14,7 +14,7 @@ from dhp_jax.tracing.network import variables_of
 from dhp_jax.tracing.reads import read_axes
 from dhp_jax.tracing.table import LatentTable
 
-NORMS = nnx.BatchNorm | nnx.GroupNorm | nnx.LayerNorm | nnx.RMSNorm
+NORMS = nnx.BatchNorm | nnx.GroupNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.Dict  # of flax.linen
 MADE, READ, SCALED = "made", "read", "scaled"  # what an array does with channels
 Entries = list[tuple[Latent, int] | None]
 

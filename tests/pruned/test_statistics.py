@@ -105,7 +105,7 @@ def test_layers_that_are_stacked_and_scanned_have_statistics_each():
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match=r"^model: expected a network with nnx.BatchNorm layers"):
+    with pytest.raises(ValueError, match=r"^model: expected a network with BatchNorm layers"):
         dhp.renew_statistics(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [jnp.ones((1, 2))])
     labelled = (jnp.ones((1, 4, 4, 3)), jnp.ones(1))
     with pytest.raises(ValueError, match=r"^batches: expected arrays, without labels; got \("):

@@ -1,0 +1,189 @@
+"""Networks of flax.linen as networks of flax.nnx, and variables of pruned ones in flax.linen."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import functools
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from flax import nnx
+from flax.core import meta, unfreeze
+import flax.linen as linen
+from flax.traverse_util import flatten_dict, unflatten_dict
+import jax
+import jax.numpy as jnp
+
+from dhp_jax.errors import ArgumentError, shown
+
+PARAMS = "params"
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+Path = tuple[str, ...]
+
+
+class FromLinen(nnx.Module):
+    """A network of `flax.linen` with its variables, as a network of `flax.nnx`.
+
+    It takes what `module.apply` takes after the variables, and computes the same. What takes
+    networks of `flax.nnx` takes it: `dhp.with_latents`, `dhp.prune_to`, `nnx.jit`,
+    `nnx.Optimizer`, `dhp.save`. An array has the path that it has in its collection, such as
+    `Conv_0.kernel`. It begins in evaluation mode.
+
+    Args:
+      module: the network.
+      variables: its collections, as `module.init` returns them: `params`, and what there is beside
+        them, such as `batch_stats`.
+      training: keyword arguments of the call in training mode, such as `{"train": True}`. All
+        collections but `params` may change there.
+      evaluation: those of the call in evaluation mode, such as `{"train": False}`.
+      rngs: streams of random keys for training mode, such as `nnx.Rngs(dropout=0)`.
+
+    Raises:
+      ValueError: no `params` among the variables; two arrays of one path; a path that begins with
+        a name that modules of `flax.nnx` have; no `training` where there is more than `params`.
+
+    Example:
+      >>> net = dhp.FromLinen(module, variables, training={"train": True})
+      >>> net = dhp.with_latents(net, (32, 32, 3))
+      >>> small = dhp.prune_to(net, flops=0.5, by=dhp.l1_scores(net))
+      >>> with dhp.pruned_linen():
+      ...     logits = module.apply(small.variables(), images)
+    """
+
+    def __init__(
+        self,
+        module: linen.Module,
+        variables: Mapping[str, Any],
+        *,
+        training: Mapping[str, Any] | None = None,
+        evaluation: Mapping[str, Any] = NOTHING,
+        rngs: nnx.Rngs | None = None,
+    ):
+        if not isinstance(module, linen.Module):
+            raise ArgumentError("module", "a module of flax.linen", shown(module))
+        if not isinstance(variables, Mapping) or PARAMS not in variables:
+            wanted = "what module.init returns, with its 'params'"
+            raise ArgumentError("variables", wanted, shown(variables))
+        others = sorted(set(variables) - {PARAMS})
+        if others and training is None:
+            wanted = "keyword arguments of the call in training, such as {'train': True}"
+            raise ArgumentError("training", f"{wanted}, for {others[0]!r}", shown(training))
+        self.deterministic, self.rngs = True, rngs
+        own, places = {*dir(type(self)), *vars(self), "linen"}, {}
+        for collection in (PARAMS, *others):
+            kind = nnx.variable_type_from_name(collection, allow_register=True)
+            for path, value in flatten_dict(unfreeze(meta.unbox(variables[collection]))).items():
+                if path in places or path[0] in own:
+                    wanted = "paths of one array each, with other names than nnx.Module has"
+                    raise ArgumentError("variables", wanted, ".".join(path))
+                places[path] = collection
+                _place(self, path, kind(jnp.asarray(value)))
+        self.linen = nnx.static(_Linen(module, places, dict(training or {}), dict(evaluation)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's outputs; keyword arguments come before those of the mode."""
+        module, places, training, evaluation = self.linen.fields
+        if self.deterministic:
+            with pruned_linen():
+                return module.apply(self.variables(), *args, **{**evaluation, **kwargs})
+        changing = sorted({*places.values()} - {PARAMS})
+        keys = {name: stream() for name, stream in self.rngs.items()} if self.rngs else None
+        with pruned_linen():
+            outputs, changed = module.apply(
+                self.variables(), *args, rngs=keys, mutable=changing, **{**training, **kwargs}
+            )
+        for collection, tree in changed.items():
+            for path, value in flatten_dict(unfreeze(tree)).items():
+                if places.get(path) == collection:
+                    _at(self, path).set_value(value)
+        return outputs
+
+    def variables(self) -> dict[str, Any]:
+        """The collections with their arrays, as `module.apply` takes them."""
+        found: dict[str, dict[Path, jax.Array]] = {PARAMS: {}}
+        for path, collection in self.linen.fields.places.items():
+            found.setdefault(collection, {})[path] = _at(self, path)[...]
+        return {collection: unflatten_dict(flat) for collection, flat in found.items()}
+
+    def batch_norms(self) -> dict[Path, nnx.Module]:
+        """What holds the `mean` and `var` of each BatchNorm, by the path of its module."""
+        places = self.linen.fields.places
+        paths = [path[:-1] for path in places if path[-1] == "mean" and len(path) > 1]
+        statistics = [path for path in paths if places.get((*path, "var")) == "batch_stats"]
+        return {path: _at(self, path) for path in statistics}
+
+
+@contextlib.contextmanager
+def pruned_linen() -> Iterator[None]:
+    """Lets modules of `flax.linen` take variables of pruned networks.
+
+    In it a parameter that is there is taken as it is, whatever its shape would be at first.
+    `linen.Conv` counts its groups from its kernel, and `linen.DenseGeneral` its features. Within
+    `jax.jit` it is entered in the function, which is traced later than it is made.
+
+    Returns:
+      A context manager.
+
+    Example:
+      >>> @jax.jit
+      ... def forward(variables, images):
+      ...     with dhp.pruned_linen():
+      ...         return module.apply(variables, images)
+    """
+    with linen.intercept_methods(_with_stored_shapes):
+        yield
+
+
+def _with_stored_shapes(
+    method: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext
+) -> Any:
+    """Calls a method of a module whose parameters have the shapes that are stored."""
+    module = context.module
+    object.__setattr__(module, "param", functools.partial(_param, module))  # it is frozen
+    if context.method_name == "__call__" and module.has_variable(PARAMS, "kernel"):
+        shape = jnp.shape(meta.unbox(module.get_variable(PARAMS, "kernel")))
+        if isinstance(module, linen.Conv):
+            groups = jnp.shape(args[0])[-1] // shape[-2]
+            object.__setattr__(module, "feature_group_count", groups)
+            object.__setattr__(module, "features", shape[-1])
+        elif isinstance(module, linen.DenseGeneral):
+            rank = len(module.features) if isinstance(module.features, tuple | list) else 1
+            object.__setattr__(module, "features", shape[-rank:])
+    return method(*args, **kwargs)
+
+
+def _param(module: linen.Module, name: str, init: Callable[..., Any], *args: Any, **kwargs: Any):
+    """A parameter as it is stored, or with its initial value where there is none."""
+    unbox = kwargs.pop("unbox", True)
+    if module.has_variable(PARAMS, name):
+        stored = meta.unbox(module.get_variable(PARAMS, name))
+        return linen.Module.param(module, name, lambda _: stored, unbox=unbox)
+    return linen.Module.param(module, name, init, *args, unbox=unbox, **kwargs)
+
+
+class _Fields(NamedTuple):
+    module: linen.Module
+    places: dict[Path, str]  # the collection of each path
+    training: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+class _Linen:
+    """What of a network is no array; equal to itself alone, for modules may have no hash."""
+
+    def __init__(self, *fields: Any):
+        self.fields = _Fields(*fields)
+
+
+def _place(module: nnx.Module, path: Path, variable: nnx.Variable) -> None:
+    """Sets a variable at its path, in mappings that are made where there are none."""
+    node: Any = module
+    for name in path[:-1]:
+        if name not in vars(node):
+            setattr(node, name, nnx.Dict())
+        node = getattr(node, name)
+    setattr(node, path[-1], variable)
+
+
+def _at(module: nnx.Module, path: Path) -> Any:
+    """What stands at a path: a variable, or an array that latents generate."""
+    return functools.reduce(getattr, path, module)
