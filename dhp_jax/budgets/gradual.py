@@ -1,6 +1,6 @@
 """A search from trained weights: what a budget has no room for fades away, little by little."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -60,7 +60,8 @@ def fade_to_budget(
 
         1 - (1 - target) (1 - (1 - j / stages)^2)
 
-    Here `c` is what an entry costs in the network that is left: the derivative of its FLOPs by the
+    Of these the ones that still fit come back, the largest first: a costly channel may have taken
+    more than had to go. Here `c` is what an entry costs in the network that is left: the derivative of its FLOPs by the
     width of the latent. (Of several budgets the first counts.) Until the end of the part, `k` steps
     away, every step ends with the proximal step of an l1 norm that brings these entries to zero in
     time:
@@ -168,7 +169,8 @@ def _chosen(
 ) -> Vectors:
     """Which entries stay when a part of the way to the budget is due; usable in jit.
 
-    Every score is tried as a threshold, all at once, and the smallest taken that is within.
+    Every score is tried as a threshold, all at once, and the smallest taken that is within. Then
+    entries that still fit come back, those of the largest scores first.
     """
     # What is zero scores below everything, so that it never comes back.
     worth = _marginal(cost, z, next(iter(budget)))
@@ -180,20 +182,40 @@ def _chosen(
     ranks = jnp.zeros(total, jnp.int32).at[order].set(jnp.arange(total, dtype=jnp.int32))
     ends = np.cumsum([score.size for score in scores.values()])[:-1]
     ranks = dict(zip(scores, jnp.split(ranks, ends), strict=True))
+
+    def within(counts: Mapping[str, Array]) -> Array:
+        shares = cost.shares(cost.sizes | counts)
+        limits = [1 - (1 - target) * (1 - (1 - progress) ** 2) for target in budget.values()]
+        return jnp.all(jnp.stack([shares[m] <= n for m, n in zip(budget, limits, strict=True)]), 0)
+
     removed = jnp.arange(total + 1)  # how many of the smallest go
-    counts: dict[str, Any] = dict(cost.sizes)
-    for name, rank in ranks.items():
-        gone = jnp.searchsorted(jnp.sort(rank), removed)
-        counts[name] = jnp.maximum(rank.size - gone, floors[name])
-    shares = cost.shares({name: jnp.asarray(count) for name, count in counts.items()})
-    within = jnp.ones(removed.shape, bool)
-    for measure, target in budget.items():
-        within &= shares[measure] <= 1 - (1 - target) * (1 - (1 - progress) ** 2)
-    first = jnp.argmax(within.at[-1].set(True))
-    return {
+    counts = {
+        name: jnp.maximum(rank.size - jnp.searchsorted(jnp.sort(rank), removed), floors[name])
+        for name, rank in ranks.items()
+    }
+    first = jnp.argmax(within(counts).at[-1].set(True))
+    keep = {
         name: survivor_mask(rank.astype(jnp.float32), first, floors[name]) & (z[name] != 0)
         for name, rank in ranks.items()
     }
+    return _filled(keep, z, order, within)
+
+
+def _filled(keep: Vectors, z: Vectors, order: Array, within: Callable[..., Array]) -> Vectors:
+    """The entries that stay, and of those in `order`, from its end on, what is there and fits."""
+    names, sizes = list(keep), [mask.size for mask in keep.values()]
+    owner = jnp.asarray(np.repeat(np.arange(len(names)), sizes))
+    kept, there = (jnp.concatenate([tree[name] != 0 for name in names]) for tree in (keep, z))
+
+    def tried(counts: Array, entry: Array) -> tuple[Array, Array]:
+        more = counts.at[owner[entry]].add(1)
+        fits = there[entry] & ~kept[entry] & within(dict(zip(names, more, strict=True)))
+        return jnp.where(fits, more, counts), fits
+
+    counts = jnp.stack([keep[name].sum() for name in names])
+    _, fits = jax.lax.scan(tried, counts, order[::-1])
+    kept = kept.at[order[::-1]].max(fits)
+    return dict(zip(names, jnp.split(kept, np.cumsum(sizes)[:-1]), strict=True))
 
 
 def _vector_names(model: nnx.Module) -> dict[str, str]:

@@ -91,11 +91,54 @@ def test_the_first_choice_is_that_of_squared_taylor_terms_per_flop():
         gone[name].add(i)
         floor = prunable(model)[name].min_channels
         left[name] = max(floor, whole[name] - len(gone[name]))
+    for _, name, _ in sorted(entries, reverse=True):  # and those that fit come back
+        more = left | {name: left[name] + 1}
+        if left[name] < whole[name] and cost.shares(more)["flops"] <= 0.5:
+            left = more
     for name, z in prunable(model).items():
         fading = set(np.flatnonzero(np.asarray(z.value()) < 1))
         assert fading <= gone[name]
         assert len(fading) == whole[name] - left[name]
         np.testing.assert_allclose(np.asarray(z.value())[sorted(fading)], 0.75, rtol=1e-6)
+
+
+class Coarse(nnx.Module):
+    """A trunk whose channels cost much, beside hidden ones that cost little."""
+
+    def __init__(self, rngs):
+        image = dhp.Latent(1, prunable=False, rngs=rngs)
+        self.trunk = dhp.Latent(8, min_channels=1, rngs=rngs)
+        hidden = [dhp.Latent(6, min_channels=1, rngs=rngs) for _ in range(3)]
+        self.stem = dhp.HyperConv(image, self.trunk, (9, 9), rngs=rngs)
+        self.into = nnx.List([dhp.HyperConv(self.trunk, z, (1, 1), rngs=rngs) for z in hidden])
+        self.out = nnx.List([dhp.HyperConv(z, self.trunk, (1, 1), rngs=rngs) for z in hidden])
+        self.head = dhp.Linear(self.trunk, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for into, out in zip(self.into, self.out, strict=True):
+            x = x + out(nnx.relu(into(x)))
+        return self.head(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_that_goes_at_once_would_fit_the_budget(seed):
+    model = dhp.with_gates(filled(Coarse, seed), rngs=nnx.Rngs(1))
+    cost = dhp.measure_cost(model, (6, 6, 1))
+    tx = dhp.fade_to_budget(optax.sgd(0.01), model, cost, steps=2, stages=1, power=0.5, flops=0.45)
+    params = nnx.state(model, nnx.Param)
+    state = tx.init(params)
+    rng = np.random.default_rng(seed)
+    for _ in range(2):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    nnx.update(model, params)
+    counts = {n: int(np.sum(np.asarray(z.value()) != 0)) for n, z in dhp.latents(model).items()}
+    assert cost.shares(counts)["flops"] <= 0.45
+    for name, z in prunable(model).items():
+        if counts[name] < z.size:
+            assert cost.shares(counts | {name: counts[name] + 1})["flops"] > 0.45
 
 
 def test_all_but_latents_is_trained_as_the_optimizer_says_and_gates_that_stay_are_1():
