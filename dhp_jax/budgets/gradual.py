@@ -61,10 +61,10 @@ def fade_to_budget(
         1 - (1 - target) (1 - (1 - j / stages)^2)
 
     Of these the ones that still fit come back, the largest first: a costly channel may have taken
-    more than had to go. Here `c` is what an entry costs in the network that is left: the derivative of its FLOPs by the
-    width of the latent. (Of several budgets the first counts.) Until the end of the part, `k` steps
-    away, every step ends with the proximal step of an l1 norm that brings these entries to zero in
-    time:
+    more than had to go. Here `c` is what an entry costs in the network that is left: the derivative
+    of its FLOPs by the width of the latent. (Of several budgets the first counts.) Until the end of
+    the part, `k` steps away, every step ends with the proximal step of an l1 norm that brings the
+    other chosen entries to zero in time:
 
         `z <- sign(z) max(|z| - |z| / k, 0)`
 
