@@ -13,6 +13,7 @@ from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Keep, Model, Prunable, select_entries, slice_axis
 from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
+from dhp_jax.errors import ArgumentError
 from dhp_jax.models import registry
 from dhp_jax.pruned.fresh_weights import take_arrays
 from dhp_jax.tracing.declared import kept_of_layer
@@ -72,6 +73,9 @@ def with_latents(
     if inputs is not None:
         if latents(model):
             raise ValueError("model: expected a network without latents; prune(model) makes one")
+        if any(isinstance(module, nnx.bridge.ToNNX) for _, _, module in walk(model)):
+            wanted = "dhp.FromLinen(module, variables) for one of flax.linen"
+            raise ArgumentError("model", wanted, "one of nnx.bridge.ToNNX")
         return traced(
             model,
             inputs,

@@ -252,3 +252,9 @@ def test_what_the_code_fixes_stays_and_its_line_is_told():
     traced = dhp.with_latents(dhp.FromLinen(module, variables), SHAPE)
     assert {name: z.size for name, z in dhp.latents(traced).items() if z.prunable} == {"Conv_0": 8}
     assert "models/test_linen.py:" in str(dhp.explain(traced))
+
+
+def test_the_bridge_of_flax_is_refused_with_what_to_take():
+    bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(Fixed(), rngs=nnx.Rngs(0)), images())
+    with pytest.raises(ValueError, match=r"^model: expected dhp.FromLinen\(module, variables\)"):
+        dhp.with_latents(bridged, SHAPE)
