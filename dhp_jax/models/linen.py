@@ -68,6 +68,7 @@ class FromLinen(nnx.Module):
             wanted = "keyword arguments of the call in training, such as {'train': True}"
             raise ArgumentError("training", f"{wanted}, for {others[0]!r}", shown(training))
         self.deterministic, self.rngs = True, rngs
+        self.conv_general_dilated = jax.lax.conv_general_dilated  # of convolutions with none told
         own, places = {*dir(type(self)), *vars(self), "linen"}, {}
         for collection in (PARAMS, *others):
             kind = nnx.variable_type_from_name(collection, allow_register=True)
@@ -82,12 +83,13 @@ class FromLinen(nnx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's outputs; keyword arguments come before those of the mode."""
         module, places, training, evaluation = self.linen.fields
+        as_stored = functools.partial(_with_stored_shapes, convolve=self.conv_general_dilated)
         if self.deterministic:
-            with pruned_linen():
+            with linen.intercept_methods(as_stored):
                 return module.apply(self.variables(), *args, **{**evaluation, **kwargs})
         changing = sorted({*places.values()} - {PARAMS})
         keys = {name: stream() for name, stream in self.rngs.items()} if self.rngs else None
-        with pruned_linen():
+        with linen.intercept_methods(as_stored):
             outputs, changed = module.apply(
                 self.variables(), *args, rngs=keys, mutable=changing, **{**training, **kwargs}
             )
@@ -134,7 +136,11 @@ def pruned_linen() -> Iterator[None]:
 
 
 def _with_stored_shapes(
-    method: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext
+    method: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    context: linen.module.InterceptorContext,
+    convolve: Callable[..., Any] | None = None,
 ) -> Any:
     """Calls a method of a module whose parameters have the shapes that are stored."""
     module = context.module
@@ -145,6 +151,8 @@ def _with_stored_shapes(
             groups = jnp.shape(args[0])[-1] // shape[-2]
             object.__setattr__(module, "feature_group_count", groups)
             object.__setattr__(module, "features", shape[-1])
+            if getattr(module, "conv_general_dilated", convolve) is None:
+                object.__setattr__(module, "conv_general_dilated", convolve)
         elif isinstance(module, linen.DenseGeneral):
             rank = len(module.features) if isinstance(module.features, tuple | list) else 1
             object.__setattr__(module, "features", shape[-rank:])

@@ -178,6 +178,22 @@ def test_it_is_searched_with_gates_and_scored_by_gradients():
     assert all(np.all(values > 0) for values in scores.values())
 
 
+def test_its_convolutions_are_those_that_are_fast_here():
+    net = network()[2]
+    net.eval()
+    x, seen = images(), []
+
+    def convolve(*args, **options):
+        seen.append(args[1].shape)
+        return jax.lax.conv_general_dilated(*args, **options)
+
+    expected = net(x)
+    net.conv_general_dilated = convolve  # as what tunes a network sets it
+    np.testing.assert_array_equal(net(x), expected)
+    assert seen == [(3, 3, 3, 16), (3, 3, 1, 16), (1, 1, 16, 16), (3, 3, 16, 24)]
+    np.testing.assert_allclose(dhp.inference(network()[2])(x), expected, rtol=1e-4, atol=1e-4)
+
+
 class Normalised(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
