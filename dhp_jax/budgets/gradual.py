@@ -72,6 +72,9 @@ def fade_to_budget(
     do what they could. What has become zero stays zero. So after the last step the network computes
     what `dhp.prune` leaves, and the cut loses nothing.
 
+    A term that is not finite leaves `v` as it is. With `optax.apply_if_finite` for `inner` the fade
+    goes on in steps that it leaves out; around the whole, such steps do not count.
+
     Args:
       inner: the optimizer of all other parameters; what it says of latents is not heeded.
       model: what is trained, from `with_gates`.
@@ -131,13 +134,16 @@ def fade_to_budget(
         z, average = vectors_of(params), {}
         for name, gradient in vectors_of(updates).items():
             term = (gradient * z[name]) ** 2
-            average[name] = memory * state.average[name] + (1 - memory) * term
+            moved = memory * state.average[name] + (1 - memory) * term
+            average[name] = jnp.where(jnp.isfinite(term), moved, state.average[name])
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         stage = jnp.searchsorted(jnp.asarray(begins), state.count, side="right") - 1
         chooses = jnp.isin(state.count, begins[1:-1])
+        # Those that have been chosen are gone, even if a step that was left out kept them from 0.
+        alive = {name: jnp.where(state.keep[name], z[name], 0) for name in named}
         keep = jax.lax.cond(
             chooses,
-            lambda: _chosen(average, z, stage / stages, cost, floors, power, budget),
+            lambda: _chosen(average, alive, stage / stages, cost, floors, power, budget),
             lambda: state.keep,
         )
         end = jnp.asarray(begins)[jnp.minimum(stage + 1, stages + 1)]
@@ -156,6 +162,18 @@ def fade_to_budget(
         return updates, FadeToBudgetState(count, average, keep, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def finish_fade(model: nnx.Module) -> nnx.Module:
+    """A network at the end of its search, with all that was fading at zero.
+
+    If the last steps were left out, it has not reached zero yet.
+    """
+    model = nnx.clone(model)
+    for z in latents(model).values():
+        vector = z.vector[...]
+        z.vector.set_value(jnp.where(vector == 1, vector, 0))
+    return model
 
 
 def _chosen(

@@ -25,7 +25,7 @@ from dhp_jax.activity import doing
 from dhp_jax.artifact import reading
 from dhp_jax.artifact.arrays import array_name, array_of, is_finite
 from dhp_jax.budgets.counted import limits
-from dhp_jax.budgets.gradual import fade_to_budget
+from dhp_jax.budgets.gradual import fade_to_budget, finish_fade
 from dhp_jax.config.methods import PHASES
 from dhp_jax.core.survivors import latent_history, survivor_counts
 from dhp_jax.distributed.processes import folder_from_first, from_first, is_first
@@ -99,18 +99,20 @@ def search(work: Work, source: str = "") -> str:
     if found := from_first(lambda: networks.find_trained(run, "search", source)):
         return found["sha256"]
     asked = limits(run.config.budget, run.config.target)
-    # What fades reaches the budget itself, at the end of the phase.
-    margin = 0.0 if fades else settings.stop_limit
+    # What fades reaches the budget itself and becomes zero, at the end of the phase.
+    margin, threshold = (0.0, 1e-30) if fades else (settings.stop_limit, settings.threshold)
     budget = Budget(
-        shares=lambda model: cost.shares(survivor_counts(model, settings.threshold)),
+        shares=lambda model: cost.shares(survivor_counts(model, threshold)),
         limits={name: share + margin for name, share in asked.items()},
-        history=lambda model: latent_history(model, settings.threshold),
+        history=lambda model: latent_history(model, threshold),
     )
     model = run.blueprint.gated(_trained(run)) if fades else run.blueprint.build()
     if not fades and is_first():
         tell_reach(run, model, budget)
     outcome = _train(work, "search", model, budget, source)
-    searched = ungate(outcome.model, run.blueprint.build()) if fades else outcome.model
+    searched = outcome.model
+    if fades:
+        searched = ungate(finish_fade(searched), run.blueprint.build())
     if not outcome.progress.met_budget and is_first():
         logger.warning(
             "search: did not come down to %s within %s; pruning to %s anyway",

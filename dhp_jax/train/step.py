@@ -223,15 +223,15 @@ def _note_if_not_finite(stepped: TrainState, state: TrainState, loss: Array) -> 
 def _skip_if_not_finite(stepped: TrainState, state: TrainState, loss: Array) -> TrainState:
     """The state after a step, or that before it if anything after it is not finite.
 
-    A step that is left out is counted. Integers in the optimizer's state go on: they are what
-    learning rates follow.
+    A step that is left out is counted. What is no floating-point number in the optimizer's state
+    goes on: the steps that learning rates follow, and choices that are due at one of them.
     """
     usable = jnp.isfinite(loss) & _all_finite((stepped.params, stepped.rest, stepped.opt_state))
     skipped = state._replace(
         step=stepped.step,
         measures=state.measures._replace(skipped=state.measures.skipped + 1),
         opt_state=jax.tree.map(
-            lambda new, old: new if jnp.issubdtype(new.dtype, jnp.integer) else old,
+            lambda new, old: old if jnp.issubdtype(new.dtype, jnp.inexact) else new,
             stepped.opt_state,
             state.opt_state,
         ),

@@ -9,7 +9,11 @@ import optax
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.budgets.gradual import finish_fade
 from dhp_jax.core.surgery import prune as cut
+from dhp_jax.tasks import Classification
+from dhp_jax.train.state import start
+from dhp_jax.train.step import make_step
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(16, *MIXED_INPUT)).astype(np.float32)
@@ -230,3 +234,64 @@ def test_parameters_of_another_model_are_refused():
     tx = dhp.fade_to_budget(optax.sgd(0.1), model, cost, steps=20, flops=0.5)
     with pytest.raises(ValueError, match=r"^fade_to_budget: params: expected those of the model"):
         tx.update({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}), {"w": jnp.ones(3)})
+
+
+class Given(Classification):
+    """Classification of a network's inputs as they are."""
+
+    def augmented(self, key, examples):
+        return examples
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        pytest.param({5}, id="at the first choice"),
+        pytest.param({15}, id="at the last choice"),
+        pytest.param({9, 10, 11}, id="around a choice"),
+        pytest.param({5, 6, 7, 8, 9, 12, 15, 16, 17, 18}, id="all of a part, and all but a step"),
+        pytest.param({13, 18, 19}, id="at the end"),
+    ],
+)
+def test_a_step_that_is_left_out_loses_no_choice(left_out):
+    model, cost = gated()
+    budget = {"flops": 0.5, "params": 0.6}
+    tx = dhp.fade_to_budget(
+        optax.sgd(0.02, momentum=0.9), model, cost, steps=20, stages=3, **budget
+    )
+    graphdef, optimizer, state = start(model, lambda params: tx)
+    task = Given((0.0,), (1.0,))
+    step = jax.jit(make_step(graphdef, optimizer, task, 16, skip_faulty=True))
+    for k in range(20):
+        images = np.full_like(IMAGES, np.nan) if k in left_out else IMAGES
+        state = step(state, (images, jnp.asarray(LABELS)), jax.random.key(k))
+    assert int(state.measures.skipped) == len(left_out)
+    after = nnx.merge(graphdef, *state.params, state.rest)
+    left = shares_left(after, cost)
+    assert any(left[name] > share for name, share in budget.items()) == (19 in left_out)
+    after = finish_fade(after)
+    left = shares_left(after, cost)
+    assert all(left[name] <= share for name, share in budget.items())
+    values = np.concatenate([z.value() for z in dhp.latents(after).values()])
+    assert set(values.tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_gradients_that_are_not_finite_count_for_nothing_and_the_fade_goes_on(value):
+    model, cost = gated()
+    inner = optax.apply_if_finite(optax.sgd(0.01), 3)
+    tx = dhp.fade_to_budget(inner, model, cost, steps=8, stages=1, flops=0.6)
+    params = nnx.state(model, nnx.Param)
+    state = tx.init(params)
+    for k in range(8):
+        finite = jax.tree.map(lambda p, k=k: jnp.cos(k + 7 * p), params)
+        grads = jax.tree.map(lambda g: jnp.full_like(g, value), params) if k in (2, 7) else finite
+        before = state.average
+        updates, state = tx.update(grads, state, params)
+        for name in state.average if k in (2, 7) else ():
+            np.testing.assert_array_equal(state.average[name], before[name])
+        params = optax.apply_updates(params, updates)
+    nnx.update(model, params)
+    assert shares_left(model, cost)["flops"] <= 0.6
+    values = np.concatenate([z.value() for z in dhp.latents(model).values()])
+    assert set(values.tolist()) == {0.0, 1.0}

@@ -274,7 +274,8 @@ def test_methods_by_weights_keep_what_their_criterion_says(sources, baseline, tm
 def faded(sources, tmp_path_factory):
     """The directory of a run whose search has begun with trained weights."""
     workdir = tmp_path_factory.mktemp("faded") / "run"
-    carry_out(workdir, method="fade", source=path(sources["fade"]))
+    fields = {"search.threshold": 2.0}  # has no effect
+    carry_out(workdir, method="fade", source=path(sources["fade"]), **fields)
     return workdir
 
 
@@ -313,6 +314,20 @@ def test_a_search_from_trained_weights_has_the_dtype_and_the_floors_of_its_own_r
         np.testing.assert_array_equal(layer.kernel(), before[name])
 
 
+@pytest.mark.slow
+def test_what_has_not_faded_when_a_search_ends_is_zero(sources, monkeypatch, tmp_path):
+    def too_slow(*arguments, steps, **others):
+        return dhp.fade_to_budget(*arguments, steps=2 * steps, **others)
+
+    monkeypatch.setattr(phases, "fade_to_budget", too_slow)
+    fields = {"method": "fade", "source": path(sources["fade"]), "search.max_steps": 20}
+    with pytest.raises(Stop):
+        carry_out(tmp_path, [Interrupter("converge", 0)], **fields)
+    searched = dhp.load(tmp_path / "search")
+    values = np.concatenate([z.value() for z in dhp.latents(searched).values()])
+    assert set(values.tolist()) == {0.0, 1.0}
+
+
 def test_a_search_from_trained_weights_wants_a_step_for_each_of_its_parts(sources, tmp_path):
     fields = {"method": "fade", "source": path(sources["fade"]), "search.max_steps": 6}
     message = r"^config.search.max_steps: expected more than 6 steps .*fade; got 6, which is 6$"
@@ -325,6 +340,7 @@ def test_a_search_from_trained_weights_that_is_stopped_ends_with_the_same_bits(
     faded, sources, tmp_path
 ):
     fields = {"method": "fade", "source": path(sources["fade"]), "checkpoint.seconds": 0}
+    fields["search.threshold"] = 2.0  # as there
     for phase, step in (("search", 25), ("converge", 3)):
         with pytest.raises(Stop):
             carry_out(tmp_path / "run", [Interrupter(phase, step)], **fields)
