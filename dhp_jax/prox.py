@@ -141,7 +141,7 @@ def prox_l2(
       A transformation whose `update` needs `params`; state, dtypes and warning as in `prox_l1`.
 
     Raises:
-      ValueError: as `prox_l1`.
+      ValueError: as `prox_l1`; from `init` and `update`, a parameter without such axes.
 
     Example:
       >>> tx = optax.chain(optax.sgd(0.1), prox_l2(strength=1.0, learning_rate=0.1))
@@ -154,8 +154,20 @@ def prox_l2(
       Parikh, Boyd, Proximal Algorithms, 2014, section 6.5.1; Yuan, Lin, Model selection and
       estimation in regression with grouped variables, 2006.
     """
+
+    def check(path: Any, p: Array) -> None:
+        try:
+            np.lib.array_utils.normalize_axis_tuple(() if axis is None else axis, jnp.ndim(p))
+        except (TypeError, ValueError):  # AxisError is one
+            where = f"params{jax.tree_util.keystr(path)} of shape {jnp.shape(p)}"
+            raise ValueError(f"prox_l2: axis: expected axes of {where}, got {axis!r}") from None
+
     return proximal(
-        "prox_l2", lambda target, amount: shrink_norm(target, amount, axis), strength, learning_rate
+        "prox_l2",
+        lambda target, amount: shrink_norm(target, amount, axis),
+        strength,
+        learning_rate,
+        check=check,
     )
 
 
@@ -165,6 +177,7 @@ def proximal(
     strength: Strength,
     learning_rate: ScalarOrSchedule,
     where: Callable[[Array], Bool[Array, "..."]] | None = None,
+    check: Callable[[Any, Array], None] = lambda path, p: None,
 ) -> optax.GradientTransformationExtraArgs:
     """A proximal step as a transformation, for `prox_l1` and its like.
 
@@ -172,6 +185,7 @@ def proximal(
       name: of the function whose arguments are checked, for errors.
       shrink: the proximal operator of an array, by an amount, `strength * learning_rate`.
       strength, learning_rate, where: as in `prox_l1`.
+      check: raises for a parameter, and its path, that the operator does not suit.
     """
     strengths = jax.tree_util.tree_leaves_with_path(strength, is_leaf=callable)
     for path, value in strengths or [((), strength)]:
@@ -203,6 +217,7 @@ def proximal(
         return chosen & (step(p, amount) == p) & (True if where is None else where(p))
 
     def init(params: optax.Params) -> optax.OptState:
+        jax.tree.map_with_path(check, params)
         if any(_is_narrow(p) for p in jax.tree.leaves(params)):
             known = None if scheduled else amounts(None, params)
             _warn_of_rounding(name, unmoved, params, known)
@@ -218,6 +233,7 @@ def proximal(
             if u is None:
                 return None
             check_inexact(f"{name}: params{jax.tree_util.keystr(path)}", p)
+            check(path, p)
             return step(p + u, amount) - p
 
         updates = jax.tree.map_with_path(

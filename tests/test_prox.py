@@ -366,6 +366,17 @@ def test_integers_are_refused_by_the_name_of_their_leaf(transform, extra, dtype)
         transform.update(params, state, params, **extra)
 
 
+@pytest.mark.parametrize("axis", [(0, 1, 2), 2, -3, (0, 0), "rows", 0.5])
+def test_axes_that_a_parameter_lacks_are_refused_by_the_name_of_its_leaf(axis):
+    transform = optax.masked(dhp.prox_l2(1.0, axis=axis), {"w": True, "b": False})
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    message = f"prox_l2: axis: expected axes of params['w'] of shape (2, 3), got {axis!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        transform.init(params)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        transform.update(params, optax.MaskedState(optax.EmptyState()), params)
+
+
 def test_a_condition_that_is_no_function_is_refused():
     with pytest.raises(ValueError, match=r"^prox_l1: where: expected a function or None, got 3$"):
         dhp.prox_l1(1.0, where=3)
@@ -692,3 +703,6 @@ def test_wrong_arguments_of_a_fade_are_refused():
         transform.update(jnp.zeros(2), transform.init(params), params)
     with pytest.raises(ValueError, match=re.escape(NO_PARAMS_MSG)):
         transform.update(jnp.zeros(2), transform.init(params), fading=jnp.ones(2, bool))
+    for unlike in (jnp.ones(3, bool), jnp.ones((2, 2), bool), {"w": jnp.ones(2, bool)}):
+        with pytest.raises(ValueError, match=r"^prox_fade: fading: expected booleans .*: .*\S$"):
+            transform.update(jnp.zeros(2), transform.init(params), params, fading=unlike)

@@ -90,7 +90,8 @@ def prox_fade(steps: int) -> optax.GradientTransformationExtraArgs:
       state is a `FadeState`.
 
     Raises:
-      ValueError: `steps` is no positive integer; from `update`, `params` or `fading` missing.
+      ValueError: `steps` is no positive integer; from `update`, `params` or `fading` missing, or
+        `fading` unlike `params`.
 
     Example:
       >>> tx = optax.chain(optax.sgd(0.1), prox_fade(2))
@@ -113,6 +114,13 @@ def prox_fade(steps: int) -> optax.GradientTransformationExtraArgs:
             raise ValueError("prox_fade: fading: expected a tree of booleans, got none")
         for path, p in jax.tree_util.tree_leaves_with_path(params):
             check_inexact(f"prox_fade: params{jax.tree_util.keystr(path)}", p)
+        try:
+            fading = jax.tree.map(lambda p, f: jnp.broadcast_to(f, jnp.shape(p)), params, fading)
+        except (TypeError, ValueError) as error:
+            line = str(error).splitlines()[0]
+            raise ValueError(
+                f"prox_fade: fading: expected booleans as params has entries; got others: {line}"
+            ) from None
 
         def faded_update(u: Array, p: Array, chosen: Array, count: Array) -> Array:
             target = p + u
