@@ -64,7 +64,7 @@ def run(arguments: Sequence[str], define: Define) -> int:
     handler = logging.StreamHandler()
     handler.setLevel(logging.INFO)  # the log of the run has more
     handler.setFormatter(_Message("%(message)s"))
-    logging.basicConfig(handlers=[handler], force=True)  # Orbax has made one
+    logging.basicConfig(handlers=[handler], force=True)  # absl may have made one
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # pages of Orbax's, where a line is ours
     bar = ProgressBar()
     with told_when_silent(lambda *what: bar.wait(*what) if is_first() else None):

@@ -8,14 +8,16 @@ import os
 from pathlib import Path
 import shutil
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 import zlib
 
 from jaxtyping import PyTree
-import orbax.checkpoint as ocp
 
 from dhp_jax import files
 from dhp_jax.train.packing import UnlikeError, pack, unpack
+
+if TYPE_CHECKING:  # what uses it imports it: it takes long, and a refusal does not need it
+    import orbax.checkpoint as ocp
 
 logger = logging.getLogger(__name__)
 ARRAYS, NOTES = "arrays", "notes"
@@ -55,16 +57,7 @@ class Checkpoints:
         seconds: float = 60.0,
     ):
         self.folder, self.source, self.seconds = Path(folder).absolute(), source, seconds
-        self.options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=False,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
-            # Of several processes the first alone comes here.
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                primary_host=0, active_processes={0}
-            ),
-        )
+        self.keep = keep
         self._manager: ocp.CheckpointManager | None = None
         self._started: float | None = None  # when the save began that is going on
         self._cost = 0.0  # seconds that the last save took
@@ -97,6 +90,8 @@ class Checkpoints:
           CheckpointError: this checkpoint, or the one before it, cannot be written.
           FloatingPointError: an array has numbers that are not finite; nothing is saved.
         """
+        import orbax.checkpoint as ocp
+
         started = monotonic()
         packed, layout = pack(state)
         sealed = _seal({**notes, "source": self.source}, layout)
@@ -133,6 +128,8 @@ class Checkpoints:
         Raises:
           CheckpointError: a checkpoint cannot be read at this moment, or all are damaged.
         """
+        import orbax.checkpoint as ocp
+
         damaged = False
         for step in self.steps():
             try:
@@ -170,6 +167,8 @@ class Checkpoints:
 
     def notes(self, step: int) -> tuple[dict[str, Any], dict[str, list]]:
         """Reads the notes of a checkpoint, and the layout of its arrays; see `packing.pack`."""
+        import orbax.checkpoint as ocp
+
         args = ocp.args.Composite(**{NOTES: ocp.args.JsonRestore()})
         sealed = self._open().restore(step, args=args)[NOTES]
         if zlib.crc32(sealed["text"].encode()) != sealed["checksum"]:
@@ -206,12 +205,24 @@ class Checkpoints:
             manager, self._manager = self._manager, None
             manager.close()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> "ocp.CheckpointManager":
         if self._manager is None:
+            import orbax.checkpoint as ocp
+
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self.keep,
+                create=False,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                # Of several processes the first alone comes here.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=0, active_processes={0}
+                ),
+            )
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(f"*{REMOVED}"):
                 shutil.rmtree(path)
-            self._manager = ocp.CheckpointManager(self.folder, options=self.options)
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
 
     def _set_aside(self, step: int, reason: str) -> None:
