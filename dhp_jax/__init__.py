@@ -49,6 +49,7 @@ from dhp_jax.core.layers import (
 )
 from dhp_jax.core.plain import Prunable
 from dhp_jax.core.survivors import survivors
+from dhp_jax.models.functions import FromFunction
 from dhp_jax.models.linen import FromLinen, pruned_linen
 from dhp_jax.prox import prox_l1, prox_l2
 from dhp_jax.pruned.classifier import with_classes
@@ -69,6 +70,7 @@ __all__ = [
     "Bias",
     "BudgetError",
     "Cost",
+    "FromFunction",
     "FromLinen",
     "GroupNorm",
     "HyperConv",

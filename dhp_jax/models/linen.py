@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 from flax.core import meta, unfreeze
@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.models.functions import Path, at, place
 
 PARAMS = "params"
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-Path = tuple[str, ...]
 
 
 class FromLinen(nnx.Module):
@@ -69,49 +69,53 @@ class FromLinen(nnx.Module):
             raise ArgumentError("training", f"{wanted}, for {others[0]!r}", shown(training))
         self.deterministic, self.rngs = True, rngs
         self.conv_general_dilated = jax.lax.conv_general_dilated  # of convolutions with none told
-        own, places = {*dir(type(self)), *vars(self), "linen"}, {}
-        for collection in (PARAMS, *others):
-            kind = nnx.variable_type_from_name(collection, allow_register=True)
-            for path, value in flatten_dict(unfreeze(meta.unbox(variables[collection]))).items():
-                if path in places or path[0] in own:
-                    wanted = "paths of one array each, with other names than nnx.Module has"
+        collections: dict[Path, str] = {}
+        arrays: dict[Path, nnx.Variable] = {}
+        for name in (PARAMS, *others):
+            kind = nnx.variable_type_from_name(name, allow_register=True)
+            for path, value in flatten_dict(unfreeze(meta.unbox(variables[name]))).items():
+                if path in arrays:
+                    wanted = "collections whose arrays have paths of their own"
                     raise ArgumentError("variables", wanted, ".".join(path))
-                places[path] = collection
-                _place(self, path, kind(jnp.asarray(value)))
-        self.linen = nnx.static(_Linen(module, places, dict(training or {}), dict(evaluation)))
+                collections[path], arrays[path] = name, kind(jnp.asarray(value))
+        place("variables", self, arrays)
+        fixed = _Fixed(module, collections, dict(training or {}), dict(evaluation))
+        self.fixed = nnx.static(fixed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's outputs; keyword arguments come before those of the mode."""
-        module, places, training, evaluation = self.linen.fields
+        fixed = self.fixed
         as_stored = functools.partial(_with_stored_shapes, convolve=self.conv_general_dilated)
         if self.deterministic:
             with linen.intercept_methods(as_stored):
-                return module.apply(self.variables(), *args, **{**evaluation, **kwargs})
-        changing = sorted({*places.values()} - {PARAMS})
+                options = {**fixed.evaluation, **kwargs}
+                return fixed.module.apply(self.variables(), *args, **options)
+        changing = sorted({*fixed.collections.values()} - {PARAMS})
+        options = {**fixed.training, **kwargs}
         keys = {name: stream() for name, stream in self.rngs.items()} if self.rngs else None
         with linen.intercept_methods(as_stored):
-            outputs, changed = module.apply(
-                self.variables(), *args, rngs=keys, mutable=changing, **{**training, **kwargs}
+            outputs, changed = fixed.module.apply(
+                self.variables(), *args, rngs=keys, mutable=changing, **options
             )
         for collection, tree in changed.items():
             for path, value in flatten_dict(unfreeze(tree)).items():
-                if places.get(path) == collection:
-                    _at(self, path).set_value(value)
+                if fixed.collections.get(path) == collection:
+                    at(self, path).set_value(value)
         return outputs
 
     def variables(self) -> dict[str, Any]:
         """The collections with their arrays, as `module.apply` takes them."""
         found: dict[str, dict[Path, jax.Array]] = {PARAMS: {}}
-        for path, collection in self.linen.fields.places.items():
-            found.setdefault(collection, {})[path] = _at(self, path)[...]
+        for path, collection in self.fixed.collections.items():
+            found.setdefault(collection, {})[path] = at(self, path)[...]
         return {collection: unflatten_dict(flat) for collection, flat in found.items()}
 
     def batch_norms(self) -> dict[Path, nnx.Module]:
         """What holds the `mean` and `var` of each BatchNorm, by the path of its module."""
-        places = self.linen.fields.places
+        places = self.fixed.collections
         paths = [path[:-1] for path in places if path[-1] == "mean" and len(path) > 1]
         statistics = [path for path in paths if places.get((*path, "var")) == "batch_stats"]
-        return {path: _at(self, path) for path in statistics}
+        return {path: at(self, path) for path in statistics}
 
 
 @contextlib.contextmanager
@@ -168,30 +172,15 @@ def _param(module: linen.Module, name: str, init: Callable[..., Any], *args: Any
     return linen.Module.param(module, name, init, *args, unbox=unbox, **kwargs)
 
 
-class _Fields(NamedTuple):
-    module: linen.Module
-    places: dict[Path, str]  # the collection of each path
-    training: dict[str, Any]
-    evaluation: dict[str, Any]
-
-
-class _Linen:
+class _Fixed:
     """What of a network is no array; equal to itself alone, for modules may have no hash."""
 
-    def __init__(self, *fields: Any):
-        self.fields = _Fields(*fields)
-
-
-def _place(module: nnx.Module, path: Path, variable: nnx.Variable) -> None:
-    """Sets a variable at its path, in mappings that are made where there are none."""
-    node: Any = module
-    for name in path[:-1]:
-        if name not in vars(node):
-            setattr(node, name, nnx.Dict())
-        node = getattr(node, name)
-    setattr(node, path[-1], variable)
-
-
-def _at(module: nnx.Module, path: Path) -> Any:
-    """What stands at a path: a variable, or an array that latents generate."""
-    return functools.reduce(getattr, path, module)
+    def __init__(
+        self,
+        module: linen.Module,
+        collections: dict[Path, str],
+        training: dict[str, Any],
+        evaluation: dict[str, Any],
+    ):
+        self.module, self.collections = module, collections  # the collection of each array
+        self.training, self.evaluation = training, evaluation

@@ -269,8 +269,14 @@ class _TracedCount:
     def cost(self) -> Cost:
         """The sum over all calls of layers, and what belongs to none."""
         by_call: dict[Any, list[Operation]] = {}
-        for operation in costly_operations(self.program.closed.jaxpr):
-            key = operation.call if operation.call is not None else self._holder(operation)
+        jaxpr = self.program.closed.jaxpr
+        holders = map(self._holder, self.program.names)
+        for operation in costly_operations(
+            jaxpr, owners=dict(zip(jaxpr.invars, holders, strict=False))
+        ):
+            key = operation.call
+            if operation.owner and (key is None or not self.calls[key].path):
+                key = operation.owner
             key = ("operation", len(by_call)) if key is None else key
             by_call.setdefault(key, []).append(operation)
         params = self._params()
@@ -288,10 +294,10 @@ class _TracedCount:
             layers.append(replace(_params_only(path, "Param", own[0]), params_terms=own))
         return Cost(tuple(layers), dict(self.table.sizes) if self.table else {})
 
-    def _holder(self, operation: Operation) -> str | None:
-        """The mapping of arrays that the scopes of an operation name, as `flax.linen` does."""
-        paths = (".".join(operation.scope[at:]) for at in range(len(operation.scope)))
-        return next((path for path in paths if path in self.holders), None)
+    def _holder(self, name: str) -> str:
+        """The mapping that holds an array, as for a module of `flax.linen`; else the array."""
+        holder = name.rpartition(".")[0]
+        return holder if holder in self.holders else name
 
     def _layer(self, key: Any, operations: list[Operation]) -> LayerCost:
         found = self.calls[key] if isinstance(key, int) else None
@@ -335,7 +341,7 @@ class _TracedCount:
     def _params(self) -> dict[str, tuple[Product, ...]]:
         """By the path of its module the params that the program reads."""
         used = used_inputs(self.program.closed.jaxpr)
-        modules = {call.path for call in self.calls} | self.holders
+        modules = ({call.path for call in self.calls} | self.holders) - {""}
         flat = nnx.to_flat_state(self.program.state)
         found: dict[str, tuple[Product, ...]] = {}
         for (path, leaf), variable in zip(flat, self.program.closed.jaxpr.invars, strict=False):

@@ -36,7 +36,8 @@ class Explanation:
         for name, (size, places) in self.latents.items():
             layers = dict.fromkeys(_layer(place) for place in places)
             layers.pop(name, None)
-            lines += _wrapped(f"{name}: {size} entries, with {_some(list(layers))}")
+            others = f", with {_some(list(layers))}" if layers else ""
+            lines += _wrapped(f"{name}: {size} entries{others}")
         windows = {why: places for why, places in self.fixed.items() if TAPS in why}
         others = {why: places for why, places in self.fixed.items() if why not in windows}
         lines.append("What stays:" if others else "Nothing else has an axis of channels.")

@@ -1,7 +1,8 @@
 """Calls of layers, marked in a traced program: whose an operation is, and how often it runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import re
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -61,14 +62,14 @@ class Operation(NamedTuple):
       context: of the program that it stands in.
       call: number of the call that it belongs to; `None` if of no layer.
       times: how often it runs.
-      scope: the names of `jax.named_scope` around it, from the outermost on.
+      owner: whose arrays it reads, if of one alone.
     """
 
     eqn: JaxprEqn
     context: Context
     call: int | None
     times: int
-    scope: tuple[str, ...]
+    owner: str | None
 
 
 def mark_calls(model: nnx.Module, is_layer: Callable[[nnx.Module], bool]) -> list[LayerCall]:
@@ -127,29 +128,37 @@ def costly_operations(
     context: Context = (),
     times: int = 1,
     call: int | None = None,
-    scope: tuple[str, ...] = (),
+    owners: Mapping[Any, str] = MappingProxyType({}),
 ) -> Iterator[Operation]:
     """Contractions, convolutions and marks of a program, wherever they stand.
 
-    Loops count as often as they run, and of branches the one with most numbers.
+    Loops count as often as they run, and of branches the one with most numbers. `owners` are those
+    of the arrays among the inputs of the program.
 
     Raises:
       ValueError: a loop with a contraction in it runs as often as the data wants.
     """
+    owners = dict(owners)
     for number, eqn in enumerate(jaxpr.eqns):
         name, inner = eqn.primitive.name, (*context, number)
-        names = (*scope, *str(eqn.source_info.name_stack).split("/"))
-        calls = _SCOPE.findall("/".join(names[len(scope) :]))
-        own = int(calls[-1]) if calls else call
+        scopes = _SCOPE.findall(str(eqn.source_info.name_stack))
+        own = int(scopes[-1]) if scopes else call
+        read = [None if is_literal(atom) else owners.get(atom) for atom in eqn.invars]
+        known = {owner for owner in read if owner}
+        owner = known.pop() if len(known) == 1 else None
+        if owner and all(read[n] or is_literal(atom) for n, atom in enumerate(eqn.invars)):
+            owners |= dict.fromkeys(eqn.outvars, owner)  # it follows from these arrays alone
         if name in SUMMING:
-            yield Operation(eqn, context, own, times, names)
+            yield Operation(eqn, context, own, times, owner)
         elif name == "layer_output":
-            yield Operation(eqn, context, eqn.params["call"], times, names)
+            yield Operation(eqn, context, eqn.params["call"], times, owner)
         elif name in CALLS:
-            yield from costly_operations(inner_program(eqn)[0], inner, times, own, names)
+            program = inner_program(eqn)[0]
+            within = _of_inputs(program, read)
+            yield from costly_operations(program, inner, times, own, within)
         elif name == "scan":
-            runs = times * eqn.params["length"]
-            yield from costly_operations(eqn.params["jaxpr"].jaxpr, inner, runs, own, names)
+            runs, body = times * eqn.params["length"], eqn.params["jaxpr"].jaxpr
+            yield from costly_operations(body, inner, runs, own, _of_inputs(body, read))
         elif name == "while":
             body = eqn.params["body_jaxpr"].jaxpr
             if any(found.eqn.primitive.name in SUMMING for found in costly_operations(body, inner)):
@@ -159,10 +168,14 @@ def costly_operations(
                 )
         elif name == "cond":
             branches = [
-                list(costly_operations(branch.jaxpr, (*inner, n), times, own, names))
+                list(costly_operations(branch.jaxpr, (*inner, n), times, own))
                 for n, branch in enumerate(eqn.params["branches"])
             ]
             yield from max(branches, key=lambda found: sum(map(_numbers, found)))
+
+
+def _of_inputs(jaxpr: Jaxpr, owners: Sequence[str | None]) -> dict[Any, str]:
+    return {v: owner for v, owner in zip(jaxpr.invars, owners, strict=True) if owner}
 
 
 def _numbers(operation: Operation) -> int:

@@ -32,7 +32,7 @@ _LIBRARIES = tuple(
 _LIBRARY = os.path.dirname(os.path.dirname(__file__))
 _OWN = tuple(
     os.path.join(_LIBRARY, *part)
-    for part in (["tracing", ""], ["core", ""], ["models", "linen.py"])
+    for part in (["tracing", ""], ["core", ""], ["models", "functions.py"], ["models", "linen.py"])
 )
 
 

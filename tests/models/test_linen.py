@@ -239,11 +239,11 @@ def test_it_is_saved_and_loaded_and_summarised(tmp_path):
         ({"training": None}, "training: expected keyword arguments of the call in training"),
         (
             {"variables": {"params": {"train": {"kernel": np.ones(2)}}}},
-            "variables: expected paths of one array each, .* got train.kernel",
+            "variables: expected paths that begin with other names .* got train.kernel",
         ),
         (
             {"variables": {"params": {"a": np.ones(2)}, "cache": {"a": np.ones(2)}}},
-            "variables: expected paths of one array each, .* got a",
+            "variables: expected collections whose arrays have paths of their own, got a",
         ),
     ],
 )
