@@ -18,6 +18,7 @@ from dhp_jax.backend.platform import compiler_options
 from dhp_jax.data.augmentation import augment, blend, cut_out, normalize
 from dhp_jax.data.device_images import Rows
 from dhp_jax.data.stream import Stream
+from dhp_jax.errors import ArgumentError
 from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
 
 CUTOUT, MIXUP = 0x637574, 0x6D6978  # tell their keys from those of crops and flips
@@ -102,7 +103,11 @@ class Classification:
         model = nnx.clone(model)
         model.eval()
         graphdef = nnx.graphdef(model)
-        size = data.size if isinstance(data, Stream) else len(data[0])
+        size, labels = (data.size,) * 2 if isinstance(data, Stream) else map(len, data)
+        if not size:
+            raise ArgumentError("data", "images to test on", "none")
+        if labels != size:
+            raise ArgumentError("data", f"a label for each of {size} images", f"{labels} labels")
         data = data if isinstance(data, Stream) else jax.device_put(data)
         batch_size = min(batch_size, size)
 

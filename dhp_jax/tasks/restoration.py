@@ -20,6 +20,7 @@ from dhp_jax.core.latent import LatentVector
 from dhp_jax.data.photos.bicubic import bicubic
 from dhp_jax.data.photos.patches import Pairs, Patches, cut_patches, mirror_patches
 from dhp_jax.data.photos.photographs import Photograph
+from dhp_jax.errors import ArgumentError
 from dhp_jax.tasks.metrics import compare, pixels
 from dhp_jax.tasks.task import METRICS, Evaluation, Metric, Params
 from dhp_jax.tasks.tiling import restore, tile_for, tiling
@@ -109,6 +110,8 @@ class Restoration(Degradation):
         self, model: nnx.Module, data: Sequence[Photograph], *, batch_size: int
     ) -> Evaluation:
         del batch_size  # one image at a time: their sizes differ
+        if not data:
+            raise ArgumentError("data", "photographs to test on", "none")
         smallest = min((photo.target for photo in data), key=lambda image: min(image.shape[:2]))
         self.compare_images(smallest, smallest)  # refuses too small images before the work
         restored = _prepare_restoring(self, model, data)

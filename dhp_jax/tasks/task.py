@@ -10,6 +10,7 @@ import numpy as np
 
 from dhp_jax.core.latent import LatentVector
 from dhp_jax.data.stream import Stream
+from dhp_jax.errors import ArgumentError, shown
 
 Data = PyTree[Any] | Stream  # what a task reads its examples from
 Examples = PyTree[Array]  # some of them, as they are stored
@@ -88,7 +89,10 @@ class Task(Protocol):
         ...
 
     def evaluation(self, model: nnx.Module, data: Data, *, batch_size: int) -> Evaluation:
-        """Prepares a test on all test data: a function `(parameters, rest) -> metrics by name`."""
+        """Prepares a test on all test data: a function `(parameters, rest) -> metrics by name`.
+
+        Raises a `ValueError` if there are none.
+        """
         ...
 
     def without_network(self, data: Data) -> dict[str, float]:
@@ -105,6 +109,12 @@ class Task(Protocol):
 def evaluate(
     model: nnx.Module, task: Task, data: Data, *, batch_size: int = 256
 ) -> dict[str, float]:
-    """Tests a model on all test data, in evaluation mode; returns metrics by name."""
+    """Tests a model on all test data, in evaluation mode; returns metrics by name.
+
+    Raises:
+      ValueError: no data, images without labels, or a batch of less than one example.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError("batch_size", "an integer of at least 1", shown(batch_size))
     _, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
     return task.evaluation(model, data, batch_size=batch_size)((latents, weights), rest)

@@ -197,6 +197,13 @@ def test_the_three_mirrorings_give_the_eight_views():
     }
 
 
+def test_no_photographs_are_refused():
+    with pytest.raises(ValueError, match=r"^photographs: expected at least one, got none$"):
+        patches([])
+    with pytest.raises(ValueError, match=r"^data: expected photographs to test on, got none$"):
+        evaluate(nnx.Conv(1, 1, (3, 3), rngs=nnx.Rngs(0)), Denoising(16), [])
+
+
 def test_more_pixels_than_indices_reach_are_refused():
     large = np.broadcast_to(np.uint8(0), (70_000, 70_000, 1))
     message = r"^photographs: expected fewer than 2\^32 pixels .* got 4,900,000,000;"

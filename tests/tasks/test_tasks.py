@@ -67,6 +67,21 @@ def test_a_test_is_of_the_normalised_images_and_their_labels(examples, batch_siz
     assert found == pytest.approx({"loss": losses.mean(), "error": wrong.mean()}, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kept", "labelled", "batch_size", "message"),
+    [
+        (0, 0, 4, "data: expected images to test on, got none"),
+        (16, 15, 4, "data: expected a label for each of 16 images, got 15 labels"),
+        (16, 16, 0, "batch_size: expected an integer of at least 1, got 0"),
+        (16, 16, -1, "batch_size: expected an integer of at least 1, got -1"),
+    ],
+)
+def test_a_test_of_nothing_is_refused(examples, kept, labelled, batch_size, message):
+    images, labels = examples
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        evaluate(Seen(), TASK, (images[:kept], labels[:labelled]), batch_size=batch_size)
+
+
 def test_a_training_batch_is_of_shifted_and_mirrored_images(examples):
     inputs, targets = batch_of(TASK, examples)
     np.testing.assert_array_equal(targets, examples[1])

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int, Key, UInt8, UInt32
 import numpy as np
 
 from dhp_jax.data.photos.photographs import Photograph
-from dhp_jax.errors import FieldError
+from dhp_jax.errors import ArgumentError, FieldError
 
 CELLS_PER_BLOCK = 1024  # so that no index needs more than 32 bits
 
@@ -36,8 +36,10 @@ def patches(photographs: Sequence[Photograph], scale: int = 1) -> Patches:
     """Lays photographs, whose sides are multiples of `scale`, out for training, as NumPy arrays.
 
     Raises:
-      ValueError: 2^32 cells or more.
+      ValueError: no photographs, or 2^32 cells or more.
     """
+    if not photographs:
+        raise ArgumentError("photographs", "at least one", "none")
     heights = np.array([photo.target.shape[0] // scale for photo in photographs], np.int64)
     widths = np.array([photo.target.shape[1] // scale for photo in photographs], np.int64)
     ends = np.cumsum(heights * widths)
