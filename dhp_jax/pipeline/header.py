@@ -1,6 +1,6 @@
 """What is told before a run begins, and of a search that may not come down to its budget."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import logging
 
 from flax import nnx
@@ -51,6 +51,7 @@ def header(runs: Sequence[Run]) -> str:
         lines.append(("budget", "; ".join(_budget(one) for one in runs)))
     lines.append(("device", hardware()))
     lines.append(("directory", ", ".join(str(one.workdir) for one in runs)))
+    lines += [("drops", text) for text in _late_drops(run)]
     lines.append(("next", _next(runs)))
     return "\n".join(labelled(label, text, 9) for label, text in lines)
 
@@ -62,6 +63,18 @@ def _budget(run: Run) -> str:
     return " and ".join(
         f"{100 * share:g} % of the {LABELS.get(name, name)}" for name, share in given.items()
     )
+
+
+def _late_drops(run: Run) -> Iterator[str]:
+    """Drops of a learning rate that come after the end of their phase, as of a shortened run."""
+    for phase in run.method.phases:
+        settings = run.config[phase]
+        late = [f"{drop:g}" for drop in settings.drops if drop >= settings.epochs]
+        if late and settings.schedule == "drops":
+            yield (
+                f"{phase}.drops {', '.join(late)} come after {phase}.epochs={settings.epochs} "
+                f"and do nothing; {phase}.schedule=cosine suits any length"
+            )
 
 
 def _next(runs: Sequence[Run]) -> str:

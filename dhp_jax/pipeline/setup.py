@@ -87,6 +87,11 @@ def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
             f"at most {source.train_size}, the number of training examples of {source.name!r}",
             config.batch_size,
         )
+    side = min(source.image_shape[:2])
+    for name in ("cutout", "crop_padding"):
+        if (config.data[name] or 0) > side:
+            expected = f"at most {side}, the side of the images of {source.name!r}"
+            raise ConfigError(f"config.data.{name}", expected, config.data[name])
     needed = sum(map(source.bytes, source.splits))
     what = f"the images of {source.name!r}"
     streamed = is_streamed(config, streamed, needed, needed, what)

@@ -12,6 +12,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
+from dhp_jax.config.methods import PHASES
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
 
@@ -91,6 +92,13 @@ def test_every_configuration_searches_prunes_and_converges(path, folders, tmp_pa
     assert steps == {"search": 2, "converge": 2}
     assert 0.5 < summary["flops"]["ratio"] <= 0.9
     assert dhp.latents(model) == {}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_drop_of_a_configuration_comes_before_the_end_of_its_phase(path):
+    config = runpy.run_path(str(path))["get_config"]()
+    for phase in PHASES:
+        assert all(drop < config[phase].epochs for drop in config[phase].drops)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -48,6 +48,18 @@ def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tm
     assert lines["device"] == hardware()
 
 
+def test_the_header_tells_drops_that_come_after_the_end_of_their_phase(tmp_path):
+    fields = {"converge.epochs": 3, "search.drops": (1.5,), "baseline.drops": (9,)}
+    fields["converge.drops"] = (2.5, 3, 225.0)
+    told = unwrapped(header(targets.prepare(of_digits(**fields), tmp_path / "run")))
+    assert re.findall("^drops +(.*)$", told, re.MULTILINE) == [
+        "converge.drops 3, 225 come after converge.epochs=3 and do nothing; "
+        "converge.schedule=cosine suits any length"
+    ]
+    fields["converge.schedule"] = "cosine"
+    assert "converge.drops" not in header(targets.prepare(of_digits(**fields), tmp_path / "run2"))
+
+
 def next_of(runs):
     return unwrapped(header(runs)).splitlines()[-1].removeprefix("next").strip()
 

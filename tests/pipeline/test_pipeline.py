@@ -511,7 +511,7 @@ def test_a_field_that_is_given_no_more_makes_another_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("data.dir", "elsewhere"),
+        ("data.workers", 2),
         ("log_every", 7),
         ("nonfinite", "skip"),
         ("checkpoint.seconds", 1.0),
@@ -856,6 +856,12 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
             {"data.name": "image_folder", "data.dir": "nowhere", "data.image_size": 8},
             r"^config\.data\.dir: ",
         ),
+        (
+            {"data.dir": "pictures"},
+            r"^config\.data\.dir: only cifar10, .* image_folder can .* digits; got 'pictures'$",
+        ),
+        ({"data.cutout": 9}, r"^config\.data\.cutout: expected at most 8, the side .*; got 9$"),
+        ({"data.crop_padding": 9}, r"^config\.data\.crop_padding: expected at most 8, .*; got 9$"),
     ],
 )
 def test_an_error_names_the_field(tmp_path, monkeypatch, changes, message):

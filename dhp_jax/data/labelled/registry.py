@@ -10,6 +10,7 @@ from dhp_jax.errors import FieldError, shown
 NAMES = ("digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet2012", "image_folder")
 OWN: dict[str, Callable[[], Source]] = {}  # of a program's own, by name; see docs/extending.md
 USERS = {
+    "dir": ("cifar10", "cifar100", "tiny_imagenet", "imagenet2012", "image_folder"),
     "image_size": ("imagenet2012", "image_folder"),
     "archive": ("tiny_imagenet",),
     "channels": ("image_folder",),
@@ -36,7 +37,7 @@ def load(
       data_dir: the folder of "image_folder"; for others the TFDS directory that holds the data,
         `data_dir/cifar10/3.0.2/...`; TFDS's own default, `~/tensorflow_datasets`, if `None`.
         The binary version of CIFAR as its authors give it out, `data_dir/cifar-10-batches-bin` or
-        `data_dir/cifar-100-binary`, comes first where it is. "digits" does not look at it.
+        `data_dir/cifar-100-binary`, comes first where it is.
       image_size: height and width in pixels; larger and smaller images are resized so that their
         centre fills it. "imagenet2012": 224 if `None`. "image_folder": if `None`, the images keep
         their size, which must be the same for all. Other data sets have the size they have.
@@ -50,8 +51,8 @@ def load(
       training and 500 test images is always the same one.
 
     Raises:
-      ValueError: `name` is none of `NAMES`; `image_size` or `archive` is given to a data set that
-        does not use it; the images of a folder differ in size or colour.
+      ValueError: `name` is none of `NAMES`; an argument is given to a data set that does not use
+        it; the images of a folder differ in size or colour.
       DataNotFoundError: the data are neither in `data_dir` in a form that can be read nor can be
         downloaded (found out in seconds), an image is damaged, or scikit-learn is missing.
 
@@ -62,13 +63,13 @@ def load(
     """
     if name not in (*NAMES, *OWN):
         raise FieldError.unknown("data.name", name, (*NAMES, *OWN))
-    given = {"image_size": image_size, "archive": archive, "channels": channels}
+    given = {"dir": data_dir, "image_size": image_size, "archive": archive, "channels": channels}
     for argument, value in given.items():
         if value is not None and name not in USERS[argument]:
             raise FieldError(
                 f"data.{argument}",
-                detail=f"only {' and '.join(USERS[argument])} can use it, expected None for "
-                f"{name}; got {value!r}",
+                detail=f"only {_in_words(USERS[argument])} can use it, expected None for "
+                f"{name}; got {shown(value)}",
             )
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
         raise FieldError("data.image_size", "a positive integer", shown(image_size))
@@ -87,3 +88,8 @@ def load(
             return image_folder.load(data_dir, image_size, channels)
         case _:
             return cifar.load(name, data_dir)
+
+
+def _in_words(names: tuple[str, ...]) -> str:
+    """Names as a sentence lists them."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
