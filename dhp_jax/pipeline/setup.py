@@ -101,7 +101,7 @@ def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
     def read(split: str) -> Data:
         if streamed:
             return source.stream(split, workers)
-        images, labels = source.read(split)
+        images, labels = source.loaded(split)
         return Rows.of(images), labels
 
     return TaskSetup(

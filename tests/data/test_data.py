@@ -1,6 +1,7 @@
 """Data sets, CIFAR prepared without TensorFlow or network, and augmentation on the device."""
 
 import collections
+import dataclasses
 import functools
 import http.server
 import io
@@ -82,6 +83,28 @@ def test_digits_split_ignores_every_seed(digits):
 def test_digits_statistics_are_those_of_the_training_images(digits):
     normal = np.asarray(data.normalize(digits.read("train")[0], digits.mean, digits.std))
     np.testing.assert_allclose([normal.mean(), normal.std()], [0, 1], atol=1e-5)
+
+
+def test_images_and_labels_that_are_not_as_a_data_set_says_are_refused(digits):
+    images, labels = digits.read("test")
+    wrong = {
+        "test images of 'digits'; got none": (images[:0], labels[:0]),
+        "test images .*, uint8 of .*; got float64 of .*": (images / 16, labels),
+        "test images .*; got uint8 of shape \\(499, 8, 8, 1\\)": (images[1:], labels),
+        "500 labels from 0 to 9 of .*; got 499, .*": (images, labels[1:]),
+        "500 labels from 0 to 9 .* \\[1, .* 9, 10\\]": (images, labels + 1),
+        "500 labels from 0 to 9 .*; got 500, which are \\[0\\.0, .*": (images, labels / 1),
+    }
+    for message, arrays in wrong.items():
+        size = len(images) * ("none" not in message)
+        source = dataclasses.replace(digits, read=lambda _, a=arrays: a, test_size=size)
+        with pytest.raises(data.DataNotFoundError, match=f"^data.name: expected {message}$"):
+            source.loaded("test")
+        if size:
+            with pytest.raises(data.DataNotFoundError, match=f"^data.name: expected {message}$"):
+                source.stream("test", 0).read.images[0]
+    for found, stored in zip(digits.loaded("test"), (images, labels), strict=True):
+        np.testing.assert_array_equal(found, stored)
 
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):

@@ -12,6 +12,7 @@ import numpy as np
 
 from dhp_jax.data.held_out import hold_out
 from dhp_jax.data.stream import Batch, Stream
+from dhp_jax.errors import DataNotFoundError, shown
 
 
 class Labelled(Protocol):
@@ -111,6 +112,28 @@ class Source:
         sizes = {f"{split}_size": len(numbers) for split, numbers in chosen.items()}
         return replace(self, read=read, one_by_one=one_by_one, **sizes)
 
+    def loaded(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Reads a split whose images and labels are as the attributes say.
+
+        Raises:
+          DataNotFoundError: they are not, or there are none.
+        """
+        images, labels = self.read(split)
+        what, count = f"{split} images of {self.name!r}", self.size(split)
+        if not count:
+            raise DataNotFoundError("data.name", what, "none")
+        shape = (count, *self.image_shape)
+        if images.shape != shape or images.dtype != np.uint8:
+            got = f"{images.dtype} of shape {images.shape}"
+            raise DataNotFoundError("data.name", f"{what}, uint8 of shape {shape}", got)
+        found, known = np.unique(labels), np.arange(self.num_classes)
+        whole = labels.shape == (count,) and labels.dtype.kind in "iu"
+        if not (whole and np.isin(found, known).all()):
+            expected = f"{count} labels from 0 to {known[-1]} of the {what}"
+            got = f"{len(labels)}, which are {shown(found.tolist())}"
+            raise DataNotFoundError("data.name", expected, got)
+        return images, labels
+
     def bytes(self, split: str) -> int:
         """What the images of a split take as they are read."""
         return self.size(split) * math.prod(self.image_shape)
@@ -132,7 +155,7 @@ class Source:
 
     def _one_by_one(self, split: str) -> tuple[Labelled, str]:
         if self.one_by_one is None:
-            return Loaded(self.read, split, self.size(split)), self.name
+            return Loaded(self.loaded, split, self.size(split)), self.name
         return self.one_by_one(split)
 
 
