@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flax import nnx
-from flax.core import meta, unfreeze
+from flax.core import Scope, meta, unfreeze
 import flax.linen as linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
@@ -148,28 +148,41 @@ def _with_stored_shapes(
 ) -> Any:
     """Calls a method of a module whose parameters have the shapes that are stored."""
     module = context.module
-    object.__setattr__(module, "param", functools.partial(_param, module))  # it is frozen
-    if context.method_name == "__call__" and module.has_variable(PARAMS, "kernel"):
-        shape = jnp.shape(meta.unbox(module.get_variable(PARAMS, "kernel")))
-        if isinstance(module, linen.Conv):
-            groups = jnp.shape(args[0])[-1] // shape[-2]
-            object.__setattr__(module, "feature_group_count", groups)
-            object.__setattr__(module, "features", shape[-1])
+    if module.scope is not None:
+        module.scope.param = functools.partial(_param, module.scope)
+        if context.method_name == "__call__":
+            sizes = _sizes(module, (*args, *kwargs.values()))
             if getattr(module, "conv_general_dilated", convolve) is None:
-                object.__setattr__(module, "conv_general_dilated", convolve)
-        elif isinstance(module, linen.DenseGeneral):
-            rank = len(module.features) if isinstance(module.features, tuple | list) else 1
-            object.__setattr__(module, "features", shape[-rank:])
+                sizes["conv_general_dilated"] = convolve
+            for name, size in sizes.items():
+                object.__setattr__(module, name, size)  # it is frozen
     return method(*args, **kwargs)
 
 
-def _param(module: linen.Module, name: str, init: Callable[..., Any], *args: Any, **kwargs: Any):
+def _sizes(module: linen.Module, given: tuple[Any, ...]) -> dict[str, Any]:
+    """The sizes that a module keeps and its call uses, by the shapes of what is stored."""
+    stored = meta.unbox(module.variables.get(PARAMS, {}))
+    if isinstance(module, linen.MultiHeadDotProductAttention) and "query" in stored:
+        *_, heads, size = jnp.shape(stored["query"]["kernel"])
+        outputs = jnp.shape(stored["out"]["kernel"])[-1]
+        return {"num_heads": heads, "qkv_features": heads * size, "out_features": outputs}
+    shape = jnp.shape(stored.get("kernel", 0))
+    if isinstance(module, linen.Conv) and shape:
+        groups = jnp.shape(given[0])[-1] // shape[-2]
+        return {"feature_group_count": groups, "features": shape[-1]}
+    if isinstance(module, linen.DenseGeneral) and shape:
+        rank = len(module.features) if isinstance(module.features, tuple | list) else 1
+        return {"features": shape[-rank:]}
+    return {"shape": shape} if isinstance(module, linen.Einsum) and shape else {}
+
+
+def _param(scope: Scope, name: str, init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A parameter as it is stored, or with its initial value where there is none."""
-    unbox = kwargs.pop("unbox", True)
-    if module.has_variable(PARAMS, name):
-        stored = meta.unbox(module.get_variable(PARAMS, name))
-        return linen.Module.param(module, name, lambda _: stored, unbox=unbox)
-    return linen.Module.param(module, name, init, *args, unbox=unbox, **kwargs)
+    if not scope.has_variable(PARAMS, name):
+        return Scope.param(scope, name, init, *args, **kwargs)
+    scope.reserve(name, PARAMS)
+    stored = scope.get_variable(PARAMS, name)
+    return meta.unbox(stored) if kwargs.get("unbox", True) else stored
 
 
 class _Fixed:

@@ -44,7 +44,7 @@ class Net(nn.Module):
         x = nn.remat(Block, static_argnums=(2,))(16, name="block")(x, train)
         x = nn.relu(nn.BatchNorm(not train, momentum=0.9)(nn.Conv(24, (3, 3), strides=2)(x)))
         x = x.reshape(len(x), -1, x.shape[-1])
-        x = x + nn.MultiHeadDotProductAttention(6, qkv_features=24, name="attention")(x)
+        x = x + nn.MultiHeadDotProductAttention(6, name="attention")(x)
         x = nn.Dropout(self.rate, deterministic=not train)(nn.relu(nn.Dense(32)(x)))
         return nn.Dense(5)(x.mean(1))
 
@@ -252,6 +252,40 @@ def test_wrong_arguments_are_refused(change, message):
     given = {"module": module, "variables": variables, "training": {"train": True}}
     with pytest.raises(ValueError, match=message):
         dhp.FromLinen(**given | change)
+
+
+class Standardised(nn.Conv):
+    """A convolution of standardised kernels, as BiT networks have."""
+
+    def param(self, name, *args, **kwargs):
+        x = super().param(name, *args, **kwargs)
+        return (x - x.mean((0, 1, 2))) / x.std((0, 1, 2)) if name == "kernel" else x
+
+
+class Layers(nn.Module):
+    """Layers that change their parameters, or keep sizes beside them."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(Standardised(8, (3, 3))(x))
+        x = nn.relu(nn.WeightNorm(nn.Conv(10, (3, 3)))(x))
+        x = nn.relu(nn.Einsum((10, 12), "abcd,de->abce")(x))
+        x = nn.relu(nn.ConvTranspose(6, (2, 2), strides=(2, 2))(x))
+        kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+        x = nn.relu(nn.Dense(14, kernel_init=kernel_init)(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+def test_layers_that_change_their_parameters_or_keep_sizes_are_pruned():
+    module, x = Layers(), images()
+    variables = module.init(jax.random.key(0), x)
+    net = dhp.FromLinen(module, variables)
+    np.testing.assert_array_equal(net(x), module.apply(variables, x))
+    traced = dhp.with_latents(net, SHAPE, min_channels=1)
+    assert sorted(z.size for z in dhp.latents(traced).values() if z.prunable) == [6, 8, 10, 12, 14]
+    small = dhp.prune_to(traced, flops=0.5, by=dhp.l1_scores(traced))
+    with dhp.pruned_linen():
+        np.testing.assert_array_equal(small(x), module.apply(small.variables(), x))
 
 
 class Fixed(nn.Module):
