@@ -37,6 +37,9 @@ class FromLinen(nnx.Module):
       evaluation: those of the call in evaluation mode, such as `{"train": False}`.
       rngs: streams of random keys for training mode, such as `nnx.Rngs(dropout=0)`.
 
+    Statistics of `BatchNorm(axis_name=...)` are those of all devices where that axis is bound, as
+    in `nnx.pmap`; elsewhere those of the batch.
+
     Raises:
       ValueError: no `params` among the variables; two arrays of one path; a path that begins with
         a name that modules of `flax.nnx` have; no `training` where there is more than `params`.
@@ -146,17 +149,30 @@ def _with_stored_shapes(
     context: linen.module.InterceptorContext,
     convolve: Callable[..., Any] | None = None,
 ) -> Any:
-    """Calls a method of a module whose parameters have the shapes that are stored."""
+    """Calls a method of a module whose parameters have the shapes that are stored.
+
+    With a `convolve` layers leave out axes of devices of which there are none.
+    """
     module = context.module
     if module.scope is not None:
         module.scope.param = functools.partial(_param, module.scope)
         if context.method_name == "__call__":
             sizes = _sizes(module, (*args, *kwargs.values()))
-            if getattr(module, "conv_general_dilated", convolve) is None:
+            if convolve and getattr(module, "conv_general_dilated", convolve) is None:
                 sizes["conv_general_dilated"] = convolve
+            if convolve and not _is_bound(getattr(module, "axis_name", None)):
+                sizes["axis_name"] = None
             for name, size in sizes.items():
                 object.__setattr__(module, name, size)  # it is frozen
     return method(*args, **kwargs)
+
+
+def _is_bound(axis: Any) -> bool:
+    """Whether an axis that is named, as by `BatchNorm(axis_name=...)`, is one of this trace."""
+    try:
+        return axis is None or bool(jax.lax.axis_size(axis))
+    except NameError:
+        return False
 
 
 def _sizes(module: linen.Module, given: tuple[Any, ...]) -> dict[str, Any]:

@@ -227,8 +227,8 @@ def _other_params(program: Program, calls: list[LayerCall]) -> list[LayerCost]:
 
 
 def _params_only(path: str, kind: str, product: Product) -> LayerCost:
-    none = Width(1, 1)
-    return LayerCost(path, kind, none, none, (), (product,), ())
+    width = product.widths[-1] if product.widths else Width(1, 1)
+    return LayerCost(path, kind, width, width, (), (product,), ())
 
 
 # Networks whose program says what they cost
@@ -268,7 +268,7 @@ class _TracedCount:
 
     def cost(self) -> Cost:
         """The sum over all calls of layers, and what belongs to none."""
-        by_call: dict[Any, list[Operation]] = {}
+        by_call: dict[int | str, list[Operation]] = {}
         jaxpr = self.program.closed.jaxpr
         holders = map(self._holder, self.program.names)
         for operation in costly_operations(
@@ -277,17 +277,19 @@ class _TracedCount:
             key = operation.call
             if operation.owner and (key is None or not self.calls[key].path):
                 key = operation.owner
-            key = ("operation", len(by_call)) if key is None else key
+            key = f"operation {len(by_call)}" if key is None else key
             by_call.setdefault(key, []).append(operation)
         params = self._params()
         layers, last = [], {call.path: number for number, call in enumerate(self.calls)}
         for key, operations in by_call.items():
             layer = self._layer(key, operations)
             if isinstance(key, int) and _is_activation(self.calls[key].layer):
-                if key != last[layer.path]:
+                if key != last[self.calls[key].path]:
                     continue
                 layer = replace(layer, activations_terms=())
             own = params.pop(layer.path, ())
+            if not layer.flops_terms and own:
+                layer = _params_only(layer.path, layer.kind, own[0])
             if layer.flops_terms or own:
                 layers.append(replace(layer, params_terms=tuple(own)))
         for path, own in params.items():
@@ -299,7 +301,7 @@ class _TracedCount:
         holder = name.rpartition(".")[0]
         return holder if holder in self.holders else name
 
-    def _layer(self, key: Any, operations: list[Operation]) -> LayerCost:
+    def _layer(self, key: int | str, operations: list[Operation]) -> LayerCost:
         found = self.calls[key] if isinstance(key, int) else None
         flops, activations, ends = [], [], (Width(1, 1), Width(1, 1))
         for operation in operations:
@@ -317,8 +319,8 @@ class _TracedCount:
             flops.append(product)
             nbytes = jnp.dtype(out.aval.dtype).itemsize
             activations.append(Product(nbytes * operation.times, widths))
-        path = found.path if found else key if isinstance(key, str) else f"operation {key[1]}"
         kind = type(found.layer).__name__ if found else operations[0].eqn.primitive.name
+        path = found.path or kind if found else key  # the path of the whole network is ""
         return LayerCost(path, kind, *ends, tuple(flops), (), tuple(activations))
 
     def _contraction(
@@ -350,7 +352,7 @@ class _TracedCount:
             # The kernel of a layer that is not trained, as EDSR's mean shift, counts as well.
             is_weight = layer in modules and path[-1] in ("kernel", "bias")
             if (isinstance(leaf, nnx.Param) or is_weight) and variable in used:
-                key = layer if layer in modules else name
+                key = layer if layer and layer in modules else name
                 product = Product(1, self.widths((), variable))
                 found[key] = (*found.get(key, ()), product)
         return found

@@ -1,6 +1,7 @@
 """Networks of flax.linen: computed as flax.linen does, pruned, trained and handed back."""
 
 import functools
+import re
 
 from flax import errors, nnx
 import flax.linen as nn
@@ -46,7 +47,7 @@ class Net(nn.Module):
         x = x.reshape(len(x), -1, x.shape[-1])
         x = x + nn.MultiHeadDotProductAttention(6, name="attention")(x)
         x = nn.Dropout(self.rate, deterministic=not train)(nn.relu(nn.Dense(32)(x)))
-        return nn.Dense(5)(x.mean(1))
+        return nn.Dense(5)(x.mean(1) + self.param("shift", nn.initializers.zeros, (32,)))
 
 
 def filled(module, seed=0):
@@ -89,6 +90,7 @@ def test_it_computes_what_the_module_does_and_hands_its_variables_back():
 def test_a_call_of_every_kind_of_axis_is_pruned():
     small = pruned(network()[2]).variables()["params"]
     shapes = jax.tree.map(jnp.shape, small)
+    assert shapes["Conv_0"]["kernel"][-1] < 24  # what the attention makes of it too
     stem = shapes["stem"]["kernel"][-1]
     heads = shapes["attention"]["query"]["kernel"][1]
     assert stem % 4 == 0
@@ -114,6 +116,7 @@ def test_the_pruned_network_is_the_whole_one_in_which_what_is_gone_is_zero():
         ("block",): groups,
         ("attention", "out", "kernel"): masks["attention.query"][:, None, None],
         ("Dense_0",): masks["Dense_0"],
+        ("shift",): masks["Dense_0"],
     }
     for path, mask in whole.items():
         node = functools.reduce(dict.__getitem__, path[:-1], params)
@@ -195,9 +198,11 @@ def test_its_convolutions_are_those_that_are_fast_here():
 
 
 class Normalised(nn.Module):
+    axis_name: str | None = None
+
     @nn.compact
     def __call__(self, x, train=False):
-        norm = nn.BatchNorm(not train, name="norm")
+        norm = nn.BatchNorm(not train, name="norm", axis_name=self.axis_name)
         return nn.Dense(2)(norm(norm(x) + 1))
 
 
@@ -228,7 +233,9 @@ def test_it_is_saved_and_loaded_and_summarised(tmp_path):
     np.testing.assert_array_equal(loaded(images()), small(images()))
     lines = str(dhp.summary(dhp.with_latents(net, SHAPE, min_channels=1), small)).splitlines()
     assert any(line.startswith("block.depthwise ") for line in lines)
-    assert not any(line.startswith("operation 0") for line in lines)
+    assert not any(line.startswith(("operation", "FromLinen")) for line in lines)
+    assert any(re.match(r"block.norm +16 -> \d+ +0 ", line) for line in lines)
+    assert any(re.match(r"shift +32 -> \d+ +0 ", line) for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +259,24 @@ def test_wrong_arguments_are_refused(change, message):
     given = {"module": module, "variables": variables, "training": {"train": True}}
     with pytest.raises(ValueError, match=message):
         dhp.FromLinen(**given | change)
+
+
+def test_statistics_are_those_of_all_devices_where_there_are_some():
+    module = Normalised(axis_name="batch")
+    x = jax.random.normal(jax.random.key(0), (2, 32, 6)) + jnp.arange(2)[:, None, None]
+    variables = module.init(jax.random.key(0), x[0])
+    net = dhp.FromLinen(module, variables, training={"train": True})
+    net.train()
+
+    @nnx.vmap(in_axes=(nnx.StateAxes({nnx.Param: None, ...: None}), 0), axis_name="batch")
+    def call(net, x):
+        return net(x)
+
+    of_all, alone = call(net, x), net(x[0])
+    whole = dhp.FromLinen(Normalised(), variables, training={"train": True})
+    whole.train()
+    np.testing.assert_allclose(of_all.reshape(64, 2), whole(x.reshape(64, 6)), atol=1e-4)
+    np.testing.assert_allclose(alone, whole(x[0]), atol=1e-4)
 
 
 class Standardised(nn.Conv):
