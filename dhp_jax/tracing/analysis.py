@@ -213,13 +213,14 @@ def _first_program(
         raise
     except Exception as error:  # whatever the network's code raises
         try:
-            integers = jax.tree.map(_as_integers, inputs)
+            integers = jax.tree.map(as_integers, inputs)
             return integers, trace_program(model, call, integers)
         except Exception:  # the first error says more
             raise error from None
 
 
-def _as_integers(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def as_integers(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """An abstract array of floats as one of integers."""
     return jax.ShapeDtypeStruct(x.shape, jnp.int32) if x.dtype == jnp.float32 else x
 
 

@@ -14,7 +14,7 @@ from dhp_jax.core.activations import ReLU
 from dhp_jax.core.cost import Cost, LayerCost, Product, Width, layer_terms
 from dhp_jax.core.latent import Axis, Latent, latents
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.tracing.analysis import solve
+from dhp_jax.tracing.analysis import as_integers, solve
 from dhp_jax.tracing.flow import Axes, Flow
 from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.inputs import (
@@ -110,7 +110,7 @@ def _traced(
     model = nnx.merge(graphdef, state, copy=True)
     model.eval()  # tracing the update of BatchNorm statistics is slow in deep networks
     first = None
-    for given in (inputs, jax.tree.map(_integers, inputs)):
+    for given in (inputs, jax.tree.map(as_integers, inputs)):
         try:
             program = trace_program(model, called, given, as_written=False)
             return program, calls, names, given
@@ -119,10 +119,6 @@ def _traced(
         except (TypeError, ValueError) as error:
             first = first or error
     raise ValueError(input_refused(input_shape, first)) from first
-
-
-def _integers(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, jnp.int32) if x.dtype == jnp.float32 else x
 
 
 def is_counted(module: nnx.Module) -> bool:
@@ -270,13 +266,11 @@ class _TracedCount:
         """The sum over all calls of layers, and what belongs to none."""
         by_call: dict[int | str, list[Operation]] = {}
         jaxpr = self.program.closed.jaxpr
-        holders = map(self._holder, self.program.names)
-        for operation in costly_operations(
-            jaxpr, owners=dict(zip(jaxpr.invars, holders, strict=False))
-        ):
+        owners = dict(zip(jaxpr.invars, map(self._holder, self.program.names), strict=False))
+        for operation in costly_operations(jaxpr, owners=owners):
             key = operation.call
-            if operation.owner and (key is None or not self.calls[key].path):
-                key = operation.owner
+            if key is None or not self.calls[key].path:
+                key = operation.owner or self._scope(operation) or key
             key = f"operation {len(by_call)}" if key is None else key
             by_call.setdefault(key, []).append(operation)
         params = self._params()
@@ -288,10 +282,10 @@ class _TracedCount:
                     continue
                 layer = replace(layer, activations_terms=())
             own = params.pop(layer.path, ())
-            if not layer.flops_terms and own:
+            if own and not layer.flops_terms:
                 layer = _params_only(layer.path, layer.kind, own[0])
             if layer.flops_terms or own:
-                layers.append(replace(layer, params_terms=tuple(own)))
+                layers.append(replace(layer, params_terms=own))
         for path, own in params.items():
             layers.append(replace(_params_only(path, "Param", own[0]), params_terms=own))
         return Cost(tuple(layers), dict(self.table.sizes) if self.table else {})
@@ -300,6 +294,12 @@ class _TracedCount:
         """The mapping that holds an array, as for a module of `flax.linen`; else the array."""
         holder = name.rpartition(".")[0]
         return holder if holder in self.holders else name
+
+    def _scope(self, operation: Operation) -> str | None:
+        """The mapping of arrays that the scopes of an operation name, as `flax.linen` does."""
+        scope = operation.scope
+        runs = (".".join(scope[at:end]) for end in range(len(scope), 0, -1) for at in range(end))
+        return next((run for run in runs if run in self.holders), None)
 
     def _layer(self, key: int | str, operations: list[Operation]) -> LayerCost:
         found = self.calls[key] if isinstance(key, int) else None
@@ -352,7 +352,7 @@ class _TracedCount:
             # The kernel of a layer that is not trained, as EDSR's mean shift, counts as well.
             is_weight = layer in modules and path[-1] in ("kernel", "bias")
             if (isinstance(leaf, nnx.Param) or is_weight) and variable in used:
-                key = layer if layer and layer in modules else name
+                key = layer if layer in modules else name
                 product = Product(1, self.widths((), variable))
                 found[key] = (*found.get(key, ()), product)
         return found

@@ -63,6 +63,7 @@ class Operation(NamedTuple):
       call: number of the call that it belongs to; `None` if of no layer.
       times: how often it runs.
       owner: whose arrays it reads, if of one alone.
+      scope: the names of `jax.named_scope` around it, from the outermost on.
     """
 
     eqn: JaxprEqn
@@ -70,6 +71,7 @@ class Operation(NamedTuple):
     call: int | None
     times: int
     owner: str | None
+    scope: tuple[str, ...]
 
 
 def mark_calls(model: nnx.Module, is_layer: Callable[[nnx.Module], bool]) -> list[LayerCall]:
@@ -129,6 +131,7 @@ def costly_operations(
     times: int = 1,
     call: int | None = None,
     owners: Mapping[Any, str] = MappingProxyType({}),
+    scope: tuple[str, ...] = (),
 ) -> Iterator[Operation]:
     """Contractions, convolutions and marks of a program, wherever they stand.
 
@@ -141,24 +144,25 @@ def costly_operations(
     owners = dict(owners)
     for number, eqn in enumerate(jaxpr.eqns):
         name, inner = eqn.primitive.name, (*context, number)
-        scopes = _SCOPE.findall(str(eqn.source_info.name_stack))
-        own = int(scopes[-1]) if scopes else call
+        stack = str(eqn.source_info.name_stack)
+        calls, names = _SCOPE.findall(stack), (*scope, *stack.split("/"))
+        own = int(calls[-1]) if calls else call
         read = [None if is_literal(atom) else owners.get(atom) for atom in eqn.invars]
         known = {owner for owner in read if owner}
         owner = known.pop() if len(known) == 1 else None
         if owner and all(read[n] or is_literal(atom) for n, atom in enumerate(eqn.invars)):
             owners |= dict.fromkeys(eqn.outvars, owner)  # it follows from these arrays alone
         if name in SUMMING:
-            yield Operation(eqn, context, own, times, owner)
+            yield Operation(eqn, context, own, times, owner, names)
         elif name == "layer_output":
-            yield Operation(eqn, context, eqn.params["call"], times, owner)
+            yield Operation(eqn, context, eqn.params["call"], times, owner, names)
         elif name in CALLS:
             program = inner_program(eqn)[0]
             within = _of_inputs(program, read)
-            yield from costly_operations(program, inner, times, own, within)
+            yield from costly_operations(program, inner, times, own, within, names)
         elif name == "scan":
             runs, body = times * eqn.params["length"], eqn.params["jaxpr"].jaxpr
-            yield from costly_operations(body, inner, runs, own, _of_inputs(body, read))
+            yield from costly_operations(body, inner, runs, own, _of_inputs(body, read), names)
         elif name == "while":
             body = eqn.params["body_jaxpr"].jaxpr
             if any(found.eqn.primitive.name in SUMMING for found in costly_operations(body, inner)):
@@ -168,7 +172,7 @@ def costly_operations(
                 )
         elif name == "cond":
             branches = [
-                list(costly_operations(branch.jaxpr, (*inner, n), times, own))
+                list(costly_operations(branch.jaxpr, (*inner, n), times, own, {}, names))
                 for n, branch in enumerate(eqn.params["branches"])
             ]
             yield from max(branches, key=lambda found: sum(map(_numbers, found)))
