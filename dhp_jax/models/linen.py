@@ -35,7 +35,7 @@ class FromLinen(nnx.Module):
       training: keyword arguments of the call in training mode, such as `{"train": True}`. All
         collections but `params` may change there.
       evaluation: those of the call in evaluation mode, such as `{"train": False}`.
-      rngs: streams of random keys for training mode, such as `nnx.Rngs(dropout=0)`.
+      rngs: streams of random keys for training mode, such as `nnx.Rngs(0)` for dropout.
 
     Statistics of `BatchNorm(axis_name=...)` are those of all devices where that axis is bound, as
     in `nnx.pmap`; elsewhere those of the batch.
@@ -95,7 +95,9 @@ class FromLinen(nnx.Module):
                 return fixed.module.apply(self.variables(), *args, **options)
         changing = sorted({*fixed.collections.values()} - {PARAMS})
         options = {**fixed.training, **kwargs}
-        keys = {name: stream() for name, stream in self.rngs.items()} if self.rngs else None
+        streams = dict(self.rngs.items()) if self.rngs else {}
+        # What `flax.linen` takes for a name that is not there is that of `params`.
+        keys = {PARAMS if name == "default" else name: key() for name, key in streams.items()}
         with linen.intercept_methods(as_stored):
             outputs, changed = fixed.module.apply(
                 self.variables(), *args, rngs=keys, mutable=changing, **options
@@ -125,9 +127,10 @@ class FromLinen(nnx.Module):
 def pruned_linen() -> Iterator[None]:
     """Lets modules of `flax.linen` take variables of pruned networks.
 
-    In it a parameter that is there is taken as it is, whatever its shape would be at first.
-    `linen.Conv` counts its groups from its kernel, and `linen.DenseGeneral` its features. Within
-    `jax.jit` it is entered in the function, which is traced later than it is made.
+    In it a parameter that is there is taken as it is, whatever its shape would be at first. Layers
+    that keep sizes beside their parameters, as groups of channels and heads of attention, take
+    those of the parameters. Within `jax.jit` it is entered in the function, which is traced later
+    than it is made.
 
     Returns:
       A context manager.

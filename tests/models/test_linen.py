@@ -141,7 +141,7 @@ def test_pruned_variables_are_taken_by_the_module_itself(train):
 
 def test_a_pruned_network_is_trained_with_its_statistics_and_random_keys():
     module, variables, _ = network(rate=0.5)
-    net = dhp.FromLinen(module, variables, training={"train": True}, rngs=nnx.Rngs(dropout=0))
+    net = dhp.FromLinen(module, variables, training={"train": True}, rngs=nnx.Rngs(0))
     small = pruned(net)
     small.train()
     before = small.variables()

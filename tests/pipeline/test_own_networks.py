@@ -2,11 +2,13 @@
 
 import functools
 import json
+import re
 
 from flax import nnx
+import jax.numpy as jnp
 from networks import short
 import numpy as np
-from own_networks import Plain
+from own_networks import InLinen, Plain, of_linen
 from PIL import Image
 import pytest
 from runs import FIELDS, Interrupter, Stop, check_same_end, contents, description, of_digits
@@ -27,6 +29,7 @@ from dhp_jax.report.__main__ import main as report
 SHAPE = (8, 8, 1)
 X = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float32)
 PLAIN, LATENT = "own_networks:Plain", "own_networks:OnLatents"
+LINEN = "own_networks:of_linen"
 build = functools.partial(Plain, num_classes=10, channels=1)
 
 
@@ -185,6 +188,30 @@ def test_a_network_on_latents_goes_the_way_of_a_family(tmp_path):
     for made in (plan.of_trained(trained), plan.gated(trained)):
         assert dhp.latents(made).keys() == {"z1", "z2"} | {n for n in dhp.latents(made) if "." in n}
         np.testing.assert_allclose(computed(made), computed(trained), atol=1e-5)
+
+
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.parametrize(
+    "method", ["l1_norm", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fade", "dhp"))]
+)
+def test_a_network_of_flax_linen_goes_the_way_of_others(tmp_path, capsys, method):
+    whole = of_linen(10, 1, nnx.Rngs(3))
+    dhp.save(tmp_path / "net", whole)
+    weights = {"weights": str(tmp_path / "net")}
+    summary = carry_out(tmp_path / "run", LINEN, weights, method=method, **{"search.epochs": 7})
+    assert 0.4 < summary["flops"]["ratio"] <= 0.5
+    small = dhp.load(tmp_path / "run/model")
+    module, x = InLinen(10), jnp.asarray(X)
+    with dhp.pruned_linen():
+        expected = module.apply(small.variables(), x)
+    np.testing.assert_allclose(computed(small), expected, rtol=1e-4, atol=1e-5)
+    before, after = (net.variables()["batch_stats"]["BatchNorm_0"] for net in (whole, small))
+    kept = description(tmp_path / "run/pruned")["survivors"]["stem"]
+    assert not np.array_equal(after["mean"], before["mean"][np.array(kept)])
+    Image.new("L", (8, 8), 128).save(tmp_path / "image.png")
+    capsys.readouterr()
+    predict([str(tmp_path / "run"), str(tmp_path / "image.png"), f"--build={LINEN}"])
+    assert re.search(r"image.png: \d [\d.]+%", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

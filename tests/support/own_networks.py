@@ -1,6 +1,7 @@
 """Networks as a user of the library has them, to be named in a configuration."""
 
-from flax import nnx
+from flax import linen, nnx
+import jax.numpy as jnp
 
 import dhp_jax as dhp
 
@@ -35,6 +36,25 @@ class OnLatents(nnx.Module):
 
     def __call__(self, x):
         return self.head(nnx.relu(self.second(nnx.relu(self.first(x)))).mean((1, 2)))
+
+
+class InLinen(linen.Module):
+    """The same kind of network in flax.linen."""
+
+    num_classes: int
+
+    @linen.compact
+    def __call__(self, x, train=False):
+        x = linen.Conv(8, (3, 3), strides=4, name="stem")(x)
+        x = linen.relu(linen.BatchNorm(not train, momentum=0.9)(x))
+        x = linen.relu(linen.Dense(16, name="hidden")(x.mean((1, 2))))
+        return linen.Dense(self.num_classes)(linen.Dropout(0.1, deterministic=not train)(x))
+
+
+def of_linen(num_classes, channels, rngs):
+    module = InLinen(num_classes)
+    variables = module.init(rngs.params(), jnp.ones((1, 8, 8, channels)))
+    return dhp.FromLinen(module, variables, training={"train": True}, rngs=rngs)
 
 
 def without_rngs(num_classes):
