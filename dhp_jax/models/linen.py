@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.functions import Path, at, place
+from dhp_jax.models.registry import taken
 
 PARAMS = "params"
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -86,15 +87,18 @@ class FromLinen(nnx.Module):
         self.fixed = nnx.static(fixed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's outputs; keyword arguments come before those of the mode."""
+        """The network's outputs; keyword arguments come before those of the mode.
+
+        Another `method` than `__call__` gets those of the mode that it takes.
+        """
         fixed = self.fixed
         as_stored = functools.partial(_with_stored_shapes, convolve=self.conv_general_dilated)
         if self.deterministic:
             with linen.intercept_methods(as_stored):
-                options = {**fixed.evaluation, **kwargs}
+                options = _options(fixed.module, fixed.evaluation, kwargs)
                 return fixed.module.apply(self.variables(), *args, **options)
         changing = sorted({*fixed.collections.values()} - {PARAMS})
-        options = {**fixed.training, **kwargs}
+        options = _options(fixed.module, fixed.training, kwargs)
         streams = dict(self.rngs.items()) if self.rngs else {}
         # What `flax.linen` takes for a name that is not there is that of `params`.
         keys = {PARAMS if name == "default" else name: key() for name, key in streams.items()}
@@ -202,6 +206,17 @@ def _param(scope: Scope, name: str, init: Callable[..., Any], *args: Any, **kwar
     scope.reserve(name, PARAMS)
     stored = scope.get_variable(PARAMS, name)
     return meta.unbox(stored) if kwargs.get("unbox", True) else stored
+
+
+def _options(
+    module: linen.Module, mode: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Keyword arguments of a call: those that are given, and those of the mode."""
+    method = given.get("method")
+    if method is not None:
+        found = getattr(module, method) if isinstance(method, str) else method
+        mode = {name: mode[name] for name in taken(found, mode)}
+    return {**mode, **given}
 
 
 class _Fixed:

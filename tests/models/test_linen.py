@@ -197,6 +197,39 @@ def test_its_convolutions_are_those_that_are_fast_here():
     np.testing.assert_allclose(dhp.inference(network()[2])(x), expected, rtol=1e-4, atol=1e-4)
 
 
+class Coder(nn.Module):
+    def setup(self):
+        self.encoder = [nn.Dense(12), nn.Dense(3)]
+        self.decoder = nn.Dense(6)
+        self.dropout = nn.Dropout(0.5)
+
+    def encode(self, x):
+        return self.encoder[1](nn.relu(self.encoder[0](x)))
+
+    def noisy(self, x, train):
+        return self.encode(self.dropout(x, deterministic=not train))
+
+    def __call__(self, x, train):
+        return self.decoder(nn.relu(self.noisy(x, train)))
+
+
+@pytest.mark.parametrize("method", ["encode", "noisy", Coder.noisy])
+def test_another_method_is_called_with_what_it_takes(method):
+    module, x = Coder(), jax.random.normal(jax.random.key(0), (4, 6))
+    variables = module.init(jax.random.key(0), x, train=False)
+    modes = {"training": {"train": True}, "evaluation": {"train": False}}
+    net = dhp.FromLinen(module, variables, **modes, rngs=nnx.Rngs(0))
+    call = functools.partial(dhp.FromLinen.__call__, method=method)
+    traced = dhp.with_latents(net, (6,), call=call)
+    assert {name: z.size for name, z in dhp.latents(traced).items()} == {"encoder_0": 12}
+    small = dhp.prune_to(traced, flops=0.5, by=dhp.l1_scores(traced))
+    with dhp.pruned_linen():
+        expected = module.apply(small.variables(), x, method="encode")
+    np.testing.assert_array_equal(small(x, method=method), expected)
+    small.train()
+    assert np.array_equal(small(x, method=method), expected) is (method == "encode")
+
+
 class Normalised(nn.Module):
     axis_name: str | None = None
 
