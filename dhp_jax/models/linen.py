@@ -18,6 +18,7 @@ from dhp_jax.models.functions import Path, at, place
 from dhp_jax.models.registry import taken
 
 PARAMS = "params"
+CELLS = (linen.GRUCell, linen.LSTMCell, linen.OptimizedLSTMCell, linen.MGUCell, linen.SimpleCell)
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -164,13 +165,11 @@ def _with_stored_shapes(
     if module.scope is not None:
         module.scope.param = functools.partial(_param, module.scope)
         if context.method_name == "__call__":
-            sizes = _sizes(module, (*args, *kwargs.values()))
+            _resize(module, (*args, *kwargs.values()))
             if convolve and getattr(module, "conv_general_dilated", convolve) is None:
-                sizes["conv_general_dilated"] = convolve
+                _set(module, conv_general_dilated=convolve)
             if convolve and not _is_bound(getattr(module, "axis_name", None)):
-                sizes["axis_name"] = None
-            for name, size in sizes.items():
-                object.__setattr__(module, name, size)  # it is frozen
+                _set(module, axis_name=None)
     return method(*args, **kwargs)
 
 
@@ -182,21 +181,33 @@ def _is_bound(axis: Any) -> bool:
         return False
 
 
-def _sizes(module: linen.Module, given: tuple[Any, ...]) -> dict[str, Any]:
-    """The sizes that a module keeps and its call uses, by the shapes of what is stored."""
+def _resize(module: linen.Module, given: tuple[Any, ...]) -> None:
+    """Sets the sizes that a module keeps, and its call uses, to those of what is stored."""
     stored = meta.unbox(module.variables.get(PARAMS, {}))
+    shape = getattr(stored.get("kernel"), "shape", ())
     if isinstance(module, linen.MultiHeadDotProductAttention) and "query" in stored:
         *_, heads, size = jnp.shape(stored["query"]["kernel"])
         outputs = jnp.shape(stored["out"]["kernel"])[-1]
-        return {"num_heads": heads, "qkv_features": heads * size, "out_features": outputs}
-    shape = jnp.shape(stored.get("kernel", 0))
-    if isinstance(module, linen.Conv) and shape:
+        _set(module, num_heads=heads, qkv_features=heads * size, out_features=outputs)
+    elif isinstance(module, linen.RNN) and isinstance(module.cell, CELLS):
+        cell = meta.unbox(module.cell.variables.get(PARAMS, {}))
+        hidden = [jnp.shape(layer["kernel"])[-2] for name, layer in cell.items() if name[0] == "h"]
+        if hidden:  # the first carry is of that size
+            _set(module.cell, features=hidden[0])
+    elif isinstance(module, linen.Conv) and shape:
         groups = jnp.shape(given[0])[-1] // shape[-2]
-        return {"feature_group_count": groups, "features": shape[-1]}
-    if isinstance(module, linen.DenseGeneral) and shape:
+        _set(module, feature_group_count=groups, features=shape[-1])
+    elif isinstance(module, linen.DenseGeneral) and shape:
         rank = len(module.features) if isinstance(module.features, tuple | list) else 1
-        return {"features": shape[-rank:]}
-    return {"shape": shape} if isinstance(module, linen.Einsum) and shape else {}
+        _set(module, features=shape[-rank:])
+    elif isinstance(module, linen.Einsum) and shape:
+        _set(module, shape=shape)
+
+
+def _set(module: linen.Module, **values: Any) -> None:
+    """Sets attributes of a module, which is frozen."""
+    for name, value in values.items():
+        object.__setattr__(module, name, value)
 
 
 def _param(scope: Scope, name: str, init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

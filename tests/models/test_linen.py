@@ -346,6 +346,25 @@ def test_layers_that_change_their_parameters_or_keep_sizes_are_pruned():
         np.testing.assert_array_equal(small(x), module.apply(small.variables(), x))
 
 
+class Recurrent(nn.Module):
+    cell: type
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.RNN(self.cell(12))(nn.Dense(8)(x))[:, -1])
+
+
+@pytest.mark.parametrize("cell", [nn.GRUCell, nn.OptimizedLSTMCell, nn.LSTMCell, nn.MGUCell])
+def test_the_carry_of_a_recurrent_layer_is_pruned_with_it(cell):
+    module, x = Recurrent(cell), jax.random.normal(jax.random.key(0), (2, 5, 6))
+    net = dhp.FromLinen(module, module.init(jax.random.key(0), x))
+    traced = dhp.with_latents(net, (5, 6), min_channels=1)
+    assert sorted(z.size for z in dhp.latents(traced).values() if z.prunable) == [8, 12]
+    small = dhp.prune_to(traced, flops=0.5, by=dhp.l1_scores(traced))
+    with dhp.pruned_linen():
+        np.testing.assert_array_equal(small(x), module.apply(small.variables(), x))
+
+
 class Fixed(nn.Module):
     @nn.compact
     def __call__(self, x):
