@@ -176,7 +176,7 @@ def _with_stored_shapes(
 def _is_bound(axis: Any) -> bool:
     """Whether an axis that is named, as by `BatchNorm(axis_name=...)`, is one of this trace."""
     try:
-        return axis is None or bool(jax.lax.axis_size(axis))
+        return not isinstance(axis, str) or bool(jax.lax.axis_size(axis))
     except NameError:
         return False
 
