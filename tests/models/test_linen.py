@@ -52,11 +52,9 @@ class Net(nn.Module):
 
 def filled(module, seed=0):
     """Its variables, none of them as they begin."""
-    variables = module.init(jax.random.key(seed), jnp.ones((1, *SHAPE)))
+    abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, *SHAPE)))
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.abs(x) + 0.1 + 0.1 * rng.random(x.shape, np.float32), variables
-    )
+    return jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.1, 0.6, x.shape), x.dtype), abstract)
 
 
 def images(count=4, seed=1):
@@ -74,6 +72,12 @@ def pruned(net, flops=0.5):
     return dhp.prune_to(traced, flops=flops, by=dhp.l1_scores(traced))
 
 
+@functools.cache
+def halved():
+    """A pruned network that several tests share and leave as it is."""
+    return pruned(network()[2])
+
+
 def test_it_computes_what_the_module_does_and_hands_its_variables_back():
     module, variables, net = network()
     x = images()
@@ -88,8 +92,7 @@ def test_it_computes_what_the_module_does_and_hands_its_variables_back():
 
 
 def test_a_call_of_every_kind_of_axis_is_pruned():
-    small = pruned(network()[2]).variables()["params"]
-    shapes = jax.tree.map(jnp.shape, small)
+    shapes = jax.tree.map(jnp.shape, halved().variables()["params"])
     assert shapes["Conv_0"]["kernel"][-1] < 24  # what the attention makes of it too
     stem = shapes["stem"]["kernel"][-1]
     heads = shapes["attention"]["query"]["kernel"][1]
@@ -128,9 +131,7 @@ def test_the_pruned_network_is_the_whole_one_in_which_what_is_gone_is_zero():
 
 @pytest.mark.parametrize("train", [False, True])
 def test_pruned_variables_are_taken_by_the_module_itself(train):
-    module, _, net = network()
-    small = pruned(net)
-    x = images()
+    module, small, x = Net(), nnx.clone(halved()), images()
     with pytest.raises(errors.ScopeParamShapeError):
         module.apply(small.variables(), x)
     with dhp.pruned_linen():
@@ -255,7 +256,7 @@ def test_statistics_are_renewed_with_all_that_a_layer_sees():
 
 def test_it_is_saved_and_loaded_and_summarised(tmp_path):
     module, _, net = network()
-    small = pruned(net)
+    small = halved()
     dhp.save(tmp_path / "small", small)
 
     def build(rngs):
