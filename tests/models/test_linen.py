@@ -355,7 +355,16 @@ class Recurrent(nn.Module):
         return nn.Dense(2)(nn.RNN(self.cell(12))(nn.Dense(8)(x))[:, -1])
 
 
-@pytest.mark.parametrize("cell", [nn.GRUCell, nn.OptimizedLSTMCell, nn.LSTMCell, nn.MGUCell])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        nn.OptimizedLSTMCell,
+        *(
+            pytest.param(cell, marks=pytest.mark.slow)
+            for cell in (nn.GRUCell, nn.LSTMCell, nn.MGUCell)
+        ),
+    ],
+)
 def test_the_carry_of_a_recurrent_layer_is_pruned_with_it(cell):
     module, x = Recurrent(cell), jax.random.normal(jax.random.key(0), (2, 5, 6))
     net = dhp.FromLinen(module, module.init(jax.random.key(0), x))
