@@ -16,9 +16,10 @@ Path = tuple[str, ...]
 class FromFunction(nnx.Module):
     """A function of a tree of parameters and of inputs, as a network of `flax.nnx`.
 
-    So a network in plain JAX is pruned, and one of any library whose networks are such functions.
-    What takes networks of `flax.nnx` takes it, as `dhp.with_latents` and `dhp.prune_to`. An array
-    has the path that it has in the tree, such as `layers.0.w`.
+    So a network in plain JAX is pruned, and one of a library whose networks are such functions and
+    do not check the shapes of their parameters. What takes networks of `flax.nnx` takes it, as
+    `dhp.with_latents` and `dhp.prune_to`. An array has the path that it has in the tree, such as
+    `layers.0.w`.
 
     Args:
       function: takes the parameters, then the inputs.
