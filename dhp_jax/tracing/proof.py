@@ -230,9 +230,10 @@ class _Walk:
             pairs = [((*context, n), a, b) for n, (a, b) in enumerate(branches)]
         for inner, whole, pruned in pairs:
             nothing: list[Known] = [None] * len(whole.jaxpr.invars)
-            self._within(
+            outputs = self._within(
                 ours, inner, whole.jaxpr, pruned.jaxpr, nothing, whole.consts, pruned.consts
             )
+            self._same_values(ours, outputs)
 
     def _within(self, eqn, context, whole, pruned, values, consts, pruned_consts) -> list[Known]:
         inner = _Walk(self.flow, self.gone, context, self.notes)

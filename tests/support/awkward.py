@@ -711,3 +711,41 @@ class OneAfterTheOther(nnx.Module):
     def __call__(self, x):
         f = nnx.scan(lambda x, m: (x + nnx.relu(m(x)), None), in_axes=(nnx.Carry, 0))
         return self.c(f(self.a(x), self.m)[0])
+
+
+@case([])
+class WidthOutOfABranch(nnx.Module):
+    # A number that fits every width comes out of a branch.
+    def __init__(self, rngs):
+        self.a, self.c = conv(3, 6, rngs=rngs), linear(6, 3, rngs)
+
+    def __call__(self, x):
+        x = self.a(x)
+        width = jnp.asarray(x.shape[-1], x.dtype)
+        scale = jax.lax.cond(x.sum() > 0, lambda: jnp.sqrt(width), lambda: width)
+        return self.c((x * scale).mean((1, 2)))
+
+
+@case([])
+class WidthOutOfALoop(nnx.Module):
+    # And out of the steps of a loop.
+    def __init__(self, rngs):
+        self.a, self.c = conv(3, 6, rngs=rngs), linear(6, 3, rngs)
+
+    def __call__(self, x):
+        x = self.a(x)
+        width = jnp.asarray(x.shape[-1], x.dtype)
+        _, scales = jax.lax.scan(lambda carry, _: (carry, jnp.sqrt(width)), 0.0, length=2)
+        return self.c((x * scales.sum()).mean((1, 2)))
+
+
+@case([])
+class WidthInAnUpdate(nnx.Module):
+    # And into a function that is applied to one pixel.
+    def __init__(self, rngs):
+        self.a, self.c = conv(3, 6, rngs=rngs), linear(6, 3, rngs)
+
+    def __call__(self, x):
+        x = self.a(x)
+        width = float(x.shape[-1])
+        return self.c(x.at[:, 0, 0].apply(lambda pixel: pixel / width).mean((1, 2)))
