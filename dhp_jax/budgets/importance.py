@@ -81,7 +81,7 @@ def l2_scores(model: nnx.Module) -> Scores:
 
     Reference: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, section 3.
     """
-    return _of_mean_one(_summed(model, lambda filters: np.sqrt((filters**2).sum(1))))
+    return _of_mean_one(_summed(model, lambda filters: np.linalg.norm(filters, axis=1)))
 
 
 def fpgm_scores(model: nnx.Module) -> Scores:
@@ -108,8 +108,8 @@ def fpgm_scores(model: nnx.Module) -> Scores:
     """
 
     def distances(filters: np.ndarray) -> np.ndarray:
-        squares = (filters**2).sum(1)
-        apart = squares[:, None] + squares - 2 * filters @ filters.T
+        squares = (np.abs(filters) ** 2).sum(1)
+        apart = squares[:, None] + squares - 2 * (filters @ filters.conj().T).real
         np.fill_diagonal(apart, 0)
         return np.sqrt(np.maximum(apart, 0)).sum(1)
 
@@ -138,7 +138,9 @@ def group_scores(model: nnx.Module) -> Scores:
     Reference: Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023 (arXiv 2301.12900),
     section 3.3, here of a network that was trained without its sparsity term.
     """
-    pairs = [(weights.entries, (weights.rows() ** 2).sum(1)) for weights in weights_of(model)]
+    pairs = [
+        (weights.entries, (np.abs(weights.rows()) ** 2).sum(1)) for weights in weights_of(model)
+    ]
     sums = sum_by_entry(model, pairs, "layers whose axes")
     return _of_mean_one({name: np.sqrt(values) for name, values in sums.items()})
 

@@ -27,7 +27,7 @@ class Weights(NamedTuple):
       array: path of the array.
       axis: of the array.
       entries: of which latent each position is which entry; `None` for one that stays.
-      value: a function that returns the array in float64.
+      value: a function that returns the array in float64, or complex128.
     """
 
     role: str
@@ -88,7 +88,11 @@ def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
 
 
 def _wide(value: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
-    return lambda: np.asarray(value(), np.float64)
+    def wide() -> np.ndarray:
+        array = np.asarray(value())
+        return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+
+    return wide
 
 
 def weights_in_role(model: nnx.Module, role: str, other: str) -> list[Weights]:
