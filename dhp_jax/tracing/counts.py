@@ -1,6 +1,7 @@
 """What a network costs, read from its program: FLOPs, params, activations of what survives."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 import math
 from typing import Any
@@ -10,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dhp_jax.core.activations import ReLU
 from dhp_jax.core.cost import Cost, LayerCost, Product, Width, layer_terms
 from dhp_jax.core.latent import Axis, Latent, latents
 from dhp_jax.core.provenance import architecture_of
@@ -31,6 +31,10 @@ from dhp_jax.tracing.marks import (
     Operation,
     call_size,
     costly_operations,
+    flops_of_an_element,
+    has_arrays,
+    is_activation,
+    is_counted,
     mark_calls,
     used_inputs,
 )
@@ -121,34 +125,18 @@ def _traced(
     raise ValueError(input_refused(input_shape, first)) from first
 
 
-def is_counted(module: nnx.Module) -> bool:
-    """Whether `layer_terms` is registered for a module."""
-    return layer_terms.dispatch(type(module)) is not layer_terms.dispatch(object)
-
-
-def _is_activation(module: nnx.Module) -> bool:
-    """Whether it is a layer of which the last call alone counts, as in the published costs."""
-    return isinstance(module, ReLU | nnx.PReLU)
-
-
-def _has_arrays(module: nnx.Module) -> bool:
-    return not isinstance(module, Axis) and (
-        is_counted(module) or any(isinstance(v, nnx.Variable) for v in vars(module).values())
-    )
-
-
 # Networks whose layers say what they cost
 
 
 def _count_layers(model: nnx.Module, input_shape: Any, call: Call) -> Cost:
     """The cost of a network of layers on latents, each of which says what a call of it costs."""
-    program, calls, names, _ = _traced(model, input_shape, call, lambda module: is_counted(module))
+    program, calls, names, _ = _traced(model, input_shape, call, is_counted)
     layers, seen = [], set[Any]()
     last = {call.path: number for number, call in enumerate(calls)}
     for operation in costly_operations(program.closed.jaxpr):
         if operation.eqn.primitive.name == "layer_output":
             found = calls[operation.call]
-            if _is_activation(found.layer) and operation.call != last[found.path]:
+            if is_activation(found.layer) and operation.call != last[found.path]:
                 continue
             layers.append(_layer_cost(found, operation, names, seen))
         elif operation.call is None:
@@ -174,7 +162,7 @@ def _layer_cost(
         )
         return tuple(product for product in products if product.factor)
 
-    is_stored = any(flops) and not _is_activation(found.layer)
+    is_stored = any(flops) and not is_activation(found.layer)
     bytes_each = is_stored * found.nbytes // outputs.full
     return LayerCost(
         path=found.path,
@@ -235,7 +223,7 @@ class _TracedCount:
 
     def __init__(self, model: nnx.Module, input_shape: Any, call: Call, table: Any):
         self.table = table
-        self.program, self.calls, _, _ = _traced(model, input_shape, call, _has_arrays)
+        self.program, self.calls, _, _ = _traced(model, input_shape, call, has_arrays)
         self.flow: Flow | None = None
         self.owner: dict[int, str] = {}
         self.holders = {
@@ -277,7 +265,7 @@ class _TracedCount:
         layers, last = [], {call.path: number for number, call in enumerate(self.calls)}
         for key, operations in by_call.items():
             layer = self._layer(key, operations)
-            if isinstance(key, int) and _is_activation(self.calls[key].layer):
+            if isinstance(key, int) and is_activation(self.calls[key].layer):
                 if key != last[self.calls[key].path]:
                     continue
                 layer = replace(layer, activations_terms=())
@@ -311,34 +299,34 @@ class _TracedCount:
                 product, pair = self._contraction(operation, widths)
                 ends = pair if not flops else ends
             else:
-                each = _flops_of_an_element(found)
+                each = flops_of_an_element(found)
                 if not each:
                     continue
-                product = Product(each * operation.times, widths)
-                ends = (widths[-1], widths[-1]) if not flops else ends
+                product = Product(each * operation.times, sum(widths, ()))
+                ends = (_in_one(widths[-1:]),) * 2 if not flops else ends
             flops.append(product)
             nbytes = jnp.dtype(out.aval.dtype).itemsize
-            activations.append(Product(nbytes * operation.times, widths))
+            activations.append(Product(nbytes * operation.times, sum(widths, ())))
         kind = type(found.layer).__name__ if found else operations[0].eqn.primitive.name
         path = found.path or kind if found else key  # the path of the whole network is ""
         return LayerCost(path, kind, *ends, tuple(flops), (), tuple(activations))
 
     def _contraction(
-        self, operation: Operation, widths: tuple[Width, ...]
+        self, operation: Operation, widths: list[tuple[Width, ...]]
     ) -> tuple[Product, tuple[Width, Width]]:
         """FLOPs of a contraction, and its widths of input and output."""
         eqn, context = operation.eqn, operation.context
         if eqn.primitive.name == "dot_general":
             summed = eqn.params["dimension_numbers"][0][0]
             left = self.widths(context, eqn.invars[0])
-            over = tuple(left[k] for k in summed)
-            ends = (over[0] if over else Width(1, 1), widths[-1] if widths else Width(1, 1))
+            over = [left[k] for k in summed]
+            ends = _in_one(over[:1]), _in_one(widths[-1:])
         else:
             kernel = self.widths(context, eqn.invars[1])
             _, (out, into, *_), _ = eqn.params["dimension_numbers"]
-            over = tuple(width for k, width in enumerate(kernel) if k != out)
-            ends = (kernel[into], kernel[out])
-        return Product(operation.times, (*widths, *over)), ends
+            over = [width for k, width in enumerate(kernel) if k != out]
+            ends = _in_one([kernel[into]]), _in_one([kernel[out]])
+        return Product(operation.times, sum([*widths, *over], ())), ends
 
     def _params(self) -> dict[str, tuple[Product, ...]]:
         """By the path of its module the params that the program reads."""
@@ -353,30 +341,40 @@ class _TracedCount:
             is_weight = layer in modules and path[-1] in ("kernel", "bias")
             if (isinstance(leaf, nnx.Param) or is_weight) and variable in used:
                 key = layer if layer in modules else name
-                product = Product(1, self.widths((), variable))
+                product = Product(1, sum(self.widths((), variable), ()))
                 found[key] = (*found.get(key, ()), product)
         return found
 
-    def widths(self, context: Any, atom: Any) -> tuple[Width, ...]:
-        """The width of each axis of a value."""
+    def widths(self, context: Any, atom: Any) -> list[tuple[Width, ...]]:
+        """The width of each axis of a value: one, or several that are multiplied."""
         sizes = shape_of(atom)
         if self.flow is None or hasattr(atom, "val"):
-            return tuple(Width(size, size) for size in sizes)
+            return [(Width(size, size),) for size in sizes]
         axes: Axes = self.flow.at[context, atom]
-        return tuple(self.width(axis, size) for axis, size in zip(axes, sizes, strict=True))
+        return [self.width(axis, size) for axis, size in zip(axes, sizes, strict=True)]
 
-    def width(self, axis: TermAxis, size: int) -> Width:
-        """How many positions of an axis are left, by the survivors of latents."""
+    def width(self, axis: TermAxis, size: int) -> tuple[Width, ...]:
+        """How many positions of an axis are left, by the survivors of latents.
+
+        Where all positions are products of entries of the same latents, as of heads and features
+        that a reshape merges, these are factors. Of other products one latent is counted.
+        """
         if axis is None:
-            return Width(size, size)
-        times: dict[str, int] = {}
+            return (Width(size, size),)
+        sizes, times = self.table.sizes, Counter[tuple[str, ...]]()
         for term in self.flow.terms.roots(axis).tolist():
-            owners = {self.owner[a] for a in self.flow.terms.atoms(term) if a in self.owner}
-            for owner in sorted(owners)[:1]:
-                times[owner] = times.get(owner, 0) + 1
-        found = tuple((name, n / self.table.sizes[name]) for name, n in times.items())
+            atoms = self.flow.terms.atoms(term)
+            times[tuple(sorted(self.owner[a] for a in atoms if a in self.owner))] += 1
+        if len(times) == 1 and len(set(owners := next(iter(times)))) == len(owners) > 1:
+            copies = size // math.prod(sizes[name] for name in owners)
+            each = tuple(Width(sizes[name], 0, ((name, 1),)) for name in owners)
+            return each if copies == 1 else (Width(copies, copies), *each)
+        fixed, one = times.pop((), 0), Counter[str]()
+        for owners, number in times.items():
+            one[owners[0]] += number
+        found = tuple((name, n / sizes[name]) for name, n in one.items())
         whole = tuple((name, int(n)) if n == int(n) else (name, n) for name, n in found)
-        return Width(size, size - sum(times.values()), whole)
+        return (Width(size, fixed, whole),)
 
     @staticmethod
     def fixed(operation: Operation) -> LayerCost:
@@ -389,10 +387,8 @@ class _TracedCount:
         return LayerCost("", eqn.primitive.name, *ends, (product,), (), ())
 
 
-def _flops_of_an_element(found: LayerCall | None) -> int:
-    """FLOPs of each number that a layer returns, where `layer_terms` says so; else 0."""
-    if found is None or not is_counted(found.layer):
-        return 0
-    _, outputs, flops, _ = layer_terms(found.layer, found.shape)
-    full = outputs if isinstance(outputs, int) else outputs.size
-    return flops[1] * full // max(1, math.prod(found.shape))
+def _in_one(axes: Sequence[tuple[Width, ...]]) -> Width:
+    """The width of an axis, at its full size if it is a product; 1 if there is none."""
+    (factors,) = axes or [(Width(1, 1),)]
+    full = math.prod(width.full for width in factors)
+    return factors[0] if len(factors) == 1 else Width(full, full)

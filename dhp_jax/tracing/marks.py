@@ -1,6 +1,7 @@
 """Calls of layers, marked in a traced program: whose an operation is, and how often it runs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
 import re
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ from jax.extend.core import Jaxpr, JaxprEqn, Primitive
 from jax.interpreters import ad, batching
 import numpy as np
 
-from dhp_jax.core.latent import walk
+from dhp_jax.core.activations import ReLU
+from dhp_jax.core.cost import layer_terms
+from dhp_jax.core.latent import Axis, walk
 from dhp_jax.core.surgery import override
 from dhp_jax.tracing.flow import rule
 from dhp_jax.tracing.programs import (
@@ -72,6 +75,32 @@ class Operation(NamedTuple):
     times: int
     owner: str | None
     scope: tuple[str, ...]
+
+
+def is_counted(module: nnx.Module) -> bool:
+    """Whether `layer_terms` is registered for a module."""
+    return layer_terms.dispatch(type(module)) is not layer_terms.dispatch(object)
+
+
+def is_activation(module: nnx.Module) -> bool:
+    """Whether it is a layer of which the last call alone counts, as in the published costs."""
+    return isinstance(module, ReLU | nnx.PReLU)
+
+
+def has_arrays(module: nnx.Module) -> bool:
+    """Whether it is a layer: one with arrays of its own, or that `layer_terms` is told of."""
+    return not isinstance(module, Axis) and (
+        is_counted(module) or any(isinstance(v, nnx.Variable) for v in vars(module).values())
+    )
+
+
+def flops_of_an_element(found: LayerCall | None) -> int:
+    """FLOPs of each number that a layer returns, where `layer_terms` says so; else 0."""
+    if found is None or not is_counted(found.layer):
+        return 0
+    _, outputs, flops, _ = layer_terms(found.layer, found.shape)
+    full = outputs if isinstance(outputs, int) else outputs.size
+    return flops[1] * full // max(1, math.prod(found.shape))
 
 
 def mark_calls(model: nnx.Module, is_layer: Callable[[nnx.Module], bool]) -> list[LayerCall]:

@@ -193,3 +193,105 @@ def test_a_latent_that_no_norms_rank_asks_for_scores():
     model.z.vector.set_value(jnp.ones(6))
     with pytest.raises(ValueError, match=r"^by: expected scores by latent, .* 'z' is that of"):
         selection.default_scores(model)
+
+
+class Joined(nnx.Module):
+    """Kernels that are joined of two."""
+
+    def __init__(self, rngs):
+        self.a, self.b = nnx.Linear(3, 8, rngs=rngs), nnx.Linear(8, 5, rngs=rngs)
+        self.q, self.k = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)
+        self.last = nnx.Linear(5, 6, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.sigmoid(self.a(x.mean((1, 2))))
+        kernel = jnp.concatenate([self.q.kernel[...], self.k.kernel[...]], 1)
+        left, right = jnp.split(x @ kernel, 2, -1)
+        return left * right + self.last(nnx.relu(self.b(x)))
+
+
+class Transposed(nnx.Module):
+    """A transposed convolution that reads its kernel backwards."""
+
+    def __init__(self, rngs):
+        self.a, self.b = (nnx.Conv(n, 8 - n, (3, 3), rngs=rngs) for n in (3, 5))
+        options = {"strides": (2, 2), "transpose_kernel": True, "rngs": rngs}
+        self.up, self.last = nnx.ConvTranspose(5, 6, (2, 2), **options), nnx.Linear(3, 6, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.sigmoid(self.a(x))
+        return self.up(x).mean((1, 2)) + self.last(self.b(x).mean((1, 2)))
+
+
+class Mixed(nnx.Module):
+    """A convolution whose kernel is mixed of several, by weights that depend on the input."""
+
+    def __init__(self, rngs):
+        self.a, self.b = (nnx.Conv(n, 8 - n, (3, 3), rngs=rngs) for n in (3, 5))
+        self.weights, self.last = nnx.Linear(5, 2, rngs=rngs), nnx.Linear(3, 6, rngs=rngs)
+        self.kernels = nnx.Param(jax.random.normal(rngs.params(), (2, 3, 3, 5, 6)))
+
+    def __call__(self, x):
+        x = nnx.sigmoid(self.a(x))
+        weights = nnx.sigmoid(self.weights(x.mean((0, 1, 2))))
+        kernel = jnp.einsum("k,khwio->hwio", weights, self.kernels[...])
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+        return y.mean((1, 2)) + self.last(self.b(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize("kind", [Joined, Transposed, Mixed])
+def test_a_kernel_is_gated_and_ranked_by_the_arrays_that_it_is_made_of(kind):
+    model = kind(nnx.Rngs(0))
+    shape, x = (6, 6, 3), jax.random.normal(jax.random.key(1), (1, 6, 6, 3))
+    net = dhp.with_latents(model, shape, min_channels=1)
+    keep = {name: np.arange(z.size) % 3 > 0 for name, z in dhp.latents(net).items()}
+    gated = dhp.with_gates(net, rngs=nnx.Rngs(0))
+    for name, z in dhp.latents(gated).items():
+        z.vector.set_value(jnp.asarray(keep[name], jnp.float32))
+    np.testing.assert_allclose(gated(x), dhp.prune(net, keep)(x), rtol=1e-4, atol=1e-5)
+    filters = np.abs(np.asarray(model.a.kernel[...], np.float64)).reshape(-1, len(keep["a"]))
+    expected = filters.sum(0) / filters.sum(0).mean()
+    np.testing.assert_allclose(dhp.l1_scores(net)["a"], expected, rtol=1e-6)
+
+
+def test_scores_of_complex_arrays_are_of_their_magnitudes():
+    rng = np.random.default_rng(0)
+    first, last = (rng.normal(size=s) + 1j * rng.normal(size=s) for s in ((3, 6), (6, 2)))
+    params = {"first": jnp.asarray(first, "complex64"), "last": jnp.asarray(last, "complex64")}
+    net = dhp.FromFunction(lambda p, x: jnp.abs(x @ p["first"] @ p["last"]), params)
+    net = dhp.with_latents(net, (3,))
+    l1, squares = np.abs(first).sum(0), (np.abs(first) ** 2).sum(0)
+    both = np.sqrt(squares + (np.abs(last) ** 2).sum(1))
+    apart = np.linalg.norm(first[:, :, None] - first[:, None], axis=0).sum(0)
+    for score, numbers in (
+        (dhp.l1_scores, l1),
+        (dhp.l2_scores, np.sqrt(squares)),
+        (dhp.group_scores, both),
+        (dhp.fpgm_scores, apart),
+    ):
+        (found,) = score(net).values()
+        np.testing.assert_allclose(found, numbers / numbers.mean(), rtol=1e-5)
+
+
+def test_an_axis_of_heads_times_features_is_counted_as_their_product():
+    class Heads(nnx.Module):
+        def __init__(self):
+            rng = np.random.default_rng(0)
+            shapes = {"first": (5, 3, 8), "last": (3, 8, 2)}
+            for name, shape in shapes.items():
+                setattr(self, name, nnx.Param(jnp.asarray(rng.normal(size=shape), "float32")))
+
+        def __call__(self, x):
+            heads = jnp.einsum("bi,ihd->bhd", x, self.first[...])
+            kernel = self.last[...].reshape(-1, self.last.shape[-1])
+            return nnx.relu(heads).reshape(len(x), -1) @ kernel
+
+    net = dhp.with_latents(Heads(), (5,), min_channels=1)
+    sizes = {z.size: name for name, z in dhp.latents(net).items()}
+    cost = dhp.measure_cost(net, (5,))
+    for heads, features in ((3, 8), (2, 8), (3, 5), (2, 3)):
+        found = cost.amounts({sizes[3]: heads, sizes[8]: features})
+        both = heads * features
+        expected = {"flops": 7 * both, "params": 7 * both, "activations": 4 * (both + 2)}
+        assert {name: int(found[name]) for name in expected} == expected
