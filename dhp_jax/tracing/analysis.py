@@ -282,8 +282,15 @@ def cut_model(
         cut.append((path, with_value(leaf, value)))
         masks[path] = own
     model = nnx.merge(graphdef, nnx.from_flat_state(cut), copy=True)
-    for path, module in nnx.iter_modules(model):
-        own = {at[-1]: own for at, own in masks.items() if at[:-1] == tuple(path) and at}
+    modules = list(nnx.iter_modules(model))
+    by_array = {  # of a variable that modules share there is one path
+        id(value): masks[(*path, name)]
+        for path, module in modules
+        for name, value in vars(module).items()
+        if (*path, name) in masks
+    }
+    for path, module in modules:
+        own = {name: by_array[id(v)] for name, v in vars(module).items() if id(v) in by_array}
         try:
             resize(module, own)
         except Exception as error:  # whatever a function of the user's raises

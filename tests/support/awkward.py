@@ -749,3 +749,16 @@ class WidthInAnUpdate(nnx.Module):
         x = self.a(x)
         width = float(x.shape[-1])
         return self.c(x.at[:, 0, 0].apply(lambda pixel: pixel / width).mean((1, 2)))
+
+
+@case([6])
+class DepthwiseOfOneKernel(nnx.Module):
+    # Two layers of one variable, which both have a number of groups.
+    def __init__(self, rngs):
+        self.a, self.c = conv(3, 6, rngs=rngs), linear(6, 3, rngs)
+        self.first, self.second = (conv(6, 6, feature_group_count=6, rngs=rngs) for _ in range(2))
+        self.second.kernel = self.first.kernel
+
+    def __call__(self, x):
+        x = self.second(nnx.relu(self.first(nnx.relu(self.a(x)))))
+        return self.c(x.mean((1, 2)))
