@@ -11,7 +11,7 @@ from dhp_jax.tracing.analysis import Analysis, SizeRule, analyse
 from dhp_jax.tracing.families import Family, find_families
 from dhp_jax.tracing.programs import Call, default_call
 from dhp_jax.tracing.proof import Mismatch
-from dhp_jax.tracing.terms import reason
+from dhp_jax.tracing.terms import parted, reason
 
 TRIES = 3  # random choices of survivors that are proved
 SHARE = 0.4  # of the entries that go in a trial, on average
@@ -253,24 +253,29 @@ def _guesses(analysis: Analysis, family: Family) -> list[list[SizeRule]]:
 
 
 def keep_one_factor(found: Discovery) -> None:
-    """Where a position is the product of two families, freezes all but one of them.
+    """Where a position is the product of several entries, freezes all families but that of one.
 
-    An axis of a hypernetwork takes one latent at each position.
+    An axis of a hypernetwork takes one entry of a latent at each position.
     """
     terms = found.analysis.flow.terms
     while True:
         owner = {terms.root(atom): f for f in found.families for atom in f.atoms}
-        clashing: dict[int, Family] = {}
+        clashing: dict[int, tuple[Family, int]] = {}
         for axes in found.analysis.arrays:
             for axis in axes:
-                for term in [] if axis is None else np.unique(terms.roots(axis)).tolist():
-                    met = {id(owner[a]): owner[a] for a in terms.atoms(term) if a in owner}
+                for term in () if axis is None else np.unique(axis).tolist():
+                    met = [owner[atom] for atom in terms.atoms(term) if atom in owner]
                     if len(met) > 1:
-                        clashing |= met
+                        clashing |= {id(family): (family, term) for family in met}
         if not clashing:
             return
-        losing = min(clashing.values(), key=lambda f: (not f.renormalises, f.numbers * f.size))
-        why = "it shares an axis with another family, of which positions are products"
+        losing, term = min(
+            clashing.values(),
+            key=lambda one: (not one[0].renormalises, one[0].numbers * one[0].size),
+        )
+        why = "positions of an axis are products of entries of it and others"
+        place = parted(terms, term)
+        why += f", because of {place}" if place else ""
         for atom in losing.atoms:
             terms.freeze(atom, why)
         found.frozen.append((losing, why))

@@ -471,3 +471,20 @@ def test_arrays_without_a_variable_are_cut_and_come_back_from_a_file(tmp_path):
         dhp.save(tmp_path / "net", each)
         loaded = dhp.load(tmp_path / "net", build=Scaled)
         np.testing.assert_array_equal(loaded(X[0, :, 0]), each(X[0, :, 0]))
+
+
+def test_channels_of_which_all_pairs_are_features_stay_and_that_is_told():
+    class Pooled(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Linear(3, 6, rngs=rngs), nnx.Linear(6, 5, rngs=rngs)
+            self.c = nnx.Linear(25, 2, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.b(nnx.relu(self.a(x)))
+            return self.c(jnp.einsum("bc,bd->bcd", x, x).reshape(len(x), -1))
+
+    net = dhp.with_latents(Pooled(nnx.Rngs(0)), (3,))
+    assert {name: z.size for name, z in dhp.latents(net).items()} == {"a": 6}
+    told = " ".join(str(dhp.explain(net)).split())
+    assert "b.kernel[1], c.kernel[0]: positions of an axis are products of entries" in told
+    assert "because of dot_general at tracing/test_network.py:" in told
