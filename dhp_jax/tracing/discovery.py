@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+import re
 from typing import Any
 
 from flax import nnx
@@ -15,6 +16,7 @@ from dhp_jax.tracing.terms import parted, reason
 
 TRIES = 3  # random choices of survivors that are proved
 SHARE = 0.4  # of the entries that go in a trial, on average
+Gone = dict[str, list[int]]  # by family the entries that go in a trial
 
 
 @dataclass
@@ -98,7 +100,8 @@ class _Trial:
         calm = 0
         while self.found.families and calm < TRIES:
             families = self.found.families
-            error, notes = self.attempt(families)
+            gone = self.draw(families)
+            error, notes = self.attempt(families, gone)
             if error is None:
                 calm += 1
                 for family in families:
@@ -106,60 +109,91 @@ class _Trial:
                     family.renormalises |= bool(roots & notes)
                 continue
             calm = 0
-            self._give_up(self._wrong(families, error))
+            self._give_up(self._wrong(families, gone, error))
 
-    def attempt(self, families: Sequence[Family]) -> tuple[Mismatch | None, frozenset[int]]:
-        """What the proof says of random survivors of some families."""
+    def draw(self, families: Iterable[Family]) -> Gone:
+        """Random entries of each family, not equally many, for code may count them."""
+        gone = {}
+        for family in families:
+            most = family.size - (2 if family.size > 2 else 1)  # axes of 1 are other programs
+            wanted = round(SHARE * self.rng.uniform(0.4, 1.6) * family.size)
+            chosen = self.rng.choice(family.size, min(most, max(1, wanted)), replace=False)
+            gone[family.name] = [int(entry) for entry in chosen]
+        return gone
+
+    def attempt(
+        self, families: Iterable[Family], gone: Gone
+    ) -> tuple[Mismatch | None, frozenset[int]]:
+        """What the proof says of the network without some entries of some families."""
+        root = self.analysis.flow.terms.root
+        atoms = frozenset(root(f.atoms[entry]) for f in families for entry in gone[f.name])
         try:
-            return None, self.analysis.prove(self._some(families), None, self.contexts)
+            return None, self.analysis.prove(atoms, None, self.contexts)
         except Mismatch as error:
             return error, frozenset()
 
     def passes(self, families: Sequence[Family], times: int = TRIES) -> bool:
         """Whether random survivors of some families pass several times."""
-        return all(self.attempt(families)[0] is None for _ in range(times))
+        return all(self.attempt(families, self.draw(families))[0] is None for _ in range(times))
 
-    def _some(self, families: Iterable[Family]) -> frozenset[int]:
-        """Random entries, not equally many of each family, for code may count them."""
-        gone = set()
-        for family in families:
-            most = family.size - (2 if family.size > 2 else 1)  # axes of 1 are other programs
-            wanted = round(SHARE * self.rng.uniform(0.4, 1.6) * family.size)
-            chosen = self.rng.choice(family.size, min(most, max(1, wanted)), replace=False)
-            gone |= {self.analysis.flow.terms.root(family.atoms[entry]) for entry in chosen}
-        return frozenset(gone)
-
-    def _wrong(self, families: list[Family], error: Mismatch) -> list[Family]:
-        """The families that do not pass, found by halves, with the error of each."""
-        wrong = self._by_halves(families, error)
-        if not wrong:
-            wrong = [family for family in families if not self._passes_alone(family)]
-        if not wrong:  # they pass alone, but not together
-            wrong = [max(families, key=lambda family: family.size)]
-            wrong[0].error = str(error)
+    def _wrong(self, families: list[Family], gone: Gone, error: Mismatch | None) -> list[Family]:
+        """The families without which the others pass, with the error of each."""
+        left, wrong = list(families), []
+        while error is not None:
+            core, error = self._conflict(left, gone, error)
+            if len(core) > 1 and self._tied(core) != [core]:  # they pass alone, but not together
+                core = [max(core, key=lambda family: family.size)]
+            found = core + (self._alike(core[0], left, gone) if len(core) == 1 else [])
+            for family in found:
+                family.error = str(error)
+            wrong += found
+            left = [family for family in left if family not in found]
+            error, _ = self.attempt(left, gone)
         return wrong
 
-    def _by_halves(self, families: list[Family], error: Mismatch | None) -> list[Family]:
-        error = error or self.attempt(families)[0]
-        if error is None:
-            return []
-        if len(families) == 1:
-            families[0].error = str(error)
-            return families
-        half = len(families) // 2
-        parts = (families[:half], families[half:])
-        return [family for part in parts for family in self._by_halves(part, None)]
+    def _conflict(
+        self, families: list[Family], gone: Gone, error: Mismatch
+    ) -> tuple[list[Family], Mismatch]:
+        """Families that fail, of which none can be left out, and their error."""
+        core: list[Family] = []
+        while True:
+            low, high = 0, len(families)  # of those in order, how many pass and how many fail
+            while high - low > 1:
+                middle = (low + high) // 2
+                found, _ = self.attempt(core + families[:middle], gone)
+                low, high = (middle, high) if found is None else (low, middle)
+                error = found or error
+            core, families = [*core, families[high - 1]], families[: high - 1]
+            if not families or (found := self.attempt(core, gone)[0]) is not None:
+                return core, found if families else error
 
-    def _passes_alone(self, family: Family) -> bool:
-        for _ in range(TRIES):
-            if (error := self.attempt([family])[0]) is not None:
-                family.error = str(error)
-                return False
-        return True
+    def _alike(self, wrong: Family, families: list[Family], gone: Gone) -> list[Family]:
+        """The families that are wrong as one is, in the same place of other blocks.
+
+        Three are tried at most: the others would take an attempt each, and a network has many
+        blocks.
+        """
+        kind = self._kind(wrong)
+        alike = [f for f in families if f is not wrong and self._kind(f) == kind]
+        tried = {len(alike) - 1, len(alike) // 2, 0} if alike else set()
+        fail = all(self.attempt([alike[number]], gone)[0] is not None for number in tried)
+        return alike if fail else []
+
+    def _kind(self, family: Family) -> tuple[Any, ...]:
+        """What families have in common that are in the same place of blocks that are alike."""
+        names, leaves = self.analysis.names, self.analysis.leaves
+        places = (
+            (re.sub(r"\d+", "#", names[number]), k, leaves[number].shape, int((entries >= 0).sum()))
+            for (number, k), entries in family.places.items()
+        )
+        return family.size, *sorted(places)
 
     def _give_up(self, wrong: list[Family]) -> None:
         """Finds sizes or ties with which families pass, and freezes the others."""
-        wrong = [family for family in wrong if not self._with_sizes(family)]
+        alike: dict[tuple, list[Family]] = {}
+        for family in wrong:
+            alike.setdefault(self._kind(family), []).append(family)
+        wrong = [family for group in alike.values() for family in self._without_sizes(group)]
         for group in self._tied(wrong):
             first, *others = group
             for other in others:
@@ -173,44 +207,65 @@ class _Trial:
             self.found.frozen.append((family, family.error))
         self.found.families = find_families(self.analysis)
 
-    def _with_sizes(self, family: Family) -> bool:
-        """Whether there are numbers in modules with which a family passes; they are kept."""
+    def _without_sizes(self, alike: list[Family]) -> list[Family]:
+        """Those of some families alike for which no numbers in modules are found."""
+        if self._with_sizes(alike):
+            return []
+        first, *others = alike
+        if not others or not self._with_sizes([first]):
+            return alike
+        return [family for family in others if not self._with_sizes([family])]
+
+    def _with_sizes(self, alike: list[Family]) -> bool:
+        """Whether there are numbers in modules with which families pass; they are kept."""
         before = list(self.analysis.sizes)
-        for guess in _guesses(self.analysis, family):
-            self.analysis.sizes = before + guess
-            if not self.passes([family]):
-                self.analysis.sizes = before
+        guesses = [_guesses(self.analysis, family) for family in alike]
+        for guess in zip(*guesses, strict=False):  # the same of each family
+            rules = [tuple(same) for same in zip(*guess, strict=False)]
+            self._set_sizes(before, rules)
+            if not self.passes(alike):
                 continue
-            for rule in guess:  # none that is not needed
-                with_rule = self.analysis.sizes
-                self.analysis.sizes = [other for other in with_rule if other is not rule]
-                if not self.passes([family], 2):
-                    self.analysis.sizes = with_rule
-            return True
+            for rule in list(rules):  # none that is not needed
+                less = [other for other in rules if other is not rule]
+                self._set_sizes(before, less)
+                rules = less if self.passes(alike, 2) else rules
+            self._set_sizes(before, rules)
+            if rules:
+                return True
+        self.analysis.sizes = before
         return False
+
+    def _set_sizes(self, before: list[SizeRule], rules: Iterable[tuple[SizeRule, ...]]) -> None:
+        self.analysis.sizes = before + [rule for same in rules for rule in same]
 
     def _tied(self, families: list[Family]) -> list[list[Family]]:
         """Groups of families on common axes that pass if the same entries go of each."""
-        groups, left = [], list(families)
+        groups: dict[tuple, list[list[Family]]] = {}
+        left = list(families)
         while left:
             group, near = [left.pop(0)], [None]
             while near:
                 near = [f for f in left if f.size == group[0].size and _meets(f, group)]
                 group += near
                 left = [family for family in left if family not in near]
-            if len(group) > 1 and self._pass_as_one(group):
-                groups.append(group)
-        return groups
+            if len(group) > 1:
+                groups.setdefault(tuple(map(self._kind, group)), []).append(group)
+        tied = []
+        for alike in groups.values():
+            if self._pass_as_one(alike):
+                tied += alike
+            elif len(alike) > 1 and self._pass_as_one(alike[:1]):
+                tied += [group for group in alike if self._pass_as_one([group])]
+        return tied
 
-    def _pass_as_one(self, group: Sequence[Family]) -> bool:
-        root = self.analysis.flow.terms.root
+    def _pass_as_one(self, groups: Sequence[list[Family]]) -> bool:
+        members = [family for group in groups for family in group]
         for _ in range(TRIES):
-            gone = self._some(group[:1])
-            entries = [e for e, atom in enumerate(group[0].atoms) if root(atom) in gone]
-            together = frozenset(root(family.atoms[e]) for family in group for e in entries)
-            try:
-                self.analysis.prove(together, None, self.contexts)
-            except Mismatch:
+            gone: Gone = {}
+            for group in groups:
+                (entries,) = self.draw(group[:1]).values()
+                gone |= {family.name: entries for family in group}
+            if self.attempt(members, gone)[0] is not None:
                 return False
         return True
 

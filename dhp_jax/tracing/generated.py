@@ -11,6 +11,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+import numpy as np
 
 from dhp_jax.core.hypernet import HypernetArrays, KernelGenerator
 from dhp_jax.core.initializers import uniform
@@ -207,16 +208,18 @@ def _starting_at(kernel: Array, embedding: int, rngs: nnx.Rngs) -> HypernetArray
     """
     *taps, into, out = kernel.shape
     pair, dtype = (into, out), kernel.dtype
-    rest = ()
+    first = np.zeros((embedding, *pair), dtype)
+    first[0] = 1
+    w2 = jnp.expand_dims(kernel, -3)
     if embedding > 1:
         draws = uniform(rngs.params(), (embedding - 1) * kernel.size)
         scale = SMALL_START * jnp.sqrt(jnp.mean(jnp.square(kernel.astype(jnp.float32))))
         draws = scale * jnp.asarray(draws).reshape(*taps, embedding - 1, *pair)
-        rest = (draws.astype(dtype),)
-    return HypernetArrays(
-        b0=jnp.zeros(pair, dtype),
-        w1=jnp.zeros((embedding, *pair), dtype).at[0].set(1),
-        b1=jnp.zeros((embedding, *pair), dtype),
-        w2=jnp.concatenate([jnp.expand_dims(kernel, -3), *rest], -3),
-        b2=jnp.zeros(kernel.shape, dtype),
+        w2 = jnp.concatenate([w2, draws.astype(dtype)], -3)
+    return HypernetArrays(  # of NumPy: JAX would compile a program for each shape
+        b0=jnp.asarray(np.zeros(pair, dtype)),
+        w1=jnp.asarray(first),
+        b1=jnp.asarray(np.zeros_like(first)),
+        w2=w2,
+        b2=jnp.asarray(np.zeros(kernel.shape, dtype)),
     )

@@ -57,7 +57,8 @@ def traced(
         raise ValueError(f"model: nothing of it can be pruned. {_first_reasons(found)}")
     table = table_of(_abstract(found), notes_of(found))
     analysis = found.analysis
-    wanted = [name for name in table.places if _may_be_generated(model, name)]
+    variables = variables_of(model)
+    wanted = [name for name in table.places if _may_be_generated(variables[name])]
     generated = _that_fit(model, table, analysis, wanted)
     table.notes["generated"] = generated
     table.notes["settings"] = {"embedding": embedding, "gates_above": gates_above}
@@ -137,8 +138,7 @@ def variables_of(model: nnx.Module) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): leaf for path, leaf in flat}
 
 
-def _may_be_generated(model: nnx.Module, name: str) -> bool:
-    variable = variables_of(model)[name]
+def _may_be_generated(variable: nnx.Variable) -> bool:
     if not isinstance(variable, nnx.Param) or isinstance(variable, GeneratedArray):
         return False
     value = variable.get_value()
