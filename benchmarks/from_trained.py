@@ -358,14 +358,13 @@ def programs(
 
     def search(graphdef, optimizer):
         @one_after_another
-        def steps(given, state, batch):
-            data, share, teacher = given
+        def steps(data, state, batch):
             images, labels = inputs_of(data, batch)
-            taught = taught_by(teacher, images, share)
 
             def loss_of(params):
                 model = nnx.merge(graphdef, params, state.statistics, copy=True)
-                loss = total_loss(model(images).astype(jnp.float32), labels, taught, share)
+                logits = model(images).astype(jnp.float32)
+                loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
                 return loss, nnx.state(model, nnx.Not(nnx.Param))
 
             grads, statistics = jax.grad(loss_of, has_aux=True)(state.params)
@@ -373,10 +372,7 @@ def programs(
             params = optax.apply_updates(state.params, updates)
             return Search(params, statistics, changed), None
 
-        def advance(state, share, teacher, batches):
-            return steps((data, share, teacher), state, batches)[0]
-
-        return advance
+        return lambda state, batches: steps(data, state, batches)[0]
 
     @one_after_another
     def test_errors(given, carry, batch):
@@ -441,7 +437,7 @@ class Way:
       relative: whether roots of the scores are divided by their mean over each latent.
       stages: of the search, each a segment long, after one that only measures.
       strength: of the l1 norm of the paper's search.
-      distillation: share of the loss that compares with the unpruned network.
+      distillation: share of the loss that compares with the unpruned network, after the search.
       rate: largest learning rate.
       fresh: whether weights are drawn anew and have the updates of the trained network, too.
     """
@@ -684,7 +680,7 @@ def faded(
     state = Search(params, statistics, fading.init(params))
     advance = bench.programs.search(graphdef, fading)
     for _, batches in zip(range(parts), stream, strict=False):
-        state = advance(state, jnp.float32(way.distillation), bench.teacher, batches)
+        state = advance(state, batches)
     model = nnx.merge(graphdef, state.params, state.statistics)
     weights, statistics = net.split(dhp.prune(model))
     masks = dhp.survivors(model)
