@@ -78,12 +78,12 @@ def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
         variable = variables[array]
         if not isinstance(variable, nnx.Param):
             continue
-        wide = variable.get_value().ndim > 1
+        is_bias = variable.get_value().ndim == 1  # unless it is read, or scales
         for k, positions in axes.items():
             both = zip(positions.owner.tolist(), positions.entry.tolist(), strict=True)
             entries = [(owners[n], entry) if n >= 0 else None for n, entry in both]
             role = SCALED if array in scales else READ if k in reads[array] else MADE
-            if wide or role == SCALED:
+            if role != MADE or not is_bias:
                 yield Weights(role, array, k, entries, _wide(variable.get_value))
 
 

@@ -240,7 +240,25 @@ class Mixed(nnx.Module):
         return y.mean((1, 2)) + self.last(self.b(x).mean((1, 2)))
 
 
-@pytest.mark.parametrize("kind", [Joined, Transposed, Mixed])
+class Generated(nnx.Module):
+    """A convolution whose kernel is an output of the network, and a vector as a kernel."""
+
+    def __init__(self, rngs):
+        self.a, self.b = (nnx.Conv(n, 8 - n, (3, 3), rngs=rngs) for n in (3, 5))
+        self.kernels = nnx.Linear(3, 5 * 6, bias_init=nnx.initializers.normal(1), rngs=rngs)
+        self.vector = nnx.Param(jax.random.normal(rngs.params(), 5))
+        self.last = nnx.Linear(3, 6, rngs=rngs)
+
+    def __call__(self, x):
+        kernel = self.kernels(x.mean((0, 1, 2))).reshape(1, 1, -1, 6)
+        x = nnx.sigmoid(self.a(x))
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+        y = y * nnx.sigmoid(x @ self.vector[...])[..., None]
+        return y.mean((1, 2)) + self.last(self.b(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize("kind", [Joined, Transposed, Mixed, Generated])
 def test_a_kernel_is_gated_and_ranked_by_the_arrays_that_it_is_made_of(kind):
     model = kind(nnx.Rngs(0))
     shape, x = (6, 6, 3), jax.random.normal(jax.random.key(1), (1, 6, 6, 3))
@@ -250,9 +268,11 @@ def test_a_kernel_is_gated_and_ranked_by_the_arrays_that_it_is_made_of(kind):
     for name, z in dhp.latents(gated).items():
         z.vector.set_value(jnp.asarray(keep[name], jnp.float32))
     np.testing.assert_allclose(gated(x), dhp.prune(net, keep)(x), rtol=1e-4, atol=1e-5)
-    filters = np.abs(np.asarray(model.a.kernel[...], np.float64)).reshape(-1, len(keep["a"]))
+    found = dhp.explain(net).latents.items()
+    (name,) = (n for n, (_, places) in found if any(p.startswith("a.kernel") for p in places))
+    filters = np.abs(np.asarray(model.a.kernel[...], np.float64)).reshape(-1, len(keep[name]))
     expected = filters.sum(0) / filters.sum(0).mean()
-    np.testing.assert_allclose(dhp.l1_scores(net)["a"], expected, rtol=1e-6)
+    np.testing.assert_allclose(dhp.l1_scores(net)[name], expected, rtol=1e-6)
 
 
 def test_scores_of_complex_arrays_are_of_their_magnitudes():
