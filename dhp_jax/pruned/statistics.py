@@ -118,7 +118,8 @@ def _measure(call: Any, norm: nnx.BatchNorm, x: Array, *_: Any, **options: Any) 
     """Normalises with the statistics of a batch, and adds them to those of the calls before."""
     before = norm.seen[...], norm.mean[...], norm.var[...]
     output = call(norm, x, **options | {"use_running_average": False})
-    _add(norm, before, x.size, norm.mean[...], norm.var[...])
+    numbers, _ = _numbers(x, norm.axis, options.get("mask"))
+    _add(norm, before, numbers, norm.mean[...], norm.var[...])
     return output
 
 
@@ -131,11 +132,11 @@ def _measure_linen(call: Any, network: FromLinen, *args: Any, **options: Any) ->
         if not isinstance(module, linen.BatchNorm) or module.path not in norms:
             return method(*given, **kwargs)
         x, norm = given[0], norms[module.path]
-        kept = {axis % x.ndim for axis in np.atleast_1d(module.axis).tolist()}
-        others = tuple(axis for axis in range(x.ndim) if axis not in kept)
+        mask = kwargs.get("mask")
+        numbers, others = _numbers(x, module.axis, mask)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean, variance = wide.mean(others), wide.var(others)
-        _add(norm, (norm.seen[...], norm.mean[...], norm.var[...]), x.size, mean, variance)
+        mean, variance = wide.mean(others, where=mask), wide.var(others, where=mask)
+        _add(norm, (norm.seen[...], norm.mean[...], norm.var[...]), numbers, mean, variance)
         variables = {**module.variables, "batch_stats": {"mean": mean, "var": variance}}
         alone = module.clone(parent=None, name=None, use_running_average=None)
         return alone.apply(variables, x, **kwargs | {"use_running_average": True})
@@ -144,9 +145,15 @@ def _measure_linen(call: Any, network: FromLinen, *args: Any, **options: Any) ->
         return call(network, *args, **options)
 
 
-def _add(norm: Any, before: tuple[Array, ...], size: int, mean: Array, variance: Array) -> None:
-    """Stores the moments of all that was seen: before, and `size` numbers of these moments."""
-    n = size // mean.size
+def _numbers(x: Array, axis: Any, mask: Array | None) -> tuple[Array, tuple[int, ...]]:
+    """How many numbers each channel has, without those that are masked; and all other axes."""
+    kept = {k % x.ndim for k in np.atleast_1d(axis).tolist()}
+    others = tuple(k for k in range(x.ndim) if k not in kept)
+    return jnp.broadcast_to(True if mask is None else mask, x.shape).sum(others), others
+
+
+def _add(norm: Any, before: tuple[Array, ...], n: Array, mean: Array, variance: Array) -> None:
+    """Stores the moments of all that was seen: before, and `n` numbers of these moments."""
     share, apart = n / (before[0] + n), mean - before[1]
     norm.seen[...] = before[0] + n
     norm.mean[...] = before[1] + share * apart

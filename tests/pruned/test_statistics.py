@@ -1,6 +1,6 @@
 """Statistics of BatchNorm are those of the examples, however these are cut into batches."""
 
-from flax import nnx
+from flax import linen, nnx
 import jax
 import jax.numpy as jnp
 from networks import MIXED_INPUT, Mixed, filled
@@ -102,6 +102,33 @@ def test_layers_that_are_stacked_and_scanned_have_statistics_each():
     norm = model.layers.norm
     np.testing.assert_allclose(norm.mean[...], [x.mean(0), [1, 1, 1]], rtol=1e-4)
     np.testing.assert_allclose(norm.var[...], [x.var(0), [4, 4, 4]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_numbers_that_a_mask_leaves_out_are_not_seen(kind):
+    class Masked(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(x, mask=x[..., :1] > 0)
+
+    class MaskedLinen(linen.Module):
+        @linen.compact
+        def __call__(self, x, train=False):
+            return linen.BatchNorm(not train, name="norm")(x, mask=x[..., :1] > 0)
+
+    x = np.random.default_rng(0).normal(1, 2, (30, 4, 3)).astype(np.float32)
+    if kind == "nnx":
+        model = Masked()
+    else:
+        variables = MaskedLinen().init(jax.random.key(0), x)
+        model = dhp.FromLinen(MaskedLinen(), variables, training={"train": True})
+    dhp.renew_statistics(model, [x[:10], 2 * x[10:]])
+    seen = np.concatenate([x[:10], 2 * x[10:]])
+    seen = seen[seen[..., 0] > 0]
+    np.testing.assert_allclose(model.norm.mean[...], seen.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(model.norm.var[...], seen.var(0), rtol=1e-4)
 
 
 def test_wrong_arguments_are_refused():
