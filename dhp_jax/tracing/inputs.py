@@ -1,5 +1,6 @@
 """Inputs of networks: what is taken for them, refused, and remembered."""
 
+import contextlib
 from numbers import Number
 from typing import Any
 
@@ -53,17 +54,17 @@ def _abstract(value: Any) -> Any:
         return jax.ShapeDtypeStruct((1, *map(int, value)), jnp.float32)
     if isinstance(value, dict):
         return {key: _abstract(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
+    if type(value) in (tuple, list):
         return type(value)(map(_abstract, value))
     if value is None:
         return None
-    try:
-        return jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value))
-    except TypeError:
-        raise ValueError(
-            "inputs: expected the shape of one example, an array, or a tuple, list or dict of "
-            f"them; got a {type(value).__name__}"
-        ) from None
+    if not isinstance(value, tuple):  # fields with names would not come back from a file
+        with contextlib.suppress(TypeError):
+            return jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value))
+    raise ValueError(
+        "inputs: expected the shape of one example, an array, or a tuple, list or dict of them, of "
+        f"which call= may make others; got a {type(value).__name__}"
+    )
 
 
 def looks_like_a_shape(value: Any) -> bool:

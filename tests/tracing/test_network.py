@@ -1,5 +1,6 @@
 """A network that nobody wrote for pruning, as one of latents: from its weights to files."""
 
+from collections import namedtuple
 import importlib.util
 
 from flax import nnx
@@ -39,6 +40,7 @@ class Net(nnx.Module):
 
 
 SHAPE = (8, 8, 3)
+Pair = namedtuple("Pair", "left right")
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, *SHAPE)), jnp.float32)
 
 
@@ -379,6 +381,7 @@ def test_least_shares_that_are_none_are_refused(keep, message):
             {},
             r"^inputs: expected the shape of one .*; got \(None, 8, 8, 3\)$",
         ),
+        ([Pair(X, X)], {}, "^inputs: expected .*, of which call= may make others; got a Pair$"),
         (SHAPE, {"embedding": 0}, "^embedding: expected an integer of at least 1, got 0$"),
         (SHAPE, {"gates_above": "no"}, "^gates_above: expected an integer of at least 0, got 'no'"),
     ],
