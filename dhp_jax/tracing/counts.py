@@ -46,6 +46,7 @@ from dhp_jax.tracing.programs import (
     default_call,
     shape_of,
     trace_program,
+    used_alone,
 )
 from dhp_jax.tracing.terms import TRUE
 from dhp_jax.tracing.terms import Axis as TermAxis
@@ -55,8 +56,10 @@ def measure_cost(model: nnx.Module, input_shape: Any, *, call: Call | None = Non
     """Counts what a model costs by tracing one forward pass; nothing is computed.
 
     Every contraction and convolution counts, wherever it stands: in a loop as often as that runs,
-    under `vmap` for all. Layers on latents and those that `layer_terms` is registered for have the
-    FLOPs that are told there. Params are the arrays of `nnx.Param` that the pass reads, each once.
+    under `vmap` for all. What nothing reads is not computed, and has no FLOPs, such as an output
+    that `call` leaves out. Layers on latents and those that `layer_terms` is registered for have
+    the FLOPs that are told there. Params are the arrays of `nnx.Param` that the pass reads, each
+    once, if only for such an output.
 
     Args:
       model: with latents or without; left as it was.
@@ -92,8 +95,8 @@ def measure_cost(model: nnx.Module, input_shape: Any, *, call: Call | None = Non
 
 def _traced(
     model: nnx.Module, input_shape: Any, call: Call, is_layer: Callable[[nnx.Module], bool]
-) -> tuple[Program, list[LayerCall], dict[Latent, str], tuple[Any, ...]]:
-    """The program of evaluation with marks of layers, their calls, and the names of latents."""
+) -> tuple[Program, list[LayerCall], dict[Latent, str], frozenset[Any]]:
+    """The program of evaluation with marks of layers, their calls, latents' names, what is read."""
     if looks_like_a_shape(input_shape):
         check_input_shape(input_shape)
         if call is default_call:
@@ -117,7 +120,7 @@ def _traced(
     for given in (inputs, jax.tree.map(as_integers, inputs)):
         try:
             program = trace_program(model, called, given, as_written=False)
-            return program, calls, names, given
+            return used_alone(program), calls, names, frozenset(used_inputs(program.closed.jaxpr))
         except UntraceableError:
             raise
         except (TypeError, ValueError) as error:
@@ -130,10 +133,11 @@ def _traced(
 
 def _count_layers(model: nnx.Module, input_shape: Any, call: Call) -> Cost:
     """The cost of a network of layers on latents, each of which says what a call of it costs."""
-    program, calls, names, _ = _traced(model, input_shape, call, is_counted)
+    program, calls, names, used = _traced(model, input_shape, call, is_counted)
     layers, seen = [], set[Any]()
-    last = {call.path: number for number, call in enumerate(calls)}
-    for operation in costly_operations(program.closed.jaxpr):
+    operations = list(costly_operations(program.closed.jaxpr))
+    last = {calls[made.call].path: made.call for made in operations if made.call is not None}
+    for operation in operations:
         if operation.eqn.primitive.name == "layer_output":
             found = calls[operation.call]
             if is_activation(found.layer) and operation.call != last[found.path]:
@@ -141,7 +145,7 @@ def _count_layers(model: nnx.Module, input_shape: Any, call: Call) -> Cost:
             layers.append(_layer_cost(found, operation, names, seen))
         elif operation.call is None:
             layers.append(_TracedCount.fixed(operation))
-    layers += _other_params(program, calls)
+    layers += _other_params(program, calls, used)
     return Cost(tuple(layers), {name: latent.size for latent, name in names.items()})
 
 
@@ -195,10 +199,11 @@ def _width(channels: Axis | int, names: Mapping[Latent, str]) -> Width:
     return Width(channels.size, 0, tuple((names[latent], times) for latent, times in multiplicity))
 
 
-def _other_params(program: Program, calls: list[LayerCall]) -> list[LayerCost]:
+def _other_params(
+    program: Program, calls: list[LayerCall], used: frozenset[Any]
+) -> list[LayerCost]:
     """Params that the pass reads and no layer has counted."""
     counted = {call.path for call in calls}
-    used = used_inputs(program.closed.jaxpr)
     flat = nnx.to_flat_state(program.state)
     layers = []
     for (path, leaf), variable in zip(flat, program.closed.jaxpr.invars, strict=False):
@@ -223,7 +228,7 @@ class _TracedCount:
 
     def __init__(self, model: nnx.Module, input_shape: Any, call: Call, table: Any):
         self.table = table
-        self.program, self.calls, _, _ = _traced(model, input_shape, call, has_arrays)
+        self.program, self.calls, _, self.used = _traced(model, input_shape, call, has_arrays)
         self.flow: Flow | None = None
         self.owner: dict[int, str] = {}
         self.holders = {
@@ -262,7 +267,8 @@ class _TracedCount:
             key = f"operation {len(by_call)}" if key is None else key
             by_call.setdefault(key, []).append(operation)
         params = self._params()
-        layers, last = [], {call.path: number for number, call in enumerate(self.calls)}
+        made = (number for number in by_call if isinstance(number, int))
+        layers, last = [], {self.calls[number].path: number for number in made}
         for key, operations in by_call.items():
             layer = self._layer(key, operations)
             if isinstance(key, int) and is_activation(self.calls[key].layer):
@@ -330,7 +336,6 @@ class _TracedCount:
 
     def _params(self) -> dict[str, tuple[Product, ...]]:
         """By the path of its module the params that the program reads."""
-        used = used_inputs(self.program.closed.jaxpr)
         modules = ({call.path for call in self.calls} | self.holders) - {""}
         flat = nnx.to_flat_state(self.program.state)
         found: dict[str, tuple[Product, ...]] = {}
@@ -339,7 +344,7 @@ class _TracedCount:
             layer = name.rpartition(".")[0]
             # The kernel of a layer that is not trained, as EDSR's mean shift, counts as well.
             is_weight = layer in modules and path[-1] in ("kernel", "bias")
-            if (isinstance(leaf, nnx.Param) or is_weight) and variable in used:
+            if (isinstance(leaf, nnx.Param) or is_weight) and variable in self.used:
                 key = layer if layer in modules else name
                 product = Product(1, sum(self.widths((), variable), ()))
                 found[key] = (*found.get(key, ()), product)

@@ -94,6 +94,14 @@ def trace_program(
     return Program(closed, names, graphdef, state, tuple(arrays))
 
 
+def used_alone(program: Program) -> Program:
+    """A program without the operations of which nothing reads what they compute."""
+    jaxpr = program.closed.jaxpr
+    every = [True] * len(jaxpr.outvars)
+    alive, *_ = partial_eval.dce_jaxpr(jaxpr, every, instantiate=True)
+    return program._replace(closed=program.closed.replace(jaxpr=alive))
+
+
 @contextlib.contextmanager
 def _short_errors() -> Iterator[None]:
     """Keeps JAX from looking for the origin of traced arrays, for errors that nobody sees.

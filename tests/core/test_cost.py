@@ -490,6 +490,36 @@ def test_a_layer_that_is_not_called_costs_nothing():
     assert (cost.flops, cost.params) == (6, 8)
 
 
+class TwoHeads(nnx.Module):
+    """Two outputs, one of them behind a hidden layer; the layers are made by a function."""
+
+    def __init__(self, layer):
+        self.trunk, self.first = layer(4, 8), layer(8, 3)
+        self.hidden, self.second = layer(8, 6), layer(6, 5)
+
+    def __call__(self, x):
+        x = nnx.relu(self.trunk(x))
+        apart = jax.jit(lambda x: self.second(nnx.relu(self.hidden(x))) * np.arange(5.0))
+        return self.first(x), apart(x)
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_what_the_call_leaves_out_has_no_flops(declared):
+    rngs = nnx.Rngs(0)
+
+    def layer(before, after):
+        if declared:
+            return dhp.Linear(dhp.Latent(before, rngs=rngs), after, rngs=rngs)
+        return nnx.Linear(before, after, rngs=rngs)
+
+    model, trunk, first, second = TwoHeads(layer), 4 * 8, 8 * 3, 8 * 6 + 6 * 5
+    assert dhp.measure_cost(model, (4,)).flops == trunk + first + second
+    cost = dhp.measure_cost(model, (4,), call=lambda model, x: model(x)[0])
+    assert cost.flops == trunk + first
+    cost = dhp.measure_cost(model, (4,), call=lambda model, x: model(x)[1])
+    assert cost.flops == trunk + second
+
+
 def test_a_layer_of_ones_own_can_be_counted():
     class Scale(nnx.Module):
         def __init__(self, z):
