@@ -139,7 +139,7 @@ class _Trial:
     def _wrong(self, families: list[Family], gone: Gone, error: Mismatch | None) -> list[Family]:
         """The families without which the others pass, with the error of each."""
         left, wrong = list(families), []
-        while error is not None:
+        while error is not None and left:  # else it is no other program for fewer entries
             core, error = self._conflict(left, gone, error)
             if len(core) > 1 and self._tied(core) != [core]:  # they pass alone, but not together
                 core = [max(core, key=lambda family: family.size)]

@@ -762,3 +762,16 @@ class DepthwiseOfOneKernel(nnx.Module):
     def __call__(self, x):
         x = self.second(nnx.relu(self.first(nnx.relu(self.a(x)))))
         return self.c(x.mean((1, 2)))
+
+
+@case([6])
+class Printing(nnx.Module):
+    # Numbers that are shown compute nothing, also where they are the width.
+    def __init__(self, rngs):
+        self.a, self.c = conv(3, 6, rngs=rngs), linear(6, 3, rngs)
+
+    def __call__(self, x):
+        x = self.a(x)
+        jax.debug.print("{mean} of {width}", mean=x.mean(), width=jnp.sqrt(x.shape[-1]))
+        jax.debug.callback(lambda x: None, x)
+        return self.c(x.mean((1, 2)))

@@ -173,6 +173,21 @@ def test_a_layer_of_ones_own_that_keeps_sizes_is_registered(kind, sizes):
     np.testing.assert_allclose(small(x), left @ rows, rtol=1e-4, atol=1e-5)
 
 
+def test_a_function_on_the_host_that_is_another_at_each_call_keeps_all_channels():
+    class Hosted(nnx.Module):
+        def __init__(self):
+            self.first, self.second, self.last = linear(3, 6), linear(6, 5), linear(5, 2)
+
+        def __call__(self, x):
+            y = nnx.relu(self.first(x))
+            one = jax.ShapeDtypeStruct((), jnp.float32)
+            scale = jax.pure_callback(lambda mean: mean, one, y.mean())
+            return self.last(nnx.relu(self.second(y))) * scale
+
+    with pytest.raises(ValueError, match=r"callback of pure_callback is .* at tracing/test_nnx_l"):
+        dhp.with_latents(Hosted(), (3,))
+
+
 def test_what_takes_numbers_apart_keeps_its_channels():
     class Bits(nnx.Module):
         def __init__(self):
