@@ -73,7 +73,8 @@ def fade_to_budget(
     what `dhp.prune` leaves, and the cut loses nothing.
 
     A term that is not finite leaves `v` as it is. With `optax.apply_if_finite` for `inner` the fade
-    goes on in steps that it leaves out; around the whole, such steps do not count.
+    goes on in steps that it leaves out; around the whole, such steps do not count. Put it last in a
+    chain: what stands behind it, as a clip or a factor, would change the steps of latents too.
 
     Args:
       inner: the optimizer of all other parameters; what it says of latents is not heeded.
@@ -114,6 +115,7 @@ def fade_to_budget(
     floors = {name: z.min_channels for name, z in named.items()}
     sizes = {name: z.size for name, z in named.items()}
     names = _vector_names(model)
+    limits = _limits(cost, stages, budget)
     begins = np.array([round(j * steps / (stages + 1)) for j in range(stages + 2)])
 
     def vectors_of(tree: PyTree) -> Vectors:
@@ -133,7 +135,7 @@ def fade_to_budget(
             raise ValueError(NO_PARAMS_MSG)
         z, average = vectors_of(params), {}
         for name, gradient in vectors_of(updates).items():
-            term = (gradient * z[name]) ** 2
+            term = (gradient.astype(jnp.float32) * z[name]) ** 2  # a float16 would be 0
             moved = memory * state.average[name] + (1 - memory) * term
             average[name] = jnp.where(jnp.isfinite(term), moved, state.average[name])
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
@@ -143,7 +145,7 @@ def fade_to_budget(
         alive = {name: jnp.where(state.keep[name], z[name], 0) for name in named}
         keep = jax.lax.cond(
             chooses,
-            lambda: _chosen(average, alive, stage / stages, cost, floors, power, budget),
+            lambda: _chosen(average, alive, stage, cost, floors, power, limits),
             lambda: state.keep,
         )
         end = jnp.asarray(begins)[jnp.minimum(stage + 1, stages + 1)]
@@ -179,11 +181,11 @@ def finish_fade(model: nnx.Module) -> nnx.Module:
 def _chosen(
     average: Vectors,
     z: Vectors,
-    progress: Array,
+    stage: Array,
     cost: Cost,
     floors: Mapping[str, int],
     power: float,
-    budget: Mapping[str, float],
+    limits: Mapping[str, np.ndarray],
 ) -> Vectors:
     """Which entries stay when a part of the way to the budget is due; usable in jit.
 
@@ -191,7 +193,7 @@ def _chosen(
     entries that still fit come back, those of the largest scores first.
     """
     # What is zero scores below everything, so that it never comes back.
-    worth = _marginal(cost, z, next(iter(budget)))
+    worth = _marginal(cost, z, next(iter(limits)))
     scores = {
         name: jnp.where(z[name] != 0, average[name] / worth[name] ** power, -1.0) for name in z
     }
@@ -202,9 +204,10 @@ def _chosen(
     ranks = dict(zip(scores, jnp.split(ranks, ends), strict=True))
 
     def within(counts: Mapping[str, Array]) -> Array:
-        shares = cost.shares(cost.sizes | counts)
-        limits = [1 - (1 - target) * (1 - (1 - progress) ** 2) for target in budget.values()]
-        return jnp.all(jnp.stack([shares[m] <= n for m, n in zip(budget, limits, strict=True)]), 0)
+        amounts = cost.amounts(cost.sizes | counts)
+        with jax.enable_x64(True):  # whole numbers, for float32 may round a little too much down
+            fits = [amounts[m] <= jnp.asarray(most)[stage] for m, most in limits.items()]
+            return jnp.all(jnp.stack(fits), 0)
 
     removed = jnp.arange(total + 1)  # how many of the smallest go
     counts = {
@@ -217,6 +220,22 @@ def _chosen(
         for name, rank in ranks.items()
     }
     return _filled(keep, z, order, within)
+
+
+def _limits(cost: Cost, stages: int, budget: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """The most FLOPs, params or activations that are left after each stage, exactly."""
+
+    def most(whole: int, share: float) -> int:
+        found = int(share * whole) + 1
+        while whole and found / whole > share:
+            found -= 1
+        return found
+
+    limits = {}
+    for name, target in budget.items():
+        way = [1 - (1 - target) * (1 - (1 - j / stages) ** 2) for j in range(stages)]
+        limits[name] = np.array([most(getattr(cost, name), n) for n in (*way, target)], np.int64)
+    return limits
 
 
 def _filled(keep: Vectors, z: Vectors, order: Array, within: Callable[..., Array]) -> Vectors:

@@ -145,6 +145,39 @@ def test_nothing_that_goes_at_once_would_fit_the_budget(seed):
             assert cost.shares(counts | {name: counts[name] + 1})["flops"] > 0.45
 
 
+def counts_after_one_choice(dtype, size, target):
+    """Counts after a search of two steps; gradients of latents fall from twice `size` to it."""
+    model = dhp.with_gates(filled(Coarse), rngs=nnx.Rngs(1))
+    cost = dhp.measure_cost(model, (6, 6, 1))
+    tx = dhp.fade_to_budget(optax.sgd(0.01), model, cost, steps=2, stages=1, power=0, flops=target)
+    params = jax.tree.map(lambda p: p.astype(dtype), nnx.state(model, nnx.Param))
+    state = tx.init(params)
+    for _ in range(2):
+        grads = jax.tree.map(lambda p: jnp.linspace(2 * size, size, p.size, dtype=dtype), params)
+        grads = jax.tree.map(lambda g, p: g.reshape(p.shape), grads, params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    nnx.update(model, params)
+    kept = {name: np.asarray(z.value()) != 0 for name, z in dhp.latents(model).items()}
+    return cost, {name: int(mask.sum()) for name, mask in kept.items()}, kept
+
+
+def test_a_budget_is_not_exceeded_by_less_than_float32_can_tell():
+    cost, counts, _ = counts_after_one_choice(jnp.float32, 1, 0.5)
+    reached = cost.shares(counts)["flops"]
+    target = reached * (1 - 1e-9)
+    _, counts, _ = counts_after_one_choice(jnp.float32, 1, target)
+    assert cost.shares(counts)["flops"] <= target
+
+
+def test_small_gradients_of_float16_rank_as_those_of_float32():
+    _, _, narrow = counts_after_one_choice(jnp.float16, 1e-4, 0.5)
+    _, _, wide = counts_after_one_choice(jnp.float32, 1e-4, 0.5)
+    for name, mask in wide.items():
+        assert np.array_equal(narrow[name], mask)
+    assert not all(mask.all() for mask in wide.values())
+
+
 def test_all_but_latents_is_trained_as_the_optimizer_says_and_gates_that_stay_are_1():
     model, cost = gated()
     inner = optax.adam(0.01)
