@@ -28,7 +28,7 @@ from dhp_jax.artifact.reading import parse_description
 from dhp_jax.artifact.traced import cuts_as_json, table_as_json
 from dhp_jax.core.latent import has_gates, latents
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.errors import shown
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.files import put, unfinished, write
 from dhp_jax.tracing.counts import measure_cost
 
@@ -66,6 +66,8 @@ def save(
     Example:
       >>> dhp.save("out/", small, input_shape=(32, 32, 3), test_error=8.46)
     """
+    if not isinstance(path, str | os.PathLike):  # as where the model comes first
+        raise ArgumentError("path", "a folder, as in save(path, model)", type(path).__name__)
     path = Path(os.path.realpath(os.path.expanduser(path)))
     if not may_hold(path):
         raise FileExistsError(

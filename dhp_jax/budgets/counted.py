@@ -248,7 +248,12 @@ def _check_scores(scores: Scores, name: str, size: int) -> np.ndarray:
         raise ArgumentError(
             "scores", detail=f"expected those of latent {name!r}; got {sorted(scores)}"
         )
-    score = np.asarray(scores[name], np.float64)
+    score = np.asarray(scores[name])
+    try:
+        score = score.astype(np.float64, casting="same_kind")
+    except TypeError:  # complex numbers, texts, others
+        told = f"expected {size} finite numbers >= 0; got {shown(scores[name])}"
+        raise ArgumentError(f"scores[{name!r}]", detail=told) from None
     if score.shape != (size,) or not (np.isfinite(score) & (score >= 0)).all():
         raise ArgumentError(
             f"scores[{name!r}]",

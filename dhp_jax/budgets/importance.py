@@ -228,7 +228,7 @@ def taylor_scores(
                 value = arrays[array].get_value()
                 others = [k for k in range(value.ndim) if k != axis % value.ndim]
                 arrays[array].set_value(value * jnp.expand_dims(gate, others).astype(value.dtype))
-            return loss(network, batch)
+            return _number(loss(network, batch))
 
         return jax.grad(gated_loss)([jnp.ones(len(entries)) for entries in places.values()])
 
@@ -274,7 +274,7 @@ def gradient_scores(
     @jax.jit
     def add(total: nnx.State, batch: Any) -> nnx.State:
         def of(vectors: nnx.State) -> Array:
-            return loss(nnx.merge(graphdef, vectors, rest, copy=True), batch)
+            return _number(loss(nnx.merge(graphdef, vectors, rest, copy=True), batch))
 
         return jax.tree.map(jnp.add, total, jax.grad(of)(vectors))
 
@@ -321,6 +321,12 @@ def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float
         for name in scores
     }
     return {name: np.asarray(x) / max(shares[name], TINY) ** power for name, x in scores.items()}
+
+
+def _number(value: Array) -> Array:
+    if jnp.shape(value) != ():
+        raise ArgumentError("loss", "a function that returns a number", f"shape {value.shape}")
+    return value
 
 
 def _summed(model: nnx.Module, number_of: Callable[[np.ndarray], np.ndarray]) -> Scores:

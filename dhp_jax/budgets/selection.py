@@ -61,6 +61,7 @@ def _select_within(
     """Calls the caller's function and checks that its survivors are within the budget."""
     masks = select(model, cost, multiple_of, **budget)
     check_masks(model, masks)
+    masks = {name: np.asarray(mask) for name, mask in masks.items()}
     used = describe_choice(cost, masks).shares
     if any(used[name] > share for name, share in budget.items()):
         allowed, got = (

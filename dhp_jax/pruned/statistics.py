@@ -106,7 +106,7 @@ def _measuring(model: nnx.Module) -> nnx.Module:
         for name in ("mean", "var", "seen"):
             setattr(norm, name, nnx.BatchStat(jnp.zeros(norm.mean.shape)))
         if isinstance(norm, nnx.BatchNorm):
-            norm.momentum = 0.0
+            norm.momentum, norm.axis_name = 0.0, None  # here is one device, and the whole batch
             override(norm, __call__=_measure)
     for _, _, network in walk(copy):
         if isinstance(network, FromLinen):

@@ -272,6 +272,12 @@ def test_only_networks_are_saved(tmp_path, model):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_path_that_is_a_network_is_told_by_its_name(tmp_path):
+    told = r"^path: expected a folder, as in save\(path, model\), got Mixed$"
+    with pytest.raises(ValueError, match=told):
+        dhp.save(filled(Mixed), tmp_path / "out")
+
+
 def nothing(rngs):
     """Forgets to return what it makes."""
 

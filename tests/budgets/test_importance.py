@@ -235,6 +235,14 @@ def test_prune_to_goes_by_scores_instead_of_latents():
         (lambda scores: scores.update(join=np.ones(3)), "scores: expected one of "),
         (lambda scores: scores["join.z_out"].fill(np.nan), "scores['join.z_out']: expected "),
         (lambda scores: scores["join.z_out"].fill(-1), "scores['join.z_out']: expected "),
+        (
+            lambda scores: scores.update({"join.z_out": np.full(6, 1j)}),
+            "scores['join.z_out']: expected 6 finite numbers >= 0; got array([",
+        ),
+        (
+            lambda scores: scores.update({"join.z_out": ["a"] * 6}),
+            "scores['join.z_out']: expected 6 finite numbers >= 0; got ['a', ",
+        ),
     ],
 )
 def test_scores_that_do_not_suit_the_latents_are_refused(change, told):
@@ -280,6 +288,13 @@ def test_a_function_that_decides_is_held_to_the_budget():
     def generous(model, cost, multiple_of, *, flops):
         return dhp.uniform_within(model, cost, multiple_of, flops=1.2 * flops)
 
+    def lists(model, cost, multiple_of, *, flops):
+        masks = dhp.uniform_within(model, cost, multiple_of, flops=flops)
+        return {name: mask.tolist() for name, mask in masks.items()}
+
+    small = dhp.prune_to(filled(Mixed), MIXED_INPUT, flops=0.5, by=lists)
+    same = dhp.prune_to(filled(Mixed), MIXED_INPUT, flops=0.5, by=dhp.uniform_within)
+    assert dhp.measure_cost(small, MIXED_INPUT) == dhp.measure_cost(same, MIXED_INPUT)
     told = r"^by: expected survivors within flops=0\.5; got flops=0\.5\d+$"
     with pytest.raises(ValueError, match=told):
         dhp.prune_to(filled(Mixed), MIXED_INPUT, flops=0.5, by=generous)
@@ -419,6 +434,16 @@ def test_channels_that_nothing_depends_on_have_no_taylor_score_and_go_first():
 def test_taylor_scores_want_batches():
     with pytest.raises(ValueError, match=r"^batches: expected at least one batch, got none"):
         dhp.taylor_scores(filled(Mixed), squared_outputs, [])
+
+
+@pytest.mark.parametrize("scores_of", [dhp.taylor_scores, dhp.gradient_scores])
+def test_a_loss_of_more_than_one_number_is_refused(scores_of):
+    def each(network, images):
+        return network(images).mean(1)
+
+    told = r"^loss: expected a function that returns a number, got shape \(2,\)"
+    with pytest.raises(ValueError, match=told):
+        scores_of(filled(Mixed), each, [np.ones((2, *MIXED_INPUT), np.float32)])
 
 
 def test_scores_per_flop_divide_by_what_an_entry_costs():

@@ -30,6 +30,15 @@ def test_statistics_are_the_moments_of_all_examples():
     np.testing.assert_allclose(model.first.var[...], flat.var(0), rtol=1e-4)
 
 
+def test_a_layer_that_was_trained_on_several_devices_is_measured_on_one():
+    model = Two(nnx.Rngs(0))
+    model.first.axis_name = "devices"
+    x = np.random.default_rng(0).normal(2, 3, (6, 3)).astype(np.float32)
+    dhp.renew_statistics(model, [x])
+    np.testing.assert_allclose(model.first.mean[...], x.mean(0), rtol=1e-5)
+    assert model.first.axis_name == "devices"
+
+
 def test_nothing_but_statistics_changes_and_the_mode_stays():
     model = filled(Mixed)
     model.train()
