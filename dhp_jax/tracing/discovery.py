@@ -13,10 +13,7 @@ from dhp_jax.tracing.families import Family, find_families
 from dhp_jax.tracing.programs import Call, default_call
 from dhp_jax.tracing.proof import Mismatch
 from dhp_jax.tracing.terms import parted, reason
-
-TRIES = 3  # random choices of survivors that are proved
-SHARE = 0.4  # of the entries that go in a trial, on average
-Gone = dict[str, list[int]]  # by family the entries that go in a trial
+from dhp_jax.tracing.trials import TRIES, Gone, Trials
 
 
 @dataclass
@@ -84,24 +81,24 @@ def discover(model: nnx.Module, inputs: Any, call: Call = default_call) -> Disco
     """
     analysis = analyse(model, inputs, call)
     found = Discovery(analysis, find_families(analysis))
-    _Trial(found, np.random.default_rng(0)).settle()
+    _Settling(found, np.random.default_rng(0)).settle()
     return found
 
 
-class _Trial:
-    """Proofs of random survivors, until all families that are left pass."""
+class _Settling:
+    """Trials of families, until all that are left pass."""
 
     def __init__(self, found: Discovery, rng: np.random.Generator):
-        self.found, self.analysis, self.rng = found, found.analysis, rng
-        self.contexts = found.analysis.trials()
+        self.found, self.analysis = found, found.analysis
+        self.trials = Trials(found.analysis, rng)
 
     def settle(self) -> None:
         """Freezes families that cannot be proved; the others pass together, in several ways."""
         calm = 0
         while self.found.families and calm < TRIES:
             families = self.found.families
-            gone = self.draw(families)
-            error, notes = self.attempt(families, gone)
+            gone = self.trials.draw(families)
+            error, notes = self.trials.attempt(families, gone)
             if error is None:
                 calm += 1
                 for family in families:
@@ -111,36 +108,11 @@ class _Trial:
             calm = 0
             self._give_up(self._wrong(families, gone, error))
 
-    def draw(self, families: Iterable[Family]) -> Gone:
-        """Random entries of each family, not equally many, for code may count them."""
-        gone = {}
-        for family in families:
-            most = family.size - (2 if family.size > 2 else 1)  # axes of 1 are other programs
-            wanted = round(SHARE * self.rng.uniform(0.4, 1.6) * family.size)
-            chosen = self.rng.choice(family.size, min(most, max(1, wanted)), replace=False)
-            gone[family.name] = [int(entry) for entry in chosen]
-        return gone
-
-    def attempt(
-        self, families: Iterable[Family], gone: Gone
-    ) -> tuple[Mismatch | None, frozenset[int]]:
-        """What the proof says of the network without some entries of some families."""
-        root = self.analysis.flow.terms.root
-        atoms = frozenset(root(f.atoms[entry]) for f in families for entry in gone[f.name])
-        try:
-            return None, self.analysis.prove(atoms, None, self.contexts)
-        except Mismatch as error:
-            return error, frozenset()
-
-    def passes(self, families: Sequence[Family], times: int = TRIES) -> bool:
-        """Whether random survivors of some families pass several times."""
-        return all(self.attempt(families, self.draw(families))[0] is None for _ in range(times))
-
     def _wrong(self, families: list[Family], gone: Gone, error: Mismatch | None) -> list[Family]:
         """The families without which the others pass, with the error of each."""
         left, wrong = list(families), []
         while error is not None and left:  # else it is no other program for fewer entries
-            core, error = self._conflict(left, gone, error)
+            core, error = self.trials.conflict(left, gone, error)
             if len(core) > 1 and self._tied(core) != [core]:  # they pass alone, but not together
                 core = [max(core, key=lambda family: family.size)]
             found = core + (self._alike(core[0], left, gone) if len(core) == 1 else [])
@@ -148,24 +120,8 @@ class _Trial:
                 family.error = str(error)
             wrong += found
             left = [family for family in left if family not in found]
-            error, _ = self.attempt(left, gone)
+            error, _ = self.trials.attempt(left, gone)
         return wrong
-
-    def _conflict(
-        self, families: list[Family], gone: Gone, error: Mismatch
-    ) -> tuple[list[Family], Mismatch]:
-        """Families that fail, of which none can be left out, and their error."""
-        core: list[Family] = []
-        while True:
-            low, high = 0, len(families)  # of those in order, how many pass and how many fail
-            while high - low > 1:
-                middle = (low + high) // 2
-                found, _ = self.attempt(core + families[:middle], gone)
-                low, high = (middle, high) if found is None else (low, middle)
-                error = found or error
-            core, families = [*core, families[high - 1]], families[: high - 1]
-            if not families or (found := self.attempt(core, gone)[0]) is not None:
-                return core, found if families else error
 
     def _alike(self, wrong: Family, families: list[Family], gone: Gone) -> list[Family]:
         """The families that are wrong as one is, in the same place of other blocks.
@@ -173,26 +129,17 @@ class _Trial:
         Three are tried at most: the others would take an attempt each, and a network has many
         blocks.
         """
-        kind = self._kind(wrong)
-        alike = [f for f in families if f is not wrong and self._kind(f) == kind]
+        kind = _kind(self.analysis, wrong)
+        alike = [f for f in families if f is not wrong and _kind(self.analysis, f) == kind]
         tried = {len(alike) - 1, len(alike) // 2, 0} if alike else set()
-        fail = all(self.attempt([alike[number]], gone)[0] is not None for number in tried)
+        fail = all(self.trials.attempt([alike[number]], gone)[0] is not None for number in tried)
         return alike if fail else []
-
-    def _kind(self, family: Family) -> tuple[Any, ...]:
-        """What families have in common that are in the same place of blocks that are alike."""
-        names, leaves = self.analysis.names, self.analysis.leaves
-        places = (
-            (re.sub(r"\d+", "#", names[number]), k, leaves[number].shape, int((entries >= 0).sum()))
-            for (number, k), entries in family.places.items()
-        )
-        return family.size, *sorted(places)
 
     def _give_up(self, wrong: list[Family]) -> None:
         """Finds sizes or ties with which families pass, and freezes the others."""
         alike: dict[tuple, list[Family]] = {}
         for family in wrong:
-            alike.setdefault(self._kind(family), []).append(family)
+            alike.setdefault(_kind(self.analysis, family), []).append(family)
         wrong = [family for group in alike.values() for family in self._without_sizes(group)]
         for group in self._tied(wrong):
             first, *others = group
@@ -222,21 +169,18 @@ class _Trial:
         guesses = [_guesses(self.analysis, family) for family in alike]
         for guess in zip(*guesses, strict=False):  # the same of each family
             rules = [tuple(same) for same in zip(*guess, strict=False)]
-            self._set_sizes(before, rules)
-            if not self.passes(alike):
+            self.analysis.sizes = _sizes(before, rules)
+            if not self.trials.passes(alike):
                 continue
             for rule in list(rules):  # none that is not needed
                 less = [other for other in rules if other is not rule]
-                self._set_sizes(before, less)
-                rules = less if self.passes(alike, 2) else rules
-            self._set_sizes(before, rules)
+                self.analysis.sizes = _sizes(before, less)
+                rules = less if self.trials.passes(alike, 2) else rules
+            self.analysis.sizes = _sizes(before, rules)
             if rules:
                 return True
         self.analysis.sizes = before
         return False
-
-    def _set_sizes(self, before: list[SizeRule], rules: Iterable[tuple[SizeRule, ...]]) -> None:
-        self.analysis.sizes = before + [rule for same in rules for rule in same]
 
     def _tied(self, families: list[Family]) -> list[list[Family]]:
         """Groups of families on common axes that pass if the same entries go of each."""
@@ -249,25 +193,29 @@ class _Trial:
                 group += near
                 left = [family for family in left if family not in near]
             if len(group) > 1:
-                groups.setdefault(tuple(map(self._kind, group)), []).append(group)
+                kinds = tuple(_kind(self.analysis, family) for family in group)
+                groups.setdefault(kinds, []).append(group)
         tied = []
         for alike in groups.values():
-            if self._pass_as_one(alike):
+            if self.trials.pass_as_one(alike):
                 tied += alike
-            elif len(alike) > 1 and self._pass_as_one(alike[:1]):
-                tied += [group for group in alike if self._pass_as_one([group])]
+            elif len(alike) > 1 and self.trials.pass_as_one(alike[:1]):
+                tied += [group for group in alike if self.trials.pass_as_one([group])]
         return tied
 
-    def _pass_as_one(self, groups: Sequence[list[Family]]) -> bool:
-        members = [family for group in groups for family in group]
-        for _ in range(TRIES):
-            gone: Gone = {}
-            for group in groups:
-                (entries,) = self.draw(group[:1]).values()
-                gone |= {family.name: entries for family in group}
-            if self.attempt(members, gone)[0] is not None:
-                return False
-        return True
+
+def _kind(analysis: Analysis, family: Family) -> tuple[Any, ...]:
+    """What families have in common that are in the same place of blocks that are alike."""
+    names, leaves = analysis.names, analysis.leaves
+    places = (
+        (re.sub(r"\d+", "#", names[number]), k, leaves[number].shape, int((entries >= 0).sum()))
+        for (number, k), entries in family.places.items()
+    )
+    return family.size, *sorted(places)
+
+
+def _sizes(before: list[SizeRule], rules: Iterable[tuple[SizeRule, ...]]) -> list[SizeRule]:
+    return before + [rule for same in rules for rule in same]
 
 
 def _meets(family: Family, group: Sequence[Family]) -> bool:
@@ -335,4 +283,4 @@ def keep_one_factor(found: Discovery) -> None:
             terms.freeze(atom, why)
         found.frozen.append((losing, why))
         found.families = find_families(found.analysis)
-        _Trial(found, np.random.default_rng(0)).settle()
+        _Settling(found, np.random.default_rng(0)).settle()
