@@ -33,6 +33,7 @@ def measured(how: str) -> tuple[str, int, int]:
     return kept, int(faults), int(added)
 
 
+@pytest.mark.slow
 def test_calls_use_the_memory_of_those_before():
     _, faults_by_default, _ = measured("default")
     kept, faults, added = measured("kept")

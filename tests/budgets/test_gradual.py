@@ -309,7 +309,7 @@ def test_a_step_that_is_left_out_loses_no_choice(left_out):
     assert set(values.tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_gradients_that_are_not_finite_count_for_nothing_and_the_fade_goes_on(value):
     model, cost = gated()
     inner = optax.apply_if_finite(optax.sgd(0.01), 3)

@@ -258,7 +258,10 @@ class Generated(nnx.Module):
         return y.mean((1, 2)) + self.last(self.b(x).mean((1, 2)))
 
 
-@pytest.mark.parametrize("kind", [Joined, Transposed, Mixed, Generated])
+@pytest.mark.parametrize(
+    "kind",
+    [Transposed, Mixed, *(pytest.param(k, marks=pytest.mark.slow) for k in (Joined, Generated))],
+)
 def test_a_kernel_is_gated_and_ranked_by_the_arrays_that_it_is_made_of(kind):
     model = kind(nnx.Rngs(0))
     shape, x = (6, 6, 3), jax.random.normal(jax.random.key(1), (1, 6, 6, 3))

@@ -56,8 +56,8 @@ def counted(depth, monkeypatch):
 
 
 def test_blocks_alike_take_no_more_proofs_than_a_few_of_them(monkeypatch):
-    few, proofs_of_few = counted(4, monkeypatch)
-    many, proofs_of_many = counted(12, monkeypatch)
+    few, proofs_of_few = counted(2, monkeypatch)
+    many, proofs_of_many = counted(6, monkeypatch)
     assert few.frozen, "no family fails, so that nothing is looked for"
     assert len(many.frozen) == 3 * len(few.frozen)
     assert len(many.families) == 3 * len(few.families)
