@@ -54,7 +54,10 @@ def check_budget(
     model: nnx.Module, cost: Cost, multiple_of: Multiples = 1, **budget: float
 ) -> None:
     """Raises unless the model has latents and each budget is in (0, 1] and can be reached."""
-    latents_to_prune(model)
+    sizes = {name: z.size for name, z in latents_to_prune(model).items()}
+    if cost.sizes != sizes:  # as of the network before it had latents
+        detail = f"expected the measure_cost of the model, with latents of {shown(sizes)}; "
+        raise ArgumentError("cost", detail=f"{detail}got one with {shown(dict(cost.sizes))}")
     multiples(model, multiple_of)
     if not budget or not set(budget) <= set(MEASURES):
         expected = "expected some of flops=, params=, activations="

@@ -46,7 +46,8 @@ def with_gates(
 
     Args:
       model: a network of latents, whose kernels are generated for the last time; or an ordinary one
-        as of `with_latents`. Left as it was.
+        as of `with_latents`. Left as it was; arrays without gates are shared with the result, so
+        copy it before donating buffers, if you still need it.
       rngs: the `params` stream, as for `with_latents`.
       build: for an ordinary network of your own class, as for `with_latents`.
 

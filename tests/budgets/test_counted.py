@@ -230,6 +230,14 @@ def test_the_smallest_share_can_be_reached_and_is_told_when_less_is_asked_for(mi
             dhp.prune_to(model, MIXED_INPUT, **{name: 0.01})
 
 
+@pytest.mark.parametrize("choose", [survivors_within, dhp.uniform_within])
+def test_the_cost_of_another_network_is_refused(mixed, choose):
+    model, _ = mixed
+    whole = dhp.measure_cost(dhp.prune(model), MIXED_INPUT)  # without latents
+    with pytest.raises(ValueError, match=r"^cost: expected the measure_cost of the model, with "):
+        choose(model, whole, flops=0.5)
+
+
 def test_an_unreachable_budget_is_a_value_error():
     assert issubclass(dhp.BudgetError, ValueError)
 
