@@ -62,6 +62,7 @@ def _check_header_names(path: Path, arrays: Mapping[str, Any]) -> None:
 def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> nnx.State:
     """Reads the arrays that a network needs from the file in a folder; all of them must be finite.
 
+    Floats have the precision that they were saved in, which need not be that of the class.
     `arrays` is the table in model.json, already checked.
     """
     path = path / ARRAYS
@@ -77,7 +78,10 @@ def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> n
     for name, (_, leaf) in leaves.items():
         like = array_of(leaf)
         stored = jax.eval_shape(to_stored, like) if _is_key(like) else like
-        check_like(name, shape_and_dtype(stored), arrays[name], str(path))
+        expected, dtype = shape_and_dtype(stored), arrays[name]["dtype"]
+        if all(jnp.issubdtype(kind, jnp.floating) for kind in (stored.dtype, jnp.dtype(dtype))):
+            expected["dtype"] = dtype
+        check_like(name, expected, arrays[name], str(path))
     found = []
     with open_arrays(path, arrays) as file:
         for name, (location, leaf) in leaves.items():

@@ -157,6 +157,16 @@ def test_a_class_that_has_gained_weights_is_refused(tmp_path, make, name):
         dhp.load(tmp_path, build=functools.partial(Gained, make=make))
 
 
+def test_a_network_that_was_cast_is_loaded_as_it_was_saved(tmp_path):
+    small = dhp.prune(dhp.models.build("resnet", depth=8, width=0.5, rngs=nnx.Rngs(0)))
+    state = nnx.state(small, nnx.Param)
+    nnx.update(small, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state))
+    dhp.save(tmp_path / "small", small)
+    loaded = dhp.load(tmp_path / "small")
+    assert jax.tree.leaves(nnx.state(loaded, nnx.Param))[0].dtype == jnp.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(small))
+
+
 def test_a_network_in_bfloat16_is_loaded_bit_for_bit(tmp_path):
     def build(rngs):
         axes = (dhp.Latent(size, rngs=rngs) for size in (3, 5))

@@ -546,8 +546,8 @@ KINDS = {
         swapped(lambda a: a.update({BIAS: np.ones((10, 1), np.float32)})),
         unlike(BIAS, TEN, "float32 of shape [10, 1]"),
     ),
-    "an array of another float": (
-        swapped(lambda a: a.update({BIAS: np.ones(10, np.float16)})),
+    "an array of another float than the description tells": (
+        swapped(lambda a: a.update({BIAS: np.ones(10, np.float16)}), told=False),
         unlike(BIAS, TEN, "float16 of shape [10]"),
     ),
     "an array of integers": (
