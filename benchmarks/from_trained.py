@@ -766,7 +766,7 @@ FRESH = tuple(
     Way(f"{by}, fresh weights", by=by, rate=0.2, fresh=True) for by in ("found", "uniform")
 )
 PER_FLOP = Way("taylor_square per flop^0.5", by="taylor_square", power=0.5)
-PAPER = Way("dhp, latents in kernels", by="dhp", stages=6, strength=0.04)
+PAPER = Way("dhp, latents in kernels", by="dhp", stages=6, strength=0.01)
 
 
 def explore_stage(bench: Bench, options: argparse.Namespace) -> None:
