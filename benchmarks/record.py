@@ -108,13 +108,12 @@ def publish_each(
 
 def circumstances() -> dict[str, Any]:
     """With what, by which command and when something is measured."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    asked, here = ["git", "rev-parse", "--short", "HEAD"], Path(__file__).parent
+    commit = subprocess.run(asked, cwd=here, capture_output=True, text=True, check=False)
     return {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
+        "commit": commit.stdout.strip() or "not known",
         "hardware": hardware(),
         "versions": versions(),
     }
