@@ -251,16 +251,14 @@ def _check_scores(scores: Scores, name: str, size: int) -> np.ndarray:
         raise ArgumentError(
             "scores", detail=f"expected those of latent {name!r}; got {sorted(scores)}"
         )
-    score = np.asarray(scores[name])
+    score, told = np.asarray(scores[name]), f"expected {size} finite numbers >= 0; got "
     try:
         score = score.astype(np.float64, casting="same_kind")
     except TypeError:  # complex numbers, texts, others
-        told = f"expected {size} finite numbers >= 0; got {shown(scores[name])}"
+        told += shown(scores[name])
         raise ArgumentError(f"scores[{name!r}]", detail=told) from None
     if score.shape != (size,) or not (np.isfinite(score) & (score >= 0)).all():
-        raise ArgumentError(
-            f"scores[{name!r}]",
-            detail=f"expected {size} finite numbers >= 0; got an array of shape {score.shape}, "
-            f"from {score.min(initial=np.inf):g} to {score.max(initial=-np.inf):g}",
-        )
+        least, most = score.min(initial=np.inf), score.max(initial=-np.inf)
+        told += f"an array of shape {score.shape}, from {least:g} to {most:g}"
+        raise ArgumentError(f"scores[{name!r}]", detail=told)
     return score
