@@ -253,7 +253,7 @@ def one_after_another(body: Callable) -> Callable:
         return jax.jit(
             lambda given, carry, xs: jax.lax.scan(functools.partial(body, given), carry, xs)
         )
-    step = jax.jit(body)
+    step = jax.jit(body, compiler_options=dhp.compiler_options())
 
     def loop(given, carry, xs):
         found = []

@@ -5,6 +5,7 @@ by=scores)` keeps the largest.
 """
 
 from collections.abc import Callable, Iterable
+import functools
 import math
 from numbers import Real
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
+from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets.counted import TINY, Scores
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, latents, latents_to_prune, walk
@@ -219,7 +221,7 @@ def taylor_scores(
     places = {(weights.array, weights.axis): weights.entries for weights in readers}
     graphdef, state = nnx.split(prune(model))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def derivatives(state: nnx.State, batch: Any) -> list[Array]:
         def gated_loss(gates: list[Array]) -> Array:
             network = nnx.merge(graphdef, state, copy=True)
@@ -271,7 +273,7 @@ def gradient_scores(
     latents_to_prune(model)
     graphdef, vectors, rest = nnx.split(model, LatentVector, ...)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def add(total: nnx.State, batch: Any) -> nnx.State:
         def of(vectors: nnx.State) -> Array:
             return _number(loss(nnx.merge(graphdef, vectors, rest, copy=True), batch))

@@ -1,6 +1,7 @@
 """The statistics of BatchNorm, measured anew."""
 
 from collections.abc import Iterable
+import functools
 from typing import Any
 
 from flax import nnx
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
+from dhp_jax.backend.platform import compiler_options
 from dhp_jax.core.latent import walk
 from dhp_jax.core.surgery import override
 from dhp_jax.errors import shown
@@ -55,7 +57,7 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
         )
     graphdef, state = nnx.split(_measuring(model))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def of_batch(state: nnx.State, batch: Array) -> dict[str, tuple[Array, Array, Array]]:
         network = nnx.merge(graphdef, state, copy=True)
         network(batch)
