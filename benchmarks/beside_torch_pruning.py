@@ -23,6 +23,16 @@ import time
 
 from flax import nnx
 import from_trained as ours
+from from_trained_programs import (
+    DEVIATION,
+    MEAN,
+    MOMENTUM,
+    SHAPE,
+    WEIGHT_DECAY,
+    Network,
+    of_latents,
+)
+from from_trained_rows import FADE, ONE, REHEARSAL, Bench, cosine, pruned_row
 import jax
 import numpy as np
 
@@ -90,7 +100,7 @@ def network(torch, arrays: Mapping[str, np.ndarray]):
     return ResNet().to(memory_format=torch.channels_last)
 
 
-def widths(net: ours.Network, model) -> dict[str, int]:
+def widths(net: Network, model) -> dict[str, int]:
     """How many channels each latent of ours has in a PyTorch network."""
     kernels = {
         "stem.conv.kernel": model.stem[0].weight,
@@ -115,14 +125,14 @@ def torch_inputs(torch, device, images):
     return x.contiguous(memory_format=torch.channels_last).to(device)
 
 
-def pruned_by_torch(torch, bench: ours.Bench, flops: float, together: bool):
+def pruned_by_torch(torch, bench: Bench, flops: float, together: bool):
     """The network that Torch-Pruning leaves within a share of the FLOPs, and the share."""
     import torch_pruning
 
     model = network(torch, bench.trained).eval()
     pruner = torch_pruning.pruner.GroupNormPruner(
         model,
-        torch.zeros(1, 3, *ours.SHAPE[:2]),
+        torch.zeros(1, 3, *SHAPE[:2]),
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         global_pruning=together,
         pruning_ratio=1.0,
@@ -137,17 +147,17 @@ def pruned_by_torch(torch, bench: ours.Bench, flops: float, together: bool):
     raise ValueError(f"flops: Torch-Pruning ended at {shares['flops']:.4f}; expected {flops}")
 
 
-def torch_row(torch, device, bench: ours.Bench, name: str, flops: float, seed: int) -> None:
+def torch_row(torch, device, bench: Bench, name: str, flops: float, seed: int) -> None:
     """Prunes and finetunes in PyTorch, and writes the row."""
     began, size = time.monotonic(), bench.size
     model, shares = pruned_by_torch(torch, bench, flops, COMPARED[name])
     model = model.to(device).train()
-    schedule = ours.cosine(ours.FADE.rate, size.updates, size.segment)
+    schedule = cosine(FADE.rate, size.updates, size.segment)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=0.0,
-        momentum=ours.MOMENTUM,
-        weight_decay=ours.WEIGHT_DECAY,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
         nesterov=True,
     )
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
@@ -176,7 +186,7 @@ def torch_row(torch, device, bench: ours.Bench, name: str, flops: float, seed: i
     )
 
 
-def torch_error(torch, device, bench: ours.Bench, model) -> float:
+def torch_error(torch, device, bench: Bench, model) -> float:
     """The test error in percent."""
     images, labels = bench.test
     model.eval()
@@ -184,16 +194,16 @@ def torch_error(torch, device, bench: ours.Bench, model) -> float:
     with torch.no_grad():
         for at in range(0, len(labels), bench.size.batch):
             part = slice(at, at + bench.size.batch)
-            x = (images[part].astype(np.float32) - ours.MEAN) / ours.DEVIATION
+            x = (images[part].astype(np.float32) - MEAN) / DEVIATION
             found = model(torch_inputs(torch, device, x)).argmax(1).cpu().numpy()
             wrong += int((found != labels[part]).sum())
     return 100 * wrong / len(labels)
 
 
-def check_same(torch, bench: ours.Bench) -> None:
+def check_same(torch, bench: Bench) -> None:
     """Raises unless the PyTorch network computes what ours does."""
-    x = np.random.default_rng(0).normal(size=(4, *ours.SHAPE)).astype(np.float32)
-    plain = ours.Network(bench.size.depth, np.float32).model(bench.trained)
+    x = np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32)
+    plain = Network(bench.size.depth, np.float32).model(bench.trained)
     plain.eval()
     with torch.no_grad():
         theirs = network(torch, bench.trained).eval()(torch_inputs(torch, "cpu", x)).numpy()
@@ -201,17 +211,17 @@ def check_same(torch, bench: ours.Bench) -> None:
         np.testing.assert_allclose(theirs, np.asarray(plain(x)), rtol=1e-3, atol=1e-3)
 
 
-def latencies(torch, device, bench: ours.Bench, flops: float, rounds: int) -> None:
+def latencies(torch, device, bench: Bench, flops: float, rounds: int) -> None:
     """Times forward passes of whole and pruned networks of both, in turn, and writes the row."""
-    model = ours.of_latents(bench.net, bench.trained)
-    small = dhp.prune_to(model, ours.SHAPE, flops=flops, by=dhp.group_scores(model))
+    model = of_latents(bench.net, bench.trained)
+    small = dhp.prune_to(model, SHAPE, flops=flops, by=dhp.group_scores(model))
     theirs = {
         name: pruned_by_torch(torch, bench, flops, together)[0]
         for name, together in COMPARED.items()
     }
     theirs["torch, whole"] = network(torch, bench.trained)
-    for batch in LATENCY_BATCHES if bench.size != ours.REHEARSAL else (4,):
-        x = np.zeros((batch, *ours.SHAPE), np.float32)
+    for batch in LATENCY_BATCHES if bench.size != REHEARSAL else (4,):
+        x = np.zeros((batch, *SHAPE), np.float32)
         passes = {"ours, whole": dhp.prune(model), "ours": small}
         passes = {name: of_ours(module, x) for name, module in passes.items()}
         for name, module in theirs.items():
@@ -304,7 +314,7 @@ def main() -> None:
     else:
         bench.trained = ours.stored(options.weights)
     check_same(torch, bench)
-    known = {way.name: way for way in (*ours.ONE.values(), ours.FADE)}
+    known = {way.name: way for way in (*ONE.values(), FADE)}
     for seed in options.seeds:
         for flops in options.targets:
             for way in (*options.compared, *([] if options.rehearse else options.ways)):
@@ -313,7 +323,7 @@ def main() -> None:
                 if way in COMPARED:
                     torch_row(torch, device, bench, way, flops, seed)
                 else:
-                    ours.pruned_row(bench, known[way], flops, seed)
+                    pruned_row(bench, known[way], flops, seed)
     for flops in options.targets:
         latencies(torch, device, bench, flops, options.rounds)
 

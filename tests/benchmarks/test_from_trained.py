@@ -18,13 +18,15 @@ from dhp_jax.pruned.fresh_weights import carry_kernels
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import from_trained
+import from_trained_programs
+import from_trained_rows
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def net():
-    return from_trained.Network(8, jnp.float32)
+    return from_trained_programs.Network(8, jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def pruned(net, arrays):
     model = nnx.clone(net.latents)
     carry_kernels(net.model(arrays), model)
     scores = dhp.random_scores(model, 3)
-    masks = from_trained.choose(net, scores, 0.4)
+    masks = from_trained_rows.choose(net, scores, 0.4)
     whole = {name: np.ones(size, bool) for name, size in net.sizes.items()}
     return cut(model, whole | masks), masks
 
@@ -87,12 +89,12 @@ def test_what_is_left_gets_the_gradients_of_the_pruned_network(net, arrays, prun
 @pytest.mark.slow
 def test_the_search_leaves_a_network_within_its_budget_whose_gates_are_closed(tmp_path, arrays):
     options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True)
-    bench = from_trained.Bench(options, from_trained.REHEARSAL)
+    bench = from_trained_rows.Bench(options, from_trained_rows.REHEARSAL)
     net, bench.trained = bench.net, arrays
-    way = dataclasses.replace(from_trained.FADE, distillation=0.5)
-    schedule = from_trained.cosine(0.05, 9, 1)
+    way = dataclasses.replace(from_trained_rows.FADE, distillation=0.5)
+    schedule = from_trained_rows.cosine(0.05, 9, 1)
     stream = bench.batches(0, schedule(np.arange(9)))
-    run, mask = from_trained.faded(bench, way, 0.5, schedule, stream)
+    run, mask = from_trained_rows.faded(bench, way, 0.5, schedule, stream)
     counts = net.sizes | {name: int(kept.sum()) for name, kept in mask.items()}
     assert 0.4 < net.cost.shares(counts)["flops"] <= 0.5
     closed = net.gated(run.weights, {name: jnp.asarray(kept) for name, kept in mask.items()})
@@ -105,9 +107,9 @@ def test_the_search_leaves_a_network_within_its_budget_whose_gates_are_closed(tm
 @pytest.mark.slow
 def test_what_a_cpu_trains_after_a_cut_is_what_closed_gates_train(tmp_path, arrays):
     options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True)
-    bench = from_trained.Bench(options, from_trained.REHEARSAL)
-    masks = from_trained.choose(bench.net, dhp.random_scores(bench.net.latents, 3), 0.4)
-    way = dataclasses.replace(from_trained.ONE["random"], distillation=0.5)
+    bench = from_trained_rows.Bench(options, from_trained_rows.REHEARSAL)
+    masks = from_trained_rows.choose(bench.net, dhp.random_scores(bench.net.latents, 3), 0.4)
+    way = dataclasses.replace(from_trained_rows.ONE["random"], distillation=0.5)
     found = []
     for each, run, mask in (
         (bench, bench.begin(arrays), masks),
@@ -124,11 +126,32 @@ def test_fresh_weights_have_the_widths_that_the_search_has_found(tmp_path, net):
     bench = argparse.Namespace(out=tmp_path, net=net)
     row = {"name": "fade", "target": 0.5, "seed": 1, "widths": {"stages.0": 5, "stages.1": 7}}
     (tmp_path / "rows.jsonl").write_text(f'{{"name": "begin"}}\n{json.dumps(row)}\n')
-    found = from_trained.cut(bench, from_trained.FRESH[0], 0.5, 1)
+    found = from_trained_rows.cut(bench, from_trained_rows.FRESH[0], 0.5, 1)
     assert {name: int(mask.sum()) for name, mask in found.items()} == row["widths"]
     assert found["stages.0"].shape == (net.sizes["stages.0"],)
     with pytest.raises(ValueError, match=r"expected a row 'fade' at 0\.25 with seed 1"):
-        from_trained.cut(bench, from_trained.FRESH[0], 0.25, 1)
+        from_trained_rows.cut(bench, from_trained_rows.FRESH[0], 0.25, 1)
+
+
+def test_a_row_that_was_stopped_goes_on_where_it_was(tmp_path):
+    taken = []
+
+    def step(run, plan, batch):
+        if batch in plan:
+            raise KeyboardInterrupt
+        taken.append(batch)
+        return {"w": run["w"] * 0.9 + batch}, jnp.float32(batch)
+
+    bench, kept = argparse.Namespace(step=step), tmp_path / "row.npz"
+    begin, batches = {"w": jnp.ones(3)}, range(100)
+    whole, loss = from_trained_rows.trained(bench, begin, (), iter(batches), tmp_path / "whole.npz")
+    taken.clear()
+    with pytest.raises(KeyboardInterrupt):
+        from_trained_rows.trained(bench, begin, (90,), iter(batches), kept)
+    again = from_trained_rows.trained(bench, begin, (), iter(batches), kept)
+    np.testing.assert_array_equal(again[0]["w"], whole["w"])
+    assert again[1] == loss == 99
+    assert taken == [*range(90), *range(80, 100)]
 
 
 def test_generated_kernels_are_those_of_an_embedding_of_1(net, arrays):
@@ -142,9 +165,9 @@ def test_generated_kernels_are_those_of_an_embedding_of_1(net, arrays):
 
 
 def test_every_way_is_within_its_budget(net, arrays):
-    model = from_trained.of_latents(net, arrays)
+    model = from_trained_programs.of_latents(net, arrays)
     for by, flops in [("l1", 0.5), ("group", 0.25), ("fpgm", 0.25)]:
-        masks = from_trained.choose(net, from_trained.BY_WEIGHTS[by](model), flops)
+        masks = from_trained_rows.choose(net, from_trained_rows.BY_WEIGHTS[by](model), flops)
         counts = net.sizes | {name: int(mask.sum()) for name, mask in masks.items()}
         assert 0.98 * flops < net.cost.shares(counts)["flops"] <= flops
 
