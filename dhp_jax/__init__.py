@@ -22,7 +22,6 @@ from dhp_jax.budgets.importance import (
     taylor_scores,
 )
 from dhp_jax.budgets.selection import prune_to
-from dhp_jax.budgets.shrinkage import prox_fade, prox_relative_l1
 from dhp_jax.budgets.uniform import uniform_within
 from dhp_jax.core.activations import PReLU
 from dhp_jax.core.cost import Cost, layer_terms
@@ -104,10 +103,8 @@ __all__ = [
     "measure_cost",
     "models",
     "per_cost",
-    "prox_fade",
     "prox_l1",
     "prox_l2",
-    "prox_relative_l1",
     "prunable_latents",
     "prune",
     "prune_to",

@@ -38,7 +38,7 @@ def soft_threshold(
       >>> soft_threshold(jnp.array([-3.0, 0.5, 2.0]), 1.0)
       Array([-2.,  0.,  1.], dtype=float32)
     """
-    check_inexact("soft_threshold: x", x)
+    _check_inexact("soft_threshold: x", x)
     amount = jnp.asarray(amount, jnp.abs(x).dtype)
     return jnp.sign(x) * jnp.maximum(jnp.abs(x) - amount, 0)
 
@@ -114,7 +114,7 @@ def prox_l1(
     """
     if where is not None and not callable(where):
         raise ValueError(f"prox_l1: where: expected a function or None, got {where!r}")
-    return proximal("prox_l1", soft_threshold, strength, learning_rate, where)
+    return _proximal("prox_l1", soft_threshold, strength, learning_rate, where)
 
 
 def prox_l2(
@@ -162,7 +162,7 @@ def prox_l2(
             where = f"params{jax.tree_util.keystr(path)} of shape {jnp.shape(p)}"
             raise ValueError(f"prox_l2: axis: expected axes of {where}, got {axis!r}") from None
 
-    return proximal(
+    return _proximal(
         "prox_l2",
         lambda target, amount: shrink_norm(target, amount, axis),
         strength,
@@ -171,7 +171,7 @@ def prox_l2(
     )
 
 
-def proximal(
+def _proximal(
     name: str,
     shrink: Callable[[Array, Array], Array],
     strength: Strength,
@@ -179,13 +179,10 @@ def proximal(
     where: Callable[[Array], Bool[Array, "..."]] | None = None,
     check: Callable[[Any, Array], None] = lambda path, p: None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A proximal step as a transformation, for `prox_l1` and its like.
+    """A proximal step as a transformation.
 
-    Args:
-      name: of the function whose arguments are checked, for errors.
-      shrink: the proximal operator of an array, by an amount, `strength * learning_rate`.
-      strength, learning_rate, where: as in `prox_l1`.
-      check: raises for a parameter, and its path, that the operator does not suit.
+    `name` is that of the function, for errors. `shrink` is the proximal operator of an array, by an
+    amount. `check` raises for a parameter, and its path, that the operator does not suit.
     """
     strengths = jax.tree_util.tree_leaves_with_path(strength, is_leaf=callable)
     for path, value in strengths or [((), strength)]:
@@ -232,7 +229,7 @@ def proximal(
         def shrunk_update(path: Any, u: Array | None, p: Array, amount: Array) -> Array | None:
             if u is None:
                 return None
-            check_inexact(f"{name}: params{jax.tree_util.keystr(path)}", p)
+            _check_inexact(f"{name}: params{jax.tree_util.keystr(path)}", p)
             check(path, p)
             return step(p + u, amount) - p
 
@@ -244,7 +241,7 @@ def proximal(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def check_inexact(argument: str, x: Any) -> None:
+def _check_inexact(argument: str, x: Any) -> None:
     """Raises a `ValueError` that names `argument` unless it is of floating-point numbers."""
     if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
         raise ValueError(f"{argument}: expected floating-point numbers, got {jnp.result_type(x)}")
