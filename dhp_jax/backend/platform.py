@@ -1,6 +1,6 @@
 """What makes XLA run convolutional networks fast on the platform at hand.
 
-XLA:CPU needs three things (docs/architecture.md has the measurements): convolutions that use all
+XLA:CPU needs three things (docs/measurements/cpu.md has the figures): convolutions that use all
 cores, kernel gradients whose operands it does not compute again, and another form for depthwise
 convolutions and the gradients of grouped ones. On a GPU small hypernetworks are computed together,
 and everywhere BatchNorm keeps less for the backward pass. All else is what XLA does by itself.

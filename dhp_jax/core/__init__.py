@@ -1,1 +1,1 @@
-"""The method: latents, hypernetworks, layers, the proximal step, costs, pruning."""
+"""The method: latents, hypernetworks, layers, costs, pruning; the proximal step is `prox`."""

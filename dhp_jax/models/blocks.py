@@ -65,7 +65,7 @@ class ConvNorm(nnx.Module):
 
 
 class ConvBiasNorm(nnx.Module):
-    """A 3x3 convolution with its bias as a layer (see docs/architecture.md), then BatchNorm."""
+    """A 3x3 convolution, its bias as a layer (see `backend.norm`), then BatchNorm."""
 
     def __init__(self, z_in: Axis, z_out: Axis, *, dtype: Any, rngs: nnx.Rngs, **options: Any):
         options |= {"use_bias": False, "padding": 1, "dtype": dtype, "rngs": rngs}
