@@ -23,6 +23,7 @@ from dhp_jax.artifact.writing import may_hold, save
 from dhp_jax.core.convolutions import Hyper, HyperConvTranspose
 from dhp_jax.core.latent import Latent, Repeat, latents, modules_by_path
 from dhp_jax.core.layers import ChannelBias
+from dhp_jax.core.state import path_name
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError, FieldError, first_line, shown
 from dhp_jax.models import registry
@@ -199,7 +200,7 @@ def _fill(model: nnx.Module, names: list[tuple[str, str]], tensors: Tensors) -> 
             raise TensorError(key, f"no such tensor in this {type(model).__name__}", "one")
     for location, leaf in nnx.to_flat_state(nnx.state(model)):
         if isinstance(leaf.get_value(), jax.ShapeDtypeStruct):
-            raise TensorError(".".join(map(str, location)), "a tensor for this array", "none")
+            raise TensorError(path_name(location), "a tensor for this array", "none")
 
 
 def _converted(

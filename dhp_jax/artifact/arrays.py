@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dhp_jax.artifact.description import DTYPES, ArtifactError, check_like, check_names, parse_json
+from dhp_jax.core.state import path_name, value_of, with_value
 from dhp_jax.errors import shown
 
 DESCRIPTION = "model.json"
@@ -66,9 +67,7 @@ def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> n
     `arrays` is the table in model.json, already checked.
     """
     path = path / ARRAYS
-    leaves = {
-        array_name(location): (location, leaf) for location, leaf in nnx.to_flat_state(abstract)
-    }
+    leaves = {path_name(place): (place, leaf) for place, leaf in nnx.to_flat_state(abstract)}
     if leaves.keys() > arrays.keys():
         raise ArtifactError(
             f"path: {path} lacks array {shown(min(leaves.keys() - arrays.keys()))}; the "
@@ -76,7 +75,7 @@ def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> n
         )
     check_names(arrays, leaves, str(path))
     for name, (_, leaf) in leaves.items():
-        like = array_of(leaf)
+        like = value_of(leaf)
         stored = jax.eval_shape(to_stored, like) if _is_key(like) else like
         expected, dtype = shape_and_dtype(stored), arrays[name]["dtype"]
         if all(jnp.issubdtype(kind, jnp.floating) for kind in (stored.dtype, jnp.dtype(dtype))):
@@ -84,26 +83,15 @@ def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> n
         check_like(name, expected, arrays[name], str(path))
     found = []
     with open_arrays(path, arrays) as file:
-        for name, (location, leaf) in leaves.items():
+        for name, (place, leaf) in leaves.items():
             array = file.get_tensor(name)
             if not is_finite(array):
                 raise ArtifactError(
                     f"path: array {name!r} in {path}: expected finite numbers, got NaN or infinity"
                 )
-            value = _from_stored(array, array_of(leaf))
-            is_variable = isinstance(leaf, nnx.Variable)
-            found.append((location, leaf.replace(value) if is_variable else value))
+            value = _from_stored(array, value_of(leaf))
+            found.append((place, with_value(leaf, value)))
     return nnx.from_flat_state(found)
-
-
-def array_name(location: tuple) -> str:
-    """The name of an array in the file: its path in the network."""
-    return ".".join(map(str, location))
-
-
-def array_of(leaf: nnx.Variable | jax.Array) -> jax.Array:
-    """The array of a variable or of a bare leaf."""
-    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def shape_and_dtype(array: np.ndarray | jax.ShapeDtypeStruct) -> dict[str, Any]:

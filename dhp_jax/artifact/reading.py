@@ -16,7 +16,6 @@ import numpy as np
 from dhp_jax.artifact.arrays import (
     ARRAYS,
     DESCRIPTION,
-    array_name,
     digest_of,
     open_arrays,
     open_file,
@@ -33,6 +32,7 @@ from dhp_jax.artifact.traced import cuts_from_json, table_from_json
 from dhp_jax.core.latent import latents
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
+from dhp_jax.core.state import path_name
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import FieldError, first_line, shown
 from dhp_jax.models import registry
@@ -116,7 +116,7 @@ def load(
         return nnx.split(remove_folded_layers(model, folded))
 
     def is_gained(location: tuple, leaf: Any) -> bool:  # random state that the file lacks
-        return isinstance(leaf, nnx.RngState) and array_name(location) not in description["arrays"]
+        return isinstance(leaf, nnx.RngState) and path_name(location) not in description["arrays"]
 
     try:
         graphdef, abstract = nnx.eval_shape(make, whole)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dhp_jax.artifact.arrays import ARRAYS, array_name, array_of, digest_of, is_finite
+from dhp_jax.artifact.arrays import ARRAYS, digest_of, is_finite
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.reading import MODEL, exists, verify
+from dhp_jax.core.state import path_name, value_of
 from dhp_jax.errors import ArgumentError, shown
 
 MOST_NAMED = 3
@@ -53,12 +54,12 @@ def take_weights(model: nnx.Module, weights: Weights) -> None:
     Random state stays as it is. Arrays that are missing, left over, of another shape or kind, or
     not finite are refused, by an error of `weights`.
     """
-    places = {array_name(path): (path, x) for path, x in nnx.to_flat_state(nnx.state(model))}
+    places = {path_name(path): (path, x) for path, x in nnx.to_flat_state(nnx.state(model))}
     others, found = [name for name in weights.arrays if name not in places], []
     for name, (path, leaf) in places.items():
         if isinstance(leaf, nnx.RngState):
             continue
-        like = array_of(leaf)
+        like = value_of(leaf)
         if name not in weights.arrays:
             few = f"; it has {_some(others)}, that the network lacks" if others else ""
             _refuse(name, weights, f"{like.dtype} of shape {like.shape}", f"none{few}")

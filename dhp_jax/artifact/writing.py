@@ -17,8 +17,6 @@ import dhp_jax
 from dhp_jax.artifact.arrays import (
     ARRAYS,
     DESCRIPTION,
-    array_name,
-    array_of,
     is_finite,
     shape_and_dtype,
     to_stored,
@@ -28,6 +26,7 @@ from dhp_jax.artifact.reading import parse_description
 from dhp_jax.artifact.traced import cuts_as_json, table_as_json
 from dhp_jax.core.latent import has_gates, latents
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.state import path_name, value_of
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.files import put, unfinished, write
 from dhp_jax.tracing.counts import measure_cost
@@ -115,8 +114,8 @@ def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     """Every array of a network by its path, but for what its last call has left."""
     # safetensors writes memory as it lies, and device layouts need not be row-major.
     return {
-        array_name(location): np.asarray(to_stored(array_of(leaf)), order="C")
-        for location, leaf in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Intermediate)))
+        path_name(path): np.asarray(to_stored(value_of(leaf)), order="C")
+        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Intermediate)))
     }
 
 

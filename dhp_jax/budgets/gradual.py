@@ -15,6 +15,7 @@ from optax._src.base import NO_PARAMS_MSG
 from dhp_jax.budgets.counted import TINY, check_budget
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, has_gates, latents
+from dhp_jax.core.state import path_name
 from dhp_jax.core.survivors import survivor_mask
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.prox import soft_threshold
@@ -262,7 +263,7 @@ def _vector_names(model: nnx.Module) -> dict[str, str]:
     for number, z in enumerate(named.values()):
         z.vector.set_value(jnp.full(z.size, number))
     names, vectors = list(named), nnx.to_flat_state(nnx.state(numbered, LatentVector))
-    return {".".join(map(str, path)): names[int(vector[0])] for path, vector in vectors}
+    return {path_name(path): names[int(vector[0])] for path, vector in vectors}
 
 
 def _vectors(params: PyTree, names: Mapping[str, str]) -> dict[str, int]:

@@ -23,10 +23,11 @@ import optax
 
 from dhp_jax.activity import doing
 from dhp_jax.artifact import reading
-from dhp_jax.artifact.arrays import array_name, array_of, is_finite
+from dhp_jax.artifact.arrays import is_finite
 from dhp_jax.budgets.counted import limits
 from dhp_jax.budgets.gradual import fade_to_budget, finish_fade
 from dhp_jax.config.methods import PHASES
+from dhp_jax.core.state import path_name, value_of
 from dhp_jax.core.survivors import latent_history, survivor_counts
 from dhp_jax.distributed.processes import folder_from_first, from_first, is_first
 from dhp_jax.errors import NonFiniteError
@@ -170,9 +171,9 @@ def _check_weights(small: nnx.Module) -> None:
 
     They are products of what it trains, and overflow where that is finite.
     """
-    for location, leaf in nnx.to_flat_state(nnx.state(small)):
-        if not is_finite(array_of(leaf)):
-            what = f"the array {array_name(location)!r} of the pruned network is not finite"
+    for path, leaf in nnx.to_flat_state(nnx.state(small)):
+        if not is_finite(value_of(leaf)):
+            what = f"the array {path_name(path)!r} of the pruned network is not finite"
             hint = "try a smaller --config.search.learning_rate"
             raise NonFiniteError("search", f"{what}; {hint}", tested=True)
 

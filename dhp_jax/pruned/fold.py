@@ -27,6 +27,7 @@ from dhp_jax.core.latent import latents, modules_by_path, walk
 from dhp_jax.core.layers import ChannelBias
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
+from dhp_jax.core.state import path_name
 from dhp_jax.core.surgery import override, replace_modules
 from dhp_jax.tracing.inputs import check_input_shape
 
@@ -173,7 +174,7 @@ class _Program:
 
     def __init__(self, model: nnx.Module, shape: tuple[Any, ...]):
         graphdef, state = nnx.split(model)
-        self.names = [".".join(map(str, name)) for name, _ in nnx.to_flat_state(state)]
+        self.names = [path_name(name) for name, _ in nnx.to_flat_state(state)]
 
         def forward(arrays: list[Array], x: Array) -> Any:
             leaves = jax.tree.unflatten(jax.tree.structure(state), arrays)

@@ -13,13 +13,13 @@ from dhp_jax.core.latent import has_gates, latents, walk
 from dhp_jax.core.layers import Hyper, Linear
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.state import value_of, variables_of
 from dhp_jax.core.surgery import override, prune
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.pruned.fresh_weights import carry_kernels
 from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.tracing.generated import GeneratedArray, ordinary
-from dhp_jax.tracing.network import gated, install, is_traced, variables_of
-from dhp_jax.tracing.programs import value_of
+from dhp_jax.tracing.network import gated, install, is_traced
 from dhp_jax.tracing.weights import READ, weights_of
 
 

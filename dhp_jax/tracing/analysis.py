@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dhp_jax.core.state import value_of, with_value
 from dhp_jax.errors import ArgumentError, first_line
 from dhp_jax.tracing import rules_of_sums  # noqa: F401  (registers rules, as what it imports)
 from dhp_jax.tracing.flow import Axes, Flow
@@ -34,7 +35,6 @@ from dhp_jax.tracing.programs import (
     shape_of,
     trace_program,
     where_raised,
-    with_value,
 )
 from dhp_jax.tracing.proof import Mismatch, check_restricted
 
@@ -273,7 +273,7 @@ def cut_model(
     """
     cut, masks = [], {}
     for (path, leaf), own in zip(nnx.to_flat_state(state), kept, strict=True):
-        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        value = value_of(leaf)
         if abstract and isinstance(leaf, nnx.Variable):  # NNX would not know a bare one as an array
             shape = tuple(int(mask.sum()) for mask in own)
             value = jax.ShapeDtypeStruct(shape, value.dtype)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+import functools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from dhp_jax.core.cost import Cost, LayerCost, Product, Width, layer_terms
 from dhp_jax.core.latent import Axis, Latent, latents
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.state import path_name
 from dhp_jax.tracing.analysis import as_integers, solve
 from dhp_jax.tracing.flow import Axes, Flow
 from dhp_jax.tracing.generated import ordinary
@@ -44,6 +46,7 @@ from dhp_jax.tracing.programs import (
     Program,
     UntraceableError,
     default_call,
+    is_literal,
     shape_of,
     trace_program,
     used_alone,
@@ -144,7 +147,8 @@ def _count_layers(model: nnx.Module, input_shape: Any, call: Call) -> Cost:
                 continue
             layers.append(_layer_cost(found, operation, names, seen))
         elif operation.call is None:
-            layers.append(_TracedCount.fixed(operation))
+            product, ends = _contraction(operation, _full_widths)
+            layers.append(LayerCost("", operation.eqn.primitive.name, *ends, (product,), (), ()))
     layers += _other_params(program, calls, used)
     return Cost(tuple(layers), {name: latent.size for latent, name in names.items()})
 
@@ -207,7 +211,7 @@ def _other_params(
     flat = nnx.to_flat_state(program.state)
     layers = []
     for (path, leaf), variable in zip(flat, program.closed.jaxpr.invars, strict=False):
-        name = ".".join(map(str, path))
+        name = path_name(path)
         owners = {"", *(name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1))}
         on_latents = path[-1] == "vector" or any(owner in counted for owner in owners)
         if isinstance(leaf, nnx.Param) and variable in used and not on_latents:
@@ -232,7 +236,7 @@ class _TracedCount:
         self.flow: Flow | None = None
         self.owner: dict[int, str] = {}
         self.holders = {
-            ".".join(map(str, path))
+            path_name(path)
             for path, module in nnx.iter_modules(model)
             if isinstance(module, nnx.Dict)
         }
@@ -302,7 +306,8 @@ class _TracedCount:
             eqn, out = operation.eqn, operation.eqn.outvars[0]
             widths = self.widths(operation.context, out)
             if eqn.primitive.name in SUMMING:
-                product, pair = self._contraction(operation, widths)
+                at = functools.partial(self.widths, operation.context)
+                product, pair = _contraction(operation, at)
                 ends = pair if not flops else ends
             else:
                 each = flops_of_an_element(found)
@@ -317,30 +322,13 @@ class _TracedCount:
         path = found.path or kind if found else key  # the path of the whole network is ""
         return LayerCost(path, kind, *ends, tuple(flops), (), tuple(activations))
 
-    def _contraction(
-        self, operation: Operation, widths: list[tuple[Width, ...]]
-    ) -> tuple[Product, tuple[Width, Width]]:
-        """FLOPs of a contraction, and its widths of input and output."""
-        eqn, context = operation.eqn, operation.context
-        if eqn.primitive.name == "dot_general":
-            summed = eqn.params["dimension_numbers"][0][0]
-            left = self.widths(context, eqn.invars[0])
-            over = [left[k] for k in summed]
-            ends = _in_one(over[:1]), _in_one(widths[-1:])
-        else:
-            kernel = self.widths(context, eqn.invars[1])
-            _, (out, into, *_), _ = eqn.params["dimension_numbers"]
-            over = [width for k, width in enumerate(kernel) if k != out]
-            ends = _in_one([kernel[into]]), _in_one([kernel[out]])
-        return Product(operation.times, sum([*widths, *over], ())), ends
-
     def _params(self) -> dict[str, tuple[Product, ...]]:
         """By the path of its module the params that the program reads."""
         modules = ({call.path for call in self.calls} | self.holders) - {""}
         flat = nnx.to_flat_state(self.program.state)
         found: dict[str, tuple[Product, ...]] = {}
         for (path, leaf), variable in zip(flat, self.program.closed.jaxpr.invars, strict=False):
-            name = ".".join(map(str, path))
+            name = path_name(path)
             layer = name.rpartition(".")[0]
             # The kernel of a layer that is not trained, as EDSR's mean shift, counts as well.
             is_weight = layer in modules and path[-1] in ("kernel", "bias")
@@ -352,11 +340,10 @@ class _TracedCount:
 
     def widths(self, context: Any, atom: Any) -> list[tuple[Width, ...]]:
         """The width of each axis of a value: one, or several that are multiplied."""
-        sizes = shape_of(atom)
-        if self.flow is None or hasattr(atom, "val"):
-            return [(Width(size, size),) for size in sizes]
+        if self.flow is None or is_literal(atom):
+            return _full_widths(atom)
         axes: Axes = self.flow.at[context, atom]
-        return [self.width(axis, size) for axis, size in zip(axes, sizes, strict=True)]
+        return [self.width(axis, size) for axis, size in zip(axes, shape_of(atom), strict=True)]
 
     def width(self, axis: TermAxis, size: int) -> tuple[Width, ...]:
         """How many positions of an axis are left, by the survivors of latents.
@@ -381,15 +368,28 @@ class _TracedCount:
         whole = tuple((name, int(n)) if n == int(n) else (name, n) for name, n in found)
         return (Width(size, fixed, whole),)
 
-    @staticmethod
-    def fixed(operation: Operation) -> LayerCost:
-        """An operation of no layer, at its full width."""
-        eqn = operation.eqn
-        count = _TracedCount.__new__(_TracedCount)
-        count.flow = None
-        widths = count.widths((), eqn.outvars[0])
-        product, ends = count._contraction(operation, widths)
-        return LayerCost("", eqn.primitive.name, *ends, (product,), (), ())
+
+def _full_widths(atom: Any) -> list[tuple[Width, ...]]:
+    """The width of each axis of a value of which nothing goes."""
+    return [(Width(size, size),) for size in shape_of(atom)]
+
+
+def _contraction(
+    operation: Operation, widths_of: Callable[[Any], list[tuple[Width, ...]]]
+) -> tuple[Product, tuple[Width, Width]]:
+    """FLOPs of a contraction, and its widths of input and output, by the widths of values."""
+    eqn = operation.eqn
+    made = widths_of(eqn.outvars[0])
+    if eqn.primitive.name == "dot_general":
+        left = widths_of(eqn.invars[0])
+        over = [left[k] for k in eqn.params["dimension_numbers"][0][0]]
+        ends = _in_one(over[:1]), _in_one(made[-1:])
+    else:
+        kernel = widths_of(eqn.invars[1])
+        _, (out, into, *_), _ = eqn.params["dimension_numbers"]
+        over = [width for k, width in enumerate(kernel) if k != out]
+        ends = _in_one([kernel[into]]), _in_one([kernel[out]])
+    return Product(operation.times, sum([*made, *over], ())), ends
 
 
 def _in_one(axes: Sequence[tuple[Width, ...]]) -> Width:

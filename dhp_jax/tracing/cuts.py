@@ -8,6 +8,7 @@ from flax import nnx
 import jax
 import numpy as np
 
+from dhp_jax.core.state import path_name
 from dhp_jax.tracing.analysis import cut_model
 
 Numbers = Sequence[tuple[str, str, int]]  # path of a module, attribute, value
@@ -47,13 +48,11 @@ class ArrayCuts:
         """
         graphdef, state = nnx.split(model)
         flat = nnx.to_flat_state(state)
-        names = {".".join(map(str, path)) for path, _ in flat}
-        for name in sorted(self.kept.keys() - names):
+        names = [path_name(path) for path, _ in flat]
+        for name in sorted(self.kept.keys() - set(names)):
             raise ValueError(f"cuts: the network has no array {name!r}")
-        masks = []
-        for (path, _), x in zip(flat, jax.tree.leaves(state), strict=True):
-            own = self.kept.get(".".join(map(str, path)), {})
-            masks.append(_masks(".".join(map(str, path)), tuple(x.shape), own))
+        arrays = zip(names, jax.tree.leaves(state), strict=True)
+        masks = [_masks(name, tuple(x.shape), self.kept.get(name, {})) for name, x in arrays]
         small = cut_model(graphdef, state, masks)
         set_numbers(small, self.numbers)
         return small
@@ -78,7 +77,7 @@ def set_numbers(model: nnx.Module, numbers: Numbers) -> None:
     Raises:
       ValueError: there is no such module, or it has no such number.
     """
-    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
     for path, attribute, value in numbers:
         if type(vars(modules.get(path, model)).get(attribute)) is not int or path not in modules:
             raise ValueError(f"cuts: the network has no number {attribute!r} in {path!r}")

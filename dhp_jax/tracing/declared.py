@@ -12,9 +12,11 @@ from dhp_jax.core.latent import Axis, LatentVector, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.state import path_name, value_of, with_value
 from dhp_jax.core.surgery import check_masks
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tracing.analysis import Analysis, analyse
+from dhp_jax.tracing.gone import gone_atoms
 from dhp_jax.tracing.inputs import (
     check_input_shape,
     known_inputs,
@@ -23,7 +25,6 @@ from dhp_jax.tracing.inputs import (
 )
 from dhp_jax.tracing.programs import Call, default_call
 from dhp_jax.tracing.proof import Mismatch
-from dhp_jax.tracing.pruning import prove_kept
 
 EXACT = 2**24  # integers below this are float32 numbers
 Masks = Mapping[str, np.ndarray]
@@ -113,7 +114,8 @@ def prove_declared(model: nnx.Module, masks: Masks, analysis: Analysis) -> None:
     masks = {name: _at_least_two(np.asarray(mask, bool)) for name, mask in masks.items()}
     try:
         kept = kept_arrays(model, masks)
-        prove_kept(analysis, kept, nnx.eval_shape(lambda whole: cut(whole, masks), model))
+        pruned = nnx.eval_shape(lambda whole: cut(whole, masks), model)
+        analysis.prove(gone_atoms(analysis, kept), pruned)
     except Mismatch as error:
         raise ValueError(f"model: its latents do not say which axes are one: {error}") from None
 
@@ -126,8 +128,8 @@ def kept_arrays(model: nnx.Module, masks: Masks) -> dict[str, list[np.ndarray]]:
     Raises:
       Mismatch: a layer does not keep whole positions of axes.
     """
-    whole = nnx.to_flat_state(nnx.state(nnx.eval_shape(cut, model)))
-    shapes = {".".join(map(str, path)): _shape(leaf) for path, leaf in whole}
+    whole = _arrays(nnx.eval_shape(cut, model))
+    shapes = {name: tuple(x.shape) for name, x in whole.items()}
     largest = max(map(np.prod, shapes.values()), default=1)
     with jax.ensure_compile_time_eval():  # also where the network is pruned within `jit`
         low = _arrays(cut(_numbered(model, 0), masks))
@@ -196,7 +198,7 @@ def _numbered(model: nnx.Module, part: int) -> nnx.Module:
     graphdef, state = nnx.split(model)
     filled = []
     for path, leaf in nnx.to_flat_state(state):
-        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        value = value_of(leaf)
         is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
         if is_key:
             made = jax.random.split(jax.random.key(0), value.shape)
@@ -204,7 +206,7 @@ def _numbered(model: nnx.Module, part: int) -> nnx.Module:
             made = np.ones(value.shape, np.float32)
         else:
             made = _positions(value.shape, part)
-        filled.append((path, leaf.replace(made) if isinstance(leaf, nnx.Variable) else made))
+        filled.append((path, with_value(leaf, made)))
     copy = nnx.merge(graphdef, nnx.from_flat_state(filled), copy=True)
     for _, _, layer in walk(copy):
         if isinstance(layer, Hyper):
@@ -234,15 +236,7 @@ class _Given:
 
 def _arrays(model: nnx.Module) -> dict[str, Any]:
     flat = nnx.to_flat_state(nnx.state(model))
-    return {
-        ".".join(map(str, path)): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-        for path, leaf in flat
-    }
-
-
-def _shape(leaf: Any) -> tuple[int, ...]:
-    value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-    return tuple(value.shape)
+    return {path_name(path): value_of(leaf) for path, leaf in flat}
 
 
 def _at_least_two(mask: np.ndarray) -> np.ndarray:

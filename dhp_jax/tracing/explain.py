@@ -9,6 +9,7 @@ from flax import nnx
 
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.state import path_name
 from dhp_jax.tracing.discovery import Discovery
 from dhp_jax.tracing.generated import GeneratedArray
 from dhp_jax.tracing.rules_of_sums import TAPS
@@ -90,7 +91,7 @@ def _sentences(net: nnx.Module, table: Any) -> list[str]:
     by_name = {node.name for node in _generated(net)}
     notes += [memory(net)] if by_name else []
     own = dict(nnx.to_flat_state(nnx.state(net, nnx.Param)))
-    cut = [".".join(map(str, path)) for path, leaf in own.items() if leaf.get_value().ndim > 1]
+    cut = [path_name(path) for path, leaf in own.items() if leaf.get_value().ndim > 1]
     cut = [name for name in cut if name in table.places and name not in by_name]
     if cut:
         notes.append(f"Cut, but not generated, for the code reads it otherwise: {_some(cut)}.")

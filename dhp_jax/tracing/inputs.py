@@ -11,8 +11,9 @@ import numpy as np
 
 from dhp_jax.core.latent import walk
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.state import value_of
 from dhp_jax.errors import shown
-from dhp_jax.tracing.programs import Call, default_call, failure, value_of
+from dhp_jax.tracing.programs import Call, default_call, failure
 
 _KNOWN: dict[Any, tuple[Any, ...]] = {}  # inputs by the structure of networks, latest last
 _MOST_KNOWN = 32

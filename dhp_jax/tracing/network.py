@@ -13,6 +13,7 @@ import numpy as np
 from dhp_jax.core.latent import TRACED, Latent
 from dhp_jax.core.latent import latents as find_latents
 from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.core.state import path_name, variables_of
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.discovery import Discovery, discover, keep_one_factor
@@ -132,12 +133,6 @@ def is_traced(model: nnx.Module) -> bool:
     return architecture_of(model).axes is not None and hasattr(model, TRACED)
 
 
-def variables_of(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """The variables of a network by the path that their arrays have in its state."""
-    flat = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): leaf for path, leaf in flat}
-
-
 def _may_be_generated(variable: nnx.Variable) -> bool:
     if not isinstance(variable, nnx.Param) or isinstance(variable, GeneratedArray):
         return False
@@ -178,8 +173,7 @@ def _same_program(
     def called(merged: nnx.Module, *inputs: Any) -> Any:
         variables = variables_of(merged)
         own = [
-            (path, variables.get(".".join(map(str, path)), leaf))
-            for path, leaf in nnx.to_flat_state(hollow)
+            (path, variables.get(path_name(path), leaf)) for path, leaf in nnx.to_flat_state(hollow)
         ]
         net = nnx.merge(template_def, nnx.from_flat_state(own))
         with arrays_replaced({name: variables[name].get_value() for name in names}):

@@ -14,6 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 import numpy as np
 import opt_einsum
 
+from dhp_jax.core.state import path_name, value_of
 from dhp_jax.errors import ArgumentError, first_line
 
 Context = tuple[Any, ...]  # the operations that lead to an inner program
@@ -72,7 +73,7 @@ def trace_program(
     flat = nnx.to_flat_state(state)
     for path, leaf in flat:
         if not hasattr(value_of(leaf), "dtype"):
-            name, kind = ".".join(map(str, path)), type(value_of(leaf)).__name__
+            name, kind = path_name(path), type(value_of(leaf)).__name__
             raise UntraceableError("model", f"an array in variable {name!r}", f"a value of {kind}")
     arrays, structure = jax.tree.flatten(state)
     abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
@@ -90,7 +91,7 @@ def trace_program(
 
     with _short_errors(), _in_turn() if as_written else contextlib.nullcontext():
         closed = jax.make_jaxpr(forward)(abstract, *inputs)
-    names = tuple(".".join(map(str, path)) for path, _ in flat)
+    names = tuple(path_name(path) for path, _ in flat)
     return Program(closed, names, graphdef, state, tuple(arrays))
 
 
@@ -138,16 +139,6 @@ def _in_turn() -> Iterator[None]:
         yield
     finally:
         opt_einsum.contract_path = before
-
-
-def value_of(leaf: nnx.Variable | jax.Array) -> jax.Array:
-    """The array of a leaf of a state, which may be bare."""
-    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-
-
-def with_value(leaf: nnx.Variable | jax.Array, value: Any) -> Any:
-    """The same leaf with another array."""
-    return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
 
 
 def default_call(model: nnx.Module, *inputs: Any) -> Any:

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.core.state import path_name
 from dhp_jax.tracing.analysis import Analysis, analyse, cut_model
 from dhp_jax.tracing.cuts import NO_CUTS, set_numbers
 from dhp_jax.tracing.discovery import Discovery
 from dhp_jax.tracing.generated import Positions, ordinary
+from dhp_jax.tracing.gone import gone_atoms
 from dhp_jax.tracing.programs import Call, default_call
 from dhp_jax.tracing.proof import Mismatch
-from dhp_jax.tracing.pruning import prove_kept
 from dhp_jax.tracing.terms import TRUE
 
 
@@ -68,12 +69,6 @@ class LatentTable:
             for k, size in enumerate(shape)
         ]
 
-    def all_kept(
-        self, shapes: Mapping[str, Sequence[int]], masks: Mapping[str, np.ndarray]
-    ) -> dict[str, list[np.ndarray]]:
-        """What is left of each axis of every array, by the array's path."""
-        return {name: self.kept(name, shape, masks) for name, shape in shapes.items()}
-
     def numbers_of(
         self, kept: Mapping[str, list[np.ndarray]], masks: Mapping[str, np.ndarray]
     ) -> list[tuple[str, str, int]]:
@@ -98,14 +93,15 @@ class LatentTable:
         if all(np.all(mask) for mask in masks.values()):
             return plain
         graphdef, state = nnx.split(plain)
-        names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
-        shapes = dict(zip(names, (x.shape for x in jax.tree.leaves(state)), strict=True))
-        kept = self.all_kept(shapes, masks)
-        small = cut_model(graphdef, state, [kept[name] for name in names])
+        names = [path_name(path) for path, _ in nnx.to_flat_state(state)]
+        arrays = zip(names, jax.tree.leaves(state), strict=True)
+        kept = {name: self.kept(name, x.shape, masks) for name, x in arrays}
+        small = cut_model(graphdef, state, list(kept.values()))
         numbers = self.numbers_of(kept, masks)
         set_numbers(small, numbers)
         try:
-            prove_kept(self.analysis(plain), kept, small)
+            analysis = self.analysis(plain)
+            analysis.prove(gone_atoms(analysis, kept), small)
         except Mismatch as error:
             raise ValueError(f"keep: these survivors are not proved to be right: {error}") from None
         cuts = (made.cuts or NO_CUTS).then(kept, numbers)
@@ -147,7 +143,7 @@ def table_of(found: Discovery, notes: Mapping[str, Any]) -> LatentTable:
     family_of = {atom: family.name for family in found.families for atom in family.atoms}
     numbers = []
     for rule in analysis.sizes:
-        path = ".".join(map(str, rule.path))
+        path = path_name(rule.path)
         if rule.axis is not None:
             array, k = rule.axis
             numbers.append(SizeEntry(path, rule.attribute, None, analysis.names[array], k))

@@ -9,8 +9,8 @@ import numpy as np
 from dhp_jax.core.latent import Latent, latents, latents_to_prune, walk
 from dhp_jax.core.layers import Hyper, Linear, Norm
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.state import path_name, variables_of
 from dhp_jax.tracing.generated import ordinary
-from dhp_jax.tracing.network import variables_of
 from dhp_jax.tracing.reads import read_axes
 from dhp_jax.tracing.table import LatentTable
 
@@ -71,7 +71,7 @@ def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
     plain = ordinary(model)
     variables, reads = variables_of(plain), read_axes(table.analysis(plain))
     norms = {path for path, module in nnx.iter_modules(plain) if isinstance(module, NORMS)}
-    scales = {".".join(map(str, (*path, "scale"))) for path in norms}
+    scales = {path_name((*path, "scale")) for path in norms}
     named = latents(model)
     owners = [named[name] for name in table.sizes]
     for array, axes in table.places.items():

@@ -14,8 +14,9 @@ from jax.extend.core import Jaxpr, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from dhp_jax.core.state import with_value
 from dhp_jax.tracing.analysis import Analysis
-from dhp_jax.tracing.programs import CALLS, EVALUATION, inner_program, shape_of, with_value
+from dhp_jax.tracing.programs import CALLS, EVALUATION, inner_program, shape_of
 from dhp_jax.tracing.rules import ELEMENTWISE
 
 PASSING = ("broadcast_in_dim", "reshape", "convert_element_type", "squeeze", "expand_dims")

@@ -1,8 +1,7 @@
-"""Whether a pruned network is the whole one without what is gone, by what is left of its arrays."""
+"""Which atoms are gone, by what is left of arrays; refused where parts of one are kept."""
 
 from collections.abc import Mapping, Sequence
 
-from flax import nnx
 import numpy as np
 
 from dhp_jax.tracing.analysis import Analysis
@@ -12,25 +11,12 @@ from dhp_jax.tracing.terms import TRUE, parted, reason, tie
 KeptArrays = Mapping[str, Sequence[np.ndarray]]
 
 
-def prove_kept(analysis: Analysis, kept: KeptArrays, pruned: nnx.Module) -> frozenset[int]:
-    """Raises unless a pruned network computes what the whole one without the rest does.
+def gone_atoms(analysis: Analysis, kept: KeptArrays) -> frozenset[int]:
+    """The atoms without which just these positions are left.
 
     Args:
       analysis: of the whole network.
       kept: by array what is left of each axis, boolean masks.
-      pruned: the network; its arrays may be abstract.
-
-    Returns:
-      The atoms over which it renormalises.
-
-    Raises:
-      Mismatch: it does not, or positions are kept of which others are not that go with them.
-    """
-    return analysis.prove(gone_atoms(analysis, kept), pruned)
-
-
-def gone_atoms(analysis: Analysis, kept: KeptArrays) -> frozenset[int]:
-    """The atoms without which just these positions are left.
 
     Raises:
       Mismatch: there are none; it tells two positions that go together, and where that comes from.

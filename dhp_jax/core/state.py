@@ -1,0 +1,27 @@
+"""The arrays of a network: by which names, and in what, its state holds them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from flax import nnx
+import jax
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """The path of an array or a module as one name, such as "blocks.3.conv.kernel"."""
+    return ".".join(map(str, path))
+
+
+def variables_of(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables of a network by the path that their arrays have in its state."""
+    return {path_name(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def value_of(leaf: nnx.Variable | jax.Array) -> jax.Array:
+    """The array of a leaf of a state, which may be bare."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def with_value(leaf: nnx.Variable | jax.Array, value: Any) -> Any:
+    """The same leaf with another array."""
+    return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
