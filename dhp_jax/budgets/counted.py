@@ -13,8 +13,18 @@ from dhp_jax.core.cost import MEASURES, Cost, Counts
 from dhp_jax.core.latent import Latent, latents, latents_to_prune
 from dhp_jax.errors import ArgumentError, shown
 
+Scores = Mapping[str, np.ndarray]  # by latent a number for each entry; the smallest go first
+TOLERANCE = 0.005  # of the whole network's cost may be left before entries are traded
+TRADES = 32
+TINY = 1e-12  # share of the cost of an entry that is free
+Group = tuple[str, tuple[int, ...]]  # a latent, and entries of it that go together
 
-def limits(budget: Mapping[str, float | None], target: float) -> dict[str, float]:
+
+class BudgetError(ArgumentError):
+    """Raised for a budget that no choice of survivors can meet."""
+
+
+def search_limits(budget: Mapping[str, float | None], target: float) -> dict[str, float]:
     """The shares that a search has to reach, with a latency taken as a share of the FLOPs.
 
     Time cannot be measured while a search goes on. It is taken to fall as the FLOPs do.
@@ -27,17 +37,6 @@ def limits(budget: Mapping[str, float | None], target: float) -> dict[str, float
     found = {"flops": min(share for share in flops if share is not None)}
     others = {name: budget.get(name) for name in ("params", "activations")}
     return found | {name: share for name, share in others.items() if share is not None}
-
-
-Scores = Mapping[str, np.ndarray]  # by latent a number for each entry; the smallest go first
-TOLERANCE = 0.005  # of the whole network's cost may be left before entries are traded
-TRADES = 32
-TINY = 1e-12  # share of the cost of an entry that is free
-Group = tuple[str, tuple[int, ...]]  # a latent, and entries of it that go together
-
-
-class BudgetError(ArgumentError):
-    """Raised for a budget that no choice of survivors can meet."""
 
 
 def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: Multiples = 1) -> dict[str, float]:

@@ -231,6 +231,8 @@ def layer_terms(layer: nnx.Module, output_shape: tuple[int, ...]) -> Terms | Non
       and that of params, to which a third number may be added; `None` for a module that costs
       nothing itself.
 
+    `ScaleOf` of the example is that of docs/extending.md.
+
     Example:
       >>> @dhp.layer_terms.register
       ... def _(layer: ScaleOf, output_shape):  # one multiplication an element, a number a channel

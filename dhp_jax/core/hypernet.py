@@ -92,8 +92,9 @@ def hyper_kernel(
       ValueError: an array's shape does not fit the latent vectors.
 
     Example:
+      >>> from dhp_jax.core.hypernet import init_hypernet
       >>> arrays = init_hypernet(jax.random.key(0), (3, 3), 16, 32)
-      >>> hyper_kernel(jnp.ones(16), jnp.ones(32), **arrays._asdict()).shape
+      >>> dhp.hyper_kernel(jnp.ones(16), jnp.ones(32), **arrays._asdict()).shape
       (3, 3, 16, 32)
 
     Reference: DHP (arXiv 2003.13683), equations 1 to 4.

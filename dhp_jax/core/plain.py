@@ -22,6 +22,8 @@ NO_RNGS: Any = SimpleNamespace(params=lambda: None)  # for layers whose initial 
 class Prunable(Protocol):
     """A layer that pruning replaces; write `plain` to make a layer of your own prunable.
 
+    `Scale` of the example is that of docs/extending.md.
+
     Example:
       >>> class ScaleOf(Scale):  # `Scale(array)` multiplies each channel with a number of it
       ...     def plain(self, keep=None):

@@ -24,7 +24,7 @@ import optax
 from dhp_jax.activity import doing
 from dhp_jax.artifact import reading
 from dhp_jax.artifact.arrays import is_finite
-from dhp_jax.budgets.counted import limits
+from dhp_jax.budgets.counted import search_limits
 from dhp_jax.budgets.gradual import fade_to_budget, finish_fade
 from dhp_jax.config.methods import PHASES
 from dhp_jax.core.state import path_name, value_of
@@ -99,7 +99,7 @@ def search(work: Work, source: str = "") -> str:
     fades = run.method.fades
     if found := from_first(lambda: networks.find_trained(run, "search", source)):
         return found["sha256"]
-    asked = limits(run.config.budget, run.config.target)
+    asked = search_limits(run.config.budget, run.config.target)
     # What fades reaches the budget itself and becomes zero, at the end of the phase.
     margin, threshold = (0.0, 1e-30) if fades else (settings.stop_limit, settings.threshold)
     budget = Budget(
@@ -263,7 +263,7 @@ def _optimizer(
     if not run.method.fades:
         return with_proximal_step
     steps = most_steps(run, name)
-    asked = limits(run.config.budget, run.config.target)
+    asked = search_limits(run.config.budget, run.config.target)
     fading = fade_to_budget(plain, searched, run.cost, steps=steps, **asked)
     return lambda params: fading
 

@@ -11,7 +11,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax.budgets import latency as budgets_latency
 from dhp_jax.budgets.chosen import Time
-from dhp_jax.budgets.counted import limits, survivors_within
+from dhp_jax.budgets.counted import search_limits, survivors_within
 from dhp_jax.budgets.latency import check_latency, clock
 from dhp_jax.budgets.selection import choose
 from dhp_jax.budgets.timing import hardware
@@ -195,8 +195,8 @@ NONE = dict.fromkeys(("flops", "params", "activations", "latency", "batch"))
     ],
 )
 def test_a_search_comes_down_to_all_budgets(budget, target, expected):
-    assert limits(NONE | budget, target) == expected
-    assert limits(budget, target) == expected
+    assert search_limits(NONE | budget, target) == expected
+    assert search_limits(budget, target) == expected
 
 
 def test_what_is_noted_of_a_choice_is_json(mixed):
