@@ -1,6 +1,6 @@
 """Errors that say which argument or field is wrong, and values as messages show them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import difflib
 from typing import Any, Self
 
@@ -88,6 +88,17 @@ def shown(value: Any) -> str:
     if len(text) <= MAX_SHOWN:
         return text
     return f"{text[: MAX_SHOWN // 2]}...{text[-MAX_SHOWN // 4 :]}"
+
+
+def in_row(names: Sequence[str]) -> str:
+    """Names one after the other: "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def some_of(names: Sequence[object], most: int = 3) -> str:
+    """The first of some names, and how many there are more: "a, b, c and 4 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def first_line(error: BaseException) -> str:

@@ -14,9 +14,7 @@ from dhp_jax.artifact.arrays import ARRAYS, digest_of, is_finite
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.reading import MODEL, exists, verify
 from dhp_jax.core.state import path_name, value_of
-from dhp_jax.errors import ArgumentError, shown
-
-MOST_NAMED = 3
+from dhp_jax.errors import ArgumentError, shown, some_of
 
 
 class Weights(NamedTuple):
@@ -61,7 +59,8 @@ def take_weights(model: nnx.Module, weights: Weights) -> None:
             continue
         like = value_of(leaf)
         if name not in weights.arrays:
-            few = f"; it has {_some(others)}, that the network lacks" if others else ""
+            surplus = some_of([shown(other) for other in others])
+            few = f"; it has {surplus}, that the network lacks" if others else ""
             _refuse(name, weights, f"{like.dtype} of shape {like.shape}", f"none{few}")
         array = weights.arrays[name]
         both_floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (array, like))
@@ -80,8 +79,3 @@ def take_weights(model: nnx.Module, weights: Weights) -> None:
 def _refuse(name: str, weights: Weights, expected: str, got: str) -> NoReturn:
     where = f"array {shown(name)} in {weights.path}"
     raise ArgumentError("weights", expected, got, f"{where}: expected {expected}; got {got}")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(map(shown, names[:MOST_NAMED])) + more

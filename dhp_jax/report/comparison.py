@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dhp_jax.budgets.layer_table import compact, percent
+from dhp_jax.errors import in_row
 from dhp_jax.report.charts import Dot, Line, Rule, dot_chart, line_chart
 from dhp_jax.report.figures import Chart
-from dhp_jax.report.format import duration, in_row, milliseconds, timed_batches, upper_first
+from dhp_jax.report.format import duration, milliseconds, timed_batches, upper_first
 from dhp_jax.report.render import Cell, Table, render
 from dhp_jax.report.run_report import RunReport, tested_task, when
 from dhp_jax.workdir.target_dirs import is_size

@@ -1,6 +1,6 @@
 """The numbers of a run in words and tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import json
 import math
 import os
@@ -46,11 +46,6 @@ def in_words(shares: Mapping[str, float]) -> str:
     """
     told = {name: share for name, share in shares.items() if share < 1} or shares
     return " and ".join(f"{share:g} of the {LABELS[name]}" for name, share in told.items())
-
-
-def in_row(names: Sequence[str]) -> str:
-    """Names one after the other: "a", "a and b", "a, b and c"."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def labelled(label: str, text: str, width: int) -> str:

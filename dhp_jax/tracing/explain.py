@@ -1,6 +1,5 @@
 """What can be pruned of a network of traced latents, and what cannot, and why."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 import textwrap
 from typing import Any
@@ -10,11 +9,11 @@ from flax import nnx
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import path_name
+from dhp_jax.errors import some_of
 from dhp_jax.tracing.discovery import Discovery
 from dhp_jax.tracing.generated import GeneratedArray
 from dhp_jax.tracing.rules_of_sums import TAPS
 
-MOST_NAMED = 3
 COLUMNS = 80
 
 
@@ -37,13 +36,13 @@ class Explanation:
         for name, (size, places) in self.latents.items():
             layers = dict.fromkeys(_layer(place) for place in places)
             layers.pop(name, None)
-            others = f", with {_some(list(layers))}" if layers else ""
+            others = f", with {some_of(list(layers))}" if layers else ""
             lines += _wrapped(f"{name}: {size} entries{others}")
         windows = {why: places for why, places in self.fixed.items() if TAPS in why}
         others = {why: places for why, places in self.fixed.items() if why not in windows}
         lines.append("What stays:" if others else "Nothing else has an axis of channels.")
         for why, places in others.items():
-            lines += _wrapped(f"{_some(places)}: {why}")
+            lines += _wrapped(f"{some_of(places)}: {why}")
         if windows:
             kernels = {_layer(place) for places in windows.values() for place in places}
             lines.append(f"  the windows of kernels: {len(kernels)}")
@@ -94,7 +93,7 @@ def _sentences(net: nnx.Module, table: Any) -> list[str]:
     cut = [path_name(path) for path, leaf in own.items() if leaf.get_value().ndim > 1]
     cut = [name for name in cut if name in table.places and name not in by_name]
     if cut:
-        notes.append(f"Cut, but not generated, for the code reads it otherwise: {_some(cut)}.")
+        notes.append(f"Cut, but not generated, for the code reads it otherwise: {some_of(cut)}.")
     return notes
 
 
@@ -164,8 +163,3 @@ def _wrapped(text: str, indent: str = "  ") -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from dhp_jax import files
+from dhp_jax.errors import some_of
 from dhp_jax.workdir.identity import CONFIG, refuse_unwritable
 
 TARGETS = "targets.json"  # the targets of the last command
-MOST_NAMED = 5
 
 
 def folder_name(target: float) -> str:
@@ -61,6 +61,4 @@ def hint(workdir: str | os.PathLike) -> str:
     runs, kind = begun(workdir), "sizes"
     if not runs:
         runs, kind = sorted(path.parent for path in Path(workdir).glob(f"*/{CONFIG}")), "runs"
-    more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
-    some = ", ".join(map(str, runs[:MOST_NAMED]))
-    return f"; it holds {kind}, give one of them: {some}{more}" if runs else ""
+    return f"; it holds {kind}, give one of them: {some_of(runs, most=5)}" if runs else ""

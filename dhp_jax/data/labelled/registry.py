@@ -5,7 +5,7 @@ import os
 
 from dhp_jax.data.labelled import cifar, digits, image_folder, imagenet, tiny_imagenet
 from dhp_jax.data.labelled.dataset import Source
-from dhp_jax.errors import FieldError, shown
+from dhp_jax.errors import FieldError, in_row, shown
 
 NAMES = ("digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet2012", "image_folder")
 OWN: dict[str, Callable[[], Source]] = {}  # of a program's own, by name; see docs/extending.md
@@ -68,7 +68,7 @@ def load(
         if value is not None and name not in USERS[argument]:
             raise FieldError(
                 f"data.{argument}",
-                detail=f"only {_in_words(USERS[argument])} can use it, expected None for "
+                detail=f"only {in_row(USERS[argument])} can use it, expected None for "
                 f"{name}; got {shown(value)}",
             )
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
@@ -88,8 +88,3 @@ def load(
             return image_folder.load(data_dir, image_size, channels)
         case _:
             return cifar.load(name, data_dir)
-
-
-def _in_words(names: tuple[str, ...]) -> str:
-    """Names as a sentence lists them."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
