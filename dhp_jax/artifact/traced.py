@@ -136,25 +136,9 @@ def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, 
     where = f"{where}: latents"
     keys = {"sizes", "least", "places", "positions", "numbers", "generated", "settings", "inputs"}
     _check_keys(value, keys, where)
-    sizes, least = value["sizes"], value["least"]
-    for numbers in (sizes, least, value["settings"]):
-        if not isinstance(numbers, dict) or len(numbers) > MAX_ARRAYS:
-            raise ArtifactError(f"path: {where}: got {shown(numbers)}")
-        for number in numbers.values():
-            if type(number) is not int or not 0 <= number <= MOST:
-                raise ArtifactError(f"path: {where}: expected a size, got {shown(number)}")
-    if sizes.keys() != least.keys() or value["settings"].keys() != {"embedding", "gates_above"}:
-        raise ArtifactError(f"path: {where}: sizes, least or settings lack something")
-    if not all(0 < size <= MAX_NUMBER for size in sizes.values()):
-        raise ArtifactError(f"path: {where}: sizes: got {shown(sizes)}")
-    lists = [_from_runs(runs, 2, where) for runs in _list(value["positions"], where)]
-    widths = np.array([1, *sizes.values()])
-    for rows in lists:
-        owner, entry = rows[:, 0], rows[:, 1]
-        if owner.min() < -1 or owner.max() >= len(sizes):
-            raise ArtifactError(f"path: {where}: positions of an unknown latent")
-        if entry.min() < 0 or (entry >= widths[owner + 1]).any():
-            raise ArtifactError(f"path: {where}: positions of an unknown entry")
+    sizes, least, settings = value["sizes"], value["least"], value["settings"]
+    _check_sizes(sizes, least, settings, where)
+    lists = _positions(value["positions"], list(sizes.values()), where)
     places = {
         name: {k: Positions(*lists[number].T) for k, number in axes.items()}
         for name, axes in _axes(value["places"], len(lists), where).items()
@@ -165,7 +149,7 @@ def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, 
     inputs, call = value["inputs"], default_call
     if inputs is None or isinstance(inputs, dict):  # of a function that no file holds
         inputs, call = (inputs or {}).get("own_call"), None
-    notes = {"generated": generated, "settings": value["settings"]}
+    notes = {"generated": generated, "settings": settings}
     table = LatentTable(
         sizes,
         places,
@@ -175,6 +159,33 @@ def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, 
         notes,
     )
     return table, least
+
+
+def _check_sizes(sizes: Any, least: Any, settings: Any, where: str) -> None:
+    """Raises unless these are numbers by name, and names and sizes fit each other."""
+    for numbers in (sizes, least, settings):
+        if not isinstance(numbers, dict) or len(numbers) > MAX_ARRAYS:
+            raise ArtifactError(f"path: {where}: got {shown(numbers)}")
+        for number in numbers.values():
+            if type(number) is not int or not 0 <= number <= MOST:
+                raise ArtifactError(f"path: {where}: expected a size, got {shown(number)}")
+    if sizes.keys() != least.keys() or settings.keys() != {"embedding", "gates_above"}:
+        raise ArtifactError(f"path: {where}: sizes, least or settings lack something")
+    if not all(0 < size <= MAX_NUMBER for size in sizes.values()):
+        raise ArtifactError(f"path: {where}: sizes: got {shown(sizes)}")
+
+
+def _positions(value: Any, sizes: list[int], where: str) -> list[np.ndarray]:
+    """Lists of positions, as rows of the number of a latent, or -1, and an entry of it."""
+    lists = [_from_runs(runs, 2, where) for runs in _list(value, where)]
+    widths = np.array([1, *sizes])
+    for rows in lists:
+        owner, entry = rows[:, 0], rows[:, 1]
+        if owner.min() < -1 or owner.max() >= len(sizes):
+            raise ArtifactError(f"path: {where}: positions of an unknown latent")
+        if entry.min() < 0 or (entry >= widths[owner + 1]).any():
+            raise ArtifactError(f"path: {where}: positions of an unknown entry")
+    return lists
 
 
 def _size_entry(entry: Any, sizes: Mapping[str, int], where: str) -> SizeEntry:

@@ -150,7 +150,24 @@ def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
         for a in arguments
         if a.lstrip("-").partition("=")[0] not in (WEIGHTS, *absent)
     ]
-    options = define(arguments)
+    options = _parsed(define(arguments), arguments, config)
+    for name in absent:
+        options.config.update_from_flattened_dict({name.removeprefix("config."): None})
+    if WEIGHTS in given and isinstance(options.config.get("model"), ConfigDict):
+        with options.config.unlocked():
+            options.config.model.weights = None if weights == "None" else weights
+    if options.workdir is None:
+        method = options.config.method
+        options.workdir = f"runs/{Path(given['config']).stem}"
+        options.workdir += "" if method == "dhp" else f"-{method}"
+    options.workdir = os.path.normpath(options.workdir)
+    return options
+
+
+def _parsed(
+    options: flags.FlagValues, arguments: Sequence[str], config: ConfigDict
+) -> flags.FlagValues:
+    """The flags with the values of a command line; their parser's errors in words of ours."""
     try:
         surplus = options(arguments)[1:]
     except TypeError as error:  # a value that cannot become one of the field's type
@@ -162,17 +179,6 @@ def parse(arguments: Sequence[str], define: Define) -> flags.FlagValues:
         raise
     if surplus:
         raise ValueError(f"expected flags only, such as --config.target=0.5; got {surplus[0]!r}")
-    for name in absent:
-        options.config.update_from_flattened_dict({name.removeprefix("config."): None})
-    if WEIGHTS in given and isinstance(options.config.get("model"), ConfigDict):
-        with options.config.unlocked():
-            options.config.model.weights = None if weights == "None" else weights
-    if options.workdir is not None:
-        options.workdir = os.path.normpath(options.workdir)
-    else:
-        method = options.config.method
-        name = Path(given["config"]).stem
-        options.workdir = f"runs/{name}" + ("" if method == "dhp" else f"-{method}")
     return options
 
 
