@@ -68,7 +68,7 @@ class ProgressBar:
             self.waiting = True
         elif not again and what not in self.told:
             print(f"{self.phase}: {what}" if self.phase else what, file=sys.stderr, flush=True)
-            self.told |= {what} if self.phase else set()
+            self.told.add(what)
 
     def step(self, count: int) -> None:
         if not self.begun and not self.bar.disable:  # the time that is left is that of steps
