@@ -27,7 +27,7 @@ import sys
 import time
 from typing import Any
 
-from record import progress, spread, table_of
+from record import commit, progress, spread, table_of
 
 STAGES = {  # in order of worth, with the share of the time that each is worth
     "a": 35,
@@ -64,7 +64,7 @@ def main() -> None:
         return
     journal = Journal(folder)
     journal.clear()
-    journal.add(stage=None, event="begin", command=command(), commit=commit(options.commit))
+    journal.add(stage=None, event="begin", command=command(), commit=options.commit or commit())
     ends = time.time() + 60 * options.minutes - LAST
     for i, stage in enumerate(options.stages):
         seconds = share(options.stages[i:], ends - time.time(), options.rehearse)
@@ -175,19 +175,6 @@ def run_stage(stage: str, seconds: float, folder: Path) -> int | str:
 def command() -> str:
     """The command line, with the names of files only as they were given."""
     return " ".join(["python", *sys.argv])
-
-
-def commit(given: str | None) -> str:
-    """The commit of the tree, or what is said to be measured."""
-    if given is not None:
-        return given
-    told = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return told.stdout.strip() or "unknown"
 
 
 def write_page(folder: Path, journal: Journal) -> None:

@@ -106,14 +106,19 @@ def publish_each(
     print(table)
 
 
+def commit() -> str:
+    """The commit of the tree."""
+    asked, here = ["git", "rev-parse", "--short", "HEAD"], Path(__file__).parent
+    told = subprocess.run(asked, cwd=here, capture_output=True, text=True, check=False)
+    return told.stdout.strip() or "not known"
+
+
 def circumstances() -> dict[str, Any]:
     """With what, by which command and when something is measured."""
-    asked, here = ["git", "rev-parse", "--short", "HEAD"], Path(__file__).parent
-    commit = subprocess.run(asked, cwd=here, capture_output=True, text=True, check=False)
     return {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit.stdout.strip() or "not known",
+        "commit": commit(),
         "hardware": hardware(),
         "versions": versions(),
     }
