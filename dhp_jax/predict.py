@@ -1,7 +1,8 @@
 """Labels images, or denoises or enlarges them, with a saved network.
 
-dhp-predict runs/digits_resnet20 digit.png
-dhp-predict runs/dncnn_s70 noisy.png --out=clean/
+Examples:
+    dhp-predict runs/digits_resnet20 digit.png
+    dhp-predict runs/dncnn_s70 noisy.png --out=clean/
 """
 
 from argparse import Namespace

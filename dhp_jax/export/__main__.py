@@ -1,7 +1,8 @@
 """Writes a saved network in a format that runs without this library, and tries it.
 
-dhp-export runs/resnet56 --format=onnx
-dhp-export runs/resnet56 --format=stablehlo --out=net.stablehlo
+Examples:
+    dhp-export runs/resnet56 --format=onnx
+    dhp-export runs/resnet56 --format=stablehlo --out=net.stablehlo
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,12 @@ REAL = 8  # test images that an export is tried on, at most
 def main(arguments: Sequence[str]) -> None:
     """Parses the arguments, writes the file and prints what became of it."""
     parser = cli.parser("dhp-export", __doc__)
-    parser.add_argument("--format", choices=NEEDS, required=True)
+    parser.add_argument(
+        "--format",
+        choices=NEEDS,
+        required=True,
+        help="stablehlo and onnx are programs; safetensors has arrays alone, BatchNorm folded",
+    )
     parser.add_argument("--out", type=Path, help="file or folder; beside the network by default")
     parser.add_argument("--input-shape", type=cli.shape_of, help="32,32,3, if none is noted")
     options = parser.parse_args(arguments)

@@ -28,8 +28,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help=f"RUN/{PAGE}, for a run with targets RUN/{COMPARED}, for several runs {COMPARED}, if "
-        "not given",
+        help=f"file to write; RUN/{PAGE} by default, for a run with targets RUN/{COMPARED}, and "
+        f"{COMPARED} for several runs",
     )
     parser.add_argument(
         "--baseline",
