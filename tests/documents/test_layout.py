@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "docs/architecture.md"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+INDEX = ROOT / "benchmarks/README.md"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", INDEX, *sorted((ROOT / "docs").rglob("*.md"))]
 WIDEST = 100
 NAMED = re.compile(r"`([a-z_/]+(?:\.py|/))`")
 
@@ -17,6 +18,13 @@ def test_what_the_architecture_names_is_there():
     assert len(named) > 20
     for path in named:
         assert (ROOT / path).exists() or (ROOT / "dhp_jax" / path).exists(), path
+
+
+def test_every_benchmark_is_in_their_index():
+    index = INDEX.read_text()
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        if "__main__" in script.read_text():
+            assert f"`{script.name}`" in index, script.name
 
 
 def test_the_architecture_is_read_in_ten_minutes():
