@@ -5,6 +5,7 @@ Every row is on disk when it has been measured, and a stage that fails or is end
 Compiled programs are kept in one folder, so that no stage compiles what another one has.
 
     a  the search step against the plain network's, and against PyTorch's (eager)
+    b  a whole recipe on CIFAR-10, ResNet-20's unless --recipe says otherwise; it needs --data
     c  what is there for the hardware's sake, on and off
     d  pruned networks, as they fall and with rounded widths, as a share of the ideal
     e  where the time of a step goes: its costliest operations, and when the device waits
@@ -12,6 +13,7 @@ Compiled programs are kept in one folder, so that no stage compiles what another
 
     python benchmarks/accelerator.py --minutes=8 --out=benchmarks/results
     python benchmarks/accelerator.py --minutes=6 --out=/tmp/out --stages c a
+    python benchmarks/accelerator.py --minutes=9 --out=/tmp/out --stages b --data=cifar10.pack
     python benchmarks/accelerator.py --rehearse --out=/tmp/out     # the same way, tiny, anywhere
 """
 
@@ -27,7 +29,7 @@ import sys
 import time
 from typing import Any
 
-from record import commit, progress, spread, table_of
+from record import commit, positive, progress, spread, table_of
 
 STAGES = {  # in order of worth, with the share of the time that each is worth
     "a": 35,
@@ -35,9 +37,11 @@ STAGES = {  # in order of worth, with the share of the time that each is worth
     "d": 20,
     "e": 10,
     "f": 10,
+    "b": 0,  # by name only: it takes what it is given
 }
 TITLES = {
     "a": "The search step against others",
+    "b": "A whole recipe on CIFAR-10 (JPEG)",
     "c": "What is there for the hardware's sake, on and off",
     "d": "Pruned networks, and rounded widths",
     "e": "Where the time of a step goes",
@@ -85,11 +89,18 @@ def parse() -> argparse.Namespace:
     )
     arguments.add_argument("--minutes", type=minutes, default=8.0, help="that all of it may take")
     arguments.add_argument("--out", type=Path, required=True, help="folder for what is measured")
-    arguments.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="in this order"
-    )
+    arguments.add_argument("--stages", nargs="+", choices=STAGES, help="in this order")
     arguments.add_argument("--rehearse", action="store_true", help="tiny networks, on any device")
     arguments.add_argument("--commit", help="what is measured, for a tree without git")
+    arguments.add_argument("--data", type=Path, help="CIFAR-10 as cifar10_pack.py makes it")
+    arguments.add_argument("--recipe", choices=("resnet20", "resnet56"), default="resnet20")
+    arguments.add_argument(
+        "--resume", type=Path, help="the first file that an unfinished recipe left"
+    )
+    arguments.add_argument("--batch", type=positive, default=64, help="of the recipe")
+    arguments.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of the recipe"
+    )
     arguments.add_argument(
         "--cache",
         type=Path,
@@ -98,7 +109,16 @@ def parse() -> argparse.Namespace:
     )
     arguments.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments.add_argument("--until", type=float, help=argparse.SUPPRESS)
-    return arguments.parse_args()
+    options = arguments.parse_args()
+    if options.stages is None:
+        options.stages = [name for name, share in STAGES.items() if share]
+    for name in ("data", "resume"):
+        path = getattr(options, name)
+        if path is not None and not path.exists():
+            arguments.error(f"--{name}: expected a file, got {path}")
+    if "b" in options.stages and options.data is None and not options.rehearse:
+        arguments.error("--stages: expected --data with b, whose recipe needs the images")
+    return options
 
 
 def minutes(text: str) -> float:
@@ -114,7 +134,7 @@ def minutes(text: str) -> float:
 
 def share(stages: Sequence[str], seconds: float, rehearse: bool) -> float:
     """The seconds of the first of some stages, of those that are left for all of them."""
-    worth = [STAGES[stage] for stage in stages]
+    worth = [STAGES[stage] or 100 for stage in stages]
     return seconds if rehearse else seconds * worth[0] / sum(worth)
 
 
@@ -151,8 +171,8 @@ class Journal:
 def run_stage(stage: str, seconds: float, folder: Path) -> int | str:
     """Runs a stage in a process of its own; how it ended, or that it was ended.
 
-    What it prints goes to the end of one file. When its time is over it is ended, with all that it
-    has started.
+    What it prints goes to the end of one file. Its last seconds are its own to save in, if it has
+    something to save; then it is ended with all that it has started.
     """
     until = time.time() + seconds
     arguments = [sys.executable, __file__, *sys.argv[1:], f"--stage={stage}", f"--until={until}"]

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import kernels
 import optax
+import recipe
 import zoo
 from zoo import NETWORKS, QUICK, Network, queued, search_step
 
@@ -682,8 +683,14 @@ def profiled(
         yield label | {"kind": kind, "times a step": count, "ms a step": 1e3 * seconds}
 
 
+def recipe_plan(size: Size, options: argparse.Namespace) -> list[Item]:
+    measure = functools.partial(recipe.run, options, size.rehearse)
+    return [Item(options.recipe, measure, seconds=20.0)]
+
+
 PLANS = {
     "a": steps_plan,
+    "b": recipe_plan,
     "c": switches_plan,
     "d": pruned_plan,
     "e": kernels_plan,

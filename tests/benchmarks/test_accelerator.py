@@ -20,6 +20,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import accelerator  # noqa: E402
 import cifar10_pack  # noqa: E402
 import kernels  # noqa: E402
+import recipe  # noqa: E402
 import stages  # noqa: E402
 
 NAMES = [f"class{i}" for i in range(10)]
@@ -208,14 +209,54 @@ def test_every_switch_makes_another_program():
     assert again == programs["as it is"]  # no switch stays on
 
 
-def test_minutes_that_are_none_are_told_before_any_work(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--minutes=0"], "--minutes: expected a positive number, got '0'"),
+        (["--stages", "b"], "--stages: expected --data with b, whose recipe needs the images"),
+        (["--stages", "b", "--data=no.pack"], "--data: expected a file, got no.pack"),
+    ],
+)
+def test_wrong_arguments_are_told_before_any_work(tmp_path, monkeypatch, capsys, arguments, told):
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["accelerator.py", f"--out={out}", "--minutes=0"])
+    monkeypatch.setattr(sys, "argv", ["accelerator.py", f"--out={out}", *arguments])
     with pytest.raises(SystemExit):
         accelerator.main()
-    told = "--minutes: expected a positive number, got '0'"
     assert told in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
+
+
+def test_a_recipe_travels_with_what_it_needs_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "PART", 10_000)
+    run = tmp_path / "here/run"
+    files = {
+        "config.json": b"{}",
+        ".lock": b"",
+        "search/arrays": bytes(range(256)) * 90,
+        "pruned/arrays": b"small",
+        "checkpoints/search/700/state": b"of a phase that is done",
+        "checkpoints/converge/90/state": b"older",
+        "checkpoints/converge/100/state": b"newest",
+    }
+    for name, content in files.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(content)
+    pieces = run.with_name("pieces.json")
+    pieces.write_text("[12.5]")
+    parts = recipe.pack(run, pieces, tmp_path / "out/recipe.tar")
+    assert len(parts) > 1
+    assert max(part.stat().st_size for part in parts) <= 10_000
+    there = tmp_path / "there"
+    there.mkdir()
+    recipe.restore(parts[0], there)
+    assert (there / "pieces.json").read_text() == "[12.5]"
+    found = {
+        str(path.relative_to(there / "run")): path.read_bytes()
+        for path in (there / "run").rglob("*")
+        if path.is_file()
+    }
+    left = (".lock", "checkpoints/search/700/state", "checkpoints/converge/90/state")
+    assert found == {name: content for name, content in files.items() if name not in left}
 
 
 def rehearse(out, *stages, **options):
@@ -230,12 +271,12 @@ def rehearse(out, *stages, **options):
 @pytest.mark.slow
 def test_all_stages_can_be_rehearsed(tmp_path):
     out = tmp_path / "out"
-    found = rehearse(out, "a", "c", "d", "e", "f", minutes=60)
+    found = rehearse(out, "a", "c", "d", "e", "f", "b", minutes=60)
     planned = {(e["stage"], name) for e in found if e["event"] == "plan" for name in e["items"]}
     done = {(e["stage"], e["item"]) for e in found if e["event"] == "done"}
     assert planned == done
     rows = [(entry["stage"], entry["row"]) for entry in found if entry["event"] == "row"]
-    assert {stage for stage, _ in rows} == set("acde")
+    assert {stage for stage, _ in rows} == set("acdeb")
     assert all(row.get("not compiled") is None for _, row in rows)
     assert {row["switch"] for stage, row in rows if stage == "c"} >= {
         "as it is",
@@ -245,5 +286,25 @@ def test_all_stages_can_be_rehearsed(tmp_path):
         "1 step a dispatch",
         "2 steps a dispatch, 2 ahead",
     }
-    assert len(list(out.iterdir())) <= 7
+    (recipe,) = [row for stage, row in rows if stage == "b"]
+    assert recipe["finished"]
+    assert recipe["exit code"] == 0
+    assert len(list(out.iterdir())) <= 8
     assert "commit this one" in (out / "accelerator.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_recipe_stops_in_time_and_goes_on_from_there(tmp_path):
+    change = {"set": "converge.epochs=400"}
+    (stopped,) = rows_of(rehearse(tmp_path / "first", "b", minutes=2, **change))
+    assert stopped["exit code"] == 75
+    assert not stopped["finished"]
+    assert stopped["seconds here"] < 120
+    resumed = tmp_path / "first/recipe_resnet20.tar.00"
+    (more,) = rows_of(rehearse(tmp_path / "second", "b", minutes=2, resume=resumed, **change))
+    assert more["seconds before"] == stopped["seconds here"]
+    assert more["epochs"] > stopped["epochs"]
+
+
+def rows_of(found):
+    return [entry["row"] for entry in found if entry["event"] == "row"]
