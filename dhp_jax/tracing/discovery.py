@@ -261,20 +261,9 @@ def keep_one_factor(found: Discovery) -> None:
     An axis of a hypernetwork takes one entry of a latent at each position.
     """
     terms = found.analysis.flow.terms
-    while True:
-        owner = {terms.root(atom): f for f in found.families for atom in f.atoms}
-        clashing: dict[int, tuple[Family, int]] = {}
-        for axes in found.analysis.arrays:
-            for axis in axes:
-                for term in () if axis is None else np.unique(axis).tolist():
-                    met = [owner[atom] for atom in terms.atoms(term) if atom in owner]
-                    if len(met) > 1:
-                        clashing |= {id(family): (family, term) for family in met}
-        if not clashing:
-            return
+    while clashing := _clashing(found):
         losing, term = min(
-            clashing.values(),
-            key=lambda one: (not one[0].renormalises, one[0].numbers * one[0].size),
+            clashing, key=lambda one: (not one[0].renormalises, one[0].numbers * one[0].size)
         )
         why = "positions of an axis are products of entries of it and others"
         place = parted(terms, term)
@@ -284,3 +273,16 @@ def keep_one_factor(found: Discovery) -> None:
         found.frozen.append((losing, why))
         found.families = find_families(found.analysis)
         _Settling(found, np.random.default_rng(0)).settle()
+
+
+def _clashing(found: Discovery) -> list[tuple[Family, int]]:
+    """The families with an entry that is multiplied by one of another, and the product's term."""
+    terms = found.analysis.flow.terms
+    owner = {terms.root(atom): f for f in found.families for atom in f.atoms}
+    clashing: dict[int, tuple[Family, int]] = {}
+    for axis in (axis for axes in found.analysis.arrays for axis in axes if axis is not None):
+        for term in np.unique(axis).tolist():
+            met = [owner[atom] for atom in terms.atoms(term) if atom in owner]
+            if len(met) > 1:
+                clashing |= {id(family): (family, term) for family in met}
+    return list(clashing.values())
