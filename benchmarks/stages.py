@@ -395,20 +395,6 @@ def more_switches() -> Switches:
     return found
 
 
-def graphs() -> Switches:
-    """Loops within CUDA graphs, which a GPU's runtime may fail at: measured after all else."""
-    kinds = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE"
-    options = {"xla_gpu_enable_command_buffer": kinds, "xla_gpu_graph_min_graph_size": 1}
-    return {
-        "as it is": (contextlib.nullcontext(), {}),
-        "GPU: loops in graphs": (with_options(**options), {}),
-        "GPU: loops unrolled in graphs": (
-            with_options(**options, xla_gpu_command_buffer_unroll_loops=True),
-            {},
-        ),
-    }
-
-
 def switches_plan(size: Size, options: argparse.Namespace) -> list[Item]:
     wanted = [
         ("resnet56", 64, "programs", first_switches),
@@ -420,8 +406,6 @@ def switches_plan(size: Size, options: argparse.Namespace) -> list[Item]:
         ("resnet20", 64, "more programs", more_switches),
         ("resnet110", 64, "programs", first_switches),
     ]
-    if jax.default_backend() == "gpu":
-        wanted.append(("resnet56", 64, "loops in graphs", graphs))
     items = []
     for name, batch, what, of in wanted[:3] if size.rehearse else wanted:
         network, (batch,) = size.network(name), size.batches(batch)
