@@ -1,4 +1,17 @@
-"""Prune convolutional networks by differentiable meta pruning; see README.md."""
+"""Makes networks of JAX smaller: channels are removed, and what is left is an ordinary network.
+
+A trained network, of `flax.nnx`, `FromLinen` or `FromFunction`, at half its FLOPs:
+
+    net = dhp.with_latents(model, (32, 32, 3))  # which channels can go; `explain(net)` tells why
+    small = dhp.prune_to(net, flops=0.5, by=dhp.group_scores(net))
+    print(dhp.summary(net, small, batch=64))
+    dhp.save("small", small)
+
+`prune_to` takes other scores (`l1_scores`, `taylor_scores`, ...) and other budgets. A search from
+trained weights is `with_gates` and `fade_to_budget`. The search of DHP (arXiv 2003.13683) from
+fresh weights is a network of `Latent`, `HyperConv` and other layers, or one of `models.build`,
+trained with `prox_l1`.
+"""
 
 from dhp_jax import models
 from dhp_jax.artifact.reading import load
