@@ -71,6 +71,21 @@ def _select_within(
     return masks
 
 
+def _within_recounted(
+    select: Selection, model: nnx.Module, cost: Cost, multiple_of: Multiples, **budget: float
+) -> dict[str, np.ndarray]:
+    """Survivors of which the network is within the budget when it is counted anew."""
+    wanted = dict(budget)
+    while True:
+        masks = select(model, cost, multiple_of, **wanted)
+        counted, predicted = cost.recount(masks), describe_choice(cost, masks).shares
+        used = {name: getattr(counted, name) / getattr(cost, name) for name in budget}
+        over = {name: share / used[name] for name, share in budget.items() if used[name] > share}
+        if not over:
+            return masks
+        wanted |= {name: predicted[name] * part for name, part in over.items()}
+
+
 def choose(
     model: nnx.Module,
     cost: Cost,
@@ -100,6 +115,8 @@ def choose(
         check_share("latency", latency)
         budget = {"flops": 1.0, **budget}
     select = selection(by, budget)
+    if cost.recount is not None:
+        select = functools.partial(_within_recounted, select)
     if latency is None:
         return describe_choice(cost, select(model, cost, multiple_of, **budget))
     check_budget(model, cost, multiple_of, **budget)

@@ -8,8 +8,8 @@ that have FLOPs, each in the dtype that it computes in, for one example: a sum, 
 What ReLU, pools and additions return is not counted. `dhp_jax.tracing.counts` measures all of them.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 import functools
 import math
 from typing import NamedTuple
@@ -49,6 +49,13 @@ class Width:
     def channels(self, counts: Counts) -> "int | Array":
         """The number of channels when `counts[name]` entries of each latent survive."""
         return self.fixed + sum(times * counts[name] for name, times in self.latents)
+
+
+def in_one(axes: Sequence[tuple[Width, ...]]) -> Width:
+    """The width of an axis, at its full size if it is a product; 1 if there is none."""
+    (factors,) = axes or [(Width(1, 1),)]
+    full = math.prod(width.full for width in factors)
+    return factors[0] if len(factors) == 1 else Width(full, full)
 
 
 class Product(NamedTuple):
@@ -112,6 +119,9 @@ class Cost:
     Attributes:
       layers: the cost of each call of a layer.
       sizes: entries of each latent by name.
+      recount: counts what boolean masks of the latents leave, where `amounts` may differ from it:
+        an einsum of several arrays is run in the order that is cheapest for its sizes, and
+        `amounts` has that of the whole network. `None` where they agree.
 
     Example:
       >>> cost = dhp.measure_cost(model, (32, 32, 3))
@@ -121,6 +131,9 @@ class Cost:
 
     layers: tuple[LayerCost, ...]
     sizes: Mapping[str, int]
+    recount: "Callable[[Mapping[str, np.ndarray]], Cost] | None" = field(
+        default=None, compare=False, repr=False
+    )
 
     def __repr__(self) -> str:
         """The totals in one line; `layers` holds the details."""

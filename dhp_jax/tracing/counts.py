@@ -1,7 +1,7 @@
 """What a network costs, read from its program: FLOPs, params, activations of what survives."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 import functools
 import math
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dhp_jax.core.cost import Cost, LayerCost, Product, Width, layer_terms
+from dhp_jax.core.cost import Cost, LayerCost, Product, Width, in_one, layer_terms
 from dhp_jax.core.latent import Axis, Latent, latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import path_name
@@ -37,6 +37,7 @@ from dhp_jax.tracing.marks import (
     has_arrays,
     is_activation,
     is_counted,
+    is_of_several,
     mark_calls,
     used_inputs,
 )
@@ -86,8 +87,14 @@ def measure_cost(model: nnx.Module, input_shape: Any, *, call: Call | None = Non
     """
     table = architecture_of(model).axes
     if table is not None:
-        call = call or table.call or default_call
-        return _TracedCount(ordinary(model), input_shape, call, table).cost()
+        call, plain = call or table.call or default_call, ordinary(model)
+        count = _TracedCount(plain, input_shape, call, table)
+
+        def recount(masks: Mapping[str, np.ndarray]) -> Cost:
+            return measure_cost(table.cut(plain, masks)[0], input_shape, call=call)
+
+        reorders = any(map(is_of_several, costly_operations(count.program.closed.jaxpr)))
+        return replace(count.cost(), recount=recount if reorders else None)
     call = call or default_call
     if latents(model):
         cost = _count_layers(model, input_shape, call)
@@ -314,7 +321,7 @@ class _TracedCount:
                 if not each:
                     continue
                 product = Product(each * operation.times, sum(widths, ()))
-                ends = (_in_one(widths[-1:]),) * 2 if not flops else ends
+                ends = (in_one(widths[-1:]),) * 2 if not flops else ends
             flops.append(product)
             nbytes = jnp.dtype(out.aval.dtype).itemsize
             activations.append(Product(nbytes * operation.times, sum(widths, ())))
@@ -383,17 +390,10 @@ def _contraction(
     if eqn.primitive.name == "dot_general":
         left = widths_of(eqn.invars[0])
         over = [left[k] for k in eqn.params["dimension_numbers"][0][0]]
-        ends = _in_one(over[:1]), _in_one(made[-1:])
+        ends = in_one(over[:1]), in_one(made[-1:])
     else:
         kernel = widths_of(eqn.invars[1])
         _, (out, into, *_), _ = eqn.params["dimension_numbers"]
         over = [width for k, width in enumerate(kernel) if k != out]
-        ends = _in_one([kernel[into]]), _in_one([kernel[out]])
+        ends = in_one([kernel[into]]), in_one([kernel[out]])
     return Product(operation.times, sum([*made, *over], ())), ends
-
-
-def _in_one(axes: Sequence[tuple[Width, ...]]) -> Width:
-    """The width of an axis, at its full size if it is a product; 1 if there is none."""
-    (factors,) = axes or [(Width(1, 1),)]
-    full = math.prod(width.full for width in factors)
-    return factors[0] if len(factors) == 1 else Width(full, full)

@@ -29,6 +29,7 @@ from dhp_jax.tracing.rules import elementwise
 
 SUMMING = ("dot_general", "conv_general_dilated")
 _SCOPE = re.compile(r"layer_call_(\d+)")
+_EINSUM = re.compile(r"[\s\w.]*(,[\s\w.]*){2,}(->[\s\w.]*)?")  # of more than two arrays
 
 layer_output = Primitive("layer_output")  # what a call of a layer returned; computes nothing
 
@@ -205,6 +206,11 @@ def costly_operations(
                 for n, branch in enumerate(eqn.params["branches"])
             ]
             yield from max(branches, key=lambda found: sum(map(_numbers, found)))
+
+
+def is_of_several(operation: Operation) -> bool:
+    """Whether it is of an einsum of more than two arrays: its order depends on their sizes."""
+    return any(map(_EINSUM.fullmatch, operation.scope))  # `jnp.einsum` names a scope after itself
 
 
 def _of_inputs(jaxpr: Jaxpr, owners: Sequence[str | None]) -> dict[Any, str]:

@@ -35,6 +35,7 @@ _OWN = tuple(
     os.path.join(_LIBRARY, *part)
     for part in (["tracing", ""], ["core", ""], ["models", "functions.py"], ["models", "linen.py"])
 )
+_AS_WRITTEN = jax.make_user_context(False)  # what is jitted in a network is traced for each
 
 
 class UntraceableError(ArgumentError):
@@ -136,7 +137,8 @@ def _in_turn() -> Iterator[None]:
 
     opt_einsum.contract_path = contract_path
     try:
-        yield
+        with _AS_WRITTEN(True):
+            yield
     finally:
         opt_einsum.contract_path = before
 

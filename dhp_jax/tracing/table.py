@@ -82,6 +82,19 @@ class LatentTable:
             found.append((entry.path, entry.attribute, left))
         return found
 
+    def cut(
+        self, plain: nnx.Module, masks: Mapping[str, np.ndarray]
+    ) -> tuple[nnx.Module, dict[str, list[np.ndarray]], list[tuple[str, str, int]]]:
+        """What survives of the ordinary network, not proved; what is kept, and its numbers."""
+        graphdef, state = nnx.split(plain)
+        names = [path_name(path) for path, _ in nnx.to_flat_state(state)]
+        arrays = zip(names, jax.tree.leaves(state), strict=True)
+        kept = {name: self.kept(name, x.shape, masks) for name, x in arrays}
+        small = cut_model(graphdef, state, list(kept.values()))
+        numbers = self.numbers_of(kept, masks)
+        set_numbers(small, numbers)
+        return small, kept, numbers
+
     def prune(self, net: nnx.Module, masks: Mapping[str, np.ndarray]) -> nnx.Module:
         """The network of what survives, proved to be that; `net` is left as it was.
 
@@ -92,13 +105,7 @@ class LatentTable:
         plain = ordinary(net)
         if all(np.all(mask) for mask in masks.values()):
             return plain
-        graphdef, state = nnx.split(plain)
-        names = [path_name(path) for path, _ in nnx.to_flat_state(state)]
-        arrays = zip(names, jax.tree.leaves(state), strict=True)
-        kept = {name: self.kept(name, x.shape, masks) for name, x in arrays}
-        small = cut_model(graphdef, state, list(kept.values()))
-        numbers = self.numbers_of(kept, masks)
-        set_numbers(small, numbers)
+        small, kept, numbers = self.cut(plain, masks)
         try:
             analysis = self.analysis(plain)
             analysis.prove(gone_atoms(analysis, kept), small)

@@ -223,6 +223,40 @@ def test_an_einsum_whose_order_depends_on_sizes_is_pruned_and_counted_as_it_is_r
     assert dhp.measure_cost(model, x).flops == 8 * (2 * 3 * 12 + 12 * 2) + 2 * (8 * 8 * 12)
 
 
+def test_a_budget_holds_where_fewer_channels_make_the_order_of_an_einsum_costlier():
+    def forward(p, x):
+        return jnp.einsum("bi,bj,ijk->bk", x @ p["a"], x @ p["b"], p["mix"]) @ p["out"]
+
+    shapes = {"a": (3, 16), "b": (3, 8), "mix": (16, 8, 4), "out": (4, 2)}
+    model = dhp.FromFunction(forward, {k: jnp.ones(n) for k, n in shapes.items()})
+    x = jax.ShapeDtypeStruct((8, 3), jnp.float32)
+    net = dhp.with_latents(model, x, min_channels=2)
+    cost = dhp.measure_cost(net, x)
+    assert cost.amounts({"a": 6, "b": 8, "mix": 4})["flops"] == 2192
+    keep = {
+        name: np.arange(z.size) < (6 if name == "a" else 9) for name, z in dhp.latents(net).items()
+    }
+    assert cost.recount(keep).flops == 2320  # the two inputs first
+    by = {name: np.ones(z.size) for name, z in dhp.latents(net).items()}
+    small = dhp.prune_to(net, flops=2192 / cost.flops, by=by, keep={"b": 1.0, "mix": 1.0})
+    assert dhp.measure_cost(small, x).flops <= 2192
+    assert small.a.shape == (3, 5)
+
+
+def test_a_jitted_einsum_is_counted_in_the_order_of_its_sizes_after_it_was_traced():
+    @jax.jit
+    def mixed(k, v):
+        return jnp.einsum("qd,kd,ke->qe", k, k, v)
+
+    def forward(p, x):
+        return mixed(x @ p["key"], x @ p["value"]) @ p["out"]
+
+    params = {"key": jnp.ones((3, 6)), "value": jnp.ones((3, 6)), "out": jnp.ones((6, 2))}
+    x = jax.ShapeDtypeStruct((8, 3), jnp.float32)
+    net = dhp.with_latents(dhp.FromFunction(forward, params), x)
+    assert dhp.measure_cost(net, x).flops == 8 * (2 * 3 * 6 + 6 * 2) + 2 * (8 * 6 * 6)
+
+
 def test_why_an_axis_stays_is_told_with_the_first_cause():
     class Mixed(nnx.Module):
         def __init__(self):
