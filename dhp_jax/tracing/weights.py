@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from flax import nnx
+import jax.numpy as jnp
 import numpy as np
 
 from dhp_jax.core.latent import Latent, latents, latents_to_prune, walk
 from dhp_jax.core.layers import Hyper, Linear, Norm
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.core.state import path_name, variables_of
+from dhp_jax.core.state import path_name, value_of, variables_of
 from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.reads import read_axes
 from dhp_jax.tracing.table import LatentTable
@@ -76,7 +77,7 @@ def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
     owners = [named[name] for name in table.sizes]
     for array, axes in table.places.items():
         variable = variables[array]
-        if not isinstance(variable, nnx.Param):
+        if not _is_weight(variable):
             continue
         is_bias = variable.get_value().ndim == 1  # unless it is read, or scales
         for k, positions in axes.items():
@@ -85,6 +86,18 @@ def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
             role = SCALED if array in scales else READ if k in reads[array] else MADE
             if role != MADE or not is_bias:
                 yield Weights(role, array, k, entries, _wide(variable.get_value))
+
+
+def _is_weight(variable: nnx.Variable) -> bool:
+    """Whether it is trained, or a frozen kernel, as beside low-rank adapters.
+
+    Frozen arrays of zeros and ones tell which weights there are, and have no magnitude.
+    """
+    value = value_of(variable)
+    frozen = value.ndim > 1 and jnp.issubdtype(value.dtype, jnp.floating)
+    if isinstance(variable, nnx.Param | nnx.BatchStat | nnx.Cache) or not frozen:
+        return isinstance(variable, nnx.Param)
+    return not np.isin(np.asarray(value), (0, 1)).all()
 
 
 def _wide(value: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:

@@ -318,3 +318,27 @@ def test_an_axis_of_heads_times_features_is_counted_as_their_product():
         both = heads * features
         expected = {"flops": 7 * both, "params": 7 * both, "activations": 4 * (both + 2)}
         assert {name: int(found[name]) for name in expected} == expected
+
+
+def test_frozen_kernels_beside_adapters_are_ranked_and_masks_of_zeros_and_ones_are_not():
+    rng = np.random.default_rng(0)
+    kernel, down = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 8), (4, 3)))
+    mask = (rng.random((4, 8)) < 0.6).astype(np.float32)
+
+    class Adapted(nnx.Module):
+        def __init__(self):
+            self.kernel, self.mask = nnx.Variable(jnp.array(kernel)), nnx.Variable(jnp.array(mask))
+            self.down, self.up = nnx.Param(jnp.array(down)), nnx.Param(jnp.zeros((3, 8)))
+            self.last = nnx.Variable(jnp.ones((8, 2)) / 2)
+
+        def __call__(self, x):
+            hidden = x @ (self.kernel[...] * self.mask[...]) + x @ self.down[...] @ self.up[...]
+            return nnx.relu(hidden) @ self.last[...]
+
+    net = dhp.with_latents(Adapted(), (4,))
+    norms = np.abs(kernel).sum(0)
+    np.testing.assert_allclose(dhp.l1_scores(net)["kernel"], norms / norms.mean(), rtol=1e-5)
+    x = rng.normal(size=(16, 4)).astype(np.float32)
+    found = dhp.taylor_scores(net, lambda network, batch: network(batch).mean(), [x])["kernel"]
+    hidden = np.maximum(x @ (kernel * mask), 0)  # read by twice a half
+    np.testing.assert_allclose(found, (hidden.mean(0) / 2) ** 2, rtol=1e-5)
