@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from dhp_jax.tracing.analysis import Analysis
+from dhp_jax.tracing.marks import SUMMING
 from dhp_jax.tracing.programs import CALLS, EVALUATION, inner_program, is_literal, shape_of
 from dhp_jax.tracing.rules import ELEMENTWISE, reshaped_together
 
@@ -15,15 +16,19 @@ SAME = ("rev", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", 
 PARTS = ("slice", "dynamic_slice", "pad", "split", "tile", "concatenate", "dynamic_update_slice")
 
 
+INPUT, CHOSEN, ALONE = range(3)
+
+
 class _Value(NamedTuple):
     """What is known of a value.
 
     Attributes:
-      alone: whether it follows from arrays of the network alone, and not from its inputs.
+      alone: `ALONE` if it follows from arrays of the network alone, `CHOSEN` if the input chooses
+        which of their entries it has, as the kernels of an expert; else `INPUT`.
       axes: for each axis the axes of arrays that it comes from.
     """
 
-    alone: bool
+    alone: int
     axes: tuple[Origins, ...]
 
 
@@ -31,7 +36,8 @@ def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
     """By array the axes that contractions and convolutions sum over.
 
     The kernel of a convolution is its second operand, that of another contraction the one that
-    follows from arrays alone; of two that both do, the second one. A kernel is followed to the
+    follows from arrays alone, or else is chosen of them; of two that both follow from arrays alone,
+    the second one. A kernel is followed to the
     arrays that it is made of: as one that is transposed, joined of several, or mixed by weights
     that depend on the input.
     """
@@ -41,7 +47,7 @@ def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
     for number, value in enumerate(given):
         own = tuple(frozenset({(number, k)}) for k in range(len(value.axes)))
         is_array = number < len(program.arrays)
-        given[number] = value._replace(axes=own) if is_array else value._replace(alone=False)
+        given[number] = value._replace(axes=own) if is_array else value._replace(alone=INPUT)
     _follow(jaxpr, given, found)
     return {
         name: frozenset(k for array, k in found if array == number)
@@ -51,7 +57,7 @@ def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
 
 def _fixed(atom: Any) -> _Value:
     """What is known of a constant."""
-    return _Value(True, (NONE,) * len(shape_of(atom)))
+    return _Value(ALONE, (NONE,) * len(shape_of(atom)))
 
 
 def _follow(jaxpr: Jaxpr, inputs: Sequence[_Value], found: set[tuple[int, int]]) -> list[_Value]:
@@ -88,10 +94,19 @@ def _outputs(
     if name == "cond":
         each = [_follow(branch.jaxpr, given[1:], found) for branch in params["branches"]]
         made = [_either(values) for values in zip(*each, strict=True)]
-        return [value._replace(alone=value.alone and given[0].alone) for value in made]
+        return [value._replace(alone=min(value.alone, _as_index(given[:1]))) for value in made]
     found |= _summed(eqn, given)
-    alone = all(value.alone for value in given)
+    alone = min((value.alone for value in given), default=ALONE)
+    if name in ("gather", "dynamic_slice"):
+        alone = min(given[0].alone, _as_index(given[1:]))
+    elif name in SUMMING and alone == CHOSEN:  # of what was looked up, as an embedding
+        alone = INPUT
     return [_Value(alone, _moved(eqn, given, shape_of(v))) for v in eqn.outvars]
+
+
+def _as_index(given: Sequence[_Value]) -> int:
+    """What is left of arrays alone where values choose of it."""
+    return max(CHOSEN, min((value.alone for value in given), default=ALONE))
 
 
 def _loop(body, fixed, carry, slices, found) -> tuple[list[_Value], list[_Value]]:
@@ -107,16 +122,16 @@ def _loop(body, fixed, carry, slices, found) -> tuple[list[_Value], list[_Value]
 def _either(values: Sequence[_Value]) -> _Value:
     """A value that may be any of several of one shape."""
     axes = zip(*(value.axes for value in values), strict=True)
-    return _Value(all(value.alone for value in values), tuple(NONE.union(*own) for own in axes))
+    return _Value(min(value.alone for value in values), tuple(NONE.union(*own) for own in axes))
 
 
 def _summed(eqn: JaxprEqn, given: Sequence[_Value]) -> set[tuple[int, int]]:
     """The axes of arrays that an operation sums over as a kernel's."""
     if eqn.primitive.name == "dot_general":
         left, right = given[0].alone, given[1].alone
-        if not left and not right:  # two that both depend on the input, as queries and keys
+        if left == right != ALONE:  # two that both depend on the input, as queries and keys
             return set()
-        side = 0 if left and not right else 1
+        side = 0 if left > right else 1
         axes = eqn.params["dimension_numbers"][0][side]
     elif eqn.primitive.name == "conv_general_dilated":
         side = 1

@@ -164,6 +164,26 @@ def test_gates_of_what_no_kernel_reads_close_all_that_it_is_in():
         dhp.save("nowhere", gates)
 
 
+def test_kernels_of_experts_that_the_input_chooses_are_read_and_gated():
+    def forward(p, x):
+        h = jnp.tanh(x @ p["inputs"])
+        chosen = p["up"][jnp.argmax(h @ p["route"], -1)]
+        return jnp.einsum("bd,bdh->bh", h, chosen) @ p["out"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"inputs": (5, 6), "route": (6, 3), "up": (3, 6, 8), "out": (8, 2)}
+    params = {k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
+    net = dhp.with_latents(dhp.FromFunction(forward, params), (5,), min_channels=2)
+    gates, x = dhp.with_gates(net, rngs=nnx.Rngs(0)), rng.normal(size=(4, 5)).astype(np.float32)
+    for z in dhp.latents(gates).values():
+        z.vector.set_value(jnp.asarray(np.arange(z.size) % 3 > 0, jnp.float32))
+    left = dict(params)
+    for name, axis in (("inputs", 1), ("route", 0), ("up", 1), ("up", 2), ("out", 0)):
+        kept = np.flatnonzero(np.arange(left[name].shape[axis]) % 3)
+        left[name] = np.take(left[name], kept, axis)
+    np.testing.assert_allclose(gates(x), forward(left, x), rtol=1e-5, atol=1e-6)
+
+
 def test_group_norms_rank_where_no_latent_was_searched():
     net = dhp.with_latents(Attention(nnx.Rngs(0)), (4, 5), min_channels=2)
     x = RNG.normal(size=(2, 4, 5)).astype(np.float32)
