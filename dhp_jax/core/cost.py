@@ -120,8 +120,9 @@ class Cost:
       layers: the cost of each call of a layer.
       sizes: entries of each latent by name.
       recount: counts what boolean masks of the latents leave, where `amounts` may differ from it:
-        an einsum of several arrays is run in the order that is cheapest for its sizes, and
-        `amounts` has that of the whole network. `None` where they agree.
+        an einsum of several arrays is run in the order that is cheapest for its sizes, and of
+        branches the costliest counts; `amounts` has those of the whole network. `None` where they
+        agree.
 
     Example:
       >>> cost = dhp.measure_cost(model, (32, 32, 3))

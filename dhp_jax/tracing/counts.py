@@ -33,12 +33,13 @@ from dhp_jax.tracing.marks import (
     Operation,
     call_size,
     costly_operations,
+    depends_on_widths,
     flops_of_an_element,
     has_arrays,
     is_activation,
     is_counted,
-    is_of_several,
     mark_calls,
+    summed_axes,
     used_inputs,
 )
 from dhp_jax.tracing.programs import (
@@ -93,8 +94,8 @@ def measure_cost(model: nnx.Module, input_shape: Any, *, call: Call | None = Non
         def recount(masks: Mapping[str, np.ndarray]) -> Cost:
             return measure_cost(table.cut(plain, masks)[0], input_shape, call=call)
 
-        reorders = any(map(is_of_several, costly_operations(count.program.closed.jaxpr)))
-        return replace(count.cost(), recount=recount if reorders else None)
+        varies = depends_on_widths(count.program.closed.jaxpr)
+        return replace(count.cost(), recount=recount if varies else None)
     call = call or default_call
     if latents(model):
         cost = _count_layers(model, input_shape, call)
@@ -387,13 +388,12 @@ def _contraction(
     """FLOPs of a contraction, and its widths of input and output, by the widths of values."""
     eqn = operation.eqn
     made = widths_of(eqn.outvars[0])
-    if eqn.primitive.name == "dot_general":
-        left = widths_of(eqn.invars[0])
-        over = [left[k] for k in eqn.params["dimension_numbers"][0][0]]
-        ends = in_one(over[:1]), in_one(made[-1:])
-    else:
-        kernel = widths_of(eqn.invars[1])
+    side, axes = summed_axes(eqn)
+    read = widths_of(eqn.invars[side])
+    over = [read[k] for k in axes]
+    if side:
         _, (out, into, *_), _ = eqn.params["dimension_numbers"]
-        over = [width for k, width in enumerate(kernel) if k != out]
-        ends = in_one([kernel[into]]), in_one([kernel[out]])
+        ends = in_one([read[into]]), in_one([read[out]])
+    else:
+        ends = in_one(over[:1]), in_one(made[-1:])
     return Product(operation.times, sum([*made, *over], ())), ends

@@ -1,6 +1,6 @@
 """Calls of layers, marked in a traced program: whose an operation is, and how often it runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import math
 import re
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from dhp_jax.tracing.flow import rule
 from dhp_jax.tracing.programs import (
     CALLS,
     Context,
+    all_programs,
     inner_program,
     is_literal,
     shape_of,
@@ -27,7 +28,7 @@ from dhp_jax.tracing.programs import (
 )
 from dhp_jax.tracing.rules import elementwise
 
-SUMMING = ("dot_general", "conv_general_dilated")
+SUMMING = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 _SCOPE = re.compile(r"layer_call_(\d+)")
 _EINSUM = re.compile(r"[\s\w.]*(,[\s\w.]*){2,}(->[\s\w.]*)?")  # of more than two arrays
 
@@ -165,7 +166,7 @@ def costly_operations(
 ) -> Iterator[Operation]:
     """Contractions, convolutions and marks of a program, wherever they stand.
 
-    Loops count as often as they run, and of branches the one with most numbers. `owners` are those
+    Loops count as often as they run, and of branches the one with most FLOPs. `owners` are those
     of the arrays among the inputs of the program.
 
     Raises:
@@ -205,21 +206,48 @@ def costly_operations(
                 list(costly_operations(branch.jaxpr, (*inner, n), times, own, {}, names))
                 for n, branch in enumerate(eqn.params["branches"])
             ]
-            yield from max(branches, key=lambda found: sum(map(_numbers, found)))
+            yield from max(branches, key=_flops)
 
 
-def is_of_several(operation: Operation) -> bool:
-    """Whether it is of an einsum of more than two arrays: its order depends on their sizes."""
-    return any(map(_EINSUM.fullmatch, operation.scope))  # `jnp.einsum` names a scope after itself
+def depends_on_widths(jaxpr: Jaxpr) -> bool:
+    """Whether other operations may count for other widths: of an einsum's order, or of branches."""
+    for _, program in all_programs(jaxpr):
+        for eqn in program.eqns:
+            scopes = str(eqn.source_info.name_stack).split("/")  # `jnp.einsum` names one
+            if eqn.primitive.name in SUMMING and any(map(_EINSUM.fullmatch, scopes)):
+                return True
+            if eqn.primitive.name == "cond":
+                branches = [list(costly_operations(b.jaxpr)) for b in eqn.params["branches"]]
+                if sum(map(_flops, branches)) > max(map(_flops, branches)):
+                    return True
+    return False
 
 
 def _of_inputs(jaxpr: Jaxpr, owners: Sequence[str | None]) -> dict[Any, str]:
     return {v: owner for v, owner in zip(jaxpr.invars, owners, strict=True) if owner}
 
 
-def _numbers(operation: Operation) -> int:
-    shapes = [shape_of(atom) for atom in (*operation.eqn.invars[:2], *operation.eqn.outvars)]
-    return operation.times * sum(int(np.prod(shape)) for shape in shapes)
+def _flops(operations: Iterable[Operation]) -> int:
+    """FLOPs of contractions and convolutions."""
+    total = 0
+    for operation in operations:
+        eqn = operation.eqn
+        if eqn.primitive.name in SUMMING:
+            side, axes = summed_axes(eqn)
+            over = math.prod(shape_of(eqn.invars[side])[k] for k in axes)
+            total += operation.times * math.prod(shape_of(eqn.outvars[0])) * over
+    return total
+
+
+def summed_axes(eqn: JaxprEqn) -> tuple[int, list[int]]:
+    """An operand of a contraction or convolution, and its axes whose sizes its FLOPs multiply."""
+    if eqn.primitive.name == "conv_general_dilated":
+        out = eqn.params["dimension_numbers"][1][0]
+        return 1, [k for k in range(len(shape_of(eqn.invars[1]))) if k != out]
+    if eqn.primitive.name == "ragged_dot_general":  # each row with the matrix of its group
+        numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        return 0, list(numbers[0][0])
+    return 0, list(eqn.params["dimension_numbers"][0][0])
 
 
 def call_size(operation: Operation) -> int:

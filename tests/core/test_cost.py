@@ -520,6 +520,26 @@ def test_what_the_call_leaves_out_has_no_flops(declared):
     assert cost.flops == trunk + second
 
 
+def test_of_branches_the_one_of_most_flops_counts_and_contractions_in_groups_as_others_do():
+    def forward(p, x):
+        def deep(h):  # few numbers, for all 32 rows
+            return h @ p["b"] @ p["c"]
+
+        def wide(h):
+            return h.mean(0) @ p["d"] @ p["e"] + h
+
+        h = jax.lax.cond(x.sum() > 0, deep, wide, x @ p["a"])
+        return jax.lax.ragged_dot(h, p["experts"], jnp.array([12, 20]))
+
+    shapes = {"a": (3, 6), "b": (6, 8), "c": (8, 6), "d": (6, 100), "e": (100, 6)}
+    params = {name: jnp.ones(shape) for name, shape in (shapes | {"experts": (2, 6, 5)}).items()}
+    model, x = dhp.FromFunction(forward, params), jax.ShapeDtypeStruct((32, 3), jnp.float32)
+    assert dhp.measure_cost(model, x).flops == 32 * (3 * 6 + 6 * 8 + 8 * 6 + 6 * 5)
+    cost = dhp.measure_cost(dhp.with_latents(model, x, min_channels=2), x)
+    few = {name: np.arange(size) < (2 if size == 8 else size) for name, size in cost.sizes.items()}
+    assert cost.recount(few).flops == 32 * (3 * 6 + 6 * 5) + 2 * 6 * 100  # the wide one
+
+
 def test_a_layer_of_ones_own_can_be_counted():
     class Scale(nnx.Module):
         def __init__(self, z):
