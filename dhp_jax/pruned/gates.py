@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from typing import Any
+import warnings
 
 from flax import nnx
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from dhp_jax.pruned.fresh_weights import carry_kernels
 from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.tracing.generated import GeneratedArray, ordinary
 from dhp_jax.tracing.network import gated, install, is_traced
+from dhp_jax.tracing.reads import open_axes
 from dhp_jax.tracing.weights import READ, weights_of
 
 
@@ -34,15 +36,18 @@ def with_gates(
     The kernel of a layer that reads the axis of a latent `z` is `K[.., i, o] = z[i] W[.., i, o]`,
     with the trained kernel for `W`. At `z = 1` it is that kernel to the bit. At `z[i] = 0` the
     network computes exactly what is left when `dhp.prune` removes entry `i`, whatever stands
-    between the layers, for nothing reads the channel; but a sum, maximum or product over channels,
-    as in LayerNorm or of queries and keys, still sees it. The derivative of the loss by `z[i]` at 1
-    is the first-order Taylor term of the channel (see `dhp.taylor_scores`).
+    between the layers, for nothing reads the channel; but a sum or maximum over channels, as in
+    LayerNorm, still sees it. The derivative of the loss by `z[i]` at 1 is the first-order Taylor
+    term of the channel (see `dhp.taylor_scores`).
 
     This is the hypernetwork with an embedding of 1 and no biases, without the factor of the output
     axis. A BatchNorm behind the convolution would undo that factor, and would go on adding its bias
     to a channel whose filters are zero.
 
     Of a network of traced latents, a latent that no kernel reads gates every array that it is in.
+    So does one of which a kernel is not zero where its array is, as the softplus of one, and one of
+    what is multiplied with other things that depend on the input, as queries and keys. If even that
+    does not close it, as behind `elu(q) + 1`, all of its entries stay: `min_channels` is its size.
 
     Args:
       model: a network of latents, whose kernels are generated for the last time; or an ordinary one
@@ -62,7 +67,14 @@ def with_gates(
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
     """
     if is_traced(model):
-        return gated(model, _gates_of(model), rngs)
+        gates, never = _gates_of(model)
+        if never:
+            warnings.warn(
+                f"with_gates: {', '.join(map(repr, never))}: all entries stay, for what is read of "
+                "them is not zero where their arrays are",
+                stacklevel=2,
+            )
+        return gated(model, gates, rngs, stay=never)
     if has_gates(model):
         raise ArgumentError("model", "a network without gates", shown(model))
     kernels = {
@@ -90,10 +102,10 @@ def with_gates(
     return net
 
 
-def _gates_of(model: nnx.Module) -> dict[str, list[int]]:
-    """By array the axes that traced latents gate."""
-    table = architecture_of(model).axes
-    named, variables = latents(model), variables_of(ordinary(model))
+def _gates_of(model: nnx.Module) -> tuple[dict[str, list[int]], list[str]]:
+    """By array the axes that traced latents gate, and the latents that gates do not close."""
+    table, plain = architecture_of(model).axes, ordinary(model)
+    named, variables = latents(model), variables_of(plain)
     for array in table.places:
         variable = variables[array]
         taken = isinstance(variable, nnx.Param | nnx.Cache | nnx.BatchStat)
@@ -106,12 +118,14 @@ def _gates_of(model: nnx.Module) -> dict[str, list[int]]:
     for weights in found:
         gates.setdefault(weights.array, []).append(weights.axis)
     ruled = {latent for weights in found for latent, _ in filter(None, weights.entries)}
-    unread = [n for n, name in enumerate(table.sizes) if named[name] not in ruled]
+    others, never = (table.owners(axes) for axes in open_axes(table.analysis(plain)))
+    numbered = enumerate(table.sizes)
+    everywhere = [n for n, name in numbered if named[name] not in ruled or name in others | never]
     for array, axes in table.places.items():
         for k, positions in axes.items() if isinstance(variables[array], nnx.Param) else ():
-            if np.isin(positions.owner, unread).any() and k not in gates.get(array, []):
+            if np.isin(positions.owner, everywhere).any() and k not in gates.get(array, []):
                 gates.setdefault(array, []).append(k)
-    return gates
+    return gates, sorted(never)
 
 
 def ungate(net: nnx.Module, model: nnx.Module) -> nnx.Module:

@@ -106,13 +106,19 @@ def install(
     return net
 
 
-def gated(net: nnx.Module, gates: Mapping[str, Collection[int]], rngs: nnx.Rngs) -> nnx.Module:
+def gated(
+    net: nnx.Module,
+    gates: Mapping[str, Collection[int]],
+    rngs: nnx.Rngs,
+    stay: Collection[str] = (),
+) -> nnx.Module:
     """A network of traced latents that are all 1 and gate axes of arrays.
 
     Args:
       net: left as it was.
       gates: by array the axes whose positions the latents multiply.
       rngs: as for `install`.
+      stay: names of latents of which all entries stay.
 
     Raises:
       ValueError: the network's code does not take other arrays in the place of some.
@@ -124,7 +130,8 @@ def gated(net: nnx.Module, gates: Mapping[str, Collection[int]], rngs: nnx.Rngs)
         fit = _that_fit(plain, table, table.analysis(plain), list(gates))
         for name in sorted(gates.keys() - set(fit)):
             raise ValueError(f"model: the code reads {name!r} in a way that allows no gates")
-    least = {name: z.min_channels for name, z in find_latents(net).items()}
+    found = find_latents(net)
+    least = {name: z.size if name in stay else z.min_channels for name, z in found.items()}
     return install(nnx.clone(plain), table, list(gates), min_channels=least, rngs=rngs)
 
 

@@ -3,19 +3,29 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn
+import numpy as np
 
 from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.marks import SUMMING
 from dhp_jax.tracing.programs import CALLS, EVALUATION, inner_program, is_literal, shape_of
 from dhp_jax.tracing.rules import ELEMENTWISE, reshaped_together
 
-Origins = frozenset[tuple[int, int]]  # (array, axis)
+Origins = frozenset[tuple[int, int, bool]]  # array, axis, whether zero where the array is
 NONE: Origins = frozenset()
 SAME = ("rev", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "fft", "copy")
 PARTS = ("slice", "dynamic_slice", "pad", "split", "tile", "concatenate", "dynamic_update_slice")
 
 
+_OF_ONE = """
+    neg sign abs floor ceil round expm1 log1p sqrt cbrt square integer_pow tanh sin tan asin atan
+    sinh asinh atanh erf real imag conj convert_element_type reduce_precision stop_gradient copy
+    copy_p name device_put sharding_constraint optimization_barrier layer_output
+"""
+OF_ONE = frozenset(_OF_ONE.split())  # elementwise, which make zero of zero
+OF_ALL = ("add", "sub", "max", "min", "add_any", "select_n")  # of zeros alone
+OF_ANY = ("mul", "div", "and")
 INPUT, CHOSEN, ALONE = range(3)
 
 
@@ -32,27 +42,59 @@ class _Value(NamedTuple):
     axes: tuple[Origins, ...]
 
 
+class Reads(NamedTuple):
+    """The axes of arrays, as (array, axis), over which contractions and convolutions sum.
+
+    Attributes:
+      kernels: of the arrays that kernels are made of.
+      others: that zeros in kernels do not close, but zeros in all arrays do: of a kernel that is
+        the softplus of an array, and of what makes two things that depend on the input, as queries
+        and keys.
+      never: that no zeros close, as of queries of which the exponential is taken.
+    """
+
+    kernels: set[tuple[int, int]]
+    others: set[tuple[int, int]]
+    never: set[tuple[int, int]]
+
+
 def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
     """By array the axes that contractions and convolutions sum over.
 
     The kernel of a convolution is its second operand, that of another contraction the one that
     follows from arrays alone, or else is chosen of them; of two that both follow from arrays alone,
-    the second one. A kernel is followed to the
-    arrays that it is made of: as one that is transposed, joined of several, or mixed by weights
-    that depend on the input.
+    the second one. A kernel is followed to the arrays that it is made of: as one that is
+    transposed, joined of several, or mixed by weights that depend on the input.
     """
-    program, found = analysis.programs[EVALUATION], set[tuple[int, int]]()
-    jaxpr = program.closed.jaxpr
-    given = [_fixed(variable) for variable in jaxpr.invars]
-    for number, value in enumerate(given):
-        own = tuple(frozenset({(number, k)}) for k in range(len(value.axes)))
-        is_array = number < len(program.arrays)
-        given[number] = value._replace(axes=own) if is_array else value._replace(alone=INPUT)
-    _follow(jaxpr, given, found)
+    return _by_array(analysis, _reads(analysis).kernels)
+
+
+def open_axes(analysis: Analysis) -> tuple[dict[str, frozenset[int]], dict[str, frozenset[int]]]:
+    """By array the axes that zeros in kernels do not close, and those that no zeros close."""
+    reads = _reads(analysis)
+    return _by_array(analysis, reads.others), _by_array(analysis, reads.never)
+
+
+def _by_array(analysis: Analysis, axes: set[tuple[int, int]]) -> dict[str, frozenset[int]]:
     return {
-        name: frozenset(k for array, k in found if array == number)
+        name: frozenset(k for array, k in axes if array == number)
         for number, name in enumerate(analysis.names)
     }
+
+
+def _reads(analysis: Analysis) -> Reads:
+    program, found = analysis.programs[EVALUATION], Reads(set(), set(), set())
+    jaxpr = program.closed.jaxpr
+    given = [_fixed(variable) for variable in jaxpr.invars]
+    for number, (_, leaf) in enumerate(nnx.to_flat_state(program.state)):
+        is_param = isinstance(leaf, nnx.Param)  # others have no gates
+        axes = range(len(given[number].axes))
+        own = tuple(frozenset({(number, k, is_param)}) for k in axes)
+        given[number] = given[number]._replace(axes=own)
+    for number in range(len(program.arrays), len(given)):
+        given[number] = given[number]._replace(alone=INPUT)
+    _follow(jaxpr, given, found)
+    return found
 
 
 def _fixed(atom: Any) -> _Value:
@@ -60,7 +102,7 @@ def _fixed(atom: Any) -> _Value:
     return _Value(ALONE, (NONE,) * len(shape_of(atom)))
 
 
-def _follow(jaxpr: Jaxpr, inputs: Sequence[_Value], found: set[tuple[int, int]]) -> list[_Value]:
+def _follow(jaxpr: Jaxpr, inputs: Sequence[_Value], found: Reads) -> list[_Value]:
     """What is known of a program's outputs; adds the axes that it reads to what was found."""
     at: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
     at |= {variable: _fixed(variable) for variable in jaxpr.constvars}
@@ -74,9 +116,7 @@ def _follow(jaxpr: Jaxpr, inputs: Sequence[_Value], found: set[tuple[int, int]])
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _outputs(
-    eqn: JaxprEqn, given: Sequence[_Value], found: set[tuple[int, int]]
-) -> Sequence[_Value]:
+def _outputs(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> Sequence[_Value]:
     name, params = eqn.primitive.name, eqn.params
     if name in CALLS:
         return _follow(inner_program(eqn)[0], given, found)
@@ -95,7 +135,7 @@ def _outputs(
         each = [_follow(branch.jaxpr, given[1:], found) for branch in params["branches"]]
         made = [_either(values) for values in zip(*each, strict=True)]
         return [value._replace(alone=min(value.alone, _as_index(given[:1]))) for value in made]
-    found |= _summed(eqn, given)
+    _sum_over(eqn, given, found)
     alone = min((value.alone for value in given), default=ALONE)
     if name in ("gather", "dynamic_slice"):
         alone = min(given[0].alone, _as_index(given[1:]))
@@ -125,20 +165,32 @@ def _either(values: Sequence[_Value]) -> _Value:
     return _Value(min(value.alone for value in values), tuple(NONE.union(*own) for own in axes))
 
 
-def _summed(eqn: JaxprEqn, given: Sequence[_Value]) -> set[tuple[int, int]]:
-    """The axes of arrays that an operation sums over as a kernel's."""
+def _sum_over(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> None:
+    """Notes the axes of arrays that an operation sums over."""
     if eqn.primitive.name == "dot_general":
-        left, right = given[0].alone, given[1].alone
-        if left == right != ALONE:  # two that both depend on the input, as queries and keys
-            return set()
-        side = 0 if left > right else 1
-        axes = eqn.params["dimension_numbers"][0][side]
+        pair = eqn.params["dimension_numbers"][0]
+        levels = [value.alone for value in given]
+        side = 0 if levels[0] > levels[1] else 1
+        has_kernel = levels[0] != levels[1] or levels[0] == ALONE
     elif eqn.primitive.name == "conv_general_dilated":
-        side = 1
-        axes = [eqn.params["dimension_numbers"][1][1]]
+        pair = [[spec[1]] for spec in eqn.params["dimension_numbers"][:2]]
+        side, has_kernel = 1, True
     else:
-        return set()
-    return set().union(*(given[side].axes[k] for k in axes))
+        return
+    origins = [
+        NONE.union(*(value.axes[k] for k in axes)) for value, axes in zip(given, pair, strict=True)
+    ]
+    if has_kernel:
+        found.kernels.update((array, k) for array, k, _ in origins[side])
+    closed = list(map(_is_zero, origins))
+    if not (has_kernel and closed[side]):
+        left = found.others if any(closed) else found.never
+        left.update((array, k) for own in origins for array, k, _ in own)
+
+
+def _is_zero(origins: Origins) -> bool:
+    """Whether positions are zero where those of all arrays are that they come from."""
+    return bool(origins) and all(zero for *_, zero in origins)
 
 
 def _moved(eqn: JaxprEqn, given: Sequence[_Value], shape: tuple[int, ...]) -> tuple[Origins, ...]:
@@ -146,15 +198,7 @@ def _moved(eqn: JaxprEqn, given: Sequence[_Value], shape: tuple[int, ...]) -> tu
     name, params = eqn.primitive.name, eqn.params
     first = given[0].axes if given else ()
     if name in ELEMENTWISE:
-        alike = [
-            (value.axes, shape_of(atom))
-            for value, atom in zip(given, eqn.invars, strict=True)
-            if len(value.axes) == len(shape)
-        ]
-        return tuple(
-            NONE.union(*(axes[k] for axes, sizes in alike if sizes[k] == size))
-            for k, size in enumerate(shape)
-        )
+        return tuple(_one_by_one(eqn, given, k, size) for k, size in enumerate(shape))
     if name == "transpose":
         return tuple(first[k] for k in params["permutation"])
     if name == "broadcast_in_dim":
@@ -179,7 +223,27 @@ def _moved(eqn: JaxprEqn, given: Sequence[_Value], shape: tuple[int, ...]) -> tu
         return tuple(taken.get(k, NONE) for k in range(len(shape)))
     if name == "dot_general":
         return _contracted(eqn, [value.axes for value in given])
+    if name == "conv_general_dilated":
+        (batch, *_), (out, *_), (to_batch, to_feature, *_) = params["dimension_numbers"]
+        made = {to_batch: first[batch], to_feature: given[1].axes[out]}
+        return tuple(made.get(k, NONE) for k in range(len(shape)))
     return (NONE,) * len(shape)
+
+
+def _one_by_one(eqn: JaxprEqn, given: Sequence[_Value], k: int, size: int) -> Origins:
+    """The origins of an axis that an elementwise operation makes."""
+    name, own, alike = eqn.primitive.name, [], []
+    for value, atom in list(zip(given, eqn.invars, strict=True))[name == "select_n" :]:
+        sizes = shape_of(atom)
+        same = len(sizes) > k and sizes[k] == size
+        own.append(value.axes[k] if same else NONE)
+        if not (is_literal(atom) and np.all(atom.val == 0)):
+            alike.append(_is_zero(own[-1]))
+    origins = NONE.union(*own)
+    if name in OF_ONE:
+        return origins
+    zero = all(alike) if name in OF_ALL else name in OF_ANY and any(alike[: 1 + (name != "div")])
+    return frozenset((array, axis, zero) for array, axis, _ in origins)
 
 
 def _contracted(eqn: JaxprEqn, given: Sequence[tuple[Origins, ...]]) -> tuple[Origins, ...]:

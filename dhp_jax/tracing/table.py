@@ -1,6 +1,6 @@
 """Which entry of which latent each position of a network's arrays belongs to; how it is cut."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,6 +68,12 @@ class LatentTable:
             places[k].kept(ordered) if k in places else np.ones(size, bool)
             for k, size in enumerate(shape)
         ]
+
+    def owners(self, axes: Mapping[str, Iterable[int]]) -> set[str]:
+        """The latents of the positions of some axes of arrays."""
+        names, places = [*self.sizes, ""], self.places
+        found = [places[a][k] for a, own in axes.items() for k in own if k in places.get(a, {})]
+        return {names[n] for positions in found for n in positions.owner.tolist()} - {""}
 
     def numbers_of(
         self, kept: Mapping[str, list[np.ndarray]], masks: Mapping[str, np.ndarray]

@@ -184,6 +184,31 @@ def test_kernels_of_experts_that_the_input_chooses_are_read_and_gated():
     np.testing.assert_allclose(gates(x), forward(left, x), rtol=1e-5, atol=1e-6)
 
 
+def test_gates_close_what_positive_kernels_read_and_leave_what_they_cannot_close():
+    def forward(p, x):
+        h = nnx.relu(x @ p["inputs"] + p["bias"]) @ nnx.softplus(p["grown"])
+        query, key = (nnx.elu(h @ p[name]) + 1 for name in ("query", "key"))
+        return jnp.einsum("bqd,bkd->bqk", query, key) @ (h @ p["value"]) @ p["out"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"inputs": (5, 6), "bias": (6,), "grown": (6, 4), "query": (4, 6), "key": (4, 6)}
+    shapes |= {"value": (4, 6), "out": (6, 2)}
+    params = {k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
+    net = dhp.with_latents(dhp.FromFunction(forward, params), (3, 5), min_channels=2)
+    with pytest.warns(UserWarning, match=r"^with_gates: 'query': all entries stay"):
+        gates = dhp.with_gates(net, rngs=nnx.Rngs(0))
+    found, x = dhp.latents(gates), rng.normal(size=(2, 3, 5)).astype(np.float32)
+    least = {name: z.min_channels for name, z in found.items()}
+    assert least == {"grown": 2, "inputs": 2, "query": 6, "value": 2}
+    np.testing.assert_allclose(gates(x), forward(params, x), rtol=1e-5)
+    left, kept = dict(params), np.array([1, 2, 4, 5])
+    for name, axis in (("inputs", 1), ("bias", 0), ("grown", 0), ("value", 1), ("out", 0)):
+        left[name] = np.take(left[name], kept, axis)
+    for name in ("inputs", "value"):
+        found[name].vector.set_value(jnp.zeros(6).at[kept].set(1))
+    np.testing.assert_allclose(gates(x), forward(left, x), rtol=1e-4)
+
+
 def test_group_norms_rank_where_no_latent_was_searched():
     net = dhp.with_latents(Attention(nnx.Rngs(0)), (4, 5), min_channels=2)
     x = RNG.normal(size=(2, 4, 5)).astype(np.float32)
