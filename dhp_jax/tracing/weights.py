@@ -91,10 +91,11 @@ def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
 def _is_weight(variable: nnx.Variable) -> bool:
     """Whether it is trained, or a frozen kernel, as beside low-rank adapters.
 
-    Frozen arrays of zeros and ones tell which weights there are, and have no magnitude.
+    Frozen arrays of one axis are statistics or the like. Those of zeros and ones tell which weights
+    there are, and have no magnitude.
     """
     value = value_of(variable)
-    frozen = value.ndim > 1 and jnp.issubdtype(value.dtype, jnp.floating)
+    frozen = sum(n > 1 for n in value.shape) > 1 and jnp.issubdtype(value.dtype, jnp.floating)
     if isinstance(variable, nnx.Param | nnx.BatchStat | nnx.Cache) or not frozen:
         return isinstance(variable, nnx.Param)
     return not np.isin(np.asarray(value), (0, 1)).all()

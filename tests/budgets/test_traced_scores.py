@@ -374,16 +374,17 @@ def test_frozen_kernels_beside_adapters_are_ranked_and_masks_of_zeros_and_ones_a
         def __init__(self):
             self.kernel, self.mask = nnx.Variable(jnp.array(kernel)), nnx.Variable(jnp.array(mask))
             self.down, self.up = nnx.Param(jnp.array(down)), nnx.Param(jnp.zeros((3, 8)))
+            self.mean = nnx.Variable(jnp.full((1, 8), -3.0))
             self.last = nnx.Variable(jnp.ones((8, 2)) / 2)
 
         def __call__(self, x):
             hidden = x @ (self.kernel[...] * self.mask[...]) + x @ self.down[...] @ self.up[...]
-            return nnx.relu(hidden) @ self.last[...]
+            return nnx.relu(hidden - self.mean[...]) @ self.last[...]
 
     net = dhp.with_latents(Adapted(), (4,))
     norms = np.abs(kernel).sum(0)
     np.testing.assert_allclose(dhp.l1_scores(net)["kernel"], norms / norms.mean(), rtol=1e-5)
     x = rng.normal(size=(16, 4)).astype(np.float32)
     found = dhp.taylor_scores(net, lambda network, batch: network(batch).mean(), [x])["kernel"]
-    hidden = np.maximum(x @ (kernel * mask), 0)  # read by twice a half
+    hidden = np.maximum(x @ (kernel * mask) + 3, 0)  # read by twice a half
     np.testing.assert_allclose(found, (hidden.mean(0) / 2) ** 2, rtol=1e-5)
