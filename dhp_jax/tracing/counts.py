@@ -199,9 +199,9 @@ def _first_seen(layer: nnx.Module, params: tuple[int, ...], seen: set[Any]) -> t
     seen |= {(id(v), axes) for v in own.values()}
     if known == own.keys():
         return (0, 0)
-    each = known & {"bias", "scale"}
-    has_kernel = bool(own.keys() - known - {"bias", "scale"}) or known == each
-    return (has_kernel * params[0], params[1] - len(each), *params[2:])
+    kernels = own.keys() - {"bias", "scale"}  # these have one number an output
+    pairs = 0 if kernels and kernels <= known else params[0]
+    return (pairs, params[1] - len(known - kernels), *params[2:])
 
 
 def _width(channels: Axis | int, names: Mapping[Latent, str]) -> Width:
