@@ -164,6 +164,7 @@ def test_gates_of_what_no_kernel_reads_close_all_that_it_is_in():
         dhp.save("nowhere", gates)
 
 
+@pytest.mark.slow
 def test_kernels_of_experts_that_the_input_chooses_are_read_and_gated():
     def forward(p, x):
         h = jnp.tanh(x @ p["inputs"])
@@ -184,6 +185,7 @@ def test_kernels_of_experts_that_the_input_chooses_are_read_and_gated():
     np.testing.assert_allclose(gates(x), forward(left, x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gates_close_what_positive_kernels_read_and_leave_what_they_cannot_close():
     def forward(p, x):
         h = nnx.relu(x @ p["inputs"] + p["bias"]) @ nnx.softplus(p["grown"])
