@@ -74,7 +74,6 @@ from dhp_jax.tracing.declared import prune
 from dhp_jax.tracing.explain import explain
 
 __version__ = "0.1.0"
-refresh_statistics = renew_statistics  # another name of the same
 
 __all__ = [
     "Axis",

@@ -20,9 +20,9 @@ from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets.counted import TINY, Scores
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, latents, latents_to_prune, walk
+from dhp_jax.core.state import variables_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError
-from dhp_jax.tracing.network import variables_of
 from dhp_jax.tracing.weights import (
     MADE,
     READ,
