@@ -74,8 +74,12 @@ def fade_to_budget(
     what `dhp.prune` leaves, and the cut loses nothing.
 
     A term that is not finite leaves `v` as it is. With `optax.apply_if_finite` for `inner` the fade
-    goes on in steps that it leaves out; around the whole, such steps do not count. Put it last in a
-    chain: what stands behind it, as a clip or a factor, would change the steps of latents too.
+    goes on in steps that it leaves out; around the whole, such steps do not count, nor do those in
+    which `optax.MultiSteps` gathers gradients. What stands before it in a chain may clip or scale
+    gradients; an optimizer there would leave nothing to rank by, so it is `inner`. Put it last:
+    what stands behind it, as weight decay or a factor, would change the steps of latents too. Means
+    of parameters, as of `optax.lookahead`, `optax.contrib.schedule_free` or `optax.ema`, have
+    latents between 0 and 1: prune the parameters that its own updates lead to.
 
     Args:
       inner: the optimizer of all other parameters; what it says of latents is not heeded.
@@ -167,16 +171,17 @@ def fade_to_budget(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def finish_fade(model: nnx.Module) -> nnx.Module:
+def finish_fade(model: nnx.Module) -> tuple[nnx.Module, int]:
     """A network at the end of its search, with all that was fading at zero.
 
-    If the last steps were left out, it has not reached zero yet.
+    If the last steps were left out, it has not reached zero yet: how many entries are set to it.
     """
-    model = nnx.clone(model)
+    model, early = nnx.clone(model), 0
     for z in latents(model).values():
         vector = z.vector[...]
+        early += int(jnp.sum((vector != 1) & (vector != 0)))
         z.vector.set_value(jnp.where(vector == 1, vector, 0))
-    return model
+    return model, early
 
 
 def _chosen(
@@ -261,24 +266,24 @@ def _vector_names(model: nnx.Module) -> dict[str, str]:
     numbered = nnx.clone(model)
     named = latents(numbered)
     for number, z in enumerate(named.values()):
-        z.vector.set_value(jnp.full(z.size, number))
+        z.vector.set_value(np.full(z.size, number))  # known, where this is traced
     names, vectors = list(named), nnx.to_flat_state(nnx.state(numbered, LatentVector))
     return {path_name(path): names[int(vector[0])] for path, vector in vectors}
 
 
 def _vectors(params: PyTree, names: Mapping[str, str]) -> dict[str, int]:
     """Where among the leaves of parameters the vector of each latent is."""
-    found = {}
+    found = []
     for place, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         keys = (str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
         if (name := names.get(".".join(keys))) is not None:
-            found[name] = place
-    if len(found) != len(names):
+            found.append((name, place))
+    if len(found) != len(names) or len(dict(found)) != len(names):
         raise ValueError(
             f"fade_to_budget: params: expected those of the model, with {len(names)} latent "
             f"vectors; got {len(found)}"
         )
-    return found
+    return dict(found)
 
 
 def _marginal(cost: Cost, z: Vectors, measure: str) -> Vectors:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from numbers import Real
+import warnings
 
 from flax import nnx
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 import numpy as np
 
-from dhp_jax.core.latent import latents
+from dhp_jax.core.latent import has_gates, latents
 
 Masks = Mapping[str, np.ndarray]
 
@@ -37,7 +38,8 @@ def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarra
         keep everything.
 
     Returns:
-      A boolean mask for each latent by name (see `dhp.latents`).
+      A boolean mask for each latent by name (see `dhp.latents`). Warns of gates on their way from 1
+      to 0, as of a `fade_to_budget` that has not ended: what survives may exceed the budget.
 
     Raises:
       ValueError: a threshold that is no number of at least 0; a latent that is not finite.
@@ -52,12 +54,27 @@ def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarra
     for name, z in latents(model).items():
         if not np.isfinite(z.value()).all():
             raise ValueError(f"model: expected finite latents, got NaN or infinity in {name!r}")
+    if has_gates(model):
+        _warn_of_unfinished(model, threshold)
     return {
         name: np.asarray(survivor_mask(z.value(), threshold, z.min_channels))
         if z.prunable
         else np.ones(z.size, bool)
         for name, z in latents(model).items()
     }
+
+
+def _warn_of_unfinished(model: nnx.Module, threshold: float) -> None:
+    """Warns of gates that a fade to zero has moved, and that survive, beside some that stay at 1."""
+    gates = np.abs(np.concatenate([z.value() for z in latents(model).values() if z.prunable]))
+    stay = np.isclose(gates, 1)
+    between = int(np.sum(~stay & (gates >= threshold)))
+    if between and stay.any():
+        warnings.warn(
+            f"survivors: {between} of {gates.size} gates are neither 1 nor below the threshold: a "
+            "search that has not ended, or means of parameters; what survives may exceed a budget",
+            stacklevel=3,
+        )
 
 
 def survivor_counts(model: nnx.Module, threshold: float) -> dict[str, Array]:

@@ -111,15 +111,17 @@ def search(work: Work, source: str = "") -> str:
     if not fades and is_first():
         tell_reach(run, model, budget)
     outcome = _train(work, "search", model, budget, source)
-    searched = outcome.model
+    searched, early = outcome.model, 0
     if fades:
-        searched = ungate(finish_fade(searched), run.blueprint.build())
-    if not outcome.progress.met_budget and is_first():
+        searched, early = finish_fade(searched)
+        searched = ungate(searched, run.blueprint.build())
+    if (early or not outcome.progress.met_budget) and is_first():
         logger.warning(
-            "search: did not come down to %s within %s; pruning to %s anyway",
+            "search: did not come down to %s within %s; pruning to %s anyway%s",
             in_words(budget.limits),
             length_field(run, "search"),
             "its budgets" if run.config.budget.latency else in_words(asked),
+            f"; its last steps were left out, so {early} channels had not faded" if early else "",
         )
     noted = {"made_from": source} if source else {}
     return from_first(lambda: networks.save(run, "search", searched, outcome.progress, **noted))

@@ -269,6 +269,35 @@ def test_parameters_of_another_model_are_refused():
         tx.update({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}), {"w": jnp.ones(3)})
 
 
+def test_two_copies_of_the_parameters_are_refused():
+    model, cost = gated()
+    tx = dhp.fade_to_budget(optax.sgd(0.1), model, cost, steps=20, flops=0.5)
+    params = nnx.state(model, nnx.Param)
+    with pytest.raises(ValueError, match=r"with 4 latent vectors; got 8$"):
+        tx.update((params, params), tx.init((params, params)), (params, params))
+
+
+def test_it_may_be_made_where_the_learning_rate_is_traced():
+    model, cost = gated()
+
+    @optax.inject_hyperparams
+    def fading(learning_rate):
+        return dhp.fade_to_budget(optax.sgd(learning_rate), model, cost, steps=20, flops=0.5)
+
+    params, tx = nnx.state(model, nnx.Param), fading(learning_rate=0.1)
+    _, state = jax.eval_shape(tx.update, params, tx.init(params), params)
+    assert set(state.inner_state.keep) == set(prunable(model))
+
+
+@pytest.mark.parametrize(("other", "told"), [(0.3, True), (1e-4, False), (0, False), (1, False)])
+def test_survivors_of_a_search_that_has_not_ended_are_told(other, told, recwarn):
+    model, _ = gated()
+    for z in prunable(model).values():
+        z.vector.set_value(jnp.ones(z.size).at[:2].set(other))
+    dhp.survivors(model)
+    assert [str(w.message)[:36] for w in recwarn] == ["survivors: 6 of 18 gates are neither"] * told
+
+
 class Given(Classification):
     """Classification of a network's inputs as they are."""
 
@@ -302,7 +331,8 @@ def test_a_step_that_is_left_out_loses_no_choice(left_out):
     after = nnx.merge(graphdef, *state.params, state.rest)
     left = shares_left(after, cost)
     assert any(left[name] > share for name, share in budget.items()) == (19 in left_out)
-    after = finish_fade(after)
+    after, early = finish_fade(after)
+    assert (early > 0) == (19 in left_out)
     left = shares_left(after, cost)
     assert all(left[name] <= share for name, share in budget.items())
     values = np.concatenate([z.value() for z in dhp.latents(after).values()])
