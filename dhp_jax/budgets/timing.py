@@ -36,6 +36,9 @@ def time_in_turn(
 
     Returns:
       Seconds of every call, by name; the i-th ones belong to one round.
+
+    Raises:
+      RuntimeError: a call took no time, by the clock of this machine.
     """
     for name, run in passes.items():  # compiles, then warms up
         with doing(program=f"the forward pass of the {name} network{what}"):
@@ -50,6 +53,11 @@ def time_in_turn(
             started = time.perf_counter()
             passes[name]()
             taken[name].append((time.perf_counter() - started) / each)
+            if not taken[name][-1] > 0:
+                raise RuntimeError(
+                    f"a pass of the {name} network{what} took {taken[name][-1]:g} s by the clock of "
+                    "this machine, which cannot be compared; time a larger batch"
+                )
     return taken
 
 

@@ -65,7 +65,7 @@ def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarra
 
 
 def _warn_of_unfinished(model: nnx.Module, threshold: float) -> None:
-    """Warns of gates that a fade to zero has moved, and that survive, beside some that stay at 1."""
+    """Warns of gates that survive below 1, where others stay at 1 as in a fade to zero."""
     gates = np.abs(np.concatenate([z.value() for z in latents(model).values() if z.prunable]))
     stay = np.isclose(gates, 1)
     between = int(np.sum(~stay & (gates >= threshold)))

@@ -49,6 +49,9 @@ def header(runs: Sequence[Run]) -> str:
         lines.append(("latents", run.blueprint.told))
     if method.prunes:
         lines.append(("budget", "; ".join(_budget(one) for one in runs)))
+    if config.budget.batch and config.budget.latency is None:
+        what = f"config.budget.batch={config.budget.batch}"
+        lines.append(("batch", f"{what} times nothing without config.budget.latency"))
     lines.append(("device", hardware()))
     lines.append(("directory", ", ".join(str(one.workdir) for one in runs)))
     lines += [("drops", text) for text in _late_drops(run)]

@@ -44,6 +44,14 @@ def test_functions_that_do_the_same_several_times_are_timed_for_one(clock):
     assert time_in_turn({"a": clock.taking("a", 6.0)}, 2, each=3) == {"a": [2.0, 2.0]}
 
 
+@pytest.mark.parametrize("seconds", [0.0, -1.0])
+def test_a_clock_that_does_not_go_on_is_told(clock, seconds):
+    line = rf"^a pass of the b network, batch 8 took {seconds:g} s by the clock"
+    with pytest.raises(RuntimeError, match=line):
+        passes = {"a": clock.taking("a", 1.0), "b": clock.taking("b", seconds)}
+        time_in_turn(passes, 3, what=", batch 8")
+
+
 @pytest.mark.parametrize(("each", "rounds"), [(0.01, 25), (0.1, 11), (10.0, 3)])
 def test_slow_functions_run_less_often_but_three_times_at_least(clock, each, rounds):
     times = time_in_turn({"a": clock.taking("a", each)}, 25, seconds=1.0)

@@ -38,10 +38,13 @@ def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tm
     )
     config.search.max_steps = config.converge.max_steps = 50
     config.data.validation = 0.1
+    config.budget.batch = 64
+    assert "batch" not in lines
     told = header(targets.prepare(config, tmp_path / "quick"))
     assert all(len(line) <= 80 or str(tmp_path) in line for line in told.splitlines())
     told = unwrapped(told)
     assert "digits: 1,167 examples of 8x8x1 in an epoch; 130 for validation; 500 for test" in told
+    assert "\nbatch      config.budget.batch=64 times nothing without config.budget.latency" in told
     assert told.endswith(
         "a search of at most 50 steps, then training of the pruned network, 50 steps"
     )
