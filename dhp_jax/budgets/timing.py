@@ -54,10 +54,8 @@ def time_in_turn(
             passes[name]()
             taken[name].append((time.perf_counter() - started) / each)
             if not taken[name][-1] > 0:
-                raise RuntimeError(
-                    f"a pass of the {name} network{what} took {taken[name][-1]:g} s by the clock of "
-                    "this machine, which cannot be compared; time a larger batch"
-                )
+                found = f"a pass of the {name} network{what} took {taken[name][-1]:g} s"
+                raise RuntimeError(f"{found} by the clock of this machine; time a larger batch")
     return taken
 
 

@@ -11,6 +11,7 @@ from flax.core import Scope, meta, unfreeze
 import flax.linen as linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
+from jax._src.core import get_axis_env  # which axes are bound; there is no public way
 import jax.numpy as jnp
 
 from dhp_jax.errors import ArgumentError, shown
@@ -40,7 +41,7 @@ class FromLinen(nnx.Module):
       rngs: streams of random keys for training mode, such as `nnx.Rngs(0)` for dropout.
 
     Statistics of `BatchNorm(axis_name=...)` are those of all devices where that axis is bound, as
-    in `nnx.pmap`; elsewhere those of the batch.
+    in `nnx.pmap`; where none is, those of the batch. Where only others are, training is refused.
 
     Raises:
       ValueError: no `params` among the variables; two arrays of one path; a path that begins with
@@ -93,7 +94,11 @@ class FromLinen(nnx.Module):
         Another `method` than `__call__` gets those of the mode that it takes.
         """
         fixed = self.fixed
-        as_stored = functools.partial(_with_stored_shapes, convolve=self.conv_general_dilated)
+        as_stored = functools.partial(
+            _with_stored_shapes,
+            convolve=self.conv_general_dilated,
+            trained=not self.deterministic,
+        )
         if self.deterministic:
             with linen.intercept_methods(as_stored):
                 options = _options(fixed.module, fixed.evaluation, kwargs)
@@ -156,10 +161,12 @@ def _with_stored_shapes(
     kwargs: Any,
     context: linen.module.InterceptorContext,
     convolve: Callable[..., Any] | None = None,
+    trained: bool = False,
 ) -> Any:
     """Calls a method of a module whose parameters have the shapes that are stored.
 
-    With a `convolve` layers leave out axes of devices of which there are none.
+    With a `convolve` layers leave out axes of devices of which there are none. Those that are
+    `trained` raise an `ArgumentError` where there are others.
     """
     module = context.module
     if module.scope is not None:
@@ -168,7 +175,12 @@ def _with_stored_shapes(
             _resize(module, (*args, *kwargs.values()))
             if convolve and getattr(module, "conv_general_dilated", convolve) is None:
                 _set(module, conv_general_dilated=convolve)
-            if convolve and not _is_bound(getattr(module, "axis_name", None)):
+            if convolve and not _is_bound(axis := getattr(module, "axis_name", None)):
+                bound = [repr(name) for name in get_axis_env().axis_names() if name is not None]
+                if trained and bound:
+                    wanted = f"one of the axes that are bound, {', '.join(bound)}, for "
+                    where = module.name or type(module).__name__
+                    raise ArgumentError("axis_name", f"{wanted}{where} in training", repr(axis))
                 _set(module, axis_name=None)
     return method(*args, **kwargs)
 

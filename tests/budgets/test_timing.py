@@ -47,8 +47,8 @@ def test_functions_that_do_the_same_several_times_are_timed_for_one(clock):
 @pytest.mark.parametrize("seconds", [0.0, -1.0])
 def test_a_clock_that_does_not_go_on_is_told(clock, seconds):
     line = rf"^a pass of the b network, batch 8 took {seconds:g} s by the clock"
+    passes = {"a": clock.taking("a", 1.0), "b": clock.taking("b", seconds)}
     with pytest.raises(RuntimeError, match=line):
-        passes = {"a": clock.taking("a", 1.0), "b": clock.taking("b", seconds)}
         time_in_turn(passes, 3, what=", batch 8")
 
 

@@ -307,6 +307,13 @@ def test_statistics_are_those_of_all_devices_where_there_are_some():
         return net(x)
 
     of_all, alone = call(net, x), net(x[0])
+    line = "axis_name: expected one of the axes that are bound, 'bach', for Normalised in training"
+    with pytest.raises(ValueError, match=f"^{line}, got 'batch'"):
+        jax.vmap(lambda x: nnx.clone(net)(x), axis_name="bach")(x)
+    tested = nnx.clone(net)
+    tested.eval()
+    jax.vmap(tested, axis_name="bach")(x)
+    jax.vmap(lambda x: nnx.clone(net)(x))(x)
     whole = dhp.FromLinen(Normalised(), variables, training={"train": True})
     whole.train()
     np.testing.assert_allclose(of_all.reshape(64, 2), whole(x.reshape(64, 6)), atol=1e-4)
