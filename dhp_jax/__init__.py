@@ -13,6 +13,15 @@ fresh weights is a network of `Latent`, `HyperConv` and other layers, or one of 
 trained with `prox_l1`.
 """
 
+import sys
+
+if (
+    sys.argv[:1] == ["-m"]  # of `python -m dhp_jax.export`; the imports take a second or two
+    and any(argument.startswith(f"{__name__}.") for argument in sys.orig_argv)
+    and sys.stderr.isatty()
+):
+    print("loading    dhp_jax", file=sys.stderr, flush=True)
+
 from dhp_jax import models
 from dhp_jax.artifact.reading import load
 from dhp_jax.artifact.writing import save

@@ -130,6 +130,23 @@ def test_a_console_command_says_a_word_before_it_imports_the_library(tmp_path, r
     assert (shown.lines[-1], shown.code) == (last, code)
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [("-m dhp_jax.export", True), ("-m other", False), ("-c 'import dhp_jax'", False)],
+)
+def test_a_module_that_is_run_says_a_word_before_the_library_is_imported(tmp_path, command, says):
+    """On a terminal, here one in which the library cannot be imported."""
+    (tmp_path / "dhp_jax").mkdir()
+    shutil.copy(LIBRARY / "__init__.py", tmp_path / "dhp_jax")
+    (tmp_path / "dhp_jax/models.py").write_text("raise ImportError('reached')")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/__init__.py").write_text("import dhp_jax")
+    terminal = Terminal(tmp_path / "record.txt", tmp_path, {"PATH": os.environ["PATH"]})
+    shown = terminal.type(f"{sys.executable} {command}")
+    assert (shown.lines[0] == "loading    dhp_jax") is says
+    assert (shown.lines[-1], shown.code) == ("ImportError: reached", 1)
+
+
 def test_a_configuration_of_the_paper_is_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_config("resnet56").model.depth == 56
