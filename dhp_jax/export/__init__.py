@@ -21,6 +21,7 @@ from dhp_jax.activity import doing
 from dhp_jax.artifact.writing import may_hold
 from dhp_jax.core.latent import walk
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.export.writers import (
     NEEDS,
     WRITERS,
@@ -92,8 +93,9 @@ def export(
 
     Raises:
       ValueError: an unknown format or one whose packages are missing, a path where something else
-        is, a network with latents, or one that cannot be written in this format. What was at `path`
-        before is left as it was.
+        is, inputs that are no batches of such examples, a network with latents, one that draws
+        random numbers in evaluation mode, or one that cannot be written in this format. What was at
+        `path` before is left as it was.
       ExportError: outputs differ by more than rounding; what was at `path` is left as it was.
 
     Example:
@@ -109,9 +111,12 @@ def export(
     if inputs is None:
         random = np.random.default_rng(0).normal(size=(2, *input_shape))
         inputs = {"random": random.astype(np.float32)}
+    _check_inputs(inputs, input_shape)
     model = nnx.clone(model)
     model.eval()
     outputs_of(model, input_shape)
+    if format != "safetensors":  # which is read as the network that it is
+        _check_draws_nothing(model, input_shape)
     write = WRITERS[format] if build is None else functools.partial(WRITERS[format], build=build)
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +204,32 @@ def _check_build(model: nnx.Module, format: str, build: Build) -> None:
         raise ValueError(f"build: expected none for {format}, which is read without it")
 
 
+def _check_inputs(inputs: Mapping[str, Any], input_shape: tuple[int, ...]) -> None:
+    """Raises a `ValueError` unless all inputs are batches of one example or more."""
+    shapes = {name: np.shape(x) for name, x in inputs.items()}
+    if not shapes or any(len(s) != 1 + len(input_shape) or not s[0] for s in shapes.values()):
+        raise ArgumentError("inputs", f"batches of {input_shape} by name", shown(shapes))
+
+
+def _check_draws_nothing(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
+    """Raises a `ValueError` for a network whose file would draw the same numbers in every call."""
+    drawn: list[str] = []
+
+    def forward(x: Any) -> None:
+        copy = nnx.clone(model)
+        copy(x)
+        for path, count in nnx.to_flat_state(nnx.state(copy, nnx.RngCount)):
+            if isinstance(count.get_value(), jax.core.Tracer):
+                drawn.append(".".join(map(str, path[:-1])))
+
+    jax.eval_shape(forward, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+    if drawn:
+        expected = "a network that draws no random numbers in evaluation mode"
+        raise ArgumentError(
+            "model", f"{expected}, for its file would draw the same", f"draws of {drawn[0]}"
+        )
+
+
 def _shapes(input_shape: tuple[int, ...], multiple: int) -> Iterator[Shape]:
     """Shapes of a batch, the freest first."""
     if len(input_shape) == 3:
@@ -228,8 +259,8 @@ def _compare(
     network = jax.jit(lambda x: nnx.clone(model)(x))  # it may write its variables
     differences, largest = {}, 0.0
     for name, x in inputs.items():
-        expected = [np.asarray(y, np.float32) for y in jax.tree.leaves(network(jnp.asarray(x)))]
-        found = [np.asarray(y, np.float32) for y in jax.tree.leaves(run(jnp.asarray(x)))]
+        expected = [_wide(y) for y in jax.tree.leaves(network(jnp.asarray(x)))]
+        found = [_wide(y) for y in jax.tree.leaves(run(jnp.asarray(x)))]
         shapes = [[y.shape for y in outputs] for outputs in (expected, found)]
         if shapes[0] != shapes[1]:
             raise ExportError(f"expected outputs of shapes {shapes[0]}, got {shapes[1]}")
@@ -243,6 +274,11 @@ def _compare(
                 )
             differences[name], largest = max(differences[name], off), max(largest, peak)
     return differences, largest
+
+
+def _wide(y: Any) -> np.ndarray:
+    """An output as float32, or as complex numbers of that precision."""
+    return np.asarray(y, np.complex64 if np.iscomplexobj(y) else np.float32)
 
 
 def _tolerance(model: nnx.Module) -> float:

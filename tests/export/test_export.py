@@ -1,5 +1,6 @@
 """What is exported computes what the network computes, and is tried before anyone else does."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import conftest
 from flax import nnx
+import jax
 from jax import export as jax_export
 import jax.numpy as jnp
 from networks import MIXED_INPUT, RNGS, Mixed, drawn_masks, filled, images, run
@@ -288,6 +290,55 @@ def test_a_second_output_that_is_wrong_is_seen(tmp_path, monkeypatch, wrong):
     inputs = {"two": np.full((1, 2, 2, 3), 2.0, np.float32)}
     with pytest.raises(exporting.ExportError, match=r"^export: outputs on two, "):
         exporting.export(Small(), tmp_path / "out", (2, 2, 3), format="stablehlo", inputs=inputs)
+
+
+class Noisy(nnx.Module):
+    """Noise in evaluation mode too, or only in training."""
+
+    def __init__(self, always):
+        self.always, self.training, self.rngs = always, True, nnx.Rngs(0)
+
+    def train(self, **attributes):
+        self.training = True
+
+    def eval(self, **attributes):
+        self.training = False
+
+    def __call__(self, x):
+        drawn = self.always or self.training
+        return x + 1j * jax.random.normal(self.rngs.noise(), (3,)) if drawn else x + 1j
+
+
+def test_a_network_that_draws_random_numbers_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(exporting.NEEDS, "stablehlo", ())
+    with pytest.raises(
+        ValueError, match=r"^model: expected a network that draws no .*got draws of rngs"
+    ):
+        exporting.export(Noisy(True), tmp_path / "out", (3,), format="stablehlo")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_imaginary_parts_are_compared_too(tmp_path, monkeypatch, wrong):
+    monkeypatch.setitem(exporting.NEEDS, "stablehlo", ())
+
+    def write(model, path, *arguments, **options):
+        path.write_bytes(b"whole")
+        return lambda x: x - 1j if wrong else x + 1j
+
+    monkeypatch.setitem(exporting.WRITERS, "stablehlo", write)
+    with pytest.raises(exporting.ExportError) if wrong else contextlib.nullcontext():
+        exporting.export(Noisy(False), tmp_path / "out", (3,), format="stablehlo")
+    assert (tmp_path / "out").exists() is not wrong
+
+
+@pytest.mark.parametrize("shape", [None, (0, 2, 2, 3), (2, 2, 3)])
+def test_inputs_that_are_no_batches_are_refused(tmp_path, shape):
+    inputs = {} if shape is None else {"a": np.zeros(shape, np.float32)}
+    with pytest.raises(ValueError, match=r"^inputs: expected batches of \(2, 2, 3\) by name, got"):
+        exporting.export(
+            Small(), tmp_path / "out", (2, 2, 3), format="safetensors", inputs=inputs, build=Small
+        )
 
 
 @pytest.mark.parametrize("there", ["nothing", "file", "link"])
