@@ -66,7 +66,8 @@ def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarra
 
 def _warn_of_unfinished(model: nnx.Module, threshold: float) -> None:
     """Warns of gates that survive below 1, where others stay at 1 as in a fade to zero."""
-    gates = np.abs(np.concatenate([z.value() for z in latents(model).values() if z.prunable]))
+    prunable = [z.value() for z in latents(model).values() if z.prunable]
+    gates = np.abs(np.concatenate([np.ones(0), *prunable]))
     stay = np.isclose(gates, 1)
     between = int(np.sum(~stay & (gates >= threshold)))
     if between and stay.any():
