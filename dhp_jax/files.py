@@ -47,6 +47,11 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.unfinished")
 
 
+def earlier(path: Path) -> Path:
+    """Where a folder is while another one takes its place; a crash in between leaves it there."""
+    return path.parent / f".{path.name}.replaced"  # paths may have no name, as "."
+
+
 def put(part: Path, path: Path) -> None:
     """Renames a finished file or folder to its final path, and removes what was there.
 
@@ -57,7 +62,7 @@ def put(part: Path, path: Path) -> None:
         part.replace(path)
         sync(path.parent)
         return
-    replaced = path.with_name(f".{path.name}.replaced")
+    replaced = earlier(path)
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         path.rename(replaced)

@@ -35,6 +35,7 @@ from dhp_jax.core.provenance import Architecture, architecture_of, set_architect
 from dhp_jax.core.state import path_name
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import FieldError, first_line, shown
+from dhp_jax.files import earlier
 from dhp_jax.models import registry
 from dhp_jax.models.own import is_own
 from dhp_jax.pruned.fold import remove_folded_layers
@@ -209,7 +210,8 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
         try:
             mode = os.lstat(path / name).st_mode
         except (OSError, ValueError):
-            hint = f"; {path / MODEL} is one" if exists(path / MODEL) else ""
+            others = [other for other in (path / MODEL, earlier(path)) if exists(other)]
+            hint = f"; {others[0]} is one" if others else ""
             raise ArtifactError(
                 f"path: expected a folder with {DESCRIPTION} and {ARRAYS}, got {path}{hint}"
             ) from None

@@ -485,3 +485,25 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, notes, message):
     with pytest.raises(ArtifactError, match=f"^path: .*model.json is not JSON: {message}"):
         dhp.save(tmp_path / "out", filled(Mixed), **notes)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_was_being_replaced_when_the_process_ended_is_named(tmp_path, monkeypatch):
+    small, path, rename = cut(filled(Mixed)), tmp_path / "small", Path.rename
+
+    def ended(part, target):
+        if target == path:
+            raise KeyboardInterrupt
+        return rename(part, target)
+
+    dhp.save(path, small)
+    monkeypatch.setattr(Path, "rename", ended)
+    with pytest.raises(KeyboardInterrupt):
+        dhp.save(path, small)
+    with pytest.raises(ArtifactError, match=r"got .*small; .*/\.small\.replaced is one$"):
+        dhp.load(path)
+    before = dhp.load(tmp_path / ".small.replaced", build=Mixed)
+    for name, array in arrays(small).items():
+        np.testing.assert_array_equal(arrays(before)[name], array)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match=r"got \.$"):
+        dhp.load(".")
