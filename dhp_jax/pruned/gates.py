@@ -44,10 +44,11 @@ def with_gates(
     axis. A BatchNorm behind the convolution would undo that factor, and would go on adding its bias
     to a channel whose filters are zero.
 
-    Of a network of traced latents, a latent that no kernel reads gates every array that it is in.
-    So does one of which a kernel is not zero where its array is, as the softplus of one, and one of
-    what is multiplied with other things that depend on the input, as queries and keys. If even that
-    does not close it, as behind `elu(q) + 1`, all of its entries stay: `min_channels` is its size.
+    Of a network of traced latents, gates of kernels do not close all channels: not those that no
+    kernel reads, as of queries and keys, which are multiplied with each other; and not those of a
+    kernel that is not zero where its array is, as a softplus. Such a latent gates every array that
+    it is in. If even that does not close its channels, as behind `elu(q) + 1`, all of its entries
+    stay, with a warning: `min_channels` is its size.
 
     Args:
       model: a network of latents, whose kernels are generated for the last time; or an ordinary one

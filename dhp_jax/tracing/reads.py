@@ -16,7 +16,7 @@ Origins = frozenset[tuple[int, int, bool]]  # array, axis, whether zero where th
 NONE: Origins = frozenset()
 SAME = ("rev", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "fft", "copy")
 PARTS = ("slice", "dynamic_slice", "pad", "split", "tile", "concatenate", "dynamic_update_slice")
-
+FILLED = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "expand_dims", "copy")
 
 _OF_ONE = """
     neg sign abs floor ceil round expm1 log1p sqrt cbrt square integer_pow tanh sin tan asin atan
@@ -24,7 +24,7 @@ _OF_ONE = """
     copy_p name device_put sharding_constraint optimization_barrier layer_output
 """
 OF_ONE = frozenset(_OF_ONE.split())  # elementwise, which make zero of zero
-OF_ALL = ("add", "sub", "max", "min", "add_any", "select_n")  # of zeros alone
+OF_ALL = ("add", "sub", "max", "min", "clamp", "add_any", "select_n")  # of zeros alone
 OF_ANY = ("mul", "div", "and")
 INPUT, CHOSEN, ALONE = range(3)
 
@@ -36,10 +36,12 @@ class _Value(NamedTuple):
       alone: `ALONE` if it follows from arrays of the network alone, `CHOSEN` if the input chooses
         which of their entries it has, as the kernels of an expert; else `INPUT`.
       axes: for each axis the axes of arrays that it comes from.
+      number: what all of its entries are, if that is known.
     """
 
     alone: int
     axes: tuple[Origins, ...]
+    number: Any = None
 
 
 class Reads(NamedTuple):
@@ -99,7 +101,9 @@ def _reads(analysis: Analysis) -> Reads:
 
 def _fixed(atom: Any) -> _Value:
     """What is known of a constant."""
-    return _Value(ALONE, (NONE,) * len(shape_of(atom)))
+    entries = np.ravel(atom.val) if is_literal(atom) else ()
+    number = entries[0].item() if len(entries) and (entries == entries[0]).all() else None
+    return _Value(ALONE, (NONE,) * len(shape_of(atom)), number)
 
 
 def _follow(jaxpr: Jaxpr, inputs: Sequence[_Value], found: Reads) -> list[_Value]:
@@ -141,7 +145,8 @@ def _outputs(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> Sequence[_
         alone = min(given[0].alone, _as_index(given[1:]))
     elif name in SUMMING and alone == CHOSEN:  # of what was looked up, as an embedding
         alone = INPUT
-    return [_Value(alone, _moved(eqn, given, shape_of(v))) for v in eqn.outvars]
+    number = given[0].number if name in FILLED else None
+    return [_Value(alone, _moved(eqn, given, shape_of(v)), number) for v in eqn.outvars]
 
 
 def _as_index(given: Sequence[_Value]) -> int:
@@ -161,12 +166,15 @@ def _loop(body, fixed, carry, slices, found) -> tuple[list[_Value], list[_Value]
 
 def _either(values: Sequence[_Value]) -> _Value:
     """A value that may be any of several of one shape."""
-    axes = zip(*(value.axes for value in values), strict=True)
-    return _Value(min(value.alone for value in values), tuple(NONE.union(*own) for own in axes))
+    axes = tuple(NONE.union(*own) for own in zip(*(value.axes for value in values), strict=True))
+    numbers = {value.number for value in values}
+    number = numbers.pop() if len(numbers) == 1 else None
+    return _Value(min(value.alone for value in values), axes, number)
 
 
 def _sum_over(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> None:
     """Notes the axes of arrays that an operation sums over."""
+    sums = True
     if eqn.primitive.name == "dot_general":
         pair = eqn.params["dimension_numbers"][0]
         levels = [value.alone for value in given]
@@ -175,6 +183,7 @@ def _sum_over(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> None:
     elif eqn.primitive.name == "conv_general_dilated":
         pair = [[spec[1]] for spec in eqn.params["dimension_numbers"][:2]]
         side, has_kernel = 1, True
+        sums = shape_of(eqn.invars[1])[pair[1][0]] > 1  # or each channel is read by itself
     else:
         return
     origins = [
@@ -183,7 +192,7 @@ def _sum_over(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> None:
     if has_kernel:
         found.kernels.update((array, k) for array, k, _ in origins[side])
     closed = list(map(_is_zero, origins))
-    if not (has_kernel and closed[side]):
+    if sums and not (has_kernel and closed[side]):
         left = found.others if any(closed) else found.never
         left.update((array, k) for own in origins for array, k, _ in own)
 
@@ -191,6 +200,12 @@ def _sum_over(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> None:
 def _is_zero(origins: Origins) -> bool:
     """Whether positions are zero where those of all arrays are that they come from."""
     return bool(origins) and all(zero for *_, zero in origins)
+
+
+def _product(*own: Origins) -> Origins:
+    """The origins of positions that are multiplied."""
+    zero = any(map(_is_zero, own))
+    return frozenset((array, axis, zero) for array, axis, _ in NONE.union(*own))
 
 
 def _moved(eqn: JaxprEqn, given: Sequence[_Value], shape: tuple[int, ...]) -> tuple[Origins, ...]:
@@ -224,32 +239,47 @@ def _moved(eqn: JaxprEqn, given: Sequence[_Value], shape: tuple[int, ...]) -> tu
     if name == "dot_general":
         return _contracted(eqn, [value.axes for value in given])
     if name == "conv_general_dilated":
-        (batch, *_), (out, *_), (to_batch, to_feature, *_) = params["dimension_numbers"]
+        (batch, feature, *_), (out, *_), (to_batch, to_feature, *_) = params["dimension_numbers"]
         made = {to_batch: first[batch], to_feature: given[1].axes[out]}
+        groups, channels = params["feature_group_count"], shape_of(eqn.invars[0])[feature]
+        if groups == channels == shape[to_feature]:  # depthwise
+            made[to_feature] = _product(first[feature], given[1].axes[out])
         return tuple(made.get(k, NONE) for k in range(len(shape)))
+    if name.startswith("reduce_window"):
+        windows = params["window_dimensions"]
+        return tuple(own if n == 1 else NONE for own, n in zip(first, windows, strict=True))
     return (NONE,) * len(shape)
 
 
 def _one_by_one(eqn: JaxprEqn, given: Sequence[_Value], k: int, size: int) -> Origins:
     """The origins of an axis that an elementwise operation makes."""
     name, own, alike = eqn.primitive.name, [], []
-    for value, atom in list(zip(given, eqn.invars, strict=True))[name == "select_n" :]:
+    for n, (value, atom) in enumerate(zip(given, eqn.invars, strict=True)):
+        if name == "select_n" and n == 0:
+            continue
         sizes = shape_of(atom)
         same = len(sizes) > k and sizes[k] == size
         own.append(value.axes[k] if same else NONE)
-        if not (is_literal(atom) and np.all(atom.val == 0)):
+        if not _leaves_zero(("max", name, "min")[n] if name == "clamp" else name, value.number):
             alike.append(_is_zero(own[-1]))
     origins = NONE.union(*own)
-    if name in OF_ONE:
+    if name in OF_ONE and eqn.params.get("y", 1) > 0:  # the exponent of an integer_pow
         return origins
     zero = all(alike) if name in OF_ALL else name in OF_ANY and any(alike[: 1 + (name != "div")])
     return frozenset((array, axis, zero) for array, axis, _ in origins)
 
 
+def _leaves_zero(name: str, number: Any) -> bool:
+    """Whether an operation with a number makes zero of a zero beside it."""
+    if number is None or number == 0:
+        return number is not None
+    return (name == "max" and number < 0) or (name == "min" and number > 0)
+
+
 def _contracted(eqn: JaxprEqn, given: Sequence[tuple[Origins, ...]]) -> tuple[Origins, ...]:
     """The origins of what a contraction makes."""
     summed, batch = eqn.params["dimension_numbers"]
-    made = [given[0][i] | given[1][j] for i, j in zip(*batch, strict=True)]
+    made = [_product(given[0][i], given[1][j]) for i, j in zip(*batch, strict=True)]
     for axes, *gone in zip(given, summed, batch, strict=True):
         made += [own for k, own in enumerate(axes) if k not in (*gone[0], *gone[1])]
     return tuple(made)

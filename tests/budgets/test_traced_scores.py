@@ -1,6 +1,7 @@
 """Scores and gates of a traced network are those of its twin with declared latents."""
 
 import functools
+from types import SimpleNamespace
 
 from flax import nnx
 import jax
@@ -15,7 +16,8 @@ from dhp_jax.budgets import selection
 from dhp_jax.budgets.limits import with_limits
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune as cut
-from dhp_jax.tracing.reads import read_axes
+from dhp_jax.tracing.programs import EVALUATION, default_call, trace_program
+from dhp_jax.tracing.reads import open_axes, read_axes
 
 SHAPE = (16, 16, 3)
 RNG = np.random.default_rng(0)
@@ -146,6 +148,39 @@ def test_which_axes_kernels_read_is_seen_in_the_program():
     kernel = np.abs(np.asarray(model.value[...], np.float64)).sum(1)
     by_size = {len(score): score for score in scores.values()}
     np.testing.assert_allclose(by_size[7], kernel / kernel.mean(), rtol=1e-6)
+
+
+def blurred(x):
+    kernel = np.ones((3, 3, 1, x.shape[-1]), np.float32)
+    numbers, groups = ("NHWC", "HWIO", "NHWC"), x.shape[-1]
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "kernel", "others", "never"),
+    [
+        (nnx.sigmoid, lambda b: jnp.clip(b, -1, 1), "", ""),
+        (nnx.sigmoid, lambda b: jnp.where(b > 0.1, b, 0), "", ""),
+        (nnx.sigmoid, lambda b: jnp.clip(b, 0.1, 1), "", "ab"),
+        (nnx.sigmoid, lambda b: b**-1, "", "ab"),
+        (lambda x: blurred(nnx.sigmoid(x)), lambda b: b, "", ""),
+        (lambda x: blurred(nnx.sigmoid(x)), nnx.softplus, "", "ab"),
+        (lambda x: blurred(nnx.relu6(x)), nnx.softplus, "ab", ""),
+        (lambda x: nnx.max_pool(nnx.relu(x), (2, 2)), lambda b: b - b.mean(0), "ab", ""),
+    ],
+)
+def test_which_axes_zeros_close_is_seen_in_the_program(made, kernel, others, never):
+    def forward(p, x):
+        return made(x @ p["a"]) @ kernel(p["b"])
+
+    model = dhp.FromFunction(forward, {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 2))})
+    program = trace_program(model, default_call, (jnp.ones((1, 4, 4, 3)),))
+    analysis = SimpleNamespace(programs={EVALUATION: program}, names=program.names)
+    found = [{(a, k) for a, axes in one.items() for k in axes} for one in open_axes(analysis)]
+    axes = {"a": ("a", 1), "b": ("b", 0)}
+    assert found == [{axes[a] for a in told} for told in (others, never)]
 
 
 def test_gates_of_what_no_kernel_reads_close_all_that_it_is_in():
