@@ -11,7 +11,14 @@ import numpy as np
 
 from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.chosen import Chosen, describe_choice
-from dhp_jax.budgets.counted import BudgetError, Scores, check_budget, check_share, survivors_within
+from dhp_jax.budgets.counted import (
+    BudgetError,
+    Scores,
+    check_budget,
+    check_share,
+    smallest_ratio,
+    survivors_within,
+)
 from dhp_jax.budgets.importance import group_scores
 from dhp_jax.budgets.latency import Clock, LatencySearch, check_batch, clock, timed_shape
 from dhp_jax.budgets.limits import Limits, check_limits, with_limits
@@ -72,18 +79,33 @@ def _select_within(
 
 
 def _within_recounted(
-    select: Selection, model: nnx.Module, cost: Cost, multiple_of: Multiples, **budget: float
+    select: Selection,
+    asked: Mapping[str, float],
+    model: nnx.Module,
+    cost: Cost,
+    multiple_of: Multiples,
+    **budget: float,
 ) -> dict[str, np.ndarray]:
-    """Survivors of which the network is within the budget when it is counted anew."""
-    wanted = dict(budget)
+    """Survivors of which the network is within what was asked for when it is counted anew.
+
+    `budget` may be smaller, as of a candidate that is timed.
+    """
+    least = smallest_ratio(model, cost, multiple_of)
     while True:
-        masks = select(model, cost, multiple_of, **wanted)
+        masks = select(model, cost, multiple_of, **budget)
         counted, predicted = cost.recount(masks), describe_choice(cost, masks).shares
-        used = {name: getattr(counted, name) / getattr(cost, name) for name in budget}
-        over = {name: share / used[name] for name, share in budget.items() if used[name] > share}
+        used = {name: getattr(counted, name) / (getattr(cost, name) or 1) for name in asked}
+        over = {name: share / used[name] for name, share in asked.items() if used[name] > share}
         if not over:
             return masks
-        wanted |= {name: predicted[name] * part for name, part in over.items()}
+        fewer = {name: max(least[name], predicted[name] * part) for name, part in over.items()}
+        if all(share >= predicted[name] for name, share in fewer.items()):
+            name = next(iter(over))
+            least_used = f"at least {used[name]:.4f}"
+            why = f"the smallest network uses {used[name]:.4f}, counted as its program is run"
+            told = f"{asked[name]!r} cannot be reached: {why}"
+            raise BudgetError(name, least_used, asked[name], told)
+        budget |= fewer
 
 
 def choose(
@@ -116,7 +138,7 @@ def choose(
         budget = {"flops": 1.0, **budget}
     select = selection(by, budget)
     if cost.recount is not None:
-        select = functools.partial(_within_recounted, select)
+        select = functools.partial(_within_recounted, select, dict(budget))
     if latency is None:
         return describe_choice(cost, select(model, cost, multiple_of, **budget))
     check_budget(model, cost, multiple_of, **budget)

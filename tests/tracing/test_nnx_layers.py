@@ -12,6 +12,7 @@ from restricted import difference, randomised, restricted
 
 import dhp_jax as dhp
 from dhp_jax.tracing import discover, resize
+from dhp_jax.tracing.marks import depends_on_widths
 
 R = nnx.Rngs(0)
 IMAGE, SEQUENCE, VECTOR = (2, 6, 6, 3), (2, 4, 3), (4, 3)
@@ -241,6 +242,25 @@ def test_a_budget_holds_where_fewer_channels_make_the_order_of_an_einsum_costlie
     small = dhp.prune_to(net, flops=2192 / cost.flops, by=by, keep={"b": 1.0, "mix": 1.0})
     assert dhp.measure_cost(small, x).flops <= 2192
     assert small.a.shape == (3, 5)
+    asked, used = 2192 / cost.flops, 2320 / cost.flops
+    line = rf"^flops: {asked!r} cannot be reached: the smallest network uses {used:.4f}, counted as"
+    with pytest.raises(ValueError, match=line):
+        dhp.prune_to(net, flops=asked, by=by, keep={"a": 6 / 16, "b": 1.0, "mix": 1.0})
+
+
+MATRIX = np.ones((3, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "depends"),
+    [
+        (lambda x: jnp.einsum("bi,ij,jk->bk", x, MATRIX, MATRIX), True),
+        (jax.vmap(lambda row: jnp.einsum("i,ij,jk", row, MATRIX, MATRIX)), True),
+        (lambda x: jnp.einsum("bi,ij->bj", x, MATRIX) @ MATRIX, False),
+    ],
+)
+def test_where_the_order_of_contractions_depends_on_sizes_is_seen(call, depends):
+    assert depends_on_widths(jax.make_jaxpr(call)(jnp.ones((4, 3))).jaxpr) is depends
 
 
 def test_a_jitted_einsum_is_counted_in_the_order_of_its_sizes_after_it_was_traced():
