@@ -67,10 +67,10 @@ def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarra
 def _warn_of_unfinished(model: nnx.Module, threshold: float) -> None:
     """Warns of gates that survive below 1, where others stay at 1 as in a fade to zero."""
     prunable = [z.value() for z in latents(model).values() if z.prunable]
-    gates = np.abs(np.concatenate([np.ones(0), *prunable]))
-    stay = np.isclose(gates, 1)
+    gates = np.concatenate([np.ones(0), *prunable])
+    stay, fades = np.isclose(gates, 1), (gates >= 0) & (gates < 1)
     between = int(np.sum(~stay & (gates >= threshold)))
-    if between and stay.any():
+    if between and stay.any() and (stay | fades).all():  # no gates that are trained as weights are
         warnings.warn(
             f"survivors: {between} of {gates.size} gates are neither 1 nor below the threshold: a "
             "search that has not ended, or means of parameters; what survives may exceed a budget",

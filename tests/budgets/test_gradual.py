@@ -289,7 +289,10 @@ def test_it_may_be_made_where_the_learning_rate_is_traced():
     assert set(state.inner_state.keep) == set(prunable(model))
 
 
-@pytest.mark.parametrize(("other", "told"), [(0.3, True), (1e-4, False), (0, False), (1, False)])
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [(0.3, True), (1e-4, False), (0, False), (1, False), (np.array([0.3, 1.2]), False)],
+)
 def test_survivors_of_a_search_that_has_not_ended_are_told(other, told, recwarn):
     model, _ = gated()
     for z in prunable(model).values():
