@@ -21,6 +21,7 @@ from dhp_jax.activity import doing
 from dhp_jax.artifact.writing import may_hold
 from dhp_jax.core.latent import walk
 from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.state import path_name
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.export.writers import (
     NEEDS,
@@ -35,6 +36,7 @@ from dhp_jax.export.writers import (
 from dhp_jax.models import registry
 from dhp_jax.pruned.fold import Identity, fold_for_batch
 from dhp_jax.tracing.inputs import check_input_shape, outputs_of
+from dhp_jax.tracing.programs import needed_inputs
 
 
 @dataclass(frozen=True)
@@ -213,16 +215,16 @@ def _check_inputs(inputs: Mapping[str, Any], input_shape: tuple[int, ...]) -> No
 
 def _check_draws_nothing(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
     """Raises a `ValueError` for a network whose file would draw the same numbers in every call."""
-    drawn: list[str] = []
+    graphdef, random, rest = nnx.split(model, nnx.RngState, ...)
+    example = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
 
-    def forward(x: Any) -> None:
-        copy = nnx.clone(model)
-        copy(x)
-        for path, count in nnx.to_flat_state(nnx.state(copy, nnx.RngCount)):
-            if isinstance(count.get_value(), jax.core.Tracer):
-                drawn.append(".".join(map(str, path[:-1])))
+    def forward(random: nnx.State, x: Any) -> Any:
+        return nnx.merge(graphdef, random, rest, copy=True)(x)
 
-    jax.eval_shape(forward, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+    # A key may be drawn that nothing follows from, as for the zeros that an nnx.RNN begins with.
+    needed = needed_inputs(jax.make_jaxpr(forward)(random, example).jaxpr)
+    places = [path_name(path[:-1]) for path, _ in nnx.to_flat_state(random)]
+    drawn = [place for place, is_needed in zip(places, needed, strict=False) if is_needed]
     if drawn:
         expected = "a network that draws no random numbers in evaluation mode"
         raise ArgumentError(

@@ -104,6 +104,11 @@ def used_alone(program: Program) -> Program:
     return program._replace(closed=program.closed.replace(jaxpr=alive))
 
 
+def needed_inputs(jaxpr: Jaxpr) -> list[bool]:
+    """Whether what a program returns follows from each of its inputs."""
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
+
+
 @contextlib.contextmanager
 def _short_errors() -> Iterator[None]:
     """Keeps JAX from looking for the origin of traced arrays, for errors that nobody sees.

@@ -318,6 +318,28 @@ def test_a_network_that_draws_random_numbers_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+class Recurrent(nnx.Module):
+    """Draws a key for a first state that is zero."""
+
+    def __init__(self):
+        self.rnn = nnx.RNN(nnx.SimpleCell(3, 2, rngs=nnx.Rngs(0)))
+
+    def __call__(self, x):
+        return self.rnn(x)
+
+
+def test_a_key_from_which_no_output_follows_is_no_draw(tmp_path, monkeypatch):
+    monkeypatch.setitem(exporting.NEEDS, "stablehlo", ())
+
+    def write(model, path, *arguments, **options):
+        path.write_bytes(b"whole")
+        return model
+
+    monkeypatch.setitem(exporting.WRITERS, "stablehlo", write)
+    exporting.export(Recurrent(), tmp_path / "out", (4, 3), format="stablehlo")
+    assert (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_imaginary_parts_are_compared_too(tmp_path, monkeypatch, wrong):
     monkeypatch.setitem(exporting.NEEDS, "stablehlo", ())
