@@ -214,13 +214,21 @@ def depends_on_widths(jaxpr: Jaxpr) -> bool:
     for _, program in all_programs(jaxpr):
         for eqn in program.eqns:
             name = eqn.primitive.name
-            if name in SUMMING and _EINSUM.search(str(eqn.source_info.name_stack)):
+            if name in SUMMING and _is_of_several(eqn):
                 return True
             if name == "cond":
                 branches = [list(costly_operations(b.jaxpr)) for b in eqn.params["branches"]]
                 if sum(map(_flops, branches)) > max(map(_flops, branches)):
                     return True
     return False
+
+
+def _is_of_several(eqn: JaxprEqn) -> bool:
+    """Whether an einsum of several arrays made a contraction, or may have: with no scope of it."""
+    scope, traceback = str(eqn.source_info.name_stack), eqn.source_info.traceback
+    if "," in scope or eqn.primitive.name != "dot_general" or traceback is None:
+        return _EINSUM.search(scope) is not None
+    return any(frame.function_name == "einsum" for frame in traceback.frames)  # as of multi_dot
 
 
 def _of_inputs(jaxpr: Jaxpr, owners: Sequence[str | None]) -> dict[Any, str]:

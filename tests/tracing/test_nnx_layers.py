@@ -256,7 +256,9 @@ MATRIX = np.ones((3, 3), np.float32)
     [
         (lambda x: jnp.einsum("bi,ij,jk->bk", x, MATRIX, MATRIX), True),
         (jax.vmap(lambda row: jnp.einsum("i,ij,jk", row, MATRIX, MATRIX)), True),
+        (lambda x: jnp.linalg.multi_dot([x, MATRIX, MATRIX]), True),
         (lambda x: jnp.einsum("bi,ij->bj", x, MATRIX) @ MATRIX, False),
+        (lambda x: jnp.dot(x, MATRIX) @ MATRIX, False),
     ],
 )
 def test_where_the_order_of_contractions_depends_on_sizes_is_seen(call, depends):
