@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import functools
 from typing import Any, NamedTuple
 
+from cifar10_arrays import SHAPE
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,11 @@ import optax
 import dhp_jax as dhp
 from dhp_jax.core.latent import walk
 from dhp_jax.core.layers import Hyper
+from dhp_jax.core.state import path_name
 from dhp_jax.prox import soft_threshold
 from dhp_jax.pruned.fresh_weights import carry_kernels, reinitialize
 from dhp_jax.tasks.classification import distillation_loss
 
-SHAPE = (32, 32, 3)
 BORDER = 4  # pixels of padding, out of which crops are cut
 MEAN, DEVIATION = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
@@ -98,7 +99,7 @@ class Network:
                 made = self.names[layer.z_out] if isinstance(layer, Hyper) else None
                 self.reads[f"{path}.kernel"] = self.names[layer.z_in], made
         self.graphdef, state = nnx.split(dhp.prune(self.latents))
-        self.variables = {".".join(map(str, p)): (p, v) for p, v in nnx.to_flat_state(state)}
+        self.variables = {path_name(p): (p, v) for p, v in nnx.to_flat_state(state)}
 
     def fresh(self, seed: int) -> dict[str, np.ndarray]:
         """Weights and statistics before any training, on the host."""
@@ -113,7 +114,7 @@ class Network:
         """Weights and statistics of an ordinary network."""
         weights, statistics = {}, {}
         for path, variable in nnx.to_flat_state(nnx.state(plain)):
-            name = ".".join(map(str, path))
+            name = path_name(path)
             (weights if self.is_weight(name) else statistics)[name] = variable[...]
         return weights, statistics
 
@@ -168,7 +169,7 @@ class Left(Network):
         masks |= {name: np.asarray(kept, bool) for name, kept in mask.items()}
         self.reads, self.prunable = {}, []
         self.graphdef, state = nnx.split(dhp.prune(of_latents(whole, arrays), masks))
-        self.variables = {".".join(map(str, p)): (p, v) for p, v in nnx.to_flat_state(state)}
+        self.variables = {path_name(p): (p, v) for p, v in nnx.to_flat_state(state)}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Its weights and statistics, on the host."""
