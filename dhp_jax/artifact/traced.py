@@ -126,7 +126,7 @@ def table_as_json(table: LatentTable, least: Mapping[str, int]) -> dict[str, Any
         "positions": listed.lists,
         "numbers": numbers,
         "generated": list(table.notes["generated"]),
-        "settings": {name: min(n, MOST) for name, n in table.notes["settings"].items()},
+        "embedding": table.notes["embedding"],
         "inputs": inputs if table.call is default_call else {"own_call": inputs},
     }
 
@@ -134,10 +134,12 @@ def table_as_json(table: LatentTable, least: Mapping[str, int]) -> dict[str, Any
 def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, dict[str, int]]:
     """A table of latents from model.json, and how many entries of each survive at least."""
     where = f"{where}: latents"
-    keys = {"sizes", "least", "places", "positions", "numbers", "generated", "settings", "inputs"}
+    keys = {"sizes", "least", "places", "positions", "numbers", "generated", "embedding", "inputs"}
     _check_keys(value, keys, where)
-    sizes, least, settings = value["sizes"], value["least"], value["settings"]
-    _check_sizes(sizes, least, settings, where)
+    sizes, least, embedding = value["sizes"], value["least"], value["embedding"]
+    _check_sizes(sizes, least, where)
+    if embedding is not None and not (type(embedding) is int and 0 < embedding <= MAX_NUMBER):
+        raise ArtifactError(f"path: {where}: embedding: got {shown(embedding)}")
     lists = _positions(value["positions"], list(sizes.values()), where)
     places = {
         name: {k: Positions(*lists[number].T) for k, number in axes.items()}
@@ -149,7 +151,7 @@ def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, 
     inputs, call = value["inputs"], default_call
     if inputs is None or isinstance(inputs, dict):  # of a function that no file holds
         inputs, call = (inputs or {}).get("own_call"), None
-    notes = {"generated": generated, "settings": settings}
+    notes = {"generated": generated, "embedding": embedding}
     table = LatentTable(
         sizes,
         places,
@@ -161,16 +163,16 @@ def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, 
     return table, least
 
 
-def _check_sizes(sizes: Any, least: Any, settings: Any, where: str) -> None:
+def _check_sizes(sizes: Any, least: Any, where: str) -> None:
     """Raises unless these are numbers by name, and names and sizes fit each other."""
-    for numbers in (sizes, least, settings):
+    for numbers in (sizes, least):
         if not isinstance(numbers, dict) or len(numbers) > MAX_ARRAYS:
             raise ArtifactError(f"path: {where}: got {shown(numbers)}")
         for number in numbers.values():
             if type(number) is not int or not 0 <= number <= MOST:
                 raise ArtifactError(f"path: {where}: expected a size, got {shown(number)}")
-    if sizes.keys() != least.keys() or settings.keys() != {"embedding", "gates_above"}:
-        raise ArtifactError(f"path: {where}: sizes, least or settings lack something")
+    if sizes.keys() != least.keys():
+        raise ArtifactError(f"path: {where}: sizes or least lack something")
     if not all(0 < size <= MAX_NUMBER for size in sizes.values()):
         raise ArtifactError(f"path: {where}: sizes: got {shown(sizes)}")
 

@@ -23,7 +23,7 @@ from dhp_jax.pruned.fresh_weights import carry_kernels, reinitialize, take_array
 from dhp_jax.pruned.gates import with_gates
 from dhp_jax.tracing.explain import memory
 from dhp_jax.tracing.inputs import outputs_of
-from dhp_jax.tracing.network import EMBEDDING, GATES_ABOVE, install, traced
+from dhp_jax.tracing.network import install, traced
 from dhp_jax.tracing.table import LatentTable
 
 # Arguments of families that do not change what an ordinary network computes, after its training.
@@ -32,7 +32,7 @@ MAY_DIFFER = {
     *("dropout", "initial_scale", "dtype"),
 }
 BUILDING = "building the network"
-LATENTS = {"embedding": EMBEDDING, "gates_above": GATES_ABOVE}  # of axes found by tracing
+LATENTS = {"embedding": None}  # of axes found by tracing
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Keep, Model, Prunable, select_entries, slice_axis
 from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
-from dhp_jax.errors import ArgumentError
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models import registry
 from dhp_jax.pruned.fresh_weights import take_arrays
 from dhp_jax.tracing.declared import kept_of_layer
 from dhp_jax.tracing.layer_sizes import resize
-from dhp_jax.tracing.network import EMBEDDING, GATES_ABOVE, traced
+from dhp_jax.tracing.network import traced
 
 
 def with_latents(
@@ -26,8 +26,7 @@ def with_latents(
     inputs: Any = None,
     *,
     call: Callable[..., Any] | None = None,
-    embedding: int = EMBEDDING,
-    gates_above: int = GATES_ABOVE,
+    embedding: int | None = None,
     min_channels: int = 4,
     rngs: nnx.Rngs | None = None,
     build: Callable[..., nnx.Module] | None = None,
@@ -37,7 +36,9 @@ def with_latents(
     With `inputs` it may be any network of `flax.nnx`, with its trained weights. It is traced to
     find which channels can go (`dhp.explain` tells); the arrays that these are axes of are
     generated from latents, and all else stays: the network is called, trained, saved, jitted as it
-    was. Latents begin at 1, and it computes what `model` computes, to the bit in float32.
+    was. Latents begin at 1, and it computes what `model` computes, to the bit in float32. By
+    default each number of an array is multiplied by the latents of its axes, and the arrays of
+    `model` are shared, so copy it before donating buffers, if you still need it.
 
     Without `inputs` it is a network that `prune` or a run of this library has made of latents. It
     computes what `model` computes: the hypernetworks are fresh, but their last biases make up for
@@ -49,9 +50,8 @@ def with_latents(
       inputs: the shape of one example, such as `(height, width, channels)`; an array or abstract
         array with its batch axis; or a tuple or list of arguments or a dict, of these.
       call: a function of the model and the inputs, where that is not `model(*inputs)`.
-      embedding: size `m` of the embedding of each pair of channels in hypernetworks.
-      gates_above: arrays of more numbers have latents as gates only: one number of each weight,
-        that the latents of its axes multiply.
+      embedding: with `inputs`, size `m` of the embedding of each pair of channels, for arrays that
+        a hypernetwork generates; `None` for no hypernetworks.
       min_channels: how many entries of each latent survive at least.
       rngs: the `params` stream draws what hypernetworks, and without `inputs` latents, begin with.
       build: without `inputs`, for a network of your own class: makes the unpruned network, as for
@@ -81,10 +81,11 @@ def with_latents(
             inputs,
             call=call,
             embedding=embedding,
-            gates_above=gates_above,
             min_channels=min_channels,
             rngs=rngs,
         )
+    if embedding is not None:
+        raise ArgumentError("embedding", "None without inputs", shown(embedding))
     made = architecture_of(model)
     if isinstance(model, nnx.Module) and made == Architecture() and not latents(model):
         raise ValueError(

@@ -105,10 +105,11 @@ class Analysis:
         ]
 
     def cut(self, gone: frozenset[int], *, abstract: bool = False) -> nnx.Module:
-        """The network without some atoms, which is not proved yet."""
+        """The network without some atoms, in evaluation mode, which is not proved yet."""
         program, kept = self.programs[EVALUATION], self.kept(gone)
         model = cut_model(program.graphdef, program.state, kept, abstract=abstract)
-        modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
+        own = nnx.iter_modules(model) if self.sizes else ()
+        modules = {tuple(path): module for path, module in own}
         for rule in self.sizes:
             if rule.axis is None:
                 kept_atoms = sum(self.flow.terms.root(atom) not in gone for atom in rule.atoms)
@@ -147,11 +148,14 @@ class Analysis:
         Raises:
           Mismatch: it is not.
         """
+        mode = EVALUATION if pruned is None else None  # setting it goes through all modules
         pruned = self.cut(gone, abstract=True) if pruned is None else nnx.clone(pruned)
         notes: frozenset[int] = frozenset()
         for context in self.programs if contexts is None else contexts:
             program = self.programs[context]
-            _set_mode(pruned, context)
+            if context != mode:
+                _set_mode(pruned, context)
+            mode = context
             try:
                 small = trace_program(pruned, self.call, self.inputs)
             except Exception as error:  # whatever the code raises for such widths

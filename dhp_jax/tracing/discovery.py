@@ -91,6 +91,7 @@ class _Settling:
     def __init__(self, found: Discovery, rng: np.random.Generator):
         self.found, self.analysis = found, found.analysis
         self.trials = Trials(found.analysis, rng)
+        self.modules = list(nnx.iter_modules(found.analysis.model))
 
     def settle(self) -> None:
         """Freezes families that cannot be proved; the others pass together, in several ways."""
@@ -166,7 +167,7 @@ class _Settling:
     def _with_sizes(self, alike: list[Family]) -> bool:
         """Whether there are numbers in modules with which families pass; they are kept."""
         before = list(self.analysis.sizes)
-        guesses = [_guesses(self.analysis, family) for family in alike]
+        guesses = [_guesses(self.analysis, self.modules, family) for family in alike]
         for guess in zip(*guesses, strict=False):  # the same of each family
             rules = [tuple(same) for same in zip(*guess, strict=False)]
             self.analysis.sizes = _sizes(before, rules)
@@ -222,17 +223,20 @@ def _meets(family: Family, group: Sequence[Family]) -> bool:
     return any(family.places.keys() & other.places.keys() for other in group)
 
 
-def _guesses(analysis: Analysis, family: Family) -> list[list[SizeRule]]:
+def _guesses(
+    analysis: Analysis, modules: Iterable[tuple[tuple, nnx.Module]], family: Family
+) -> list[list[SizeRule]]:
     """Numbers in modules around a family's arrays that may be its size: sets to try.
 
-    The modules are those of the user's that hold the arrays, and those in them that hold none.
+    Of all modules with their paths, they are in those of the user's that hold the arrays, and those
+    in them that hold none.
     """
     parts = [tuple(name.split(".")) for name in analysis.names]
     holding = {path[:depth] for path in parts for depth in range(len(path))}
     entries: dict[tuple, SizeRule] = {}
     widths: dict[tuple, SizeRule] = {}
     multiples: dict[tuple, SizeRule] = {}
-    for path, module in nnx.iter_modules(analysis.model):
+    for path, module in modules:
         at = holder = tuple(map(str, path))
         while holder not in holding:
             holder = holder[:-1]

@@ -98,16 +98,16 @@ def _sentences(net: nnx.Module, table: Any) -> list[str]:
 
 
 def memory(net: nnx.Module) -> str:
-    """What the generated arrays of a network take, and would take with latents as gates only."""
+    """What the generated arrays of a network take, and would take without hypernetworks."""
     arrays = _generated(net)
-    gates = sum(node.pair is None for node in arrays)
     trained, there = sum(node.numbers() for node in arrays), sum(node.size for node in arrays)
     now = sum(node.numbers() * node.dtype.itemsize for node in arrays) / 1e6
     least = sum(node.size * node.dtype.itemsize for node in arrays) / 1e6
+    if all(node.pair is None for node in arrays):
+        return f"{len(arrays)} arrays, of {there:,} numbers ({now:.3g} MB), are times latents."
     return (
         f"{len(arrays)} arrays are generated from {trained:,} numbers ({now:.3g} MB), in place of "
-        f"{there:,}. Latents are gates of {gates} of them; with gates_above=0 of all, which takes "
-        f"{least:.3g} MB."
+        f"{there:,} ({least:.3g} MB), which embedding=None takes."
     )
 
 

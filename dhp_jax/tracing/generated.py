@@ -89,7 +89,9 @@ class GeneratedArray(KernelGenerator):
         return tuple(self.ends)
 
     def plain(self) -> nnx.Variable:
-        """The parameter, with the generated array."""
+        """The parameter, with the generated array; latents that are all 1 cost no other one."""
+        if self.pair is None and all(map(_is_one, self.on_latents.values())):
+            return self.kind(self.weight[...], **self.metadata.items)
         return self.kind(self.get_value(), **self.metadata.items)
 
     def hold(self, value: Array) -> None:
@@ -179,6 +181,14 @@ def arrays_replaced(values: Mapping[str, Any]):
         yield
     finally:
         _REPLACED.reset(token)
+
+
+def _is_one(axis: PlacedAxis) -> bool:
+    """Whether all latents of an axis are known to be 1."""
+    values = [z.vector[...] for z in axis.latents]
+    if any(isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct) for value in values):
+        return False
+    return all((np.asarray(value) == 1).all() for value in values)
 
 
 def _staying(size: int) -> PlacedAxis:

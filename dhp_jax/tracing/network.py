@@ -31,9 +31,7 @@ from dhp_jax.tracing.table import LatentTable, table_of
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING = 1
 MOST_TRIED = 8  # arrays that are tried one by one
-GATES_ABOVE = 2**24  # numbers of an array that is generated in the cheap form
 
 
 def traced(
@@ -41,15 +39,14 @@ def traced(
     inputs: Any,
     *,
     call: Call | None = None,
-    embedding: int = EMBEDDING,
-    gates_above: int = GATES_ABOVE,
+    embedding: int | None = None,
     min_channels: int = 4,
     rngs: nnx.Rngs | None = None,
 ) -> nnx.Module:
     """A network with its arrays on latents, found by tracing it; see `dhp.with_latents`."""
-    for name, value, least in (("embedding", embedding, 1), ("gates_above", gates_above, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(name, f"an integer of at least {least}", shown(value))
+    whole = isinstance(embedding, int) and not isinstance(embedding, bool)
+    if embedding is not None and not (whole and embedding > 0):
+        raise ArgumentError("embedding", "a positive integer or None", shown(embedding))
     call = call or default_call
     rngs = rngs or nnx.Rngs(0)
     found = discover(model, inputs, call)
@@ -62,7 +59,7 @@ def traced(
     wanted = [name for name in table.places if _may_be_generated(variables[name])]
     generated = _that_fit(model, table, analysis, wanted)
     table.notes["generated"] = generated
-    table.notes["settings"] = {"embedding": embedding, "gates_above": gates_above}
+    table.notes["embedding"] = embedding
     return install(nnx.clone(model), table, generated, min_channels=min_channels, rngs=rngs)
 
 
@@ -83,7 +80,7 @@ def install(
       min_channels: of the latents, for all or by name.
       rngs: the `params` stream draws what hypernetworks begin with.
     """
-    settings = table.notes.get("settings", {"embedding": EMBEDDING, "gates_above": GATES_ABOVE})
+    embedding = None if "gates" in table.notes else table.notes.get("embedding")
     latents = []
     for name, size in table.sizes.items():
         least = min_channels[name] if isinstance(min_channels, Mapping) else min_channels
@@ -96,9 +93,8 @@ def install(
         variable = variables[name]
         only = table.notes["gates"][name] if "gates" in table.notes else table.places[name]
         axes = {k: PlacedAxis(latents, table.places[name][k]) for k in only}
-        cheap = "gates" in table.notes or variable.get_value().size > settings["gates_above"]
         stand_ins[id(variable)] = GeneratedArray(
-            name, variable, axes, embedding=None if cheap else settings["embedding"], rngs=rngs
+            name, variable, axes, embedding=embedding, rngs=rngs
         )
     replace_nodes(net, stand_ins)
     setattr(net, TRACED, nnx.Dict(dict(zip(table.sizes, latents, strict=True))))

@@ -132,7 +132,7 @@ def test_declared_gates_are_neither_made_twice_nor_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [{}, {"gates_above": 0}])
+@pytest.mark.parametrize("options", [{}, {"embedding": 1}])
 def test_what_is_ungated_of_a_traced_network_computes_the_same(options, tmp_path):
     plain = dhp.prune(filled(Mixed))
     plain.eval()

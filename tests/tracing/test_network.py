@@ -56,7 +56,7 @@ def compiled(model, x):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, pytest.param({"embedding": 8}, marks=pytest.mark.slow), {"gates_above": 0}]
+    "options", [{}, pytest.param({"embedding": 8}, marks=pytest.mark.slow), {"embedding": 1}]
 )
 def test_before_training_it_computes_what_the_network_does_to_the_bit(options):
     model = plain()
@@ -69,6 +69,16 @@ def test_before_training_it_computes_what_the_network_does_to_the_bit(options):
         "first": 8,
         "hidden": 16,
     }
+
+
+def test_latents_and_scores_take_no_other_array_of_the_size_of_a_kernel():
+    def buffers(network):
+        leaves = jax.tree.leaves(nnx.state(network, nnx.Param))
+        return {x.unsafe_buffer_pointer() for x in leaves if x.ndim > 1}
+
+    model = plain()
+    net = dhp.with_latents(model, SHAPE)
+    assert buffers(net) == buffers(model) == buffers(dhp.prune(net))
 
 
 def test_without_a_latent_there_is_nothing_left_of_what_it_rules():
@@ -101,7 +111,7 @@ def test_a_network_of_random_keys_comes_back_from_a_file_and_is_pruned(tmp_path,
             self.first, self.last = nnx.Linear(3, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
 
     inputs = jnp.ones((1, 3)), jax.random.key(0)
-    options = {"gates_above": 2**50, "min_channels": np.int64(2), "call": call}
+    options = {"min_channels": np.int64(2), "call": call}
     net = dhp.with_latents(Noisy(nnx.Rngs(0)), inputs, **options)
     dhp.save(tmp_path, net)
     loaded = dhp.load(tmp_path, build=Noisy, call=call)
@@ -331,18 +341,19 @@ def sized(build, classes, rngs):
     return model
 
 
-@pytest.mark.parametrize(("options", "gates"), [({"embedding": 8}, 0), ({"gates_above": 500}, 2)])
-def test_the_memory_of_both_forms_is_told(options, gates):
-    net = dhp.with_latents(plain(), SHAPE, **options)
+@pytest.mark.parametrize("m", [None, 1, 8])
+def test_the_memory_of_both_forms_is_told(m):
+    net = dhp.with_latents(plain(), SHAPE, embedding=m)
     sizes = [(9, 24), (9, 64), (9, 64), (1, 128), (1, 64)]  # taps, and pairs of channels
-    there, trained, m = sum(taps * pairs for taps, pairs in sizes), 0, options.get("embedding", 1)
-    for taps, pairs in sizes:
-        cheap = taps * pairs > options.get("gates_above", there)
-        trained += taps * pairs if cheap else pairs * (1 + 2 * m + m * taps + taps)
+    there = sum(taps * pairs for taps, pairs in sizes)
     told = " ".join(str(dhp.explain(net)).split())
+    least = f"{there:,} numbers ({4 * there / 1e6:.3g} MB)"
+    if m is None:
+        assert f"5 arrays, of {least}, are times latents." in told
+        return
+    trained = sum(pairs * (1 + 2 * m + m * taps + taps) for taps, pairs in sizes)
     assert f"5 arrays are generated from {trained:,} numbers ({4 * trained / 1e6:.3g} MB)" in told
-    assert f"in place of {there:,}. Latents are gates of {gates} of them; " in told
-    assert f"with gates_above=0 of all, which takes {4 * there / 1e6:.3g} MB." in told
+    assert f"in place of {least.replace(' numbers', '')}, which embedding=None takes." in told
 
 
 def test_a_network_of_which_nothing_can_go_is_refused_with_the_place():
@@ -382,8 +393,8 @@ def test_least_shares_that_are_none_are_refused(keep, message):
             r"^inputs: expected the shape of one .*; got \(None, 8, 8, 3\)$",
         ),
         ([Pair(X, X)], {}, "^inputs: expected .*, of which call= may make others; got a Pair$"),
-        (SHAPE, {"embedding": 0}, "^embedding: expected an integer of at least 1, got 0$"),
-        (SHAPE, {"gates_above": "no"}, "^gates_above: expected an integer of at least 0, got 'no'"),
+        (SHAPE, {"embedding": 0}, "^embedding: expected a positive integer or None, got 0$"),
+        (SHAPE, {"embedding": "no"}, "^embedding: expected a positive integer or None, got 'no'$"),
     ],
 )
 def test_inputs_and_options_that_are_none_are_refused(inputs, options, message):
