@@ -1,23 +1,37 @@
 """Files that are whole or absent, even if the process or the machine dies while writing."""
 
+from collections.abc import Iterator
+import contextlib
 import os
 from pathlib import Path
 import shutil
 import tempfile
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """An `OSError` in the block names a file, as that of a write to a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def write(path: str | os.PathLike, content: str | bytes) -> None:
     """Replaces a file's content; a reader finds the old content or all of the new.
 
     Raises:
-      OSError: it cannot be written; the old content is still there.
+      OSError: it cannot be written, and names it; the old content is still there.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     part = unfinished(path)
     try:
-        part.write_bytes(data)
-        sync(part)
+        with naming(path):
+            part.write_bytes(data)
+            sync(part)
         put(part, path)
     except OSError:
         part.unlink(missing_ok=True)

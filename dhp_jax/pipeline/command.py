@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from dhp_jax.activity import program, told_when_silent
+from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.backend.cache import keep_compiled, long_compilations
 from dhp_jax.backend.memory import keep_memory
 from dhp_jax.cli import expanded
@@ -32,7 +33,7 @@ from dhp_jax.report.run_report import network_name
 from dhp_jax.train.checkpoints import CheckpointError
 from dhp_jax.train.phase import Stopped
 from dhp_jax.train.progress_bar import ProgressBar
-from dhp_jax.workdir.identity import typed
+from dhp_jax.workdir.identity import CONFIG, typed
 from dhp_jax.workdir.summary import beside, read_baseline
 
 WEIGHTS = "config.model.weights"
@@ -82,7 +83,7 @@ def _run(arguments: Sequence[str], define: Define, bar: ProgressBar) -> int:
     try:
         summaries = _carry_out(runs, options, arguments)
     except (Exception, KeyboardInterrupt) as error:
-        code, line = explain(error, options)
+        code, line = explain(error, options, runs)
         if code is None:
             raise
         print(line, file=sys.stderr)
@@ -240,13 +241,17 @@ def _tell_compiled(seconds: float) -> None:
         tqdm.write(f"compiled {compiled} in {seconds:.1f} s", file=sys.stderr)
 
 
-def explain(error: BaseException, options: flags.FlagValues) -> tuple[int | None, str]:
+def explain(
+    error: BaseException, options: flags.FlagValues, runs: Sequence[Run] = ()
+) -> tuple[int | None, str]:
     """The exit code for what ended a run, `None` if nobody has foreseen it, and the line for it."""
     again = "the same command goes on"
     if isinstance(error, KeyboardInterrupt):
         return 130, f"interrupted; {again} from the last checkpoint"
     if isinstance(error, Stopped):
         return EXIT_CODE, f"{error}; {again} from there"
+    if is_first() and (gone := [r.workdir for r in runs if not (r.workdir / CONFIG).is_file()]):
+        return 1, f"error: {gone[0]}: deleted while the run was at work in it"
     if isinstance(error, DataNotFoundError | ConfigError):  # as a file that is damaged when read
         return 2, f"error: {_in_one_line(error)}"
     if isinstance(error, NonFiniteError):
@@ -257,7 +262,10 @@ def explain(error: BaseException, options: flags.FlagValues) -> tuple[int | None
         return 1, f"error: {error}{hint}"
     if isinstance(error, OSError):
         where = "" if isinstance(error, CheckpointError) else f"{options.workdir}: "
-        return 1, f"error: {where}{error}; {again} once that is mended"
+        told = f"{error.filename}: {error.strerror}" if error.filename else f"{where}{error}"
+        return 1, f"error: {told}; {again} once that is mended"
+    if isinstance(error, ArtifactError):  # a network of the run's, for its source's are told before
+        return 1, f"error: {error.detail}; {again}"
     if isinstance(error, StreamError):
         return 1, f"error: {error}; {again}"
     if isinstance(error, RuntimeError | ValueError) and are_several():

@@ -18,7 +18,7 @@ from dhp_jax.tasks.task import Data
 from dhp_jax.train.checkpoints import Checkpoints, known_notes
 from dhp_jax.train.phase import Outcome, Progress
 from dhp_jax.workdir import reader, source_run
-from dhp_jax.workdir.identity import CHECKPOINTS, as_json
+from dhp_jax.workdir.identity import CHECKPOINTS, CONFIG, as_json
 from dhp_jax.workdir.summary import versions
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ def save(
 ) -> str:
     """Saves a network with what a reader of the file wants to know; returns its digest."""
     path = run.workdir / name
+    if not (run.workdir / CONFIG).is_file():  # or the folder would be made anew, as nobody's run
+        raise FileNotFoundError(f"{run.workdir} was deleted")
     phase = None if progress is None else dataclasses.asdict(progress)
     if phase is not None and not phase["validation"]:
         del phase["validation"]

@@ -108,6 +108,9 @@ def search(work: Work, source: str = "") -> str:
         history=lambda model: latent_history(model, threshold),
     )
     model = run.blueprint.gated(_trained(run)) if fades else run.blueprint.build()
+    noted: dict[str, Any] = {"made_from": source} if source else {}
+    if source_run.needs_source(run.config):  # which may change or go once the search has ended
+        noted["origin"] = from_first(lambda: _origin(run, source))
     if not fades and is_first():
         tell_reach(run, model, budget)
     outcome = _train(work, "search", model, budget, source)
@@ -123,8 +126,14 @@ def search(work: Work, source: str = "") -> str:
             "its budgets" if run.config.budget.latency else in_words(asked),
             f"; its last steps were left out, so {early} channels had not faded" if early else "",
         )
-    noted = {"made_from": source} if source else {}
     return from_first(lambda: networks.save(run, "search", searched, outcome.progress, **noted))
+
+
+def _origin(run: Run, source: str) -> dict[str, Any]:
+    """How the source was trained, whose network must have a digest."""
+    there = source_run.read(run.config)
+    source_run.check_digest(there, source, run.workdir)
+    return dict(there.origin)
 
 
 def _trained(run: Run) -> nnx.Module:
@@ -147,7 +156,10 @@ def prune_to_budget(work: Work, made_from: str) -> str:
         _check_weights(small)
     notes: dict[str, Any] = {"budget": budget}
     if source_run.needs_source(run.config):
-        notes["origin"] = dict(source_run.read(run.config).origin)
+        begun = {"made_from": made_from}
+        if method.searches:
+            begun = reading.read_description(run.workdir / "search")["notes"]
+        notes["origin"] = begun.get("origin") or _origin(run, begun["made_from"])  # earlier code
     if method.fresh:
         reinitialize(small, rngs=nnx.Rngs(run.config.seed))
     else:

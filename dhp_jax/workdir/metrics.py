@@ -34,18 +34,21 @@ class Journal:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.file = self.records.open("a")
-        self.events = Events(folder)
-        for record in self._numbered(phase, records):
-            self.events.write(record)
+        with files.naming(folder):
+            self.events = Events(folder)
+            for record in self._numbered(phase, records):
+                self.events.write(record)
 
     def step(self, count: int) -> None:
         pass
 
     def record(self, values: dict[str, Any]) -> None:
         values = values | {"total_step": self.before + values["step"]}
-        self.file.write(_line(values))
-        self.file.flush()
-        self.events.write(values)
+        with files.naming(self.records):
+            self.file.write(_line(values))
+            self.file.flush()
+        with files.naming(self.tensorboard):
+            self.events.write(values)
 
     def end(self) -> None:
         self.file.close()

@@ -36,6 +36,7 @@ from dhp_jax.pipeline.targets import execute
 from dhp_jax.pipeline.training_batches import batches
 from dhp_jax.report import write as report_write
 from dhp_jax.report.format import start_text
+from dhp_jax.train.phase import Outcome, Progress
 from dhp_jax.workdir import metrics as workdir_metrics
 from dhp_jax.workdir import reader, source_run
 from dhp_jax.workdir.identity import read_field
@@ -707,6 +708,36 @@ def test_a_run_that_is_within_its_first_phase_is_refused_other_weights(tmp_path,
     trained_further(source)
     with pytest.raises(ConfigError, match=rf"^{field}: expected the network that the run in "):
         preparation.prepare(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_search_that_has_ended_needs_its_source_no_more(tmp_path, baseline, monkeypatch):
+    source = shutil.copytree(baseline, tmp_path / "source")
+    run = prepare(tmp_path / "run", method="fade", source=str(source))
+    digest = description(source / "model")["sha256"]
+    work = phases.Work(run, lambda: False, run.setup.read)
+    monkeypatch.setattr(
+        phases, "_train", lambda work, name, net, *of: Outcome(net, net, Progress(met_budget=True))
+    )
+    monkeypatch.setattr(phases, "_test", lambda work, small: {})
+    searched = phases.search(work, digest)
+    shutil.rmtree(source)
+    phases.prune_to_budget(work, searched)
+    noted = description(tmp_path / "run/pruned")["notes"]["origin"]
+    assert noted == dict(source_run.read(of_digits(method="fade", source=str(baseline))).origin) | {
+        "run": noted["run"]
+    }
+
+
+@pytest.mark.slow
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, baseline, monkeypatch):
+    source = shutil.copytree(baseline, tmp_path / "source")
+    run = prepare(tmp_path / "run", method="fade", source=str(source))
+    digest = description(source / "model")["sha256"]
+    trained_further(source)
+    monkeypatch.setattr(phases, "_train", pytest.fail)
+    with pytest.raises(ConfigError, match=r"^config.source: expected the network that the run in "):
+        phases.search(phases.Work(run, lambda: False, run.setup.read), digest)
 
 
 def trained_further(source):

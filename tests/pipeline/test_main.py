@@ -12,17 +12,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+from flax import nnx
 import pytest
 from runs import CONFIG, FIELDS, contents, of_digits
 
 import dhp_jax as dhp
 from dhp_jax import activity
+from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.backend import cache as backend_cache
 from dhp_jax.config.checks import check
 from dhp_jax.config.documentation import describe
 from dhp_jax.data.labelled import cifar
-from dhp_jax.pipeline import command, preparation
+from dhp_jax.pipeline import command, networks, preparation
 from dhp_jax.pipeline.command import baseline_command, tell_target
 from dhp_jax.pipeline.flags import define
 
@@ -365,6 +368,35 @@ def test_weights_that_overflow_where_the_budget_is_met_end_a_run_with_one_line(
         last,
     )
     assert not (run / "pruned").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError(28, "No space left on device", "there/metrics.jsonl"),
+            "there/metrics.jsonl: No space left on device; the same command goes on once that is "
+            "mended",
+        ),
+        (OSError("full"), "run: full; the same command goes on once that is mended"),
+        (ArtifactError("path: there is cut short"), "there is cut short; the same command goes on"),
+    ],
+)
+def test_a_file_that_ends_a_run_is_named_in_one_line(error, told):
+    options = SimpleNamespace(workdir="run", config=of_digits())
+    assert command.explain(error, options) == (1, f"error: {told}")
+
+
+def test_a_directory_that_is_deleted_while_its_run_goes_on_is_told_and_not_made_anew(tmp_path):
+    run = preparation.prepare(of_digits(), tmp_path / "run")
+    shutil.rmtree(run.workdir)
+    with pytest.raises(OSError, match="deleted") as caught:
+        networks.save(run, "pruned", nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+    assert not run.workdir.exists()
+    options = SimpleNamespace(workdir=str(run.workdir), config=run.config)
+    for error in (caught.value, ValueError("no run")):
+        told = f"error: {run.workdir}: deleted while the run was at work in it"
+        assert command.explain(error, options, [run]) == (1, told)
 
 
 @pytest.mark.parametrize(

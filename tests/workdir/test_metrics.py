@@ -1,10 +1,12 @@
 """Records on disk, as JSON lines and as TensorBoard events, and progress on standard error."""
 
+import errno
 import io
 import json
 import logging
 import math
 import os
+from pathlib import Path
 import re
 import struct
 import sys
@@ -12,6 +14,7 @@ import sys
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from dhp_jax import files
 from dhp_jax.train.progress_bar import ProgressBar
 from dhp_jax.workdir import metrics
 from dhp_jax.workdir.log import logged
@@ -87,6 +90,33 @@ def test_a_record_can_be_read_while_the_phase_goes_on(tmp_path):
     journal.record(SEARCH[1])
     assert read(tmp_path / RECORDS) == SEARCH
     journal.end()
+
+
+@pytest.mark.parametrize("name", [RECORDS, "tensorboard"])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, name):
+    journal = Journal(tmp_path)
+    journal.begin("search", 1000, 0, [])
+    full = open("/dev/full", "ab" if name == "tensorboard" else "a")  # noqa: SIM115
+    if name == RECORDS:
+        journal.file = full
+    else:
+        journal.events.writer.flush = lambda: os.write(full.fileno(), b"0")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        journal.record(SEARCH[0])
+    assert caught.value.filename == str(tmp_path / name)
+
+
+def test_a_file_that_cannot_be_replaced_is_named_and_stays(tmp_path, monkeypatch):
+    files.write(tmp_path / "summary.json", "1")
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        files.write(tmp_path / "summary.json", "2")
+    assert caught.value.filename == str(tmp_path / "summary.json")
+    assert (tmp_path / "summary.json").read_text() == "1"
 
 
 def test_numbers_that_are_not_finite_are_read_as_they_were(tmp_path):
