@@ -21,6 +21,7 @@ from dhp_jax.export import export
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
+import large  # noqa: E402
 import methods  # noqa: E402
 from record import publish_each  # noqa: E402
 from run import BENCHMARKS, run  # noqa: E402
@@ -217,6 +218,15 @@ def test_a_search_step_needs_little_more_memory_than_training_cannot_do_without(
     assert row["ratio"] == row["peak_bytes"] / sum(row[f"{part}_bytes"] for part in parts)
     assert row["peak_bytes"] > row["parameters_bytes"] + row["optimizer_bytes"]
     assert row["ratio"] <= 1.25
+
+
+@pytest.mark.slow
+def test_pruning_a_network_of_ones_own_is_told_in_seconds_and_memory(results):
+    (row,) = json.loads((results("large")[0] / "large.json").read_text())["rows"]
+    peaks = [row["built_gb"], *(row[f"{part}_gb"] for part in large.PARTS)]
+    assert peaks == sorted(peaks)
+    assert all(row[f"{part}_s"] > 0 for part in large.PARTS)
+    assert 0 < row["params_left"] < row["params"]
 
 
 @pytest.mark.slow
