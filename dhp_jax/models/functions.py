@@ -31,7 +31,7 @@ class FromFunction(nnx.Module):
 
     Example:
       >>> net = dhp.with_latents(dhp.FromFunction(forward, params), (32, 32, 3))
-      >>> small = dhp.prune_to(net, flops=0.5, by=dhp.l1_scores(net))
+      >>> small = dhp.prune_to(net, flops=0.5)
       >>> logits = forward(small.parameters(), images)
     """
 

@@ -50,7 +50,7 @@ class FromLinen(nnx.Module):
     Example:
       >>> net = dhp.FromLinen(module, variables, training={"train": True})
       >>> net = dhp.with_latents(net, (32, 32, 3))
-      >>> small = dhp.prune_to(net, flops=0.5, by=dhp.l1_scores(net))
+      >>> small = dhp.prune_to(net, flops=0.5)
       >>> with dhp.pruned_linen():
       ...     logits = module.apply(small.variables(), images)
     """

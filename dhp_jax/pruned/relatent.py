@@ -67,7 +67,7 @@ def with_latents(
 
     Example:
       >>> net = dhp.with_latents(model, (224, 224, 3))
-      >>> small = dhp.prune_to(net, flops=0.5, by=dhp.l1_scores(net))
+      >>> small = dhp.prune_to(net, flops=0.5)
       >>> again = dhp.with_latents(dhp.load("runs/resnet56/model"), rngs=nnx.Rngs(1))
     """
     if inputs is not None:
