@@ -17,6 +17,7 @@ from dhp_jax.report.scales import bend, round_steps, scale_note, thinned
 
 AFTER = COLOURS[0]
 MAX_NAMED = 48  # layers of which each has its name below it
+MIN_SLOTS = 7  # of the outline: with fewer layers its title would not fit
 MAX_LATENTS = 32  # that are drawn, each with its name
 SEARCH_STEP = "step of the search"
 
@@ -48,6 +49,7 @@ def _channels(run: RunReport) -> Chart | None:
     widths = [(b.outputs.full, a.outputs.full) for b, a in convs]
     named = len(convs) <= MAX_NAMED
     step = min(60, max(19, 660 / len(convs))) if named else max(6, 900 / len(convs))
+    slots = max(len(convs), MIN_SLOTS)
 
     def draw(axes):
         for which, (label, colour) in enumerate((("before", BEFORE), ("after pruning", AFTER))):
@@ -67,6 +69,8 @@ def _channels(run: RunReport) -> Chart | None:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.margins(0.005, 0)
+        if slots > len(convs):
+            axes.set_xlim(-0.5, slots - 0.5)
         told = [
             f"{b.path}: {b.outputs.full} to {a.outputs.full} channels"
             + (f", {percent(a.flops / b.flops)} of its FLOPs" if b.flops else "")
@@ -76,7 +80,7 @@ def _channels(run: RunReport) -> Chart | None:
 
     title = f"Output channels of every {kind}, in order of execution"
     foot = 6.5 * (max(map(len, names)) + 9) if named else 25
-    return new_chart(title, draw, width=16 + step * len(convs), height=150 + foot)
+    return new_chart(title, draw, width=16 + step * slots, height=150 + foot)
 
 
 def group_names(names: Sequence[str], step: float) -> dict[int, str]:

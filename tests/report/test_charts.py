@@ -171,6 +171,15 @@ def test_a_network_without_convolutions_has_the_widths_of_its_layers():
     assert texts == ["layers.0  3 of 8", "layers.1  2"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_outline_of_a_single_layer_has_room_to_be_drawn(tmp_path):
+    net = nnx.Sequential(nnx.Conv(4, 8, (3, 3), rngs=nnx.Rngs(0)))
+    cost = dhp.measure_cost(net, (8, 8, 4))
+    run = SimpleNamespace(result=SimpleNamespace(pruned=True, before=cost, after=cost))
+    run_charts._channels(run).save(tmp_path / "channels.png")  # matplotlib warns if it has none
+    assert (tmp_path / "channels.png").stat().st_size > 0
+
+
 @pytest.fixture(scope="module")
 def svg():
     chart = line_chart(
