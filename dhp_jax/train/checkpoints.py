@@ -196,14 +196,15 @@ class Checkpoints:
         if self._manager is None:
             return
         try:
-            self.wait()
+            try:
+                self.wait()
+            finally:
+                manager, self._manager = self._manager, None
+                manager.close()  # raises what could not be written, too
         except Exception as error:
             raise CheckpointError(
                 f"checkpoints: cannot write to {self.folder}: {_line(error)}"
             ) from error
-        finally:
-            manager, self._manager = self._manager, None
-            manager.close()
 
     def _open(self) -> "ocp.CheckpointManager":
         if self._manager is None:

@@ -51,8 +51,10 @@ class Journal:
             self.events.write(values)
 
     def end(self) -> None:
-        self.file.close()
-        self.events.close()
+        with files.naming(self.records):
+            self.file.close()
+        with files.naming(self.tensorboard):
+            self.events.close()
         self._write(read(self.records))
 
     def mend(self, phase: str, records: Sequence[dict[str, Any]]) -> None:

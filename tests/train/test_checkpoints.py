@@ -305,6 +305,22 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_the_last(tmp
     assert newest(tmp_path)[1]["number"] == 1
 
 
+def test_what_cannot_be_written_is_the_same_error_when_checkpoints_are_closed(
+    tmp_path, monkeypatch
+):
+    checkpoints = Checkpoints(saved(tmp_path, [1]))
+    checkpoints.save(2, state(2), {}, wait=True)
+    close = ocp.CheckpointManager.close
+
+    def full(manager):
+        close(manager)
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "close", full)
+    with pytest.raises(CheckpointError, match=f"cannot write to {tmp_path}: .*No space left"):
+        checkpoints.close()
+
+
 # When one is due
 
 

@@ -101,9 +101,11 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, name):
         journal.file = full
     else:
         journal.events.writer.flush = lambda: os.write(full.fileno(), b"0")
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        journal.record(SEARCH[0])
-    assert caught.value.filename == str(tmp_path / name)
+        journal.events.writer.close = journal.events.writer.flush
+    for write in (lambda: journal.record(SEARCH[0]), journal.end):
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            write()
+        assert caught.value.filename == str(tmp_path / name)
 
 
 def test_a_file_that_cannot_be_replaced_is_named_and_stays(tmp_path, monkeypatch):
