@@ -1,7 +1,8 @@
 """Networks of flax.linen as networks of flax.nnx, and variables of pruned ones in flax.linen."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
+import copy
 import functools
 from types import MappingProxyType
 from typing import Any
@@ -98,6 +99,7 @@ class FromLinen(nnx.Module):
             _with_stored_shapes,
             convolve=self.conv_general_dilated,
             trained=not self.deterministic,
+            removed=fixed.removed,
         )
         if self.deterministic:
             with linen.intercept_methods(as_stored):
@@ -124,6 +126,29 @@ class FromLinen(nnx.Module):
         for path, collection in self.fixed.collections.items():
             found.setdefault(collection, {})[path] = at(self, path)[...]
         return {collection: unflatten_dict(flat) for collection, flat in found.items()}
+
+    def remove_norms(self, layer: Path, norms: Collection[Path]) -> None:
+        """Removes BatchNorm modules, in place, and gives the layer before them a bias.
+
+        Raises:
+          ValueError: one of the paths leads to no such module.
+        """
+        places, kernel = dict(self.fixed.collections), (*layer, "kernel")
+        for path in norms:
+            if path not in self.batch_norms():
+                raise ValueError(f"folded: {'.'.join(path)!r}: expected a BatchNorm of flax.linen")
+        if kernel not in places:
+            raise ValueError(f"folded: {'.'.join(layer)!r}: expected a layer with a kernel")
+        for path in [path for path in places if path[:-1] in norms]:
+            delattr(at(self, path[:-1]), path[-1])
+            del places[path]
+        if (*layer, "bias") not in places:
+            array = at(self, kernel)
+            at(self, layer).bias = type(array)(jnp.zeros(array.shape[-1], array.dtype))
+            places[*layer, "bias"] = PARAMS
+        fixed = copy.copy(self.fixed)
+        fixed.collections, fixed.removed = places, fixed.removed.union(norms)
+        self.fixed = nnx.static(fixed)
 
     def batch_norms(self) -> dict[Path, nnx.Module]:
         """What holds the `mean` and `var` of each BatchNorm, by the path of its module."""
@@ -162,14 +187,19 @@ def _with_stored_shapes(
     context: linen.module.InterceptorContext,
     convolve: Callable[..., Any] | None = None,
     trained: bool = False,
+    removed: Collection[Path] = (),
 ) -> Any:
     """Calls a method of a module whose parameters have the shapes that are stored.
+
+    Modules that are `removed` return what they are given.
 
     With a `convolve` layers leave out axes of devices of which there are none. Those that are
     `trained` raise an `ArgumentError` where there are others.
     """
     module = context.module
     if module.scope is not None:
+        if module.path in removed:
+            return args[0]
         module.scope.param = functools.partial(_param, module.scope)
         if context.method_name == "__call__":
             _resize(module, (*args, *kwargs.values()))
@@ -197,6 +227,8 @@ def _resize(module: linen.Module, given: tuple[Any, ...]) -> None:
     """Sets the sizes that a module keeps, and its call uses, to those of what is stored."""
     stored = meta.unbox(module.variables.get(PARAMS, {}))
     shape = getattr(stored.get("kernel"), "shape", ())
+    if "bias" in stored and isinstance(module, linen.Conv | linen.ConvTranspose | linen.Dense):
+        _set(module, use_bias=True)  # others may be folded into it
     if isinstance(module, linen.MultiHeadDotProductAttention) and "query" in stored:
         *_, heads, size = jnp.shape(stored["query"]["kernel"])
         outputs = jnp.shape(stored["out"]["kernel"])[-1]
@@ -254,3 +286,4 @@ class _Fixed:
     ):
         self.module, self.collections = module, collections  # the collection of each array
         self.training, self.evaluation = training, evaluation
+        self.removed: frozenset[Path] = frozenset()  # modules that were folded into others

@@ -15,7 +15,7 @@ import logging
 import re
 from typing import Any
 
-from flax import nnx
+from flax import linen, nnx
 from flax.nnx.nn import dtypes
 import jax
 from jax.extend.core import ClosedJaxpr, Literal, Primitive, Var
@@ -29,11 +29,14 @@ from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
 from dhp_jax.core.state import path_name
 from dhp_jax.core.surgery import override, replace_modules
-from dhp_jax.tracing.inputs import check_input_shape
+from dhp_jax.models.linen import FromLinen
+from dhp_jax.tracing.inputs import check_input_shape, outputs_of
+from dhp_jax.tracing.programs import without_unread
 
 logger = logging.getLogger(__name__)
 LINEAR = (nnx.Conv, nnx.ConvTranspose, nnx.Linear)
 FOLLOWING = (nnx.BatchNorm, ChannelBias)
+LINEAR_OF_LINEN = (linen.Conv, linen.ConvTranspose, linen.Dense)
 
 
 class Identity(nnx.Module):
@@ -68,18 +71,14 @@ def fold(model: Model, input_shape: tuple[Any, ...]) -> Model:
       >>> fast = dhp.fold(small, (32, 32, 3))
     """
     check_input_shape(input_shape)
-    return fold_for_batch(model, (1, *input_shape))
+    whole = _in_evaluation(model)
+    outputs_of(whole, input_shape)
+    return fold_for_batch(whole, (1, *input_shape))
 
 
 def fold_for_batch(model: Model, shape: tuple[Any, ...]) -> Model:
     """`fold` for a whole batch, of which sizes may be symbolic: `(n, *input_shape)`."""
-    if latents(model):
-        raise ValueError(
-            f"model: expected a network without latents, got {len(latents(model))}; "
-            "dhp.prune(model) makes it ordinary"
-        )
-    whole = nnx.clone(model)
-    whole.eval()
+    whole = _in_evaluation(model)
     try:
         program = _Program(whole, shape)
     except NotImplementedError as error:  # layers under jax.vmap, jax.grad and the like
@@ -88,7 +87,7 @@ def fold_for_batch(model: Model, shape: tuple[Any, ...]) -> Model:
     chains = program.chains()
     folded = remove_folded_layers(nnx.clone(whole), chains)
     layers = modules_by_path(folded)
-    for path, array in _folded_arrays(whole, chains).items():
+    for path, array in _folded_arrays(whole, program, chains).items():
         if not jnp.isfinite(array).all():
             logger.warning("fold: nothing is folded: %r has numbers beyond %s", path, array.dtype)
             return whole
@@ -98,6 +97,18 @@ def fold_for_batch(model: Model, shape: tuple[Any, ...]) -> Model:
         logger.warning("fold: nothing is folded: the forward pass depends on what layers it has")
         return whole
     return folded
+
+
+def _in_evaluation(model: Model) -> Model:
+    """A copy of an ordinary network in evaluation mode."""
+    if latents(model):
+        raise ValueError(
+            f"model: expected a network without latents, got {len(latents(model))}; "
+            "dhp.prune(model) makes it ordinary"
+        )
+    whole = nnx.clone(model)
+    whole.eval()
+    return whole
 
 
 def remove_folded_layers(model: nnx.Module, chains: Chains) -> nnx.Module:
@@ -113,8 +124,15 @@ def remove_folded_layers(model: nnx.Module, chains: Chains) -> nnx.Module:
     if not chains:
         return model
     found = modules_by_path(model)
+    of_linen = {path: each for path, each in found.items() if isinstance(each, FromLinen)}
     gone = set()
     for path, *following in chains:
+        owner = next((name for name in of_linen if path.startswith(_below(name))), None)
+        if owner is not None:
+            names = [name.removeprefix(_below(owner)) for name in (path, *following)]
+            layer, *norms = (tuple(name.split(".")) for name in names)
+            of_linen[owner].remove_norms(layer, norms)
+            continue
         _check_kind(found, path, LINEAR)
         layer = found.pop(path)
         if layer.bias is None:
@@ -128,6 +146,11 @@ def remove_folded_layers(model: nnx.Module, chains: Chains) -> nnx.Module:
     return model
 
 
+def _below(path: str) -> str:
+    """How the paths of what is in a module begin."""
+    return f"{path}." if path else ""
+
+
 def _check_kind(found: dict[str, nnx.Module], path: str, kinds: tuple[type, ...]) -> None:
     if type(found.get(path)) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
@@ -137,28 +160,39 @@ def _check_kind(found: dict[str, nnx.Module], path: str, kinds: tuple[type, ...]
 # Values
 
 
-def _folded_arrays(model: nnx.Module, chains: Chains) -> dict[str, np.ndarray]:
-    """Kernels and biases by path, computed in float64."""
+def _folded_arrays(model: nnx.Module, program: "_Program", chains: Chains) -> dict[str, jax.Array]:
+    """Kernels and biases by path, computed in float64.
+
+    They are stored no narrower than the layer computes, for rounding changes what was folded.
+    """
     found, arrays = modules_by_path(model), {}
+    calls = program.calls()
     for path, *following in chains:
-        layer = found[path]
-        kernel = _float64(layer.kernel)
+        kernel = found[path].kernel
         factor, offset = np.ones(kernel.shape[-1]), np.zeros(kernel.shape[-1])
-        for each in (layer, *(found[name] for name in following)):
-            slope, shift = _affine(each)
+        for name in (path, *following):
+            layer = found[name]
+            slope, shift = _affine(layer, calls[name]["epsilon"])
             factor, offset = slope * factor, slope * offset + shift
-        arrays[f"{path}.kernel"] = jnp.asarray(factor * kernel, layer.kernel.dtype)
-        arrays[f"{path}.bias"] = jnp.asarray(offset, layer.param_dtype)
+        dtype = jnp.promote_types(kernel.dtype, calls[path]["dtype"])
+        arrays[f"{path}.kernel"] = jnp.asarray(factor * _float64(kernel), dtype)
+        arrays[f"{path}.bias"] = jnp.asarray(offset, dtype)
     return arrays
 
 
-def _affine(layer: nnx.Module) -> tuple[Any, Any]:
-    """The factor and the offset that a layer applies to each channel after its kernel."""
-    shift = 0.0 if layer.bias is None else _float64(layer.bias)
-    if not isinstance(layer, nnx.BatchNorm):
+def _affine(layer: Any, epsilon: float | None) -> tuple[Any, Any]:
+    """The factor and the offset that a layer applies to each channel after its kernel.
+
+    Args:
+      layer: holds its arrays.
+      epsilon: of BatchNorm, `None` for others.
+    """
+    bias, scale = (getattr(layer, name, None) for name in ("bias", "scale"))
+    shift = 0.0 if bias is None else _float64(bias)
+    if epsilon is None:
         return 1.0, shift
-    scale = 1.0 if layer.scale is None else _float64(layer.scale)
-    slope = scale / np.sqrt(_float64(layer.var) + layer.epsilon)
+    slope = 1.0 if scale is None else _float64(scale)
+    slope = slope / np.sqrt(_float64(layer.var) + epsilon)
     return slope, shift - slope * _float64(layer.mean)
 
 
@@ -183,7 +217,12 @@ class _Program:
         traced, self.outputs = jax.make_jaxpr(forward, return_shape=True)(
             jax.tree.leaves(state), jax.ShapeDtypeStruct(shape, jnp.float32)
         )
-        self.jaxpr, self.constants = traced.jaxpr, traced.consts
+        read = without_unread(traced)
+        self.jaxpr, self.constants = read.jaxpr, read.consts
+
+    def calls(self) -> dict[str, dict[str, Any]]:
+        """What is told of the calls of layers, by their paths."""
+        return {e.params["path"]: e.params for e in self.jaxpr.eqns if e.primitive is _layer_call}
 
     def chains(self) -> Chains:
         """Paths of linear layers, each with those of the layers that can be folded into it."""
@@ -249,7 +288,7 @@ _layer_call = Primitive("layer_call")
 
 
 @_layer_call.def_abstract_eval
-def _(x, *arrays, path, linear, shape, dtype):
+def _(x, *arrays, path, linear, epsilon, shape, dtype):
     return jax.core.ShapedArray(shape, dtype)
 
 
@@ -258,6 +297,10 @@ def _opaque(model: nnx.Module) -> nnx.Module:
     for path, layer in list(_foldable(model)):
         layer.layer_path = nnx.static(path)
         override(layer, __call__=_call_opaquely)
+    for path, _, module in walk(model):
+        if isinstance(module, FromLinen):
+            module.layer_path = nnx.static(path)
+            override(module, __call__=_call_linen)
     return model
 
 
@@ -291,6 +334,52 @@ def _call_opaquely(call, layer, x, *args, **options):
         *jax.tree.leaves(nnx.state(layer)),
         path=layer.layer_path,
         linear=isinstance(layer, LINEAR),
+        epsilon=getattr(layer, "epsilon", None),
         shape=output.shape,
         dtype=output.dtype,
+    )
+
+
+def _call_linen(call, network, *args, **options):
+    """Calls a network of flax.linen, of which the layers that can be folded are opaque."""
+    if network.conv_general_dilated is not jax.lax.conv_general_dilated:
+        return call(network, *args, **options)
+
+    def intercept(method, args, options, context):
+        layer = context.module
+        is_linear = type(layer) in LINEAR_OF_LINEN
+        known = context.method_name == "__call__" and _is_known(layer, args, options)
+        y = method(*args, **options)
+        if not known or layer.path in network.fixed.removed:
+            return y
+        return _layer_call.bind(  # and nothing reads what has been computed
+            jnp.asarray(args[0]),
+            *jax.tree.leaves(layer.variables),
+            path=_below(network.layer_path) + ".".join(layer.path),
+            linear=is_linear,
+            epsilon=None if is_linear else layer.epsilon,
+            shape=y.shape,
+            dtype=y.dtype,
+        )
+
+    with linen.intercept_methods(intercept):
+        return call(network, *args, **options)
+
+
+def _is_known(layer: linen.Module, args: Any, options: Any) -> bool:
+    """Whether a call of a layer of flax.linen is as of one with nothing customized."""
+    if not args or not layer.path or layer.scope is None:
+        return False
+    if type(layer) is linen.BatchNorm and layer.axis == -1 and options.get("mask") is None:
+        average = options.get("use_running_average", layer.use_running_average)
+        return (args[1] if args[1:] else average) is True
+    return (
+        type(layer) in LINEAR_OF_LINEN
+        and len(args) == 1
+        and not any(getattr(layer, name, None) for name in ("dot_general", "dot_general_cls"))
+        and getattr(layer, "mask", None) is None
+        and not getattr(layer, "conv_general_dilated", None)
+        and not getattr(layer, "conv_general_dilated_cls", None)
+        and not getattr(layer, "transpose_kernel", False)
+        and layer.promote_dtype is linen.dtypes.promote_dtype
     )

@@ -98,10 +98,14 @@ def trace_program(
 
 def used_alone(program: Program) -> Program:
     """A program without the operations of which nothing reads what they compute."""
-    jaxpr = program.closed.jaxpr
-    every = [True] * len(jaxpr.outvars)
-    alive, *_ = partial_eval.dce_jaxpr(jaxpr, every, instantiate=True)
-    return program._replace(closed=program.closed.replace(jaxpr=alive))
+    return program._replace(closed=without_unread(program.closed))
+
+
+def without_unread(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """A traced function without the operations of which nothing reads what they compute."""
+    every = [True] * len(closed.jaxpr.outvars)
+    alive, *_ = partial_eval.dce_jaxpr(closed.jaxpr, every, instantiate=True)
+    return closed.replace(jaxpr=alive)
 
 
 def needed_inputs(jaxpr: Jaxpr) -> list[bool]:

@@ -4,7 +4,7 @@ import json
 import logging
 from unittest import mock
 
-from flax import nnx
+from flax import linen, nnx
 import jax
 import jax.numpy as jnp
 from networks import MIXED_INPUT, RNGS, Mixed, PlainMixed, arrays, drawn_masks, filled, images, run
@@ -198,8 +198,9 @@ def test_a_forward_pass_that_asks_what_layers_it_has_is_not_folded(caplog):
 def test_numbers_that_a_narrow_dtype_cannot_hold_are_not_folded(caplog):
     class Narrow(nnx.Module):
         def __init__(self, rngs):
-            self.linear = nnx.Linear(3, 4, param_dtype=jnp.float16, rngs=rngs)
-            self.norm = nnx.BatchNorm(4, rngs=rngs)
+            float16 = {"dtype": jnp.float16, "rngs": rngs}
+            self.linear = nnx.Linear(3, 4, param_dtype=jnp.float16, **float16)
+            self.norm = nnx.BatchNorm(4, **float16)
             self.norm.mean[...], self.norm.var[...] = jnp.full(4, 500.0), jnp.zeros(4)
 
         def __call__(self, x):
@@ -209,6 +210,82 @@ def test_numbers_that_a_narrow_dtype_cannot_hold_are_not_folded(caplog):
     model.eval()
     np.testing.assert_array_equal(dhp.fold(model, (3,))(jnp.ones((1, 3))), model(jnp.ones((1, 3))))
     assert "'linear.bias' has numbers beyond float16" in caplog.text
+
+
+def test_arrays_that_are_narrower_than_what_is_computed_are_folded_without_rounding(tmp_path):
+    def build(rngs):
+        return Parts(lambda m, x: m.norm(m.conv(x)), rngs, param_dtype=jnp.bfloat16)
+
+    model = filled(build)
+    folded = dhp.fold(model, (6, 6, 3))
+    assert left(folded) == 0
+    np.testing.assert_allclose(run(folded, X)[0], run(model, X)[0], rtol=1e-5, atol=1e-5)
+    dhp.save(tmp_path, folded)
+    loaded = dhp.load(tmp_path, build=build)
+    np.testing.assert_array_equal(run(loaded, X)[0], run(folded, X)[0])
+
+
+class Linen(linen.Module):
+    """BatchNorm of which some can be folded; the last is given what two layers add up to."""
+
+    @linen.compact
+    def __call__(self, x, train=False):
+        x = linen.relu(linen.BatchNorm(not train)(linen.Conv(4, (3, 3), use_bias=False)(x)))
+        y = linen.ConvTranspose(4, (3, 3))(x)
+        y = linen.BatchNorm(use_scale=False, epsilon=0.1)(y, use_running_average=not train)
+        return linen.BatchNorm()(x + linen.Dense(4)(y), not train)
+
+
+class Around(nnx.Module):
+    def __init__(self, rngs):
+        variables = Linen().init(rngs.params(), jnp.ones((1, 6, 6, 3)))
+        self.body = dhp.FromLinen(Linen(), variables, training={"train": True})
+
+    def __call__(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_networks_of_linen_are_folded_and_saved(tmp_path, around):
+    def build(rngs):
+        return Around(rngs) if around else Around(rngs).body
+
+    model = filled(build)
+    before = arrays(model)
+    folded = dhp.fold(model, (6, 6, 3))
+    body = folded.body if around else folded
+    assert set(body.variables()["batch_stats"]) == {"BatchNorm_2"}
+    assert sorted(body.variables()["params"]["Conv_0"]) == ["bias", "kernel"]
+    expected = run(model, X)[0]
+    np.testing.assert_allclose(run(folded, X)[0], expected, rtol=1e-4, atol=1e-5)
+    assert arrays(model).keys() == before.keys()
+    dhp.save(tmp_path, folded)
+    loaded = dhp.load(tmp_path, build=build)
+    np.testing.assert_array_equal(run(loaded, X)[0], run(folded, X)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask": np.ones((3, 3, 3, 4))},
+        {"conv_general_dilated": lambda *a, **k: jax.lax.conv_general_dilated(*a, **k) ** 2},
+    ],
+)
+def test_convolutions_of_linen_that_compute_otherwise_are_not_folded(options):
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.BatchNorm(True)(linen.Conv(4, (3, 3), **options)(x))
+
+    variables = Net().init(jax.random.key(0), X)
+    folded = dhp.fold(dhp.FromLinen(Net(), variables, training={}), (6, 6, 3))
+    assert "batch_stats" in folded.variables()
+
+
+def test_a_shape_that_the_network_does_not_take_is_told_in_one_line():
+    with pytest.raises(ValueError, match=r"^input_shape: the model does not take \(6, 6, 2\)") as e:
+        dhp.fold(filled(lambda rngs: Parts(lambda m, x: m.conv(x), rngs)), (6, 6, 2))
+    assert "\n" not in str(e.value)
 
 
 def test_transposed_convolutions_and_linear_layers_are_folded():
