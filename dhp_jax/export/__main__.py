@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped, UInt8
 import numpy as np
 
 from dhp_jax import cli
-from dhp_jax.activity import doing
+from dhp_jax.activity import doing, quiet
 from dhp_jax.data.augmentation import normalize
 from dhp_jax.data.photos import photographs
 from dhp_jax.data.stream import Stream
@@ -51,15 +51,17 @@ def main(arguments: Sequence[str]) -> None:
     if shape is None:
         raise ValueError(f"--input-shape: expected one, for {saved.path} notes none; got none")
     folder = options.format == "safetensors"
-    made = export(
-        saved.model,
-        options.out or saved.path.with_name(saved.path.resolve().name + ENDINGS[options.format]),
-        shape,
-        format=options.format,
-        inputs=_inputs(saved, shape, options.model),
-        notes={**saved.notes, "input_shape": list(shape)},
-        build=imported(options.build) if options.build and folder else None,
-    )
+    path = options.out or saved.path.with_name(saved.path.resolve().name + ENDINGS[options.format])
+    with quiet("dhp_jax.export"):  # what it warns of is printed below
+        made = export(
+            saved.model,
+            path,
+            shape,
+            format=options.format,
+            inputs=_inputs(saved, shape, options.model),
+            notes={**saved.notes, "input_shape": list(shape)},
+            build=imported(options.build) if options.build and folder else None,
+        )
     sizes = ", ".join(map(str, made.shape))
     cli.tell(f"{made.path}: takes ({sizes}) in float32; {made.folded} layers folded into others")
     if made.fixed is not None:

@@ -1,11 +1,12 @@
 """One writer for each format of exported networks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
+from flax import linen, nnx
 import jax
 from jax import export as jax_export
 import jax.numpy as jnp
@@ -16,8 +17,11 @@ from dhp_jax import files
 from dhp_jax.activity import quiet
 from dhp_jax.artifact import reading, writing
 from dhp_jax.core.latent import walk
+from dhp_jax.models.linen import FromLinen
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+NARROW = (jnp.bfloat16, jnp.float16)
+INPUT = "images"  # of an ONNX file
 OPSET = 21  # of ONNX; onnxruntime has it since 1.20
 
 NEEDS = {  # packages that an extra of the same name brings
@@ -51,9 +55,10 @@ def symbolic_sizes(shape: Shape) -> Shape:
     return jax_export.symbolic_shape(", ".join(map(str, shape)))
 
 
-def extend_images(x: Float[np.ndarray, "n h w c"], multiple: int) -> Float[np.ndarray, "n h2 w2 c"]:
-    """Extends images periodically at the bottom and on the right."""
-    return np.pad(x, ((0, 0), (0, multiple), (0, 2 * multiple), (0, 0)), mode="wrap")
+def extend(x: Float[np.ndarray, "n *a"], multiple: int) -> Float[np.ndarray, "n2 *b"]:
+    """Extends a batch by one example, and images periodically at the bottom and on the right."""
+    more = (1, multiple, 2 * multiple, 0) if multiple else (1, *[0] * (x.ndim - 1))
+    return np.pad(x, [(0, size) for size in more], mode="wrap")
 
 
 def output_names(model: nnx.Module, shape: Shape) -> list[str]:
@@ -61,12 +66,15 @@ def output_names(model: nnx.Module, shape: Shape) -> list[str]:
     images = jax.ShapeDtypeStruct(symbolic_sizes(shape), jnp.float32)
     places, _ = jax.tree.flatten_with_path(nnx.eval_shape(lambda model, x: model(x), model, images))
     named = [jax.tree_util.keystr(place, simple=True, separator=".") for place, _ in places]
-    return [f"output_{name}" if name.isdigit() else name or "output" for name in named]
+    names: list[str] = []
+    for name in named:
+        free = f"output_{name}" if name.isdigit() or name == INPUT else name or "output"
+        names.append(free if free not in names else f"{free}_{len(names)}")
+    return names
 
 
 def _stablehlo(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any]) -> Forward:
-    graphdef, state = nnx.split(model)
-    forward = jax.jit(lambda images: nnx.merge(graphdef, state, copy=True)(images))
+    forward = jax.jit(_function(model))
     images = jax.ShapeDtypeStruct(symbolic_sizes(shape), jnp.float32)
     files.write(path, jax_export.export(forward, platforms=PLATFORMS)(images).serialize())
     return jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)
@@ -76,13 +84,26 @@ def _onnx(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any])
     import jax2onnx
     import onnxruntime
 
-    with quiet("onnx_ir", "jax2onnx"):
+    forward = _function(_in_float32(model))
+    of_linen = any(isinstance(module, FromLinen) for _, _, module in walk(model))
+    written = _read_by_linen() if of_linen else {}
+
+    def apart(images: Any) -> Any:  # jax2onnx 0.17 names an array once
+        with _restored(written):
+            leaves, structure = jax.tree.flatten(forward(images))
+        seen = [images, *leaves]
+        apart = [
+            jnp.array(y) if any(y is x for x in seen[: n + 1]) else y for n, y in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, apart)
+
+    with quiet("onnx_ir", "jax2onnx"), linen.intercept_methods(_widened):
         made = jax2onnx.to_onnx(
-            _in_float32(model),
+            apart,
             inputs=[shape],
             model_name=type(model).__name__,
             opset=OPSET,
-            input_names=["images"],
+            input_names=[INPUT],
             output_names=output_names(model, shape),
         )
     # jax2onnx 0.17 moves transpositions about, but not the shapes noted of what lies between them.
@@ -96,7 +117,7 @@ def _onnx(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any])
     session = onnxruntime.InferenceSession(
         path.read_bytes(), options, providers=["CPUExecutionProvider"]
     )
-    return lambda images: session.run(None, {"images": np.asarray(images)})
+    return lambda images: session.run(None, {INPUT: np.asarray(images)})
 
 
 def _round_down(graph: Any) -> None:
@@ -134,6 +155,47 @@ def _in_float32(model: nnx.Module) -> nnx.Module:
     """The network with layers that compute in float32: onnxruntime has no other convolutions."""
     model = nnx.clone(model)
     for _, _, layer in walk(model):
-        if getattr(layer, "dtype", None) in (jnp.bfloat16, jnp.float16):
+        if getattr(layer, "dtype", None) in NARROW:
             layer.dtype = jnp.float32
     return model
+
+
+def _widened(method: Callable[..., Any], args: Any, options: Any, context: Any) -> Any:
+    """Calls a method of a module of flax.linen that computes in float32."""
+    if getattr(context.module, "dtype", None) in NARROW:
+        object.__setattr__(context.module, "dtype", jnp.float32)  # it is frozen
+    return method(*args, **options)
+
+
+def _read_by_linen() -> dict[tuple[Any, str], Any]:
+    """What jax2onnx may replace that modules of flax.linen need; `None` for what is inherited."""
+    kinds = [kind for kind in vars(linen).values() if isinstance(kind, type)]
+    calls = [(kind, "__call__") for kind in kinds if issubclass(kind, linen.Module)]
+    return {(owner, name): vars(owner).get(name) for owner, name in [(jnp, "shape"), *calls]}
+
+
+@contextlib.contextmanager
+def _restored(written: Mapping[tuple[Any, str], Any]) -> Iterator[None]:
+    """Within the block, functions are those that were written.
+
+    jax2onnx 0.17 replaces `__call__` by functions that `linen.intercept_methods` does not see, and
+    so `dhp_jax.FromLinen` would not get the shapes that its arrays have.
+    """
+    there = {place: vars(place[0]).get(place[1]) for place in written}
+    replaced = {place: it for place, it in there.items() if it is not written[place]}
+    for owner, name in replaced:
+        if written[owner, name] is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, written[owner, name])
+    try:
+        yield
+    finally:
+        for (owner, name), it in replaced.items():
+            setattr(owner, name, it)
+
+
+def _function(model: nnx.Module) -> Forward:
+    """A network as a function of its input, which may be traced though it writes its variables."""
+    graphdef, state = nnx.split(model)
+    return lambda images: nnx.merge(graphdef, state, copy=True)(images)

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 from jax._src.core import get_axis_env  # which axes are bound; there is no public way
 import jax.numpy as jnp
+import numpy as np
 
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.functions import Path, at, place
@@ -230,16 +231,16 @@ def _resize(module: linen.Module, given: tuple[Any, ...]) -> None:
     if "bias" in stored and isinstance(module, linen.Conv | linen.ConvTranspose | linen.Dense):
         _set(module, use_bias=True)  # others may be folded into it
     if isinstance(module, linen.MultiHeadDotProductAttention) and "query" in stored:
-        *_, heads, size = jnp.shape(stored["query"]["kernel"])
-        outputs = jnp.shape(stored["out"]["kernel"])[-1]
+        *_, heads, size = np.shape(stored["query"]["kernel"])
+        outputs = np.shape(stored["out"]["kernel"])[-1]
         _set(module, num_heads=heads, qkv_features=heads * size, out_features=outputs)
     elif isinstance(module, linen.RNN) and isinstance(module.cell, CELLS):
         cell = meta.unbox(module.cell.variables.get(PARAMS, {}))
-        hidden = [jnp.shape(layer["kernel"])[-2] for name, layer in cell.items() if name[0] == "h"]
+        hidden = [np.shape(layer["kernel"])[-2] for name, layer in cell.items() if name[0] == "h"]
         if hidden:  # the first carry is of that size
             _set(module.cell, features=hidden[0])
     elif isinstance(module, linen.Conv) and shape:
-        groups = jnp.shape(given[0])[-1] // shape[-2]
+        groups = np.shape(given[0])[-1] // shape[-2]
         _set(module, feature_group_count=groups, features=shape[-1])
     elif isinstance(module, linen.DenseGeneral) and shape:
         rank = len(module.features) if isinstance(module.features, tuple | list) else 1

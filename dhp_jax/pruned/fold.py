@@ -62,10 +62,11 @@ def fold(model: Model, input_shape: tuple[Any, ...]) -> Model:
 
     Returns:
       The network in evaluation mode, for inference only. It computes the same numbers up to
-      rounding; layers that are gone are `Identity`.
+      rounding; layers that are gone are `Identity`, and skipped in a network of `FromLinen`.
 
     Raises:
-      ValueError: the network has latents; make it ordinary with `prune(model)` first.
+      ValueError: the network has latents; make it ordinary with `prune(model)` first. It does not
+        take such an input.
 
     Example:
       >>> fast = dhp.fold(small, (32, 32, 3))
