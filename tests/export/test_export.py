@@ -663,7 +663,7 @@ def test_the_command_tells_why_height_and_width_are_fixed(tmp_path, capsys, monk
     assert (code, " takes (batch, 2, 2, 3) in float32" in takes) == (0, True)
     assert fixed.startswith(
         "height and width are fixed, because with free ones: outputs on another size, of shape "
-        "(2, 3, 4, 3), differ from the network's by up to "
+        "(3, 3, 4, 3), differ from the network's by up to "
     )
 
 
