@@ -65,7 +65,7 @@ def _write(
 ) -> dict[str, Any]:
     summary = summarize(result, unpruned and unpruned.summary, times)
     _save_summary(result, summary)
-    (result.workdir / LAYERS).write_text(layer_table(result.before, result.after))
+    files.write(result.workdir / LAYERS, layer_table(result.before, result.after))
     run = RunReport(result, summary)
     charts, pictures = run_charts(run), crops(result, unpruned and unpruned.folder)
     files.write(result.workdir / PAGE, page(run, charts, pictures))
@@ -82,7 +82,8 @@ def _save_plots(run: RunReport, charts: Mapping[str, Chart], pictures: Sequence[
     folder = run.result.workdir / PLOTS
     folder.mkdir(exist_ok=True)
     for name, chart in charts.items():
-        chart.save(folder / f"{name}.png")
+        with files.naming(folder / f"{name}.png"):
+            chart.save(folder / f"{name}.png")
     if pictures:
         grid(pictures).savefig(folder / "crops.png", dpi=150)
 

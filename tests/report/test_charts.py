@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.report import figures, run_charts, scales
+from dhp_jax.report import figures, run_charts, scales, write
 from dhp_jax.report.charts import Dot, Line, Rule, dot_chart, line_chart
 from dhp_jax.report.render import STYLE_SHEET
 from dhp_jax.report.run_charts import group_names
@@ -219,3 +219,13 @@ def test_a_picture_has_the_title_and_the_page_has_it_beside_the_figure(tmp_path)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert ">Loss of all<" not in before
     assert chart.svg() == before
+
+
+def test_a_plot_that_cannot_be_written_is_named(tmp_path):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    run = SimpleNamespace(result=SimpleNamespace(workdir=tmp_path))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write._save_plots(run, {"loss": SimpleNamespace(save=full)}, [])
+    assert caught.value.filename == str(tmp_path / "plots/loss.png")
