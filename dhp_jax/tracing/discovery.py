@@ -284,8 +284,9 @@ def _clashing(found: Discovery) -> list[tuple[Family, int]]:
     terms = found.analysis.flow.terms
     owner = {terms.root(atom): f for f in found.families for atom in f.atoms}
     clashing: dict[int, tuple[Family, int]] = {}
+    products = list(terms.parts)
     for axis in (axis for axes in found.analysis.arrays for axis in axes if axis is not None):
-        for term in np.unique(axis).tolist():
+        for term in np.unique(axis[np.isin(terms.roots(axis), products)]).tolist():
             met = [owner[atom] for atom in terms.atoms(term) if atom in owner]
             if len(met) > 1:
                 clashing |= {id(family): (family, term) for family in met}

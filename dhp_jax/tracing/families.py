@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+import math
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from dhp_jax.tracing.programs import EVALUATION, all_programs, is_literal
 from dhp_jax.tracing.terms import TRUE
 
 Place = tuple[int, int]  # array and axis
-Unit = tuple[int, dict[Place, list[int]]]  # an atom, and the positions that go with it
+Placed = dict[Place, tuple[np.ndarray, np.ndarray]]  # atoms, and a position of each
 
 
 @dataclass
@@ -46,53 +47,72 @@ class Family:
 
 def find_families(analysis: Analysis) -> list[Family]:
     """The families of what may go and makes a network cheaper; all else is frozen."""
-    contracted = _contracted(analysis)
-    groups: dict[tuple, list[Unit]] = defaultdict(list)
-    for atom, places in _positions(analysis).items():
-        if atom in contracted:
-            alike = tuple(sorted((*place, len(p)) for place, p in places.items()))
-            groups[alike].append((atom, places))
-        else:
-            analysis.flow.terms.freeze(atom, "nothing is summed over it")
-    families = []
-    products = _products(analysis)
-    for units in groups.values():
-        for part in _factors(products, units):
-            if len(part) < 2:
-                for atom, _ in part:
-                    analysis.flow.terms.freeze(atom, "it is one unit alone")
-            else:
-                families.append(_family(analysis, part))
-    return _named(analysis, families)
+    terms, placed = analysis.flow.terms, _placed(analysis)
+    contracted, products = _contracted(analysis), _products(analysis)
+    parts: list[list[int]] = []
+    for atoms in _alike(terms.size, placed):
+        for atom in (atom for atom in atoms if atom not in contracted):
+            terms.freeze(atom, "nothing is summed over it")
+        for part in _factors(products, [atom for atom in atoms if atom in contracted]):
+            if len(part) > 1:
+                parts.append(part)
+                continue
+            for atom in part:
+                terms.freeze(atom, "it is one unit alone")
+    return _named(analysis, _families(analysis, parts, placed))
 
 
-def _positions(analysis: Analysis) -> dict[int, dict[Place, list[int]]]:
-    """By atom and place the positions that go with it."""
-    terms, found = analysis.flow.terms, defaultdict(lambda: defaultdict(list))
+def _placed(analysis: Analysis) -> Placed:
+    """By place the atoms of its positions, and the position of each."""
+    terms, found = analysis.flow.terms, {}
     for number, axes in enumerate(analysis.arrays):
         for k, axis in enumerate(axes):
-            for position, term in enumerate(() if axis is None else terms.roots(axis).tolist()):
-                if term != TRUE:
-                    for atom in terms.atoms(term):
-                        found[atom][number, k].append(position)
+            if axis is None or not (roots := terms.roots(axis)).any():
+                continue
+            positions = np.flatnonzero(roots != TRUE)
+            if products := terms.parts.keys() & set(roots.tolist()):
+                atoms = {term: tuple(terms.atoms(term)) for term in products}
+                each = [atoms.get(term, (term,)) for term in roots[positions].tolist()]
+                positions = np.repeat(positions, list(map(len, each)))
+                found[number, k] = np.array([a for own in each for a in own], np.int64), positions
+            else:
+                found[number, k] = roots[positions], positions
     return found
+
+
+def _alike(size: int, placed: Placed) -> list[list[int]]:
+    """Atoms that have as many positions in the same places, in the order of their first ones."""
+    if not placed:
+        return []
+    kinds, made = np.zeros(size, np.int64), 1
+    for atoms, _ in placed.values():
+        atoms, counts = np.unique(atoms, return_counts=True)
+        both = kinds[atoms] * (counts.max() + 1) + counts
+        different, kind = np.unique(both, return_inverse=True)
+        kinds[atoms], made = made + kind, made + len(different)
+    every, first = np.unique(np.concatenate([a for a, _ in placed.values()]), return_index=True)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for atom in every[np.argsort(first)].tolist():
+        groups[kinds[atom]].append(atom)
+    return list(groups.values())
 
 
 def _contracted(analysis: Analysis) -> frozenset[int]:
     """Atoms over which something is contracted, so that a network without them is cheaper."""
-    flow, found = analysis.flow, frozenset()
+    flow, found = analysis.flow, [np.array([TRUE])]
     for context, program in analysis.programs.items():
         for inner, jaxpr in all_programs(program.closed.jaxpr, context):
             for eqn in jaxpr.eqns:
                 if is_literal(x := eqn.invars[0] if eqn.invars else None):
                     continue
+                over = ()
                 if eqn.primitive.name == "dot_general":
-                    for k in eqn.params["dimension_numbers"][0][0]:
-                        found |= flow.atoms_of(flow.at[inner, x][k])
+                    over = eqn.params["dimension_numbers"][0][0]
                 elif eqn.primitive.name == "conv_general_dilated":
-                    feature = eqn.params["dimension_numbers"][0][1]
-                    found |= flow.atoms_of(flow.at[inner, x][feature])
-    return found
+                    over = eqn.params["dimension_numbers"][0][1:2]
+                axes = (flow.at[inner, x][k] for k in over)
+                found += [axis for axis in axes if axis is not None]
+    return flow.atoms_of(np.concatenate(found))
 
 
 def _products(analysis: Analysis) -> list[frozenset[int]]:
@@ -100,15 +120,15 @@ def _products(analysis: Analysis) -> list[frozenset[int]]:
     terms, found = analysis.flow.terms, set()
     for axes in analysis.arrays:
         for axis in axes:
-            if axis is not None:
-                found |= {t for t in np.unique(terms.roots(axis)).tolist() if t in terms.parts}
+            if axis is not None and terms.parts:
+                found |= terms.parts.keys() & set(terms.roots(axis).tolist())
     return [atoms for term in found if len(atoms := terms.atoms(term)) > 1]
 
 
-def _factors(products: list[frozenset[int]], units: list[Unit]) -> list[list[Unit]]:
-    """Units that are alike but meet in products, such as groups and places in them, apart."""
-    ours = {atom for atom, _ in units}
-    neighbours: dict[int, set[int]] = {atom: set() for atom in ours}
+def _factors(products: list[frozenset[int]], units: list[int]) -> list[list[int]]:
+    """Atoms that are alike but meet in products, such as groups and places in them, apart."""
+    ours = set(units)
+    neighbours: dict[int, set[int]] = {atom: set() for atom in units}
     for product in products:
         both = product & ours
         for atom in both:
@@ -116,7 +136,7 @@ def _factors(products: list[frozenset[int]], units: list[Unit]) -> list[list[Uni
     if not any(neighbours.values()):
         return [units]
     side: dict[int, int] = {}
-    for first, _ in units:
+    for first in units:
         if first in side:
             continue
         side[first], queue = 0, [first]
@@ -128,25 +148,34 @@ def _factors(products: list[frozenset[int]], units: list[Unit]) -> list[list[Uni
                     queue.append(other)
                 elif side[other] == side[atom]:
                     return [units]
-    parts = [[unit for unit in units if side[unit[0]] == one] for one in (0, 1)]
+    parts = [[atom for atom in units if side[atom] == one] for one in (0, 1)]
     return [part for part in parts if part]
 
 
-def _family(analysis: Analysis, units: list[Unit]) -> Family:
-    units.sort(key=lambda unit: min((*place, p[0]) for place, p in unit[1].items()))
-    shapes, places, numbers = [x.shape for x in analysis.leaves], {}, 0
-    for number, k in sorted(units[0][1]):
-        entries = np.full(shapes[number][k], -1)
-        for entry, (_, positions) in enumerate(units):
-            entries[positions[number, k]] = entry
-        places[number, k] = entries
-        size = int(np.prod(shapes[number]))
-        numbers += size // shapes[number][k] * len(units[0][1][number, k])
-    atoms = [atom for atom, _ in units]
-    flow, told = analysis.flow, {}
-    for name, found in (("summed", flow.sums), ("chosen", flow.choices), ("drawn", flow.draws)):
-        told[name] = next((found[atom] for atom in atoms if atom in found), "")
-    return Family("", atoms, places, numbers, **told)
+def _families(analysis: Analysis, parts: list[list[int]], placed: Placed) -> list[Family]:
+    """Families of some atoms each, in the order of their first positions."""
+    flow, size = analysis.flow, analysis.flow.terms.size
+    owner, entry = np.full(size, -1), np.zeros(size, np.int64)
+    for number, part in enumerate(parts):
+        owner[part] = number
+    families = [Family("", part, {}, 0) for part in parts]
+    for (number, k), (atoms, positions) in placed.items():
+        shape = analysis.leaves[number].shape
+        for own in np.unique(owner[atoms[owner[atoms] >= 0]]).tolist():
+            family, ours = families[own], owner[atoms] == own
+            if not family.places:
+                different, first = np.unique(atoms[ours], return_index=True)
+                entry[different] = first
+                family.atoms.sort(key=entry.__getitem__)
+                entry[family.atoms] = np.arange(family.size)
+            entries = family.places[number, k] = np.full(shape[k], -1)
+            np.maximum.at(entries, positions[ours], entry[atoms[ours]])
+            each = int(np.count_nonzero(ours)) // family.size
+            family.numbers += math.prod(shape) // shape[k] * each
+    for family in families:
+        for name, found in (("summed", flow.sums), ("chosen", flow.choices), ("drawn", flow.draws)):
+            setattr(family, name, next((found[a] for a in family.atoms if a in found), ""))
+    return families
 
 
 def _named(analysis: Analysis, families: list[Family]) -> list[Family]:

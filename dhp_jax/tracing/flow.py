@@ -6,6 +6,7 @@ it reads stay, with its name and the line of the user's code.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+import functools
 from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn
@@ -58,6 +59,7 @@ class Flow:
         self._fresh: dict[Hashable, np.ndarray] = {}
         self._within: list[JaxprEqn] = []  # the operation at hand, after those that contain it
         self._dead: tuple[Any, np.ndarray] | None = None
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def fresh(self, key: Hashable, number: int) -> np.ndarray:
         """New atoms, the same ones for a key in every pass."""
@@ -136,13 +138,17 @@ class Flow:
         return f"{eqn.primitive.name}{why}" + (f" at {place}" if place else "")
 
     def kept(self, axis: Axis, gone: frozenset[int], size: int) -> np.ndarray:
-        """Which positions of an axis are left without some atoms, a boolean mask."""
+        """Which positions of an axis are left without some atoms, a boolean mask to read."""
         if axis is None or not gone:
-            return np.ones(size, bool)
+            return _all(size)
         key = (gone, self.terms.changes, self.terms.size)
         if self._dead is None or self._dead[0] != key:
-            self._dead = (key, dead_terms(self.terms, gone))
-        return ~self._dead[1][self.terms.roots(axis)]
+            self._dead, self._kept = (key, dead_terms(self.terms, gone)), {}
+        if id(axis) not in self._kept:
+            mask = ~self._dead[1][self.terms.roots(axis)]
+            mask.flags.writeable = False
+            self._kept[id(axis)] = axis, mask  # the axis is held, so that no other has its id
+        return self._kept[id(axis)][1]
 
     def atoms_of(self, axis: Axis) -> frozenset[int]:
         """All atoms of an axis."""
@@ -150,6 +156,13 @@ class Flow:
             return frozenset()
         terms = np.unique(self.terms.roots(axis)).tolist()
         return frozenset().union(*(self.terms.atoms(term) for term in terms if term != TRUE))
+
+
+@functools.cache
+def _all(size: int) -> np.ndarray:
+    mask = np.ones(size, bool)
+    mask.flags.writeable = False
+    return mask
 
 
 def _not_understood(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:

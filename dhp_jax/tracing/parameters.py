@@ -42,20 +42,23 @@ class ParameterMismatch(Exception):
 
 
 def check_parameters(
-    whole: JaxprEqn, pruned: JaxprEqn, inputs: Sequence[Kept], outputs: Sequence[Kept]
+    whole: JaxprEqn,
+    pruned: JaxprEqn,
+    inputs: Callable[[], Sequence[Kept]],
+    outputs: Callable[[], Sequence[Kept]],
 ) -> None:
     """Raises unless the parameters of an operation are those of the restricted one.
 
     Args:
       whole, pruned: the operation in both programs.
-      inputs, outputs: what is left of each axis of what it reads and writes.
+      inputs, outputs: tell what is left of each axis of what it reads and writes.
 
     Raises:
       ParameterMismatch: one is not.
     """
     name = whole.primitive.name
     if name in _CHECKS:
-        _CHECKS[name](whole, pruned, inputs, outputs)
+        _CHECKS[name](whole, pruned, inputs(), outputs())
     for key in sorted(whole.params.keys() | pruned.params.keys()):
         before, after = whole.params.get(key), pruned.params.get(key)
         ignored = key in IGNORED and (name in WALKED or not _is_program(before))

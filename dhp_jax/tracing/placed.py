@@ -51,9 +51,8 @@ class PlacedAxis(Axis):
     """
 
     def __init__(self, latents: Sequence[Latent], positions: Positions):
-        used = [n for n in range(len(latents)) if (positions.owner == n).any()]
-        number = {old: new for new, old in enumerate(used)}
-        owner = [number.get(n, -1) for n in positions.owner.tolist()]
+        used = np.unique(positions.owner[positions.owner >= 0]).tolist()
+        owner = np.where(positions.owner < 0, -1, np.searchsorted(used, positions.owner))
         self.latents = nnx.List([latents[n] for n in used])
         self.positions = nnx.static(Positions(owner, positions.entry))
         self.size = len(owner)

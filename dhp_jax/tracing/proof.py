@@ -147,7 +147,7 @@ class _Walk:
 
     def pair(self, ours: Any, theirs: Any, eqn: JaxprEqn | None) -> None:
         """Notes which variable is which, if the shape of the pruned one is what it should be."""
-        expected = tuple(int(mask.sum()) for mask in self.masks(ours))
+        expected = tuple(map(np.count_nonzero, self.masks(ours)))
         got = shape_of(theirs)
         same_dtype = getattr(ours.aval, "dtype", None) == getattr(theirs.aval, "dtype", None)
         if expected != got or not same_dtype:
@@ -185,8 +185,8 @@ class _Walk:
             check_parameters(
                 ours,
                 theirs,
-                [None if is_literal(v) else self.masks(v) for v in ours.invars],
-                [self.masks(v) for v in ours.outvars],
+                lambda: [None if is_literal(v) else self.masks(v) for v in ours.invars],
+                lambda: [self.masks(v) for v in ours.outvars],
             )
         except ParameterMismatch as error:
             axes = self.flow.at[self.context, ours.outvars[0]]

@@ -17,7 +17,7 @@ from dhp_jax.tracing.generated import Positions, ordinary
 from dhp_jax.tracing.gone import gone_atoms
 from dhp_jax.tracing.programs import Call, default_call
 from dhp_jax.tracing.proof import Mismatch
-from dhp_jax.tracing.terms import TRUE
+from dhp_jax.tracing.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -140,19 +140,20 @@ def table_of(found: Discovery, notes: Mapping[str, Any]) -> LatentTable:
     """The table of what was discovered."""
     analysis = found.analysis
     terms = analysis.flow.terms
-    owner = {
-        terms.root(atom): (number, entry)
-        for number, family in enumerate(found.families)
-        for entry, atom in enumerate(family.atoms)
-    }
+    owner, entry = np.full(terms.size, -1), np.zeros(terms.size, np.int64)
+    for number, family in enumerate(found.families):
+        atoms = terms.roots(np.array(family.atoms))
+        owner[atoms], entry[atoms] = number, np.arange(family.size)
     places: dict[str, dict[int, Positions]] = {}
     for name, axes in zip(analysis.names, analysis.arrays, strict=True):
         for k, axis in enumerate(axes):
             if axis is None:
                 continue
-            owned = [_owner(terms, term, owner) for term in terms.roots(axis).tolist()]
-            if any(number >= 0 for number, _ in owned):
-                places.setdefault(name, {})[k] = Positions(*zip(*owned, strict=True))
+            roots = terms.roots(axis)
+            for term in terms.parts.keys() & set(roots.tolist()):
+                owner[term], entry[term] = _owner(terms, term, owner, entry)
+            if (owner[roots] >= 0).any():
+                places.setdefault(name, {})[k] = Positions(owner[roots], entry[roots])
     family_of = {atom: family.name for family in found.families for atom in family.atoms}
     numbers = []
     for rule in analysis.sizes:
@@ -174,11 +175,9 @@ def table_of(found: Discovery, notes: Mapping[str, Any]) -> LatentTable:
     )
 
 
-def _owner(terms: Any, term: int, owner: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
-    """The latent and entry of a position; several only if one alone would not do."""
-    if term == TRUE:
-        return (-1, 0)
-    found = [owner[atom] for atom in terms.atoms(term) if atom in owner]
+def _owner(terms: Terms, term: int, owner: np.ndarray, entry: np.ndarray) -> tuple[int, int]:
+    """The latent and entry of a product; several only if one alone would not do."""
+    found = [atom for atom in terms.atoms(term) if owner[atom] >= 0]
     if len(found) > 1:
         raise RuntimeError("a position belongs to several latents")
-    return found[0] if found else (-1, 0)
+    return (int(owner[found[0]]), int(entry[found[0]])) if found else (-1, 0)

@@ -123,7 +123,22 @@ class Terms:
             left = right if left is None else left
             self.freeze_axis(left, why)
             return left
-        for place in np.flatnonzero(self.roots(left) != self.roots(right)):
+        ours, theirs = self.roots(left), self.roots(right)
+        places = np.flatnonzero(ours != theirs)
+        low, high = np.sort([ours[places], theirs[places]], 0)
+        roots = np.concatenate([low, high]).tolist()
+        if (
+            TRUE not in roots
+            and len(set(roots)) == len(roots)
+            and self.parts.keys().isdisjoint(roots)
+        ):
+            self.parent[high] = low  # atoms, each of one equation
+            self.joined |= {
+                one: (other, why) for one, other in zip(high.tolist(), low.tolist(), strict=True)
+            }
+            self.changes += len(high)
+            return left
+        for place in places:
             self.equal(int(left[place]), int(right[place]), why)
         return left
 
