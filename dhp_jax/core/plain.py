@@ -46,8 +46,8 @@ def slice_axis(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
         return array
     if isinstance(array, jax.core.Tracer):
         return jnp.take(array, np.flatnonzero(mask), axis)
-    # On the host: each of the many different shapes would otherwise be compiled for.
-    return jnp.asarray(np.compress(mask, np.asarray(array), axis))
+    # On the host, and not by jnp.asarray: each of many different shapes would be compiled for.
+    return jax.device_put(np.compress(mask, np.asarray(array), axis), may_alias=False)
 
 
 def make_like(kind: type[Layer], layer: nnx.Module, **given: Any) -> Layer:

@@ -315,7 +315,7 @@ def cut_array(value: Any, kept: Sequence[np.ndarray]) -> Any:
     array = np.asarray(value)
     for axis, mask in enumerate(kept):
         array = np.compress(mask, array, axis)
-    return jnp.asarray(array)
+    return jax.device_put(array, may_alias=False)  # jnp.asarray compiles for each shape
 
 
 def _set_mode(model: nnx.Module, context: Context) -> None:

@@ -243,11 +243,9 @@ class _TracedCount:
         self.program, self.calls, _, self.used = _traced(model, input_shape, call, has_arrays)
         self.flow: Flow | None = None
         self.owner: dict[int, str] = {}
-        self.holders = {
-            path_name(path)
-            for path, module in nnx.iter_modules(model)
-            if isinstance(module, nnx.Dict)
-        }
+        self._owners = functools.cache(self._owners)
+        modules = nnx.iter_modules(model)
+        self.holders = {path_name(path) for path, m in modules if isinstance(m, nnx.Dict)}
         if table is not None:
             self._solve()
 
@@ -353,6 +351,9 @@ class _TracedCount:
         axes: Axes = self.flow.at[context, atom]
         return [self.width(axis, size) for axis, size in zip(axes, shape_of(atom), strict=True)]
 
+    def _owners(self, term: int) -> tuple[str, ...]:
+        return tuple(sorted(self.owner[a] for a in self.flow.terms.atoms(term) if a in self.owner))
+
     def width(self, axis: TermAxis, size: int) -> tuple[Width, ...]:
         """How many positions of an axis are left, by the survivors of latents.
 
@@ -361,10 +362,8 @@ class _TracedCount:
         """
         if axis is None:
             return (Width(size, size),)
-        sizes, times = self.table.sizes, Counter[tuple[str, ...]]()
-        for term in self.flow.terms.roots(axis).tolist():
-            atoms = self.flow.terms.atoms(term)
-            times[tuple(sorted(self.owner[a] for a in atoms if a in self.owner))] += 1
+        sizes = self.table.sizes
+        times = Counter(map(self._owners, self.flow.terms.roots(axis).tolist()))
         if len(times) == 1 and len(set(owners := next(iter(times)))) == len(owners) > 1:
             copies = size // math.prod(sizes[name] for name in owners)
             each = tuple(Width(sizes[name], 0, ((name, 1),)) for name in owners)
