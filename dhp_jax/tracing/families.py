@@ -70,13 +70,14 @@ def _placed(analysis: Analysis) -> Placed:
             if axis is None or not (roots := terms.roots(axis)).any():
                 continue
             positions = np.flatnonzero(roots != TRUE)
-            if products := terms.parts.keys() & set(roots.tolist()):
-                atoms = {term: tuple(terms.atoms(term)) for term in products}
-                each = [atoms.get(term, (term,)) for term in roots[positions].tolist()]
+            atoms = roots[positions]
+            if products := terms.parts.keys() & set(atoms.tolist()):
+                parts = {term: tuple(terms.atoms(term)) for term in products}
+                each = [parts.get(term, (term,)) for term in atoms.tolist()]
                 positions = np.repeat(positions, list(map(len, each)))
-                found[number, k] = np.array([a for own in each for a in own], np.int64), positions
-            else:
-                found[number, k] = roots[positions], positions
+                atoms = np.array([atom for own in each for atom in own], np.int64)
+            if len(atoms):  # else they are products of atoms that stay
+                found[number, k] = atoms, positions
     return found
 
 

@@ -147,7 +147,7 @@ class _Walk:
 
     def pair(self, ours: Any, theirs: Any, eqn: JaxprEqn | None) -> None:
         """Notes which variable is which, if the shape of the pruned one is what it should be."""
-        expected = tuple(map(np.count_nonzero, self.masks(ours)))
+        expected = tuple(int(np.count_nonzero(mask)) for mask in self.masks(ours))
         got = shape_of(theirs)
         same_dtype = getattr(ours.aval, "dtype", None) == getattr(theirs.aval, "dtype", None)
         if expected != got or not same_dtype:
