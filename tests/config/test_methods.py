@@ -190,8 +190,9 @@ def test_what_survives_by_norm_are_the_largest_filters_of_the_trained_network(pr
 def test_a_test_right_after_the_cut_that_is_not_finite_is_told(baseline, tmp_path, monkeypatch):
     monkeypatch.setattr(phases, "evaluate", lambda *_, **__: {"loss": float("inf"), "error": 0.9})
     run = prepare(tmp_path / "run", method="l1_norm", source=str(baseline))
+    work, began = phases.Work(run, lambda: False, run.setup.read), source_run.read(run.config)
     with pytest.raises(NonFiniteError, match=r"^converge: the test loss right after pruning is"):
-        phases.prune_to_budget(phases.Work(run, lambda: False, run.setup.read), "")
+        phases.prune_to_budget(work, began.sha256)
     assert not (tmp_path / "run/pruned").exists()
 
 
