@@ -25,8 +25,8 @@ import dhp_jax as dhp
 TITLE = "Pruning a network of one's own"
 NOTE = (
     "Seconds, each network in a fresh process, one run, and the most memory that the process has "
-    "had by then, in GB. Built: the network, with its weights, before it is traced; a ResNet is the "
-    "plain form of one of hypernetworks, which takes memory."
+    "had by then, in GB. Built: the network, with its weights, before it is traced; a ResNet is "
+    "the plain form of one of hypernetworks, which takes memory."
 )
 TRANSFORMERS = {  # layers, width, heads
     "transformer, 12 layers of 384": (12, 384, 6),
