@@ -100,17 +100,21 @@ def network(torch, arrays: Mapping[str, np.ndarray]):
     return ResNet().to(memory_format=torch.channels_last)
 
 
-def widths(net: Network, model) -> dict[str, int]:
-    """How many channels each latent of ours has in a PyTorch network."""
-    kernels = {
-        "stem.conv.kernel": model.stem[0].weight,
-        "classifier.kernel": model.classifier.weight,
-    }
+def layers_of(model) -> dict:
+    """The convolutions of a PyTorch network, each with its BatchNorm, by the names of ours."""
+    found = {"stem": model.stem}
     for i, block in enumerate(model.blocks):
         parts = {"layers.0": block.first, "layers.1": block.second, "projection": block.projection}
-        for name, part in parts.items():
-            if hasattr(part, "__getitem__"):
-                kernels[f"blocks.{i}.{name}.conv.kernel"] = part[0].weight
+        found |= {
+            f"blocks.{i}.{name}": part for name, part in parts.items() if hasattr(part, "__getitem__")
+        }
+    return found
+
+
+def widths(net: Network, model) -> dict[str, int]:
+    """How many channels each latent of ours has in a PyTorch network."""
+    kernels = {"classifier.kernel": model.classifier.weight}
+    kernels |= {f"{path}.conv.kernel": layer[0].weight for path, layer in layers_of(model).items()}
     counts = dict(net.sizes)
     for name, weight in kernels.items():
         for latent, size in zip(reversed(net.reads[name]), weight.shape[:2], strict=True):

@@ -1,0 +1,144 @@
+"""The rows of from_trained.py with fresh weights, trained by PyTorch, which is sooner on a CPU.
+
+    python benchmarks/fresh_in_torch.py --data cifar10.pack --out DIR \
+        --weights benchmarks/results/from_trained_resnet20.npz --seeds 0 --targets 0.25
+    python benchmarks/fresh_in_torch.py --rehearse --out DIR
+
+It needs `pip install torch`, which is no package of the library. The library chooses the widths,
+draws the weights, and cuts out the images. PyTorch carries out the updates of the same recipe: those
+of the trained network and those of every row. The trained weights come back, and the library tests
+them. DIR keeps the state of a row that was stopped, and the row goes on from there. The rows are
+those that from_trained.py would write, so `from_trained.py --table` publishes them.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+import time
+
+from beside_torch_pruning import check_same, layers_of, network
+import from_trained as ours
+from from_trained_programs import MOMENTUM, WEIGHT_DECAY, Batches
+from from_trained_rows import FRESH, SEGMENTS_KEPT, Bench, Way, cosine, cut, segments
+import jax
+import numpy as np
+
+import dhp_jax as dhp
+
+
+def fresh_row(torch, bench: Bench, way: Way, flops: float, seed: int) -> None:
+    """Trains a network of fresh weights, with the updates of the trained one too; writes the row."""
+    began, net, size = time.monotonic(), bench.net, bench.size
+    updates = size.updates + segments(bench, size.before) * size.segment
+    mask = cut(bench, way, flops, seed)
+    counts = net.sizes | {name: int(np.sum(kept)) for name, kept in mask.items()}
+    small, _ = bench.cut_down(bench.begin(bench.trained), mask)
+    model = network(torch, small.net.fresh(seed)).to(memory_format=torch.contiguous_format)
+    stream = bench.batches(seed, cosine(way.rate, updates, size.segment)(np.arange(updates)))
+    kept = bench.out / f"{way.by}_{flops}_{seed}_{updates}.pt"
+    loss = train(torch, bench, model, stream, kept)
+    run = small.begin(arrays_of(model, small.net.arrays()))
+    bench.write(
+        name=way.name,
+        target=flops,
+        seed=seed,
+        **small.evaluate(run, {}),
+        after_cut=None,
+        train_loss=loss,
+        **net.cost.shares(counts),
+        widths={name: counts[name] for name in net.prunable},
+        updates=updates,
+        trained_by=f"torch {torch.__version__}",
+        seconds=round(time.monotonic() - began, 3),
+        way=asdict(way),
+    )
+    kept.unlink(missing_ok=True)
+
+
+def train(torch, bench: Bench, model, stream: Iterator[Batches], kept: Path) -> float:
+    """Carries out the updates, and returns the last loss.
+
+    Args:
+      torch: the module.
+      bench: what rows share.
+      model: of PyTorch; it is changed.
+      stream: the batches, a segment at a time.
+      kept: a file that is written now and then, and from which a row that was stopped goes on.
+    """
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=0.0,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        nesterov=True,
+    )
+    done, loss = 0, torch.tensor(np.nan)
+    if kept.exists():
+        state = torch.load(kept)
+        done = state["segments"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    model.train()
+    for segment, batches in enumerate(stream, 1):
+        if segment <= done:
+            continue
+        for at in range(bench.size.segment):
+            batch = jax.tree.map(lambda x, at=at: x[at], batches)
+            images, labels = map(np.array, bench.programs.inputs(batch))
+            optimizer.param_groups[0]["lr"] = float(batch.rate)
+            images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+            labels = torch.from_numpy(labels.astype(np.int64))
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        if segment % SEGMENTS_KEPT == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            part = kept.with_suffix(".part")
+            torch.save({"segments": segment, **state}, part)
+            part.replace(kept)
+            print(f"{segment} segments, loss {float(loss.detach()):.3f}", flush=True)
+    return float(loss.detach())
+
+
+def arrays_of(model, names) -> dict[str, np.ndarray]:
+    """Weights and statistics of a PyTorch network, by the names that ours have for them."""
+    found = {
+        "classifier.kernel": model.classifier.weight.T,
+        "classifier.bias": model.classifier.bias,
+    }
+    for path, (conv, norm) in layers_of(model).items():
+        found[f"{path}.conv.kernel"] = conv.weight.permute(2, 3, 1, 0)
+        found[f"{path}.norm.scale"], found[f"{path}.norm.bias"] = norm.weight, norm.bias
+        found[f"{path}.norm.mean"], found[f"{path}.norm.var"] = norm.running_mean, norm.running_var
+    return {name: found[name].detach().numpy().copy() for name in names}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="CIFAR-10, as for from_trained.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--weights", type=Path, help="of the stage train of from_trained.py")
+    parser.add_argument("--targets", type=float, nargs="+", default=list(ours.TARGETS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", choices=[way.by for way in FRESH], default=["uniform"])
+    parser.add_argument("--updates", type=int, help="of every row, beside those of the training")
+    parser.add_argument("--minutes", type=float, default=600.0, help="after which no row begins")
+    parser.add_argument("--commit", default="", help="of the code, for the record")
+    parser.add_argument("--rehearse", action="store_true", help="a smoke run of a minute on a CPU")
+    options = parser.parse_args()
+    import torch
+
+    bench = ours.begin(parser, options, dhp, jax, torch)
+    bench.trained = bench.net.fresh(0) if options.rehearse else ours.stored(options.weights)
+    check_same(torch, bench)
+    for seed in options.seeds:
+        for flops in options.targets:
+            for way in FRESH:
+                if way.by in options.ways and bench.left() > 0:
+                    fresh_row(torch, bench, way, flops, seed)
+
+
+if __name__ == "__main__":
+    main()
