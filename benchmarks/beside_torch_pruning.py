@@ -105,9 +105,9 @@ def layers_of(model) -> dict:
     found = {"stem": model.stem}
     for i, block in enumerate(model.blocks):
         parts = {"layers.0": block.first, "layers.1": block.second, "projection": block.projection}
-        found |= {
-            f"blocks.{i}.{name}": part for name, part in parts.items() if hasattr(part, "__getitem__")
-        }
+        for name, part in parts.items():
+            if hasattr(part, "__getitem__"):
+                found[f"blocks.{i}.{name}"] = part
     return found
 
 

@@ -5,10 +5,10 @@
     python benchmarks/fresh_in_torch.py --rehearse --out DIR
 
 It needs `pip install torch`, which is no package of the library. The library chooses the widths,
-draws the weights, and cuts out the images. PyTorch carries out the updates of the same recipe: those
-of the trained network and those of every row. The trained weights come back, and the library tests
-them. DIR keeps the state of a row that was stopped, and the row goes on from there. The rows are
-those that from_trained.py would write, so `from_trained.py --table` publishes them.
+draws the weights, and cuts out the images. PyTorch carries out the updates of the same recipe:
+those of the trained network and those of every row. The trained weights come back, and the
+library tests them. DIR keeps the state of a row that was stopped, and the row goes on from there.
+The rows are those that from_trained.py would write, so `from_trained.py --table` publishes them.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import dhp_jax as dhp
 
 
 def fresh_row(torch, bench: Bench, way: Way, flops: float, seed: int) -> None:
-    """Trains a network of fresh weights, with the updates of the trained one too; writes the row."""
+    """Trains fresh weights, with the updates of the trained network too, and writes the row."""
     began, net, size = time.monotonic(), bench.net, bench.size
     updates = size.updates + segments(bench, size.before) * size.segment
     mask = cut(bench, way, flops, seed)

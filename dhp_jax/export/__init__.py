@@ -1,6 +1,6 @@
 """Exports networks to StableHLO, ONNX or safetensors, and tests each file it writes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 import functools
 import importlib.util
@@ -14,7 +14,6 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 import numpy as np
 
 from dhp_jax import files
@@ -23,6 +22,7 @@ from dhp_jax.artifact.writing import may_hold
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import path_name
 from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.export.sizes import Arguments, Shape, Sizes, candidates, example_of, inputs_to_try
 from dhp_jax.export.writers import (
     NARROW,
     NEEDS,
@@ -30,14 +30,11 @@ from dhp_jax.export.writers import (
     Build,
     ExportError,
     Forward,
-    Shape,
-    extend,
-    symbolic_sizes,
 )
 from dhp_jax.models import registry
-from dhp_jax.pruned.fold import fold_for_batch
-from dhp_jax.tracing.inputs import check_input_shape, outputs_of
-from dhp_jax.tracing.programs import all_programs, needed_inputs
+from dhp_jax.pruned.fold import fold_for
+from dhp_jax.tracing.inputs import outputs_of
+from dhp_jax.tracing.programs import Call, all_programs, default_call, needed_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +45,8 @@ class Exported:
 
     Attributes:
       path: the file, or the folder for safetensors.
-      shape: of the inputs; texts are sizes that are free.
+      shape: of the input; texts are sizes that are free. Of several inputs, a tuple of shapes in
+        the order of `jax.tree.leaves`.
       folded: how many layers were folded into others.
       differences: by the name of the inputs it was tried on, the largest absolute difference of its
         outputs to the network's.
@@ -68,28 +66,35 @@ class Exported:
 def export(
     model: nnx.Module,
     path: str | os.PathLike,
-    input_shape: tuple[int, ...],
+    input_shape: Any,
     *,
     format: str,
-    inputs: Mapping[str, Float[np.ndarray, "n *example"]] | None = None,
+    call: Call | None = None,
+    inputs: Mapping[str, Any] | None = None,
     notes: Mapping[str, Any] | None = None,
     build: Build = None,
 ) -> Exported:
     """Writes a network for inference, with BatchNorm folded where that is exact, and tries it.
 
     The batch size is free, and height and width of images too, where the network and the format
-    allow. Otherwise height and width are fixed, and then the batch, at one example.
+    allow. Otherwise height and width are fixed, and then the batch, at one example. Of arrays, the
+    first axis is the batch where it is as long as that of most; if the batch has to be fixed, all
+    sizes are those that were given.
 
     Args:
       model: an ordinary or pruned network; left as it was.
       path: the file to write, or the folder for safetensors; a file, or a folder with a network
         only, is replaced once what was written has been tried.
-      input_shape: of one example, such as `(height, width, channels)`.
+      input_shape: of one example, such as `(height, width, channels)`, for float32; or an array,
+        an abstract array, or a tuple, list or dict of them, with their batch axis, as for
+        `measure_cost`.
       format: "stablehlo" (for cpu, cuda and tpu; `jax.export.deserialize` reads it), "onnx" (in
         float32) or "safetensors" (a folder that `dhp.load` reads).
-      inputs: float32 batches by name on which the outputs of what was written are compared with the
-        network's; two random examples if `None`. The first is tried at another size too, where the
-        size is free.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`.
+      inputs: batches by name on which the outputs of what was written are compared with the
+        network's, each as `input_shape` where that is no shape. If `None`, the arrays that
+        `input_shape` has, or random floats. The first is tried at another size too, where the size
+        is free.
       notes: JSON values that ONNX files carry as metadata, and folders as `dhp.save` keeps them.
       build: makes a network of your own class, unpruned, as for `dhp.load`; for safetensors.
 
@@ -98,9 +103,9 @@ def export(
 
     Raises:
       ValueError: an unknown format or one whose packages are missing, a path where something else
-        is, inputs that are no batches of such examples, a network with latents, one that draws
-        random numbers in evaluation mode, or one that cannot be written in this format. What was at
-        `path` before is left as it was.
+        is, inputs that are no batches of such examples, none where inputs are abstract and not
+        floats, a network with latents, one that draws random numbers in evaluation mode, or one
+        that cannot be written in this format. What was at `path` before is left as it was.
       ExportError: outputs differ by more than rounding; what was at `path` is left as it was.
 
     Example:
@@ -111,40 +116,34 @@ def export(
     check_format(format)
     check_path(path, format)
     _check_build(model, format, build)
-    check_input_shape(input_shape)
-    input_shape = tuple(input_shape)
-    if inputs is None:
-        random = np.random.default_rng(0).normal(size=(2, *input_shape))
-        inputs = {"random": random.astype(np.float32)}
-    _check_inputs(inputs, input_shape)
+    example, of_one = example_of(input_shape)
+    inputs = inputs_to_try(input_shape, example, of_one, inputs)
+    call = call or default_call
     model = nnx.clone(model)
     model.eval()
-    outputs_of(model, input_shape)
+    outputs_of(model, input_shape, call)
     if format != "safetensors":  # which is read as the network that it is
-        _check_draws_nothing(model, input_shape)
+        _check_draws_nothing(model, example, call)
     write = WRITERS[format] if build is None else functools.partial(WRITERS[format], build=build)
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     part = files.unfinished(target)
     multiple = getattr(model, "multiple", 1)  # of height and width, see `dhp_jax.tasks.tiling`
-    shapes = list(_shapes(input_shape, multiple))
+    possible = list(candidates(example, of_one, multiple))
     if format == "safetensors":  # read as the network that it is, with all its freedom
-        shapes = [("batch", *input_shape)]
+        possible = [sizes for sizes in possible if sizes.free and not sizes.multiple]
     failure = None
-    for shape in shapes:
-        tried = {name: x[: None if shape[0] == "batch" else 1] for name, x in inputs.items()}
-        if shape[0] == "batch" and format != "safetensors":
-            extra = multiple if shape[1:] != input_shape else 0
-            tried["another size"] = extend(next(iter(inputs.values())), extra)
+    for sizes in possible:
+        tried = _tried(inputs, sizes, of_one)
+        if sizes.free and format != "safetensors":
+            tried["another size"] = sizes.enlarged(next(iter(tried.values())))
         try:
-            example = (1, *input_shape)
-            folded = fold_for_batch(
-                model, example if format == "safetensors" else symbolic_sizes(shape)
-            )
+            abstract = sizes.arguments(example)
+            folded = fold_for(model, example if format == "safetensors" else abstract, call)
             _remove(part)
             with doing(f"writing {format}, trying what was written"):
-                run = write(folded, part, shape, notes or {})
-                differences, largest = _compare(model, run, tried)
+                run = write(folded, part, abstract, call, notes or {})
+                differences, largest = _compare(model, call, run, tried)
                 files.put(part, target)
         except Exception as error:  # whatever a forward pass or a converter may raise
             failure = error
@@ -152,13 +151,33 @@ def export(
         finally:
             _remove(part)
         count = sum(len(following) for _, *following in architecture_of(folded).folded)
-        fixed = None if failure is None or shape[1:] != input_shape else _reason(failure)
-        if shape[0] != "batch":
-            logger.warning("export: %s takes one example at a time, for: %s", path, fixed)
+        fixed = None if failure is None or sizes.multiple else _reason(failure)
+        if not sizes.free:
+            what = "one example at a time" if of_one else "inputs of these sizes only"
+            logger.warning("export: %s takes %s, for: %s", path, what, fixed)
+        shape = sizes.shapes[0] if len(sizes.shapes) == 1 else sizes.shapes
         return Exported(path, shape, count, differences, largest, fixed)
     if isinstance(failure, ExportError):
         raise failure
     raise ValueError(f"model: it cannot be written as {format}: {_reason(failure)}") from failure
+
+
+def _tried(inputs: Mapping[str, Arguments], sizes: Sizes, of_one: bool) -> dict[str, Arguments]:
+    """The inputs that a file of these sizes takes; of batches the first example, if it takes one.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if of_one and not sizes.free:
+        inputs = {name: jax.tree.map(lambda x: x[:1], given) for name, given in inputs.items()}
+    if of_one:  # of other heights and widths, too, whatever the file says of them
+        return dict(inputs)
+    found = {name: given for name, given in inputs.items() if sizes.take(given)}
+    if not found:
+        expected = f"inputs of {', '.join(map(str, sizes.shapes))} among them"
+        shapes = {name: [x.shape for x in jax.tree.leaves(x)] for name, x in inputs.items()}
+        raise ArgumentError("inputs", expected, shown(shapes))
+    return found
 
 
 def _reason(failure: Exception) -> str:
@@ -212,23 +231,15 @@ def _check_build(model: nnx.Module, format: str, build: Build) -> None:
         raise ValueError(f"build: expected none for {format}, which is read without it")
 
 
-def _check_inputs(inputs: Mapping[str, Any], input_shape: tuple[int, ...]) -> None:
-    """Raises a `ValueError` unless all inputs are batches of one example or more."""
-    shapes = {name: np.shape(x) for name, x in inputs.items()}
-    if not shapes or any(len(s) != 1 + len(input_shape) or not s[0] for s in shapes.values()):
-        raise ArgumentError("inputs", f"batches of {input_shape} by name", shown(shapes))
-
-
-def _check_draws_nothing(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
+def _check_draws_nothing(model: nnx.Module, example: Arguments, call: Call) -> None:
     """Raises a `ValueError` for a network whose file would draw the same numbers in every call."""
     graphdef, random, rest = nnx.split(model, nnx.RngState, ...)
-    example = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
 
-    def forward(random: nnx.State, x: Any) -> Any:
-        return nnx.merge(graphdef, random, rest, copy=True)(x)
+    def forward(random: nnx.State, *arguments: Any) -> Any:
+        return call(nnx.merge(graphdef, random, rest, copy=True), *arguments)
 
     # A key may be drawn that nothing follows from, as for the zeros that an nnx.RNN begins with.
-    needed = needed_inputs(jax.make_jaxpr(forward)(random, example).jaxpr)
+    needed = needed_inputs(jax.make_jaxpr(forward)(random, *example).jaxpr)
     places = [path_name(path[:-1]) for path, _ in nnx.to_flat_state(random)]
     drawn = [place for place, is_needed in zip(places, needed, strict=False) if is_needed]
     if drawn:
@@ -236,16 +247,6 @@ def _check_draws_nothing(model: nnx.Module, input_shape: tuple[int, ...]) -> Non
         raise ArgumentError(
             "model", f"{expected}, for its file would draw the same", f"draws of {drawn[0]}"
         )
-
-
-def _shapes(input_shape: tuple[int, ...], multiple: int) -> Iterator[Shape]:
-    """Shapes of a batch, the freest first."""
-    if len(input_shape) == 3:
-        yield "batch", "height", "width", input_shape[-1]
-        if multiple > 1:
-            yield "batch", f"{multiple}*height", f"{multiple}*width", input_shape[-1]
-    yield "batch", *input_shape
-    yield 1, *input_shape
 
 
 def _remove(part: Path) -> None:
@@ -257,19 +258,20 @@ def _remove(part: Path) -> None:
 
 
 def _compare(
-    model: nnx.Module, run: Forward, inputs: Mapping[str, Float[np.ndarray, "n *example"]]
+    model: nnx.Module, call: Call, run: Forward, inputs: Mapping[str, Arguments]
 ) -> tuple[dict[str, float], float]:
     """Compares outputs: the largest difference for each input, and the largest output.
 
     Raises:
       ExportError: outputs that are missing, of another shape, or unlike by more than rounding.
     """
-    network = jax.jit(lambda x: nnx.clone(model)(x))  # it may write its variables
+    network = jax.jit(lambda *x: call(nnx.clone(model), *x))  # it may write its variables
     differences, largest = {}, 0.0
     tolerance = _tolerance(network, next(iter(inputs.values())))
-    for name, x in inputs.items():
-        expected = [_wide(y) for y in jax.tree.leaves(network(jnp.asarray(x)))]
-        found = [_wide(y) for y in jax.tree.leaves(run(jnp.asarray(x)))]
+    for name, arguments in inputs.items():
+        arguments = jax.tree.map(jnp.asarray, arguments)
+        expected = [_wide(y) for y in jax.tree.leaves(network(*arguments))]
+        found = [_wide(y) for y in jax.tree.leaves(run(*arguments))]
         shapes = [[y.shape for y in outputs] for outputs in (expected, found)]
         if shapes[0] != shapes[1]:
             raise ExportError(f"expected outputs of shapes {shapes[0]}, got {shapes[1]}")
@@ -279,8 +281,9 @@ def _compare(
             off = float(np.abs(difference).max(initial=0))
             peak = float(np.abs(a).max(initial=0, where=np.isfinite(a)))
             if not off <= tolerance * max(0.1, peak):  # of small outputs an absolute one
+                sizes = ", ".join(str(x.shape) for x in jax.tree.leaves(arguments))
                 raise ExportError(
-                    f"outputs on {name}, of shape {x.shape}, differ from the network's by up "
+                    f"outputs on {name}, of shape {sizes}, differ from the network's by up "
                     f"to {off:.3g}, where they are up to {peak:.3g}"
                 )
             differences[name], largest = max(differences[name], off), max(largest, peak)
@@ -292,8 +295,8 @@ def _wide(y: Any) -> np.ndarray:
     return np.asarray(y, np.complex64 if np.iscomplexobj(y) else np.float32)
 
 
-def _tolerance(network: Forward, x: Float[np.ndarray, "n *example"]) -> float:
+def _tolerance(network: Forward, arguments: Arguments) -> float:
     """How far outputs may be off, as a share of the largest: more where narrow floats are made."""
-    programs = all_programs(jax.make_jaxpr(network)(x).jaxpr)
+    programs = all_programs(jax.make_jaxpr(network)(*arguments).jaxpr)
     made = (v.aval for _, program in programs for eqn in program.eqns for v in eqn.outvars)
     return 0.1 if any(getattr(aval, "dtype", None) in NARROW for aval in made) else 1e-3

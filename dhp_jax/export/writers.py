@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ from flax import linen, nnx
 import jax
 from jax import export as jax_export
 import jax.numpy as jnp
-from jaxtyping import Float
 import numpy as np
 
 from dhp_jax import files
 from dhp_jax.activity import quiet
 from dhp_jax.artifact import reading, writing
 from dhp_jax.core.latent import walk
+from dhp_jax.export.sizes import Arguments
 from dhp_jax.models.linen import FromLinen
+from dhp_jax.tracing.programs import Call
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 NARROW = (jnp.bfloat16, jnp.float16)
@@ -30,9 +32,8 @@ NEEDS = {  # packages that an extra of the same name brings
     "safetensors": (),
 }
 
-Shape = tuple[Any, ...]  # of a batch; texts are sizes that are free
 Build = Callable[[nnx.Rngs], nnx.Module] | None
-Forward = Callable[[Float[np.ndarray, "n *example"]], Any]
+Forward = Callable[..., Any]  # of the arguments of a forward pass
 
 
 class ExportError(RuntimeError):
@@ -50,61 +51,63 @@ class ExportError(RuntimeError):
         return f"export: {self.reason}"
 
 
-def symbolic_sizes(shape: Shape) -> Shape:
-    """A shape with symbolic sizes in place of texts."""
-    return jax_export.symbolic_shape(", ".join(map(str, shape)))
+def input_names(arguments: Arguments) -> list[str]:
+    """Names of the arrays among the arguments: `images` for one of floats, else `input_0`, ..."""
+    leaves = jax.tree.leaves(arguments)
+    if len(leaves) == 1 and jnp.issubdtype(leaves[0].dtype, jnp.floating):
+        return [INPUT]
+    return [f"input_{n}" for n in range(len(leaves))]
 
 
-def extend(x: Float[np.ndarray, "n *a"], multiple: int) -> Float[np.ndarray, "n2 *b"]:
-    """Extends a batch by one example, and images periodically at the bottom and on the right."""
-    more = (1, multiple, 2 * multiple, 0) if multiple else (1, *[0] * (x.ndim - 1))
-    return np.pad(x, [(0, size) for size in more], mode="wrap")
-
-
-def output_names(model: nnx.Module, shape: Shape) -> list[str]:
-    """Names of the outputs for a batch: `output`, or the places of several, as keys of a dict."""
-    images = jax.ShapeDtypeStruct(symbolic_sizes(shape), jnp.float32)
-    places, _ = jax.tree.flatten_with_path(nnx.eval_shape(lambda model, x: model(x), model, images))
+def output_names(model: nnx.Module, arguments: Arguments, call: Call) -> list[str]:
+    """Names of the outputs: `output`, or the places of several, as keys of a dict."""
+    places, _ = jax.tree.flatten_with_path(nnx.eval_shape(call, model, *arguments))
     named = [jax.tree_util.keystr(place, simple=True, separator=".") for place, _ in places]
-    names: list[str] = []
+    names, taken = [], input_names(arguments)
     for name in named:
-        free = f"output_{name}" if name.isdigit() or name == INPUT else name or "output"
+        free = f"output_{name}" if name.isdigit() or name in taken else name or "output"
         names.append(free if free not in names else f"{free}_{len(names)}")
     return names
 
 
-def _stablehlo(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any]) -> Forward:
-    forward = jax.jit(_function(model))
-    images = jax.ShapeDtypeStruct(symbolic_sizes(shape), jnp.float32)
-    files.write(path, jax_export.export(forward, platforms=PLATFORMS)(images).serialize())
+def _stablehlo(
+    model: nnx.Module, path: Path, arguments: Arguments, call: Call, notes: Mapping[str, Any]
+) -> Forward:
+    forward = jax.jit(_function(model, call))
+    files.write(path, jax_export.export(forward, platforms=PLATFORMS)(*arguments).serialize())
     return jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)
 
 
-def _onnx(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any]) -> Forward:
+def _onnx(
+    model: nnx.Module, path: Path, arguments: Arguments, call: Call, notes: Mapping[str, Any]
+) -> Forward:
     import jax2onnx
     import onnxruntime
 
-    forward = _function(_in_float32(model))
+    forward = _function(_in_float32(model), call)
+    leaves, places = jax.tree.flatten(arguments)
+    names = input_names(arguments)
     of_linen = any(isinstance(module, FromLinen) for _, _, module in walk(model))
     written = _read_by_linen() if of_linen else {}
 
-    def apart(images: Any) -> Any:  # jax2onnx 0.17 names an array once
+    def apart(*inputs: Any) -> Any:  # jax2onnx 0.17 names an array once
         with _restored(written):
-            leaves, structure = jax.tree.flatten(forward(images))
-        seen = [images, *leaves]
+            outputs, structure = jax.tree.flatten(forward(*jax.tree.unflatten(places, inputs)))
+        seen = [*inputs, *outputs]
         apart = [
-            jnp.array(y) if any(y is x for x in seen[: n + 1]) else y for n, y in enumerate(leaves)
+            jnp.array(y) if any(y is x for x in seen[: n + len(inputs)]) else y
+            for n, y in enumerate(outputs)
         ]
         return jax.tree.unflatten(structure, apart)
 
     with quiet("onnx_ir", "jax2onnx"), linen.intercept_methods(_widened):
         made = jax2onnx.to_onnx(
             apart,
-            inputs=[shape],
+            inputs=[_spec(leaf) for leaf in leaves],
             model_name=type(model).__name__,
             opset=OPSET,
-            input_names=[INPUT],
-            output_names=output_names(model, shape),
+            input_names=names,
+            output_names=output_names(model, arguments, call),
         )
     # jax2onnx 0.17 moves transpositions about, but not the shapes noted of what lies between them.
     del made.graph.value_info[:]
@@ -117,7 +120,18 @@ def _onnx(model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any])
     session = onnxruntime.InferenceSession(
         path.read_bytes(), options, providers=["CPUExecutionProvider"]
     )
-    return lambda images: session.run(None, {INPUT: np.asarray(images)})
+
+    def run(*given: Any) -> Any:
+        arrays = map(np.asarray, jax.tree.leaves(given))
+        return session.run(None, dict(zip(names, arrays, strict=True)))
+
+    return run
+
+
+def _spec(leaf: jax.ShapeDtypeStruct) -> Any:
+    """An input as jax2onnx takes it: texts for free sizes, and a bare shape for float32."""
+    shape = tuple(size if isinstance(size, int) else str(size) for size in leaf.shape)
+    return shape if leaf.dtype == jnp.float32 else jax.ShapeDtypeStruct(shape, leaf.dtype)
 
 
 def _round_down(graph: Any) -> None:
@@ -138,10 +152,15 @@ def _round_down(graph: Any) -> None:
 
 
 def _safetensors(
-    model: nnx.Module, path: Path, shape: Shape, notes: Mapping[str, Any], build: Build = None
+    model: nnx.Module,
+    path: Path,
+    arguments: Arguments,
+    call: Call,
+    notes: Mapping[str, Any],
+    build: Build = None,
 ) -> Forward:
     writing.save(path, model, **notes)
-    return jax.jit(reading.load(path, build=build))
+    return jax.jit(functools.partial(call, reading.load(path, build=build)))
 
 
 WRITERS: Mapping[str, Callable[..., Forward]] = {
@@ -195,7 +214,7 @@ def _restored(written: Mapping[tuple[Any, str], Any]) -> Iterator[None]:
             setattr(owner, name, it)
 
 
-def _function(model: nnx.Module) -> Forward:
-    """A network as a function of its input, which may be traced though it writes its variables."""
+def _function(model: nnx.Module, call: Call) -> Forward:
+    """A network as a function of its inputs, which may be traced though it writes its variables."""
     graphdef, state = nnx.split(model)
-    return lambda images: nnx.merge(graphdef, state, copy=True)(images)
+    return lambda *arguments: call(nnx.merge(graphdef, state, copy=True), *arguments)

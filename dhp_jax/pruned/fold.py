@@ -30,8 +30,13 @@ from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
 from dhp_jax.core.state import path_name
 from dhp_jax.core.surgery import override, replace_modules
 from dhp_jax.models.linen import FromLinen
-from dhp_jax.tracing.inputs import check_input_shape, outputs_of
-from dhp_jax.tracing.programs import without_unread
+from dhp_jax.tracing.inputs import (
+    abstract_inputs,
+    check_input_shape,
+    looks_like_a_shape,
+    outputs_of,
+)
+from dhp_jax.tracing.programs import Call, default_call, without_unread
 
 logger = logging.getLogger(__name__)
 LINEAR = (nnx.Conv, nnx.ConvTranspose, nnx.Linear)
@@ -46,7 +51,7 @@ class Identity(nnx.Module):
         return x
 
 
-def fold(model: Model, input_shape: tuple[Any, ...]) -> Model:
+def fold(model: Model, input_shape: Any, *, call: Call | None = None) -> Model:
     """Folds BatchNorm and `Bias` layers into the convolutions and linear layers before them.
 
     What cannot be shown to be exact stays as it is: BatchNorm before a convolution, as in a
@@ -56,9 +61,10 @@ def fold(model: Model, input_shape: tuple[Any, ...]) -> Model:
 
     Args:
       model: an ordinary or pruned network; left as it was.
-      input_shape: shape of one example, such as `(height, width, channels)`, for which the forward
-        pass is traced. Where the forward pass depends on the shape, this is the one it is exact
-        for.
+      input_shape: shape of one example, such as `(height, width, channels)`, or other inputs, as
+        for `measure_cost`, for which the forward pass is traced. Where the forward pass depends on
+        shapes, these are those it is exact for.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`.
 
     Returns:
       The network in evaluation mode, for inference only. It computes the same numbers up to
@@ -71,17 +77,18 @@ def fold(model: Model, input_shape: tuple[Any, ...]) -> Model:
     Example:
       >>> fast = dhp.fold(small, (32, 32, 3))
     """
-    check_input_shape(input_shape)
-    whole = _in_evaluation(model)
-    outputs_of(whole, input_shape)
-    return fold_for_batch(whole, (1, *input_shape))
+    if looks_like_a_shape(input_shape):
+        check_input_shape(input_shape)
+    whole, call = _in_evaluation(model), call or default_call
+    outputs_of(whole, input_shape, call)
+    return fold_for(whole, abstract_inputs(input_shape), call)
 
 
-def fold_for_batch(model: Model, shape: tuple[Any, ...]) -> Model:
-    """`fold` for a whole batch, of which sizes may be symbolic: `(n, *input_shape)`."""
+def fold_for(model: Model, arguments: tuple[Any, ...], call: Call) -> Model:
+    """`fold` for abstract arguments of the forward pass, of which sizes may be symbolic."""
     whole = _in_evaluation(model)
     try:
-        program = _Program(whole, shape)
+        program = _Program(whole, arguments, call)
     except NotImplementedError as error:  # layers under jax.vmap, jax.grad and the like
         logger.warning("fold: nothing is folded: %s", str(error).splitlines()[0])
         return whole
@@ -94,7 +101,7 @@ def fold_for_batch(model: Model, shape: tuple[Any, ...]) -> Model:
             return whole
         layer, _, name = path.rpartition(".")
         getattr(layers[layer], name).set_value(array)
-    if _Program(folded, shape).rows() != program.rows(chains):
+    if _Program(folded, arguments, call).rows() != program.rows(chains):
         logger.warning("fold: nothing is folded: the forward pass depends on what layers it has")
         return whole
     return folded
@@ -207,16 +214,17 @@ def _float64(variable: nnx.Variable) -> np.ndarray:
 class _Program:
     """The trace of a forward pass, in which each layer is one opaque call."""
 
-    def __init__(self, model: nnx.Module, shape: tuple[Any, ...]):
+    def __init__(self, model: nnx.Module, arguments: tuple[Any, ...], call: Call):
         graphdef, state = nnx.split(model)
         self.names = [path_name(name) for name, _ in nnx.to_flat_state(state)]
+        self.names += [f"input {n}" for n in range(len(jax.tree.leaves(arguments)))]
 
-        def forward(arrays: list[Array], x: Array) -> Any:
+        def forward(arrays: list[Array], *arguments: Any) -> Any:
             leaves = jax.tree.unflatten(jax.tree.structure(state), arrays)
-            return _opaque(nnx.merge(graphdef, leaves, copy=True))(x)
+            return call(_opaque(nnx.merge(graphdef, leaves, copy=True)), *arguments)
 
         traced, self.outputs = jax.make_jaxpr(forward, return_shape=True)(
-            jax.tree.leaves(state), jax.ShapeDtypeStruct(shape, jnp.float32)
+            jax.tree.leaves(state), *arguments
         )
         read = without_unread(traced)
         self.jaxpr, self.constants = read.jaxpr, read.consts
@@ -253,7 +261,7 @@ class _Program:
     def rows(self, chains: Chains = ()) -> list[Any]:
         """The program in a form that can be compared, without the layers that are folded."""
         gone = {name for _, *following in chains for name in following}
-        names = dict(zip(self.jaxpr.invars, [*self.names, "input"], strict=True))
+        names = dict(zip(self.jaxpr.invars, self.names, strict=True))
         names |= {
             v: (str(c.dtype), c.shape, np.asarray(c).tobytes())
             for v, c in zip(self.jaxpr.constvars, self.constants, strict=True)

@@ -104,18 +104,27 @@ def check_input_shape(input_shape: tuple[int, ...]) -> None:
         )
 
 
-def outputs_of(model: nnx.Module, input_shape: tuple[int, ...]) -> Any:
-    """The abstract outputs of a network in evaluation mode for one example.
+def outputs_of(model: nnx.Module, input_shape: Any, call: Call = default_call) -> Any:
+    """The abstract outputs of a network in evaluation mode.
+
+    Args:
+      model: the network.
+      input_shape: the shape of one example, or other inputs, as `abstract_inputs` takes.
+      call: a function of the model and the inputs.
 
     Raises:
-      ValueError: it does not take such an input.
+      ValueError: it does not take such inputs.
     """
     graphdef, state = nnx.split(model)
-    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    given = abstract_inputs(input_shape)
     try:
-        return jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
+        return jax.eval_shape(
+            lambda state, *given: call(nnx.merge(graphdef, state), *given), state, *given
+        )
     except Exception as error:  # whatever a forward pass may raise
-        raise ValueError(input_refused(input_shape, error)) from error
+        shapes = ", ".join(str(x.shape) for x in jax.tree.leaves(given))
+        told = input_shape if looks_like_a_shape(input_shape) else shapes
+        raise ValueError(input_refused(told, error)) from error
 
 
 def input_refused(input_shape: Any, error: Exception, argument: str = "input_shape") -> str:

@@ -411,6 +411,132 @@ def test_a_file_that_is_right_for_some_batches_takes_one_example(tmp_path, monke
     assert f"takes one example at a time, for: {made.fixed}" in caplog.text
 
 
+class Texts(nnx.Module):
+    """Scores of tokens, of which some count; a convolution and its BatchNorm can be folded."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(20, 6, rngs=rngs)
+        self.conv, self.norm = nnx.Conv(6, 8, (3,), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.head = nnx.Linear(8, 20, rngs=rngs)
+
+    def __call__(self, tokens, places, counts):
+        x = self.embed(tokens) * jnp.cos(places)[:, None]
+        return self.head(nnx.relu(self.norm(self.conv(x)))) * counts[..., None]
+
+
+def of_texts(n, length=5):
+    rng = np.random.default_rng(n)
+    counts = rng.integers(2, size=(n, length)).astype(bool)
+    return rng.integers(20, size=(n, length)), np.arange(float(length)), counts
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_several_inputs_some_of_them_integers(tmp_path, format):
+    network, path = filled(Texts), tmp_path / "out"
+    made = exporting.export(network, path, of_texts(3), format=format, build=building(format))
+    assert made.shape == (("batch", 5), (5,), ("batch", 5))
+    assert (made.folded, made.fixed) == (1, None)
+    assert "given" in made.differences
+    assert max(made.differences.values()) < 1e-5
+    network.eval()
+    given = of_texts(7)
+    found = read_again(path, format)(*given)
+    np.testing.assert_allclose(found, network(*given), atol=1e-5)
+
+
+def building(format):
+    return Texts if format == "safetensors" else None
+
+
+def read_again(path, format):
+    """What a file computes, as its reader has it."""
+    if format == "safetensors":
+        return dhp.load(path, build=Texts)
+    if format == "stablehlo":
+        return jax_export.deserialize(bytearray(path.read_bytes())).call
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    kinds = {"tensor(int32)": np.int32, "tensor(float)": np.float32, "tensor(bool)": bool}
+    inputs = [(each.name, kinds[each.type]) for each in session.get_inputs()]
+    assert [name for name, _ in inputs] == ["input_0", "input_1", "input_2"]
+    return lambda *given: session.run(
+        None, {name: x.astype(kind) for (name, kind), x in zip(inputs, given, strict=True)}
+    )[0]
+
+
+def by_name(network, batch):
+    return {"scores": network(batch["tokens"], *batch["rest"])}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inputs_by_name_of_a_call_of_ones_own(tmp_path, format):
+    tokens, *rest = of_texts(3)
+    batch = {"rest": rest, "tokens": tokens}
+    made = exporting.export(
+        filled(Texts), tmp_path / "out", batch, format=format, call=by_name, build=building(format)
+    )
+    assert made.shape == ((5,), ("batch", 5), ("batch", 5))
+    assert made.folded == 1
+    assert max(made.differences.values()) < 1e-5
+
+
+@needs("stablehlo")
+def test_sizes_are_those_given_where_the_batch_cannot_be_free(tmp_path, caplog):
+    network = Returning(lambda x: x.reshape(2, -1) + jnp.arange(6))
+    x = np.ones((3, 4), np.int32)
+    made = exporting.export(network, tmp_path / "out", x, format="stablehlo")
+    assert made.shape == (3, 4)
+    assert made.fixed is not None
+    assert "takes inputs of these sizes only" in caplog.text
+    with pytest.raises(ValueError, match=r"^inputs: expected inputs of \(3, 4\) among them, got"):
+        exporting.export(
+            network, tmp_path / "out", x, format="stablehlo", inputs={"other": np.ones((4, 4), int)}
+        )
+
+
+def test_an_array_that_looks_like_a_batch_and_is_none_fixes_the_sizes(tmp_path, monkeypatch):
+    monkeypatch.setitem(exporting.NEEDS, "stablehlo", ())
+    of_five = (np.ones((5, 5), np.int32), np.arange(5.0), np.ones((5, 5), bool))
+    network = filled(Texts)
+    network.eval()
+
+    def write(model, path, arguments, call, notes):
+        path.write_bytes(b"whole")
+        return network
+
+    monkeypatch.setitem(exporting.WRITERS, "stablehlo", write)
+    made = exporting.export(network, tmp_path / "out", of_five, format="stablehlo")
+    assert made.shape == ((5, 5), (5,), (5, 5))
+
+
+@pytest.mark.parametrize(
+    ("given", "inputs", "message"),
+    [
+        (
+            (jax.ShapeDtypeStruct((3, 5), np.int32),),
+            None,
+            r"inputs: .* for int32\[3, 5\] is not ran",
+        ),
+        (np.ones((3, 5), int), {}, r"inputs: expected inputs like int32\[3, 5\] by name, got {}"),
+        (np.ones((3, 5), int), {"a": np.ones(3, int)}, r"inputs: .* got {'a': \['int32\[3\]'\]}"),
+        (np.ones((3, 5), int), {"a": np.ones((3, 5))}, r"inputs: .* got {'a': \['float32\[3, 5\]'"),
+        (np.ones((3, 5), int), {"a": (np.ones((3, 5), int),) * 2}, "inputs: .* by name, got"),
+        ({}, None, r"input_shape: expected a shape, or arrays of numbers, got {}"),
+        (jax.random.key(0), None, r"input_shape: expected a shape, or arrays of numbers, got"),
+        ((4,), None, r"input_shape: the model does not take \(4,\): .*integer"),
+    ],
+)
+def test_inputs_of_which_no_file_can_be_made_are_told_in_one_line(tmp_path, given, inputs, message):
+    network = nnx.Embed(3, 2, rngs=RNGS)
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        exporting.export(
+            network, tmp_path / "out", given, format="safetensors", inputs=inputs, build=Small
+        )
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("shape", [None, (0, 2, 2, 3), (2, 2, 3)])
 def test_inputs_that_are_no_batches_are_refused(tmp_path, shape):
     inputs = {} if shape is None else {"a": np.zeros(shape, np.float32)}
@@ -532,7 +658,8 @@ def _named_as_others_are(image, score):
 )
 def test_outputs_are_named_as_the_network_names_them(arrange, names):
     model = Parted(arrange, nnx.Rngs(0))
-    assert exporting.writers.output_names(model, ("batch", 6, 6, 3)) == names
+    x = jax.ShapeDtypeStruct((1, 6, 6, 3), jnp.float32)
+    assert exporting.writers.output_names(model, (x,), lambda model, x: model(x)) == names
 
 
 @needs("onnx")
