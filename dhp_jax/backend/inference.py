@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dhp_jax.backend.cpu_conv import convolution
 from dhp_jax.backend.hypernets import generate_together
@@ -17,37 +18,44 @@ from dhp_jax.core.layers import BatchNorm, Bias, ChannelBias
 from dhp_jax.core.surgery import override
 
 
-def inference(model: nnx.Module) -> Callable[[Float[Array, "*batch"]], Float[Array, "*batch"]]:
+def inference(model: nnx.Module, call: Callable[..., Any] | None = None) -> Callable[..., Array]:
     """The compiled forward pass of a network in evaluation mode, fast on the platform at hand.
 
     Args:
       model: a network, with or without latents; left as it was. Later changes are not seen, but its
         arrays are shared: copy it before donating them.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`.
 
     Returns:
-      A function of a batch of inputs, compiled for every new shape. Within other transformations,
-      such as `jax.grad` or an outer `jax.jit`, it is the ordinary forward pass.
+      A function of the inputs, batches of arrays, compiled for every new shape. Within other
+      transformations, such as `jax.grad` or an outer `jax.jit`, it is the ordinary forward pass.
 
     Example:
       >>> run = dhp.inference(small)
       >>> y = run(x)                           # (n, h, w, c) -> what the network returns
     """
     check_module(model)
+    call = call or _call
     model = nnx.clone(model)
     model.eval()
     graphdef, state = nnx.split(model)
     arrays, structure = jax.tree.flatten(state)  # a list is taken apart faster, at every call
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def compiled(arrays: list[Array], x: Array) -> Array:
-        return tune(nnx.merge(graphdef, jax.tree.unflatten(structure, arrays)))(x)
+    def compiled(arrays: list[Array], *inputs: Any) -> Any:
+        return call(tune(nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))), *inputs)
 
-    def run(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        if isinstance(x, jax.core.Tracer):  # options are for functions that are not in others
-            return nnx.merge(graphdef, state, copy=True)(x)
-        return compiled(arrays, x)
+    def run(*inputs: Any) -> Any:
+        # The options of a compiler are for functions that are not in others.
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(inputs)):
+            return call(nnx.merge(graphdef, state, copy=True), *inputs)
+        return compiled(arrays, *inputs)
 
     return run
+
+
+def _call(model: nnx.Module, *inputs: Any) -> Any:
+    return model(*inputs)
 
 
 def tune(model: nnx.Module) -> nnx.Module:

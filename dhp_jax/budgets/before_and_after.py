@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 import jax
 
-from dhp_jax.budgets.latency import check_batch, clock, timed_shape
+from dhp_jax.budgets.latency import check_batch, clock
 from dhp_jax.budgets.layer_table import (
     COLUMNS,
     change,
@@ -25,7 +25,7 @@ from dhp_jax.core.cost import Cost
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.tracing.counts import measure_cost
-from dhp_jax.tracing.programs import Call
+from dhp_jax.tracing.programs import Call, default_call
 
 MEASURED = {"flops": "FLOPs", "params": "params", "activations": "activations"}
 
@@ -97,8 +97,8 @@ def summary(
       inputs: shape of one example, `(height, width, channels)`, or other inputs, as for
         `dhp.measure_cost`; `None` for those that `dhp.with_latents` was given.
       call: a function of the model and the inputs, where that is not `model(*inputs)`.
-      batch: time both networks with so many inputs, in turn, on this machine; `inputs` has to be a
-        shape then. Where the pruned one is slower and `model` has latents, networks of other
+      batch: time both networks with so many examples, in turn, on this machine; arrays are
+        repeated. Where the pruned one is slower and `model` has latents, networks of other
         `multiple_of` are timed too.
 
     Returns:
@@ -121,11 +121,10 @@ def summary(
             "dhp.with_latents was not told it of; got None"
         )
     check_batch(batch)
-    shape = None if batch is None else timed_shape(inputs, call)
     before, after = (measure_cost(network, inputs, call=call) for network in (model, small))
     if batch is None:
         return Summary(before, after, uneven=_uneven(model, before, after))
-    timed = clock(model, shape, batch)
+    timed = clock(model, inputs, batch, call or default_call)
     time, others = timed(small), None
     if time.ratio["low"] > 1 and latents(model):
         share = {"flops": after.flops / before.flops}

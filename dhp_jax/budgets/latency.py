@@ -11,8 +11,6 @@ import functools
 from typing import Any
 
 from flax import nnx
-import jax
-import jax.numpy as jnp
 
 from dhp_jax.budgets.chosen import Chosen, Time, describe_choice
 from dhp_jax.budgets.counted import BudgetError, check_share, smallest_ratio, survivors_within
@@ -22,7 +20,7 @@ from dhp_jax.budgets.timing import forward_pass, hardware, quartiles, time_in_tu
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError, shown
-from dhp_jax.tracing.inputs import check_input_shape
+from dhp_jax.tracing.inputs import batch_of, check_input_shape, looks_like_a_shape, outputs_of
 from dhp_jax.tracing.programs import Call, default_call
 
 RESOLUTION = 0.01  # of the FLOPs, at which the bisection ends
@@ -36,38 +34,27 @@ def check_batch(batch: int | None) -> None:
         raise ArgumentError("batch", "an integer of at least 1, or None", shown(batch))
 
 
-def timed_shape(inputs: Any, call: Call | None) -> tuple[int, ...]:
-    """The shape of one example with which networks are timed.
-
-    Args:
-      inputs: the shape, or what a traced network knows of its inputs.
-      call: how the network is called; `None` for `model(*inputs)`.
-
-    Raises:
-      ValueError: inputs that are no shape; a network that is not called as `model(x)`.
-    """
-    if call not in (None, default_call):
-        raise ArgumentError("batch", "None for a network with a call of its own", "a number")
-    match inputs:
-        case (jax.ShapeDtypeStruct(shape=(_, *shape), dtype=jnp.float32),):
-            inputs = tuple(shape)
-    check_input_shape(inputs)
-    return inputs
-
-
-def clock(model: nnx.Module, input_shape: tuple[int, ...], batch: int = 1) -> Clock:
+def clock(model: nnx.Module, input_shape: Any, batch: int = 1, call: Call = default_call) -> Clock:
     """A function that times pruned networks against a model with nothing pruned.
 
     Args:
       model: a network of latents; left as it was.
-      input_shape: of one input, `(h, w, c)`.
-      batch: how many inputs a pass takes.
+      input_shape: of one example, `(h, w, c)`, or other inputs, as for `measure_latency`.
+      batch: how many examples a pass takes.
+      call: a function of the model and the inputs.
+
+    Raises:
+      ValueError: the network does not take so many examples.
     """
-    whole = forward_pass(prune(model), input_shape, batch)
+    if looks_like_a_shape(input_shape):
+        check_input_shape(input_shape)
+    ordinary = prune(model)
+    outputs_of(ordinary, batch_of(input_shape, batch), call)
+    whole = forward_pass(ordinary, input_shape, batch, call=call)
 
     @functools.lru_cache(maxsize=1)  # most networks are timed several times
     def compiled(small: nnx.Module) -> Callable[[], None]:
-        return forward_pass(small, input_shape, batch)
+        return forward_pass(small, input_shape, batch, call=call)
 
     def timed(small: nnx.Module) -> Time:
         passes = {"unpruned": whole, "pruned": compiled(small)}

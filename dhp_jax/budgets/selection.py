@@ -20,7 +20,7 @@ from dhp_jax.budgets.counted import (
     survivors_within,
 )
 from dhp_jax.budgets.importance import group_scores
-from dhp_jax.budgets.latency import Clock, LatencySearch, check_batch, clock, timed_shape
+from dhp_jax.budgets.latency import Clock, LatencySearch, check_batch, clock
 from dhp_jax.budgets.limits import Limits, check_limits, with_limits
 from dhp_jax.budgets.other_widths import advice, time_other_widths
 from dhp_jax.budgets.rounding import Multiples
@@ -181,7 +181,8 @@ def prune_to(
       latency: share in (0, 1] of the time of the unpruned network, or `None`. Both networks are
         compiled and timed alternately on this machine. Three of four pairs of passes must be within
         the share, in two of three measurements. Up to ten candidates are compiled.
-      batch: how many inputs a timed pass takes, 1 for a `latency` if not given. Without `latency`
+      batch: how many examples a timed pass takes, 1 for a `latency` if not given; arrays that
+        were given as inputs are repeated. Without `latency`
         the pruned network is timed if it is given. Where it is slower than the unpruned one,
         networks of other `multiple_of` are timed too, and a warning tells which would help.
       **budget: `flops`, `params` or `activations` (bytes of the outputs of all layers; see
@@ -193,9 +194,9 @@ def prune_to(
     Raises:
       ValueError: a share outside (0, 1]; a `multiple_of` below 1 or above the size of its latents;
         a `batch` below 1; scores that do not suit the latents; a function `by` that does not take
-        these arguments, or whose survivors are not within the budgets; inputs that are no shape,
-        or a `call`, where networks are timed; axes that meet in the forward pass without being
-        one latent; a share that is out of reach (`BudgetError`, with the smallest one possible).
+        these arguments, or whose survivors are not within the budgets; axes that meet in the
+        forward pass without being one latent; a share that is out of reach (`BudgetError`, with
+        the smallest one possible).
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
@@ -222,7 +223,7 @@ def prune_to(
     check_axes(model, input_shape, call=call)
     timed = None
     if latency is not None or batch is not None:
-        timed = clock(model, timed_shape(input_shape, call), batch or 1)
+        timed = clock(model, input_shape, batch or 1, call or default_call)
     by = default_scores(model) if by is None else by
     chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
     if keep is not None:

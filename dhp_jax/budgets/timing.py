@@ -5,13 +5,15 @@ import os
 import platform
 import statistics
 import time
+from typing import Any
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 
 from dhp_jax.activity import doing
 from dhp_jax.backend.inference import inference
+from dhp_jax.tracing.inputs import batch_of
+from dhp_jax.tracing.programs import Call
 
 MIN_ROUNDS = 3  # rounds
 
@@ -60,29 +62,35 @@ def time_in_turn(
 
 
 def forward_pass(
-    model: nnx.Module, input_shape: Sequence[int], batch: int, queued: int = 1
+    model: nnx.Module,
+    input_shape: Any,
+    batch: int,
+    queued: int = 1,
+    call: Call | None = None,
 ) -> Callable[[], None]:
     """A function that runs a network on some batches and waits until all are done."""
-    run = inference(model)
-    x = jnp.full((batch, *input_shape), 0.5, jnp.float32)
-    return lambda: jax.block_until_ready([run(x) for _ in range(queued)])
+    run, inputs = inference(model, call), batch_of(input_shape, batch)
+    return lambda: jax.block_until_ready([run(*inputs) for _ in range(queued)])
 
 
 def measure_latency(
     models: Mapping[str, nnx.Module],
-    input_shape: Sequence[int],
+    input_shape: Any,
     batch: int,
     *,
     rounds: int = 25,
     seconds: float = 1.0,
+    call: Call | None = None,
 ) -> dict[str, list[float]]:
-    """Times the forward passes of networks, compiled, in evaluation mode and float32 inputs.
+    """Times the forward passes of networks, compiled, in evaluation mode.
 
     Args:
       models: networks by name.
-      input_shape: of one input, `(h, w, c)`.
-      batch: how many inputs a pass takes.
+      input_shape: of one example in float32, `(h, w, c)`, or other inputs, as for `measure_cost`;
+        arrays are repeated along their batch axis.
+      batch: how many examples a pass takes.
       rounds, seconds: when to end; see `time_in_turn`. Compilation comes on top.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`.
 
     Returns:
       Milliseconds of every pass, by name: the i-th ones ran one after the other.
@@ -90,7 +98,9 @@ def measure_latency(
     Example:
       >>> times = measure_latency({"whole": dhp.prune(model), "small": small}, (32, 32, 3), 64)
     """
-    passes = {name: forward_pass(model, input_shape, batch) for name, model in models.items()}
+    passes = {
+        name: forward_pass(model, input_shape, batch, call=call) for name, model in models.items()
+    }
     taken = time_in_turn(passes, rounds, seconds, what=f", batch {batch}")
     return {name: [1e3 * s for s in times] for name, times in taken.items()}
 

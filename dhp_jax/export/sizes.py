@@ -1,6 +1,5 @@
 """Inputs that an exported network takes, and which of their sizes are free."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dhp_jax.errors import ArgumentError, shown
-from dhp_jax.tracing.inputs import abstract_inputs, check_input_shape, looks_like_a_shape
+from dhp_jax.tracing.inputs import (
+    abstract_inputs,
+    batch_size,
+    check_input_shape,
+    looks_like_a_shape,
+)
 
 Arguments = tuple[Any, ...]  # of a forward pass, each an array or a tree of arrays
 Shape = tuple[Any, ...]  # texts are sizes that are free
@@ -85,8 +89,8 @@ def candidates(example: Arguments, of_one: bool, multiple: int) -> Iterator[Size
             free = f"{multiple}*height", f"{multiple}*width"
             yield Sizes((("batch", *free, channels),), multiple)
     # An array of another first size is the same for all examples. The trial tells if it is not.
-    [(count, _)] = Counter(s[:1] for s in shapes if s).most_common(1) or [((), 0)]
-    yield Sizes(tuple(("batch", *s[1:]) if s and s[:1] == count else s for s in shapes))
+    size = batch_size(shapes)
+    yield Sizes(tuple(("batch", *s[1:]) if s[:1] == (size,) else s for s in shapes))
     yield Sizes(tuple(shapes))
 
 

@@ -1,5 +1,7 @@
 """Inputs of networks: what is taken for them, refused, and remembered."""
 
+from collections import Counter
+from collections.abc import Iterable
 import contextlib
 from numbers import Number
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 from dhp_jax.core.latent import walk
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import value_of
-from dhp_jax.errors import shown
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.programs import Call, default_call, failure
 
 _KNOWN: dict[Any, tuple[Any, ...]] = {}  # inputs by the structure of networks, latest last
@@ -39,6 +41,44 @@ def abstract_inputs(inputs: Any) -> tuple[Any, ...]:
     if isinstance(inputs, tuple | list) and not _is_shape(inputs) and len(inputs):
         return tuple(map(_abstract, inputs))
     return (_abstract(inputs),)
+
+
+def batch_size(shapes: Iterable[tuple[int, ...]]) -> int | None:
+    """The first size that most of some shapes have, as of arrays with a batch axis."""
+    count = Counter(shape[0] for shape in shapes if shape)
+    return count.most_common(1)[0][0] if count else None
+
+
+def batch_of(inputs: Any, batch: int) -> tuple[Any, ...]:
+    """The arguments of a forward pass with so many examples.
+
+    Args:
+      inputs: as `abstract_inputs` takes. Arrays are repeated along their batch axis, the first one
+        where it is as long as that of most; in place of shapes and abstract arrays come 0.5 and
+        zeros of integers.
+      batch: how many examples.
+
+    Raises:
+      ValueError: it is none of these, or has random keys.
+    """
+    abstract = abstract_inputs(inputs)
+    kinds, structure = jax.tree.flatten(abstract)
+    given = [] if looks_like_a_shape(inputs) else jax.tree.leaves(inputs)
+    if len(given) != len(kinds):  # shapes among them, which have leaves of their own
+        given = kinds
+    size = batch_size(kind.shape for kind in kinds)
+
+    def made(kind: jax.ShapeDtypeStruct, x: Any) -> jax.Array:
+        if jnp.issubdtype(kind.dtype, jax.dtypes.extended):
+            raise ArgumentError("batch", "None for inputs of random keys", shown(batch))
+        shape = (batch, *kind.shape[1:]) if kind.shape[:1] == (size,) else kind.shape
+        if isinstance(x, jax.ShapeDtypeStruct | int):
+            return jnp.full(
+                shape, 0.5 if jnp.issubdtype(kind.dtype, jnp.inexact) else 0, kind.dtype
+            )
+        return jnp.asarray(np.resize(np.asarray(x, kind.dtype), shape))
+
+    return jax.tree.unflatten(structure, map(made, kinds, given))
 
 
 def _is_shape(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Axes that meet in a forward pass must be one latent."""
 
 import re
+import warnings
 
 from flax import nnx
 import jax
@@ -329,5 +330,7 @@ def test_a_network_that_is_called_otherwise_is_pruned_to_a_budget_and_told_of():
     told = dhp.summary(model, small, (4, 4, 3), call=call)
     assert 0.4 < told.after.flops / told.before.flops <= 0.6
     assert call(small, images(2, 4, 4, 3)).shape[-1] == 3
-    with pytest.raises(ValueError, match=r"^batch: expected None for a network with a call"):
-        dhp.prune_to(model, (4, 4, 3), flops=0.6, call=call, batch=1)
+    with warnings.catch_warnings():  # which of the two is faster is not the point
+        warnings.simplefilter("ignore")
+        timed = dhp.prune_to(model, (4, 4, 3), flops=0.6, call=call, batch=1)
+    assert nnx.to_pure_dict(nnx.state(timed)).keys() == nnx.to_pure_dict(nnx.state(small)).keys()

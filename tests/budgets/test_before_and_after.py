@@ -1,15 +1,17 @@
 """What pruning has made of a network: its table, and which widths would make it faster."""
 
+import math
 import re
 import warnings
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.budgets import before_and_after, latency, selection
+from dhp_jax.budgets import before_and_after, latency, selection, timing
 from dhp_jax.budgets.chosen import Time
 from dhp_jax.budgets.counted import smallest_ratio
 from dhp_jax.budgets.other_widths import advice, time_other_widths
@@ -88,14 +90,72 @@ def test_a_batch_that_is_none_is_refused(traced, small, batch):
         dhp.summary(traced[0], small, SHAPE, batch=batch)
 
 
-def test_inputs_that_are_no_shape_cannot_be_timed(traced, small):
-    with pytest.raises(ValueError, match=r"^input_shape: expected positive integers"):
-        dhp.summary(traced[0], small, jnp.zeros((1, *SHAPE)), batch=2)
+def seen_when_timed(monkeypatch, make, **options):
+    """The inputs with which networks are run while they are timed."""
+    seen = []
+
+    def run(model, call=None):
+        return lambda *inputs: seen.append((call, *inputs)) or jnp.zeros(())
+
+    monkeypatch.setattr(timing, "inference", run)
+    monkeypatch.setattr(latency, "ROUNDS", 3)
+    make(**options)
+    return seen
 
 
-def test_a_network_with_a_call_of_its_own_is_not_timed(traced):
-    net = dhp.with_latents(traced[0], SHAPE, call=lambda model, x: 2 * model(x))
-    with pytest.raises(ValueError, match=r"^batch: expected None for a network with a call of its"):
+def test_arrays_are_timed_as_they_were_given_as_often_as_asked(traced, small, monkeypatch):
+    x = jnp.arange(2 * math.prod(SHAPE), dtype=jnp.float32).reshape(2, *SHAPE)
+    monkeypatch.setattr(before_and_after, "time_other_widths", lambda *_: {})
+    seen = seen_when_timed(
+        monkeypatch, lambda batch: dhp.summary(traced[0], small, x, batch=batch), batch=5
+    )
+    assert seen
+    for _, given in seen:
+        np.testing.assert_array_equal(given, np.concatenate([x, x, x[:1]]))
+
+
+class Counted(nnx.Module):
+    """Scores of texts, of which some tokens count."""
+
+    def __init__(self, rngs):
+        self.embed, self.head = nnx.Embed(9, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, tokens, places, counts):
+        return self.head((self.embed(tokens) * places[:, None] * counts[..., None]).sum(1))
+
+
+def by_name(network, batch):
+    return network(**batch)
+
+
+def test_networks_with_several_inputs_and_a_call_of_their_own_are_timed(monkeypatch):
+    shapes = {"tokens": ((3, 4), int), "places": ((4,), float), "counts": ((3, 4), bool)}
+    batch = {name: jax.ShapeDtypeStruct(*each) for name, each in shapes.items()}
+    net = dhp.with_latents(Counted(nnx.Rngs(0)), (batch,), call=by_name)
+
+    def make():
+        with warnings.catch_warnings():  # of which is faster
+            warnings.simplefilter("ignore")
+            return dhp.prune_to(net, flops=0.5, latency=1.0, batch=7)
+
+    monkeypatch.setattr(Time, "within", lambda time, share: True)
+    seen = seen_when_timed(monkeypatch, make)
+    assert seen
+    for call, given in seen:
+        assert call is by_name
+        found = {name: (x.shape, x.dtype.kind, x.max()) for name, x in given.items()}
+        assert found == {
+            "tokens": ((7, 4), "i", 0),
+            "places": ((4,), "f", 0.5),
+            "counts": ((7, 4), "b", False),
+        }
+    monkeypatch.undo()
+    assert make().head.kernel.shape[0] < 8  # and they run
+
+
+def test_a_batch_that_a_network_does_not_take_is_told(traced, small):
+    net = dhp.with_latents(traced[0], SHAPE, call=lambda model, x: model(x.reshape(1, *SHAPE)))
+    with pytest.raises(ValueError, match=r"^input_shape: the model does not take \(2, "):
         dhp.prune_to(net, flops=0.5, batch=2)
 
 
@@ -139,8 +199,9 @@ def test_where_it_is_slower_prune_to_warns_which_multiple_would_help(traced, mon
     """With a batch it times; without one it does not."""
     asked = []
 
-    def clock(model, shape, batch):
-        asked.append((shape, batch))
+    def clock(model, inputs, batch, call):
+        (x,) = inputs
+        asked.append((x.shape, batch))
         return by_width if slow else lambda found: took(0.5)
 
     monkeypatch.setattr(selection, "clock", clock)
@@ -149,7 +210,7 @@ def test_where_it_is_slower_prune_to_warns_which_multiple_would_help(traced, mon
         small = dhp.prune_to(traced[1], SHAPE, flops=0.45)
         assert not asked
         again = dhp.prune_to(traced[1], flops=0.45, batch=2)  # of the shape that it knows
-    assert asked == [(SHAPE, 2)]
+    assert asked == [((1, *SHAPE), 2)]
     assert {width % 8 for width in survivors_of(small)} != {0}
     assert survivors_of(again) == survivors_of(small)
     assert len(told) == slow
