@@ -28,7 +28,7 @@ from dhp_jax.artifact.description import (
     check_description,
     parse_json,
 )
-from dhp_jax.artifact.traced import cuts_from_json, table_from_json
+from dhp_jax.artifact.traced import check_table, cuts_from_json, table_from_json
 from dhp_jax.core.latent import latents
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
@@ -154,6 +154,7 @@ class _Traced:
         if self.cuts is not None:
             model = self.cuts.apply(model)
         if self.table is not None:
+            check_table(self.table, model)
             generated = self.table.notes["generated"]
             model = install(model, self.table, generated, min_channels=self.least, rngs=nnx.Rngs(0))
         made = replace(

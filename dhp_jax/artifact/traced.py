@@ -6,12 +6,14 @@ Positions of an axis that are the same in many arrays are written once, as runs.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dhp_jax.artifact.description import DTYPES, MAX_ARRAYS, MAX_NUMBER, ArtifactError
-from dhp_jax.errors import shown
+from dhp_jax.artifact.description import DTYPES, MAX_ARRAYS, MAX_AXES, MAX_NUMBER, ArtifactError
+from dhp_jax.core.state import path_name
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.cuts import ArrayCuts
 from dhp_jax.tracing.generated import Positions
 from dhp_jax.tracing.programs import default_call
@@ -19,6 +21,7 @@ from dhp_jax.tracing.table import LatentTable, SizeEntry
 
 Runs = tuple[tuple[int, ...], ...]
 MOST = 2**40  # numbers of an array
+MOST_POSITIONS = 2**23  # of all lists together: a short file must not take all memory
 
 
 class _Listed:
@@ -27,11 +30,15 @@ class _Listed:
     def __init__(self):
         self.lists: list[list[list[int]]] = []
         self.numbers: dict[Any, int] = {}
+        self.positions = 0
 
     def number(self, columns: Sequence[Sequence[int]]) -> int:
         """The number of a list of tuples, given by column."""
         runs = _as_runs(np.array(columns, np.int64).T)
         if runs not in self.numbers:
+            self.positions += len(columns[0])
+            if self.positions > MOST_POSITIONS:
+                raise ArgumentError("model", f"at most {MOST_POSITIONS} positions to tell", "more")
             self.numbers[runs] = len(self.lists)
             self.lists.append([list(run) for run in runs])
         return self.numbers[runs]
@@ -56,11 +63,20 @@ def _as_runs(rows: np.ndarray) -> Runs:
     return tuple(runs)
 
 
-def _from_runs(runs: Any, columns: int, where: str) -> np.ndarray:
-    """The rows of runs that a file holds."""
+def _all_from_runs(value: Any, columns: int, where: str) -> list[np.ndarray]:
+    """The rows of every list of runs that a file holds."""
+    lists, left = [], MOST_POSITIONS
+    for runs in _list(value, where):
+        lists.append(_from_runs(runs, columns, min(left, MAX_NUMBER), where))
+        left -= len(lists[-1])
+    return lists
+
+
+def _from_runs(runs: Any, columns: int, most: int, where: str) -> np.ndarray:
+    """The rows of runs that a file holds, `most` at most."""
     rows: list[np.ndarray] = []
     total = 0
-    for run in runs if isinstance(runs, list) else [None]:
+    for run in runs if isinstance(runs, list) and runs else [runs]:
         fits = (
             isinstance(run, list)
             and len(run) == columns + 2
@@ -68,8 +84,9 @@ def _from_runs(runs: Any, columns: int, where: str) -> np.ndarray:
             and run[0] > 0
         )
         total += run[0] if fits else 0
-        if not fits or total > MAX_NUMBER:
-            raise ArtifactError(f"path: {where}: expected runs of positions, got {shown(run)}")
+        if not fits or total > most:
+            expected = f"runs of at most {most} positions"
+            raise ArtifactError(f"path: {where}: expected {expected}, got {shown(run)}")
         count, step, *first = run
         made = np.tile(np.array(first, np.int64), (count, 1))
         made[:, -1] += step * np.arange(count)
@@ -92,12 +109,12 @@ def cuts_from_json(value: Mapping[str, Any], where: str) -> ArrayCuts:
     """Cuts from model.json, of whose content nothing is trusted."""
     where = f"{where}: cuts"
     _check_keys(value, {"kept", "positions", "numbers"}, where)
-    lists = [_from_runs(runs, 1, where)[:, 0] for runs in _list(value["positions"], where)]
-    for positions in lists:
-        if positions.min() < 0 or not (np.diff(positions) > 0).all():
-            raise ArtifactError(f"path: {where}: expected rising positions")
+    rows = _all_from_runs(value["positions"], 1, where)
+    if any(x.min() < 0 or not (np.diff(x, axis=0) > 0).all() for x in rows):
+        raise ArtifactError(f"path: {where}: expected rising positions")
+    lists = [tuple(x[:, 0].tolist()) for x in rows]
     kept = {
-        name: {k: tuple(lists[number].tolist()) for k, number in axes.items()}
+        name: {k: lists[number] for k, number in axes.items()}
         for name, axes in _axes(value["kept"], len(lists), where).items()
     }
     numbers = []
@@ -163,6 +180,22 @@ def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, 
     return table, least
 
 
+def check_table(table: LatentTable, model: nnx.Module) -> None:
+    """Raises a `ValueError` unless a network, which may be abstract, has what a table tells of."""
+    shapes = {path_name(path): x.shape for path, x in nnx.to_flat_state(nnx.state(model))}
+    for name, axes in table.places.items():
+        for k, positions in axes.items():
+            size = shapes.get(name, ())[k : k + 1]
+            if size != (len(positions.owner),):
+                expected = f"an axis {k} of {len(positions.owner)} in array {name!r}"
+                raise ValueError(f"latents: expected {expected}, got {shapes.get(name, 'none')}")
+    modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
+    for n in table.numbers:
+        held = n.path in modules and type(vars(modules[n.path]).get(n.attribute)) is int
+        if not held or (n.array and not 0 <= n.axis < len(shapes.get(n.array, ()))):
+            raise ValueError(f"latents: the network has no number {n.attribute!r} in {n.path!r}")
+
+
 def _check_sizes(sizes: Any, least: Any, where: str) -> None:
     """Raises unless these are numbers by name, and names and sizes fit each other."""
     for numbers in (sizes, least):
@@ -179,7 +212,7 @@ def _check_sizes(sizes: Any, least: Any, where: str) -> None:
 
 def _positions(value: Any, sizes: list[int], where: str) -> list[np.ndarray]:
     """Lists of positions, as rows of the number of a latent, or -1, and an entry of it."""
-    lists = [_from_runs(runs, 2, where) for runs in _list(value, where)]
+    lists = _all_from_runs(value, 2, where)
     widths = np.array([1, *sizes])
     for rows in lists:
         owner, entry = rows[:, 0], rows[:, 1]
@@ -239,9 +272,10 @@ def _inputs_from_json(value: Any, where: str, depth: int = 0) -> Any:
     sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
     key = jax.eval_shape(jax.random.key, 0).dtype
     dtypes = {name: jnp.dtype(name) for name in DTYPES.values()} | {str(key): key}
-    if not sizes or len(shape) > 32 or value.get("dtype") not in dtypes:
+    dtype = dtypes.get(value["dtype"]) if sizes and isinstance(value.get("dtype"), str) else None
+    if dtype is None or len(shape) > MAX_AXES:
         raise ArtifactError(f"path: {where}: inputs: got {shown(value)}")
-    return jax.ShapeDtypeStruct(tuple(shape), dtypes[value["dtype"]])
+    return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 
 def _list(value: Any, where: str) -> list[Any]:
