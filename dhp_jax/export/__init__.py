@@ -131,7 +131,7 @@ def export(
     multiple = getattr(model, "multiple", 1)  # of height and width, see `dhp_jax.tasks.tiling`
     possible = list(candidates(example, of_one, multiple))
     if format == "safetensors":  # read as the network that it is, with all its freedom
-        possible = [sizes for sizes in possible if sizes.free and not sizes.multiple]
+        possible = [next(sizes for sizes in possible if not sizes.multiple)]
     failure = None
     for sizes in possible:
         tried = _tried(inputs, sizes, of_one)

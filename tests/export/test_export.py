@@ -495,6 +495,14 @@ def test_sizes_are_those_given_where_the_batch_cannot_be_free(tmp_path, caplog):
         )
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_input_without_axes(tmp_path, format):
+    build = Doubling if format == "safetensors" else None
+    x = jnp.float32(3)
+    made = exporting.export(Doubling(RNGS), tmp_path / "out", x, format=format, build=build)
+    assert (made.shape, made.largest, made.differences["given"]) == ((), 6.0, 0.0)
+
+
 def test_an_array_that_looks_like_a_batch_and_is_none_fixes_the_sizes(tmp_path, monkeypatch):
     monkeypatch.setitem(exporting.NEEDS, "stablehlo", ())
     of_five = (np.ones((5, 5), np.int32), np.arange(5.0), np.ones((5, 5), bool))
