@@ -73,10 +73,10 @@ def train(torch, bench: Bench, model, stream: Iterator[Batches], kept: Path) -> 
         weight_decay=WEIGHT_DECAY,
         nesterov=True,
     )
-    done, loss = 0, torch.tensor(np.nan)
+    done, loss = 0, np.nan
     if kept.exists():
         state = torch.load(kept)
-        done = state["segments"]
+        done, loss = state["segments"], state["loss"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     model.train()
@@ -89,17 +89,18 @@ def train(torch, bench: Bench, model, stream: Iterator[Batches], kept: Path) -> 
             optimizer.param_groups[0]["lr"] = float(batch.rate)
             images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
             labels = torch.from_numpy(labels.astype(np.int64))
-            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            total = torch.nn.functional.cross_entropy(model(images), labels)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            total.backward()
             optimizer.step()
+        loss = float(total.detach())
         if segment % SEGMENTS_KEPT == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             part = kept.with_suffix(".part")
-            torch.save({"segments": segment, **state}, part)
+            torch.save({"segments": segment, "loss": loss, **state}, part)
             part.replace(kept)
-            print(f"{segment} segments, loss {float(loss.detach()):.3f}", flush=True)
-    return float(loss.detach())
+            print(f"{segment} segments, loss {loss:.3f}", flush=True)
+    return loss
 
 
 def arrays_of(model, names) -> dict[str, np.ndarray]:

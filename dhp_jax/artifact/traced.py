@@ -37,6 +37,8 @@ class _Listed:
         runs = _as_runs(np.array(columns, np.int64).T)
         if runs not in self.numbers:
             self.positions += len(columns[0])
+            if len(columns[0]) > MAX_NUMBER:
+                raise ArgumentError("model", f"axes of at most {MAX_NUMBER}", len(columns[0]))
             if self.positions > MOST_POSITIONS:
                 raise ArgumentError("model", f"at most {MOST_POSITIONS} positions to tell", "more")
             self.numbers[runs] = len(self.lists)
@@ -261,11 +263,11 @@ def _inputs_as_json(inputs: Any) -> Any:
     return {"shape": list(inputs.shape), "dtype": str(inputs.dtype)}
 
 
-def _inputs_from_json(value: Any, where: str, depth: int = 0) -> Any:
+def _inputs_from_json(value: Any, where: str) -> Any:
     if value is None:
         return None
     if isinstance(value, list):
-        return tuple(_inputs_from_json(item, where, depth + 1) for item in value)
+        return tuple(_inputs_from_json(item, where) for item in value)
     if isinstance(value, dict) and value.keys() == {"named"} and isinstance(value["named"], dict):
         return {k: _inputs_from_json(item, where) for k, item in value["named"].items()}
     shape = value.get("shape") if isinstance(value, dict) else None

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 import jax
 
-from dhp_jax.budgets.latency import check_batch, clock
+from dhp_jax.budgets.latency import clock
 from dhp_jax.budgets.layer_table import (
     COLUMNS,
     change,
@@ -20,7 +20,7 @@ from dhp_jax.budgets.layer_table import (
 from dhp_jax.budgets.other_widths import advice, time_other_widths
 from dhp_jax.budgets.rounding import AUTO, multiples
 from dhp_jax.budgets.selection import default_scores, selection
-from dhp_jax.budgets.timing import hardware
+from dhp_jax.budgets.timing import check_batch, hardware
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
@@ -97,9 +97,9 @@ def summary(
       inputs: shape of one example, `(height, width, channels)`, or other inputs, as for
         `dhp.measure_cost`; `None` for those that `dhp.with_latents` was given.
       call: a function of the model and the inputs, where that is not `model(*inputs)`.
-      batch: time both networks with so many examples, in turn, on this machine; arrays are
-        repeated. Where the pruned one is slower and `model` has latents, networks of other
-        `multiple_of` are timed too.
+      batch: time both networks with so many examples, in turn, on this machine; arrays that are
+        given here are repeated. Where the pruned one is slower and `model` has latents, networks
+        of other `multiple_of` are timed too.
 
     Returns:
       The costs and times, which print as a table for a terminal.

@@ -19,19 +19,11 @@ from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.budgets.timing import forward_pass, hardware, quartiles, time_in_turn
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.surgery import prune
-from dhp_jax.errors import ArgumentError, shown
-from dhp_jax.tracing.inputs import batch_of, check_input_shape, looks_like_a_shape, outputs_of
 from dhp_jax.tracing.programs import Call, default_call
 
 RESOLUTION = 0.01  # of the FLOPs, at which the bisection ends
 ROUNDS, SECONDS = 101, 2.0  # of a measurement, at most
 Clock = Callable[[nnx.Module], Time]
-
-
-def check_batch(batch: int | None) -> None:
-    """Raises unless a value can be how many inputs a timed pass takes, or `None`."""
-    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise ArgumentError("batch", "an integer of at least 1, or None", shown(batch))
 
 
 def clock(model: nnx.Module, input_shape: Any, batch: int = 1, call: Call = default_call) -> Clock:
@@ -46,11 +38,7 @@ def clock(model: nnx.Module, input_shape: Any, batch: int = 1, call: Call = defa
     Raises:
       ValueError: the network does not take so many examples.
     """
-    if looks_like_a_shape(input_shape):
-        check_input_shape(input_shape)
-    ordinary = prune(model)
-    outputs_of(ordinary, batch_of(input_shape, batch), call)
-    whole = forward_pass(ordinary, input_shape, batch, call=call)
+    whole = forward_pass(prune(model), input_shape, batch, call=call)
 
     @functools.lru_cache(maxsize=1)  # most networks are timed several times
     def compiled(small: nnx.Module) -> Callable[[], None]:

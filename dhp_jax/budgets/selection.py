@@ -20,11 +20,11 @@ from dhp_jax.budgets.counted import (
     survivors_within,
 )
 from dhp_jax.budgets.importance import group_scores
-from dhp_jax.budgets.latency import Clock, LatencySearch, check_batch, clock
+from dhp_jax.budgets.latency import Clock, LatencySearch, clock
 from dhp_jax.budgets.limits import Limits, check_limits, with_limits
 from dhp_jax.budgets.other_widths import advice, time_other_widths
 from dhp_jax.budgets.rounding import Multiples
-from dhp_jax.budgets.timing import hardware
+from dhp_jax.budgets.timing import check_batch, hardware
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.latent import latents, latents_to_prune
 from dhp_jax.core.plain import Model
@@ -181,8 +181,9 @@ def prune_to(
       latency: share in (0, 1] of the time of the unpruned network, or `None`. Both networks are
         compiled and timed alternately on this machine. Three of four pairs of passes must be within
         the share, in two of three measurements. Up to ten candidates are compiled.
-      batch: how many examples a timed pass takes, 1 for a `latency` if not given; arrays that
-        were given as inputs are repeated. Without `latency`
+      batch: how many examples a timed pass takes, 1 for a `latency` if not given. Arrays that are
+        given as inputs here are repeated; those of `dhp.with_latents` are not kept, and zeros come
+        in their place. Without `latency`
         the pruned network is timed if it is given. Where it is slower than the unpruned one,
         networks of other `multiple_of` are timed too, and a warning tells which would help.
       **budget: `flops`, `params` or `activations` (bytes of the outputs of all layers; see

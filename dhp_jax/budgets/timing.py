@@ -12,8 +12,16 @@ import jax
 
 from dhp_jax.activity import doing
 from dhp_jax.backend.inference import inference
-from dhp_jax.tracing.inputs import batch_of
-from dhp_jax.tracing.programs import Call
+from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.tracing.inputs import (
+    abstract_inputs,
+    batch_of,
+    batch_sizes,
+    check_input_shape,
+    looks_like_a_shape,
+    outputs_of,
+)
+from dhp_jax.tracing.programs import Call, called
 
 MIN_ROUNDS = 3  # rounds
 
@@ -68,9 +76,44 @@ def forward_pass(
     queued: int = 1,
     call: Call | None = None,
 ) -> Callable[[], None]:
-    """A function that runs a network on some batches and waits until all are done."""
-    run, inputs = inference(model, call), batch_of(input_shape, batch)
+    """A function that runs a network on some batches and waits until all are done.
+
+    Arguments are as those of `measure_latency`; `queued` is how many batches.
+    """
+    run, inputs = inference(model, call), timed_inputs(model, input_shape, batch, call)
     return lambda: jax.block_until_ready([run(*inputs) for _ in range(queued)])
+
+
+def check_batch(batch: int | None) -> None:
+    """Raises unless a value can be how many inputs a timed pass takes, or `None`."""
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise ArgumentError("batch", "an integer of at least 1, or None", shown(batch))
+
+
+def timed_inputs(
+    model: nnx.Module, input_shape: Any, batch: int, call: Call | None = None
+) -> tuple[Any, ...]:
+    """The arguments of a forward pass with so many examples, which the network takes.
+
+    Raises:
+      ValueError: it takes none of them.
+    """
+    call = called(call)
+    if looks_like_a_shape(input_shape):
+        check_input_shape(input_shape)
+    shapes = [x.shape for x in jax.tree.leaves(abstract_inputs(input_shape))]
+    refused = None
+    for size in batch_sizes(shapes) or [1]:
+        inputs = batch_of(input_shape, batch, size)
+        try:
+            outputs_of(model, inputs, call)
+        except ValueError as error:
+            refused = refused or error
+        else:
+            return inputs
+    why = str(refused).removeprefix("input_shape: ")
+    expected = "a number of examples that the model takes, where first axes alone are the batch"
+    raise ArgumentError("batch", detail=f"expected {expected}; got {batch}: {why}") from refused
 
 
 def measure_latency(
@@ -95,9 +138,13 @@ def measure_latency(
     Returns:
       Milliseconds of every pass, by name: the i-th ones ran one after the other.
 
+    Raises:
+      ValueError: a batch that is none, or that the networks do not take.
+
     Example:
       >>> times = measure_latency({"whole": dhp.prune(model), "small": small}, (32, 32, 3), 64)
     """
+    check_batch(batch)
     passes = {
         name: forward_pass(model, input_shape, batch, call=call) for name, model in models.items()
     }

@@ -34,7 +34,7 @@ from dhp_jax.export.writers import (
 from dhp_jax.models import registry
 from dhp_jax.pruned.fold import fold_for
 from dhp_jax.tracing.inputs import outputs_of
-from dhp_jax.tracing.programs import Call, all_programs, default_call, needed_inputs
+from dhp_jax.tracing.programs import Call, all_programs, called, needed_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,9 @@ def export(
 
     The batch size is free, and height and width of images too, where the network and the format
     allow. Otherwise height and width are fixed, and then the batch, at one example. Of arrays, the
-    first axis is the batch where it is as long as that of most; if the batch has to be fixed, all
-    sizes are those that were given.
+    first axis is the batch where it is as long as that of the first array, or of others if the
+    network does not take that. So give two examples or more, of a number unlike other sizes. If the
+    batch has to be fixed, all sizes are those that were given.
 
     Args:
       model: an ordinary or pruned network; left as it was.
@@ -116,9 +117,9 @@ def export(
     check_format(format)
     check_path(path, format)
     _check_build(model, format, build)
+    call = called(call)
     example, of_one = example_of(input_shape)
     inputs = inputs_to_try(input_shape, example, of_one, inputs)
-    call = call or default_call
     model = nnx.clone(model)
     model.eval()
     outputs_of(model, input_shape, call)
@@ -131,11 +132,11 @@ def export(
     multiple = getattr(model, "multiple", 1)  # of height and width, see `dhp_jax.tasks.tiling`
     possible = list(candidates(example, of_one, multiple))
     if format == "safetensors":  # read as the network that it is, with all its freedom
-        possible = [next(sizes for sizes in possible if not sizes.multiple)]
+        possible = [sizes for sizes in possible if not sizes.multiple][: 1 if of_one else None]
     failure = None
     for sizes in possible:
         tried = _tried(inputs, sizes, of_one)
-        if sizes.free and format != "safetensors":
+        if sizes.free and not (of_one and format == "safetensors"):
             tried["another size"] = sizes.enlarged(next(iter(tried.values())))
         try:
             abstract = sizes.arguments(example)
@@ -151,8 +152,9 @@ def export(
         finally:
             _remove(part)
         count = sum(len(following) for _, *following in architecture_of(folded).folded)
-        fixed = None if failure is None or sizes.multiple else _reason(failure)
-        if not sizes.free:
+        free = sizes.multiple or (sizes.free and not of_one)
+        fixed = None if failure is None or free else _reason(failure)
+        if not sizes.free and fixed is not None:
             what = "one example at a time" if of_one else "inputs of these sizes only"
             logger.warning("export: %s takes %s, for: %s", path, what, fixed)
         shape = sizes.shapes[0] if len(sizes.shapes) == 1 else sizes.shapes
@@ -177,6 +179,8 @@ def _tried(inputs: Mapping[str, Arguments], sizes: Sizes, of_one: bool) -> dict[
         expected = f"inputs of {', '.join(map(str, sizes.shapes))} among them"
         shapes = {name: [x.shape for x in jax.tree.leaves(x)] for name, x in inputs.items()}
         raise ArgumentError("inputs", expected, shown(shapes))
+    if left_out := sorted(inputs.keys() - found.keys()):
+        logger.warning("export: not tried on %s, for sizes are fixed", ", ".join(left_out))
     return found
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.inputs import (
     abstract_inputs,
-    batch_size,
+    arguments_of,
+    batch_sizes,
     check_input_shape,
     looks_like_a_shape,
 )
@@ -60,10 +61,12 @@ class Sizes:
         return jax.tree.unflatten(structure, found)
 
     def take(self, arguments: Arguments) -> bool:
-        """Whether the arrays of some arguments have these sizes."""
-        return all(
+        """Whether the arrays of some arguments have these sizes, and one batch size."""
+        pairs = list(zip(self.shapes, jax.tree.leaves(arguments), strict=True))
+        batches = {x.shape[0] for shape, x in pairs if "batch" in shape}
+        return len(batches) < 2 and all(
             all(isinstance(size, str) or size == n for size, n in zip(shape, x.shape, strict=True))
-            for shape, x in zip(self.shapes, jax.tree.leaves(arguments), strict=True)
+            for shape, x in pairs
         )
 
 
@@ -89,8 +92,8 @@ def candidates(example: Arguments, of_one: bool, multiple: int) -> Iterator[Size
             free = f"{multiple}*height", f"{multiple}*width"
             yield Sizes((("batch", *free, channels),), multiple)
     # An array of another first size is the same for all examples. The trial tells if it is not.
-    size = batch_size(shapes)
-    yield Sizes(tuple(("batch", *s[1:]) if s[:1] == (size,) else s for s in shapes))
+    for size in batch_sizes(shapes):
+        yield Sizes(tuple(("batch", *s[1:]) if s[:1] == (size,) else s for s in shapes))
     yield Sizes(tuple(shapes))
 
 
@@ -126,56 +129,60 @@ def inputs_to_try(
     """
     if inputs is not None:
         return _checked(inputs, example, of_one)
-    given = jax.tree.leaves(() if of_one else input_shape)
-    if given and all(isinstance(x, np.ndarray | jax.Array | np.generic) for x in given):
-        return {"given": _as_in(example, given)}
+    given = arguments_of(tuple(input_shape) if of_one else input_shape)
+    drawn = [isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(given)]
     rng = np.random.default_rng(0)
 
-    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def draw(leaf: jax.ShapeDtypeStruct, x: Any) -> np.ndarray:
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return np.asarray(x, leaf.dtype)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             expected = "batches by name to try what is written on, or arrays as input_shape"
             raise ArgumentError("inputs", f"{expected}, for {_told(leaf)} is not random", "none")
         shape = (2, *leaf.shape[1:]) if of_one else leaf.shape
         return np.asarray(rng.normal(size=shape), leaf.dtype)
 
-    return {"random": jax.tree.map(draw, example)}
+    return {"random" if any(drawn) else "given": jax.tree.map(draw, example, given)}
 
 
-def _as_in(example: Arguments, leaves: list[Any]) -> Arguments:
-    """Arrays as the arguments that they are, in the dtypes that JAX has for them."""
-    kinds, structure = jax.tree.flatten(example)
-    arrays = [np.asarray(x, kind.dtype) for x, kind in zip(leaves, kinds, strict=True)]
-    return jax.tree.unflatten(structure, arrays)
-
-
-def _checked(inputs: Mapping[str, Any], example: Arguments, of_one: bool) -> dict[str, Arguments]:
+def _checked(inputs: Any, example: Arguments, of_one: bool) -> dict[str, Arguments]:
     """Batches by name as arguments.
 
     Raises:
       ValueError: there are none, or not all are batches of such examples.
     """
-    kinds = jax.tree.leaves(example)
-    found, told = {}, {}
+    kinds, structure = jax.tree.flatten(example)
+    what = f"batches of {kinds[0].shape[1:]} by name"
+    if not of_one:
+        what = f"inputs like {', '.join(map(_told, kinds))} by name"
+    if not isinstance(inputs, Mapping) or not inputs:
+        raise ArgumentError("inputs", what, shown(inputs))
+    found = {}
     for name, given in inputs.items():
-        alone = of_one or not isinstance(given, tuple | list)
-        leaves = jax.tree.leaves((given,) if alone else tuple(given))
-        told[name] = [_told(x) for x in leaves]
-        if len(leaves) != len(kinds) or not all(map(_is_alike, leaves, kinds)):
-            break
-        found[name] = _as_in(example, leaves)
-    if not found or len(found) < len(inputs):
-        what = f"batches of {kinds[0].shape[1:]} by name"
-        if not of_one:
-            what = f"inputs like {', '.join(map(_told, kinds))} by name"
-        raise ArgumentError("inputs", what, shown(told))
+        try:
+            arguments = (np.asarray(given),) if of_one else arguments_of(given)
+            leaves, places = jax.tree.flatten(arguments)
+            alike = places == structure and all(map(_is_alike, leaves, kinds))
+        except (TypeError, ValueError, OverflowError):  # no arrays of such numbers
+            leaves, alike = [given], False
+        if not alike:
+            told = ", ".join(map(_told, leaves))
+            raise ArgumentError("inputs", what, f"{name!r}: {told}")
+        arrays = [np.asarray(x, kind.dtype) for x, kind in zip(leaves, kinds, strict=True)]
+        found[name] = jax.tree.unflatten(structure, arrays)
     return found
 
 
 def _is_alike(x: Any, kind: jax.ShapeDtypeStruct) -> bool:
-    """Whether an array has as many axes as another, some numbers, and of the same sort."""
+    """Whether an array has as many axes as another, some numbers, and such as that can hold."""
+    if np.ndim(x) != len(kind.shape) or not np.size(x):
+        return False
     inexact = [jnp.issubdtype(of, jnp.inexact) for of in (jnp.result_type(x), kind.dtype)]
-    return np.ndim(x) == len(kind.shape) and np.size(x) > 0 and inexact[0] <= inexact[1]
+    return inexact[1] or (not inexact[0] and np.array_equal(np.asarray(x, kind.dtype), x))
 
 
 def _told(x: Any) -> str:
-    return f"{jnp.result_type(x)}{list(np.shape(x))}"
+    try:
+        return f"{jnp.result_type(x)}{list(np.shape(x))}"
+    except (TypeError, ValueError):  # no numbers
+        return shown(x)

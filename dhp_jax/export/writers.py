@@ -52,11 +52,17 @@ class ExportError(RuntimeError):
 
 
 def input_names(arguments: Arguments) -> list[str]:
-    """Names of the arrays among the arguments: `images` for one of floats, else `input_0`, ..."""
-    leaves = jax.tree.leaves(arguments)
-    if len(leaves) == 1 and jnp.issubdtype(leaves[0].dtype, jnp.floating):
+    """Names of the arrays among the arguments.
+
+    `images` for one of floats, the keys of one dict, or the places: `input_0`, `input_1.key`.
+    """
+    leaves, _ = jax.tree.flatten_with_path(arguments)
+    if len(leaves) == 1 and jnp.issubdtype(leaves[0][1].dtype, jnp.floating):
         return [INPUT]
-    return [f"input_{n}" for n in range(len(leaves))]
+    names = [jax.tree_util.keystr(place, simple=True, separator=".") for place, _ in leaves]
+    if isinstance(arguments[0], dict) and len(arguments) == 1:
+        return [name.removeprefix("0.") for name in names]
+    return [f"input_{name}" for name in names]
 
 
 def output_names(model: nnx.Module, arguments: Arguments, call: Call) -> list[str]:

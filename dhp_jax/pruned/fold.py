@@ -36,7 +36,7 @@ from dhp_jax.tracing.inputs import (
     looks_like_a_shape,
     outputs_of,
 )
-from dhp_jax.tracing.programs import Call, default_call, without_unread
+from dhp_jax.tracing.programs import Call, called, without_unread
 
 logger = logging.getLogger(__name__)
 LINEAR = (nnx.Conv, nnx.ConvTranspose, nnx.Linear)
@@ -64,7 +64,8 @@ def fold(model: Model, input_shape: Any, *, call: Call | None = None) -> Model:
       input_shape: shape of one example, such as `(height, width, channels)`, or other inputs, as
         for `measure_cost`, for which the forward pass is traced. Where the forward pass depends on
         shapes, these are those it is exact for.
-      call: a function of the model and the inputs, where that is not `model(*inputs)`.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`; the folded
+        network is exact for this call.
 
     Returns:
       The network in evaluation mode, for inference only. It computes the same numbers up to
@@ -79,7 +80,7 @@ def fold(model: Model, input_shape: Any, *, call: Call | None = None) -> Model:
     """
     if looks_like_a_shape(input_shape):
         check_input_shape(input_shape)
-    whole, call = _in_evaluation(model), call or default_call
+    whole, call = _in_evaluation(model), called(call)
     outputs_of(whole, input_shape, call)
     return fold_for(whole, abstract_inputs(input_shape), call)
 

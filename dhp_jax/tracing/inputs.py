@@ -31,6 +31,13 @@ def abstract_inputs(inputs: Any) -> tuple[Any, ...]:
     Raises:
       ValueError: it is none of these.
     """
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), arguments_of(inputs)
+    )
+
+
+def arguments_of(inputs: Any) -> tuple[Any, ...]:
+    """The same, with the arrays that were given in place of abstract ones."""
     listed = inputs if isinstance(inputs, tuple | list) else (inputs,)
     as_numbers = all(value is None or isinstance(value, Number) for value in listed)
     if not _is_shape(inputs) and as_numbers and set(listed) != {None}:
@@ -39,45 +46,45 @@ def abstract_inputs(inputs: Any) -> tuple[Any, ...]:
             f"arrays; got {shown(inputs)}"
         )
     if isinstance(inputs, tuple | list) and not _is_shape(inputs) and len(inputs):
-        return tuple(map(_abstract, inputs))
-    return (_abstract(inputs),)
+        return tuple(map(_argument, inputs))
+    return (_argument(inputs),)
 
 
-def batch_size(shapes: Iterable[tuple[int, ...]]) -> int | None:
-    """The first size that most of some shapes have, as of arrays with a batch axis."""
-    count = Counter(shape[0] for shape in shapes if shape)
-    return count.most_common(1)[0][0] if count else None
+def batch_sizes(shapes: Iterable[tuple[int, ...]]) -> list[int]:
+    """First sizes of shapes, each once: those that may be the batch size, the likeliest first.
+
+    That is the one of the first array, and then that of most others.
+    """
+    first = [shape[0] for shape in shapes if shape]
+    return sorted(Counter(first), key=lambda n: (n != first[0], -first.count(n)))
 
 
-def batch_of(inputs: Any, batch: int) -> tuple[Any, ...]:
+def batch_of(inputs: Any, batch: int, size: int | None = None) -> tuple[Any, ...]:
     """The arguments of a forward pass with so many examples.
 
     Args:
-      inputs: as `abstract_inputs` takes. Arrays are repeated along their batch axis, the first one
-        where it is as long as that of most; in place of shapes and abstract arrays come 0.5 and
-        zeros of integers.
+      inputs: as `abstract_inputs` takes. Arrays whose first axis is the batch are repeated along
+        it; in place of shapes and abstract arrays come 0.5 and zeros of integers.
       batch: how many examples.
+      size: of the axes that are the batch; `None` for the likeliest of `batch_sizes`.
 
     Raises:
       ValueError: it is none of these, or has random keys.
     """
-    abstract = abstract_inputs(inputs)
-    kinds, structure = jax.tree.flatten(abstract)
-    given = [] if looks_like_a_shape(inputs) else jax.tree.leaves(inputs)
-    if len(given) != len(kinds):  # shapes among them, which have leaves of their own
-        given = kinds
-    size = batch_size(kind.shape for kind in kinds)
+    kinds, structure = jax.tree.flatten(abstract_inputs(inputs))
+    if size is None:
+        size = next(iter(batch_sizes(kind.shape for kind in kinds)), None)
 
     def made(kind: jax.ShapeDtypeStruct, x: Any) -> jax.Array:
         if jnp.issubdtype(kind.dtype, jax.dtypes.extended):
             raise ArgumentError("batch", "None for inputs of random keys", shown(batch))
         shape = (batch, *kind.shape[1:]) if kind.shape[:1] == (size,) else kind.shape
-        if isinstance(x, jax.ShapeDtypeStruct | int):
-            return jnp.full(
-                shape, 0.5 if jnp.issubdtype(kind.dtype, jnp.inexact) else 0, kind.dtype
-            )
+        if isinstance(x, jax.ShapeDtypeStruct):
+            floats = jnp.issubdtype(kind.dtype, jnp.inexact)
+            return jnp.full(shape, 0.5 if floats else 0, kind.dtype)
         return jnp.asarray(np.resize(np.asarray(x, kind.dtype), shape))
 
+    given = jax.tree.leaves(arguments_of(inputs))
     return jax.tree.unflatten(structure, map(made, kinds, given))
 
 
@@ -88,20 +95,21 @@ def _is_shape(value: Any) -> bool:
     return integers and len(value) > 0
 
 
-def _abstract(value: Any) -> Any:
+def _argument(value: Any) -> Any:
     if _is_shape(value):
         if min(value) < 1:
             raise ValueError(f"inputs: expected positive sizes of one example, got {tuple(value)}")
         return jax.ShapeDtypeStruct((1, *map(int, value)), jnp.float32)
     if isinstance(value, dict):
-        return {key: _abstract(item) for key, item in value.items()}
+        return {key: _argument(item) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(map(_abstract, value))
+        return type(value)(map(_argument, value))
     if value is None:
         return None
     if not isinstance(value, tuple):  # fields with names would not come back from a file
         with contextlib.suppress(TypeError):
-            return jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value))
+            jnp.shape(value), jnp.result_type(value)  # of an array, abstract or not, or a number
+            return value
     raise ValueError(
         "inputs: expected the shape of one example, an array, or a tuple, list or dict of them, of "
         f"which call= may make others; got a {type(value).__name__}"

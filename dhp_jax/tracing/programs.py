@@ -15,7 +15,7 @@ import numpy as np
 import opt_einsum
 
 from dhp_jax.core.state import path_name, value_of
-from dhp_jax.errors import ArgumentError, first_line
+from dhp_jax.errors import ArgumentError, first_line, shown
 
 Context = tuple[Any, ...]  # the operations that lead to an inner program
 EVALUATION: Context = ()
@@ -155,6 +155,17 @@ def _in_turn() -> Iterator[None]:
 def default_call(model: nnx.Module, *inputs: Any) -> Any:
     """`model(*inputs)`."""
     return model(*inputs)
+
+
+def called(call: Call | None) -> Call:
+    """How a network is called.
+
+    Raises:
+      ArgumentError: it is no function.
+    """
+    if call is not None and not callable(call):
+        raise ArgumentError("call", "a function of the model and the inputs, or None", shown(call))
+    return call or default_call
 
 
 def is_random(leaf: Any) -> bool:

@@ -15,6 +15,7 @@ from dhp_jax.budgets import before_and_after, latency, selection, timing
 from dhp_jax.budgets.chosen import Time
 from dhp_jax.budgets.counted import smallest_ratio
 from dhp_jax.budgets.other_widths import advice, time_other_widths
+from dhp_jax.budgets.timing import measure_latency
 
 SHAPE = (8, 8, 3)
 
@@ -155,8 +156,34 @@ def test_networks_with_several_inputs_and_a_call_of_their_own_are_timed(monkeypa
 
 def test_a_batch_that_a_network_does_not_take_is_told(traced, small):
     net = dhp.with_latents(traced[0], SHAPE, call=lambda model, x: model(x.reshape(1, *SHAPE)))
-    with pytest.raises(ValueError, match=r"^input_shape: the model does not take \(2, "):
+    with pytest.raises(ValueError, match=r"^batch: expected a number of .*; got 2: the model does"):
         dhp.prune_to(net, flops=0.5, batch=2)
+
+
+def test_the_batch_is_the_axis_that_the_network_takes_as_one():
+    """The first array is none of a batch; numbers that are given stay."""
+
+    class Scaled(nnx.Module):
+        def __call__(self, options, x):
+            return x * options["places"] + options["scale"]
+
+    options = {"places": np.arange(5.0), "scale": 3}
+    places, x = timing.timed_inputs(Scaled(), (options, jnp.ones((2, 5))), 4)
+    assert (places["places"].tolist(), int(places["scale"])) == ([0, 1, 2, 3, 4], 3)
+    np.testing.assert_array_equal(x, np.ones((4, 5)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "batch: expected an integer of at least 1"),
+        ({"batch": "8"}, "batch: expected an integer of at least 1"),
+        ({"batch": 2, "call": 3}, "call: expected a function of the model and the inputs, or None"),
+    ],
+)
+def test_what_cannot_be_timed_is_told(traced, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        measure_latency({"only": traced[0]}, SHAPE, **options)
 
 
 @pytest.mark.parametrize("which", ["plain", "traced"])

@@ -477,7 +477,13 @@ def test_inputs_by_name_of_a_call_of_ones_own(tmp_path, format):
         filled(Texts), tmp_path / "out", batch, format=format, call=by_name, build=building(format)
     )
     assert made.shape == ((5,), ("batch", 5), ("batch", 5))
-    assert made.folded == 1
+    assert (made.folded, made.fixed) == (1, None)
+    if format == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(tmp_path / "out", providers=["CPUExecutionProvider"])
+        names = [each.name for each in session.get_inputs()]
+        assert names == ["rest.0", "rest.1", "tokens"]
     assert max(made.differences.values()) < 1e-5
 
 
@@ -527,8 +533,12 @@ def test_an_array_that_looks_like_a_batch_and_is_none_fixes_the_sizes(tmp_path, 
             r"inputs: .* for int32\[3, 5\] is not ran",
         ),
         (np.ones((3, 5), int), {}, r"inputs: expected inputs like int32\[3, 5\] by name, got {}"),
-        (np.ones((3, 5), int), {"a": np.ones(3, int)}, r"inputs: .* got {'a': \['int32\[3\]'\]}"),
-        (np.ones((3, 5), int), {"a": np.ones((3, 5))}, r"inputs: .* got {'a': \['float32\[3, 5\]'"),
+        (np.ones((3, 5), int), np.ones((3, 5), int), r"inputs: expected .* by name, got array"),
+        (np.ones((3, 5), int), {"a": np.ones(3, int)}, r"inputs: .* got 'a': int32\[3\]$"),
+        (np.ones((3, 5), int), {"a": np.full((3, 5), "x")}, "inputs: .* by name, got 'a': array"),
+        (np.ones((3, 5), "u1"), {"a": np.full((3, 5), 300)}, "inputs: .*uint8.*, got 'a': int32"),
+        ({"a": np.ones((3, 5), int)}, {"a": {"b": np.ones((3, 5), int)}}, "inputs: .*, got 'a': "),
+        (np.ones((3, 5), int), {"a": np.ones((3, 5))}, r"inputs: .* got 'a': float32\[3, 5\]$"),
         (np.ones((3, 5), int), {"a": (np.ones((3, 5), int),) * 2}, "inputs: .* by name, got"),
         ({}, None, r"input_shape: expected a shape, or arrays of numbers, got {}"),
         (jax.random.key(0), None, r"input_shape: expected a shape, or arrays of numbers, got"),
