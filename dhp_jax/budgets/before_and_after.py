@@ -25,7 +25,7 @@ from dhp_jax.core.cost import Cost
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.tracing.counts import measure_cost
-from dhp_jax.tracing.programs import Call, default_call
+from dhp_jax.tracing.programs import Call
 
 MEASURED = {"flops": "FLOPs", "params": "params", "activations": "activations"}
 
@@ -124,7 +124,7 @@ def summary(
     before, after = (measure_cost(network, inputs, call=call) for network in (model, small))
     if batch is None:
         return Summary(before, after, uneven=_uneven(model, before, after))
-    timed = clock(model, inputs, batch, call or default_call)
+    timed = clock(model, inputs, batch, call)
     time, others = timed(small), None
     if time.ratio["low"] > 1 and latents(model):
         share = {"flops": after.flops / before.flops}

@@ -16,33 +16,35 @@ from dhp_jax.budgets.chosen import Chosen, Time, describe_choice
 from dhp_jax.budgets.counted import BudgetError, check_share, smallest_ratio, survivors_within
 from dhp_jax.budgets.other_widths import time_other_widths
 from dhp_jax.budgets.rounding import Multiples
-from dhp_jax.budgets.timing import forward_pass, hardware, quartiles, time_in_turn
+from dhp_jax.budgets.timing import hardware, passes_of, quartiles, time_in_turn, timed_inputs
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.surgery import prune
-from dhp_jax.tracing.programs import Call, default_call
+from dhp_jax.tracing.programs import Call
 
 RESOLUTION = 0.01  # of the FLOPs, at which the bisection ends
 ROUNDS, SECONDS = 101, 2.0  # of a measurement, at most
 Clock = Callable[[nnx.Module], Time]
 
 
-def clock(model: nnx.Module, input_shape: Any, batch: int = 1, call: Call = default_call) -> Clock:
+def clock(model: nnx.Module, input_shape: Any, batch: int = 1, call: Call | None = None) -> Clock:
     """A function that times pruned networks against a model with nothing pruned.
 
     Args:
       model: a network of latents; left as it was.
       input_shape: of one example, `(h, w, c)`, or other inputs, as for `measure_latency`.
       batch: how many examples a pass takes.
-      call: a function of the model and the inputs.
+      call: a function of the model and the inputs, where that is not `model(*inputs)`.
 
     Raises:
       ValueError: the network does not take so many examples.
     """
-    whole = forward_pass(prune(model), input_shape, batch, call=call)
+    ordinary = prune(model)
+    inputs = timed_inputs(ordinary, input_shape, batch, call)
+    whole = passes_of(ordinary, inputs, call=call)
 
     @functools.lru_cache(maxsize=1)  # most networks are timed several times
     def compiled(small: nnx.Module) -> Callable[[], None]:
-        return forward_pass(small, input_shape, batch, call=call)
+        return passes_of(small, inputs, call=call)
 
     def timed(small: nnx.Module) -> Time:
         passes = {"unpruned": whole, "pruned": compiled(small)}

@@ -224,7 +224,7 @@ def prune_to(
     check_axes(model, input_shape, call=call)
     timed = None
     if latency is not None or batch is not None:
-        timed = clock(model, input_shape, batch or 1, call or default_call)
+        timed = clock(model, input_shape, batch or 1, call)
     by = default_scores(model) if by is None else by
     chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
     if keep is not None:

@@ -13,14 +13,7 @@ import jax
 from dhp_jax.activity import doing
 from dhp_jax.backend.inference import inference
 from dhp_jax.errors import ArgumentError, shown
-from dhp_jax.tracing.inputs import (
-    abstract_inputs,
-    batch_of,
-    batch_sizes,
-    check_input_shape,
-    looks_like_a_shape,
-    outputs_of,
-)
+from dhp_jax.tracing.inputs import batch_of, batch_sizes, checked_inputs, outputs_of
 from dhp_jax.tracing.programs import Call, called
 
 MIN_ROUNDS = 3  # rounds
@@ -80,7 +73,14 @@ def forward_pass(
 
     Arguments are as those of `measure_latency`; `queued` is how many batches.
     """
-    run, inputs = inference(model, call), timed_inputs(model, input_shape, batch, call)
+    return passes_of(model, timed_inputs(model, input_shape, batch, call), queued, call)
+
+
+def passes_of(
+    model: nnx.Module, inputs: tuple[Any, ...], queued: int = 1, call: Call | None = None
+) -> Callable[[], None]:
+    """As `forward_pass`, on arguments that the network is known to take."""
+    run = inference(model, call)
     return lambda: jax.block_until_ready([run(*inputs) for _ in range(queued)])
 
 
@@ -99,9 +99,7 @@ def timed_inputs(
       ValueError: it takes none of them.
     """
     call = called(call)
-    if looks_like_a_shape(input_shape):
-        check_input_shape(input_shape)
-    shapes = [x.shape for x in jax.tree.leaves(abstract_inputs(input_shape))]
+    shapes = [x.shape for x in jax.tree.leaves(checked_inputs(input_shape))]
     refused = None
     for size in batch_sizes(shapes) or [1]:
         inputs = batch_of(input_shape, batch, size)

@@ -11,10 +11,9 @@ import numpy as np
 
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.inputs import (
-    abstract_inputs,
     arguments_of,
     batch_sizes,
-    check_input_shape,
+    checked_inputs,
     looks_like_a_shape,
 )
 
@@ -103,10 +102,9 @@ def example_of(input_shape: Any) -> tuple[Arguments, bool]:
     Raises:
       ValueError: it is neither a shape of one example nor inputs with an array.
     """
+    example = checked_inputs(input_shape)
     if looks_like_a_shape(input_shape):
-        check_input_shape(input_shape)
-        return abstract_inputs(tuple(input_shape)), True
-    example = abstract_inputs(input_shape)
+        return example, True
     leaves = jax.tree.leaves(example)
     if not leaves or any(jnp.issubdtype(leaf.dtype, jax.dtypes.extended) for leaf in leaves):
         raise ArgumentError("input_shape", "a shape, or arrays of numbers", shown(input_shape))
@@ -129,7 +127,7 @@ def inputs_to_try(
     """
     if inputs is not None:
         return _checked(inputs, example, of_one)
-    given = arguments_of(tuple(input_shape) if of_one else input_shape)
+    given = arguments_of(input_shape)
     drawn = [isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(given)]
     rng = np.random.default_rng(0)
 

@@ -30,12 +30,7 @@ from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
 from dhp_jax.core.state import path_name
 from dhp_jax.core.surgery import override, replace_modules
 from dhp_jax.models.linen import FromLinen
-from dhp_jax.tracing.inputs import (
-    abstract_inputs,
-    check_input_shape,
-    looks_like_a_shape,
-    outputs_of,
-)
+from dhp_jax.tracing.inputs import checked_inputs, outputs_of
 from dhp_jax.tracing.programs import Call, called, without_unread
 
 logger = logging.getLogger(__name__)
@@ -78,11 +73,10 @@ def fold(model: Model, input_shape: Any, *, call: Call | None = None) -> Model:
     Example:
       >>> fast = dhp.fold(small, (32, 32, 3))
     """
-    if looks_like_a_shape(input_shape):
-        check_input_shape(input_shape)
+    arguments = checked_inputs(input_shape)
     whole, call = _in_evaluation(model), called(call)
     outputs_of(whole, input_shape, call)
-    return fold_for(whole, abstract_inputs(input_shape), call)
+    return fold_for(whole, arguments, call)
 
 
 def fold_for(model: Model, arguments: tuple[Any, ...], call: Call) -> Model:

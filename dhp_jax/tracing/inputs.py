@@ -59,21 +59,19 @@ def batch_sizes(shapes: Iterable[tuple[int, ...]]) -> list[int]:
     return sorted(Counter(first), key=lambda n: (n != first[0], -first.count(n)))
 
 
-def batch_of(inputs: Any, batch: int, size: int | None = None) -> tuple[Any, ...]:
+def batch_of(inputs: Any, batch: int, size: int) -> tuple[Any, ...]:
     """The arguments of a forward pass with so many examples.
 
     Args:
       inputs: as `abstract_inputs` takes. Arrays whose first axis is the batch are repeated along
         it; in place of shapes and abstract arrays come 0.5 and zeros of integers.
       batch: how many examples.
-      size: of the axes that are the batch; `None` for the likeliest of `batch_sizes`.
+      size: of the axes that are the batch, as of `batch_sizes`.
 
     Raises:
       ValueError: it is none of these, or has random keys.
     """
     kinds, structure = jax.tree.flatten(abstract_inputs(inputs))
-    if size is None:
-        size = next(iter(batch_sizes(kind.shape for kind in kinds)), None)
 
     def made(kind: jax.ShapeDtypeStruct, x: Any) -> jax.Array:
         if jnp.issubdtype(kind.dtype, jax.dtypes.extended):
@@ -150,6 +148,13 @@ def check_input_shape(input_shape: tuple[int, ...]) -> None:
             "input_shape: expected positive integers, such as (height, width, channels); got "
             f"{shown(input_shape)}"
         )
+
+
+def checked_inputs(input_shape: Any) -> tuple[Any, ...]:
+    """As `abstract_inputs`, with errors that name `input_shape` where a shape is meant."""
+    if looks_like_a_shape(input_shape):
+        check_input_shape(input_shape)
+    return abstract_inputs(input_shape)
 
 
 def outputs_of(model: nnx.Module, input_shape: Any, call: Call = default_call) -> Any:
