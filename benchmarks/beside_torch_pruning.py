@@ -289,21 +289,27 @@ def publish(options: argparse.Namespace) -> None:
     write(options.out, NAME, TITLE, NOTE, rows, text, about)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(description: str, minutes: float) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that trains rows in PyTorch."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--data", type=Path, help="CIFAR-10, as for from_trained.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--weights", type=Path, help="of the stage train of from_trained.py")
     parser.add_argument("--targets", type=float, nargs="+", default=list(ours.TARGETS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, help="of every row")
-    parser.add_argument("--minutes", type=float, default=60.0, help="after which no row begins")
+    parser.add_argument("--minutes", type=float, default=minutes, help="after which no row begins")
+    parser.add_argument("--commit", default="", help="of the code, for the record")
+    parser.add_argument("--rehearse", action="store_true", help="a smoke run of a minute on a CPU")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__, minutes=60)
     parser.add_argument("--rounds", type=int, default=50, help="of forward passes")
     parser.add_argument("--ways", nargs="*", default=["group", "fade"], help="rows of ours")
     parser.add_argument("--compared", nargs="+", choices=COMPARED, default=list(COMPARED))
     parser.add_argument("--table", type=Path, help="rows.jsonl: publish it, measure nothing")
-    parser.add_argument("--commit", default="", help="of the code, for the record")
-    parser.add_argument("--rehearse", action="store_true", help="a smoke run of a minute on a CPU")
     options = parser.parse_args()
     if options.table is not None:
         return publish(options)

@@ -11,16 +11,14 @@ library tests them. DIR keeps the state of a row that was stopped, and the row g
 The rows are those that from_trained.py would write, so `from_trained.py --table` publishes them.
 """
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 import time
 
-from beside_torch_pruning import check_same, layers_of, network
+from beside_torch_pruning import check_same, layers_of, network, parser_of
 import from_trained as ours
 from from_trained_programs import MOMENTUM, WEIGHT_DECAY, Batches
-from from_trained_rows import FRESH, SEGMENTS_KEPT, Bench, Way, cosine, cut, segments
+from from_trained_rows import FRESH, SEGMENTS_KEPT, Bench, Way, cosine, cut, updates_of, write_row
 import jax
 import numpy as np
 
@@ -29,30 +27,17 @@ import dhp_jax as dhp
 
 def fresh_row(torch, bench: Bench, way: Way, flops: float, seed: int) -> None:
     """Trains fresh weights, with the updates of the trained network too, and writes the row."""
-    began, net, size = time.monotonic(), bench.net, bench.size
-    updates = size.updates + segments(bench, size.before) * size.segment
+    began, updates = time.monotonic(), updates_of(bench, way)
     mask = cut(bench, way, flops, seed)
-    counts = net.sizes | {name: int(np.sum(kept)) for name, kept in mask.items()}
     small, _ = bench.cut_down(bench.begin(bench.trained), mask)
     model = network(torch, small.net.fresh(seed)).to(memory_format=torch.contiguous_format)
-    stream = bench.batches(seed, cosine(way.rate, updates, size.segment)(np.arange(updates)))
+    stream = bench.batches(seed, cosine(way.rate, updates, bench.size.segment)(np.arange(updates)))
     kept = bench.out / f"{way.by}_{flops}_{seed}_{updates}.pt"
     loss = train(torch, bench, model, stream, kept)
     run = small.begin(arrays_of(model, small.net.arrays()))
-    bench.write(
-        name=way.name,
-        target=flops,
-        seed=seed,
-        **small.evaluate(run, {}),
-        after_cut=None,
-        train_loss=loss,
-        **net.cost.shares(counts),
-        widths={name: counts[name] for name in net.prunable},
-        updates=updates,
-        trained_by=f"torch {torch.__version__}",
-        seconds=round(time.monotonic() - began, 3),
-        way=asdict(way),
-    )
+    found = small.evaluate(run, {}) | {"after_cut": None, "train_loss": loss}
+    by = f"torch {torch.__version__}"
+    write_row(bench, way, flops, seed, mask, began, **found, trained_by=by)
     kept.unlink(missing_ok=True)
 
 
@@ -117,17 +102,8 @@ def arrays_of(model, names) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="CIFAR-10, as for from_trained.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--weights", type=Path, help="of the stage train of from_trained.py")
-    parser.add_argument("--targets", type=float, nargs="+", default=list(ours.TARGETS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, minutes=600)
     parser.add_argument("--ways", nargs="+", choices=[way.by for way in FRESH], default=["uniform"])
-    parser.add_argument("--updates", type=int, help="of every row, beside those of the training")
-    parser.add_argument("--minutes", type=float, default=600.0, help="after which no row begins")
-    parser.add_argument("--commit", default="", help="of the code, for the record")
-    parser.add_argument("--rehearse", action="store_true", help="a smoke run of a minute on a CPU")
     options = parser.parse_args()
     import torch
 

@@ -254,10 +254,8 @@ def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = Fal
       seed: of the order of the images, and of what is drawn.
       look: whether the network is tested right after the cut, too, its statistics renewed.
     """
-    began, net, size = time.monotonic(), bench.net, bench.size
-    run, updates = bench.begin(bench.trained), size.updates
-    if way.fresh:
-        updates += segments(bench, size.before) * size.segment
+    began, whole, size = time.monotonic(), bench, bench.size
+    run, updates = bench.begin(bench.trained), updates_of(bench, way)
     schedule = cosine(way.rate, updates, size.segment)
     stream = bench.batches(seed, schedule(np.arange(updates)))
     if way.by == "fade":
@@ -266,7 +264,7 @@ def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = Fal
         run, mask = shrunk(bench, way, flops, run, stream)
     else:
         mask = cut(bench, way, flops, seed)
-    counts = net.sizes | {name: int(np.sum(kept)) for name, kept in mask.items()}
+    left = mask
     if way.fresh or jax.default_backend() == "cpu":
         (bench, run), mask = bench.cut_down(run, mask), {}
     if way.fresh:
@@ -275,20 +273,39 @@ def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = Fal
     after_cut = error_after_cut(bench, run, mask) if look and not way.fresh else None
     kept = bench.out / f"{way.by}_{flops}_{seed}_{updates}.npz"
     run, loss = trained(bench, run, plan, stream, kept)
+    found = bench.evaluate(run, plan.mask) | {"after_cut": after_cut, "train_loss": loss}
+    write_row(whole, way, flops, seed, left, began, **found)
+    kept.unlink(missing_ok=True)
+
+
+def updates_of(bench: Bench, way: Way) -> int:
+    """How many updates a row has."""
+    more = segments(bench, bench.size.before) if way.fresh else 0
+    return bench.size.updates + more * bench.size.segment
+
+
+def write_row(
+    bench: Bench,
+    way: Way,
+    flops: float,
+    seed: int,
+    mask: Mapping[str, np.ndarray],
+    began: float,
+    **measured: Any,
+) -> None:
+    """Writes a row: how it was made, what a mask leaves of the whole network, what was measured."""
+    counts = bench.net.sizes | {name: int(np.sum(kept)) for name, kept in mask.items()}
     bench.write(
         name=way.name,
         target=flops,
         seed=seed,
-        **bench.evaluate(run, plan.mask),
-        after_cut=after_cut,
-        train_loss=loss,
-        **net.cost.shares(counts),
-        widths={name: counts[name] for name in net.prunable},
-        updates=updates,
+        **measured,
+        **bench.net.cost.shares(counts),
+        widths={name: counts[name] for name in bench.net.prunable},
+        updates=updates_of(bench, way),
         seconds=round(time.monotonic() - began, 3),
         way=asdict(way),
     )
-    kept.unlink(missing_ok=True)
 
 
 def trained(
