@@ -30,7 +30,7 @@ def fresh_row(torch, bench: Bench, way: Way, flops: float, seed: int) -> None:
     began, updates = time.monotonic(), updates_of(bench, way)
     mask = cut(bench, way, flops, seed)
     small, _ = bench.cut_down(bench.begin(bench.trained), mask)
-    model = network(torch, small.net.fresh(seed)).to(memory_format=torch.contiguous_format)
+    model = network(torch, small.net.fresh(seed))
     stream = bench.batches(seed, cosine(way.rate, updates, bench.size.segment)(np.arange(updates)))
     kept = bench.out / f"{way.by}_{flops}_{seed}_{updates}.pt"
     loss = train(torch, bench, model, stream, kept)
@@ -72,7 +72,7 @@ def train(torch, bench: Bench, model, stream: Iterator[Batches], kept: Path) -> 
             batch = jax.tree.map(lambda x, at=at: x[at], batches)
             images, labels = map(np.array, bench.programs.inputs(batch))
             optimizer.param_groups[0]["lr"] = float(batch.rate)
-            images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+            images = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels last
             labels = torch.from_numpy(labels.astype(np.int64))
             total = torch.nn.functional.cross_entropy(model(images), labels)
             optimizer.zero_grad(set_to_none=True)
