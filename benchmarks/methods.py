@@ -39,7 +39,7 @@ from dhp_jax.workdir.identity import (
     flatten,
     read_data_checksums,
 )
-from dhp_jax.workdir.reader import SUMMARY
+from dhp_jax.workdir.reader import SUMMARY, is_complete
 
 MAIN = Path(__file__).parents[1] / "experiments/main.py"
 NEEDS = {  # all are compared with the baseline, and some start from another run
@@ -136,15 +136,14 @@ def finished(run: Path, asked: Mapping[str, Any] | None = None) -> dict[str, Any
 
     Args:
       run: its directory.
-      asked: a configuration whose epochs it must have reached, besides those of its own.
+      asked: a configuration whose length it must have reached, too, besides that of its own.
     """
     if not (run / SUMMARY).is_file():
         return None
     summary, config = (json.loads((run / name).read_text()) for name in (SUMMARY, CONFIG))
     for phase in METHODS[config["method"]].phases:
         reached = summary["phases"][phase]
-        epochs = max(given[phase]["epochs"] for given in (config, asked or config))
-        if not reached["met_budget"] and reached["epochs"] < epochs:
+        if not all(is_complete(reached, given[phase]) for given in (config, asked or config)):
             return None
     return summary
 

@@ -182,7 +182,7 @@ def verify(path: str | os.PathLike) -> dict[str, Any]:
     Example:
       >>> dhp_jax.artifact.reading.verify("out/")["notes"]
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     description = read_description(path)
     with open_arrays(path / ARRAYS, description["arrays"]):
         pass  # what opening it checks is all
@@ -197,7 +197,7 @@ def verify(path: str | os.PathLike) -> dict[str, Any]:
 
 def exists(path: str | os.PathLike) -> bool:
     """Whether a folder holds a saved network."""
-    return all(os.path.isfile(Path(path) / name) for name in (DESCRIPTION, ARRAYS))
+    return all(os.path.isfile(Path(path).expanduser() / name) for name in (DESCRIPTION, ARRAYS))
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       ArtifactError: no artifact of this format and version is there.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     for name in (DESCRIPTION, ARRAYS):
         try:
             mode = os.lstat(path / name).st_mode

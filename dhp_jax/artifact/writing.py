@@ -83,8 +83,8 @@ def save(
     if input_shape is not None:
         cost = measure_cost(model, input_shape)
         description["cost"] = {"flops": cost.flops, "params": cost.params}
-        if all(isinstance(size, int) for size in input_shape):
-            notes["input_shape"] = list(input_shape)
+        if all(isinstance(size, int | np.integer) for size in input_shape):
+            notes["input_shape"] = list(map(int, input_shape))
     for name, note in notes.items():
         try:
             json.dumps(note)

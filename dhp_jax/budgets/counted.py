@@ -39,6 +39,16 @@ def search_limits(budget: Mapping[str, float | None], target: float) -> dict[str
     return found | {name: share for name, share in others.items() if share is not None}
 
 
+def counted_limits(budget: Mapping[str, float | None], target: float) -> dict[str, float]:
+    """The budgets that are counted, as shares; of the FLOPs the smallest one.
+
+    Args:
+      budget: `flops`, `params` and `activations`, shares or `None`; others are left out.
+      target: another share of the FLOPs.
+    """
+    return search_limits({**budget, "latency": None}, target)
+
+
 def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: Multiples = 1) -> dict[str, float]:
     """The smallest shares of FLOPs, params and activations that pruning can reach."""
     steps = multiples(model, multiple_of)

@@ -23,7 +23,8 @@ def with_limits(model: Model, keep: Limits) -> Model:
     Args:
       model: a network of latents; left as it was, and shares all arrays.
       keep: least shares in (0, 1], or pairs of a least share, which may be 0, and a most share, by
-        name or pattern, as in file names; the last that fits counts.
+        name or pattern, as in file names; the last that fits counts. A least share above 0 takes
+        the place of `min_channels`, even where it is smaller.
     """
     if not isinstance(keep, Mapping):
         raise ArgumentError("keep", "shares by latent, such as {'stem*': 0.5}", shown(keep))

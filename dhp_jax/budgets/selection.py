@@ -170,12 +170,13 @@ def prune_to(
       multiple_of: a latent that loses entries keeps a multiple of this number of them. One number
         for all latents; numbers by name or pattern, such as `{"stages.*": 8}`; or "auto", the best
         measured one for this platform and the dtype of the model (see `dhp_jax.budgets.rounding`).
-      by: what replaces these. Either scores for the entries of every prunable latent by name,
-        as from `dhp.l1_scores` or `dhp.random_scores`; the smallest go first. Or a function that
-        chooses survivors, such as `dhp.uniform_within`.
+      by: what ranks channels in place of magnitudes. Either scores for the entries of every
+        prunable latent by name, as from `dhp.l1_scores` or `dhp.random_scores`; the smallest go
+        first. Or a function that chooses survivors, such as `dhp.uniform_within`.
       keep: least share in (0, 1] of the entries of latents, by name or pattern, such as
         `{"stages.*": 0.5, "stem*": 1.0}`, where 1 leaves a latent out; or a pair of the least and
-        the most share, such as `{"head": (0, 0.5)}`. The last pattern that fits counts.
+        the most share, such as `{"head": (0, 0.5)}`. The last pattern that fits counts. A least
+        share above 0 takes the place of the latent's `min_channels`, even where it is smaller.
       call: a function of the model and the inputs, where that is not `model(*inputs)`; networks
         of traced latents know theirs.
       latency: share in (0, 1] of the time of the unpruned network, or `None`. Both networks are
@@ -183,9 +184,9 @@ def prune_to(
         the share, in two of three measurements. Up to ten candidates are compiled.
       batch: how many examples a timed pass takes, 1 for a `latency` if not given. Arrays that are
         given as inputs here are repeated; those of `dhp.with_latents` are not kept, and zeros come
-        in their place. Without `latency`
-        the pruned network is timed if it is given. Where it is slower than the unpruned one,
-        networks of other `multiple_of` are timed too, and a warning tells which would help.
+        in their place. With a `batch` and no `latency` the pruned network is timed. Where it is
+        slower than the unpruned one, networks of other `multiple_of` are timed too, and a warning
+        tells which would help.
       **budget: `flops`, `params` or `activations` (bytes of the outputs of all layers; see
         `dhp_jax.core.cost`), as shares of the model's own in (0, 1].
 

@@ -14,7 +14,7 @@ import optax
 
 from dhp_jax.activity import doing
 from dhp_jax.budgets.axes import check_axes
-from dhp_jax.budgets.counted import check_budget, search_limits
+from dhp_jax.budgets.counted import check_budget, counted_limits
 from dhp_jax.budgets.gradual import STAGES
 from dhp_jax.budgets.latency import check_latency, clock
 from dhp_jax.config.checks import check
@@ -139,7 +139,7 @@ def prepare(
 
 def counted_budgets(config: ConfigDict) -> dict[str, float]:
     """The budgets that are counted, as shares by name; of the FLOPs the smallest one."""
-    return search_limits({**config.budget, "latency": None}, config.target)
+    return counted_limits(config.budget, config.target)
 
 
 def most_steps(run: Run, phase: str) -> int:

@@ -80,7 +80,7 @@ def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
         image_size=config.data.image_size,
         archive=config.data.archive,
         channels=channels,
-    ).hold_out(config.data.get("validation", 0.0))
+    ).hold_out(config.data.validation)
     if config.batch_size > source.train_size:
         raise ConfigError(
             "config.batch_size",
@@ -177,7 +177,7 @@ def _restoration(
         scale=task.scale,
         patch=task.patch,
         smallest_test=WINDOW + 2 * task.shave,
-        validation=config.data.get("validation", 0.0),
+        validation=config.data.validation,
     )
 
     needed, what = source.bytes, "the training photographs"

@@ -43,11 +43,15 @@ def optimizer(
         down to it before anything else.
 
     Raises:
-      ValueError: another name.
+      ValueError: another `name` or `decayed`.
 
     Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019 (arXiv
     1711.05101), algorithm 2.
     """
+    if decayed not in DECAYED:
+        raise ValueError(
+            f"optimizer.decayed: expected one of {', '.join(DECAYED)}; got {decayed!r}"
+        )
     mask = None if decayed == "all" else is_kernel
     first = [] if clip is None else [optax.clip_by_global_norm(clip)]
     if name == "adamw":

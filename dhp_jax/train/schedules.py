@@ -41,8 +41,13 @@ def decay_schedule(
       steps_per_epoch: training steps.
       warmup: epochs, less than `epochs`; see `warmed_up`.
 
+    Raises:
+      ValueError: another name.
+
     Reference: Loshchilov and Hutter, SGDR, ICLR 2017 (arXiv 1608.03983), equation 5.
     """
+    if name not in ("cosine", "linear"):
+        raise ValueError(f"schedule: expected cosine or linear; got {name!r}")
     begin = round(warmup * steps_per_epoch)
     steps = max(1, epochs * steps_per_epoch - begin)
     if name == "cosine":

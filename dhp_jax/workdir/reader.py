@@ -12,7 +12,7 @@ from typing import Any
 from flax import nnx
 
 from dhp_jax.artifact import reading
-from dhp_jax.budgets.counted import search_limits
+from dhp_jax.budgets.counted import counted_limits, search_limits
 from dhp_jax.config.methods import METHODS, Method
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import latents
@@ -94,7 +94,7 @@ class Result:
     @property
     def asked(self) -> dict[str, float]:
         """The shares at which its search ends; see `budgets.counted.search_limits`."""
-        return search_limits(self.config.get("budget", {}), self.config["target"])
+        return search_limits(self.config["budget"], self.config["target"])
 
     @property
     def budgets(self) -> dict[str, dict[str, Any]]:
@@ -107,8 +107,8 @@ class Result:
         noted = self.notes.get("pruned", {}).get("budget")
         if not noted or not self.pruned:
             return {}
-        budget = self.config.get("budget", {})
-        asked = budget | search_limits({**budget, "latency": None}, self.config["target"])
+        budget = self.config["budget"]
+        asked = budget | counted_limits(budget, self.config["target"])
         predicted, found = noted["predicted"], {}
         for name in MEASURES:
             counted = getattr(self.after, name) / getattr(self.before, name)

@@ -23,7 +23,7 @@ from dhp_jax.artifact import description as artifact_description
 from dhp_jax.artifact import writing
 from dhp_jax.artifact.arrays import ARRAYS, DESCRIPTION
 from dhp_jax.artifact.description import OPTIONAL, ArtifactError
-from dhp_jax.artifact.reading import read_description
+from dhp_jax.artifact.reading import exists, read_description, verify
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune as cut
 
@@ -381,6 +381,22 @@ def test_a_folder_or_file_that_is_no_network_is_not_overwritten(tmp_path):
         ):
             dhp.save(path, filled(Mixed))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_shape_of_numpys_integers_is_noted(tmp_path):
+    model = resnet20()
+    small = cut(model, drawn_masks(model, 0))
+    dhp.save(tmp_path, small, input_shape=tuple(np.array([8, 8, 3])))
+    assert read_description(tmp_path)["notes"] == {"input_shape": [8, 8, 3]}
+
+
+def test_a_folder_in_the_home_folder_is_found_by_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = resnet20()
+    dhp.save("~/small", cut(model, drawn_masks(model, 0)))
+    assert exists("~/small")
+    assert verify("~/small") == read_description("~/small")
+    dhp.load("~/small")
 
 
 def test_the_description_tells_cost_and_versions(tmp_path):

@@ -471,6 +471,17 @@ def test_a_run_that_has_yet_to_train_for_longer_is_not_finished(tmp_path, capsys
     assert capsys.readouterr().err == f"{run}: not finished, left out\n"
 
 
+def test_a_run_that_was_to_end_after_some_steps_is_finished_then(tmp_path):
+    ended = {"epochs": 9, "max_steps": 400}
+    run = leave_run(tmp_path, "uniform", 0, 0.2, converge=ended)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["phases"]["converge"]["epochs"] = 3
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert methods.finished(run)
+    assert methods.finished(run, EPOCHS | {"converge": ended})
+    assert methods.finished(run, EPOCHS | {"converge": {**ended, "max_steps": 401}}) is None
+
+
 def test_a_search_that_met_its_budget_early_is_finished(tmp_path):
     run = leave_run(tmp_path, "dhp", 0, 0.2)
     asked = EPOCHS | {"search": {"epochs": 50}}

@@ -149,6 +149,12 @@ def test_an_unknown_optimizer_is_refused():
         optimizer("rmsprop", lambda step: 0.1, momentum=0.9, weight_decay=0.0)
 
 
+def test_an_unknown_choice_of_what_decays_is_refused():
+    message = "^optimizer.decayed: expected one of all, kernels; got 'none'$"
+    with pytest.raises(ValueError, match=message):
+        optimizer("sgd", lambda step: 0.1, momentum=0.9, weight_decay=0.1, decayed="none")
+
+
 # What is shrunk
 
 

@@ -48,6 +48,11 @@ def test_a_learning_rate_rises_and_falls_to_zero(name, warmup):
     assert float(schedule(60)) == pytest.approx(0, abs=1e-7)
 
 
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"^schedule: expected cosine or linear; got 'cosin'$"):
+        decay_schedule("cosin", 0.4, 6, 10)
+
+
 def test_drops_are_counted_from_the_first_step_of_the_warm_up():
     given = {"epochs": 4, "drops": (2,), "warmup": 1, "steps_per_epoch": 5}
     found = rates(make_schedule("drops", 1.0, **given), 20)
