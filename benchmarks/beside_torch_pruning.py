@@ -15,26 +15,18 @@ times of a forward pass of all of them, taken in turn.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import copy
-import json
 from pathlib import Path
 import time
 
 from flax import nnx
 import from_trained as ours
-from from_trained_programs import (
-    DEVIATION,
-    MEAN,
-    MOMENTUM,
-    SHAPE,
-    WEIGHT_DECAY,
-    Network,
-    of_latents,
-)
+from from_trained_programs import DEVIATION, MEAN, SHAPE, Network, of_latents
 from from_trained_rows import FADE, ONE, REHEARSAL, Bench, cosine, pruned_row
 import jax
 import numpy as np
+from torch_resnet import check_same, layers_of, network, torch_inputs, train
 
 import dhp_jax as dhp
 from dhp_jax.budgets.timing import quartiles, time_in_turn
@@ -50,67 +42,6 @@ COMPARED = {"Torch-Pruning, all layers": True, "Torch-Pruning, each layer": Fals
 LATENCY_BATCHES = 1, 256
 
 
-def network(torch, arrays: Mapping[str, np.ndarray]):
-    """The PyTorch network with the arrays of a ResNet of ours, by their names."""
-    nn = torch.nn
-
-    def tensor(name):
-        return torch.from_numpy(np.array(arrays[name], np.float32))
-
-    def layer(path, stride):
-        kernel = tensor(f"{path}.conv.kernel").permute(3, 2, 0, 1)
-        out, into, size, _ = kernel.shape
-        conv = nn.Conv2d(into, out, size, stride, padding=size // 2, bias=False)
-        norm = nn.BatchNorm2d(out, momentum=0.1)
-        conv.weight.data = kernel.contiguous()
-        for name, of_ours in (("weight", "scale"), ("bias", "bias")):
-            getattr(norm, name).data = tensor(f"{path}.norm.{of_ours}")
-        norm.running_mean, norm.running_var = (tensor(f"{path}.norm.{x}") for x in ("mean", "var"))
-        return nn.Sequential(conv, norm)
-
-    class Block(nn.Module):
-        def __init__(self, path):
-            super().__init__()
-            projected = f"{path}.projection.conv.kernel" in arrays
-            stride = 2 if projected else 1
-            self.first, self.second = (
-                layer(f"{path}.layers.0", stride),
-                layer(f"{path}.layers.1", 1),
-            )
-            self.projection = layer(f"{path}.projection", stride) if projected else nn.Identity()
-
-        def forward(self, x):
-            return torch.relu(self.projection(x) + self.second(torch.relu(self.first(x))))
-
-    class ResNet(nn.Module):
-        def __init__(self):
-            super().__init__()
-            count = sum(f"blocks.{i}.layers.0.conv.kernel" in arrays for i in range(len(arrays)))
-            self.stem = layer("stem", 1)
-            self.blocks = nn.Sequential(*(Block(f"blocks.{i}") for i in range(count)))
-            kernel = tensor("classifier.kernel")
-            self.classifier = nn.Linear(*kernel.shape)
-            self.classifier.weight.data = kernel.T.contiguous()
-            self.classifier.bias.data = tensor("classifier.bias")
-
-        def forward(self, x):
-            x = self.blocks(torch.relu(self.stem(x)))
-            return self.classifier(x.mean((2, 3)))
-
-    return ResNet().to(memory_format=torch.channels_last)
-
-
-def layers_of(model) -> dict:
-    """The convolutions of a PyTorch network, each with its BatchNorm, by the names of ours."""
-    found = {"stem": model.stem}
-    for i, block in enumerate(model.blocks):
-        parts = {"layers.0": block.first, "layers.1": block.second, "projection": block.projection}
-        for name, part in parts.items():
-            if hasattr(part, "__getitem__"):
-                found[f"blocks.{i}.{name}"] = part
-    return found
-
-
 def widths(net: Network, model) -> dict[str, int]:
     """How many channels each latent of ours has in a PyTorch network."""
     kernels = {"classifier.kernel": model.classifier.weight}
@@ -121,12 +52,6 @@ def widths(net: Network, model) -> dict[str, int]:
             if latent is not None:
                 counts[latent] = int(size)
     return counts
-
-
-def torch_inputs(torch, device, images):
-    """A batch of ours as PyTorch lays it out."""
-    x = torch.from_numpy(np.array(images, np.float32)).permute(0, 3, 1, 2)
-    return x.contiguous(memory_format=torch.channels_last).to(device)
 
 
 def pruned_by_torch(torch, bench: Bench, flops: float, together: bool):
@@ -155,34 +80,17 @@ def torch_row(torch, device, bench: Bench, name: str, flops: float, seed: int) -
     """Prunes and finetunes in PyTorch, and writes the row."""
     began, size = time.monotonic(), bench.size
     model, shares = pruned_by_torch(torch, bench, flops, COMPARED[name])
-    model = model.to(device).train()
-    schedule = cosine(FADE.rate, size.updates, size.segment)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=0.0,
-        momentum=MOMENTUM,
-        weight_decay=WEIGHT_DECAY,
-        nesterov=True,
+    model = model.to(device)
+    stream = bench.batches(
+        seed, cosine(FADE.rate, size.updates, size.segment)(np.arange(size.updates))
     )
-    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
-    for segment in bench.batches(seed, schedule(np.arange(size.updates))):
-        for at in range(size.segment):
-            batch = jax.tree.map(lambda x, at=at: x[at], segment)
-            images, labels = bench.programs.inputs(batch)
-            optimizer.param_groups[0]["lr"] = float(batch.rate)
-            with half:
-                logits = model(torch_inputs(torch, device, images))
-            labels = torch.from_numpy(np.array(labels, np.int64)).to(device)
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+    loss = train(torch, device, bench, model, stream, bfloat16=device.type != "cpu")
     bench.write(
         name=name,
         target=flops,
         seed=seed,
         error=torch_error(torch, device, bench, model),
-        train_loss=float(loss.detach()),
+        train_loss=loss,
         **shares,
         widths=widths(bench.net, model),
         updates=size.updates,
@@ -202,17 +110,6 @@ def torch_error(torch, device, bench: Bench, model) -> float:
             found = model(torch_inputs(torch, device, x)).argmax(1).cpu().numpy()
             wrong += int((found != labels[part]).sum())
     return 100 * wrong / len(labels)
-
-
-def check_same(torch, bench: Bench) -> None:
-    """Raises unless the PyTorch network computes what ours does."""
-    x = np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32)
-    plain = Network(bench.size.depth, np.float32).model(bench.trained)
-    plain.eval()
-    with torch.no_grad():
-        theirs = network(torch, bench.trained).eval()(torch_inputs(torch, "cpu", x)).numpy()
-    with jax.default_matmul_precision("highest"):
-        np.testing.assert_allclose(theirs, np.asarray(plain(x)), rtol=1e-3, atol=1e-3)
 
 
 def latencies(torch, device, bench: Bench, flops: float, rounds: int) -> None:
@@ -257,9 +154,7 @@ def publish(options: argparse.Namespace) -> None:
     """Makes the JSON and Markdown of rows that were measured."""
     from record import spread, table_of, write
 
-    rows = [json.loads(line) for line in options.table.read_text().splitlines()]
-    about = next(row for row in rows if row["name"] == "begin")
-    about = {key: about[key] for key in ("date", "command", "commit", "hardware", "versions")}
+    rows, about = ours.measured(options.table)
     found: dict[tuple[float, str], list[dict]] = {}
     for row in rows:
         if "target" in row:
@@ -289,23 +184,9 @@ def publish(options: argparse.Namespace) -> None:
     write(options.out, NAME, TITLE, NOTE, rows, text, about)
 
 
-def parser_of(description: str, minutes: float) -> argparse.ArgumentParser:
-    """The arguments of a benchmark that trains rows in PyTorch."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="CIFAR-10, as for from_trained.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--weights", type=Path, help="of the stage train of from_trained.py")
-    parser.add_argument("--targets", type=float, nargs="+", default=list(ours.TARGETS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, help="of every row")
-    parser.add_argument("--minutes", type=float, default=minutes, help="after which no row begins")
-    parser.add_argument("--commit", default="", help="of the code, for the record")
-    parser.add_argument("--rehearse", action="store_true", help="a smoke run of a minute on a CPU")
-    return parser
-
-
 def main() -> None:
-    parser = parser_of(__doc__, minutes=60)
+    parser = ours.parser_of(__doc__, minutes=60)
+    parser.add_argument("--targets", type=float, nargs="+", default=list(ours.TARGETS))
     parser.add_argument("--rounds", type=int, default=50, help="of forward passes")
     parser.add_argument("--ways", nargs="*", default=["group", "fade"], help="rows of ours")
     parser.add_argument("--compared", nargs="+", choices=COMPARED, default=list(COMPARED))

@@ -11,21 +11,18 @@ library tests them. DIR keeps the state of a row that was stopped, and the row g
 The rows are those that from_trained.py would write, so `from_trained.py --table` publishes them.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
 import time
 
-from beside_torch_pruning import check_same, layers_of, network, parser_of
 import from_trained as ours
-from from_trained_programs import MOMENTUM, WEIGHT_DECAY, Batches
-from from_trained_rows import FRESH, SEGMENTS_KEPT, Bench, Way, cosine, cut, updates_of, write_row
+from from_trained_rows import FRESH, Bench, Way, cosine, cut, updates_of, write_row
 import jax
 import numpy as np
+from torch_resnet import check_same, layers_of, network, train
 
 import dhp_jax as dhp
 
 
-def fresh_row(torch, bench: Bench, way: Way, flops: float, seed: int) -> None:
+def fresh_row(torch, bench: Bench, way: Way, flops: float, seed: int, *, bfloat16: bool) -> None:
     """Trains fresh weights, with the updates of the trained network too, and writes the row."""
     began, updates = time.monotonic(), updates_of(bench, way)
     mask = cut(bench, way, flops, seed)
@@ -33,59 +30,13 @@ def fresh_row(torch, bench: Bench, way: Way, flops: float, seed: int) -> None:
     model = network(torch, small.net.fresh(seed))
     stream = bench.batches(seed, cosine(way.rate, updates, bench.size.segment)(np.arange(updates)))
     kept = bench.out / f"{way.by}_{flops}_{seed}_{updates}.pt"
-    loss = train(torch, bench, model, stream, kept)
+    device = torch.device("cpu")
+    loss = train(torch, device, bench, model, stream, bfloat16=bfloat16, kept=kept)
     run = small.begin(arrays_of(model, small.net.arrays()))
     found = small.evaluate(run, {}) | {"after_cut": None, "train_loss": loss}
-    by = f"torch {torch.__version__}"
+    by = f"torch {torch.__version__}{', bfloat16' if bfloat16 else ''}"
     write_row(bench, way, flops, seed, mask, began, **found, trained_by=by)
     kept.unlink(missing_ok=True)
-
-
-def train(torch, bench: Bench, model, stream: Iterator[Batches], kept: Path) -> float:
-    """Carries out the updates, and returns the last loss.
-
-    Args:
-      torch: the module.
-      bench: what rows share.
-      model: of PyTorch; it is changed.
-      stream: the batches, a segment at a time.
-      kept: a file that is written now and then, and from which a row that was stopped goes on.
-    """
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=0.0,
-        momentum=MOMENTUM,
-        weight_decay=WEIGHT_DECAY,
-        nesterov=True,
-    )
-    done, loss = 0, np.nan
-    if kept.exists():
-        state = torch.load(kept)
-        done, loss = state["segments"], state["loss"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    model.train()
-    for segment, batches in enumerate(stream, 1):
-        if segment <= done:
-            continue
-        for at in range(bench.size.segment):
-            batch = jax.tree.map(lambda x, at=at: x[at], batches)
-            images, labels = map(np.array, bench.programs.inputs(batch))
-            optimizer.param_groups[0]["lr"] = float(batch.rate)
-            images = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels last
-            labels = torch.from_numpy(labels.astype(np.int64))
-            total = torch.nn.functional.cross_entropy(model(images), labels)
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            optimizer.step()
-        loss = float(total.detach())
-        if segment % SEGMENTS_KEPT == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            part = kept.with_suffix(".part")
-            torch.save({"segments": segment, "loss": loss, **state}, part)
-            part.replace(kept)
-            print(f"{segment} segments, loss {loss:.3f}", flush=True)
-    return loss
 
 
 def arrays_of(model, names) -> dict[str, np.ndarray]:
@@ -102,8 +53,10 @@ def arrays_of(model, names) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, minutes=600)
+    parser = ours.parser_of(__doc__, minutes=600)
+    parser.add_argument("--targets", type=float, nargs="+", default=list(ours.TARGETS))
     parser.add_argument("--ways", nargs="+", choices=[way.by for way in FRESH], default=["uniform"])
+    parser.add_argument("--bfloat16", action="store_true", help="as the rows of an accelerator")
     options = parser.parse_args()
     import torch
 
@@ -114,7 +67,7 @@ def main() -> None:
         for flops in options.targets:
             for way in FRESH:
                 if way.by in options.ways and bench.left() > 0:
-                    fresh_row(torch, bench, way, flops, seed)
+                    fresh_row(torch, bench, way, flops, seed, bfloat16=options.bfloat16)
 
 
 if __name__ == "__main__":

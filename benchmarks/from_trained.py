@@ -87,8 +87,10 @@ def train_stage(bench: Bench, options: argparse.Namespace) -> None:
     )
 
 
-def stored(path: Path) -> dict[str, np.ndarray]:
+def stored(path: Path | None) -> dict[str, np.ndarray]:
     """Weights and statistics that the stage train has kept."""
+    if path is None:
+        raise SystemExit(f"--weights: expected the {WEIGHTS} of the stage train; got none")
     with np.load(path) as file:
         return {name: file[name].astype(np.float32) for name in file.files}
 
@@ -183,13 +185,18 @@ def spread(values: Sequence[float], form: str, unit: str = "") -> str:
     return f"{np.mean(values):{form}}{unit}{several}"
 
 
+def measured(path: Path) -> tuple[list[dict], dict[str, Any]]:
+    """The rows of a rows.jsonl, and on what and by which command they were measured."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    about = next(row for row in rows if row["name"] == "begin")
+    return rows, {key: about[key] for key in ("date", "command", "commit", "hardware", "versions")}
+
+
 def publish(options: argparse.Namespace) -> None:
     """Makes NAME.json and NAME.md of the rows that a device has measured."""
     from record import write
 
-    rows = [json.loads(line) for line in options.table.read_text().splitlines()]
-    about = next(row for row in rows if row["name"] == "begin")
-    about = {key: about[key] for key in ("date", "command", "commit", "hardware", "versions")}
+    rows, about = measured(options.table)
     unpruned = [row["error"] for row in rows if row["name"] == "unpruned"]
     whole = f" The unpruned network has {unpruned[0]:.2f} %." if unpruned else ""
     note = f"{options.note} {NOTE}{whole}".strip()
@@ -197,14 +204,30 @@ def publish(options: argparse.Namespace) -> None:
     write(options.out, options.name, TITLE, note, rows, tables(rows), about)
 
 
+def parser_of(description: str, minutes: float) -> argparse.ArgumentParser:
+    """The arguments of all benchmarks that train these rows."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="CIFAR-10: train_images, ..., test_labels")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--weights", type=Path, help="of the network that the stage train has left")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the rows")
+    parser.add_argument("--updates", type=int, help="of every row")
+    parser.add_argument("--minutes", type=float, default=minutes, help="after which no row begins")
+    parser.add_argument("--commit", default="", help="of the code, for the record")
+    parser.add_argument("--rehearse", action="store_true", help="a smoke run of a minute on a CPU")
+    return parser
+
+
 def begin(parser: argparse.ArgumentParser, options: argparse.Namespace, *modules: Any) -> Bench:
     """What rows share, once it is written on what they are measured.
 
     Args:
-      parser: tells of updates that make no whole segments.
+      parser: tells of data that are missing, and of updates that make no whole segments.
       options: of the command line; those of `Size` that are given replace its own.
       modules: whose versions are told.
     """
+    if options.data is None and not options.rehearse:
+        parser.error("--data: expected CIFAR-10, such as cifar10.pack; got none")
     size = REHEARSAL if options.rehearse else Size()
     given = {name: getattr(options, name, None) for name in ("epochs", "updates")}
     size = replace(size, **{name: value for name, value in given.items() if value is not None})
@@ -225,24 +248,16 @@ def begin(parser: argparse.ArgumentParser, options: argparse.Namespace, *modules
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="CIFAR-10: train_images, ..., test_labels")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--weights", type=Path, help="trained before, by the stage train")
+    parser = parser_of(__doc__, minutes=60)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--minutes", type=float, default=60.0, help="after which no row begins")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the rows")
     parser.add_argument(
         "--ways", nargs="+", help="names of the rows of the stage final; all if none"
     )
     parser.add_argument("--table", type=Path, help="rows.jsonl: publish it, measure nothing")
     parser.add_argument("--name", default="from_trained", help="of the files of --table")
     parser.add_argument("--note", default="", help="put before the table")
-    parser.add_argument("--commit", default="", help="of the code, for the record")
     parser.add_argument("--epochs", type=int, help="of the training")
-    parser.add_argument("--updates", type=int, help="of every row")
-    parser.add_argument("--rehearse", action="store_true", help="a smoke run of a minute on a CPU")
     options = parser.parse_args()
     if options.table is not None:
         return publish(options)

@@ -1,0 +1,146 @@
+"""A ResNet of the library as a network of PyTorch, and the recipe of from_trained.py there."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from from_trained_programs import MOMENTUM, SHAPE, WEIGHT_DECAY, Batches, Network
+from from_trained_rows import SEGMENTS_KEPT, Bench
+import jax
+import numpy as np
+
+
+def network(torch, arrays: Mapping[str, np.ndarray]):
+    """The PyTorch network with the arrays of a ResNet of ours, by their names."""
+    nn = torch.nn
+
+    def tensor(name):
+        return torch.from_numpy(np.array(arrays[name], np.float32))
+
+    def layer(path, stride):
+        kernel = tensor(f"{path}.conv.kernel").permute(3, 2, 0, 1)
+        out, into, size, _ = kernel.shape
+        conv = nn.Conv2d(into, out, size, stride, padding=size // 2, bias=False)
+        norm = nn.BatchNorm2d(out, momentum=0.1)
+        conv.weight.data = kernel.contiguous()
+        for name, of_ours in (("weight", "scale"), ("bias", "bias")):
+            getattr(norm, name).data = tensor(f"{path}.norm.{of_ours}")
+        norm.running_mean, norm.running_var = (tensor(f"{path}.norm.{x}") for x in ("mean", "var"))
+        return nn.Sequential(conv, norm)
+
+    class Block(nn.Module):
+        def __init__(self, path):
+            super().__init__()
+            projected = f"{path}.projection.conv.kernel" in arrays
+            stride = 2 if projected else 1
+            self.first, self.second = (
+                layer(f"{path}.layers.0", stride),
+                layer(f"{path}.layers.1", 1),
+            )
+            self.projection = layer(f"{path}.projection", stride) if projected else nn.Identity()
+
+        def forward(self, x):
+            return torch.relu(self.projection(x) + self.second(torch.relu(self.first(x))))
+
+    class ResNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            count = sum(f"blocks.{i}.layers.0.conv.kernel" in arrays for i in range(len(arrays)))
+            self.stem = layer("stem", 1)
+            self.blocks = nn.Sequential(*(Block(f"blocks.{i}") for i in range(count)))
+            kernel = tensor("classifier.kernel")
+            self.classifier = nn.Linear(*kernel.shape)
+            self.classifier.weight.data = kernel.T.contiguous()
+            self.classifier.bias.data = tensor("classifier.bias")
+
+        def forward(self, x):
+            x = self.blocks(torch.relu(self.stem(x)))
+            return self.classifier(x.mean((2, 3)))
+
+    return ResNet().to(memory_format=torch.channels_last)
+
+
+def layers_of(model) -> dict:
+    """The convolutions of a PyTorch network, each with its BatchNorm, by the names of ours."""
+    found = {"stem": model.stem}
+    for i, block in enumerate(model.blocks):
+        parts = {"layers.0": block.first, "layers.1": block.second, "projection": block.projection}
+        for name, part in parts.items():
+            if hasattr(part, "__getitem__"):
+                found[f"blocks.{i}.{name}"] = part
+    return found
+
+
+def torch_inputs(torch, device, images):
+    """A batch of ours as PyTorch lays it out."""
+    x = torch.from_numpy(np.array(images, np.float32)).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last).to(device)
+
+
+def train(
+    torch,
+    device,
+    bench: Bench,
+    model,
+    stream: Iterator[Batches],
+    *,
+    bfloat16: bool,
+    kept: Path | None = None,
+) -> float:
+    """Carries out the updates, and returns the last loss.
+
+    Args:
+      torch: the module.
+      device: where.
+      bench: what rows share.
+      model: of PyTorch, on that device; it is changed.
+      stream: the batches, a segment at a time.
+      bfloat16: whether convolutions compute in it.
+      kept: a file that is written now and then, and from which a row that was stopped goes on.
+    """
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=0.0,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        nesterov=True,
+    )
+    done, loss = 0, np.nan
+    if kept is not None and kept.exists():
+        state = torch.load(kept)
+        done, loss = state["segments"], state["loss"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    model.train()
+    for segment, batches in enumerate(stream, 1):
+        if segment <= done:
+            continue
+        for at in range(bench.size.segment):
+            batch = jax.tree.map(lambda x, at=at: x[at], batches)
+            images, labels = bench.programs.inputs(batch)
+            optimizer.param_groups[0]["lr"] = float(batch.rate)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                logits = model(torch_inputs(torch, device, images))
+            labels = torch.from_numpy(np.array(labels, np.int64)).to(device)
+            total = torch.nn.functional.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            optimizer.step()
+        loss = float(total.detach())
+        if kept is not None and segment % SEGMENTS_KEPT == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            part = kept.with_suffix(".part")
+            torch.save({"segments": segment, "loss": loss, **state}, part)
+            part.replace(kept)
+            print(f"{segment} segments, loss {loss:.3f}", flush=True)
+    return loss
+
+
+def check_same(torch, bench: Bench) -> None:
+    """Raises unless the PyTorch network computes what ours does."""
+    x = np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32)
+    plain = Network(bench.size.depth, np.float32).model(bench.trained)
+    plain.eval()
+    with torch.no_grad():
+        theirs = network(torch, bench.trained).eval()(torch_inputs(torch, "cpu", x)).numpy()
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(theirs, np.asarray(plain(x)), rtol=1e-3, atol=1e-3)
