@@ -42,12 +42,23 @@ def select_entries(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array
 
 def slice_axis(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
     """The entries of an axis that a mask keeps."""
-    if mask.all():
+    return slice_axes(array, {axis: mask})
+
+
+def slice_axes(array: jax.Array, masks: Mapping[int, np.ndarray]) -> jax.Array:
+    """The entries of each axis that its mask keeps."""
+    masks = {axis: mask for axis, mask in masks.items() if not mask.all()}
+    if not masks:
         return array
     if isinstance(array, jax.core.Tracer):
-        return jnp.take(array, np.flatnonzero(mask), axis)
-    # On the host, and not by jnp.asarray: each of many different shapes would be compiled for.
-    return jax.device_put(np.compress(mask, np.asarray(array), axis), may_alias=False)
+        for axis, mask in masks.items():
+            array = jnp.take(array, np.flatnonzero(mask), axis)
+        return array
+    left = np.asarray(array)
+    for axis, mask in masks.items():
+        left = np.compress(mask, left, axis)
+    # Not by jnp.asarray: each of many different shapes would be compiled for.
+    return jax.device_put(left, may_alias=False)
 
 
 def make_like(kind: type[Layer], layer: nnx.Module, **given: Any) -> Layer:

@@ -11,7 +11,7 @@ import numpy as np
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
 from dhp_jax.core.layers import Hyper
-from dhp_jax.core.plain import Keep, Model, Prunable, select_entries, slice_axis
+from dhp_jax.core.plain import Keep, Model, Prunable, select_entries, slice_axes
 from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models import registry
@@ -158,7 +158,7 @@ def _narrow_layer(layer: nnx.Module, keep: Keep) -> None:
         rows, columns = layer.kernel_axis().keep(keep), layer.z_out.keep(keep)
         for name in HypernetArrays._fields:
             variable = getattr(layer, name)
-            variable.set_value(slice_axis(slice_axis(variable[...], rows, -2), columns, -1))
+            variable.set_value(slice_axes(variable[...], {-2: rows, -1: columns}))
         if layer.bias is not None:
             layer.bias.set_value(select_entries(layer.bias, columns))
         if getattr(layer, "feature_group_count", 1) != 1:
@@ -168,8 +168,7 @@ def _narrow_layer(layer: nnx.Module, keep: Keep) -> None:
         kept = kept_of_layer(layer, keep)
         for name, axes in kept.items():
             variable = getattr(layer, name)
-            for axis, mask in enumerate(axes):
-                variable.set_value(slice_axis(variable[...], mask, axis))
+            variable.set_value(slice_axes(variable[...], dict(enumerate(axes))))
         resize(layer, kept)
 
 

@@ -1,8 +1,8 @@
 """The axes of a network that nobody wrote for pruning, read from its program.
 
-`discover` finds which channels may go together, `Discovery.restrict` makes the smaller network and
-proves that it is the whole one without what is gone. `resize` is the table of sizes that layers
-keep, open for layers of one's own.
+`discover` finds which channels may go together. Its analysis cuts out what is gone, and proves that
+this leaves the whole network without it. `resize` is the table of sizes that layers keep, open for
+layers of one's own.
 """
 
 from dhp_jax.tracing.discovery import Discovery, discover

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dhp_jax.core.plain import slice_axes
 from dhp_jax.core.state import value_of, with_value
 from dhp_jax.errors import ArgumentError, first_line
 from dhp_jax.tracing import rules_of_sums  # noqa: F401  (registers rules, as what it imports)
@@ -31,7 +32,6 @@ from dhp_jax.tracing.programs import (
     UntraceableError,
     default_call,
     failure,
-    is_random,
     shape_of,
     trace_program,
     where_raised,
@@ -154,7 +154,7 @@ class Analysis:
         for context in self.programs if contexts is None else contexts:
             program = self.programs[context]
             if context != mode:
-                _set_mode(pruned, context)
+                set_mode(pruned, context)
             mode = context
             try:
                 small = trace_program(pruned, self.call, self.inputs)
@@ -233,9 +233,10 @@ def array_axes(flow: Flow, program: Program) -> list[Axes]:
     axes = []
     flat = nnx.to_flat_state(program.state)
     for number, ((_, leaf), x) in enumerate(zip(flat, program.arrays, strict=True)):
+        stays = isinstance(leaf, nnx.RngState)
         axes.append(
             tuple(
-                flow.fresh(("array", number, k), size) if size > 1 and not is_random(leaf) else None
+                None if stays or size <= 1 else flow.fresh(("array", number, k), size)
                 for k, size in enumerate(x.shape)
             )
         )
@@ -308,15 +309,9 @@ def cut_array(value: Any, kept: Sequence[np.ndarray]) -> Any:
     """The kept positions of every axis of an array, on the host; abstract ones stay abstract."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(tuple(int(mask.sum()) for mask in kept), value.dtype)
-    if isinstance(value, jax.core.Tracer):
-        for axis, mask in enumerate(kept):
-            value = jnp.take(value, np.flatnonzero(mask), axis)
-        return value
-    array = np.asarray(value)
-    for axis, mask in enumerate(kept):
-        array = np.compress(mask, array, axis)
-    return jax.device_put(array, may_alias=False)  # jnp.asarray compiles for each shape
+    return slice_axes(value, dict(enumerate(kept)))
 
 
-def _set_mode(model: nnx.Module, context: Context) -> None:
+def set_mode(model: nnx.Module, context: Context) -> None:
+    """Puts a model in the mode of a context."""
     model.train() if context == TRAINING else model.eval()

@@ -1,6 +1,6 @@
 """Which channels of any network may go, found by tracing it, and why others may not."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 import re
 from typing import Any
@@ -31,29 +31,6 @@ class Discovery:
     families: list[Family]
     frozen: list[tuple[Family, str]] = field(default_factory=list)
     ties: list[tuple[str, ...]] = field(default_factory=list)
-
-    def gone(self, masks: Mapping[str, np.ndarray]) -> frozenset[int]:
-        """The atoms that boolean masks, by family, leave out."""
-        root = self.analysis.flow.terms.root
-        return frozenset(
-            root(family.atoms[entry])
-            for family in self.families
-            if family.name in masks
-            for entry in np.flatnonzero(~np.asarray(masks[family.name], bool))
-        )
-
-    def restrict(self, masks: Mapping[str, np.ndarray]) -> nnx.Module:
-        """The network of what survives, proved to be that.
-
-        Args:
-          masks: by family a boolean an entry; families without one keep everything.
-
-        Raises:
-          Mismatch: it cannot be proved.
-        """
-        gone = self.gone(masks)
-        self.analysis.prove(gone)
-        return self.analysis.cut(gone)
 
     def fixed(self) -> dict[str, list[tuple[str, int]]]:
         """By reason the axes, as (array, axis), that stay as a whole."""

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 from flax import nnx
@@ -15,7 +16,7 @@ from dhp_jax.core.latent import latents as find_latents
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.core.state import path_name, variables_of
 from dhp_jax.errors import ArgumentError, shown
-from dhp_jax.tracing.analysis import Analysis
+from dhp_jax.tracing.analysis import Analysis, set_mode
 from dhp_jax.tracing.discovery import Discovery, discover, keep_one_factor
 from dhp_jax.tracing.explain import notes_of
 from dhp_jax.tracing.generated import (
@@ -25,13 +26,14 @@ from dhp_jax.tracing.generated import (
     ordinary,
     replace_nodes,
 )
-from dhp_jax.tracing.programs import EVALUATION, Call, default_call, trace_program
+from dhp_jax.tracing.programs import Call, default_call, trace_program
 from dhp_jax.tracing.proof import check_restricted
 from dhp_jax.tracing.table import LatentTable, table_of
 
 logger = logging.getLogger(__name__)
 
 MOST_TRIED = 8  # arrays that are tried one by one
+_CONSTANT: Any = SimpleNamespace(params=lambda: jax.random.key(0))  # for latents that are set later
 
 
 def traced(
@@ -186,7 +188,7 @@ def _same_program(
     whole = nnx.merge(graphdef, state, copy=True)
     for context, program in analysis.programs.items():
         for each in (whole, template):
-            each.eval() if context == EVALUATION else each.train()
+            set_mode(each, context)
         template_def, hollow = nnx.split(template)
         try:
             other = trace_program(whole, called, analysis.inputs)
@@ -210,7 +212,7 @@ def _same_numbers(
             for context in analysis.programs:
                 graphdef, state = nnx.split(nnx.clone(each))
                 copy = nnx.merge(graphdef, state, copy=True)
-                copy.eval() if context == EVALUATION else copy.train()
+                set_mode(copy, context)
                 graphdef, state = nnx.split(copy)
                 outputs.append(_computed(graphdef, analysis.call)(state, inputs))
     except Exception as error:  # whatever the network's code makes of such arrays
@@ -254,13 +256,3 @@ def _abstract(found: Discovery) -> Discovery:
 def _first_reasons(found: Discovery) -> str:
     reasons = [why for _, why in found.frozen] or list(found.fixed())
     return "; ".join(reasons[:3])
-
-
-class _Constant:
-    """Random generators for latents that are set afterwards."""
-
-    def params(self) -> jax.Array:
-        return jax.random.key(0)
-
-
-_CONSTANT: Any = _Constant()

@@ -168,11 +168,6 @@ def called(call: Call | None) -> Call:
     return call or default_call
 
 
-def is_random(leaf: Any) -> bool:
-    """Whether a leaf of a state belongs to a generator of random numbers."""
-    return isinstance(leaf, nnx.RngState)
-
-
 def shape_of(atom: Any) -> tuple[int, ...]:
     """The shape of what an operation reads or writes."""
     return tuple(getattr(atom.aval, "shape", ()))

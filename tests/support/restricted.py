@@ -5,6 +5,7 @@ whole program, evaluated operation by operation, in which every sum leaves out w
 every mean divides by what is left; it is right where a normalisation goes over channels too.
 """
 
+from collections.abc import Mapping
 import math
 from typing import Any
 
@@ -16,10 +17,29 @@ import numpy as np
 
 from dhp_jax.core.state import with_value
 from dhp_jax.tracing.analysis import Analysis
+from dhp_jax.tracing.discovery import Discovery
 from dhp_jax.tracing.programs import CALLS, EVALUATION, inner_program, shape_of
 from dhp_jax.tracing.rules import ELEMENTWISE
 
 PASSING = ("broadcast_in_dim", "reshape", "convert_element_type", "squeeze", "expand_dims")
+
+
+def gone_of(found: Discovery, masks: Mapping[str, np.ndarray]) -> frozenset[int]:
+    """The atoms that boolean masks, by family, leave out."""
+    root = found.analysis.flow.terms.root
+    return frozenset(
+        root(family.atoms[entry])
+        for family in found.families
+        if family.name in masks
+        for entry in np.flatnonzero(~np.asarray(masks[family.name], bool))
+    )
+
+
+def proved_cut(found: Discovery, masks: Mapping[str, np.ndarray]) -> nnx.Module:
+    """The network of what survives, proved to be that."""
+    gone = gone_of(found, masks)
+    found.analysis.prove(gone)
+    return found.analysis.cut(gone)
 
 
 def zeroed(analysis: Analysis, gone: frozenset[int], inputs: tuple[Any, ...]) -> Any:

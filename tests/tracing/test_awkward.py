@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from restricted import difference, in_float64, randomised, restricted, zeroed
+from restricted import difference, gone_of, in_float64, proved_cut, randomised, restricted, zeroed
 
 from dhp_jax.tracing import discover
 
@@ -30,10 +30,10 @@ def test_what_survives_computes_what_the_whole_network_without_the_rest_does(
         masks = {family.name: rng.random(family.size) < 0.6 for family in found.families}
         for mask in masks.values():
             mask[rng.choice(len(mask), 2, replace=False)] = [True, False]
-        small = found.restrict(masks)
+        small = proved_cut(found, masks)
         graphdef, state = nnx.split(small)
         run = compiled(lambda s, *x: nnx.merge(graphdef, s, copy=True)(*x))
-        outputs, gone = run(state, *inputs), found.gone(masks)
+        outputs, gone = run(state, *inputs), gone_of(found, masks)
         wide = all(x.dtype == jnp.float64 for x in jax.tree.leaves(outputs))
         assert wide or name in ("TiedEmbedding", "Lstm")  # compute in float32 whatever they have
         allowed = 1e-12 if wide else 1e-6

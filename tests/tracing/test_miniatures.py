@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from miniatures import MINIATURES, inputs_of
 import numpy as np
 import pytest
-from restricted import difference, in_float64, randomised, restricted
+from restricted import difference, gone_of, in_float64, proved_cut, randomised, restricted
 
 import dhp_jax as dhp
 from dhp_jax.tracing import discover
@@ -82,8 +82,8 @@ def test_a_miniature_is_pruned_to_the_right_numbers(name, fast_compilation):
         masks = {f.name: rng.random(f.size) < 0.6 for f in found.families}
         for mask in masks.values():
             mask[rng.choice(len(mask), 2, replace=False)] = [True, False]
-        small = found.restrict(masks)
-        gone = found.gone(masks)
+        small = proved_cut(found, masks)
+        gone = gone_of(found, masks)
         expected = jax.jit(lambda *x: restricted(found.analysis, gone, x))(*inputs)
         graphdef, state = nnx.split(small)
         outputs = jax.jit(lambda s, *x: nnx.merge(graphdef, s, copy=True)(*x))(state, *inputs)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from restricted import difference, randomised, restricted
+from restricted import difference, gone_of, proved_cut, randomised, restricted
 
 import dhp_jax as dhp
 from dhp_jax.tracing import discover, resize
@@ -126,8 +126,8 @@ def test_what_is_left_of_a_layer_computes_what_the_whole_one_does_without_the_re
     assert not found.analysis.flow.unknown
     assert not found.analysis.untrainable
     masks = some_survivors(found)
-    small = found.restrict(masks)
-    expected = restricted(found.analysis, found.gone(masks), (x,))
+    small = proved_cut(found, masks)
+    expected = restricted(found.analysis, gone_of(found, masks), (x,))
     assert difference(small(x), expected) < 1e-6
     small.train()
     assert np.isfinite(np.asarray(small(x))).all()
