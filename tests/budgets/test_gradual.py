@@ -71,49 +71,14 @@ def test_the_budget_is_met_in_time_and_the_cut_changes_nothing(budget):
     np.testing.assert_allclose(small(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
 
 
-def test_the_first_choice_is_that_of_squared_taylor_terms_per_flop():
-    model, cost = gated()
-    tx = dhp.fade_to_budget(
-        optax.set_to_zero(), model, cost, steps=8, stages=1, power=1.0, memory=0.5, flops=0.5
-    )
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    grads = nnx.grad(loss)(model)
-    by_name = dhp.latents(nnx.merge(nnx.graphdef(model), grads, nnx.state(model, nnx.BatchStat)))
-    values = {name: np.asarray(z.value(), np.float64) for name, z in by_name.items()}
-    for _ in range(5):  # four that measure, one that chooses
-        step(model, optimizer)
-    whole = dict(cost.sizes)
-    entries = []
-    for name in prunable(model):
-        more, less = (cost.shares(whole | {name: whole[name] + k})["flops"] for k in (1, -1))
-        worth = (more - less) / 2  # the derivative of a polynomial of degree 2
-        entries += [(values[name][i] ** 2 / worth, name, i) for i in range(whole[name])]
-    left, gone = dict(whole), {name: set() for name in prunable(model)}
-    for _, name, i in sorted(entries):  # the smallest go, until the budget holds
-        if cost.shares(left)["flops"] <= 0.5:
-            break
-        gone[name].add(i)
-        floor = prunable(model)[name].min_channels
-        left[name] = max(floor, whole[name] - len(gone[name]))
-    for _, name, _ in sorted(entries, reverse=True):  # and those that fit come back
-        more = left | {name: left[name] + 1}
-        if left[name] < whole[name] and cost.shares(more)["flops"] <= 0.5:
-            left = more
-    for name, z in prunable(model).items():
-        fading = set(np.flatnonzero(np.asarray(z.value()) < 1))
-        assert fading <= gone[name]
-        assert len(fading) == whole[name] - left[name]
-        np.testing.assert_allclose(np.asarray(z.value())[sorted(fading)], 0.75, rtol=1e-6)
-
-
 class Coarse(nnx.Module):
     """A trunk whose channels cost much, beside hidden ones that cost little."""
 
-    def __init__(self, rngs):
+    def __init__(self, rngs, kernel=9):
         image = dhp.Latent(1, prunable=False, rngs=rngs)
         self.trunk = dhp.Latent(8, min_channels=1, rngs=rngs)
         hidden = [dhp.Latent(6, min_channels=1, rngs=rngs) for _ in range(3)]
-        self.stem = dhp.HyperConv(image, self.trunk, (9, 9), rngs=rngs)
+        self.stem = dhp.HyperConv(image, self.trunk, (kernel, kernel), rngs=rngs)
         self.into = nnx.List([dhp.HyperConv(self.trunk, z, (1, 1), rngs=rngs) for z in hidden])
         self.out = nnx.List([dhp.HyperConv(z, self.trunk, (1, 1), rngs=rngs) for z in hidden])
         self.head = dhp.Linear(self.trunk, 5, rngs=rngs)
@@ -123,6 +88,80 @@ class Coarse(nnx.Module):
         for into, out in zip(self.into, self.out, strict=True):
             x = x + out(nnx.relu(into(x)))
         return self.head(x.mean((1, 2)))
+
+
+def values_of(model, params):
+    """The vectors of prunable latents by name, as parameters have them, in float64."""
+    model = nnx.clone(model)
+    nnx.update(model, params)
+    return {name: np.asarray(z.value(), np.float64) for name, z in prunable(model).items()}
+
+
+def flops_of(cost, counts):
+    return cost.shares(cost.sizes | counts)["flops"]
+
+
+def chosen_by_hand(cost, scores, alive, floors, limit):
+    """What stays: the smallest scores go, down to the floors, and those that fit come back."""
+    left = {name: set(np.flatnonzero(mask)) for name, mask in alive.items()}
+    order = sorted((scores[name][i], name, i) for name in left for i in left[name])
+    for _, name, i in order:
+        if flops_of(cost, {n: len(kept) for n, kept in left.items()}) <= limit:
+            break
+        if len(left[name]) > floors[name]:
+            left[name].remove(i)
+    for _, name, i in reversed(order):
+        more = {n: len(kept | {i} if n == name else kept) for n, kept in left.items()}
+        if flops_of(cost, more) <= limit:
+            left[name].add(i)
+    return {name: np.isin(np.arange(mask.size), list(left[name])) for name, mask in alive.items()}
+
+
+@pytest.mark.parametrize("power", [0, 1])
+@pytest.mark.parametrize("memory", [0.3, 0.9])
+def test_every_step_is_that_of_the_equations(power, memory):
+    steps, stages, target = 12, 3, 0.5
+    network = filled(lambda rngs: Coarse(rngs, kernel=1))
+    model = dhp.with_gates(network, rngs=nnx.Rngs(1))
+    cost = dhp.measure_cost(model, (6, 6, 1))
+    floors = {name: z.min_channels for name, z in prunable(model).items()}
+    tx = dhp.fade_to_budget(
+        optax.sgd(0.01),
+        model,
+        cost,
+        steps=steps,
+        stages=stages,
+        power=power,
+        memory=memory,
+        flops=target,
+    )
+    params, rng = nnx.state(model, nnx.Param), np.random.default_rng(5)
+    state, z = tx.init(params), values_of(model, params)
+    v = {name: np.zeros_like(x) for name, x in z.items()}
+    stays = {name: x != 0 for name, x in z.items()}
+    shares = []
+    for t in range(steps):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, g in values_of(model, grads).items():
+            v[name] = memory * v[name] + (1 - memory) * (g * z[name]) ** 2
+        part, within = divmod(t, steps // (stages + 1))
+        if part and not within:
+            counts = {name: int(mask.sum()) for name, mask in stays.items()}
+            scores = {}
+            for name, count in counts.items():  # the derivative of a polynomial of degree 2
+                more, less = (flops_of(cost, counts | {name: count + k}) for k in (1, -1))
+                scores[name] = v[name] / (more - less) ** power
+            limit = 1 - (1 - target) * (1 - (1 - part / stages) ** 2)
+            stays = chosen_by_hand(cost, scores, stays, floors, limit)
+            shares.append(flops_of(cost, {name: mask.sum() for name, mask in stays.items()}))
+        left = steps // (stages + 1) - within
+        z = {name: np.where(stays[name], x, x * (1 - 1 / left)) for name, x in z.items()}
+        for name, found in values_of(model, params).items():
+            np.testing.assert_allclose(found, z[name], rtol=1e-5, atol=1e-7)
+    assert 1 > shares[0] > shares[2]
+    assert target >= shares[2] <= shares[1] <= shares[0]
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
