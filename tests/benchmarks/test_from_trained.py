@@ -39,6 +39,15 @@ def arrays(net):
     }
 
 
+def test_the_trained_network_is_one_of_the_library():
+    path = Path(from_trained.__file__).parent / "results" / "from_trained_resnet20.npz"
+    assert path.stat().st_size < 2e6
+    found = from_trained.stored(path)
+    expected = from_trained_programs.Network(20, jnp.float32).fresh(0)
+    assert {name: x.shape for name, x in found.items()} == {n: x.shape for n, x in expected.items()}
+    assert all(np.isfinite(x).all() for x in found.values())
+
+
 @pytest.fixture(scope="module")
 def pruned(net, arrays):
     """A network that the library has pruned, and the masks of prunable latents."""

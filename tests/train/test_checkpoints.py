@@ -370,7 +370,15 @@ def phase_of(model, budget):
 
 
 def trained(
-    model, phase, folder=None, stop_after=None, log_every=2, data=None, validation=None, **options
+    model,
+    phase,
+    folder=None,
+    stop_after=None,
+    log_every=2,
+    data=None,
+    validation=None,
+    recipe=None,
+    **options,
 ):
     """The outcome, or None where training was stopped, and what an observer saw."""
     data = labelled(EXAMPLES, 0) if data is None else data
@@ -384,7 +392,7 @@ def trained(
         outcome = train(
             model,
             phase,
-            Classification((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True),
+            Classification((128.0,) * 3, (64.0,) * 3, crop_padding=1, flip=True, **(recipe or {})),
             data,
             labelled(11, 1),
             validation,
@@ -660,6 +668,20 @@ def test_a_moving_average_goes_on_with_the_same_bits(net, tmp_path, step, learns
     outcome, before = trained(net, phase, tmp_path, stop_after=step)
     assert outcome is None
     outcome, after = trained(net, phase, tmp_path)
+    check_same_outcome(outcome, expected)
+    assert before.records + after.records == seen.records
+
+
+@pytest.mark.parametrize("step", some(5, 3, 13))
+def test_blended_and_cut_images_go_on_with_the_same_bits(net, tmp_path, step):
+    schedule = decay_schedule("linear", 0.1, 3, STEPS, warmup=1)
+    sgd = optimizer("sgd", schedule, momentum=0.9, weight_decay=1e-2, nesterov=True)
+    phase = Phase("converge", 3, schedule, lambda params: sgd)
+    recipe = {"mixup": 0.4, "cutout": 2, "label_smoothing": 0.1}
+    expected, seen = trained(net, phase, recipe=recipe)
+    outcome, before = trained(net, phase, tmp_path, stop_after=step, recipe=recipe)
+    assert outcome is None
+    outcome, after = trained(net, phase, tmp_path, recipe=recipe)
     check_same_outcome(outcome, expected)
     assert before.records + after.records == seen.records
 
