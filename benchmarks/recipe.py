@@ -14,6 +14,8 @@ import time
 from typing import Any
 
 from dhp_jax.distributed.preemption import EXIT_CODE
+from dhp_jax.workdir import metrics
+from dhp_jax.workdir.reader import SUMMARY
 
 ROOT = Path(__file__).parents[1]
 GRACE = 25.0  # seconds that a run may take to save its state
@@ -156,7 +158,7 @@ def restore(first: Path, folder: Path) -> None:
 
 def outcome(workdir: Path) -> dict[str, Any]:
     """How far a run is, and its error on the test data."""
-    path = workdir / "summary.json"
+    path = workdir / SUMMARY
     if path.is_file():
         summary = json.loads(path.read_text())
         return {
@@ -173,16 +175,10 @@ def outcome(workdir: Path) -> dict[str, Any]:
                 if "seconds" in phase
             ),
         }
-    tested = [record for record in records(workdir) if "test_error" in record]
+    records = metrics.read(workdir / metrics.RECORDS)
+    tested = [record for record in records if "test_error" in record]
     last = tested[-1] if tested else {}
     found = {"finished": False, "phase": last.get("phase", ""), "epochs": last.get("epoch", 0)}
-    rates = [r["examples_per_second"] for r in records(workdir) if "examples_per_second" in r]
+    rates = [r["examples_per_second"] for r in records if "examples_per_second" in r]
     found["examples/s"] = sorted(rates)[len(rates) // 2] if rates else 0.0
     return found | {"test error, last": last.get("test_error", float("nan"))}
-
-
-def records(workdir: Path) -> list[dict[str, Any]]:
-    """What a run has recorded so far."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dhp_jax.artifact.description import DTYPES, ArtifactError, check_like, check_names, parse_json
-from dhp_jax.core.state import path_name, value_of, with_value
+from dhp_jax.core.state import is_key, numbers_of, path_name, value_of, with_value
 from dhp_jax.errors import shown
 
 DESCRIPTION = "model.json"
@@ -76,7 +76,7 @@ def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> n
     check_names(arrays, leaves, str(path))
     for name, (_, leaf) in leaves.items():
         like = value_of(leaf)
-        stored = jax.eval_shape(to_stored, like) if _is_key(like) else like
+        stored = jax.eval_shape(numbers_of, like) if is_key(like) else like
         expected, dtype = shape_and_dtype(stored), arrays[name]["dtype"]
         if all(jnp.issubdtype(kind, jnp.floating) for kind in (stored.dtype, jnp.dtype(dtype))):
             expected["dtype"] = dtype
@@ -99,18 +99,9 @@ def shape_and_dtype(array: np.ndarray | jax.ShapeDtypeStruct) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype)}
 
 
-def to_stored(array: jax.Array) -> jax.Array:
-    """The array to be stored: the numbers of a random key, any other array as it is."""
-    return jax.random.key_data(array) if _is_key(array) else array
-
-
 def _from_stored(stored: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     array = jnp.asarray(stored)
-    return jax.random.wrap_key_data(array) if _is_key(like) else array
-
-
-def _is_key(array: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(array) if is_key(like) else array
 
 
 def is_finite(array: np.ndarray) -> bool:

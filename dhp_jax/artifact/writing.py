@@ -19,14 +19,13 @@ from dhp_jax.artifact.arrays import (
     DESCRIPTION,
     is_finite,
     shape_and_dtype,
-    to_stored,
 )
 from dhp_jax.artifact.description import FORMAT, VERSION
 from dhp_jax.artifact.reading import parse_description
 from dhp_jax.artifact.traced import cuts_as_json, table_as_json
 from dhp_jax.core.latent import has_gates, latents
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.core.state import path_name, value_of
+from dhp_jax.core.state import numbers_of, path_name, value_of
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.files import put, unfinished, write
 from dhp_jax.tracing.counts import measure_cost
@@ -114,7 +113,7 @@ def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     """Every array of a network by its path, but for what its last call has left."""
     # safetensors writes memory as it lies, and device layouts need not be row-major.
     return {
-        path_name(path): np.asarray(to_stored(value_of(leaf)), order="C")
+        path_name(path): np.asarray(numbers_of(value_of(leaf)), order="C")
         for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Intermediate)))
     }
 

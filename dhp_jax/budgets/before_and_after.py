@@ -11,6 +11,7 @@ import jax
 from dhp_jax.budgets.latency import clock
 from dhp_jax.budgets.layer_table import (
     COLUMNS,
+    LABELS,
     change,
     layer_changes,
     percent,
@@ -26,8 +27,6 @@ from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.tracing.programs import Call
-
-MEASURED = {"flops": "FLOPs", "params": "params", "activations": "activations"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Summary:
         lines = []
         if same_layers(self.before, self.after):
             lines += [short_layer_table(layer_changes(self.before, self.after)), ""]
-        for name, label in MEASURED.items():
+        for name, label in LABELS.items():
             old, new = (getattr(cost, name) for cost in (self.before, self.after))
             unit = " bytes" if name == "activations" else ""
             share = f" ({percent(new / old)})" if old else ""

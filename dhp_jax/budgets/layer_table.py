@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from dhp_jax.core.cost import Cost, LayerCost
 
+LABELS = {"flops": "FLOPs", "params": "params", "activations": "activations"}
 LINES, COLUMNS = 20, 80  # of a table on a terminal, at most
 
 

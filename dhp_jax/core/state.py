@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 
 def path_name(path: Iterable[Any]) -> str:
@@ -25,3 +26,13 @@ def value_of(leaf: nnx.Variable | jax.Array) -> jax.Array:
 def with_value(leaf: nnx.Variable | jax.Array, value: Any) -> Any:
     """The same leaf with another array."""
     return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
+
+
+def is_key(array: Any) -> bool:
+    """Whether an array is of random keys."""
+    return hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def numbers_of(array: Any) -> Any:
+    """The array, or the numbers of random keys."""
+    return jax.random.key_data(array) if is_key(array) else array

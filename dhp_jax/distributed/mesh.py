@@ -13,13 +13,13 @@ from typing import Any
 from flax import nnx
 import jax
 from jax.experimental import mesh_utils, multihost_utils
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 import numpy as np
 
 from dhp_jax.core.hypernet import HypernetArrays, KernelGenerator
 from dhp_jax.core.latent import walk
+from dhp_jax.core.state import is_key
 from dhp_jax.core.surgery import override
 from dhp_jax.errors import ConfigError
 
@@ -228,7 +228,7 @@ def _spec(mesh: Mesh, path: tuple[Any, ...], array: jax.Array) -> PartitionSpec:
 
 
 def _put(array: Any, sharding: NamedSharding) -> jax.Array:
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if is_key(array):
         numbers = _put(jax.random.key_data(array), sharding)
         return jax.jit(jax.random.wrap_key_data, out_shardings=sharding)(numbers)
     host = np.asarray(array)

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 from jaxtyping import PyTree
 import numpy as np
+
+from dhp_jax.core.state import numbers_of
 
 Result = TypeVar("Result")
 JOIN_TIMEOUT_S = 300  # that processes wait for each other at the beginning
@@ -151,12 +152,6 @@ def arrays_from_first(tree: PyTree | None, like: PyTree) -> PyTree:
         numbers = np.frombuffer(content[end - size : end], shape.dtype).reshape(shape.shape)
         arrays.append(numbers if leaf.dtype == shape.dtype else jax.random.wrap_key_data(numbers))
     return jax.tree.unflatten(structure, arrays)
-
-
-def numbers_of(array: Any) -> Any:
-    """The array, or the numbers of random keys."""
-    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(array) if is_key else array
 
 
 def _bytes_from_first(content: bytes) -> bytes:

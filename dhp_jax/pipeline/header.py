@@ -7,6 +7,7 @@ from flax import nnx
 
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.artifact.reading import read_description
+from dhp_jax.budgets.layer_table import LABELS
 from dhp_jax.budgets.timing import hardware
 from dhp_jax.core.latent import latents
 from dhp_jax.core.survivors import survivor_counts
@@ -17,7 +18,7 @@ from dhp_jax.pipeline.preparation import (
     most_steps,
     schedule_of,
 )
-from dhp_jax.report.format import LABELS, in_words, labelled
+from dhp_jax.report.format import in_words, labelled
 from dhp_jax.report.run_report import network_name
 from dhp_jax.train.optimizer import largest_to_vanish
 from dhp_jax.train.phase import Budget

@@ -7,7 +7,7 @@ import os
 import textwrap
 from typing import Any
 
-from dhp_jax.budgets.layer_table import COLUMNS, percent
+from dhp_jax.budgets.layer_table import COLUMNS, LABELS, percent
 from dhp_jax.budgets.other_widths import advice
 from dhp_jax.config.methods import METHODS
 from dhp_jax.models.own import is_own
@@ -34,9 +34,6 @@ def load_call(folder: str | os.PathLike, model: Mapping[str, Any]) -> str:
     name = model.get("name")
     build = f", build={name.partition(':')[2]}" if is_own(name) else ""
     return f"dhp.load({json.dumps(str(folder), ensure_ascii=False)}{build})"
-
-
-LABELS = {"flops": "FLOPs", "params": "params", "activations": "activations"}
 
 
 def in_words(shares: Mapping[str, float]) -> str:

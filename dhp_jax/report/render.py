@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dhp_jax.budgets.layer_table import percent
-from dhp_jax.report.format import LABELS, duration, quartiles
+from dhp_jax.budgets.layer_table import LABELS, percent
+from dhp_jax.report.format import duration, quartiles
 
 STYLE_SHEET = (resources.files("dhp_jax.report") / "style.css").read_text()
 

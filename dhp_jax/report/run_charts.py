@@ -6,12 +6,12 @@ import itertools
 import numpy as np
 
 from dhp_jax.artifact.reading import read_description
-from dhp_jax.budgets.layer_table import percent
+from dhp_jax.budgets.layer_table import LABELS, percent
 from dhp_jax.core.latent import latents
 from dhp_jax.errors import in_row
 from dhp_jax.report.charts import Line, Rule, draw_rule, line_chart, new_chart
 from dhp_jax.report.figures import BEFORE, COLOURS, SOFT, Chart
-from dhp_jax.report.format import LABELS, upper_first
+from dhp_jax.report.format import upper_first
 from dhp_jax.report.run_report import RunReport, points
 from dhp_jax.report.scales import bend, round_steps, scale_note, thinned
 

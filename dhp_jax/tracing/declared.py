@@ -12,7 +12,7 @@ from dhp_jax.core.latent import Axis, LatentVector, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.core.state import path_name, value_of, with_value
+from dhp_jax.core.state import is_key, path_name, value_of, with_value
 from dhp_jax.core.surgery import check_masks
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tracing.analysis import Analysis, analyse
@@ -136,7 +136,7 @@ def kept_arrays(model: nnx.Module, masks: Masks) -> dict[str, list[np.ndarray]]:
         high = _arrays(cut(_numbered(model, 1), masks)) if largest > EXACT else {}
     kept = {}
     for name, shape in shapes.items():
-        if jax.dtypes.issubdtype(low[name].dtype, jax.dtypes.prng_key):
+        if is_key(low[name]):
             kept[name] = [np.ones(size, bool) for size in shape]
             continue
         numbers = np.asarray(low[name]).astype(np.int64)
@@ -199,8 +199,7 @@ def _numbered(model: nnx.Module, part: int) -> nnx.Module:
     filled = []
     for path, leaf in nnx.to_flat_state(state):
         value = value_of(leaf)
-        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
-        if is_key:
+        if is_key(value):
             made = jax.random.split(jax.random.key(0), value.shape)
         elif isinstance(leaf, LatentVector):  # a gate, where kernels are not generated
             made = np.ones(value.shape, np.float32)

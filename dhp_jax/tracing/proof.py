@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 import jax.numpy as jnp
 import numpy as np
 
+from dhp_jax.core.state import is_key, numbers_of
 from dhp_jax.tracing.flow import Axes, Flow
 from dhp_jax.tracing.parameters import ParameterMismatch, check_parameters
 from dhp_jax.tracing.programs import (
@@ -120,7 +121,7 @@ class _Walk:
         for ours, theirs in zip(whole.constvars, pruned.constvars, strict=True):
             self.pair(ours, theirs, None)
         for ours, *constants in zip(whole.constvars, whole_consts, pruned_consts, strict=False):
-            if shape_of(ours) == () and not _is_key(constants[0]):
+            if shape_of(ours) == () and not is_key(constants[0]):
                 self.known[ours] = _Number(*map(np.asarray, constants))
             elif not _same_numbers(*constants):
                 raise Mismatch("a constant of the code depends on the width")
@@ -279,10 +280,6 @@ def _computed(ours: JaxprEqn, theirs: JaxprEqn, numbers: Sequence[_Number]) -> _
 
 
 def _same_numbers(left: Any, right: Any) -> bool:
-    left, right = (np.asarray(jax.random.key_data(x) if _is_key(x) else x) for x in (left, right))
+    left, right = (np.asarray(numbers_of(x)) for x in (left, right))
     same_nan = np.issubdtype(left.dtype, np.inexact)
     return left.dtype == right.dtype and np.array_equal(left, right, equal_nan=same_nan)
-
-
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 import numpy as np
 
-from dhp_jax.distributed.processes import numbers_of
+from dhp_jax.core.state import numbers_of
 
 
 class UnlikeError(ValueError):
