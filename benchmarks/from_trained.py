@@ -54,10 +54,11 @@ import dhp_jax as dhp
 TITLE = "Ways of pruning a trained network at equal cost"
 NOTE = (
     "ResNet-20 on CIFAR-10 (JPEG): every row begins with the same trained weights and has as many "
-    "updates as any other, those of its search included. Means over the seeds of the order of the "
-    "images, with the least and the most. After the cut: the test error of the first seed with "
-    "renewed statistics, before any update (for a search: after it). Beyond the search: the error "
-    "less that of the search with the same seed; above 0 is worse than the search."
+    "updates as any other, those of its search included, but for rows whose names tell how many. "
+    "Means over the seeds of the order of the images, with the least and the most. After the cut: "
+    "the test error of the first seed with renewed statistics, before any update (for a search: "
+    "after it). Beyond the search: the error less that of the search with the same seed; above 0 is "
+    "worse than the search."
 )
 WEIGHTS = "resnet20.npz"
 TARGETS = (0.5, 0.25)  # shares of the FLOPs
@@ -153,7 +154,7 @@ def tables(rows: Sequence[dict]) -> str:
     found: dict[float, dict[str, dict[int, dict]]] = {}
     for row in rows:
         if "target" in row:
-            found.setdefault(row["target"], {}).setdefault(row["name"], {})[row["seed"]] = row
+            found.setdefault(row["target"], {}).setdefault(name_of(row), {})[row["seed"]] = row
     columns = ["row", ">params", ">after the cut", ">test error", ">beyond the search", ">seeds"]
     return "\n\n".join(
         f"## {target:.0%} of the FLOPs\n\n"
@@ -162,6 +163,12 @@ def tables(rows: Sequence[dict]) -> str:
         )
         for target, ways in sorted(found.items(), reverse=True)
     )
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """The name of a row, with its updates where they are not those of all others."""
+    usual = row["way"]["fresh"] or row["updates"] in (Size.updates, REHEARSAL.updates)
+    return row["name"] if usual else f"{row['name']}, {row['updates']:,} updates"
 
 
 def cells(found: Mapping[int, dict], search: Mapping[int, dict]) -> list[str]:

@@ -182,15 +182,20 @@ def test_every_way_is_within_its_budget(net, arrays):
 
 
 def test_the_table_tells_means_ranges_and_paired_differences():
-    same = {"target": 0.5, "params": 0.6, "after_cut": None}
+    same = {"target": 0.5, "params": 0.6, "after_cut": None, "way": {"fresh": False}}
     rows = [
-        {"name": name, "seed": seed, "error": error, **same}
-        for name, errors in (("fade", (8.0, 9.0)), ("l1", (8.5, 10.0)))
+        {"name": name, "seed": seed, "error": error, "updates": updates, **same}
+        for name, updates, errors in (
+            ("fade", 980, (8.0, 9.0)),
+            ("l1", 980, (8.5, 10.0)),
+            ("fade", 3920, (7.0,)),
+        )
         for seed, error in enumerate(errors)
     ]
     lines = from_trained.tables([{"name": "begin"}, *rows]).splitlines()
     assert lines[0] == "## 50% of the FLOPs"
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         "| fade | 60% |  | 8.50 % (8.00 to 9.00) | +0.00 (+0.00 to +0.00) | 2 |",
         "| l1 | 60% |  | 9.25 % (8.50 to 10.00) | +0.75 (+0.50 to +1.00) | 2 |",
+        "| fade, 3,920 updates | 60% |  | 7.00 % | -1.00 | 1 |",
     ]
