@@ -57,8 +57,8 @@ NOTE = (
     "updates as any other, those of its search included, but for rows whose names tell how many. "
     "Means over the seeds of the order of the images, with the least and the most. After the cut: "
     "the test error of the first seed with renewed statistics, before any update (for a search: "
-    "after it). Beyond the search: the error less that of the search with the same seed; above 0 is "
-    "worse than the search."
+    "after it). Beyond the search: the error less that of the search with the same seed; above 0 "
+    "is worse than the search."
 )
 WEIGHTS = "resnet20.npz"
 TARGETS = (0.5, 0.25)  # shares of the FLOPs
