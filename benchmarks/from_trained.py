@@ -167,7 +167,7 @@ def tables(rows: Sequence[dict]) -> str:
 
 def name_of(row: Mapping[str, Any]) -> str:
     """The name of a row, with its updates where they are not those of all others."""
-    usual = row["way"]["fresh"] or row["updates"] in (Size.updates, REHEARSAL.updates)
+    usual = row["updates"] in (Size.updates, REHEARSAL.updates) or row["way"]["fresh"]
     return row["name"] if usual else f"{row['name']}, {row['updates']:,} updates"
 
 
