@@ -19,7 +19,7 @@ from dhp_jax.core.plain import (
     initializer_of,
     make_like,
     select_entries,
-    slice_axis,
+    slice_axes,
 )
 
 
@@ -76,14 +76,14 @@ class Hyper(KernelGenerator):
 
     def _plain(self, kind: type[Layer], keep: Keep | None, **sizes: int) -> Layer:
         """The layer of a kind with the generated kernel of the channels in `keep`."""
-        kept_out = self.z_out.keep(keep)
-        kernel = slice_axis(self.kernel(), self.kernel_axis().keep(keep), -2)
+        kept_in, kept_out = (axis.keep(keep) for axis in self.kernel_axes())
+        kernel = slice_axes(self.kernel(), {-2: kept_in, -1: kept_out})
         return make_like(
             kind,
             self,
             in_features=int(self.z_in.keep(keep).sum()),
             out_features=int(kept_out.sum()),
-            kernel_init=initializer_of(slice_axis(kernel, kept_out, -1)),
+            kernel_init=initializer_of(kernel),
             bias_init=initializer_of(select_entries(self.bias, kept_out)),
             **sizes,
         )

@@ -22,10 +22,8 @@ NO_RNGS: Any = SimpleNamespace(params=lambda: None)  # for layers whose initial 
 class Prunable(Protocol):
     """A layer that pruning replaces; write `plain` to make a layer of your own prunable.
 
-    `Scale` of the example is that of docs/extending.md.
-
     Example:
-      >>> class ScaleOf(Scale):  # `Scale(array)` multiplies each channel with a number of it
+      >>> class ScaleOf(Scale):  # docs/extending.md has it: a number for each channel
       ...     def plain(self, keep=None):
       ...         return Scale(self.scale[...][self.z.keep(keep)])
     """
@@ -48,17 +46,11 @@ def slice_axis(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
 def slice_axes(array: jax.Array, masks: Mapping[int, np.ndarray]) -> jax.Array:
     """The entries of each axis that its mask keeps."""
     masks = {axis: mask for axis, mask in masks.items() if not mask.all()}
-    if not masks:
-        return array
-    if isinstance(array, jax.core.Tracer):
-        for axis, mask in masks.items():
-            array = jnp.take(array, np.flatnonzero(mask), axis)
-        return array
-    left = np.asarray(array)
+    on_host = bool(masks) and not isinstance(array, jax.core.Tracer)
+    left, numpy = (np.asarray(array), np) if on_host else (array, jnp)
     for axis, mask in masks.items():
-        left = np.compress(mask, left, axis)
-    # Not by jnp.asarray: each of many different shapes would be compiled for.
-    return jax.device_put(left, may_alias=False)
+        left = numpy.take(left, np.flatnonzero(mask), axis)
+    return jax.device_put(left, may_alias=False) if on_host else left  # asarray compiles per shape
 
 
 def make_like(kind: type[Layer], layer: nnx.Module, **given: Any) -> Layer:

@@ -5,7 +5,6 @@ from typing import Any
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 
 
 def path_name(path: Iterable[Any]) -> str:
@@ -30,7 +29,7 @@ def with_value(leaf: nnx.Variable | jax.Array, value: Any) -> Any:
 
 def is_key(array: Any) -> bool:
     """Whether an array is of random keys."""
-    return hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return hasattr(array, "dtype") and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 def numbers_of(array: Any) -> Any:

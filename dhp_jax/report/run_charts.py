@@ -114,7 +114,7 @@ def _ratio(run: RunReport) -> Chart | None:
         for stop, names in stops.items()
     ]
     targets = " and ".join(f"{100 * share:g} % of the {LABELS[n]}" for n, share in asked.items())
-    if run.result.config["budget"].get("latency"):  # which a search takes for FLOPs
+    if run.result.config.get("budget", {}).get("latency"):  # which a search takes for FLOPs
         targets = "its budgets, the time as it is measured"
     ends = "The search ends when each share is within its dashed line. " * (len(stops) > 1)
     return line_chart(

@@ -94,7 +94,7 @@ class Result:
     @property
     def asked(self) -> dict[str, float]:
         """The shares at which its search ends; see `budgets.counted.search_limits`."""
-        return search_limits(self.config["budget"], self.config["target"])
+        return search_limits(self.config.get("budget", {}), self.config["target"])
 
     @property
     def budgets(self) -> dict[str, dict[str, Any]]:
@@ -107,7 +107,7 @@ class Result:
         noted = self.notes.get("pruned", {}).get("budget")
         if not noted or not self.pruned:
             return {}
-        budget = self.config["budget"]
+        budget = self.config.get("budget", {})  # a run of before there were budgets
         asked = budget | counted_limits(budget, self.config["target"])
         predicted, found = noted["predicted"], {}
         for name in MEASURES:

@@ -78,7 +78,7 @@ def _other_widths(result: Result, batch: int) -> dict[str, dict[str, float]]:
         model,
         measure_cost(model, shape),
         clock(model, shape, batch),
-        result.config["multiple_of"],
+        result.config.get("multiple_of", 1),
         lambda number: share,
     )
     return {str(number): found.ratio for number, found in tried.items()}
