@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import pty
 import re
+import select
 import struct
 import subprocess
 import termios
@@ -58,14 +59,14 @@ class Terminal:
             env=self.environment,
             start_new_session=True,
         )
-        os.close(theirs)
         shown, rest = Shown(0), b""
-        while chunk := _read(ours):
+        while chunk := _read(ours, process):
             *whole, rest = re.split(rb"[\r\n]+", rest + chunk)
             for line in whole:
                 self._add(shown, line, time.monotonic() - began)
         self._add(shown, rest, time.monotonic() - began)
         os.close(ours)
+        os.close(theirs)
         shown.code = process.wait()
         text = [
             f"{seconds:8.1f}  {line}"
@@ -82,9 +83,14 @@ class Terminal:
             shown.seconds.append(seconds)
 
 
-def _read(terminal: int) -> bytes:
-    """What comes next; nothing when the other side is closed."""
-    try:
-        return os.read(terminal, 65536)
-    except OSError:  # Linux tells the end of a pseudo-terminal so
-        return b""
+def _read(terminal: int, process: subprocess.Popen) -> bytes:
+    """What comes next; nothing when the process has ended and all of it is read.
+
+    The other side is still open here: when it closes, what was last written may be lost.
+    """
+    ended = False
+    while not select.select([terminal], [], [], 0.1)[0]:
+        if ended:
+            return b""
+        ended = process.poll() is not None
+    return os.read(terminal, 65536)
