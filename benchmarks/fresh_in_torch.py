@@ -29,12 +29,13 @@ def fresh_row(torch, bench: Bench, way: Way, flops: float, seed: int, *, bfloat1
     small, _ = bench.cut_down(bench.begin(bench.trained), mask)
     model = network(torch, small.net.fresh(seed))
     stream = bench.batches(seed, cosine(way.rate, updates, bench.size.segment)(np.arange(updates)))
-    kept = bench.out / f"{way.by}_{flops}_{seed}_{updates}.pt"
+    dtype = "bfloat16" if bfloat16 else "float32"
+    kept = bench.out / f"{way.by}_{flops}_{seed}_{updates}_{dtype}.pt"
     device = torch.device("cpu")
     loss = train(torch, device, bench, model, stream, bfloat16=bfloat16, kept=kept)
     run = small.begin(arrays_of(model, small.net.arrays()))
     found = small.evaluate(run, {}) | {"after_cut": None, "train_loss": loss}
-    by = f"torch {torch.__version__}{', bfloat16' if bfloat16 else ''}"
+    by = f"torch {torch.__version__}, {dtype}"
     write_row(bench, way, flops, seed, mask, began, **found, trained_by=by)
     kept.unlink(missing_ok=True)
 

@@ -117,6 +117,29 @@ def chosen_by_hand(cost, scores, alive, floors, limit):
     return {name: np.isin(np.arange(mask.size), list(left[name])) for name, mask in alive.items()}
 
 
+def test_the_first_choice_is_that_of_squared_taylor_terms_per_flop():
+    model, cost = gated()
+    tx = dhp.fade_to_budget(
+        optax.set_to_zero(), model, cost, steps=8, stages=1, power=1.0, memory=0.5, flops=0.6
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    terms = {n: g**2 for n, g in values_of(model, nnx.grad(loss)(model)).items()}
+    for _ in range(5):  # four that measure, one that chooses
+        step(model, optimizer)
+    whole = {name: z.size for name, z in prunable(model).items()}
+    scores = {}
+    for name, size in whole.items():
+        more, less = (flops_of(cost, whole | {name: size + k}) for k in (1, -1))
+        scores[name] = terms[name] / (more - less)
+    alive = {name: np.ones(size, bool) for name, size in whole.items()}
+    floors = {name: z.min_channels for name, z in prunable(model).items()}
+    stays = chosen_by_hand(cost, scores, alive, floors, 0.6)
+    assert not all(mask.all() for mask in stays.values())
+    for name, z in prunable(model).items():
+        expected = np.where(stays[name], 1, 0.75)
+        np.testing.assert_allclose(np.asarray(z.value()), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("power", [0, 1])
 @pytest.mark.parametrize("memory", [0.3, 0.9])
 def test_every_step_is_that_of_the_equations(power, memory):
