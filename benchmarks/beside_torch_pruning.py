@@ -186,7 +186,6 @@ def publish(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = ours.parser_of(__doc__, minutes=60)
-    parser.add_argument("--targets", type=float, nargs="+", default=list(ours.TARGETS))
     parser.add_argument("--rounds", type=int, default=50, help="of forward passes")
     parser.add_argument("--ways", nargs="*", default=["group", "fade"], help="rows of ours")
     parser.add_argument("--compared", nargs="+", choices=COMPARED, default=list(COMPARED))

@@ -10,7 +10,8 @@
 A ResNet-20 is trained on CIFAR-10. Every row of the table begins with its weights, is brought down
 to a share of its FLOPs, and is trained for the same number of updates, those of a search included.
 The search is the library's `dhp.fade_to_budget`. from_trained_rows.py has the rows, and
-from_trained_programs.py what they compute.
+from_trained_programs.py what they compute. With --in-torch, PyTorch carries out the same updates
+after the cut, which is sooner on a CPU; see torch_resnet.py.
 
 A row is written to DIR/rows.jsonl the moment it is measured. DIR/resnet20.npz holds the weights.
 """
@@ -27,9 +28,7 @@ import time
 from typing import Any
 
 import flax
-from from_trained_programs import of_latents
 from from_trained_rows import (
-    BY_WEIGHTS,
     CRITERIA,
     DISTILLED,
     FADE,
@@ -40,9 +39,9 @@ from from_trained_rows import (
     REHEARSAL,
     Bench,
     Size,
+    Trainer,
     Way,
     pruned_row,
-    taylor_scores,
     train,
 )
 import jax
@@ -102,9 +101,6 @@ def load(bench: Bench, options: argparse.Namespace) -> None:
     bench.trained = stored(own if own.exists() else options.weights)
     run = bench.begin(bench.trained)
     bench.teacher = run.weights, run.z, run.statistics
-    model = of_latents(bench.net, bench.trained)
-    bench.scores = {by: scores_of(model) for by, scores_of in BY_WEIGHTS.items()}
-    bench.scores |= taylor_scores(bench, model)
 
 
 def explore_stage(bench: Bench, options: argparse.Namespace) -> None:
@@ -130,9 +126,10 @@ def final_stage(bench: Bench, options: argparse.Namespace) -> None:
     load(bench, options)
     first = [FADE, *(ONE[by] for by in CRITERIA)]
     half = replace(FADE, name="fade per flop^0.5", power=0.5)
-    seeds, targets, each = options.seeds, TARGETS, 1
+    trainer = in_torch(bench, options.bfloat16) if options.in_torch else None
+    seeds, targets, each = options.seeds, options.targets, 1
     if options.rehearse:
-        seeds, targets, each = seeds[:1], TARGETS[:1], 5
+        seeds, targets, each = seeds[:1], targets[:1], 5
     for ways in (first, [PAPER], [*DISTILLED], [PER_FLOP, half], [*FRESH]):
         for seed in seeds:
             for flops in targets:
@@ -141,7 +138,17 @@ def final_stage(bench: Bench, options: argparse.Namespace) -> None:
                         continue
                     if bench.left() < 0:
                         return
-                    pruned_row(bench, way, flops, seed, look=seed == options.seeds[0])
+                    look = seed == options.seeds[0]
+                    pruned_row(bench, way, flops, seed, look, trainer)
+
+
+def in_torch(bench: Bench, bfloat16: bool) -> Trainer:
+    """PyTorch, once its network is known to compute what ours does."""
+    import torch
+    from torch_resnet import check_same, trainer
+
+    check_same(torch, bench)
+    return trainer(torch, bfloat16=bfloat16)
 
 
 STAGES = {"train": train_stage, "explore": explore_stage, "final": final_stage}
@@ -218,6 +225,7 @@ def parser_of(description: str, minutes: float) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--weights", type=Path, help="of the network that the stage train has left")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the rows")
+    parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS), help="of FLOPs")
     parser.add_argument("--updates", type=int, help="of every row")
     parser.add_argument("--minutes", type=float, default=minutes, help="after which no row begins")
     parser.add_argument("--commit", default="", help="of the code, for the record")
@@ -261,6 +269,8 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", help="names of the rows of the stage final; all if none"
     )
+    parser.add_argument("--in-torch", action="store_true", help="what follows a cut")
+    parser.add_argument("--bfloat16", action="store_true", help="of --in-torch")
     parser.add_argument("--table", type=Path, help="rows.jsonl: publish it, measure nothing")
     parser.add_argument("--name", default="from_trained", help="of the files of --table")
     parser.add_argument("--note", default="", help="put before the table")

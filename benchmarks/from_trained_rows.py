@@ -4,12 +4,13 @@ The library scores channels, and counts which of them fit a budget.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import copy
 from dataclasses import asdict, dataclass, replace
 import io
 import json
 from pathlib import Path
+import re
 import time
 from typing import Any
 
@@ -26,6 +27,7 @@ from from_trained_programs import (
     Plan,
     Run,
     Search,
+    of_latents,
     programs,
 )
 import jax
@@ -218,6 +220,15 @@ def choose(net: Network, scores: Scores, flops: float) -> dict[str, np.ndarray]:
     return {name: masks[name] for name in net.prunable}
 
 
+def scores_by(bench: Bench, by: str) -> Scores:
+    """Scores of the trained network by a criterion, computed once."""
+    if by not in bench.scores:
+        model = of_latents(bench.net, bench.trained)
+        found = {by: BY_WEIGHTS[by](model)} if by in BY_WEIGHTS else taylor_scores(bench, model)
+        bench.scores |= found
+    return bench.scores[by]
+
+
 def taylor_scores(bench: Bench, model: nnx.Module) -> dict[str, Scores]:
     """First-order Taylor terms of the trained network over a segment, in training mode."""
     (batches,) = bench.batches(777, np.zeros(bench.size.segment))
@@ -244,7 +255,28 @@ def uniform(net: Network, scores: Scores, flops: float) -> dict[str, np.ndarray]
     return kept
 
 
-def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = False) -> None:
+@dataclass(frozen=True)
+class Trainer:
+    """What carries out the updates that follow a cut.
+
+    Attributes:
+      name: for the record.
+      train: takes what rows share, the state of a run, its plan, its batches, and the file that a
+        long run keeps its state in; returns the state after all updates, and the last loss.
+    """
+
+    name: str
+    train: Callable[[Bench, Run, Plan, Iterator[Batches], Path], tuple[Run, float]]
+
+
+def pruned_row(
+    bench: Bench,
+    way: Way,
+    flops: float,
+    seed: int,
+    look: bool = False,
+    trainer: Trainer | None = None,
+) -> None:
     """Prunes the trained network in one way, trains what is left, and writes the row.
 
     Args:
@@ -253,7 +285,9 @@ def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = Fal
       flops: the share that is left.
       seed: of the order of the images, and of what is drawn.
       look: whether the network is tested right after the cut, too, its statistics renewed.
+      trainer: of what is left; the library's own packages if None.
     """
+    trainer = trainer or Trainer("jax", trained)
     began, whole, size = time.monotonic(), bench, bench.size
     run, updates = bench.begin(bench.trained), updates_of(bench, way)
     schedule = cosine(way.rate, updates, size.segment)
@@ -265,16 +299,17 @@ def pruned_row(bench: Bench, way: Way, flops: float, seed: int, look: bool = Fal
     else:
         mask = cut(bench, way, flops, seed)
     left = mask
-    if way.fresh or jax.default_backend() == "cpu":
+    if way.fresh or jax.default_backend() == "cpu" or trainer.train is not trained:
         (bench, run), mask = bench.cut_down(run, mask), {}
     if way.fresh:
         run = bench.begin(bench.net.fresh(seed))
     plan = bench.plan(mask, way)
     after_cut = error_after_cut(bench, run, mask) if look and not way.fresh else None
-    kept = bench.out / f"{way.by}_{flops}_{seed}_{updates}.npz"
-    run, loss = trained(bench, run, plan, stream, kept)
+    named = f"{way.name}_{flops}_{seed}_{updates}_{trainer.name}"
+    kept = bench.out / (re.sub(r"[^\w.]+", "_", named) + ".state")
+    run, loss = trainer.train(bench, run, plan, stream, kept)
     found = bench.evaluate(run, plan.mask) | {"after_cut": after_cut, "train_loss": loss}
-    write_row(whole, way, flops, seed, left, began, **found)
+    write_row(whole, way, flops, seed, left, began, **found, trained_by=trainer.name)
     kept.unlink(missing_ok=True)
 
 
@@ -354,8 +389,8 @@ def cut(bench: Bench, way: Way, flops: float, seed: int) -> dict[str, np.ndarray
     if way.by == "random":
         return choose(net, dhp.random_scores(net.latents, seed), flops)
     if way.by.startswith("uniform"):
-        return uniform(net, bench.scores[way.by.removeprefix("uniform_")], flops)
-    scores = bench.scores[way.by]
+        return uniform(net, scores_by(bench, way.by.removeprefix("uniform_")), flops)
+    scores = scores_by(bench, way.by)
     if way.relative:
         scores = of_mean_one({name: np.sqrt(values) for name, values in scores.items()})
     return choose(net, dhp.per_cost(scores, net.cost, power=way.power), flops)

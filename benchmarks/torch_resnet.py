@@ -1,10 +1,22 @@
-"""A ResNet of the library as a network of PyTorch, and the recipe of from_trained.py there."""
+"""A ResNet of the library as a network of PyTorch, and the recipe of from_trained.py there.
 
-from collections.abc import Iterator, Mapping
+It needs `pip install torch`, which is no package of the library.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from from_trained_programs import MOMENTUM, SHAPE, WEIGHT_DECAY, Batches, Network
-from from_trained_rows import SEGMENTS_KEPT, Bench
+from from_trained_programs import (
+    MOMENTUM,
+    SHAPE,
+    TEMPERATURE,
+    WEIGHT_DECAY,
+    Batches,
+    Network,
+    Plan,
+    Run,
+)
+from from_trained_rows import SEGMENTS_KEPT, Bench, Trainer
 import jax
 import numpy as np
 
@@ -85,6 +97,7 @@ def train(
     *,
     bfloat16: bool,
     kept: Path | None = None,
+    distillation: float = 0.0,
 ) -> float:
     """Carries out the updates, and returns the last loss.
 
@@ -96,7 +109,9 @@ def train(
       stream: the batches, a segment at a time.
       bfloat16: whether convolutions compute in it.
       kept: a file that is written now and then, and from which a row that was stopped goes on.
+      distillation: share of the loss that compares with the trained network.
     """
+    teacher = network(torch, bench.trained).eval().to(device) if distillation else None
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=0.0,
@@ -118,10 +133,16 @@ def train(
             batch = jax.tree.map(lambda x, at=at: x[at], batches)
             images, labels = bench.programs.inputs(batch)
             optimizer.param_groups[0]["lr"] = float(batch.rate)
+            x = torch_inputs(torch, device, images)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                logits = model(torch_inputs(torch, device, images))
+                logits = model(x).float()
             labels = torch.from_numpy(np.array(labels, np.int64)).to(device)
-            total = torch.nn.functional.cross_entropy(logits.float(), labels)
+            total = torch.nn.functional.cross_entropy(logits, labels)
+            if teacher is not None:
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                    taught = teacher(x).float()
+                apart = distillation_loss(torch, logits, taught)
+                total = (1 - distillation) * total + distillation * apart
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             optimizer.step()
@@ -133,6 +154,43 @@ def train(
             part.replace(kept)
             print(f"{segment} segments, loss {loss:.3f}", flush=True)
     return loss
+
+
+def distillation_loss(torch, logits, taught):
+    """The mean of the library's `distillation_loss`."""
+    learnt, target = (torch.log_softmax(x / TEMPERATURE, 1) for x in (logits, taught))
+    apart = torch.nn.functional.kl_div(learnt, target, reduction="batchmean", log_target=True)
+    return TEMPERATURE**2 * apart
+
+
+def arrays_of(model, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Weights and statistics of a PyTorch network, by the names that ours have for them."""
+    found = {
+        "classifier.kernel": model.classifier.weight.T,
+        "classifier.bias": model.classifier.bias,
+    }
+    for path, (conv, norm) in layers_of(model).items():
+        found[f"{path}.conv.kernel"] = conv.weight.permute(2, 3, 1, 0)
+        found[f"{path}.norm.scale"], found[f"{path}.norm.bias"] = norm.weight, norm.bias
+        found[f"{path}.norm.mean"], found[f"{path}.norm.var"] = norm.running_mean, norm.running_var
+    return {name: found[name].detach().cpu().numpy().copy() for name in names}
+
+
+def trainer(torch, *, bfloat16: bool) -> Trainer:
+    """PyTorch, on the CPU, for what a cut of ours has left."""
+
+    def train_left(
+        bench: Bench, run: Run, plan: Plan, stream: Iterator[Batches], kept: Path
+    ) -> tuple[Run, float]:
+        model = network(torch, jax.tree.map(np.asarray, {**run.weights, **run.statistics}))
+        share, device = float(plan.distillation), torch.device("cpu")
+        loss = train(
+            torch, device, bench, model, stream, bfloat16=bfloat16, kept=kept, distillation=share
+        )
+        return bench.begin(arrays_of(model, bench.net.arrays())), loss
+
+    dtype = "bfloat16" if bfloat16 else "float32"
+    return Trainer(f"torch {torch.__version__}, {dtype}", train_left)
 
 
 def check_same(torch, bench: Bench) -> None:
