@@ -9,9 +9,10 @@
 
 A ResNet-20 is trained on CIFAR-10. Every row of the table begins with its weights, is brought down
 to a share of its FLOPs, and is trained for the same number of updates, those of a search included.
-The search is the library's `dhp.fade_to_budget`. from_trained_rows.py has the rows, and
-from_trained_programs.py what they compute. With --in-torch, PyTorch carries out the same updates
-after the cut, which is sooner on a CPU; see torch_resnet.py.
+The search is the library's `dhp.fade_to_budget`. from_trained_rows.py has the rows,
+from_trained_programs.py what they compute, and from_trained_searches.py searches that were tried
+beside the library's. With --in-torch, PyTorch carries out the same updates after the cut, which is
+sooner on a CPU; see torch_resnet.py.
 
 A row is written to DIR/rows.jsonl the moment it is measured. DIR/resnet20.npz holds the weights.
 """
@@ -37,6 +38,7 @@ from from_trained_rows import (
     PAPER,
     PER_FLOP,
     REHEARSAL,
+    SEARCHES,
     Bench,
     Size,
     Trainer,
@@ -130,7 +132,7 @@ def final_stage(bench: Bench, options: argparse.Namespace) -> None:
     seeds, targets, each = options.seeds, options.targets, 1
     if options.rehearse:
         seeds, targets, each = seeds[:1], targets[:1], 5
-    for ways in (first, [PAPER], [*DISTILLED], [PER_FLOP, half], [*FRESH]):
+    for ways in (first, [PAPER], [*DISTILLED], [PER_FLOP, half, *SEARCHES], [*FRESH]):
         for seed in seeds:
             for flops in targets:
                 for way in ways[::each]:

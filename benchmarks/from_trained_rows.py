@@ -30,6 +30,7 @@ from from_trained_programs import (
     of_latents,
     programs,
 )
+from from_trained_searches import NAMES, searched
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +43,7 @@ from dhp_jax.train.optimizer import optimizer
 from dhp_jax.train.schedules import decay_schedule
 
 ROWS = "rows.jsonl"
+SEGMENTS_OF_SEARCH = 7
 SEGMENTS_KEPT = 40  # between two times that a long row keeps its state
 
 Scores = dict[str, np.ndarray]
@@ -69,11 +71,12 @@ class Way:
 
     Attributes:
       name: of the row.
-      by: the criterion; "fade" for the search from trained weights, "dhp" for the paper's; for
-        fresh weights "uniform" for the same share of all layers, "found" for what "fade" has left.
+      by: the criterion; "fade" for the search from trained weights, "dhp" for the paper's, or one
+        of from_trained_searches.py; for fresh weights "uniform" for the same share of all layers,
+        "found" for what "fade" has left.
       power: of the FLOPs, by which the criterion is divided.
       relative: whether roots of the scores are divided by their mean over each latent.
-      stages: of the search, each a segment long, after one that only measures.
+      stages: of the search "fade": how often it chooses.
       strength: of the l1 norm of the paper's search.
       distillation: share of the loss that compares with the unpruned network, after the search.
       rate: largest learning rate.
@@ -108,7 +111,11 @@ FRESH = tuple(
     Way(f"{by}, fresh weights", by=by, rate=0.2, fresh=True) for by in ("found", "uniform")
 )
 PER_FLOP = Way("taylor_square per flop^0.5", by="taylor_square", power=0.5)
-PAPER = Way("dhp, latents in kernels", by="dhp", stages=6, strength=0.01)
+PAPER = Way("dhp, latents in kernels", by="dhp", strength=0.01)
+SEARCHES = (
+    *(Way(name, by=name) for name in NAMES),
+    *(replace(FADE, name=f"fade, {stages} stages", stages=stages) for stages in (2, 12)),
+)
 
 
 class Bench:
@@ -296,6 +303,8 @@ def pruned_row(
         run, mask = faded(bench, way, flops, schedule, stream)
     elif way.by == "dhp":
         run, mask = shrunk(bench, way, flops, run, stream)
+    elif way.by in NAMES:
+        run, mask = sought(bench, way, flops, schedule, stream)
     else:
         mask = cut(bench, way, flops, seed)
     left = mask
@@ -407,17 +416,17 @@ def found_widths(bench: Bench, flops: float, seed: int) -> dict[str, np.ndarray]
 def faded(
     bench: Bench, way: Way, flops: float, schedule: optax.Schedule, stream: Iterator[Batches]
 ) -> tuple[Run, dict[str, np.ndarray]]:
-    """The library's search from trained weights, a segment a part; see `dhp.fade_to_budget`.
+    """The library's search from trained weights; see `dhp.fade_to_budget`.
 
     What is left goes on with a fresh optimizer, as in a run of the library.
     """
-    net, parts = bench.net, way.stages + 1
+    net = bench.net
     given = {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "nesterov": True}
     fading = dhp.fade_to_budget(
         optimizer("sgd", schedule, **given),
         model := dhp.with_gates(net.model(bench.trained), rngs=nnx.Rngs(0)),
         net.cost,
-        steps=parts * bench.size.segment,
+        steps=SEGMENTS_OF_SEARCH * bench.size.segment,
         stages=way.stages,
         power=way.power,
         flops=flops,
@@ -426,13 +435,24 @@ def faded(
     graphdef, params, statistics = nnx.split(model, nnx.Param, ...)
     state = Search(params, statistics, fading.init(params))
     advance = bench.programs.search(graphdef, fading)
-    for _, batches in zip(range(parts), stream, strict=False):
+    for _, batches in zip(range(SEGMENTS_OF_SEARCH), stream, strict=False):
         state = advance(state, batches)
     model = nnx.merge(graphdef, state.params, state.statistics)
     weights, statistics = net.split(dhp.prune(model))
     masks = dhp.survivors(model)
     mask = {name: masks[name].astype(np.float32) for name in net.prunable}
     return bench.begin(jax.tree.map(np.asarray, weights | statistics)), mask
+
+
+def sought(
+    bench: Bench, way: Way, flops: float, schedule: optax.Schedule, stream: Iterator[Batches]
+) -> tuple[Run, dict[str, np.ndarray]]:
+    """A search of from_trained_searches.py, and its cut."""
+    rates = np.asarray(schedule(np.arange(SEGMENTS_OF_SEARCH * bench.size.segment)))
+    arrays, scores = searched(
+        way.by, bench.net, bench.trained, bench.programs.search, rates, stream
+    )
+    return bench.begin(arrays), choose(bench.net, scores, flops)
 
 
 def shrunk(bench: Bench, way: Way, flops: float, run: Run, stream: Iterator[Batches]):
@@ -444,7 +464,7 @@ def shrunk(bench: Bench, way: Way, flops: float, run: Run, stream: Iterator[Batc
     net, mask = bench.net, bench.net.full(1)
     strength = {name: way.strength * ones for name, ones in mask.items()}
     plan = bench.plan(mask, way, strength=strength, rate=1.0, both=1.0)
-    for _ in range(way.stages + 1):
+    for _ in range(SEGMENTS_OF_SEARCH):
         run, _ = bench.step(run, plan, next(stream))
     z = {name: np.abs(np.asarray(x, np.float64)) for name, x in run.z.items()}
     arrays = {**net.gated(run.weights, run.z, 1.0), **run.statistics}
