@@ -2,7 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 import difflib
+import math
+from numbers import Real
 from typing import Any, Self
+
+import numpy as np
 
 
 class FieldError(ValueError):
@@ -73,6 +77,19 @@ class NonFiniteError(FloatingPointError):
 
     def __str__(self) -> str:
         return f"{self.phase}: {self.detail}"
+
+
+def check_integer(argument: str, value: Any, least: int = 1) -> None:
+    """Raises an `ArgumentError` unless a value is an integer, or one of NumPy, of at least that."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ArgumentError(argument, expected, shown(value))
+
+
+def check_at_least_zero(argument: str, value: Any) -> None:
+    """Raises an `ArgumentError` unless a value is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise ArgumentError(argument, "a number >= 0", shown(value))
 
 
 MAX_SHOWN = 200  # characters of a value in a message

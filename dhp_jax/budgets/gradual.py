@@ -17,7 +17,7 @@ from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, has_gates, latents
 from dhp_jax.core.state import path_name
 from dhp_jax.core.survivors import survivor_mask
-from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.errors import ArgumentError, check_at_least_zero, check_integer, shown
 from dhp_jax.prox import soft_threshold
 
 STAGES = 6  # parts of a search, each with a choice of its own
@@ -300,12 +300,10 @@ def _marginal(cost: Cost, z: Vectors, measure: str) -> Vectors:
 
 
 def _check_numbers(steps: int, stages: int, power: float, memory: float) -> None:
-    for name, value in (("stages", stages), ("steps", steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    check_integer("stages", stages)
+    check_integer("steps", steps)
     if steps <= stages:
         raise ValueError(f"steps: expected more than the {stages} stages, got {steps!r}")
-    if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < float("inf"):
-        raise ValueError(f"power: expected a number >= 0, got {power!r}")
+    check_at_least_zero("power", power)
     if isinstance(memory, bool) or not isinstance(memory, Real) or not 0 <= memory < 1:
         raise ValueError(f"memory: expected a number in [0, 1), got {memory!r}")

@@ -6,8 +6,6 @@ by=scores)` keeps the largest.
 
 from collections.abc import Callable, Iterable
 import functools
-import math
-from numbers import Real
 from typing import Any
 
 from flax import nnx
@@ -22,7 +20,7 @@ from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, latents, latents_to_prune, walk
 from dhp_jax.core.state import variables_of
 from dhp_jax.core.surgery import prune
-from dhp_jax.errors import ArgumentError
+from dhp_jax.errors import ArgumentError, check_at_least_zero, check_integer
 from dhp_jax.tracing.weights import (
     MADE,
     READ,
@@ -313,8 +311,7 @@ def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float
     """
     if measure not in MEASURES:
         raise ValueError(f"measure: expected one of {', '.join(MEASURES)}; got {measure!r}")
-    if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < math.inf:
-        raise ValueError(f"power: expected a number >= 0, got {power!r}")
+    check_at_least_zero("power", power)
     for name in scores:
         if name not in cost.sizes:
             raise ArgumentError.unknown("scores", name, cost.sizes)
@@ -372,8 +369,7 @@ def random_scores(model: nnx.Module, seed: int) -> Scores:
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=dhp.random_scores(model, 0))
     """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed: expected an integer of at least 0, got {seed!r}")
+    check_integer("seed", seed, least=0)
     rng = np.random.default_rng(seed)
     found = latents_to_prune(model)
     return {name: rng.random(z.size) for name, z in found.items() if z.prunable}

@@ -20,7 +20,7 @@ import numpy as np
 
 from dhp_jax.core.initializers import normal
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.errors import shown
+from dhp_jax.errors import check_integer, shown
 
 TRACED = "traced_latents"  # attribute of a network that holds latents which were found by tracing
 
@@ -94,8 +94,8 @@ class Latent(Axis):
     """
 
     def __init__(self, size: int, *, prunable: bool = True, min_channels: int = 4, rngs: nnx.Rngs):
-        _check_positive("size", size)
-        _check_positive("min_channels", min_channels)
+        check_integer("size", size)
+        check_integer("min_channels", min_channels)
         self.size = int(size)
         self.vector = LatentVector(
             jnp.asarray(normal(rngs.params(), self.size), jnp.float32),
@@ -215,7 +215,7 @@ def repeat(axis: Axis, times: int) -> Axis:
       64
     """
     check_axis("repeat: argument axis", axis)
-    _check_positive("times", times)
+    check_integer("times", times)
     return Repeat(axis, int(times))
 
 
@@ -319,11 +319,6 @@ def check_axis(argument: str, axis: Axis) -> None:
 
 def _natural(part: str) -> tuple[int, int | str]:
     return (0, int(part)) if part.isdigit() else (1, part)
-
-
-def _check_positive(argument: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{argument}: expected a positive integer, got {value!r}")
 
 
 def prunable_latents(params: Any) -> Any:

@@ -3,14 +3,13 @@
 from dataclasses import replace
 
 from flax import nnx
-import numpy as np
 
 from dhp_jax.core.latent import latents, walk
 from dhp_jax.core.layers import Linear
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.core.surgery import replace_modules
-from dhp_jax.errors import ArgumentError
+from dhp_jax.errors import ArgumentError, check_integer
 from dhp_jax.models.registry import task_of
 from dhp_jax.tracing.generated import GeneratedArray, PlacedAxis
 
@@ -45,9 +44,7 @@ def with_classes(
             "layer: expected the path of the linear layer that gives the classes, for a network of "
             f"no family that classifies; got None and family {made.family!r}"
         )
-    integer = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
-    if not integer or num_classes < 1:
-        raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+    check_integer("num_classes", num_classes)
     num_classes = int(num_classes)
     model, path = nnx.clone(model), layer or "classifier"
     linear = {p: m for p, _, m in walk(model) if isinstance(m, Linear | nnx.Linear)}

@@ -10,7 +10,7 @@ import numpy as np
 
 from dhp_jax.core.latent import LatentVector
 from dhp_jax.data.stream import Stream
-from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.errors import check_integer
 
 Data = PyTree[Any] | Stream  # what a task reads its examples from
 Examples = PyTree[Array]  # some of them, as they are stored
@@ -114,7 +114,6 @@ def evaluate(
     Raises:
       ValueError: no data, images without labels, or a batch of less than one example.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError("batch_size", "an integer of at least 1", shown(batch_size))
+    check_integer("batch_size", batch_size)
     _, latents, weights, rest = nnx.split(model, LatentVector, nnx.Param, ...)
     return task.evaluation(model, data, batch_size=batch_size)((latents, weights), rest)

@@ -15,7 +15,7 @@ from dhp_jax.core.latent import TRACED, Latent
 from dhp_jax.core.latent import latents as find_latents
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.core.state import path_name, variables_of
-from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.errors import check_integer
 from dhp_jax.tracing.analysis import Analysis, set_mode
 from dhp_jax.tracing.discovery import Discovery, discover, keep_one_factor
 from dhp_jax.tracing.explain import notes_of
@@ -46,9 +46,8 @@ def traced(
     rngs: nnx.Rngs | None = None,
 ) -> nnx.Module:
     """A network with its arrays on latents, found by tracing it; see `dhp.with_latents`."""
-    whole = isinstance(embedding, int) and not isinstance(embedding, bool)
-    if embedding is not None and not (whole and embedding > 0):
-        raise ArgumentError("embedding", "a positive integer or None", shown(embedding))
+    if embedding is not None:
+        check_integer("embedding", embedding)
     call = call or default_call
     rngs = rngs or nnx.Rngs(0)
     found = discover(model, inputs, call)

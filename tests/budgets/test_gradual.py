@@ -300,9 +300,9 @@ def test_a_parameter_named_as_latents_are_is_trained_and_values_are_handed_on():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, r"^steps: expected an integer of at least 1, got 0"),
+        ({"steps": 0}, r"^steps: expected a positive integer, got 0"),
         ({"steps": 6}, r"^steps: expected more than the 6 stages, got 6"),
-        ({"stages": 0}, r"^stages: expected an integer of at least 1, got 0"),
+        ({"stages": 0}, r"^stages: expected a positive integer, got 0"),
         ({"power": -1}, r"^power: expected a number >= 0, got -1"),
         ({"memory": 1}, r"^memory: expected a number in \[0, 1\), got 1"),
         ({"flops": 0.01}, r"^flops: 0.01 cannot be reached"),

@@ -72,8 +72,8 @@ def test_a_test_is_of_the_normalised_images_and_their_labels(examples, batch_siz
     [
         (0, 0, 4, "data: expected images to test on, got none"),
         (16, 15, 4, "data: expected a label for each of 16 images, got 15 labels"),
-        (16, 16, 0, "batch_size: expected an integer of at least 1, got 0"),
-        (16, 16, -1, "batch_size: expected an integer of at least 1, got -1"),
+        (16, 16, 0, "batch_size: expected a positive integer, got 0"),
+        (16, 16, -1, "batch_size: expected a positive integer, got -1"),
     ],
 )
 def test_a_test_of_nothing_is_refused(examples, kept, labelled, batch_size, message):

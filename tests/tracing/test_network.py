@@ -393,8 +393,8 @@ def test_least_shares_that_are_none_are_refused(keep, message):
             r"^inputs: expected the shape of one .*; got \(None, 8, 8, 3\)$",
         ),
         ([Pair(X, X)], {}, "^inputs: expected .*, of which call= may make others; got a Pair$"),
-        (SHAPE, {"embedding": 0}, "^embedding: expected a positive integer or None, got 0$"),
-        (SHAPE, {"embedding": "no"}, "^embedding: expected a positive integer or None, got 'no'$"),
+        (SHAPE, {"embedding": 0}, "^embedding: expected a positive integer, got 0$"),
+        (SHAPE, {"embedding": "no"}, "^embedding: expected a positive integer, got 'no'$"),
     ],
 )
 def test_inputs_and_options_that_are_none_are_refused(inputs, options, message):
