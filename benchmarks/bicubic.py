@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from record import publish
+from record import publish, table_of
 
 from dhp_jax.data.photos.bicubic import bicubic
 
@@ -51,14 +51,18 @@ def measure(folder: Path, scale: int) -> dict:
 
 
 def as_table(rows: list[dict]) -> str:
-    lines = ["| pairs | images | ours | ours, inside | Pillow |", "|---|---:|---:|---:|---:|"]
-    for row in rows:
-        cells = [
-            f"{np.mean(row[name]):.3f} ({min(row[name]):.3f} to {max(row[name]):.3f})"
-            for name in ("ours", "inside", "pillow")
+    cells = [
+        [
+            row["folder"],
+            row["images"],
+            *(
+                f"{np.mean(row[name]):.3f} ({min(row[name]):.3f} to {max(row[name]):.3f})"
+                for name in ("ours", "inside", "pillow")
+            ),
         ]
-        lines.append(f"| {row['folder']} | {row['images']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return table_of(["pairs", ">images", ">ours", ">ours, inside", ">Pillow"], cells)
 
 
 if __name__ == "__main__":

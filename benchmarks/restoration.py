@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 import shutil
 
-from record import publish_each
+from record import publish_each, table_of
 
 import dhp_jax as dhp
 from dhp_jax.config.methods import METHODS
@@ -63,10 +63,9 @@ def row_of(run: Path, folders: dict[str, str]) -> dict:
 
 
 def as_table(rows: list[dict], folders: list[str]) -> str:
-    header = ["network", "FLOPs", "", "params", "", "updates", *folders]
-    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    columns = [">FLOPs", ">", ">params", ">", ">updates", *(f">{name}" for name in folders)]
     inputs = [metrics_text(rows[0]["tests"][name]["input"]) for name in folders]
-    lines.append(f"| input, no network |  |  |  |  |  | {' | '.join(inputs)} |")
+    lines = [["input, no network", *[""] * 5, *inputs]]
     for row in rows:
         model, flops, params = row["model"], row["flops"], row["params"]
         target = f", target {row['target']:.0%}" if row["target"] else ""
@@ -79,8 +78,8 @@ def as_table(rows: list[dict], folders: list[str]) -> str:
             " + ".join(f"{phase['steps']:,}" for phase in row["phases"].values()),
             *(metrics_text(row["tests"][name]["output"]) for name in folders),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table_of(["network", *columns], lines)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from record import publish
+from record import publish, table_of
 
 from dhp_jax.report.format import main_metric, metrics_text
 from dhp_jax.tasks import METRICS
@@ -39,25 +39,22 @@ def row_of(run: Path) -> dict:
 def as_table(rows: list[dict]) -> str:
     metrics = {METRICS[main_metric(row["test"]["last"])].label: None for row in rows}
     test = f"test {' or '.join(metrics)}"
-    lines = [
-        f"| network | method | seed | epochs | FLOPs | params | {test}, last | best | seconds |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        model, test = row["model"], row["test"]
-        cells = [
-            f"{model['name']} {model.get('depth', '')}".rstrip(),
+    columns = ["network", "method", ">seed", "epochs", ">FLOPs", ">params", f">{test}, last"]
+    cells = [
+        (
+            f"{row['model']['name']} {row['model'].get('depth', '')}".rstrip(),
             row["method"],
             row["seed"],
             " + ".join(f"{phase['epochs']}" for phase in row["phases"].values()),
             f"{100 * row['flops']['ratio']:.2f} %",
             f"{100 * row['params']['ratio']:.2f} %",
-            metrics_text(test["last"]),
-            metrics_text(test["best"]),
+            metrics_text(row["test"]["last"]),
+            metrics_text(row["test"]["best"]),
             f"{row['seconds']:.0f}",
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        )
+        for row in rows
+    ]
+    return table_of([*columns, ">best", ">seconds"], cells)
 
 
 if __name__ == "__main__":
