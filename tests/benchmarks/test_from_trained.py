@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 import sys
@@ -129,6 +130,30 @@ def test_what_a_cpu_trains_after_a_cut_is_what_closed_gates_train(tmp_path, arra
             run, loss = each.step(run, plan, batches)
         found.append((float(loss), each.evaluate(run, plan.mask)["test_loss"]))
     np.testing.assert_allclose(*found, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_pytorch_carries_out_the_same_updates_after_a_cut(tmp_path, arrays, share):
+    torch = pytest.importorskip("torch")
+    torch_resnet = importlib.import_module("torch_resnet")
+    options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True)
+    bench = from_trained_rows.Bench(options, from_trained_rows.REHEARSAL)
+    bench.trained = arrays
+    begin = bench.begin(arrays)
+    bench.teacher = begin.weights, begin.z, begin.statistics
+    torch_resnet.check_same(torch, bench)
+    masks = from_trained_rows.choose(bench.net, dhp.random_scores(bench.net.latents, 3), 0.4)
+    small, run = bench.cut_down(begin, masks)
+    plan = small.plan({}, dataclasses.replace(from_trained_rows.FADE, distillation=share))
+    ours, theirs = (
+        train(small, run, plan, small.batches(0, [0.05, 0.02, 0.01]), tmp_path / "state")
+        for train in (from_trained_rows.trained, torch_resnet.trainer(torch, bfloat16=False).train)
+    )
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-3)
+    for name, x in (ours[0].weights | ours[0].statistics).items():
+        y = (theirs[0].weights | theirs[0].statistics)[name]
+        np.testing.assert_allclose(x, y, rtol=1e-2, atol=1e-4, err_msg=name)
 
 
 def test_fresh_weights_have_the_widths_that_the_search_has_found(tmp_path, net):
