@@ -34,6 +34,7 @@ from from_trained_rows import (
     DISTILLED,
     FADE,
     FRESH,
+    LARGER,
     ONE,
     PAPER,
     PER_FLOP,
@@ -132,7 +133,7 @@ def final_stage(bench: Bench, options: argparse.Namespace) -> None:
     seeds, targets, each = options.seeds, options.targets, 1
     if options.rehearse:
         seeds, targets, each = seeds[:1], targets[:1], 5
-    for ways in (first, [PAPER], [*DISTILLED], [PER_FLOP, half, *SEARCHES], [*FRESH]):
+    for ways in (first, [PAPER], [*DISTILLED, *LARGER], [PER_FLOP, half, *SEARCHES], [*FRESH]):
         for seed in seeds:
             for flops in targets:
                 for way in ways[::each]:

@@ -107,6 +107,7 @@ FADE = Way("fade", by="fade", power=1.0, stages=6)
 DISTILLED = tuple(
     replace(way, name=f"{way.name}, distilled", distillation=0.9) for way in (FADE, ONE["group"])
 )
+LARGER = tuple(replace(way, name=f"{way.name}, rate 0.1", rate=0.1) for way in (FADE, DISTILLED[0]))
 FRESH = tuple(
     Way(f"{by}, fresh weights", by=by, rate=0.2, fresh=True) for by in ("found", "uniform")
 )
