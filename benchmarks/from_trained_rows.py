@@ -77,7 +77,7 @@ class Way:
       power: of the FLOPs, by which the criterion is divided.
       relative: whether roots of the scores are divided by their mean over each latent.
       stages: of the search "fade": how often it chooses.
-      strength: of the l1 norm of the paper's search.
+      strength: of the l1 norm of the paper's search, and of those of from_trained_searches.py.
       distillation: share of the loss that compares with the unpruned network, after the search.
       rate: largest learning rate.
       fresh: whether weights are drawn anew and have the updates of the trained network, too.
@@ -114,7 +114,11 @@ FRESH = tuple(
 PER_FLOP = Way("taylor_square per flop^0.5", by="taylor_square", power=0.5)
 PAPER = Way("dhp, latents in kernels", by="dhp", strength=0.01)
 SEARCHES = (
-    *(Way(name, by=name) for name in NAMES),
+    *(
+        Way(f"{name}, strength {strength}", by=name, strength=strength)
+        for strength in (0.25, 1.0)
+        for name in NAMES
+    ),
     *(replace(FADE, name=f"fade, {stages} stages", stages=stages) for stages in (2, 12)),
 )
 
@@ -451,7 +455,7 @@ def sought(
     """A search of from_trained_searches.py, and its cut."""
     rates = np.asarray(schedule(np.arange(SEGMENTS_OF_SEARCH * bench.size.segment)))
     arrays, scores = searched(
-        way.by, bench.net, bench.trained, bench.programs.search, rates, stream
+        way.by, bench.net, bench.trained, bench.programs.search, rates, way.strength, stream
     )
     return bench.begin(arrays), choose(bench.net, scores, flops)
 

@@ -1,10 +1,10 @@
 """Other searches from trained weights, tried beside the library's in from_trained.py.
 
 Those of gates train a latent for every channel, all at 1 before the first update, where channels
-are read. After each update, with `r` for its learning rate, a rule shrinks them. The strength `s`
-is 1 over the sum of the rates, so a latent of 1 that the loss does not hold ends at 0. Latents
-have no weight decay. No step leaves fewer entries of a latent than may stay. Then the channels of
-the smallest latents go, until the budget holds.
+are read. After each update, in proportion to its learning rate, a rule shrinks them: with a
+strength of 1, a latent of 1 that the loss does not hold ends at 0. Latents have no weight decay.
+No step leaves fewer entries of a latent than may stay. Then the channels of the smallest latents
+go, until the budget holds.
 
 The group lasso has no latents. It shrinks the norm of all weights that go with a channel.
 """
@@ -82,6 +82,7 @@ def searched(
     trained: Mapping[str, np.ndarray],
     search: Callable,
     rates: np.ndarray,
+    strength: float,
     stream: Iterator[Batches],
 ) -> Found:
     """The trained network after a search of one of `NAMES`, and what its channels are worth.
@@ -92,10 +93,11 @@ def searched(
       trained: its weights and statistics.
       search: as of `Programs`.
       rates: the learning rate of each update.
+      strength: how much of a 1, or of the mean norm of a channel, all updates take together.
       stream: its batches; as many segments of them are taken as `rates` are for.
     """
     begin = grouped if name == LASSO else gates
-    model, transformation = begin(name, net, trained, rates)
+    model, transformation = begin(name, net, trained, rates, strength)
     model.train()
     graphdef, params, statistics = nnx.split(model, nnx.Param, ...)
     state = Search(params, statistics, transformation.init(params))
@@ -125,7 +127,7 @@ def sgd(rates: Array, weight_decay: float) -> optax.GradientTransformation:
 
 
 def gates(
-    name: str, net: Network, trained: Mapping[str, np.ndarray], rates: np.ndarray
+    name: str, net: Network, trained: Mapping[str, np.ndarray], rates: np.ndarray, strength: float
 ) -> tuple[nnx.Module, optax.GradientTransformation]:
     """A network with a gate for every channel, and the updates of one of `RULES`."""
     model = dhp.with_gates(net.model(trained), rngs=nnx.Rngs(0))
@@ -134,9 +136,9 @@ def gates(
     floors = jax.tree.leaves(map_variables(lambda v: getattr(v, "min_channels", 0), params))
     costs, rule = jax.tree.leaves(nnx.state(with_costs(net, model), nnx.Param)), RULES[name]
     rates = jnp.asarray(rates, jnp.float32)
-    amounts, steps_of_latents = rates / rates.sum(), sgd(rates, 0.0)
+    amounts, steps_of_latents = strength * rates / rates.sum(), sgd(rates, 0.0)
     if name == "gates, l1, Adam":  # its steps are about as large as its rate
-        amounts = jnp.full(len(rates), 1 / len(rates))
+        amounts = jnp.full(len(rates), strength / len(rates))
         steps_of_latents = optax.adam(1 / len(rates))
     steps = {
         "gate": steps_of_latents,
@@ -181,13 +183,13 @@ def with_costs(net: Network, model: nnx.Module) -> nnx.Module:
 
 
 def grouped(
-    name: str, net: Network, trained: Mapping[str, np.ndarray], rates: np.ndarray
+    name: str, net: Network, trained: Mapping[str, np.ndarray], rates: np.ndarray, strength: float
 ) -> tuple[nnx.Module, optax.GradientTransformation]:
     """An ordinary network, and updates that shrink all weights of a channel together.
 
     Of a channel are the kernels that read it and make it, and the scale and bias of BatchNorms. A
-    step takes as much of every norm as would bring the mean of all norms to 0 in the end. A kernel
-    has two channels to an entry, and is shrunk for both.
+    step takes the same of every norm; with a strength of 1 all steps take the mean of all norms. A
+    kernel has two channels to an entry, and is shrunk for both.
     """
     del name
     model = net.model(trained)
@@ -203,7 +205,7 @@ def grouped(
 
     mean = jnp.concatenate([norms(trained, latent) for latent in groups]).mean()
     rates = jnp.asarray(rates, jnp.float32)
-    amounts = rates / rates.sum() * mean
+    amounts = strength * mean * rates / rates.sum()
 
     def shrunk(updates, params, count):
         leaves, structure = jax.tree.flatten(updates)

@@ -66,7 +66,7 @@ def test_the_dearest_channel_has_the_whole_strength(net, arrays):
 @pytest.mark.parametrize("name", ["gates, l1", "gates, l1, Adam", "gates, l1 per flop"])
 def test_latents_that_the_loss_does_not_hold_end_at_zero(net, arrays, name):
     """All but the last step, which would leave none, and those that cost less than others."""
-    model, transformation = searches.gates(name, net, arrays, RATES)
+    model, transformation = searches.gates(name, net, arrays, RATES, 1.0)
     params = nnx.state(model, nnx.Param)
     state = transformation.init(params)
     for _ in RATES:
@@ -106,7 +106,7 @@ def test_a_group_is_all_that_a_cut_removes(net):
 
 
 def test_a_step_of_the_group_lasso_shortens_norms_by_as_much(net, arrays):
-    model, transformation = searches.grouped(searches.LASSO, net, arrays, RATES)
+    model, transformation = searches.grouped(searches.LASSO, net, arrays, RATES, 0.5)
     params = nnx.state(model, nnx.Param)
     weights, _ = net.split(model)
     norms = {
@@ -121,7 +121,7 @@ def test_a_step_of_the_group_lasso_shortens_norms_by_as_much(net, arrays):
         for latent in net.prunable
     }
     mean = np.concatenate(list(norms.values())).mean()
-    amount = RATES[0] / RATES.sum() * mean
+    amount = 0.5 * RATES[0] / RATES.sum() * mean
     # The gradient takes the weight decay back, so that the proximal step is all that is left.
     against = jax.tree.map(lambda x: -from_trained_programs.WEIGHT_DECAY * x, params)
     updates, _ = transformation.update(against, transformation.init(params), params)
