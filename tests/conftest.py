@@ -12,13 +12,12 @@ from flax import nnx
 import jax
 from jax.experimental.compilation_cache import compilation_cache as cache
 import pytest
-from runs import carry_out, leave
+from runs import carry_out, leave, leave_no_pages
 
 from dhp_jax import activity
 from dhp_jax.budgets import timing
 from dhp_jax.export.writers import NEEDS
 from dhp_jax.pipeline import preparation
-from dhp_jax.report import write
 
 TESTS = Path(__file__).parent
 
@@ -163,10 +162,8 @@ def programs_are_let_go():
 
 @pytest.fixture
 def without_pages(monkeypatch):
-    """Runs leave their summary, but no page and no plots, which take longer than what is tested."""
-    monkeypatch.setattr(write, "run_charts", lambda run: {})
-    monkeypatch.setattr(write, "crops", lambda result, baseline: [])
-    monkeypatch.setattr(write, "page", lambda run, charts, pictures: "")
+    """Runs leave a summary alone, which takes less than pages, plots and latencies."""
+    leave_no_pages(monkeypatch)
 
 
 @pytest.fixture(scope="session")

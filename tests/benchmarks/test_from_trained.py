@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
+from dhp_jax.core.state import path_name
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.pruned.fresh_weights import carry_kernels
 
@@ -44,8 +45,9 @@ def test_the_trained_network_is_one_of_the_library():
     path = Path(from_trained.__file__).parent / "results" / "from_trained_resnet20.npz"
     assert path.stat().st_size < 2e6
     found = from_trained.stored(path)
-    expected = from_trained_programs.Network(20, jnp.float32).fresh(0)
-    assert {name: x.shape for name, x in found.items()} == {n: x.shape for n, x in expected.items()}
+    state = nnx.state(dhp.prune(dhp.models.build_abstract("resnet", depth=20)))
+    expected = {path_name(path): v.get_value().shape for path, v in nnx.to_flat_state(state)}
+    assert {name: x.shape for name, x in found.items()} == expected
     assert all(np.isfinite(x).all() for x in found.values())
 
 

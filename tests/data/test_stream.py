@@ -5,7 +5,6 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 import time
 
 from absl import flags
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
-from runs import ROOT, Interrupter, Stop, begin, carry_out, check_same_end
+from runs import Interrupter, Stop, begin, carry_out, check_same_end
 
 from dhp_jax import config as dhp_config
 from dhp_jax import data
@@ -346,8 +345,3 @@ def test_a_wrong_number_of_processes_is_refused(workers):
 
 def test_the_memory_of_the_device_is_some():
     assert 2**20 < memory.free_memory() < 2**50
-
-
-def test_streaming_is_imported_only_where_it_is_used():
-    code = "import sys, dhp_jax.pipeline; sys.exit('grain' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -169,7 +169,7 @@ import jax
 import numpy as np
 from flax import nnx
 import dhp_jax as dhp
-from dhp_jax.distributed.mesh import make_mesh, place
+from dhp_jax.distributed.mesh import gather, make_mesh, place
 from dhp_jax.train.phase import Teacher
 from dhp_jax.pipeline.preparation import prepare
 from networks import arrays, filled
@@ -186,7 +186,6 @@ streamed = streamed_labelled(EXAMPLES, 0)
 teacher = Teacher(dhp.prune(net), 0.5, 2.0)
 for model, phase, ways in [
     (net, phase_of(net, True), [(make_mesh(4, 1), None), (make_mesh(2, 2), streamed)]),
-    (net, phase_of(net, False), [(make_mesh(2, 2), None)]),
     (net, dataclasses.replace(recipe(average=0.8), teacher=teacher), [(make_mesh(2, 2), None)]),
     (traced, phase_of(traced, False), [(make_mesh(2, 2), None)]),
 ]:
@@ -208,6 +207,13 @@ for model, phase, ways in [
                 np.testing.assert_allclose(ours[path], array, rtol=1e-3, atol=1e-4, err_msg=path)
 run = prepare(of_digits(**{"mesh.data": 2, "mesh.model": 2}), workdir)
 assert dict(run.mesh.shape) == {"data": 2, "model": 2}
+# Hypernetworks and their momentum are divided along output channels, where that works.
+shapes = {"trace": {"w2": (3, 3, 8, 4, 6)}, "odd": {"w2": (8, 4, 5)}, "kernel": (4, 6)}
+tree = jax.tree.map(np.ones, shapes, is_leaf=lambda shape: isinstance(shape, tuple))
+placed = place(make_mesh(2, 2), tree)
+here = jax.tree.map(lambda array: array.addressable_data(0).shape, placed)
+assert here == shapes | {"trace": {"w2": (3, 3, 8, 4, 3)}}, here
+assert jax.tree.map(np.shape, gather(placed)) == shapes
 """
 
 
@@ -335,24 +341,6 @@ def test_one_device_has_no_mesh_and_nothing_is_added_to_its_program():
     assert gather(tree)["w1"] is tree["w1"]
     step = jax.make_jaxpr(lambda tree: keep_placement(None, shard_batch(None, tree)))
     assert not step(tree).eqns
-
-
-DIVIDED = """
-import jax, numpy as np
-from dhp_jax.distributed.mesh import make_mesh, place, gather
-mesh = make_mesh(2, 2)
-shapes = {"trace": {"w2": (3, 3, 8, 4, 6)}, "odd": {"w2": (8, 4, 5)}, "kernel": (4, 6)}
-tree = jax.tree.map(np.ones, shapes, is_leaf=lambda shape: isinstance(shape, tuple))
-placed = place(mesh, tree)
-here = jax.tree.map(lambda array: array.addressable_data(0).shape, placed)
-assert here == shapes | {"trace": {"w2": (3, 3, 8, 4, 3)}}, here
-assert jax.tree.map(np.shape, gather(placed)) == shapes
-"""
-
-
-def test_hypernetworks_and_their_momentum_are_divided_along_output_channels_where_that_works():
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_of(4)}
-    subprocess.run([sys.executable, "-c", DIVIDED], env=os.environ | flags, check=True)
 
 
 class Device(SimpleNamespace):

@@ -1,6 +1,7 @@
 """Signals that ask a process to end become a question; the process ends in time all the same."""
 
 import os
+from pathlib import Path
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from dhp_jax.distributed import preemption
 from dhp_jax.distributed.preemption import EXIT_CODE, SIGNALS, watch_for_stop
 
 
@@ -99,9 +101,11 @@ def test_in_a_thread_nothing_is_asked():
     assert found == [False]
 
 
+FOLDER = str(Path(preemption.__file__).parent)
 STUCK = """
-import ctypes, os, signal
-from dhp_jax.distributed.preemption import watch_for_stop
+import ctypes, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from preemption import watch_for_stop  # alone, for the library takes seconds to import
 with watch_for_stop(grace=0.2):
     os.kill(os.getpid(), signal.SIGTERM)
     ctypes.CDLL(None).sleep(60)  # like a compiler: no Python runs, and no handler
@@ -110,9 +114,8 @@ with watch_for_stop(grace=0.2):
 
 def test_a_process_that_is_stuck_ends_when_its_time_is_up():
     started = time.monotonic()
-    ended = subprocess.run(
-        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=50, check=False
-    )
+    command = [sys.executable, "-c", STUCK, FOLDER]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     assert ended.returncode == EXIT_CODE
     assert ended.stderr.splitlines() == [
         "told to end: saving first",
@@ -123,8 +126,9 @@ def test_a_process_that_is_stuck_ends_when_its_time_is_up():
 
 def test_where_there_is_nothing_to_save_sigterm_ends_the_process_at_once():
     code = (
-        "import os, signal, time\n"
-        "from dhp_jax.distributed.preemption import exit_at_once\n"
+        "import os, signal, sys, time\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from preemption import exit_at_once\n"
         "with exit_at_once():\n"
         "    pass\n"
         "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
@@ -132,4 +136,5 @@ def test_where_there_is_nothing_to_save_sigterm_ends_the_process_at_once():
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == EXIT_CODE
+    ended = subprocess.run([sys.executable, "-c", code, FOLDER], check=False)
+    assert ended.returncode == EXIT_CODE

@@ -5,7 +5,7 @@ import functools
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from networks import arrays, images, resnet20, run
+from networks import SMALL, arrays, images, resnet20, run
 import numpy as np
 import pytest
 
@@ -226,12 +226,11 @@ def test_activations_are_of_the_dtype_and_parameters_stay_float32(dtype):
 
 @pytest.mark.parametrize("name", sorted(dhp.models.FAMILIES))
 def test_every_hypernetwork_of_a_family_has_the_embedding_that_is_asked_for(name):
-    given = {"resnet": {"depth": 8}, "vgg": {"depth": 11}, "densenet": {"depth": 7, "growth": 4}}
-    scale = {"scale": 2} if name in ("srresnet", "edsr") else {}
+    given = SMALL[name] | ({"scale": 2} if name in ("srresnet", "edsr") else {})
     for embedding in (2, 8):
         asked = {"embedding": embedding} if embedding != 8 else {}  # the paper's is the default
-        model = dhp.models.build_abstract(name, **given.get(name, {}), **scale, **asked)
+        model = dhp.models.build_abstract(name, **given, **asked)
         sizes = {m.w1.shape[0] for _, _, m in walk(model) if isinstance(m, Hyper)}
         assert sizes == {embedding}
     with pytest.raises(ValueError, match=r"^embedding: expected a positive integer, got 0"):
-        dhp.models.build_abstract(name, **given.get(name, {}), **scale, embedding=0)
+        dhp.models.build_abstract(name, **given, embedding=0)

@@ -11,7 +11,16 @@ import numpy as np
 from own_networks import InLinen, Plain, of_linen
 from PIL import Image
 import pytest
-from runs import FIELDS, Interrupter, Stop, check_same_end, contents, description, of_digits
+from runs import (
+    FIELDS,
+    Interrupter,
+    Stop,
+    check_same_end,
+    contents,
+    description,
+    leave_no_pages,
+    of_digits,
+)
 from safetensors.numpy import load_file, save_file
 from test_restoration_runs import SIZES, draw, tiny
 
@@ -54,7 +63,9 @@ def unknown(monkeypatch):
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("own") / "baseline"
-    carry_out(workdir, method="baseline")
+    with pytest.MonkeyPatch.context() as patch:
+        leave_no_pages(patch)
+        carry_out(workdir, method="baseline")
     return workdir
 
 

@@ -187,6 +187,7 @@ def test_the_networks_are_of_the_channels_and_the_scale_of_the_task(finished):
     assert output.shape == (1, 10 * scale, 12 * scale, channels)
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_a_run_that_goes_on_after_its_search_ends_with_the_same_bits(finished, folder, tmp_path):
     task, _, workdir = finished
     again = shutil.copytree(workdir / "dhp", tmp_path / "run")
@@ -219,6 +220,7 @@ def test_a_run_is_not_continued_on_other_test_photographs(finished, folder, tmp_
         prepare(config, again)
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_a_baseline_on_other_test_photographs_is_left_out(finished, tmp_path):
     _, _, workdir = finished
     baseline = shutil.copytree(workdir / "baseline", tmp_path / "baseline")

@@ -1,5 +1,7 @@
 """A pruned network is pruned again, and is trained for other classes."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -30,11 +32,17 @@ def short(monkeypatch):
     monkeypatch.setattr(mobilenet.MobileNetV1, "features_size", 80)
 
 
-def pruned(name, seed=0):
+@functools.cache
+def cut_once(name, seed):
     family, arguments, shape = NETWORKS[name]
     arguments = {"min_channels": 1, **arguments}
     model = filled(lambda _: dhp.models.build(family, rngs=RNGS, **arguments))
     return cut(model, drawn_masks(model, seed)), shape
+
+
+def pruned(name, seed=0):
+    small, shape = cut_once(name, seed)
+    return nnx.clone(small), shape
 
 
 @pytest.mark.parametrize("name", NETWORKS)

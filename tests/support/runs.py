@@ -17,7 +17,7 @@ from dhp_jax.core.surgery import prune as cut
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.pipeline.setup import set_up
-from dhp_jax.report import text
+from dhp_jax.report import text, write
 from dhp_jax.workdir import metrics as workdir_metrics
 
 CONFIG = Path(__file__).parents[2] / "experiments/configs/digits_resnet20.py"
@@ -70,6 +70,14 @@ def of_digits(**fields):
     config = runpy.run_path(str(CONFIG))["get_config"]()
     config.update_from_flattened_dict(FIELDS | fields)
     return config
+
+
+def leave_no_pages(monkeypatch):
+    """Runs leave a summary without latencies, an empty page, and no plots."""
+    monkeypatch.setattr(write, "latency", lambda result: None)
+    monkeypatch.setattr(write, "run_charts", lambda run: {})
+    monkeypatch.setattr(write, "crops", lambda result, baseline: [])
+    monkeypatch.setattr(write, "page", lambda run, charts, pictures: "")
 
 
 def carry_out(workdir, observers=(), **fields):

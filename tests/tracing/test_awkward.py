@@ -26,6 +26,8 @@ def test_what_survives_computes_what_the_whole_network_without_the_rest_does(
         found = discover(model, tuple(inputs))
         assert sorted(family.size for family in found.families) == case.sizes
         assert not found.analysis.flow.unknown
+        if not case.sizes:
+            return  # nothing can be cut
         rng = np.random.default_rng(1)
         masks = {family.name: rng.random(family.size) < 0.6 for family in found.families}
         for mask in masks.values():
