@@ -165,11 +165,13 @@ import sys
 _, workdir, *folders = sys.argv
 sys.path[:0] = folders
 import dataclasses
+from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
 import dhp_jax as dhp
 from dhp_jax.distributed.mesh import gather, make_mesh, place
+from dhp_jax.errors import ConfigError
 from dhp_jax.train.phase import Teacher
 from dhp_jax.pipeline.preparation import prepare
 from networks import arrays, filled
@@ -205,6 +207,13 @@ for model, phase, ways in [
             assert ours.keys() == theirs.keys()
             for path, array in theirs.items():
                 np.testing.assert_allclose(ours[path], array, rtol=1e-3, atol=1e-4, err_msg=path)
+try:
+    prepare(of_digits(batch_size=66), workdir)
+except ConfigError as error:
+    assert str(error).startswith("config.batch_size: expected a multiple of 4"), error
+    assert not Path(workdir).exists()
+else:
+    raise AssertionError("66 examples are no batch of 4 devices")
 run = prepare(of_digits(**{"mesh.data": 2, "mesh.model": 2}), workdir)
 assert dict(run.mesh.shape) == {"data": 2, "model": 2}
 # Hypernetworks and their momentum are divided along output channels, where that works.
@@ -310,6 +319,7 @@ def test_several_processes_are_not_told_of_a_mesh_that_leaves_devices_out():
         check_batch(60, 8, processes=2)
 
 
+@pytest.mark.slow
 def test_wrong_meshes_are_told_in_one_line_before_any_work(tmp_path):
     process = begin(tmp_path / "run", devices=3, batch_size=64)
     code, told = end(process)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from networks import arrays
 import numpy as np
 import pytest
-from runs import NETWORKS, Interrupter, Stop, check_same_end, without_times
+from runs import NETWORKS, Interrupter, Stop, check_same_end, leave_no_pages, without_times
 
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
@@ -26,6 +26,7 @@ from dhp_jax.pipeline import preparation, smaller
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.report import text
+from dhp_jax.report import write as report_write
 from dhp_jax.train.phase import Stopped
 from dhp_jax.workdir import identity
 from dhp_jax.workdir import metrics as workdir_metrics
@@ -471,7 +472,7 @@ def test_a_baseline_of_less_than_an_epoch_is_finished(tmp_path):
         prepare(started, tmp_path / "other")
 
 
-def test_a_finished_run_only_reports(finished, tmp_path):
+def test_a_finished_run_only_reports(finished, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished.workdir, tmp_path / "run")
     for lost in ("summary.json", "layers.md", "plots/error.png"):
         (workdir / lost).unlink()
@@ -484,6 +485,8 @@ def test_a_finished_run_only_reports(finished, tmp_path):
     measured = ("summary.json", "report.html", "log.txt")  # the latency, for it was lost
     for name in before:
         assert name.endswith((".png", *measured)) or before[name] == after[name], name
+    monkeypatch.setattr(report_write, "run_charts", lambda run: {})
+    monkeypatch.setattr(report_write, "page", lambda run, charts, pictures: "")
     again = execute(dataclasses.replace(run, setup=unread))
     assert again == summary  # measured once
 
@@ -685,6 +688,7 @@ def quick(tmp_path_factory):
     config = tiny(**QUICK, **{"budget.params": 0.55, "budget.activations": 0.8})
     with pytest.MonkeyPatch.context() as patch:
         time_by(patch, clocks)
+        patch.setattr(report_write, "run_charts", lambda run: {})
         run = prepare(config, folder)
         before = len(clocks.measured)
         summary = execute(run)
@@ -817,7 +821,9 @@ def test_a_budget_out_of_reach_is_told_by_its_field(tmp_path, changes, field):
 # The baseline
 
 
-def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finished, tmp_path):
+def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(
+    finished, tmp_path, monkeypatch
+):
     workdir = tmp_path / "baseline"
     summary = execute(prepare(tiny(method="baseline"), workdir))
     assert description(workdir, "model")["notes"]["run"].keys() == {"method", "seed", "data"}
@@ -834,6 +840,7 @@ def test_the_baseline_is_an_ordinary_network_and_a_run_reports_its_error(finishe
     records = workdir_metrics.read(workdir / workdir_metrics.RECORDS)
     assert {record["phase"] for record in records} == {"baseline"}
     assert records[-1]["test_error"] == summary["test"]["last"]["error"]
+    leave_no_pages(monkeypatch)
     reported = execute(finished.run, baseline=workdir)
     assert reported["test"]["unpruned"] == summary["test"]["last"]
     assert reported["unpruned_epochs"] == 1
