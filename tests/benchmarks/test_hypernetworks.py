@@ -15,7 +15,19 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import hypernetworks
 
 
-@pytest.mark.parametrize("kind", hypernetworks.KINDS, ids=lambda kind: kind.name)
+def is_like_another(kind):
+    """The paper's with other embeddings, and what is told by two other kinds together."""
+    both = kind.name.startswith("shared") and "tanh" in kind.name
+    return both or (kind.name.startswith("paper's") and "8" not in kind.name)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, id=kind.name, marks=[pytest.mark.slow] * is_like_another(kind))
+        for kind in hypernetworks.KINDS
+    ],
+)
 def test_every_kind_begins_alike_and_prunes_to_slices_of_its_kernels(kind, fast_compilation):
     model = hypernetworks.build(kind, 0, 8)
     keep = {

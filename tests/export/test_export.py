@@ -630,7 +630,7 @@ class OfRank(nnx.Module):
 
 
 @needs("stablehlo")
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_networks_of_any_rank_are_folded_and_exported(tmp_path, rank):
     model, shape = filled(lambda rngs: OfRank(rank, rngs)), (4,) * rank + (2,)
     small, path = cut(model, drawn_masks(model, 0)), tmp_path / "out"
@@ -945,6 +945,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, 
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_runs_as_a_module(tmp_path):
     process = subprocess.run(
         [sys.executable, "-m", "dhp_jax.export", str(tmp_path), "--format=safetensors"],

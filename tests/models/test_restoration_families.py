@@ -334,7 +334,10 @@ def test_a_network_whose_last_convolution_gives_nothing(name, expected):
     np.testing.assert_array_equal(run(silent, x)[0], expected(silent, np.asarray(x)))
 
 
-@pytest.mark.parametrize("family", SCALES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("edsr", "dncnn"))) for name in SCALES],
+)
 def test_a_network_in_bfloat16_computes_about_the_same_with_parameters_in_float32(family):
     _, arguments, _ = RESTORERS[family]
     _, x, _ = network(family)

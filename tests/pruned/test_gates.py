@@ -165,7 +165,10 @@ def test_kernels_that_are_no_params_have_no_gates():
         dhp.with_gates(net, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("family", ["resnet", "mobilenet_v2", "densenet", "edsr", "unet"])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param("resnet", marks=pytest.mark.slow), "mobilenet_v2", "densenet", "edsr", "unet"],
+)
 def test_families_compute_the_same_and_zeros_compute_what_is_pruned(family):
     arguments = SMALL[family] | ({"scale": 2} if family == "edsr" else {})
     with short():
