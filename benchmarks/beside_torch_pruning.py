@@ -199,10 +199,8 @@ def main() -> None:
     bench = ours.begin(parser, options, dhp, jax, torch)
     if options.rehearse:
         bench.trained = bench.net.fresh(0)
-    elif options.ways:
-        ours.load(bench, options)
     else:
-        bench.trained = ours.stored(options.weights)
+        ours.load(bench, options)
     check_same(torch, bench)
     known = {way.name: way for way in (*ONE.values(), FADE)}
     for seed in options.seeds:

@@ -34,7 +34,6 @@ from from_trained_rows import (
     DISTILLED,
     FADE,
     FRESH,
-    LARGER,
     ONE,
     PAPER,
     PER_FLOP,
@@ -133,7 +132,7 @@ def final_stage(bench: Bench, options: argparse.Namespace) -> None:
     seeds, targets, each = options.seeds, options.targets, 1
     if options.rehearse:
         seeds, targets, each = seeds[:1], targets[:1], 5
-    for ways in (first, [PAPER], [*DISTILLED, *LARGER], [PER_FLOP, half, *SEARCHES], [*FRESH]):
+    for ways in (first, [PAPER], [*DISTILLED], [PER_FLOP, half, *SEARCHES], [*FRESH]):
         for seed in seeds:
             for flops in targets:
                 for way in ways[::each]:
@@ -281,6 +280,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.table is not None:
         return publish(options)
+    if options.bfloat16 and not options.in_torch:
+        parser.error("--bfloat16: expected together with --in-torch")
     bench = begin(parser, options, dhp, jax, flax, optax)
     for stage in options.stages:
         began = time.monotonic()

@@ -107,19 +107,15 @@ FADE = Way("fade", by="fade", power=1.0, stages=6)
 DISTILLED = tuple(
     replace(way, name=f"{way.name}, distilled", distillation=0.9) for way in (FADE, ONE["group"])
 )
-LARGER = tuple(replace(way, name=f"{way.name}, rate 0.1", rate=0.1) for way in (FADE, DISTILLED[0]))
 FRESH = tuple(
     Way(f"{by}, fresh weights", by=by, rate=0.2, fresh=True) for by in ("found", "uniform")
 )
 PER_FLOP = Way("taylor_square per flop^0.5", by="taylor_square", power=0.5)
 PAPER = Way("dhp, latents in kernels", by="dhp", strength=0.01)
-SEARCHES = (
-    *(
-        Way(f"{name}, strength {strength}", by=name, strength=strength)
-        for strength in (0.25, 1.0)
-        for name in NAMES
-    ),
-    *(replace(FADE, name=f"fade, {stages} stages", stages=stages) for stages in (2, 12)),
+SEARCHES = tuple(
+    Way(f"{name}, strength {strength}", by=name, strength=strength)
+    for strength in (0.25, 1.0)
+    for name in NAMES
 )
 
 

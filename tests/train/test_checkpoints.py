@@ -474,6 +474,7 @@ def test_training_that_was_stopped_again_and_again_ends_with_the_same_bits(
     assert starts == 4
     assert records == seen.records
     assert seconds == sorted(set(seconds))  # the time before a stop counts
+    assert outcome.progress.seconds > seconds[-2]
     check_same_outcome(outcome, expected)
     outcome, witness = trained(net, phase, tmp_path)  # which has ended
     check_same_outcome(outcome, expected)
