@@ -105,6 +105,10 @@ class Network:
         """Weights and statistics before any training, on the host."""
         plain = self.model({name: v[...] for name, (_, v) in self.variables.items()})
         reinitialize(plain, rngs=nnx.Rngs(seed))
+        return self.on_host(plain)
+
+    def on_host(self, plain: nnx.Module) -> dict[str, np.ndarray]:
+        """Weights and statistics of an ordinary network, on the host."""
         return {name: np.asarray(x) for group in self.split(plain) for name, x in group.items()}
 
     def is_weight(self, name: str) -> bool:

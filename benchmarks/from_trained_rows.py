@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import copy
 from dataclasses import asdict, dataclass, replace
 import io
+import itertools
 import json
 from pathlib import Path
 import re
@@ -18,7 +19,6 @@ from cifar10_arrays import read
 from flax import nnx
 from from_trained_programs import (
     BORDER,
-    MOMENTUM,
     WEIGHT_DECAY,
     Array,
     Batches,
@@ -26,11 +26,10 @@ from from_trained_programs import (
     Network,
     Plan,
     Run,
-    Search,
     of_latents,
     programs,
 )
-from from_trained_searches import NAMES, searched
+from from_trained_searches import NAMES, after_updates, searched, sgd
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +38,6 @@ import optax
 import dhp_jax as dhp
 from dhp_jax import files
 from dhp_jax.budgets.counted import survivors_within
-from dhp_jax.train.optimizer import optimizer
 from dhp_jax.train.schedules import decay_schedule
 
 ROWS = "rows.jsonl"
@@ -422,9 +420,8 @@ def faded(
     What is left goes on with a fresh optimizer, as in a run of the library.
     """
     net = bench.net
-    given = {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "nesterov": True}
     fading = dhp.fade_to_budget(
-        optimizer("sgd", schedule, **given),
+        sgd(schedule, WEIGHT_DECAY),
         model := dhp.with_gates(net.model(bench.trained), rngs=nnx.Rngs(0)),
         net.cost,
         steps=SEGMENTS_OF_SEARCH * bench.size.segment,
@@ -432,17 +429,11 @@ def faded(
         power=way.power,
         flops=flops,
     )
-    model.train()
-    graphdef, params, statistics = nnx.split(model, nnx.Param, ...)
-    state = Search(params, statistics, fading.init(params))
-    advance = bench.programs.search(graphdef, fading)
-    for _, batches in zip(range(SEGMENTS_OF_SEARCH), stream, strict=False):
-        state = advance(state, batches)
-    model = nnx.merge(graphdef, state.params, state.statistics)
-    weights, statistics = net.split(dhp.prune(model))
+    search = bench.programs.search
+    model = after_updates(model, fading, search, itertools.islice(stream, SEGMENTS_OF_SEARCH))
     masks = dhp.survivors(model)
     mask = {name: masks[name].astype(np.float32) for name in net.prunable}
-    return bench.begin(jax.tree.map(np.asarray, weights | statistics)), mask
+    return bench.begin(net.on_host(dhp.prune(model))), mask
 
 
 def sought(
@@ -450,8 +441,9 @@ def sought(
 ) -> tuple[Run, dict[str, np.ndarray]]:
     """A search of from_trained_searches.py, and its cut."""
     rates = np.asarray(schedule(np.arange(SEGMENTS_OF_SEARCH * bench.size.segment)))
+    part = itertools.islice(stream, SEGMENTS_OF_SEARCH)
     arrays, scores = searched(
-        way.by, bench.net, bench.trained, bench.programs.search, rates, way.strength, stream
+        way.by, bench.net, bench.trained, bench.programs.search, rates, way.strength, part
     )
     return bench.begin(arrays), choose(bench.net, scores, flops)
 
@@ -465,8 +457,8 @@ def shrunk(bench: Bench, way: Way, flops: float, run: Run, stream: Iterator[Batc
     net, mask = bench.net, bench.net.full(1)
     strength = {name: way.strength * ones for name, ones in mask.items()}
     plan = bench.plan(mask, way, strength=strength, rate=1.0, both=1.0)
-    for _ in range(SEGMENTS_OF_SEARCH):
-        run, _ = bench.step(run, plan, next(stream))
+    for batches in itertools.islice(stream, SEGMENTS_OF_SEARCH):
+        run, _ = bench.step(run, plan, batches)
     z = {name: np.abs(np.asarray(x, np.float64)) for name, x in run.z.items()}
     arrays = {**net.gated(run.weights, run.z, 1.0), **run.statistics}
     arrays = {name: np.asarray(x, np.float32) for name, x in arrays.items()}

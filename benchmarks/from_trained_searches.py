@@ -9,7 +9,7 @@ go, until the budget holds.
 The group lasso has no latents. It shrinks the norm of all weights that go with a channel.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from flax import nnx
 from from_trained_programs import (
@@ -83,7 +83,7 @@ def searched(
     search: Callable,
     rates: np.ndarray,
     strength: float,
-    stream: Iterator[Batches],
+    stream: Iterable[Batches],
 ) -> Found:
     """The trained network after a search of one of `NAMES`, and what its channels are worth.
 
@@ -94,36 +94,38 @@ def searched(
       search: as of `Programs`.
       rates: the learning rate of each update.
       strength: how much of a 1, or of the mean norm of a channel, all updates take together.
-      stream: its batches; as many segments of them are taken as `rates` are for.
+      stream: the batches of these updates.
     """
-    begin = grouped if name == LASSO else gates
-    model, transformation = begin(name, net, trained, rates, strength)
+    if name == LASSO:
+        model = after_updates(*grouped(net, trained, rates, strength), search, stream)
+        arrays = net.on_host(model)
+        return arrays, dhp.group_scores(of_latents(net, arrays))
+    model = after_updates(*gates(name, net, trained, rates, strength), search, stream)
+    vectors = {name: z.vector[...] for name, z in dhp.latents(model).items()}
+    scores = {name: np.abs(np.asarray(vectors[name], np.float64)) for name in net.prunable}
+    return net.on_host(dhp.prune(model)), scores
+
+
+def after_updates(
+    model: nnx.Module,
+    transformation: optax.GradientTransformation,
+    search: Callable,
+    stream: Iterable[Batches],
+) -> nnx.Module:
+    """A network after updates by a transformation, on all batches of a stream."""
     model.train()
     graphdef, params, statistics = nnx.split(model, nnx.Param, ...)
     state = Search(params, statistics, transformation.init(params))
-    advance, done = search(graphdef, transformation), 0
-    while done < len(rates):
-        batches = next(stream)
-        state, done = advance(state, batches), done + len(batches.rate)
-    model = nnx.merge(graphdef, state.params, state.statistics)
-    if name == LASSO:
-        scores = dhp.group_scores(of_latents(net, arrays_of(net, model)))
-    else:
-        vectors = {name: z.vector[...] for name, z in dhp.latents(model).items()}
-        scores = {name: np.abs(np.asarray(vectors[name], np.float64)) for name in net.prunable}
-        model = dhp.prune(model)
-    return arrays_of(net, model), scores
+    advance = search(graphdef, transformation)
+    for batches in stream:
+        state = advance(state, batches)
+    return nnx.merge(graphdef, state.params, state.statistics)
 
 
-def arrays_of(net: Network, model: nnx.Module) -> Arrays:
-    """Weights and statistics of an ordinary network, on the host."""
-    return {name: np.asarray(x) for group in net.split(model) for name, x in group.items()}
-
-
-def sgd(rates: Array, weight_decay: float) -> optax.GradientTransformation:
+def sgd(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
     """The optimizer of every row."""
     given = {"momentum": MOMENTUM, "weight_decay": weight_decay, "nesterov": True}
-    return optimizer("sgd", lambda count: rates[count], **given)
+    return optimizer("sgd", schedule, **given)
 
 
 def gates(
@@ -136,14 +138,14 @@ def gates(
     floors = jax.tree.leaves(map_variables(lambda v: getattr(v, "min_channels", 0), params))
     costs, rule = jax.tree.leaves(nnx.state(with_costs(net, model), nnx.Param)), RULES[name]
     rates = jnp.asarray(rates, jnp.float32)
-    amounts, steps_of_latents = strength * rates / rates.sum(), sgd(rates, 0.0)
+    amounts, steps_of_latents = strength * rates / rates.sum(), sgd(rates.__getitem__, 0.0)
     if name == "gates, l1, Adam":  # its steps are about as large as its rate
         amounts = jnp.full(len(rates), strength / len(rates))
         steps_of_latents = optax.adam(1 / len(rates))
     steps = {
         "gate": steps_of_latents,
         "other latent": optax.set_to_zero(),
-        "weight": sgd(rates, WEIGHT_DECAY),
+        "weight": sgd(rates.__getitem__, WEIGHT_DECAY),
     }
     inner = optax.partition(steps, map_variables(kind, params))
 
@@ -158,7 +160,7 @@ def gates(
                 leaves[place] = jnp.where(wide, smaller, z) - values[place]
         return jax.tree.unflatten(structure, leaves)
 
-    return model, after_updates(inner, shrunk)
+    return model, followed_by(inner, shrunk)
 
 
 def kind(variable: nnx.Variable) -> str:
@@ -183,7 +185,7 @@ def with_costs(net: Network, model: nnx.Module) -> nnx.Module:
 
 
 def grouped(
-    name: str, net: Network, trained: Mapping[str, np.ndarray], rates: np.ndarray, strength: float
+    net: Network, trained: Mapping[str, np.ndarray], rates: np.ndarray, strength: float
 ) -> tuple[nnx.Module, optax.GradientTransformation]:
     """An ordinary network, and updates that shrink all weights of a channel together.
 
@@ -191,7 +193,6 @@ def grouped(
     step takes the same of every norm; with a strength of 1 all steps take the mean of all norms. A
     kernel has two channels to an entry, and is shrunk for both.
     """
-    del name
     model = net.model(trained)
     params = nnx.state(model, nnx.Param)
     names = [path_name(path) for path, _ in nnx.to_flat_state(params)]
@@ -221,7 +222,7 @@ def grouped(
                 after[part] = after[part] * factor.reshape(at)
         return jax.tree.unflatten(structure, [after[name] - before[name] for name in names])
 
-    return model, after_updates(sgd(rates, WEIGHT_DECAY), shrunk)
+    return model, followed_by(sgd(rates.__getitem__, WEIGHT_DECAY), shrunk)
 
 
 def members(net: Network, latent: str) -> list[tuple[str, int]]:
@@ -237,7 +238,7 @@ def members(net: Network, latent: str) -> list[tuple[str, int]]:
     return found
 
 
-def after_updates(
+def followed_by(
     inner: optax.GradientTransformation, shrunk: Callable
 ) -> optax.GradientTransformation:
     """The updates of a transformation, and then those of a rule that knows their number."""

@@ -106,7 +106,7 @@ def test_a_group_is_all_that_a_cut_removes(net):
 
 
 def test_a_step_of_the_group_lasso_shortens_norms_by_as_much(net, arrays):
-    model, transformation = searches.grouped(searches.LASSO, net, arrays, RATES, 0.5)
+    model, transformation = searches.grouped(net, arrays, RATES, 0.5)
     params = nnx.state(model, nnx.Param)
     weights, _ = net.split(model)
     norms = {
