@@ -48,6 +48,7 @@ def traced(
     """A network with its arrays on latents, found by tracing it; see `dhp.with_latents`."""
     if embedding is not None:
         check_integer("embedding", embedding)
+        embedding = int(embedding)  # which files hold
     call = call or default_call
     rngs = rngs or nnx.Rngs(0)
     found = discover(model, inputs, call)
