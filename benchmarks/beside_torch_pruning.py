@@ -10,8 +10,9 @@ ResNet-20 of from_trained.py becomes a PyTorch network that computes the same. I
 goes on in 400 small steps until the FLOPs, as the library counts them, are within the target. It
 compares the channels of all layers, or takes the same share of each layer, which is its default.
 What is left is finetuned in PyTorch by the recipe of from_trained.py, on the same images in the
-same order. The rows of the library are those of from_trained.py, in the same process. Last come the
-times of a forward pass of all of them, taken in turn.
+same order. The rows of the library are those of from_trained.py, in the same process; on a CPU the
+same PyTorch code finetunes what they leave. Last come the times of a forward pass of all of them,
+taken in turn.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from from_trained_programs import DEVIATION, MEAN, SHAPE, Network, of_latents
 from from_trained_rows import FADE, ONE, REHEARSAL, Bench, cosine, pruned_row
 import jax
 import numpy as np
-from torch_resnet import check_same, layers_of, network, torch_inputs, train
+from torch_resnet import check_same, layers_of, network, torch_inputs, train, trainer
 
 import dhp_jax as dhp
 from dhp_jax.budgets.timing import quartiles, time_in_turn
@@ -203,15 +204,16 @@ def main() -> None:
         ours.load(bench, options)
     check_same(torch, bench)
     known = {way.name: way for way in (*ONE.values(), FADE)}
+    finetune = trainer(torch, bfloat16=False) if device.type == "cpu" else None
     for seed in options.seeds:
         for flops in options.targets:
-            for way in (*options.compared, *([] if options.rehearse else options.ways)):
+            for way in (*options.compared, *options.ways):
                 if bench.left() < 0:
                     return
                 if way in COMPARED:
                     torch_row(torch, device, bench, way, flops, seed)
                 else:
-                    pruned_row(bench, known[way], flops, seed)
+                    pruned_row(bench, known[way], flops, seed, trainer=finetune)
     for flops in options.targets:
         latencies(torch, device, bench, flops, options.rounds)
 
