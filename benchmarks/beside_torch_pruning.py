@@ -188,7 +188,10 @@ def publish(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = ours.parser_of(__doc__, minutes=60)
     parser.add_argument("--rounds", type=int, default=50, help="of forward passes")
-    parser.add_argument("--ways", nargs="*", default=["group", "fade"], help="rows of ours")
+    known = {way.name: way for way in (*ONE.values(), FADE)}
+    parser.add_argument(
+        "--ways", nargs="*", choices=known, default=["group", "fade"], help="rows of ours"
+    )
     parser.add_argument("--compared", nargs="+", choices=COMPARED, default=list(COMPARED))
     parser.add_argument("--table", type=Path, help="rows.jsonl: publish it, measure nothing")
     options = parser.parse_args()
@@ -203,7 +206,6 @@ def main() -> None:
     else:
         ours.load(bench, options)
     check_same(torch, bench)
-    known = {way.name: way for way in (*ONE.values(), FADE)}
     finetune = trainer(torch, bfloat16=False) if device.type == "cpu" else None
     for seed in options.seeds:
         for flops in options.targets:

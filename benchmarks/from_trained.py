@@ -63,6 +63,14 @@ NOTE = (
 )
 WEIGHTS = "resnet20.npz"
 TARGETS = (0.5, 0.25)  # shares of the FLOPs
+HALF = replace(FADE, name="fade per flop^0.5", power=0.5)
+FINAL = (  # of the stage final: what matters most is measured first, for all seeds and targets
+    (FADE, *(ONE[by] for by in CRITERIA)),
+    (PAPER,),
+    DISTILLED,
+    (PER_FLOP, HALF, *SEARCHES),
+    FRESH,
+)
 
 
 def train_stage(bench: Bench, options: argparse.Namespace) -> None:
@@ -108,13 +116,12 @@ def load(bench: Bench, options: argparse.Namespace) -> None:
 def explore_stage(bench: Bench, options: argparse.Namespace) -> None:
     """Single runs of many ways at a quarter of the FLOPs, the most telling ones first."""
     load(bench, options)
-    half = replace(FADE, name="fade per flop^0.5", power=0.5)
-    ways = [ONE["l1"], ONE["taylor_square"], half, FADE, ONE["random"], ONE["uniform_l1"]]
+    ways = [ONE["l1"], ONE["taylor_square"], HALF, FADE, ONE["random"], ONE["uniform_l1"]]
     ways += [ONE["uniform_taylor_square"], PER_FLOP]
     ways += [replace(PER_FLOP, name="taylor_square per flop", power=1.0)]
     ways += [Way("root of taylor_square, mean 1", by="taylor_square", relative=True)]
     ways += [replace(ONE["l1"], name=f"l1, rate {rate}", rate=rate) for rate in (0.02, 0.1)]
-    for way in (half, ONE["l1"]):
+    for way in (HALF, ONE["l1"]):
         ways.append(replace(way, name=f"{way.name}, distilled", distillation=0.9))
     ways += [replace(FADE, name="fade, not per flop", power=0.0)]
     for way in ways[:: 3 if options.rehearse else 1]:
@@ -124,15 +131,13 @@ def explore_stage(bench: Bench, options: argparse.Namespace) -> None:
 
 
 def final_stage(bench: Bench, options: argparse.Namespace) -> None:
-    """The table: what matters most is measured first, for every seed and both targets."""
+    """The table."""
     load(bench, options)
-    first = [FADE, *(ONE[by] for by in CRITERIA)]
-    half = replace(FADE, name="fade per flop^0.5", power=0.5)
     trainer = in_torch(bench, options.bfloat16) if options.in_torch else None
     seeds, targets, each = options.seeds, options.targets, 1
     if options.rehearse:
         seeds, targets, each = seeds[:1], targets[:1], 5
-    for ways in (first, [PAPER], [*DISTILLED], [PER_FLOP, half, *SEARCHES], [*FRESH]):
+    for ways in FINAL:
         for seed in seeds:
             for flops in targets:
                 for way in ways[::each]:
@@ -282,6 +287,10 @@ def main() -> None:
         return publish(options)
     if options.bfloat16 and not options.in_torch:
         parser.error("--bfloat16: expected together with --in-torch")
+    known = [way.name for ways in FINAL for way in ways]
+    for name in options.ways or ():
+        if name not in known:
+            parser.error(f"--ways: expected some of {', '.join(map(repr, known))}; got {name!r}")
     bench = begin(parser, options, dhp, jax, flax, optax)
     for stage in options.stages:
         began = time.monotonic()

@@ -161,6 +161,17 @@ def test_pytorch_carries_out_the_same_updates_after_a_cut(tmp_path, arrays, shar
         np.testing.assert_allclose(x, y, rtol=1e-2, atol=1e-4, err_msg=name)
 
 
+def test_a_row_that_does_not_exist_is_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["", "--rehearse", f"--out={tmp_path / 'new'}", "--ways", "l3"]
+    )
+    with pytest.raises(SystemExit):
+        from_trained.main()
+    assert "--ways: expected some of 'fade', 'l1', " in (told := capsys.readouterr().err)
+    assert told.endswith("; got 'l3'\n")
+    assert not (tmp_path / "new").exists()
+
+
 def test_fresh_weights_have_the_widths_that_the_search_has_found(tmp_path, net):
     bench = argparse.Namespace(out=tmp_path, net=net)
     row = {"name": "fade", "target": 0.5, "seed": 1, "widths": {"stages.0": 5, "stages.1": 7}}
