@@ -29,7 +29,7 @@ import sys
 import time
 from typing import Any
 
-from record import commit, positive, progress, spread, table_of
+from record import commit, positive, progress, table_of, with_quartiles
 
 STAGES = {  # in order of worth, with the share of the time that each is worth
     "a": 35,
@@ -244,7 +244,7 @@ def tables(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 def cell(value: Any) -> str:
     """A value for a table: a median with its spread, a number with four digits, or as it is."""
     if isinstance(value, Mapping) and set(value) == {"median", "low", "high"}:
-        return spread(value, digits(value["median"]))
+        return with_quartiles(value, digits(value["median"]))
     if isinstance(value, float):
         return f"{value:{digits(value)}}"
     return str(value).replace("|", "\\|")

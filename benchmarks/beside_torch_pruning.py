@@ -153,7 +153,7 @@ def of_torch(torch, device, model, x: np.ndarray) -> Callable[[], None]:
 
 def publish(options: argparse.Namespace) -> None:
     """Makes the JSON and Markdown of rows that were measured."""
-    from record import spread, table_of, write
+    from record import table_of, with_quartiles, write
 
     rows, about = ours.measured(options.table)
     found: dict[tuple[float, str], list[dict]] = {}
@@ -164,8 +164,8 @@ def publish(options: argparse.Namespace) -> None:
         (
             f"{target:.0%}",
             name,
-            ours.spread([100 * row["flops"] for row in some], ".2f", " %"),
-            ours.spread([row["error"] for row in some], ".2f", " %"),
+            ours.mean_and_range([100 * row["flops"] for row in some], ".2f", " %"),
+            ours.mean_and_range([row["error"] for row in some], ".2f", " %"),
             len(some),
         )
         for (target, name), some in sorted(
@@ -174,7 +174,7 @@ def publish(options: argparse.Namespace) -> None:
     ]
     errors = table_of([">FLOPs asked for", "row", ">FLOPs", ">test error", ">seeds"], cells)
     cells = [
-        (f"{row['share']:.0%}", row["batch"], name, spread(ms, ".2f"))
+        (f"{row['share']:.0%}", row["batch"], name, with_quartiles(ms, ".2f"))
         for row in rows
         if row["name"] == "forward pass"
         for name, ms in row["ms"].items()

@@ -192,13 +192,13 @@ def cells(found: Mapping[int, dict], search: Mapping[int, dict]) -> list[str]:
     return [
         f"{np.mean([row['params'] for row in found.values()]):.0%}",
         f"{after[0]:.2f} %" if after else "",
-        spread([row["error"] for row in found.values()], ".2f", " %"),
-        spread(apart, "+.2f"),
+        mean_and_range([row["error"] for row in found.values()], ".2f", " %"),
+        mean_and_range(apart, "+.2f"),
         str(len(found)),
     ]
 
 
-def spread(values: Sequence[float], form: str, unit: str = "") -> str:
+def mean_and_range(values: Sequence[float], form: str, unit: str = "") -> str:
     """A mean, with the least and the most of several."""
     if not values:
         return ""

@@ -20,12 +20,13 @@ import dhp_jax as dhp
 from dhp_jax.core.latent import walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.state import path_name
+from dhp_jax.data.labelled.cifar import STATISTICS
 from dhp_jax.prox import soft_threshold
 from dhp_jax.pruned.fresh_weights import carry_kernels, reinitialize
 from dhp_jax.tasks.classification import distillation_loss
 
 BORDER = 4  # pixels of padding, out of which crops are cut
-MEAN, DEVIATION = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+MEAN, DEVIATION = STATISTICS["cifar10"]
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 TEMPERATURE = 4.0  # of the distillation
 

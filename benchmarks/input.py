@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
-from record import parser, positive, publish_each, spread, table_of
+from record import parser, positive, publish_each, table_of, with_quartiles
 from zoo import NETWORKS, QUICK, Network, queued, search_step, task_on
 
 from dhp_jax.budgets.timing import quartiles, time_in_turn
@@ -167,7 +167,7 @@ def as_table(rows: list[dict]) -> str:
             "x".join(map(str, row["input_shape"])),
             f"{row['input_ms']['median']:.2f}",
             f"{row['step_ms']['median']:.1f}",
-            spread(row["share"], ".2%"),
+            with_quartiles(row["share"], ".2%"),
             f"{row['consumed_per_second']:,.0f}",
             workers,
             f"{streamed['images_per_second']:,.0f}",

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from record import positive, publish, spread, table_of
+from record import positive, publish, table_of, with_quartiles
 
 from dhp_jax.budgets.timing import quartiles, time_in_turn
 
@@ -92,8 +92,8 @@ def as_table(rows: list[dict]) -> str:
         (
             row["file"],
             row["batch"],
-            spread(row["ms"], ".3f"),
-            spread(row["speedup"], ".2f"),
+            with_quartiles(row["ms"], ".3f"),
+            with_quartiles(row["speedup"], ".2f"),
         )
         for row in rows
     ]

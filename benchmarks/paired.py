@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 from typing import Any
 
-from record import positive, progress, publish_each, spread, table_of
+from record import positive, progress, publish_each, table_of, with_quartiles
 from zoo import NETWORKS, QUICK
 
 from dhp_jax.budgets.timing import quartiles
@@ -151,10 +151,10 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     cells = [
         (
             row["network"],
-            spread(row["after_step_ms"], ".2f"),
-            spread(row["step_ms_ratio"], ".3f"),
-            spread(row["after_compile_s"], ".2f"),
-            spread(row["compile_s_ratio"], ".3f"),
+            with_quartiles(row["after_step_ms"], ".2f"),
+            with_quartiles(row["step_ms_ratio"], ".3f"),
+            with_quartiles(row["after_compile_s"], ".2f"),
+            with_quartiles(row["compile_s_ratio"], ".3f"),
             f"{row['after_peak_bytes'] / 1e6:,.1f}",
             f"{row['after_peak_bytes'] / row['before_peak_bytes']:.3f}",
         )

@@ -21,7 +21,7 @@ import tempfile
 
 from flax import nnx
 import onnx_files
-from record import parser, positive, progress, publish_each, spread, table_of
+from record import parser, positive, progress, publish_each, table_of, with_quartiles
 from zoo import NETWORKS, QUICK, Network, queued
 
 import dhp_jax as dhp
@@ -149,7 +149,7 @@ def as_table(rows: list[dict]) -> str:
             f"{row['pruned_ms']['median']:.1f}",
             f"{row['images_per_second']['median']:,.0f}",
             f"{1 / row['flops_ratio']:.2f}",
-            spread(row["speedup"], ".2f"),
+            with_quartiles(row["speedup"], ".2f"),
             f"{row['share_of_ideal']:.0%}",
         )
         for row in rows

@@ -68,7 +68,7 @@ def table_of(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
-def spread(values: dict[str, float], form: str) -> str:
+def with_quartiles(values: dict[str, float], form: str) -> str:
     """A median with its quartiles, for tables."""
     return "{median:{form}} ({low:{form}} to {high:{form}})".format(form=form, **values)
 

@@ -24,7 +24,7 @@ import resource
 
 from flax import nnx
 import jax
-from record import parser, positive, publish_each, spread, table_of
+from record import parser, positive, publish_each, table_of, with_quartiles
 from zoo import NETWORKS, QUICK, Network, search_step
 
 import dhp_jax as dhp
@@ -183,7 +183,11 @@ def as_table(rows: list[dict]) -> str:
     if "trained_to_plain" in rows[0]:
         columns["trained / plain"] = ("trained_to_plain", ".3f")
     cells = [
-        (row["network"], row["batch"], *(spread(row[n], form) for n, form in columns.values()))
+        (
+            row["network"],
+            row["batch"],
+            *(with_quartiles(row[n], form) for n, form in columns.values()),
+        )
         for row in rows
     ]
     return table_of(["network", ">batch", *(f">{column}" for column in columns)], cells)

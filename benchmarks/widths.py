@@ -16,7 +16,7 @@ import math
 import statistics
 
 import jax
-from record import parser, positive, progress, publish_each, spread, table_of
+from record import parser, positive, progress, publish_each, table_of, with_quartiles
 from zoo import NETWORKS, QUICK, Network, queued
 
 import dhp_jax as dhp
@@ -120,7 +120,7 @@ def _cells(row: dict) -> tuple:
     return (
         *(*named, row["batch"], row["multiple_of"], f"{row['flops_ratio']:.1%}"),
         f"{row['ms']['median']:.1f}",
-        spread(row["time"], ".2f"),
+        with_quartiles(row["time"], ".2f"),
         "pays" if row["time"]["high"] < 1 else "costs" if row["time"]["low"] > 1 else "neither",
     )
 

@@ -59,7 +59,7 @@ def axis_sizes(data: int, model: int, devices: int, processes: int = 1) -> tuple
     return data, model
 
 
-def check_batch(batch_size: int, data: int, processes: int = 1) -> None:
+def check_divisible(batch_size: int, data: int, processes: int = 1) -> None:
     """Raises a `ConfigError` unless a batch can be divided among the devices along `data`.
 
     Several processes cannot leave any of them out.

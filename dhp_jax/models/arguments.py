@@ -53,7 +53,7 @@ def check_boolean(argument: str, value: Any) -> None:
         raise ArgumentError(argument, "True or False", shown(value))
 
 
-def check_share(argument: str, value: Any) -> None:
+def check_fraction(argument: str, value: Any) -> None:
     """Raises a `ValueError` that names the argument unless its value is a number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ArgumentError(argument, "a share in [0, 1]", shown(value))
@@ -61,7 +61,7 @@ def check_share(argument: str, value: Any) -> None:
 
 def check_dropout(argument: str, value: Any) -> None:
     """Raises a `ValueError` that names the argument unless its value is a share below 1."""
-    check_share(argument, value)
+    check_fraction(argument, value)
     if value == 1:
         raise ArgumentError(argument, "a share below 1", shown(value))
 
@@ -83,7 +83,7 @@ CHECKS: Mapping[str, Callable[[str, Any], None]] = {  # of arguments that severa
     "relu6": check_boolean,
     "prune_upsampler": check_boolean,
     "prune_classifier": check_boolean,
-    "classifier_keep": check_share,
+    "classifier_keep": check_fraction,
     "dropout": check_dropout,
 }
 

@@ -20,7 +20,7 @@ from dhp_jax.budgets.latency import check_latency, clock
 from dhp_jax.config.checks import check
 from dhp_jax.config.methods import METHODS, PHASES, Method
 from dhp_jax.core.cost import Cost
-from dhp_jax.distributed.mesh import DATA, check_batch, make_mesh
+from dhp_jax.distributed.mesh import DATA, check_divisible, make_mesh
 from dhp_jax.distributed.processes import from_first, is_first
 from dhp_jax.errors import ConfigError, FieldError
 from dhp_jax.pipeline.blueprint import Blueprint, abstract, begin, complete
@@ -96,7 +96,7 @@ def prepare(
     from_first(lambda: check_directory(workdir, config))
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     if mesh is not None:
-        check_batch(config.batch_size, mesh.shape[DATA], jax.process_count())
+        check_divisible(config.batch_size, mesh.shape[DATA], jax.process_count())
     blueprint = begin(config)
     origin = {"config.model.weights": blueprint.digest}
     if source_run.needs_source(config):

@@ -113,7 +113,7 @@ def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def quartiles(shares: Mapping[str, float]) -> str:
+def with_quartiles(shares: Mapping[str, float]) -> str:
     """The median of shares, and their quartiles: "49.98 % (49.50 % to 50.25 %)"."""
     return "{} ({} to {})".format(*(percent(shares[name]) for name in ("median", "low", "high")))
 

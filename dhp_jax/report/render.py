@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dhp_jax.budgets.layer_table import LABELS, percent
-from dhp_jax.report.format import duration, quartiles
+from dhp_jax.report.format import duration, with_quartiles
 
 STYLE_SHEET = (resources.files("dhp_jax.report") / "style.css").read_text()
 
@@ -52,7 +52,7 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "quartiles": quartiles, "duration": duration}
+    environment.filters |= {"percent": percent, "quartiles": with_quartiles, "duration": duration}
     environment.filters["svg"] = lambda chart: Markup(chart.svg())
     environment.globals["LABELS"] = LABELS
     return environment

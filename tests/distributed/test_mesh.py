@@ -20,7 +20,7 @@ from dhp_jax.distributed import processes as sharing
 from dhp_jax.distributed.mesh import (
     arrange,
     axis_sizes,
-    check_batch,
+    check_divisible,
     gather,
     keep_placement,
     local_rows,
@@ -311,12 +311,12 @@ def test_a_mesh_that_the_devices_cannot_make_is_refused_with_what_works(asked, p
 )
 def test_a_batch_that_the_mesh_cannot_divide_is_refused_with_what_works(batch, data, told):
     with pytest.raises(ConfigError, match=told):
-        check_batch(batch, data)
+        check_divisible(batch, data)
 
 
 def test_several_processes_are_not_told_of_a_mesh_that_leaves_devices_out():
     with pytest.raises(ConfigError, match=r"multiple of 8, .* such as 56 or 64; got 60$"):
-        check_batch(60, 8, processes=2)
+        check_divisible(60, 8, processes=2)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
 from dhp_jax.config import fields as config_fields
-from dhp_jax.distributed.mesh import axis_sizes, check_batch
+from dhp_jax.distributed.mesh import axis_sizes, check_divisible
 from dhp_jax.pipeline import command
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +102,7 @@ def accept(main, arguments, monkeypatch):
     options = command.parse(arguments, main.define)
     dhp_config.check(options.config)
     sizes = axis_sizes(options.config.mesh.data, options.config.mesh.model, devices=8)
-    check_batch(options.config.batch_size, sizes[0])
+    check_divisible(options.config.batch_size, sizes[0])
     joined = []
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
     monkeypatch.setattr(
