@@ -24,7 +24,7 @@ import time
 from flax import nnx
 import from_trained as ours
 from from_trained_programs import DEVIATION, MEAN, SHAPE, Network, of_latents
-from from_trained_rows import FADE, ONE, REHEARSAL, Bench, cosine, pruned_row
+from from_trained_rows import FADE, ONE, REHEARSAL, Bench, cosine, found_widths, pruned_row
 import jax
 import numpy as np
 from torch_resnet import check_same, layers_of, network, torch_inputs, train, trainer
@@ -113,10 +113,14 @@ def torch_error(torch, device, bench: Bench, model) -> float:
     return 100 * wrong / len(labels)
 
 
-def latencies(torch, device, bench: Bench, flops: float, rounds: int) -> None:
+def latencies(torch, device, bench: Bench, flops: float, options: argparse.Namespace) -> None:
     """Times forward passes of whole and pruned networks of both, in turn, and writes the row."""
     model = of_latents(bench.net, bench.trained)
-    small = dhp.prune_to(model, SHAPE, flops=flops, by=dhp.group_scores(model))
+    whole = {name: np.ones(size, bool) for name, size in bench.net.sizes.items()}
+    modules = {"ours, whole": dhp.prune(model)}
+    for name in options.ways:
+        found = found_widths(bench, name, flops, options.seeds[0])
+        modules[f"ours, {name}"] = dhp.prune(model, whole | found)
     theirs = {
         name: pruned_by_torch(torch, bench, flops, together)[0]
         for name, together in COMPARED.items()
@@ -124,11 +128,10 @@ def latencies(torch, device, bench: Bench, flops: float, rounds: int) -> None:
     theirs["torch, whole"] = network(torch, bench.trained)
     for batch in LATENCY_BATCHES if bench.size != REHEARSAL else (4,):
         x = np.zeros((batch, *SHAPE), np.float32)
-        passes = {"ours, whole": dhp.prune(model), "ours": small}
-        passes = {name: of_ours(module, x) for name, module in passes.items()}
+        passes = {name: of_ours(module, x) for name, module in modules.items()}
         for name, module in theirs.items():
             passes[name] = of_torch(torch, device, copy.deepcopy(module), x)
-        seconds = time_in_turn(passes, rounds, 60)
+        seconds = time_in_turn(passes, options.rounds, 60)
         found = {name: quartiles([1e3 * s for s in values]) for name, values in seconds.items()}
         bench.write(name="forward pass", share=flops, batch=batch, ms=found)
 
@@ -217,7 +220,7 @@ def main() -> None:
                 else:
                     pruned_row(bench, known[way], flops, seed, trainer=finetune)
     for flops in options.targets:
-        latencies(torch, device, bench, flops, options.rounds)
+        latencies(torch, device, bench, flops, options)
 
 
 if __name__ == "__main__":

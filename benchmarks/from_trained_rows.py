@@ -390,7 +390,7 @@ def cut(bench: Bench, way: Way, flops: float, seed: int) -> dict[str, np.ndarray
     """The survivors of a way that cuts at once."""
     net = bench.net
     if way.by == "found":
-        return found_widths(bench, flops, seed)
+        return found_widths(bench, FADE.name, flops, seed)
     if way.by == "uniform":
         masks = dhp.uniform_within(net.latents, net.cost, flops=flops)
         return {name: masks[name] for name in net.prunable}
@@ -404,12 +404,12 @@ def cut(bench: Bench, way: Way, flops: float, seed: int) -> dict[str, np.ndarray
     return choose(net, dhp.per_cost(scores, net.cost, power=way.power), flops)
 
 
-def found_widths(bench: Bench, flops: float, seed: int) -> dict[str, np.ndarray]:
-    """As many entries of each latent as the row of the search with this seed has kept."""
+def found_widths(bench: Bench, name: str, flops: float, seed: int) -> dict[str, np.ndarray]:
+    """As many entries of each latent as a row that is written has kept."""
     for row in map(json.loads, (bench.out / ROWS).read_text().splitlines()):
-        if (row["name"], row.get("target"), row.get("seed")) == (FADE.name, flops, seed):
+        if (row["name"], row.get("target"), row.get("seed")) == (name, flops, seed):
             return {name: np.arange(bench.net.sizes[name]) < n for name, n in row["widths"].items()}
-    raise ValueError(f"--out: expected a row {FADE.name!r} at {flops} with seed {seed} in {ROWS}")
+    raise ValueError(f"--out: expected a row {name!r} at {flops} with seed {seed} in {ROWS}")
 
 
 def faded(
