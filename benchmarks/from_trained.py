@@ -68,7 +68,7 @@ FINAL = (  # of the stage final: what matters most is measured first, for all se
     (FADE, *(ONE[by] for by in CRITERIA)),
     (PAPER,),
     DISTILLED,
-    (PER_FLOP, HALF, *SEARCHES),
+    (ONE["taylor"], PER_FLOP, HALF, replace(FADE, name="fade, one stage", stages=1), *SEARCHES),
     FRESH,
 )
 
