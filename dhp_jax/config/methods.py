@@ -34,10 +34,17 @@ PHASES = ("search", "converge", "baseline")  # the position selects the random s
 
 
 class Smaller(NamedTuple):
-    """A network just after pruning, and JSON values that tell what was chosen (`Chosen.notes`)."""
+    """A network just after pruning.
+
+    Attributes:
+      model: the network.
+      budget: JSON values that tell what was chosen (`Chosen.notes`).
+      exact: whether all that went was zero, so that the network computes what it did before.
+    """
 
     model: nnx.Module
     budget: dict[str, Any]
+    exact: bool = False
 
 
 class Start(Protocol):
@@ -107,11 +114,6 @@ class Method:
     ranks: bool = False
     fresh: bool = False
     network: str = "pruned"
-
-    @property
-    def cuts(self) -> bool:
-        """Whether it cuts a trained network at once, so that statistics are those of another."""
-        return self.source == "baseline" and not self.fades
 
     @property
     def searches(self) -> bool:

@@ -151,7 +151,7 @@ def prune_to_budget(work: Work, made_from: str) -> str:
     if found and found["notes"]["made_from"] == made_from:
         return found["sha256"]
     with doing("choosing the channels that stay"):
-        small, budget = method.smaller(RunStart(run, work.read))
+        small, budget, exact = method.smaller(RunStart(run, work.read))
     if method.searches:
         _check_weights(small)
     notes: dict[str, Any] = {"budget": budget}
@@ -164,7 +164,8 @@ def prune_to_budget(work: Work, made_from: str) -> str:
         reinitialize(small, rngs=nnx.Rngs(run.config.seed))
     else:
         notes["test"] = _test(work, small)
-        if method.cuts and renew(run, small, work.read("train")):
+        statistics_stay = exact or method.source != "baseline"
+        if not statistics_stay and renew(run, small, work.read("train")):
             notes["renewed"] = _test(work, small)
     return networks.save(run, "pruned", small, made_from=made_from, **notes)
 

@@ -8,6 +8,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+import numpy as np
 
 from dhp_jax.artifact import reading
 from dhp_jax.budgets.counted import BudgetError, Scores
@@ -89,7 +90,12 @@ class RunStart:
             kept = run.workdir / "search"
             hint = f"; the search is kept in {kept}, for dhp.prune_to" if kept.exists() else ""
             raise ConfigError.of(f"config.budget.{error.field}", error, hint) from error
-        return Smaller(prune(model, chosen.masks, run.setup.input_shape), chosen.notes())
+        gone = {name: z.value()[~chosen.masks[name]] for name, z in latents(model).items()}
+        return Smaller(
+            prune(model, chosen.masks, run.setup.input_shape),
+            chosen.notes(),
+            exact=not any(np.any(z) for z in gone.values()),
+        )
 
     def found(self, model: nnx.Module) -> Smaller:
         source = source_run.read(self.run.config)

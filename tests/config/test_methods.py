@@ -26,14 +26,16 @@ from runs import (
 import dhp_jax as dhp
 from dhp_jax import config as dhp_config
 from dhp_jax.budgets import latency
+from dhp_jax.budgets.counted import survivors_within
 from dhp_jax.config.methods import METHODS
 from dhp_jax.core.latent import walk
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.data.labelled import digits
 from dhp_jax.errors import ConfigError, NonFiniteError
-from dhp_jax.pipeline import phases, preparation, targets
+from dhp_jax.pipeline import networks, phases, preparation, targets
 from dhp_jax.pipeline.targets import execute
 from dhp_jax.pipeline.training_batches import batches
+from dhp_jax.pruned.gates import ungate
 from dhp_jax.report import write as report_write
 from dhp_jax.report.format import start_text
 from dhp_jax.train.phase import Outcome, Progress
@@ -298,6 +300,36 @@ def test_a_search_from_trained_weights_meets_its_budget_and_its_cut_loses_nothin
         network.eval()
     images = np.random.default_rng(0).normal(size=(16, *SHAPE)).astype(np.float32)
     np.testing.assert_allclose(small(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 2])
+def test_statistics_are_renewed_where_a_cut_takes_more_than_has_faded(
+    baseline, tmp_path, multiple_of
+):
+    fields = {"method": "fade", "source": str(baseline), "multiple_of": multiple_of}
+    run = prepare(tmp_path / "run", **fields)
+    trained = dhp.load(baseline / "model")
+    net = run.blueprint.gated(trained)
+    scores = dhp.random_scores(net, 0)
+    kept = survivors_within(net, run.cost, scores=scores, flops=0.5)
+    assert any(mask.sum() % 2 for mask in kept.values())
+    for name, z in dhp.latents(net).items():
+        z.vector.set_value(jnp.asarray(kept[name], jnp.float32))
+    searched = ungate(net, run.blueprint.build())
+    digest = networks.save(run, "search", searched, made_from=source_run.read(run.config).sha256)
+    phases.prune_to_budget(phases.Work(run, lambda: False, run.setup.read), digest)
+    small = dhp.load(run.workdir / "pruned")
+    assert ("renewed" in description(run.workdir / "pruned")["notes"]) is (multiple_of == 2)
+    widths = [layer.out_features for _, layer in nnx.iter_modules(small) if is_conv(layer)]
+    assert any(width % 2 for width in widths) is (multiple_of == 1)
+    means = [np.asarray(n.mean[...]) for _, n in nnx.iter_modules(small) if is_norm(n)]
+    before = [np.asarray(n.mean[...]) for _, n in nnx.iter_modules(trained) if is_norm(n)]
+    same = [np.isin(one, other).all() for one, other in zip(means, before, strict=True)]
+    assert all(same) is (multiple_of == 1)
+
+
+def is_conv(layer):
+    return isinstance(layer, nnx.Conv)
 
 
 def test_a_search_from_trained_weights_has_the_dtype_and_the_floors_of_its_own_run(
