@@ -34,11 +34,15 @@ from dhp_jax.tracing.weights import (
 def l1_scores(model: nnx.Module) -> Scores:
     """Scores each entry of a latent by the l1 norm of the filters that belong to it.
 
-    A filter is the part of a kernel that makes one output channel. Convolutions whose outputs are
-    added share a latent, so the norms of their filters add up. Layers differ widely in norm, so the
-    sums of each latent are divided by their mean: an entry is compared with the others of its
-    latent, and no layer is removed for its scale. Latents then agree in scale, but not in spread;
-    one with similar filters may keep many more or many fewer of them than others.
+    A filter `F` is the part of a kernel that makes one output channel. The score of entry `i` is
+
+        s_i = sum over the filters F that make the channels of i of  sum |F|
+
+    divided by the mean of all `s_i` of the latent. Convolutions whose outputs are added share a
+    latent, so there are several filters. Layers differ widely in norm: with the division an entry
+    is compared with the others of its latent, and no layer is removed for its scale. Latents then
+    agree in scale, but not in spread; one with similar filters may keep many more or many fewer of
+    them than others.
 
     Args:
       model: a network of latents; one that `prune` or a baseline run has made becomes one by
@@ -65,7 +69,7 @@ def l1_scores(model: nnx.Module) -> Scores:
 def l2_scores(model: nnx.Module) -> Scores:
     """Scores by the Euclidean norm of the filters that each entry of a latent rules.
 
-    As `l1_scores`, with `sqrt(sum of squares)` for the norm of a filter.
+    As `l1_scores`, with `sqrt(sum F^2)` for the norm of a filter.
 
     Args:
       model: a network of latents.
@@ -120,8 +124,11 @@ def group_scores(model: nnx.Module) -> Scores:
     """Scores by the Euclidean norm of all weights that go with an entry of a latent.
 
     With an entry go the filters that make its channels, the slices of kernels and the rows of
-    linear layers that read them, and the scales of normalised channels. The score is the root of
-    the sum of all their squares; each latent's scores are divided by their mean.
+    linear layers that read them, and the scales of normalised channels. The score of entry `i` is
+
+        s_i = sqrt(sum over all weights w that go with i of  |w|^2)
+
+    divided by the mean of all `s_i` of the latent.
 
     Args:
       model: a network of latents.
@@ -148,7 +155,11 @@ def group_scores(model: nnx.Module) -> Scores:
 def scale_scores(model: nnx.Module) -> Scores:
     """Scores by the magnitude of the scales of normalised channels that an entry stands for.
 
-    They are compared across latents as they are, as in network slimming. There the network is
+    With the scales `gamma` of normalisations the score of entry `i` is
+
+        s_i = sum over the channels c that stand for i of  |gamma_c|
+
+    Scores are compared across latents as they are, as in network slimming. There the network is
     trained with an l1 term on its scales before; without one, few are near zero.
 
     Args:
@@ -352,7 +363,7 @@ def _of_mean_one(scores: Scores) -> Scores:
 
 
 def random_scores(model: nnx.Module, seed: int) -> Scores:
-    """Random scores: each entry of each latent is equally likely to go.
+    """Random scores: each entry of each latent is equally likely to go, for `s_i ~ U(0, 1)`.
 
     Entries that still fit the budget come back, as for `prune_to`.
 

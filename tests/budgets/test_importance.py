@@ -112,6 +112,10 @@ def test_another_seed_draws_other_survivors():
     prunable = {name for name, z in dhp.latents(model).items() if z.prunable}
     assert one.keys() == other.keys() == prunable
     assert all(not np.array_equal(one[name], other[name]) for name in one)
+    rng = np.random.default_rng(1)
+    for name, z in dhp.latents(model).items():
+        if z.prunable:
+            np.testing.assert_array_equal(other[name], rng.uniform(0, 1, z.size))
 
 
 def test_no_latent_is_likelier_to_lose_entries_at_random():
