@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from dhp_jax.core.activations import PReLU, ReLU
 from dhp_jax.core.hypernet import HypernetArrays
-from dhp_jax.core.latent import has_gates, latents, walk
-from dhp_jax.core.layers import Hyper, Linear
-from dhp_jax.core.plain import Model
+from dhp_jax.core.latent import Axis, has_gates, latents, walk
+from dhp_jax.core.layers import ChannelBias, Hyper, Linear, Norm
+from dhp_jax.core.plain import Model, Prunable
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import value_of, variables_of
 from dhp_jax.core.surgery import override, prune
@@ -23,6 +24,8 @@ from dhp_jax.tracing.generated import GeneratedArray, ordinary
 from dhp_jax.tracing.network import gated, install, is_traced
 from dhp_jax.tracing.reads import open_axes
 from dhp_jax.tracing.weights import READ, weights_of
+
+KNOWN = Hyper | Linear | Norm | ChannelBias | PReLU | ReLU  # layers: what each reads
 
 
 def with_gates(
@@ -62,7 +65,9 @@ def with_gates(
 
     Raises:
       ValueError: as `with_latents`, if the network is ordinary; the code of one of traced latents
-        allows no gates on an array, or a kernel is no `nnx.Param`.
+        allows no gates on an array, or a kernel is no `nnx.Param`; of declared latents a prunable
+        one is read by no convolution on latents and no `dhp.Linear`, or is in a layer of your own
+        that has a kernel.
 
     Example:
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
@@ -97,10 +102,32 @@ def with_gates(
             override(layer, kernel=_gated_kernel)
         elif isinstance(layer, Linear):
             override(layer, plain=_gated_plain, __call__=_call_plain)
+    _check_closed(net)
     for z in latents(net).values():
         z.vector.set_value(jnp.ones_like(z.vector[...]))
         z.vector.set_metadata(gate=True)
     return net
+
+
+def _check_closed(net: nnx.Module) -> None:
+    """Raises if something else may read the channels of a declared latent than what is gated."""
+    read = [weights.entries for weights in weights_of(net) if weights.role == READ]
+    ruled = {entry[0] for entries in read for entry in filter(None, entries)}
+    for name, z in latents(net).items():
+        if z.prunable and z not in ruled:
+            detail = (
+                "expected a convolution on latents or a dhp.Linear to read each prunable latent"
+            )
+            raise ArgumentError("model", detail=f"{detail}; {name!r} is read by none")
+    for path, _, layer in walk(net):
+        if isinstance(layer, KNOWN) or not isinstance(layer, Prunable):
+            continue
+        axes = [axis for axis in vars(layer).values() if isinstance(axis, Axis)]
+        arrays = [x for x in vars(layer).values() if isinstance(x, nnx.Param) and x[...].ndim > 1]
+        if arrays and any(z.prunable for axis in axes for z, _ in axis.entries()):
+            detail = "expected layers of the library where kernels are on prunable axes"
+            kind = type(layer).__name__
+            raise ArgumentError("model", detail=f"{detail}; {path!r} is a {kind} of your own")
 
 
 def _gates_of(model: nnx.Module) -> tuple[dict[str, list[int]], list[str]]:

@@ -185,3 +185,75 @@ def test_families_compute_the_same_and_zeros_compute_what_is_pruned(family):
     wanted, _ = run(small, x)
     found, _ = run(gated, x)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+class Queries(nnx.Module):
+    """Queries and keys are multiplied with each other, and no kernel reads them."""
+
+    def __init__(self, rngs):
+        image, z = dhp.Latent(3, prunable=False, rngs=rngs), dhp.Latent(12, rngs=rngs)
+        self.q, self.k = (dhp.Linear(image, z, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x):
+        return jnp.einsum("bqd,bkd->bqk", self.q(x), self.k(x))
+
+
+class Own(nnx.Module):
+    """A dense layer of one's own on the axis of a latent."""
+
+    def __init__(self, z, kernel):
+        self.z, self.kernel = nnx.data(z), nnx.Param(kernel)
+
+    def plain(self, keep=None):
+        return type(self)(None, self.kernel[...][self.z.keep(keep)])
+
+    def __call__(self, x):
+        return x @ self.kernel[...]
+
+
+class Scaled(Own):
+    """A number for each channel."""
+
+    def __call__(self, x):
+        return x * self.kernel[...]
+
+
+class WithOwn(nnx.Module):
+    """A latent that both a layer of the library and one of one's own have."""
+
+    def __init__(self, rngs, own=Own, shape=(6, 2)):
+        image, z = (
+            dhp.Latent(3, prunable=False, rngs=rngs),
+            dhp.Latent(6, min_channels=1, rngs=rngs),
+        )
+        self.stem = dhp.Linear(image, z, rngs=rngs)
+        self.own = own(z, RNG.normal(size=shape).astype(np.float32))
+        self.head = dhp.Linear(z, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = jnp.tanh(self.stem(x))
+        return (
+            self.own(x) + self.head(x) if self.own.kernel[...].ndim > 1 else self.head(self.own(x))
+        )
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Queries, r"model: expected .* to read each prunable latent; 'k\.z_out' is read by none"),
+        (WithOwn, "model: expected layers of the library .*; 'own' is a Own of your own"),
+    ],
+)
+def test_declared_latents_whose_channels_no_gate_closes_are_refused(network, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        dhp.with_gates(network(nnx.Rngs(0)), rngs=nnx.Rngs(0))
+
+
+def test_gates_close_channels_that_a_layer_of_ones_own_scales():
+    model = dhp.with_gates(WithOwn(nnx.Rngs(0), Scaled, (6,)), rngs=nnx.Rngs(0))
+    (name,) = (name for name, z in dhp.latents(model).items() if z.prunable)
+    masks = {n: np.ones(z.size, bool) for n, z in dhp.latents(model).items()}
+    masks[name][[1, 4]] = False
+    set_to(model, masks)
+    x = RNG.normal(size=(5, 3)).astype(np.float32)
+    np.testing.assert_allclose(cut(model, masks)(x), model(x), rtol=1e-5, atol=1e-6)
