@@ -234,7 +234,7 @@ def _removable(
 ) -> tuple[list[Group], list[Group]]:
     """The groups of entries that must go, and those that may, smallest score first.
 
-    Ties by name and order.
+    The score of a group is its largest; ties by the sum, name and order.
     """
     always, groups, steps = [], [], multiples(model, multiple_of)
     for name in sorted(scores.keys() - latents(model).keys(), key=str):
@@ -247,10 +247,11 @@ def _removable(
         widest = widths_of(z, step)[-1]
         for end in removals(z, step):
             entries = order[max(0, end - step) : end]
-            group = (score[entries[-1]], name, end, tuple(map(int, entries)))
+            largest, total = score[entries[-1]], score[entries].sum()
+            group = (largest, total, name, end, tuple(map(int, entries)))
             (always if z.size - end >= widest else groups).append(group)
     return tuple(
-        [(name, entries) for _, name, _, entries in sorted(found)] for found in (always, groups)
+        [(name, entries) for _, _, name, _, entries in sorted(found)] for found in (always, groups)
     )
 
 

@@ -287,3 +287,43 @@ def test_costly_channels_are_traded_for_cheap_ones_where_the_budget_would_be_mis
     ratio = dhp.measure_cost(small, (8, 8, 1)).flops / cost.flops
     cheapest = 2 / (2 * 9 * 8 + 2 * 64 + 2)  # one cheap channel of all
     assert target - max(0.005, cheapest) < ratio <= target
+
+
+class Branches(nnx.Module):
+    """Three branches of equal cost, added up."""
+
+    def __init__(self, rngs):
+        image = dhp.Latent(3, prunable=False, rngs=rngs)
+        zs = [dhp.Latent(16, min_channels=1, rngs=rngs) for _ in range(3)]
+        self.first = nnx.List([dhp.Linear(image, z, rngs=rngs) for z in zs])
+        self.second = nnx.List([dhp.Linear(z, 2, rngs=rngs) for z in zs])
+
+    def __call__(self, x):
+        branches = zip(self.first, self.second, strict=True)
+        return sum(second(jnp.tanh(first(x))) for first, second in branches)
+
+
+@functools.cache
+def branches():
+    model = Branches(nnx.Rngs(0))
+    return model, dhp.measure_cost(model, (3,))
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.lists(st.integers(1, 16), min_size=3, max_size=3), st.sampled_from([2, 4, 8]))
+def test_of_gates_that_are_open_or_closed_rounding_keeps_as_many_open_ones_as_fit(open_, step):
+    model, cost = branches()
+    names = [name for name, z in dhp.latents(model).items() if z.prunable]
+    scores = {
+        name: np.isin(np.arange(16), np.random.default_rng(n).permutation(16)[:n]).astype(float)
+        for name, n in zip(names, open_, strict=True)
+    }
+    masks = survivors_within(model, cost, step, scores=scores, flops=0.5)
+    kept = sum(int(scores[name][masks[name]].sum()) for name in names)
+    widths = [range(step, 17, step)] * 3
+    most = max(
+        sum(min(width, n) for width, n in zip(chosen, open_, strict=True))
+        for chosen in itertools.product(*widths)
+        if cost.shares(cost.sizes | dict(zip(names, chosen, strict=True)))["flops"] <= 0.5
+    )
+    assert kept == most
