@@ -69,20 +69,34 @@ def optimizer(
 def is_kernel(params: PyTree) -> PyTree:
     """A mask of the parameters of kernels: all but latents, biases, scales and slopes.
 
-    These have a single axis. Arrays of hypernetworks make kernels, however they are packed.
+    These have a single axis, or the name `bias` or `scale`, as the biases of attention heads. The
+    arrays of a hypernetwork make a kernel, however they are packed, and are side by side.
 
     Args:
       params: a tree of states of `nnx.Variable`s.
     """
 
-    def of(path: tuple[Any, ...], variable: nnx.Variable) -> bool:
-        names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
-        made = not names.isdisjoint(HypernetArrays._fields)
-        return not isinstance(variable, LatentVector) and (made or variable.get_value().ndim > 1)
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, nnx.Variable)
 
-    return jax.tree_util.tree_map_with_path(
-        of, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
-    )
+    beside: dict[tuple[Any, ...], set[Any]] = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
+        beside.setdefault(path[:-1], set()).add(_key(path[-1:]))
+
+    def of(path: tuple[Any, ...], variable: nnx.Variable) -> bool:
+        name, together = _key(path), beside[path[:-1]]
+        made = name in HypernetArrays._fields and together.issuperset(HypernetArrays._fields)
+        if made or name == "weight":  # of an array that is generated
+            name = _key(path[:-1])
+        several = made or variable.get_value().ndim > 1
+        return several and name not in ("bias", "scale") and not isinstance(variable, LatentVector)
+
+    return jax.tree_util.tree_map_with_path(of, params, is_leaf=is_leaf)
+
+
+def _key(path: tuple[Any, ...]) -> Any:
+    """The last name of a path; `None` if there is none."""
+    return getattr(path[-1], "key", getattr(path[-1], "name", None)) if path else None
 
 
 def largest_to_vanish(

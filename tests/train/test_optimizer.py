@@ -11,7 +11,7 @@ import pytest
 import dhp_jax as dhp
 from dhp_jax.backend.hypernets import pack_axes
 from dhp_jax.core.latent import prunable_latents
-from dhp_jax.train.optimizer import largest_to_vanish, optimizer, shrink_latents
+from dhp_jax.train.optimizer import is_kernel, largest_to_vanish, optimizer, shrink_latents
 from dhp_jax.train.schedules import decay_schedule, drop_schedule
 
 LR = 0.5
@@ -141,6 +141,24 @@ def test_decay_of_kernels_leaves_out_latents_biases_and_norms(monkeypatch, name,
     assert len(kept) > 5
     assert moved == paths - kept
     assert (model.left.b0[...].ndim == 1) == packed
+
+
+class Named(nnx.Module):
+    """Arrays of one's own by the names that hypernetworks have for theirs."""
+
+    def __init__(self, rngs):
+        self.b1 = nnx.Param(jnp.ones(3))
+        self.w1 = nnx.Linear(3, 3, rngs=rngs)
+        self.b2 = nnx.BatchNorm(3, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+
+
+def test_names_of_hypernetworks_and_biases_of_several_axes_do_not_decide_what_decays():
+    params = nnx.state(Named(nnx.Rngs(0)), nnx.Param)
+    found = {".".join(map(str, p)): x for p, x in nnx.to_flat_state(is_kernel(params))}
+    kernels = ("w1.kernel", *(f"attention.{n}.kernel" for n in ("query", "key", "value", "out")))
+    assert params["attention"]["query"]["bias"][...].ndim == 2
+    assert {name for name, decays in found.items() if decays} == set(kernels)
 
 
 def test_an_unknown_optimizer_is_refused():
