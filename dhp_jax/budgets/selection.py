@@ -37,6 +37,8 @@ from dhp_jax.tracing.programs import Call, default_call
 
 Selection = Callable[..., dict[str, np.ndarray]]  # takes what `survivors_within` does
 
+SEARCHED = 0.5  # of its largest magnitude: a latent whose smallest is below was searched
+
 
 def selection(by: Scores | Selection | None, budget: Collection[str]) -> Selection:
     """The function that chooses survivors: by magnitude, by scores, or the caller's own.
@@ -161,7 +163,7 @@ def prune_to(
     """Prunes a network to budgets, by magnitude of its latents.
 
     The pruned network is within all budgets and as close to them as possible. Where no latent was
-    searched, so that all entries of each are equal, `dhp.group_scores` ranks them.
+    searched, so that the entries of each are about alike, `dhp.group_scores` ranks them.
 
     Args:
       model: a network of latents; left as it was.
@@ -249,14 +251,14 @@ def prune_to(
 def default_scores(model: nnx.Module) -> Scores | None:
     """Scores by group norms if no latent was searched; otherwise none, for magnitudes rank.
 
+    A search brings entries down. In plain training they stay about alike, and say nothing.
+
     Raises:
       ArgumentError: no latent was searched, and one is in no layer that has weights.
     """
     prunable = [z for z in latents(model).values() if z.prunable]
-    searched = not prunable or any(
-        np.ptp(np.abs(np.asarray(z.value(), np.float64))) > 0 for z in prunable
-    )
-    if searched:
+    magnitudes = [np.abs(np.asarray(z.value(), np.float64)) for z in prunable]
+    if not prunable or any(z.min() < SEARCHED * z.max() for z in magnitudes):
         return None
     try:
         return group_scores(model)

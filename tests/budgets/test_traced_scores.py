@@ -271,10 +271,30 @@ class Scaled(nnx.Module):
 
 def test_a_latent_that_no_norms_rank_asks_for_scores():
     model = Scaled(dhp.Latent(6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    model.z.vector.set_value(jnp.linspace(1, 0.1, 6))
     assert selection.default_scores(model) is None
     model.z.vector.set_value(jnp.ones(6))
     with pytest.raises(ValueError, match=r"^by: expected scores by latent, .* 'z' is that of"):
         selection.default_scores(model)
+
+
+def test_latents_that_were_trained_but_not_searched_rank_nothing():
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    net = dhp.with_latents(nnx.Sequential(*layers(nnx.Rngs(0))), x, min_channels=1)
+    optimizer = nnx.Optimizer(net, optax.sgd(0.01), wrt=nnx.Param)
+    for _ in range(3):
+        optimizer.update(net, nnx.grad(lambda net: jnp.mean(net(x) ** 2))(net))
+    assert any(np.ptp(z.value()) > 0 for z in dhp.latents(net).values())
+    small, by_norms = (dhp.prune_to(net, flops=0.5, by=by) for by in (None, dhp.group_scores(net)))
+    assert architecture_of(small).survivors == architecture_of(by_norms).survivors
+    for z in dhp.latents(net).values():
+        z.vector.set_value(jnp.linspace(1, 0.1, z.size))
+    searched = architecture_of(dhp.prune_to(net, flops=0.5)).survivors
+    assert searched == {name: tuple(range(len(kept))) for name, kept in searched.items()}
+
+
+def layers(rngs):
+    return nnx.Linear(3, 12, rngs=rngs), nnx.relu, nnx.Linear(12, 2, rngs=rngs)
 
 
 class Joined(nnx.Module):
