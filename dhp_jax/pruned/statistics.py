@@ -1,6 +1,6 @@
 """The statistics of BatchNorm, measured anew."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import functools
 from typing import Any
 
@@ -14,11 +14,16 @@ import numpy as np
 from dhp_jax.backend.platform import compiler_options
 from dhp_jax.core.latent import walk
 from dhp_jax.core.surgery import override
-from dhp_jax.errors import shown
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.linen import FromLinen
 
 
-def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
+def renew_statistics(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    call: Callable[[nnx.Module, Any], Any] | None = None,
+) -> None:
     """Measures the mean and variance of every BatchNorm anew; nothing is trained.
 
     Cutting channels changes what the layers behind them see, so that statistics from before are
@@ -37,14 +42,17 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
         changed in place, its mode stays.
       batches: what the model takes, such as images of shape `(n, h, w, c)`, augmented as in
         training; some thousand examples in all. Batches of another shape are compiled for again.
+        With a `call` trees of arrays, the examples along their first axes.
+      call: a function of the model and a batch, where that is not `model(batch)`.
 
     Raises:
-      ValueError: a network without BatchNorm layers, no batches or an empty one, or a layer
-        that sees NaN or infinity; nothing is changed then.
+      ValueError: a network without BatchNorm layers, no batches or an empty one, a `call` that is
+        no function, or a layer that sees NaN or infinity; nothing is changed then.
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
       >>> dhp.renew_statistics(small, [images[:256], images[256:512]])
+      >>> dhp.renew_statistics(two, [(x, y)], call=lambda network, batch: network(*batch))
 
     Reference: Wu, Johnson, Rethinking "Batch" in BatchNorm, 2021 (arXiv 2105.07576), section 3.
     """
@@ -55,20 +63,25 @@ def renew_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
         raise ValueError(
             f"model: expected a network with BatchNorm layers, got {type(model).__name__}"
         )
+    if call is not None and not callable(call):
+        raise ArgumentError("call", "a function of the model and a batch, or None", shown(call))
     graphdef, state = nnx.split(_measuring(model))
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def of_batch(state: nnx.State, batch: Array) -> dict[str, tuple[Array, Array, Array]]:
+    def of_batch(state: nnx.State, batch: Any) -> dict[str, tuple[Array, Array, Array]]:
         network = nnx.merge(graphdef, state, copy=True)
-        network(batch)
+        network(batch) if call is None else call(network, batch)
         found = _norms(network).items()
         return {path: (norm.seen[...], norm.mean[...], norm.var[...]) for path, norm in found}
 
     sums = {path: np.zeros((3, *norm.mean.shape)) for path, norm in norms.items()}
     batch = None
     for batch in batches:
-        if not hasattr(batch, "shape") or not len(batch):
-            raise ValueError(f"batches: expected arrays, without labels; got {shown(batch)}")
+        if call is None and not hasattr(batch, "shape"):
+            other = "or a call that takes others"
+            raise ArgumentError("batches", f"arrays, without labels, {other}", shown(batch))
+        if not all(np.size(x) for x in jax.tree.leaves(batch)):
+            raise ArgumentError("batches", "at least one example in each", shown(batch))
         for path, moments in of_batch(state, batch).items():
             n, mean, variance = (np.asarray(moment, np.float64) for moment in moments)
             sums[path] += n, n * mean, n * (variance + mean**2)

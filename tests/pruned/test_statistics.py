@@ -30,6 +30,24 @@ def test_statistics_are_the_moments_of_all_examples():
     np.testing.assert_allclose(model.first.var[...], flat.var(0), rtol=1e-4)
 
 
+class Sum(Two):
+    """A network of two inputs."""
+
+    def __call__(self, x, y):
+        return super().__call__(x + y)
+
+
+def test_a_network_of_several_inputs_is_called_as_asked():
+    model, other = Sum(nnx.Rngs(0)), Two(nnx.Rngs(0))
+    x, y = np.random.default_rng(0).normal(2, 3, (2, 60, 3)).astype(np.float32)
+    batches = [{"x": x[:20], "y": y[:20]}, {"x": x[20:], "y": y[20:]}]
+    dhp.renew_statistics(model, batches, call=lambda network, batch: network(**batch))
+    dhp.renew_statistics(other, [x + y])
+    for one, two in zip(model.first.mean[...], other.first.mean[...], strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5)
+    assert model.first.mean[...].min() > 1
+
+
 def test_a_layer_that_was_trained_on_several_devices_is_measured_on_one():
     model = Two(nnx.Rngs(0))
     model.first.axis_name = "devices"
@@ -144,7 +162,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"^model: expected a network with BatchNorm layers"):
         dhp.renew_statistics(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [jnp.ones((1, 2))])
     labelled = (jnp.ones((1, 4, 4, 3)), jnp.ones(1))
-    with pytest.raises(ValueError, match=r"^batches: expected arrays, without labels; got \("):
+    with pytest.raises(ValueError, match=r"^batches: expected arrays, without labels, .* got \("):
         dhp.renew_statistics(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), [labelled])
     with pytest.raises(ValueError, match=r"^batches: expected at least one batch, got none"):
         dhp.renew_statistics(Two(nnx.Rngs(0)), [])
@@ -153,7 +171,9 @@ def test_wrong_arguments_are_refused():
         dhp.renew_statistics(Two(nnx.Rngs(0)), x)
     with pytest.raises(ValueError, match=r"^model: expected an nnx.Module, got \{\}$"):
         dhp.renew_statistics({}, [x])
-    with pytest.raises(ValueError, match=r"^batches: expected arrays, .* shape=\(0, 3\)"):
+    with pytest.raises(ValueError, match=r"^batches: expected at least one .* shape=\(0, 3\)"):
         dhp.renew_statistics(Two(nnx.Rngs(0)), [x, x[4:]])
+    with pytest.raises(ValueError, match=r"^call: expected a function .*, or None, got 1$"):
+        dhp.renew_statistics(Two(nnx.Rngs(0)), [x], call=1)
     with pytest.raises(ValueError, match=r"^batches: expected finite .* 'first' sees NaN or infin"):
         dhp.renew_statistics(Two(nnx.Rngs(0)), [x, x * np.inf])
