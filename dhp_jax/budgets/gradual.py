@@ -82,7 +82,8 @@ def fade_to_budget(
     latents between 0 and 1: prune the parameters that its own updates lead to.
 
     Args:
-      inner: the optimizer of all other parameters; what it says of latents is not heeded.
+      inner: the optimizer of all other parameters; it sees zeros for the gradients of latents,
+        and what it says of them is not heeded.
       model: what is trained, from `with_gates`.
       cost: its `measure_cost`.
       steps: in how many steps the budget is met; at least `stages + 1`.
@@ -143,6 +144,10 @@ def fade_to_budget(
             term = (gradient.astype(jnp.float32) * z[name]) ** 2  # a float16 would be 0
             moved = memory * state.average[name] + (1 - memory) * term
             average[name] = jnp.where(jnp.isfinite(term), moved, state.average[name])
+        leaves, structure = jax.tree.flatten(updates)
+        for place in _vectors(updates, names).values():  # a norm that clips is of all others
+            leaves[place] = jnp.zeros_like(leaves[place])
+        updates = jax.tree.unflatten(structure, leaves)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         stage = jnp.searchsorted(jnp.asarray(begins), state.count, side="right") - 1
         chooses = jnp.isin(state.count, begins[1:-1])

@@ -333,9 +333,11 @@ def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float
     return {name: np.asarray(x) / max(shares[name], TINY) ** power for name, x in scores.items()}
 
 
-def _number(value: Array) -> Array:
-    if jnp.shape(value) != ():
-        raise ArgumentError("loss", "a function that returns a number", f"shape {value.shape}")
+def _number(value: Any) -> Array:
+    shape = getattr(value, "shape", None)
+    if shape != ():
+        found = f"a {type(value).__name__}" if shape is None else f"shape {shape}"
+        raise ArgumentError("loss", "a function that returns a number", found)
     return value
 
 

@@ -262,6 +262,27 @@ def test_all_but_latents_is_trained_as_the_optimizer_says_and_gates_that_stay_ar
     assert set(values.tolist()) == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("of_latents", [100.0, np.nan])
+def test_gradients_of_latents_do_not_scale_down_those_of_all_else(of_latents):
+    model, cost = gated()
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
+    tx = dhp.fade_to_budget(inner, model, cost, steps=4, stages=1, flops=0.6)
+    params = nnx.state(model, nnx.Param)
+    flat = nnx.to_flat_state(params)
+    grads = nnx.from_flat_state(
+        [
+            (path, p.replace(jnp.full(p[...].shape, of_latents if path[-1] == "vector" else 1.0)))
+            for path, p in flat
+        ]
+    )
+    updates, _ = tx.update(grads, tx.init(params), params)
+    moved = {path: np.asarray(u[...]) for path, u in nnx.to_flat_state(updates)}
+    others = [u for path, u in moved.items() if path[-1] != "vector"]
+    norm = np.sqrt(sum(u.size for u in others))
+    for update in others:
+        np.testing.assert_allclose(update, -1 / norm, rtol=1e-4)
+
+
 def test_parameters_may_be_latent_vectors_and_others():
     model, cost = gated()
     tx = dhp.fade_to_budget(optax.sgd(0.01), model, cost, steps=6, stages=2, flops=0.5)

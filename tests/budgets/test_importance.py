@@ -445,9 +445,13 @@ def test_a_loss_of_more_than_one_number_is_refused(scores_of):
     def each(network, images):
         return network(images).mean(1)
 
-    told = r"^loss: expected a function that returns a number, got shape \(2,\)"
-    with pytest.raises(ValueError, match=told):
-        scores_of(filled(Mixed), each, [np.ones((2, *MIXED_INPUT), np.float32)])
+    def with_more(network, images):
+        return network(images).mean(), images
+
+    for loss, got in ((each, r"shape \(2,\)"), (with_more, "a tuple")):
+        told = f"^loss: expected a function that returns a number, got {got}"
+        with pytest.raises(ValueError, match=told):
+            scores_of(filled(Mixed), loss, [np.ones((2, *MIXED_INPUT), np.float32)])
 
 
 def test_scores_per_flop_divide_by_what_an_entry_costs():
