@@ -23,7 +23,7 @@ from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.tracing.generated import GeneratedArray, ordinary
 from dhp_jax.tracing.network import gated, install, is_traced
 from dhp_jax.tracing.reads import open_axes
-from dhp_jax.tracing.weights import READ, weights_of
+from dhp_jax.tracing.weights import READ, makers, weights_of
 
 KNOWN = Hyper | Linear | Norm | ChannelBias | PReLU | ReLU  # layers: what each reads
 
@@ -93,9 +93,7 @@ def with_gates(
     shared: dict[Any, nnx.Param] = {}
     for path, _, layer in walk(net):
         if isinstance(layer, Hyper):
-            makers = *layer.kernel_axes(), *(getattr(layer, n) for n in HypernetArrays._fields)
-            weight = nnx.Param(jnp.array(kernels[path]))
-            weight = shared.setdefault(tuple(map(id, makers)), weight)
+            weight = shared.setdefault(makers(layer), nnx.Param(jnp.array(kernels[path])))
             for name in HypernetArrays._fields:
                 delattr(layer, name)
             layer.weight = weight

@@ -7,6 +7,7 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
+from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import Latent, latents, latents_to_prune, walk
 from dhp_jax.core.layers import Hyper, Linear, Norm
 from dhp_jax.core.provenance import architecture_of
@@ -54,9 +55,21 @@ def weights_of(model: nnx.Module) -> list[Weights]:
     return list(_declared(model) if table is None else _traced(model, table))
 
 
+def makers(layer: Hyper | Linear) -> tuple[int, ...]:
+    """What makes a kernel, by identity: layers for which it is the same have one kernel."""
+    axes = (layer.z_in,) if isinstance(layer, Linear) else layer.kernel_axes()
+    arrays = (vars(layer).get(name) for name in (*HypernetArrays._fields, "weight", "kernel"))
+    return tuple(map(id, (*axes, *(array for array in arrays if array is not None))))
+
+
 def _declared(model: nnx.Module) -> Iterator[Weights]:
+    seen = set()
     for path, _, layer in walk(model):
         kernel = f"{path}.kernel" if path else "kernel"
+        if isinstance(layer, Hyper | Linear):
+            if makers(layer) in seen:
+                continue
+            seen.add(makers(layer))
         if isinstance(layer, Hyper):
             if layer.kernel_axis() is layer.z_in:  # channels of a group are no prunable axis
                 yield Weights(READ, kernel, -2, layer.z_in.entries(), _wide(layer.kernel))

@@ -123,6 +123,24 @@ def test_layers_of_one_hypernetwork_have_one_weight_and_its_params_count_once():
     assert left == 9 * 3 * 4 + 9 * 4 * 4 + 3 * 4 + 4 * 2 + 2
 
 
+def test_a_kernel_of_two_layers_counts_once_in_scores():
+    model = filled(Tied)
+    model.eval()
+    gated = dhp.with_gates(model, rngs=nnx.Rngs(0))
+    terms = dhp.taylor_scores(model, squared_outputs, [IMAGES], squared=False)
+    for name, gradient in dhp.gradient_scores(gated, squared_outputs, [IMAGES]).items():
+        np.testing.assert_allclose(terms[name], gradient, rtol=1e-3, atol=1e-6)
+    (z,) = (name for name, z in dhp.latents(model).items() if z.prunable)
+    plain = dhp.prune(model)
+    stem, middle, head = (
+        np.asarray(layer.kernel[...], np.float64) for layer in (plain.stem, plain.first, plain.head)
+    )
+    squares = (stem**2).sum((0, 1, 2)) + (head**2).sum(1)
+    squares += (middle**2).sum((0, 1, 2)) + (middle**2).sum((0, 1, 3))
+    norms = np.sqrt(squares)
+    np.testing.assert_allclose(dhp.group_scores(model)[z], norms / norms.mean(), rtol=1e-5)
+
+
 def test_declared_gates_are_neither_made_twice_nor_saved(tmp_path):
     model = gated_mixed()
     with pytest.raises(ValueError, match=r"^model: expected a network without gates, got Mixed"):
