@@ -39,6 +39,7 @@ from from_trained_rows import (
     PER_FLOP,
     REHEARSAL,
     SEARCHES,
+    TRAINING,
     Bench,
     Size,
     Trainer,
@@ -86,6 +87,8 @@ def train_stage(bench: Bench, options: argparse.Namespace) -> None:
         for name, x in arrays.items()
     }
     np.savez_compressed(bench.out / WEIGHTS, **arrays)
+    for kept in bench.out.glob(f"{TRAINING}_*.state"):
+        kept.unlink()
     run = bench.begin(stored(bench.out / WEIGHTS))
     bench.write(
         name="unpruned",

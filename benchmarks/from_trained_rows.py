@@ -40,7 +40,7 @@ from dhp_jax import files
 from dhp_jax.budgets.counted import survivors_within
 from dhp_jax.train.schedules import decay_schedule
 
-ROWS = "rows.jsonl"
+ROWS, TRAINING = "rows.jsonl", "training"
 SEGMENTS_OF_SEARCH = 7
 SEGMENTS_KEPT = 40  # between two times that a long row keeps its state
 
@@ -203,14 +203,14 @@ def segments(bench: Bench, epochs: int) -> int:
 def train(
     bench: Bench, start: Mapping[str, np.ndarray], rate: float, seed: int, epochs: int
 ) -> Run:
-    """Training of the whole network."""
+    """Training of the whole network; one that was stopped goes on."""
     size = bench.size
     updates = max(2, segments(bench, epochs)) * size.segment
     run, plan = bench.begin(start), bench.plan(bench.net.full(1))
     schedule = cosine(rate, updates, min(2 * size.segment, updates // 2))
-    for batches in bench.batches(1000 + seed, schedule(np.arange(updates))):
-        run, loss = bench.step(run, plan, batches)
-    if not np.isfinite(float(loss)):
+    stream = bench.batches(1000 + seed, schedule(np.arange(updates)))
+    run, loss = trained(bench, run, plan, stream, bench.out / f"{TRAINING}_{rate}_{seed}.state")
+    if not np.isfinite(loss):
         raise RuntimeError("the training has diverged")
     return run
 

@@ -204,6 +204,35 @@ def test_a_row_that_was_stopped_goes_on_where_it_was(tmp_path):
     assert taken == [*range(90), *range(80, 100)]
 
 
+def test_a_training_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(from_trained_rows, "SEGMENTS_KEPT", 1)
+    taken = []
+
+    def step(run, plan, rate):
+        if stop and len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(rate)
+        return {"w": run["w"] - rate}, jnp.float32(1)
+
+    bench = argparse.Namespace(
+        size=from_trained_rows.REHEARSAL,
+        out=tmp_path,
+        train=(None, range(64)),
+        net=argparse.Namespace(full=lambda value: value),
+        begin=lambda start: {"w": jnp.full(3, start)},
+        plan=lambda mask: (),
+        batches=lambda seed, rates: iter(np.asarray(rates)),
+        step=step,
+    )
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        from_trained_rows.train(bench, 5.0, 0.1, 0, 1)
+    stop = False
+    again = from_trained_rows.train(bench, 5.0, 0.1, 0, 1)
+    assert len(taken) == 8
+    np.testing.assert_allclose(again["w"], 5 - sum(taken), rtol=1e-6)
+
+
 def test_generated_kernels_are_those_of_an_embedding_of_1(net, arrays):
     rng = np.random.default_rng(2)
     z = {name: jnp.asarray(rng.normal(size=net.sizes[name]), jnp.float32) for name in net.prunable}
