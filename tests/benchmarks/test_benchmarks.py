@@ -111,6 +111,17 @@ def test_the_step_benchmark_gives_medians_and_quartiles(results):
 
 
 @pytest.mark.slow
+def test_the_step_of_a_search_from_trained_weights_is_compared_with_a_plain_one(tmp_path):
+    process = begin("step", "--quick", "--trained", "--out", tmp_path)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    (row,) = json.loads((tmp_path / "step_trained.json").read_text())["rows"]
+    ratio = row["trained_to_plain"]
+    assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert f"{ratio['median']:.3f} (" in printed.splitlines()[-1].split("|")[-2]
+
+
+@pytest.mark.slow
 def test_the_checkpoint_benchmark_relates_what_is_lost_to_the_time_between_two(results):
     (row,) = json.loads((results("checkpoint")[0] / "checkpoint.json").read_text())["rows"]
     assert row["share"] == row["lost_s"] / row["apart_s"]

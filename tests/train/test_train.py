@@ -7,6 +7,7 @@ import re
 
 from flax import nnx
 import jax
+from jax.extend.core import jaxprs_in_params
 import jax.numpy as jnp
 from networks import arrays, filled
 import numpy as np
@@ -392,6 +393,33 @@ def test_a_step_lowers_the_loss_and_the_distance_from_the_teacher(net, weight):
         np.testing.assert_allclose(before - stepped, gradient, rtol=1e-3, atol=1e-5)
     for before, stepped in zip(*map(jax.tree.leaves, (state.teacher, after.teacher)), strict=True):
         np.testing.assert_array_equal(before, stepped)
+
+
+def test_a_step_has_one_forward_pass_of_the_teacher():
+    pupil, wise = dhp.prune(filled(Net)), dhp.prune(filled(Net, seed=5))
+    task = Classification((128.0,) * 3, (64.0,) * 3)
+    images, labels = (array[:BATCH] for array in labelled(EXAMPLES, 0))
+    wise.eval()
+    counts = []
+    for teacher in (None, Teacher(wise, 0.5, 2.0)):
+        given = {"teacher": nnx.state(wise)} if teacher else {}
+        graphdef, descent, state = start(pupil, lambda _: optax.sgd(1.0), **given)
+        step = make_step(graphdef, descent, task, BATCH, teacher=teacher)
+        counts.append(contractions(step, state, (images, labels), jax.random.key(0)))
+    forward = contractions(lambda x: wise(x), images)
+    assert forward > 2
+    assert counts[1] == counts[0] + forward
+
+
+def contractions(function, *args):
+    """How many convolutions and matrix products a function has, those of functions in it too."""
+
+    def count(jaxpr):
+        own = sum(e.primitive.name in ("conv_general_dilated", "dot_general") for e in jaxpr.eqns)
+        inner = (inside for e in jaxpr.eqns for inside in jaxprs_in_params(e.params))
+        return own + sum(map(count, inner))
+
+    return count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 # Randomness
