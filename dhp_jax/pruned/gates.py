@@ -23,7 +23,7 @@ from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.tracing.generated import GeneratedArray, ordinary
 from dhp_jax.tracing.network import gated, install, is_traced
 from dhp_jax.tracing.reads import open_axes
-from dhp_jax.tracing.weights import READ, makers, weights_of
+from dhp_jax.tracing.weights import READ, makers, unread, weights_of
 
 KNOWN = Hyper | Linear | Norm | ChannelBias | PReLU | ReLU  # layers: what each reads
 
@@ -47,11 +47,12 @@ def with_gates(
     axis. A BatchNorm behind the convolution would undo that factor, and would go on adding its bias
     to a channel whose filters are zero.
 
-    Of a network of traced latents, gates of kernels do not close all channels: not those that no
-    kernel reads, as of queries and keys, which are multiplied with each other; and not those of a
-    kernel that is not zero where its array is, as a softplus. Such a latent gates every array that
-    it is in. If even that does not close its channels, as behind `elu(q) + 1`, all of its entries
-    stay, with a warning: `min_channels` is its size.
+    Of a network of traced latents, gates close channels in training and in evaluation, also those
+    that a head for training alone reads. Gates of kernels do not close all channels: not those that
+    no kernel reads in one of these modes, as of queries and keys, which are multiplied with each
+    other; and not those of a kernel that is not zero where its array is, as a softplus. Such a
+    latent gates every array that it is in. If even that does not close its channels, as behind
+    `elu(q) + 1`, all of its entries stay, with a warning: `min_channels` is its size.
 
     Args:
       model: a network of latents, whose kernels are generated for the last time; or an ordinary one
@@ -144,9 +145,11 @@ def _gates_of(model: nnx.Module) -> tuple[dict[str, list[int]], list[str]]:
     for weights in found:
         gates.setdefault(weights.array, []).append(weights.axis)
     ruled = {latent for weights in found for latent, _ in filter(None, weights.entries)}
-    others, never = (table.owners(axes) for axes in open_axes(table.analysis(plain)))
+    analysis = table.analysis(plain)
+    others, never = (table.owners(axes) for axes in open_axes(analysis))
+    whole = others | never | unread(table, analysis)
     numbered = enumerate(table.sizes)
-    everywhere = [n for n, name in numbered if named[name] not in ruled or name in others | never]
+    everywhere = [n for n, name in numbered if named[name] not in ruled or name in whole]
     for array, axes in table.places.items():
         for k, positions in axes.items() if isinstance(variables[array], nnx.Param) else ():
             if np.isin(positions.owner, everywhere).any() and k not in gates.get(array, []):

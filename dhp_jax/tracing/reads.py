@@ -1,6 +1,6 @@
 """Which axes of a network's arrays contractions sum over, as the inputs of a kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -9,7 +9,14 @@ import numpy as np
 
 from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.marks import SUMMING
-from dhp_jax.tracing.programs import CALLS, EVALUATION, inner_program, is_literal, shape_of
+from dhp_jax.tracing.programs import (
+    CALLS,
+    Program,
+    inner_program,
+    is_literal,
+    shape_of,
+    used_alone,
+)
 from dhp_jax.tracing.rules import ELEMENTWISE, reshaped_together
 
 Origins = frozenset[tuple[int, int, bool]]  # array, axis, whether zero where the array is
@@ -61,20 +68,35 @@ class Reads(NamedTuple):
 
 
 def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
-    """By array the axes that contractions and convolutions sum over.
+    """By array the axes that contractions and convolutions of any program sum over.
 
     The kernel of a convolution is its second operand, that of another contraction the one that
     follows from arrays alone, or else is chosen of them; of two that both follow from arrays alone,
     the second one. A kernel is followed to the arrays that it is made of: as one that is
     transposed, joined of several, or mixed by weights that depend on the input.
     """
-    return _by_array(analysis, _reads(analysis).kernels)
+    return _by_array(analysis, _reads(analysis.programs.values()).kernels)
 
 
 def open_axes(analysis: Analysis) -> tuple[dict[str, frozenset[int]], dict[str, frozenset[int]]]:
-    """By array the axes that zeros in kernels do not close, and those that no zeros close."""
-    reads = _reads(analysis)
+    """By array the axes that zeros in kernels do not close, and those that no zeros close.
+
+    Zeros close an axis if they close it in every program.
+    """
+    reads = _reads(analysis.programs.values())
     return _by_array(analysis, reads.others), _by_array(analysis, reads.never)
+
+
+def used_and_read(
+    analysis: Analysis,
+) -> Iterator[tuple[dict[str, frozenset[int]], dict[str, frozenset[int]]]]:
+    """For each program by array the axes that its outputs follow from, and those it reads so."""
+    for program in map(used_alone, analysis.programs.values()):
+        jaxpr = program.closed.jaxpr
+        taken = {id(atom) for eqn in jaxpr.eqns for atom in eqn.invars}
+        arrays = enumerate(jaxpr.invars[: len(program.arrays)])
+        used = {(n, k) for n, v in arrays if id(v) in taken for k in range(len(shape_of(v)))}
+        yield _by_array(analysis, used), _by_array(analysis, _reads([program]).kernels)
 
 
 def _by_array(analysis: Analysis, axes: set[tuple[int, int]]) -> dict[str, frozenset[int]]:
@@ -84,18 +106,20 @@ def _by_array(analysis: Analysis, axes: set[tuple[int, int]]) -> dict[str, froze
     }
 
 
-def _reads(analysis: Analysis) -> Reads:
-    program, found = analysis.programs[EVALUATION], Reads(set(), set(), set())
-    jaxpr = program.closed.jaxpr
-    given = [_fixed(variable) for variable in jaxpr.invars]
-    for number, (_, leaf) in enumerate(nnx.to_flat_state(program.state)):
-        is_param = isinstance(leaf, nnx.Param)  # others have no gates
-        axes = range(len(given[number].axes))
-        own = tuple(frozenset({(number, k, is_param)}) for k in axes)
-        given[number] = given[number]._replace(axes=own)
-    for number in range(len(program.arrays), len(given)):
-        given[number] = given[number]._replace(alone=INPUT)
-    _follow(jaxpr, given, found)
+def _reads(programs: Iterable[Program]) -> Reads:
+    """What is found in any of some programs of the same arrays."""
+    found = Reads(set(), set(), set())
+    for program in programs:
+        jaxpr = program.closed.jaxpr
+        given = [_fixed(variable) for variable in jaxpr.invars]
+        for number, (_, leaf) in enumerate(nnx.to_flat_state(program.state)):
+            is_param = isinstance(leaf, nnx.Param)  # others have no gates
+            axes = range(len(given[number].axes))
+            own = tuple(frozenset({(number, k, is_param)}) for k in axes)
+            given[number] = given[number]._replace(axes=own)
+        for number in range(len(program.arrays), len(given)):
+            given[number] = given[number]._replace(alone=INPUT)
+        _follow(jaxpr, given, found)
     return found
 
 

@@ -12,8 +12,9 @@ from dhp_jax.core.latent import Latent, latents, latents_to_prune, walk
 from dhp_jax.core.layers import Hyper, Linear, Norm
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import path_name, value_of, variables_of
+from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.generated import ordinary
-from dhp_jax.tracing.reads import read_axes
+from dhp_jax.tracing.reads import read_axes, used_and_read
 from dhp_jax.tracing.table import LatentTable
 
 NORMS = nnx.BatchNorm | nnx.GroupNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.Dict  # of flax.linen
@@ -123,17 +124,37 @@ def _wide(value: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
 
 
 def weights_in_role(model: nnx.Module, role: str, other: str) -> list[Weights]:
-    """The weights of a role; of traced latents that have none of it those of another role."""
+    """The weights of a role; for some traced latents those of another role in their place.
+
+    These are latents that no weights of the role have and, if weights that read are asked for,
+    those that are `unread`.
+    """
     found = weights_of(model)
-    chosen = [weights for weights in found if weights.role == role]
-    if architecture_of(model).axes is None:
-        return chosen
-    ruled = {entry[0] for weights in chosen for entry in weights.entries if entry}
+    table = architecture_of(model).axes
+    if table is None:
+        return [weights for weights in found if weights.role == role]
+    named = latents(model)
+    names = unread(table, table.analysis(model)) if role == READ else ()  # which is solved by now
+    own = (entry for weights in found if weights.role == role for entry in weights.entries)
+    ruled = {entry[0] for entry in own if entry} - {named[name] for name in names}
+    chosen = []
     for weights in found:
-        entries = [entry if entry and entry[0] not in ruled else None for entry in weights.entries]
-        if weights.role == other and any(entries):
-            chosen.append(weights._replace(entries=entries))
+        if weights.role in (role, other):
+            is_own = weights.role == role
+            entries = [e if e and (e[0] in ruled) == is_own else None for e in weights.entries]
+            chosen += [weights._replace(entries=entries)] if any(entries) else []
     return chosen
+
+
+def unread(table: LatentTable, analysis: Analysis) -> set[str]:
+    """The latents that a program uses without a kernel that reads their channels.
+
+    A kernel of the other mode's program may read them, as that of a head for training alone.
+    """
+    found: set[str] = set()
+    for used, read in used_and_read(analysis):
+        found |= table.owners(used) - table.owners(read)
+    return found
 
 
 def sum_by_entry(

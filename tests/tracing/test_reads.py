@@ -1,0 +1,122 @@
+"""What one mode alone reads: gates close it in both modes, and scores know it."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dhp_jax as dhp
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.tracing.reads import read_axes
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(8, 6)).astype(np.float32)
+
+
+class Auxiliary(nnx.Module):
+    """A head of one layer or two for training alone beside a main one, a layer or a sum."""
+
+    def __init__(self, rngs, *, deep=False, summed=False):
+        self.a = nnx.Linear(6, 9, use_bias=False, rngs=rngs)
+        self.main = None if summed else nnx.Linear(9, 3, rngs=rngs)
+        self.hidden = nnx.Linear(9, 7, rngs=rngs) if deep else None
+        self.aux = nnx.Linear(7 if deep else 9, 3, rngs=rngs)
+        self.deterministic = False
+
+    def features(self, x):
+        return nnx.relu(self.a(x))
+
+    def heads(self, h):
+        y = jnp.abs(h).sum(-1, keepdims=True) if self.main is None else self.main(h)
+        z = h if self.hidden is None else jnp.tanh(self.hidden(h))
+        return y if self.deterministic else y + self.aux(z)
+
+    def __call__(self, x):
+        return self.heads(self.features(x))
+
+
+KINDS = {
+    "one layer": {},
+    "two layers": {"deep": True},
+    "the only layer": {"summed": True},
+    "the only two layers": {"deep": True, "summed": True},
+}
+kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+modes = pytest.mark.parametrize("training", [True, False])
+
+
+def in_mode(model, training):
+    model.train() if training else model.eval()
+    return model
+
+
+def squares(network, x):
+    return jnp.mean(network(x) ** 2)
+
+
+@kinds
+def test_closed_gates_compute_what_the_pruned_network_computes_in_both_modes(options):
+    net = dhp.with_latents(Auxiliary(nnx.Rngs(0), **options), X.shape[1:], min_channels=1)
+    gated = dhp.with_gates(net, rngs=nnx.Rngs(0))
+    keep = {name: np.arange(z.size) % 3 > 0 for name, z in dhp.latents(gated).items()}
+    small = dhp.prune(net, keep)
+    before = [np.asarray(in_mode(gated, training)(X)) for training in (True, False)]
+    for name, z in dhp.latents(gated).items():
+        z.vector.set_value(jnp.asarray(keep[name], jnp.float32))
+    for training, whole in zip((True, False), before, strict=True):
+        found, expected = (np.asarray(in_mode(m, training)(X)) for m in (gated, small))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        assert np.abs(whole - expected).max() > 0.1
+
+
+@kinds
+@modes
+def test_taylor_terms_are_derivatives_by_factors_of_channels_in_each_mode(options, training):
+    model = Auxiliary(nnx.Rngs(0), **options)
+    net = in_mode(dhp.with_latents(model, X.shape[1:], min_channels=1), training)
+    in_mode(model, training)
+    h = model.features(X)
+    expected = jax.grad(lambda g: jnp.mean(model.heads(h * g) ** 2))(jnp.ones(9))
+    found = dhp.taylor_scores(net, squares, [X], squared=False)["a"]
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(found, np.abs(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_gates_have_the_derivatives_of_the_loss_of_the_auxiliary_head():
+    model = in_mode(Auxiliary(nnx.Rngs(0)), training=True)
+    net = dhp.with_latents(model, X.shape[1:], min_channels=1)
+    gated = in_mode(dhp.with_gates(net, rngs=nnx.Rngs(0)), training=True)
+    h, weights = model.features(X), jnp.arange(3.0)
+
+    def auxiliary(network, x):
+        return ((network(x) - network.main(network.features(x))) * weights).mean()
+
+    expected = jax.grad(lambda g: (model.aux(h * g) * weights).mean())(jnp.ones(9))
+    found = dhp.gradient_scores(gated, auxiliary, [X])["a"]
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(found, np.abs(expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_slices_that_a_head_reads_are_no_filters(deep):
+    model = Auxiliary(nnx.Rngs(0), deep=deep)
+    net = dhp.with_latents(model, X.shape[1:], min_channels=1)
+    makers = {"a": model.a, "hidden": model.hidden} if deep else {"a": model.a}
+    for name, layer in makers.items():
+        filters = np.asarray(layer.kernel[...], np.float64).T
+        apart = np.linalg.norm(filters[:, None] - filters, axis=-1).sum(1)
+        for score, numbers in (
+            (dhp.l1_scores, np.abs(filters).sum(1)),
+            (dhp.l2_scores, np.linalg.norm(filters, axis=1)),
+            (dhp.fpgm_scores, apart),
+        ):
+            np.testing.assert_allclose(score(net)[name], numbers / numbers.mean(), rtol=1e-5)
+
+
+def test_axes_that_either_mode_reads_are_read():
+    model = Auxiliary(nnx.Rngs(0), deep=True)
+    net = dhp.with_latents(model, X.shape[1:], min_channels=1)
+    found = read_axes(architecture_of(net).axes.analysis(model))
+    expected = {f"{name}.kernel": {0} for name in ("a", "main", "hidden", "aux")}
+    assert {name: set(axes) for name, axes in found.items() if axes} == expected
