@@ -77,4 +77,5 @@ def _generated(
     if set(places) != {0}:
         raise ValueError(f"layer: expected one whose outputs are not pruned; got {old.name!r}")
     axes = {0: PlacedAxis([named[name] for name in table.sizes], places[0])}
+    kernel = old.variable(kernel.get_value())
     return GeneratedArray(old.name, kernel, axes, embedding=old.embedding, rngs=rngs)

@@ -51,7 +51,8 @@ def with_latents(
         array with its batch axis; or a tuple or list of arguments or a dict, of these.
       call: a function of the model and the inputs, where that is not `model(*inputs)`.
       embedding: with `inputs`, size `m` of the embedding of each pair of channels, for arrays that
-        a hypernetwork generates; `None` for no hypernetworks.
+        a hypernetwork generates; `None` for no hypernetworks. Arrays of another type than
+        `nnx.Param`, such as `nnx.LoRAParam`, or with metadata have none, and keep both.
       min_channels: how many entries of each latent survive at least.
       rngs: the `params` stream draws what hypernetworks, and without `inputs` latents, begin with.
       build: without `inputs`, for a network of your own class: makes the unpruned network, as for

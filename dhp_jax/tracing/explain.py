@@ -11,7 +11,7 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import path_name
 from dhp_jax.errors import some_of
 from dhp_jax.tracing.discovery import Discovery
-from dhp_jax.tracing.generated import GeneratedArray
+from dhp_jax.tracing.generated import GeneratedArray, is_plain_param
 from dhp_jax.tracing.rules_of_sums import TAPS
 
 COLUMNS = 80
@@ -87,8 +87,12 @@ def explain(net: nnx.Module) -> Explanation:
 def _sentences(net: nnx.Module, table: Any) -> list[str]:
     """What is to be known beside the axes: numbers that change, memory, arrays that are cut."""
     notes = list(table.notes.get("sentences", ()))
-    by_name = {node.name for node in _generated(net)}
+    by_name = {node.name: node for node in _generated(net)}
     notes += [memory(net)] if by_name else []
+    direct = [node for node in by_name.values() if node.embedding and node.pair is None]
+    kept = [node.name for node in direct if not is_plain_param(node.weight)]
+    if kept:
+        notes.append(f"Times latents, to keep their type or metadata: {some_of(kept)}.")
     own = dict(nnx.to_flat_state(nnx.state(net, nnx.Param)))
     cut = [path_name(path) for path, leaf in own.items() if leaf.get_value().ndim > 1]
     cut = [name for name in cut if name in table.places and name not in by_name]

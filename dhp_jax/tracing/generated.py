@@ -31,7 +31,8 @@ class GeneratedArray(KernelGenerator):
     Where two axes are on latents a hypernetwork makes the array of them (`hyper_kernel`), with all
     other axes as taps. The cheap form, `embedding=None`, multiplies one number of each weight with
     the latents of all its axes. Both begin with the array that was there, to the bit, if all
-    latents are 1.
+    latents are 1. The cheap form keeps the type and metadata of the parameter. No hypernetwork
+    makes an array that is not of the type `nnx.Param` itself, or has metadata.
 
     Args:
       name: path of the parameter.
@@ -52,22 +53,21 @@ class GeneratedArray(KernelGenerator):
     ):
         value = parameter.get_value()
         self.name = name
-        self.kind = nnx.static(type(parameter))
-        self.metadata = nnx.static(_Metadata(parameter.get_metadata()))
         self.array_shape = tuple(map(int, value.shape))
         self.array_dtype = jnp.dtype(value.dtype).name
         self.embedding = embedding
         self.on_latents = nnx.Dict({str(k): axis for k, axis in sorted(axes.items())})
-        self.pair = _pair(self.array_shape, sorted(axes)) if embedding else None
+        may_pair = embedding and is_plain_param(parameter)
+        self.pair = _pair(self.array_shape, sorted(axes)) if may_pair else None
         if self.pair is None:
-            self.weight = nnx.Param(value)
+            self.weight = parameter.copy()
             return
         kernel = jnp.moveaxis(value, self.pair, (-2, -1))
         self.kernel_size, self.param_dtype = tuple(kernel.shape[:-2]), jnp.dtype(value.dtype)
         self.ends = nnx.List([axes.get(k) or _staying(value.shape[k]) for k in self.pair])
         arrays = _starting_at(kernel, embedding, rngs)
         for field, array in arrays._asdict().items():
-            setattr(self, field, nnx.Param(array))
+            setattr(self, field, parameter.replace(array))
 
     def __nnx_repr__(self) -> Iterator[Any]:
         return in_one_line(self, self.array_shape)
@@ -91,8 +91,12 @@ class GeneratedArray(KernelGenerator):
     def plain(self) -> nnx.Variable:
         """The parameter, with the generated array; latents that are all 1 cost no other one."""
         if self.pair is None and all(map(_is_one, self.on_latents.values())):
-            return self.kind(self.weight[...], **self.metadata.items)
-        return self.kind(self.get_value(), **self.metadata.items)
+            return self.weight.copy()
+        return self.variable(self.get_value())
+
+    def variable(self, value: Array) -> nnx.Variable:
+        """A variable of the parameter's type, with its metadata, of a given array."""
+        return (self.weight if self.pair is None else self.b2).replace(value)
 
     def hold(self, value: Array) -> None:
         """Makes it a given array, whatever the latents are; in the cheap form where none is 0."""
@@ -145,11 +149,9 @@ GeneratedArray.__neg__ = lambda self: -self.get_value()
 GeneratedArray.__len__ = lambda self: self.array_shape[0]
 
 
-class _Metadata:
-    """What is known of a parameter beside its array; of one object equal to itself alone."""
-
-    def __init__(self, items: Mapping[str, Any]):
-        self.items = dict(items)
+def is_plain_param(variable: nnx.Variable) -> bool:
+    """Whether a variable is of the type `nnx.Param` itself, without metadata of its own."""
+    return type(variable) is nnx.Param and not variable.get_metadata(exclude_required=True)
 
 
 def ordinary(net: nnx.Module) -> nnx.Module:
