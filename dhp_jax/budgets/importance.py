@@ -36,7 +36,7 @@ def l1_scores(model: nnx.Module) -> Scores:
 
     A filter `F` is the part of a kernel that makes one output channel. The score of entry `i` is
 
-        s_i = sum over the filters F that make the channels of i of  sum |F|
+        s_i = sum over the filters F that make the channels of i of  sum abs(F)
 
     divided by the mean of all `s_i` of the latent. Convolutions whose outputs are added share a
     latent, so there are several filters. Layers differ widely in norm: with the division an entry
@@ -126,7 +126,7 @@ def group_scores(model: nnx.Module) -> Scores:
     With an entry go the filters that make its channels, the slices of kernels and the rows of
     linear layers that read them, and the scales of normalised channels. The score of entry `i` is
 
-        s_i = sqrt(sum over all weights w that go with i of  |w|^2)
+        s_i = sqrt(sum over all weights w that go with i of  abs(w)^2)
 
     divided by the mean of all `s_i` of the latent.
 
@@ -157,7 +157,7 @@ def scale_scores(model: nnx.Module) -> Scores:
 
     With the scales `gamma` of normalisations the score of entry `i` is
 
-        s_i = sum over the channels c that stand for i of  |gamma_c|
+        s_i = sum over the channels c that stand for i of  abs(gamma_c)
 
     Scores are compared across latents as they are, as in network slimming. There the network is
     trained with an l1 term on its scales before; without one, few are near zero.
