@@ -18,13 +18,17 @@ from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets.counted import TINY, Scores
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, latents, latents_to_prune, walk
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import variables_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError, check_at_least_zero, check_integer
+from dhp_jax.tracing.gating import gating
 from dhp_jax.tracing.weights import (
     MADE,
     READ,
     SCALED,
+    Entries,
+    entries_of,
     sum_by_entry,
     weights_in_role,
     weights_of,
@@ -198,7 +202,9 @@ def taylor_scores(
         t_i = sum over these layers of  sum(K[.., i, :] * dL/dK[.., i, :])
 
     with their kernels `K`: `-t_i` is what the first-order Taylor polynomial says of `g_i = 0`,
-    which is the network pruned by `i`. Over batches the squares are averaged, or magnitudes. Scores
+    which is the network pruned by `i`. Where no kernel reads the channels, as of queries that are
+    multiplied with keys, `g_i` is a factor of what makes them. A traced array that both makes and
+    reads channels, as one that is tied, counts twice. Over batches the squares are averaged, or magnitudes. Scores
     of all latents are compared as they are, for they are changes of one loss.
 
     Args:
@@ -226,8 +232,7 @@ def taylor_scores(
     Reference: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019 (arXiv
     1906.10771), equations 5 and 8, there with the scales of BatchNorm for `g`.
     """
-    readers = weights_in_role(model, READ, MADE)
-    places = {(weights.array, weights.axis): weights.entries for weights in readers}
+    places = _gated_places(model)
     graphdef, state = nnx.split(prune(model))
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
@@ -241,12 +246,12 @@ def taylor_scores(
                 arrays[array].set_value(value * jnp.expand_dims(gate, others).astype(value.dtype))
             return _number(loss(network, batch))
 
-        return jax.grad(gated_loss)([jnp.ones(len(entries)) for entries in places.values()])
+        return jax.grad(gated_loss)([jnp.ones(len(entries)) for entries, _ in places.values()])
 
     totals: list[Scores] = []
     for batch in batches:
         found = zip(places.values(), derivatives(state, batch), strict=True)
-        pairs = [(entries, np.asarray(values, np.float64)) for entries, values in found]
+        pairs = [(entries, shares * np.asarray(x, np.float64)) for (entries, shares), x in found]
         terms = sum_by_entry(model, pairs, "layers that read")
         totals.append({name: x**2 if squared else np.abs(x) for name, x in terms.items()})
     if not totals:
@@ -331,6 +336,23 @@ def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float
         for name in scores
     }
     return {name: np.asarray(x) / max(shares[name], TINY) ** power for name, x in scores.items()}
+
+
+def _gated_places(model: nnx.Module) -> dict[tuple[str, int], tuple[Entries, np.ndarray]]:
+    """By array and axis the entries that gate it, each with how much its derivative counts."""
+    table = architecture_of(model).axes
+    if table is None:
+        readers = (weights for weights in weights_of(model) if weights.role == READ)
+        return {(w.array, w.axis): (w.entries, np.ones(len(w.entries))) for w in readers}
+    owners, gates = [latents(model)[name] for name in table.sizes], gating(model)
+    places = {}
+    for array, axes in gates.axes.items():
+        for k in axes:
+            positions = table.places[array][k]
+            counts = [gates.shares[array][k].get(name, 0.0) for name in table.sizes]
+            each = np.array([*counts, 0.0])[positions.owner]  # the last is of what stays
+            places[array, k] = entries_of(owners, positions), each
+    return places
 
 
 def _number(value: Any) -> Array:

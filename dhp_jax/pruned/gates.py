@@ -7,7 +7,6 @@ import warnings
 from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-import numpy as np
 
 from dhp_jax.core.activations import PReLU, ReLU
 from dhp_jax.core.hypernet import HypernetArrays
@@ -20,10 +19,10 @@ from dhp_jax.core.surgery import override, prune
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.pruned.fresh_weights import carry_kernels
 from dhp_jax.pruned.relatent import with_latents
+from dhp_jax.tracing.gating import gating
 from dhp_jax.tracing.generated import GeneratedArray, ordinary
 from dhp_jax.tracing.network import gated, install, is_traced
-from dhp_jax.tracing.reads import open_axes
-from dhp_jax.tracing.weights import READ, makers, unread, weights_of
+from dhp_jax.tracing.weights import READ, makers, weights_of
 
 KNOWN = Hyper | Linear | Norm | ChannelBias | PReLU | ReLU  # layers: what each reads
 
@@ -51,7 +50,8 @@ def with_gates(
     that a head for training alone reads. Gates of kernels do not close all channels: not those that
     no kernel reads in one of these modes, as of queries and keys, which are multiplied with each
     other; and not those of a kernel that is not zero where its array is, as a softplus. Such a
-    latent gates every array that it is in. If even that does not close its channels, as behind
+    latent gates every array that it is in; its derivative is by a factor of what makes its channels.
+    If even that does not close its channels, as behind
     `elu(q) + 1`, all of its entries stay, with a warning: `min_channels` is its size.
 
     Args:
@@ -74,14 +74,16 @@ def with_gates(
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
     """
     if is_traced(model):
-        gates, never = _gates_of(model)
-        if never:
+        _check_kernels(model)
+        gates = gating(model)
+        if gates.stay:
+            named = ", ".join(map(repr, gates.stay))
             warnings.warn(
-                f"with_gates: {', '.join(map(repr, never))}: all entries stay, for what is read of "
-                "them is not zero where their arrays are",
+                f"with_gates: {named}: all entries stay, for what is read of them is not zero "
+                "where their arrays are",
                 stacklevel=2,
             )
-        return gated(model, gates, rngs, stay=never)
+        return gated(model, gates, rngs)
     if has_gates(model):
         raise ArgumentError("model", "a network without gates", shown(model))
     kernels = {
@@ -129,32 +131,16 @@ def _check_closed(net: nnx.Module) -> None:
             raise ArgumentError("model", detail=f"{detail}; {path!r} is a {kind} of your own")
 
 
-def _gates_of(model: nnx.Module) -> tuple[dict[str, list[int]], list[str]]:
-    """By array the axes that traced latents gate, and the latents that gates do not close."""
-    table, plain = architecture_of(model).axes, ordinary(model)
-    named, variables = latents(model), variables_of(plain)
-    for array in table.places:
+def _check_kernels(model: nnx.Module) -> None:
+    """Raises if a kernel on traced latents is no `nnx.Param`, which alone has gates."""
+    variables = variables_of(ordinary(model))
+    for array in architecture_of(model).axes.places:
         variable = variables[array]
         taken = isinstance(variable, nnx.Param | nnx.Cache | nnx.BatchStat)
         if not taken and value_of(variable).ndim > 1:
             kind = type(variable).__name__
             detail = f"expected kernels that are nnx.Param; {array!r} is a {kind}"
             raise ArgumentError("model", detail=detail)
-    found = [weights for weights in weights_of(model) if weights.role == READ]
-    gates = {}
-    for weights in found:
-        gates.setdefault(weights.array, []).append(weights.axis)
-    ruled = {latent for weights in found for latent, _ in filter(None, weights.entries)}
-    analysis = table.analysis(plain)
-    others, never = (table.owners(axes) for axes in open_axes(analysis))
-    whole = others | never | unread(table, analysis)
-    numbered = enumerate(table.sizes)
-    everywhere = [n for n, name in numbered if named[name] not in ruled or name in whole]
-    for array, axes in table.places.items():
-        for k, positions in axes.items() if isinstance(variables[array], nnx.Param) else ():
-            if np.isin(positions.owner, everywhere).any() and k not in gates.get(array, []):
-                gates.setdefault(array, []).append(k)
-    return gates, sorted(never)
 
 
 def ungate(net: nnx.Module, model: nnx.Module) -> nnx.Module:

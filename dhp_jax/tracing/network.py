@@ -1,6 +1,6 @@
 """Any network as one of latents: its arrays are on latents, and its code stays as it is."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 import logging
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from dhp_jax.errors import check_integer
 from dhp_jax.tracing.analysis import Analysis, set_mode
 from dhp_jax.tracing.discovery import Discovery, discover, keep_one_factor
 from dhp_jax.tracing.explain import notes_of
+from dhp_jax.tracing.gating import Gating
 from dhp_jax.tracing.generated import (
     GeneratedArray,
     PlacedAxis,
@@ -93,8 +94,11 @@ def install(
     stand_ins: dict[int, nnx.Module] = {}
     for name in generated:
         variable = variables[name]
-        only = table.notes["gates"][name] if "gates" in table.notes else table.places[name]
-        axes = {k: PlacedAxis(latents, table.places[name][k]) for k in only}
+        places, gates = table.places[name], table.notes.get("gates")
+        axes = {}
+        for k in places if gates is None else gates.axes[name]:
+            shares = [gates.shares[name][k].get(z, 1.0) for z in table.sizes] if gates else None
+            axes[k] = PlacedAxis(latents, places[k], shares)
         stand_ins[id(variable)] = GeneratedArray(
             name, variable, axes, embedding=embedding, rngs=rngs
         )
@@ -104,33 +108,28 @@ def install(
     return net
 
 
-def gated(
-    net: nnx.Module,
-    gates: Mapping[str, Collection[int]],
-    rngs: nnx.Rngs,
-    stay: Collection[str] = (),
-) -> nnx.Module:
+def gated(net: nnx.Module, gates: Gating, rngs: nnx.Rngs) -> nnx.Module:
     """A network of traced latents that are all 1 and gate axes of arrays.
 
     Args:
       net: left as it was.
-      gates: by array the axes whose positions the latents multiply.
+      gates: as `gating` has found them.
       rngs: as for `install`.
-      stay: names of latents of which all entries stay.
 
     Raises:
       ValueError: the network's code does not take other arrays in the place of some.
     """
     table, plain = architecture_of(net).axes, ordinary(net)
-    notes = {**table.notes, "generated": list(gates), "gates": gates}
+    axes = gates.axes
+    notes = {**table.notes, "generated": list(axes), "gates": gates}
     table = replace(table, notes=notes)
-    if not gates.keys() <= set(architecture_of(net).axes.notes["generated"]):
-        fit = _that_fit(plain, table, table.analysis(plain), list(gates))
-        for name in sorted(gates.keys() - set(fit)):
+    if not axes.keys() <= set(architecture_of(net).axes.notes["generated"]):
+        fit = _that_fit(plain, table, table.analysis(plain), list(axes))
+        for name in sorted(axes.keys() - set(fit)):
             raise ValueError(f"model: the code reads {name!r} in a way that allows no gates")
     found = find_latents(net)
-    least = {name: z.size if name in stay else z.min_channels for name, z in found.items()}
-    return install(nnx.clone(plain), table, list(gates), min_channels=least, rngs=rngs)
+    least = {name: z.size if name in gates.stay else z.min_channels for name, z in found.items()}
+    return install(nnx.clone(plain), table, list(axes), min_channels=least, rngs=rngs)
 
 
 def is_traced(model: nnx.Module) -> bool:

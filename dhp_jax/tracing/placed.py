@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
@@ -48,13 +49,20 @@ class PlacedAxis(Axis):
     Args:
       latents: the latents.
       positions: which position belongs to which of them.
+      shares: of each latent, how much the derivative by its values here counts; all of it if None.
     """
 
-    def __init__(self, latents: Sequence[Latent], positions: Positions):
+    def __init__(
+        self,
+        latents: Sequence[Latent],
+        positions: Positions,
+        shares: Sequence[float] | None = None,
+    ):
         used = np.unique(positions.owner[positions.owner >= 0]).tolist()
         owner = np.where(positions.owner < 0, -1, np.searchsorted(used, positions.owner))
         self.latents = nnx.List([latents[n] for n in used])
         self.positions = nnx.static(Positions(owner, positions.entry))
+        self.shares = nnx.static(tuple(shares[n] if shares else 1.0 for n in used))
         self.size = len(owner)
 
     def value(self) -> Float[Array, " size"]:
@@ -64,10 +72,18 @@ class PlacedAxis(Axis):
         owner, entry = self.positions.owner, self.positions.entry
         one = len(self.latents) == 1 and self.latents[0].size == self.size
         if one and (owner == 0).all() and np.array_equal(entry, np.arange(self.size)):
-            return self.latents[0].value()
+            return self._value(0)
         starts = np.cumsum([1, *(latent.size for latent in self.latents)])
-        values = jnp.concatenate([jnp.ones(1), *(latent.value() for latent in self.latents)])
+        values = jnp.concatenate([jnp.ones(1), *map(self._value, range(len(self.latents)))])
         return values[np.where(owner < 0, 0, starts[owner] + entry)]
+
+    def _value(self, number: int) -> Float[Array, " size"]:
+        """The value of a latent, of whose derivative its share is left."""
+        value, share = self.latents[number].value(), self.shares[number]
+        if share == 1:
+            return value
+        fixed = jax.lax.stop_gradient(value)
+        return fixed + share * (value - fixed)
 
     def multiplicity(self) -> dict[Latent, int]:
         """How many positions belong to each entry, on average."""

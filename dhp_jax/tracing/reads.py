@@ -60,11 +60,13 @@ class Reads(NamedTuple):
         the softplus of an array, and of what makes two things that depend on the input, as queries
         and keys.
       never: that no zeros close, as of queries of which the exponential is taken.
+      products: of what makes both of two things that are multiplied, where zeros in either close.
     """
 
     kernels: set[tuple[int, int]]
     others: set[tuple[int, int]]
     never: set[tuple[int, int]]
+    products: set[tuple[int, int]]
 
 
 def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
@@ -78,13 +80,14 @@ def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
     return _by_array(analysis, _reads(analysis.programs.values()).kernels)
 
 
-def open_axes(analysis: Analysis) -> tuple[dict[str, frozenset[int]], dict[str, frozenset[int]]]:
-    """By array the axes that zeros in kernels do not close, and those that no zeros close.
+def open_axes(analysis: Analysis) -> tuple[dict[str, frozenset[int]], ...]:
+    """By array the axes that are `others`, `never` and `products` of `Reads`.
 
     Zeros close an axis if they close it in every program.
     """
     reads = _reads(analysis.programs.values())
-    return _by_array(analysis, reads.others), _by_array(analysis, reads.never)
+    found = reads.others, reads.never, reads.products
+    return tuple(_by_array(analysis, axes) for axes in found)
 
 
 def used_and_read(
@@ -108,7 +111,7 @@ def _by_array(analysis: Analysis, axes: set[tuple[int, int]]) -> dict[str, froze
 
 def _reads(programs: Iterable[Program]) -> Reads:
     """What is found in any of some programs of the same arrays."""
-    found = Reads(set(), set(), set())
+    found = Reads(set(), set(), set(), set())
     for program in programs:
         jaxpr = program.closed.jaxpr
         given = [_fixed(variable) for variable in jaxpr.invars]
@@ -219,6 +222,8 @@ def _sum_over(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> None:
     if sums and not (has_kernel and closed[side]):
         left = found.others if any(closed) else found.never
         left.update((array, k) for own in origins for array, k, _ in own)
+        if all(closed) and not has_kernel:
+            found.products.update((array, k) for own in origins for array, k, _ in own)
 
 
 def _is_zero(origins: Origins) -> bool:

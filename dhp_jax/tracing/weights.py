@@ -1,6 +1,6 @@
 """The weights that go with the entries of latents: which make, read and scale their channels."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from flax import nnx
@@ -14,6 +14,7 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import path_name, value_of, variables_of
 from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.generated import ordinary
+from dhp_jax.tracing.placed import Positions
 from dhp_jax.tracing.reads import read_axes, used_and_read
 from dhp_jax.tracing.table import LatentTable
 
@@ -95,11 +96,16 @@ def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
             continue
         is_bias = variable.get_value().ndim == 1  # unless it is read, or scales
         for k, positions in axes.items():
-            both = zip(positions.owner.tolist(), positions.entry.tolist(), strict=True)
-            entries = [(owners[n], entry) if n >= 0 else None for n, entry in both]
+            entries = entries_of(owners, positions)
             role = SCALED if array in scales else READ if k in reads[array] else MADE
             if role != MADE or not is_bias:
                 yield Weights(role, array, k, entries, _wide(variable.get_value))
+
+
+def entries_of(owners: Sequence[Latent], positions: Positions) -> Entries:
+    """Of each position the latent, of those that own some, and its entry."""
+    both = zip(positions.owner.tolist(), positions.entry.tolist(), strict=True)
+    return [(owners[n], entry) if n >= 0 else None for n, entry in both]
 
 
 def _is_weight(variable: nnx.Variable) -> bool:
@@ -124,25 +130,16 @@ def _wide(value: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
 
 
 def weights_in_role(model: nnx.Module, role: str, other: str) -> list[Weights]:
-    """The weights of a role; for some traced latents those of another role in their place.
-
-    These are latents that no weights of the role have and, if weights that read are asked for,
-    those that are `unread`.
-    """
+    """The weights of a role; of traced latents that have none of it those of another role."""
     found = weights_of(model)
-    table = architecture_of(model).axes
-    if table is None:
-        return [weights for weights in found if weights.role == role]
-    named = latents(model)
-    names = unread(table, table.analysis(model)) if role == READ else ()  # which is solved by now
-    own = (entry for weights in found if weights.role == role for entry in weights.entries)
-    ruled = {entry[0] for entry in own if entry} - {named[name] for name in names}
-    chosen = []
+    chosen = [weights for weights in found if weights.role == role]
+    if architecture_of(model).axes is None:
+        return chosen
+    ruled = {entry[0] for weights in chosen for entry in weights.entries if entry}
     for weights in found:
-        if weights.role in (role, other):
-            is_own = weights.role == role
-            entries = [e if e and (e[0] in ruled) == is_own else None for e in weights.entries]
-            chosen += [weights._replace(entries=entries)] if any(entries) else []
+        entries = [entry if entry and entry[0] not in ruled else None for entry in weights.entries]
+        if weights.role == other and any(entries):
+            chosen.append(weights._replace(entries=entries))
     return chosen
 
 

@@ -178,7 +178,7 @@ def test_which_axes_zeros_close_is_seen_in_the_program(made, kernel, others, nev
     model = dhp.FromFunction(forward, {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 2))})
     program = trace_program(model, default_call, (jnp.ones((1, 4, 4, 3)),))
     analysis = SimpleNamespace(programs={EVALUATION: program}, names=program.names)
-    found = [{(a, k) for a, axes in one.items() for k in axes} for one in open_axes(analysis)]
+    found = [{(a, k) for a, axes in one.items() for k in axes} for one in open_axes(analysis)[:2]]
     axes = {"a": ("a", 1), "b": ("b", 0)}
     assert found == [{axes[a] for a in told} for told in (others, never)]
 

@@ -1,5 +1,7 @@
 """What one mode alone reads: gates close it in both modes, and scores know it."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -120,3 +122,55 @@ def test_axes_that_either_mode_reads_are_read():
     found = read_axes(architecture_of(net).axes.analysis(model))
     expected = {f"{name}.kernel": {0} for name in ("a", "main", "hidden", "aux")}
     assert {name: set(axes) for name, axes in found.items() if axes} == expected
+
+
+class Attention(nnx.Module):
+    """Queries and keys of one array each, or of one for both."""
+
+    def __init__(self, rngs, *, fused, tied=False):
+        make = functools.partial(nnx.Linear, 6, rngs=rngs)
+        self.both = make(10) if fused else None
+        self.q, self.k = (None, None) if fused else (make(5), make(5))
+        self.v, self.out = nnx.Linear(6, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+        if tied:
+            self.k = self.q
+
+    def __call__(self, x, factors=None):
+        q, k = jnp.split(self.both(x), 2, -1) if self.both else (self.q(x), self.k(x))
+        q = q if factors is None else q * factors
+        weights = nnx.softmax(jnp.einsum("bqd,bkd->bqk", q, k), -1)
+        return self.out(jnp.tanh(jnp.einsum("bqk,bkd->bqd", weights, self.v(x))))
+
+
+class Positive(nnx.Module):
+    """A kernel that is not zero where its array is."""
+
+    def __init__(self, rngs):
+        self.first, self.last = nnx.Linear(6, 5, rngs=rngs), nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x, factors=None):
+        h = nnx.relu(self.first(x))
+        h = h if factors is None else h * factors
+        return h @ jax.nn.softplus(self.last.kernel[...])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        functools.partial(Attention, fused=False),
+        functools.partial(Attention, fused=True),
+        functools.partial(Attention, fused=False, tied=True),
+        Positive,
+    ],
+    ids=["separate", "fused", "tied", "softplus"],
+)
+def test_derivatives_of_gates_and_taylor_terms_are_those_of_a_factor_of_the_channels(build):
+    x = RNG.normal(size=(4, 5, 6)).astype(np.float32)
+    model = build(nnx.Rngs(0))
+    expected = jax.grad(lambda factors: jnp.mean(model(x, factors) ** 2))(jnp.ones(5))
+    net = dhp.with_latents(model, x.shape[1:], min_channels=1)
+    (name,) = (name for name, z in dhp.latents(net).items() if z.size == 5)
+    terms = dhp.taylor_scores(net, squares, [x], squared=False)[name]
+    np.testing.assert_allclose(terms, np.abs(expected), rtol=1e-3, atol=1e-6)
+    gates = dhp.with_gates(net, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(dhp.gradient_scores(gates, squares, [x])[name], terms, rtol=1e-3)

@@ -1,0 +1,71 @@
+"""Which axes of arrays the latents of a traced network gate, and which gates count."""
+
+from typing import NamedTuple
+
+from flax import nnx
+import numpy as np
+
+from dhp_jax.core.latent import latents
+from dhp_jax.core.provenance import architecture_of
+from dhp_jax.core.state import variables_of
+from dhp_jax.tracing.generated import ordinary
+from dhp_jax.tracing.reads import open_axes
+from dhp_jax.tracing.weights import READ, unread, weights_of
+
+Shares = dict[str, dict[int, dict[str, float]]]
+
+
+class Gating(NamedTuple):
+    """The gates that close the channels of each latent.
+
+    Attributes:
+      axes: by array the axes whose positions latents multiply.
+      shares: by array and axis, for each latent there, how much the derivative of its gate counts:
+        all shares that count lie on one side of a product, or half of each on both. With them the
+        derivative by a latent is that by a factor of what is read of its channels.
+      stay: the latents that gates do not close.
+    """
+
+    axes: dict[str, list[int]]
+    shares: Shares
+    stay: list[str]
+
+
+def gating(model: nnx.Module) -> Gating:
+    """The gates of a network of traced latents.
+
+    A latent gates the kernels that read its channels. Where they do not close them, it gates every
+    array that it is in; then what makes the channels counts, and not what reads them.
+    """
+    table, plain = architecture_of(model).axes, ordinary(model)
+    named, variables = latents(model), variables_of(plain)
+    found = [weights for weights in weights_of(model) if weights.role == READ]
+    axes: dict[str, list[int]] = {}
+    for weights in found:
+        axes.setdefault(weights.array, []).append(weights.axis)
+    readers = {(weights.array, weights.axis) for weights in found}
+    ruled = {latent for weights in found for latent, _ in filter(None, weights.entries)}
+    analysis = table.analysis(plain)
+    others, never, products = (table.owners(each) for each in open_axes(analysis))
+    by_makers = others | unread(table, analysis)
+    by_makers |= {name for name in table.sizes if named[name] not in ruled}
+    whole = by_makers | never
+    names, made = list(table.sizes), set()
+    for array, places in table.places.items():
+        if not isinstance(variables[array], nnx.Param):
+            continue
+        for k, positions in places.items():
+            closed = {names[n] for n in np.unique(positions.owner).tolist() if n >= 0} & whole
+            if closed and k not in axes.get(array, []):
+                axes.setdefault(array, []).append(k)
+                made |= closed & by_makers
+    shares: Shares = {}
+    for array, each in axes.items():
+        for k in each:
+            reads, own = (array, k) in readers, shares.setdefault(array, {}).setdefault(k, {})
+            for n in np.unique(table.places[array][k].owner).tolist():
+                if n >= 0:
+                    name = names[n]
+                    counts = reads != (name in made)
+                    own[name] = counts * (0.5 if name in made & products else 1.0)
+    return Gating(axes, shares, sorted(never))
