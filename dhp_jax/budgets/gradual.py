@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, NamedTuple
+import warnings
 
 from flax import nnx
 import jax
@@ -63,9 +64,9 @@ def fade_to_budget(
 
     Of these the ones that still fit come back, the largest first: a costly channel may have taken
     more than had to go. Here `c` is what an entry costs in the network that is left: the derivative
-    of its FLOPs by the width of the latent. (Of several budgets the first counts.) Until the end of
-    the part, `k` steps away, every step ends with the proximal step of an l1 norm that brings the
-    other chosen entries to zero in time:
+    of its FLOPs by the width of the latent; of branches, the largest. (Of several budgets the first
+    counts.) Until the end of the part, `k` steps away, every step ends with the proximal step of an
+    l1 norm that brings the other chosen entries to zero in time:
 
         `z <- sign(z) max(|z| - |z| / k, 0)`
 
@@ -100,6 +101,10 @@ def fade_to_budget(
       ValueError: a number outside its range; budgets as of `prune_to`; a model without gates; from
         `update`, `params` missing.
 
+    Warns:
+      UserWarning: the order of an einsum of several arrays depends on widths, so that what is left
+        may cost more than `cost` tells; `dhp.prune_to` counts anew.
+
     Example:
       >>> model = dhp.with_gates(trained, rngs=nnx.Rngs(0))
       >>> cost = dhp.measure_cost(model, (32, 32, 3))
@@ -116,6 +121,7 @@ def fade_to_budget(
     check_budget(model, cost, **budget)
     if not has_gates(model):  # at 0 others leave something behind
         raise ArgumentError("model", "a network of dhp.with_gates", shown(model))
+    _tell_orders(cost, budget)
     inner = optax.with_extra_args_support(inner)
     named = {name: z for name, z in latents(model).items() if z.prunable}
     floors = {name: z.min_channels for name, z in named.items()}
@@ -292,16 +298,34 @@ def _vectors(params: PyTree, names: Mapping[str, str]) -> dict[str, int]:
 
 
 def _marginal(cost: Cost, z: Vectors, measure: str) -> Vectors:
-    """What one more entry of each latent costs beside those that are not zero, as a share."""
-    place = MEASURES.index(measure)
+    """What one more entry of each latent costs beside those that are not zero, as a share.
+
+    Of branches it is the most: what is saved in one shows as soon as no other costs more.
+    """
+    number = MEASURES.index(measure)
     sizes = {name: jnp.float32(size) for name, size in cost.sizes.items()}
     counts = sizes | {name: jnp.sum(x != 0).astype(jnp.float32) for name, x in z.items()}
 
-    def total(counts: Vectors) -> Array:
-        return sum(layer.amounts(counts)[place] for layer in cost.layers)
+    def amounts(counts: Vectors) -> Array:
+        found = cost.at_places(lambda call: call.amounts(counts)).values()
+        return jnp.stack([jnp.float32(each[number]) for each in found])
 
-    amount, derivatives = jax.value_and_grad(total)(counts)
-    return {name: jnp.maximum(derivatives[name] / amount, TINY) for name in z}
+    def total(each: Array) -> Array:
+        return cost.total(measure, dict(zip(cost.places, each, strict=True)))
+
+    amount, derivatives = total(amounts(counts)), jax.jacrev(amounts)(counts)
+    return {name: jnp.maximum(total(derivatives[name]) / amount, TINY) for name in z}
+
+
+def _tell_orders(cost: Cost, budget: Mapping[str, float]) -> None:
+    """Warns of budgets that may not hold, for contractions whose order depends on widths."""
+    asked = ", ".join(f"{name}={budget[name]:g}" for name in budget if name != "params")
+    if cost.recount is not None and asked:
+        warnings.warn(
+            f"fade_to_budget: {asked} may be exceeded, for an einsum of several arrays is run in "
+            "another order where that is cheaper; prune with dhp.prune_to, which counts anew",
+            stacklevel=3,
+        )
 
 
 def _check_numbers(steps: int, stages: int, power: float, memory: float) -> None:

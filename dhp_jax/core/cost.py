@@ -5,14 +5,17 @@ contractions, plus 2 for every normalised element and 1 for every element of the
 `ReLU` or PReLU layer; biases and `nnx.relu` are not counted. Params are the arrays of `nnx.Param`
 that are read. Activations are the bytes of the outputs of all other layers
 that have FLOPs, each in the dtype that it computes in, for one example: a sum, and not the peak.
-What ReLU, pools and additions return is not counted. `dhp_jax.tracing.counts` measures all of them.
+What ReLU, pools and additions return is not counted. Of branches, as of `lax.cond`, those of most
+FLOPs count, and those of most activations; params are those of all. `dhp_jax.tracing.counts`
+measures them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 import functools
 import math
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -21,6 +24,7 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.core.activations import ReLU
+from dhp_jax.core.branches import Part, Place
 from dhp_jax.core.latent import Axis
 from dhp_jax.core.layers import (
     BatchNorm,
@@ -79,7 +83,7 @@ class LayerCost:
     """The cost of one call of a layer.
 
     FLOPs, params and activations are sums of products of widths. A layer that is called again costs
-    FLOPs and activations again, but no params.
+    FLOPs and activations again, but no params. `place` are the branches that the call stands in.
     """
 
     path: str
@@ -89,6 +93,7 @@ class LayerCost:
     flops_terms: tuple[Product, ...]
     params_terms: tuple[Product, ...]
     activations_terms: tuple[Product, ...]
+    place: Place = ()
 
     @property
     def terms(self) -> tuple[tuple[Product, ...], ...]:
@@ -117,12 +122,12 @@ class Cost:
     """The cost of a network for its inputs, layer by layer in the order of execution.
 
     Attributes:
-      layers: the cost of each call of a layer.
+      layers: the cost of each call of a layer; FLOPs and activations where its branch counts.
       sizes: entries of each latent by name.
       recount: counts what boolean masks of the latents leave, where `amounts` may differ from it:
-        an einsum of several arrays is run in the order that is cheapest for its sizes, and of
-        branches the costliest counts; `amounts` has those of the whole network. `None` where they
-        agree.
+        an einsum of several arrays is run in the order that is cheapest for its sizes, and
+        `amounts` has that of the whole network. `None` where they agree.
+      calls: the layers with what each costs where it runs; `layers` if there are no branches.
 
     Example:
       >>> cost = dhp.measure_cost(model, (32, 32, 3))
@@ -135,11 +140,56 @@ class Cost:
     recount: "Callable[[Mapping[str, np.ndarray]], Cost] | None" = field(
         default=None, compare=False, repr=False
     )
+    calls: tuple[LayerCost, ...] = ()
+
+    @classmethod
+    def of_calls(cls, calls: Sequence[LayerCost], sizes: Mapping[str, int]) -> "Cost":
+        """The cost of calls of layers, of which some stand in branches."""
+        cost = cls(tuple(calls), sizes)
+        whole = cost.at_places(lambda call: (call.flops, call.activations))
+        flops, activations = (
+            cost._whole.costliest({place: numbers[i] for place, numbers in whole.items()})
+            for i in range(2)
+        )
+        counted = (
+            replace(
+                call,
+                flops_terms=call.flops_terms if call.place in flops else (),
+                activations_terms=call.activations_terms if call.place in activations else (),
+            )
+            for call in calls
+        )
+        return replace(cost, layers=tuple(counted))
+
+    def __post_init__(self):
+        object.__setattr__(self, "calls", self.calls or self.layers)
 
     def __repr__(self) -> str:
         """The totals in one line; `layers` holds the details."""
         totals = ", ".join(f"{name}={getattr(self, name):_}" for name in MEASURES)
         return f"Cost({totals}, layers={len(self.layers)})"
+
+    @functools.cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Where there are calls, in their order."""
+        return tuple(dict.fromkeys(call.place for call in self.calls))
+
+    @functools.cached_property
+    def _whole(self) -> Part:
+        return Part.of(self.places)
+
+    def at_places(
+        self, numbers: "Callable[[LayerCost], Iterable[int | Array]]"
+    ) -> "dict[Place, tuple[int | Array, ...]]":
+        """Numbers of each call, summed over those at each of the `places`."""
+        found: dict[Place, list[Any]] = {place: [] for place in self.places}
+        for call in self.calls:
+            found[call.place].append(numbers(call))
+        return {p: tuple(map(sum, zip(*each, strict=True))) for p, each in found.items()}
+
+    def total(self, measure: str, at: "Mapping[Place, int | Array]") -> "int | Array":
+        """What the network has of a measure, by what the calls at each place have of it."""
+        return self._whole.total(at, operator.add if measure == "params" else _most)
 
     @functools.cached_property
     def flops(self) -> int:
@@ -164,14 +214,12 @@ class Cost:
         """
         if all(isinstance(count, int | np.integer) for count in counts.values()):
             whole = {name: int(count) for name, count in counts.items()}
-            costs = [layer.amounts(whole) for layer in self.layers]
-            return {name: sum(cost[i] for cost in costs) for i, name in enumerate(MEASURES)}
+            return self._totals(self.at_places(lambda call: call.amounts(whole)))
         for name, count in counts.items():
             if not jnp.issubdtype(jnp.result_type(count), jnp.integer):  # as of a mask
                 raise ValueError(f"counts[{name!r}]: expected whole numbers, got {shown(count)}")
         with jax.enable_x64(True):  # FLOPs of large images do not fit 32 bits
-            totals = self._polynomials.totals(counts)
-        return dict(zip(MEASURES, totals, strict=True))
+            return self._totals(self._polynomials.at_places(counts))
 
     def shares(self, counts: Counts) -> "dict[str, float | Array]":
         """`amounts(counts)` as shares of the whole model's (float32 in jit)."""
@@ -184,49 +232,75 @@ class Cost:
             known = all(isinstance(amount, int) for amount in amounts.values())
             return shares if known else {name: jnp.float32(n) for name, n in shares.items()}
 
+    def _totals(self, found: "Mapping[Place, Sequence[int | Array]]") -> "dict[str, int | Array]":
+        """Each measure of the network, by those of the calls at each place."""
+        return {
+            name: self.total(name, {place: amounts[i] for place, amounts in found.items()})
+            for i, name in enumerate(MEASURES)
+        }
+
     @functools.cached_property
     def _polynomials(self) -> "_Polynomials":
-        return _Polynomials.of(self.layers)
+        return _Polynomials.of(self.calls)
+
+
+def _most(one: "int | Array", other: "int | Array") -> "int | Array":
+    """The larger of two numbers, or those of two arrays."""
+    known = all(isinstance(amount, int | float) for amount in (one, other))
+    return max(one, other) if known else jnp.maximum(one, other)
 
 
 class _Polynomials(NamedTuple):
     """All products of a network as a few arrays, so that a step counts them in a few operations.
 
     Of `L` latents `times`, `(W, 1 + L)`, has what is fixed in each width and how often it has
-    entries of each; `places`, `(P, D)`, the widths of each product; and `factors`, `(3, P)`, how
-    often each measure has each product.
+    entries of each; `widths`, `(P, D)`, the widths of each product; and `factors`, `(N, 3, P)`, how
+    often each measure has each product at each of the `places`.
     """
 
     names: tuple[str, ...]
     times: np.ndarray
-    places: np.ndarray
+    widths: np.ndarray
+    places: tuple[Place, ...]
     factors: np.ndarray
 
     @classmethod
-    def of(cls, layers: tuple[LayerCost, ...]) -> "_Polynomials":
-        """Those of the layers of a network; like products are one."""
-        found: dict[tuple[Width, ...], list[int]] = {}
-        for layer in layers:
-            for measure, terms in enumerate(layer.terms):
+    def of(cls, calls: tuple[LayerCost, ...]) -> "_Polynomials":
+        """Those of the calls of layers; like products are one."""
+        places = dict.fromkeys([(), *(call.place for call in calls)])
+        at = {place: i for i, place in enumerate(places)}
+        found: dict[tuple[Width, ...], np.ndarray] = {}
+        for call in calls:
+            for measure, terms in enumerate(call.terms):
                 for term in terms:
-                    found.setdefault(term.widths, [0] * len(MEASURES))[measure] += term.factor
+                    none = np.zeros((len(at), len(MEASURES)), np.int64)
+                    found.setdefault(term.widths, none)[at[call.place], measure] += term.factor
         one, degree = Width(1, 1), max(map(len, found), default=0)
         products = [(*widths, *[one] * (degree - len(widths))) for widths in found]
         numbers = {width: i for i, width in enumerate(dict.fromkeys(sum(products, (one,))))}
         names = tuple(dict.fromkeys(name for width in numbers for name, _ in width.latents))
         times = [[w.fixed, *(dict(w.latents).get(name, 0) for name in names)] for w in numbers]
-        places = [[numbers[width] for width in widths] for widths in products]
-        factors = np.array(list(found.values()), np.int64).reshape(-1, len(MEASURES))
+        widths = [[numbers[width] for width in product] for product in products]
         shape = len(products), degree
-        return cls(names, np.array(times), np.array(places, int).reshape(shape), factors.T)
+        factors = np.array(list(found.values()), np.int64).reshape(-1, len(at), len(MEASURES))
+        return cls(
+            names,
+            np.array(times),
+            np.array(widths, int).reshape(shape),
+            tuple(places),
+            np.moveaxis(factors, 0, -1),
+        )
 
-    def totals(self, counts: Counts) -> tuple[Array, ...]:
-        """Each measure, in the integers that JAX has now; of the shape of the counts."""
+    def at_places(self, counts: Counts) -> dict[Place, tuple[Array, ...]]:
+        """Each measure by place, in the integers that JAX has now; of the shape of the counts."""
         present = [jnp.int64(1), *(jnp.int64(counts[name]) for name in self.names)]
         present = jnp.stack(jnp.broadcast_arrays(*present), axis=-1)
         widths = jnp.sum(self.times * present[..., None, :], axis=-1)
-        products = jnp.prod(jnp.take(widths, self.places, axis=-1, mode="clip"), axis=-1)
-        return tuple(jnp.unstack(jnp.sum(self.factors * products[..., None, :], axis=-1), axis=-1))
+        products = jnp.prod(jnp.take(widths, self.widths, axis=-1, mode="clip"), axis=-1)
+        return {
+            place: tuple(jnp.unstack(jnp.sum(factors * products[..., None, :], axis=-1), axis=-1))
+            for place, factors in zip(self.places, self.factors, strict=True)
+        }
 
 
 Terms = tuple["Axis | int", "Axis | int", tuple[int, int], tuple[int, ...]]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dhp_jax.core.branches import Place
 from dhp_jax.core.cost import Cost, LayerCost, Product, Width, in_one, layer_terms
 from dhp_jax.core.latent import Axis, Latent, latents
 from dhp_jax.core.provenance import architecture_of
@@ -38,6 +39,7 @@ from dhp_jax.tracing.marks import (
     has_arrays,
     is_activation,
     is_counted,
+    last_calls,
     mark_calls,
     summed_axes,
     used_inputs,
@@ -61,10 +63,10 @@ def measure_cost(model: nnx.Module, input_shape: Any, *, call: Call | None = Non
     """Counts what a model costs by tracing one forward pass; nothing is computed.
 
     Every contraction and convolution counts, wherever it stands: in a loop as often as that runs,
-    under `vmap` for all. What nothing reads is not computed, and has no FLOPs, such as an output
-    that `call` leaves out. Layers on latents and those that `layer_terms` is registered for have
-    the FLOPs that are told there. Params are the arrays of `nnx.Param` that the pass reads, each
-    once, if only for such an output.
+    under `vmap` for all, of branches in the costliest. What nothing reads is not computed, and has
+    no FLOPs, such as an output that `call` leaves out. Layers on latents and those that
+    `layer_terms` is registered for have the FLOPs that are told there. Params are the arrays of
+    `nnx.Param` that the pass reads, each once, if only for such an output or in any branch.
 
     Args:
       model: with latents or without; left as it was.
@@ -145,20 +147,20 @@ def _traced(
 def _count_layers(model: nnx.Module, input_shape: Any, call: Call) -> Cost:
     """The cost of a network of layers on latents, each of which says what a call of it costs."""
     program, calls, names, used = _traced(model, input_shape, call, is_counted)
-    layers, seen = [], set[Any]()
     operations = list(costly_operations(program.closed.jaxpr))
-    last = {calls[made.call].path: made.call for made in operations if made.call is not None}
+    layers, seen, last = [], set[Any](), last_calls(operations, calls)
     for operation in operations:
         if operation.eqn.primitive.name == "layer_output":
             found = calls[operation.call]
-            if is_activation(found.layer) and operation.call != last[found.path]:
+            if is_activation(found.layer) and operation.call not in last:
                 continue
             layers.append(_layer_cost(found, operation, names, seen))
         elif operation.call is None:
             product, ends = _contraction(operation, _full_widths)
-            layers.append(LayerCost("", operation.eqn.primitive.name, *ends, (product,), (), ()))
+            name, place = operation.eqn.primitive.name, operation.place
+            layers.append(LayerCost("", name, *ends, (product,), (), (), place))
     layers += _other_params(program, calls, used)
-    return Cost(tuple(layers), {name: latent.size for latent, name in names.items()})
+    return Cost.of_calls(layers, {name: latent.size for latent, name in names.items()})
 
 
 def _layer_cost(
@@ -188,6 +190,7 @@ def _layer_cost(
         flops_terms=terms(flops, runs),
         params_terms=terms(params, 1),
         activations_terms=terms((0, bytes_each), runs),
+        place=operation.place,
     )
 
 
@@ -227,9 +230,9 @@ def _other_params(
     return layers
 
 
-def _params_only(path: str, kind: str, product: Product) -> LayerCost:
-    width = product.widths[-1] if product.widths else Width(1, 1)
-    return LayerCost(path, kind, width, width, (), (product,), ())
+def _params_only(path: str, kind: str, *products: Product) -> LayerCost:
+    width = (Width(1, 1), *products[0].widths)[-1]
+    return LayerCost(path, kind, width, width, (), products, ())
 
 
 # Networks whose program says what they cost
@@ -267,32 +270,30 @@ class _TracedCount:
 
     def cost(self) -> Cost:
         """The sum over all calls of layers, and what belongs to none."""
-        by_call: dict[int | str, list[Operation]] = {}
-        jaxpr = self.program.closed.jaxpr
-        owners = dict(zip(jaxpr.invars, map(self._holder, self.program.names), strict=False))
-        for operation in costly_operations(jaxpr, owners=owners):
+        by_call: dict[tuple[int | str, Place], list[Operation]] = {}
+        jaxpr, holders = self.program.closed.jaxpr, map(self._holder, self.program.names)
+        owners = dict(zip(jaxpr.invars, holders, strict=False))
+        operations = list(costly_operations(jaxpr, owners=owners))
+        for operation in operations:
             key = operation.call
             if key is None or not self.calls[key].path:
                 key = operation.owner or self._scope(operation) or key
             key = f"operation {len(by_call)}" if key is None else key
-            by_call.setdefault(key, []).append(operation)
-        params = self._params()
-        made = (number for number in by_call if isinstance(number, int))
-        layers, last = [], {self.calls[number].path: number for number in made}
-        for key, operations in by_call.items():
-            layer = self._layer(key, operations)
+            by_call.setdefault((key, operation.place), []).append(operation)
+        params, last, layers = self._params(), last_calls(operations, self.calls), []
+        for (key, place), found in by_call.items():
+            layer = replace(self._layer(key, found), place=place)
             if isinstance(key, int) and is_activation(self.calls[key].layer):
-                if key != last[self.calls[key].path]:
+                if key not in last:
                     continue
                 layer = replace(layer, activations_terms=())
             own = params.pop(layer.path, ())
             if own and not layer.flops_terms:
-                layer = _params_only(layer.path, layer.kind, own[0])
+                layer = _params_only(layer.path, layer.kind, *own)
             if layer.flops_terms or own:
                 layers.append(replace(layer, params_terms=own))
-        for path, own in params.items():
-            layers.append(replace(_params_only(path, "Param", own[0]), params_terms=own))
-        return Cost(tuple(layers), dict(self.table.sizes) if self.table else {})
+        layers += [_params_only(path, "Param", *own) for path, own in params.items()]
+        return Cost.of_calls(layers, dict(self.table.sizes) if self.table else {})
 
     def _holder(self, name: str) -> str:
         """The mapping that holds an array, as for a module of `flax.linen`; else the array."""

@@ -13,6 +13,7 @@ from jax.interpreters import ad, batching
 import numpy as np
 
 from dhp_jax.core.activations import ReLU
+from dhp_jax.core.branches import Place
 from dhp_jax.core.cost import layer_terms
 from dhp_jax.core.latent import Axis, walk
 from dhp_jax.core.surgery import override
@@ -69,6 +70,7 @@ class Operation(NamedTuple):
       times: how often it runs.
       owner: whose arrays it reads, if of one alone.
       scope: the names of `jax.named_scope` around it, from the outermost on.
+      place: the branches that it stands in.
     """
 
     eqn: JaxprEqn
@@ -77,6 +79,7 @@ class Operation(NamedTuple):
     times: int
     owner: str | None
     scope: tuple[str, ...]
+    place: Place
 
 
 def is_counted(module: nnx.Module) -> bool:
@@ -163,11 +166,12 @@ def costly_operations(
     call: int | None = None,
     owners: Mapping[Any, str] = MappingProxyType({}),
     scope: tuple[str, ...] = (),
+    place: Place = (),
 ) -> Iterator[Operation]:
     """Contractions, convolutions and marks of a program, wherever they stand.
 
-    Loops count as often as they run, and of branches the one with most FLOPs. `owners` are those
-    of the arrays among the inputs of the program.
+    Loops count as often as they run. `owners` are those of the arrays among the inputs of the
+    program.
 
     Raises:
       ValueError: a loop with a contraction in it runs as often as the data wants.
@@ -184,16 +188,17 @@ def costly_operations(
         if owner and all(read[n] or is_literal(atom) for n, atom in enumerate(eqn.invars)):
             owners |= dict.fromkeys(eqn.outvars, owner)  # it follows from these arrays alone
         if name in SUMMING:
-            yield Operation(eqn, context, own, times, owner, names)
+            yield Operation(eqn, context, own, times, owner, names, place)
         elif name == "layer_output":
-            yield Operation(eqn, context, eqn.params["call"], times, owner, names)
+            yield Operation(eqn, context, eqn.params["call"], times, owner, names, place)
         elif name in CALLS:
             program = inner_program(eqn)[0]
             within = _of_inputs(program, read)
-            yield from costly_operations(program, inner, times, own, within, names)
+            yield from costly_operations(program, inner, times, own, within, names, place)
         elif name == "scan":
             runs, body = times * eqn.params["length"], eqn.params["jaxpr"].jaxpr
-            yield from costly_operations(body, inner, runs, own, _of_inputs(body, read), names)
+            within = _of_inputs(body, read)
+            yield from costly_operations(body, inner, runs, own, within, names, place)
         elif name == "while":
             body = eqn.params["body_jaxpr"].jaxpr
             if any(found.eqn.primitive.name in SUMMING for found in costly_operations(body, inner)):
@@ -202,25 +207,30 @@ def costly_operations(
                     "costs cannot be counted; a loop of fixed length can be"
                 )
         elif name == "cond":
-            branches = [
-                list(costly_operations(branch.jaxpr, (*inner, n), times, own, {}, names))
-                for n, branch in enumerate(eqn.params["branches"])
-            ]
-            yield from max(branches, key=_flops)
+            for n, branch in enumerate(eqn.params["branches"]):
+                at = (*inner, n)
+                yield from costly_operations(branch.jaxpr, at, times, own, {}, names, (*place, at))
+
+
+def last_calls(operations: Iterable[Operation], calls: Sequence[LayerCall]) -> set[int]:
+    """The numbers of the calls after which their layer is called no more where they run."""
+    last: dict[str, dict[Place, int]] = {}
+    for operation in operations:
+        if operation.call is not None:
+            place, known = operation.place, last.setdefault(calls[operation.call].path, {})
+            for within in [other for other in known if other[: len(place)] == place]:
+                del known[within]
+            known[place] = operation.call
+    return {number for known in last.values() for number in known.values()}
 
 
 def depends_on_widths(jaxpr: Jaxpr) -> bool:
-    """Whether other operations may count for other widths: of an einsum's order, or of branches."""
-    for _, program in all_programs(jaxpr):
-        for eqn in program.eqns:
-            name = eqn.primitive.name
-            if name in SUMMING and _is_of_several(eqn):
-                return True
-            if name == "cond":
-                branches = [list(costly_operations(b.jaxpr)) for b in eqn.params["branches"]]
-                if sum(map(_flops, branches)) > max(map(_flops, branches)):
-                    return True
-    return False
+    """Whether contractions may go in another order for other widths, as those of an einsum do."""
+    return any(
+        eqn.primitive.name in SUMMING and _is_of_several(eqn)
+        for _, program in all_programs(jaxpr)
+        for eqn in program.eqns
+    )
 
 
 def _is_of_several(eqn: JaxprEqn) -> bool:
@@ -233,18 +243,6 @@ def _is_of_several(eqn: JaxprEqn) -> bool:
 
 def _of_inputs(jaxpr: Jaxpr, owners: Sequence[str | None]) -> dict[Any, str]:
     return {v: owner for v, owner in zip(jaxpr.invars, owners, strict=True) if owner}
-
-
-def _flops(operations: Iterable[Operation]) -> int:
-    """FLOPs of contractions and convolutions."""
-    total = 0
-    for operation in operations:
-        eqn = operation.eqn
-        if eqn.primitive.name in SUMMING:
-            side, axes = summed_axes(eqn)
-            over = math.prod(shape_of(eqn.invars[side])[k] for k in axes)
-            total += operation.times * math.prod(shape_of(eqn.outvars[0])) * over
-    return total
 
 
 def summed_axes(eqn: JaxprEqn) -> tuple[int, list[int]]:
