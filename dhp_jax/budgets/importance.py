@@ -204,8 +204,8 @@ def taylor_scores(
     with their kernels `K`: `-t_i` is what the first-order Taylor polynomial says of `g_i = 0`,
     which is the network pruned by `i`. Where no kernel reads the channels, as of queries that are
     multiplied with keys, `g_i` is a factor of what makes them. A traced array that both makes and
-    reads channels, as one that is tied, counts twice. Over batches the squares are averaged, or magnitudes. Scores
-    of all latents are compared as they are, for they are changes of one loss.
+    reads channels, as one that is tied, counts twice. Over batches the squares are averaged, or
+    magnitudes. Scores of all latents are compared as they are, for they are changes of one loss.
 
     Args:
       model: a network of latents; left as it was.

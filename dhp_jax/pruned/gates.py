@@ -50,9 +50,9 @@ def with_gates(
     that a head for training alone reads. Gates of kernels do not close all channels: not those that
     no kernel reads in one of these modes, as of queries and keys, which are multiplied with each
     other; and not those of a kernel that is not zero where its array is, as a softplus. Such a
-    latent gates every array that it is in; its derivative is by a factor of what makes its channels.
-    If even that does not close its channels, as behind
-    `elu(q) + 1`, all of its entries stay, with a warning: `min_channels` is its size.
+    latent gates every array that it is in, and its derivative is that by a factor of what makes its
+    channels. If even that does not close them, as behind `elu(q) + 1`, all of its entries stay,
+    with a warning: `min_channels` is its size.
 
     Args:
       model: a network of latents, whose kernels are generated for the last time; or an ordinary one
