@@ -1,6 +1,6 @@
 """A search from trained weights: what a budget has no room for fades away, little by little."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 import warnings
@@ -13,11 +13,11 @@ import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from dhp_jax.budgets.counted import TINY, check_budget
+from dhp_jax.budgets.counted import TINY, check_budget, removals
+from dhp_jax.budgets.rounding import Multiples, multiples
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, has_gates, latents
 from dhp_jax.core.state import path_name
-from dhp_jax.core.survivors import survivor_mask
 from dhp_jax.errors import ArgumentError, check_at_least_zero, check_integer, shown
 from dhp_jax.prox import soft_threshold
 
@@ -47,6 +47,7 @@ def fade_to_budget(
     stages: int = STAGES,
     power: float = 1.0,
     memory: float = 0.98,
+    multiple_of: Multiples = 1,
     **budget: float,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a network with gates while the channels that a budget has no room for fade away.
@@ -91,6 +92,8 @@ def fade_to_budget(
       stages: in how many parts, each with a choice of its own.
       power: 0 ranks by the loss alone, 1 by loss per FLOP.
       memory: share of the average that a step leaves.
+      multiple_of: a latent that loses entries keeps a multiple of this number of them, as for
+        `prune_to`: entries go in groups of so many, ranked by their largest score.
       **budget: some of `flops`, `params`, `activations`, shares in (0, 1]; all of them hold.
 
     Returns:
@@ -118,13 +121,14 @@ def fade_to_budget(
     ICLR 2021 (arXiv 2012.09243), for strengths that grow for what is to go.
     """
     _check_numbers(steps, stages, power, memory)
-    check_budget(model, cost, **budget)
+    check_budget(model, cost, multiple_of, **budget)
     if not has_gates(model):  # at 0 others leave something behind
         raise ArgumentError("model", "a network of dhp.with_gates", shown(model))
     _tell_orders(cost, budget)
     inner = optax.with_extra_args_support(inner)
     named = {name: z for name, z in latents(model).items() if z.prunable}
-    floors = {name: z.min_channels for name, z in named.items()}
+    steps_of = multiples(model, multiple_of)
+    removed = {n: np.array(removals(z, steps_of[n]), int) for n, z in named.items()}
     sizes = {name: z.size for name, z in named.items()}
     names = _vector_names(model)
     limits = _limits(cost, stages, budget)
@@ -161,7 +165,7 @@ def fade_to_budget(
         alive = {name: jnp.where(state.keep[name], z[name], 0) for name in named}
         keep = jax.lax.cond(
             chooses,
-            lambda: _chosen(average, alive, stage, cost, floors, power, limits),
+            lambda: _chosen(average, alive, stage, cost, removed, power, limits),
             lambda: state.keep,
         )
         end = jnp.asarray(begins)[jnp.minimum(stage + 1, stages + 1)]
@@ -200,43 +204,58 @@ def _chosen(
     z: Vectors,
     stage: Array,
     cost: Cost,
-    floors: Mapping[str, int],
+    removed: Mapping[str, np.ndarray],
     power: float,
     limits: Mapping[str, np.ndarray],
 ) -> Vectors:
     """Which entries stay when a part of the way to the budget is due; usable in jit.
 
-    Every score is tried as a threshold, all at once, and the smallest taken that is within. Then
-    entries that still fit come back, those of the largest scores first.
+    Entries of a latent go in groups, those with the smallest scores first; `removed` tells how many
+    are gone with each group. The largest score of every group is tried as a threshold, all at once,
+    and the smallest taken that is within. Then groups that still fit come back, those of the
+    largest scores first.
     """
     # What is zero scores below everything, so that it never comes back.
     worth = _marginal(cost, z, next(iter(limits)))
     scores = {
         name: jnp.where(z[name] != 0, average[name] / worth[name] ** power, -1.0) for name in z
     }
-    order = jnp.argsort(jnp.concatenate(list(scores.values())))
+    names, sizes = list(z), np.array([x.size for x in z.values()])
+    gone = [removed[name] for name in names]
+    owner = np.repeat(np.arange(len(names)), [len(each) for each in gone])
+    without = sizes[owner] - np.concatenate(gone)  # the width without each group, and with it
+    with_it = sizes[owner] - np.concatenate([np.append(0, each)[:-1] for each in gone])
+    order = jnp.argsort(jnp.concatenate([jnp.sort(scores[n])[removed[n] - 1] for n in names]))
     total = order.size
     ranks = jnp.zeros(total, jnp.int32).at[order].set(jnp.arange(total, dtype=jnp.int32))
-    ends = np.cumsum([score.size for score in scores.values()])[:-1]
-    ranks = dict(zip(scores, jnp.split(ranks, ends), strict=True))
 
-    def within(counts: Mapping[str, Array]) -> Array:
-        amounts = cost.amounts(cost.sizes | counts)
+    def within(counts: Sequence[Array]) -> Array:
+        amounts = cost.amounts(cost.sizes | dict(zip(names, counts, strict=True)))
         with jax.enable_x64(True):  # whole numbers, for float32 may round a little too much down
             fits = [amounts[m] <= jnp.asarray(most)[stage] for m, most in limits.items()]
             return jnp.all(jnp.stack(fits), 0)
 
-    removed = jnp.arange(total + 1)  # how many of the smallest go
-    counts = {
-        name: jnp.maximum(rank.size - jnp.searchsorted(jnp.sort(rank), removed), floors[name])
-        for name, rank in ranks.items()
-    }
+    tried = jnp.arange(total + 1)  # how many of the smallest groups go
+    counts = [
+        size - jnp.array([0, *removed[name]])[jnp.searchsorted(ranks[owner == n], tried)]
+        for n, (name, size) in enumerate(zip(names, sizes, strict=True))
+    ]
     first = jnp.argmax(within(counts).at[-1].set(True))
-    keep = {
-        name: survivor_mask(rank.astype(jnp.float32), first, floors[name]) & (z[name] != 0)
-        for name, rank in ranks.items()
+    alive = jnp.stack([jnp.sum(z[name] != 0) for name in names])
+    left = jnp.minimum(jnp.stack([count[first] for count in counts]), alive)
+
+    def filled(left: Array, group: Array) -> tuple[Array, None]:
+        n, wider = jnp.asarray(owner)[group], jnp.asarray(with_it)[group]
+        more = left.at[n].set(wider)
+        fits = (left[n] == jnp.asarray(without)[group]) & (wider <= alive[n]) & within(more)
+        return jnp.where(fits, more, left), None
+
+    left, _ = jax.lax.scan(filled, left, order[::-1])
+    positions = {name: jnp.argsort(jnp.argsort(score)) for name, score in scores.items()}
+    return {
+        name: (positions[name] >= size - left[n]) & (z[name] != 0)
+        for n, (name, size) in enumerate(zip(names, sizes, strict=True))
     }
-    return _filled(keep, z, order, within)
 
 
 def _limits(cost: Cost, stages: int, budget: Mapping[str, float]) -> dict[str, np.ndarray]:
@@ -253,23 +272,6 @@ def _limits(cost: Cost, stages: int, budget: Mapping[str, float]) -> dict[str, n
         way = [1 - (1 - target) * (1 - (1 - j / stages) ** 2) for j in range(stages)]
         limits[name] = np.array([most(getattr(cost, name), n) for n in (*way, target)], np.int64)
     return limits
-
-
-def _filled(keep: Vectors, z: Vectors, order: Array, within: Callable[..., Array]) -> Vectors:
-    """The entries that stay, and of those in `order`, from its end on, what is there and fits."""
-    names, sizes = list(keep), [mask.size for mask in keep.values()]
-    owner = jnp.asarray(np.repeat(np.arange(len(names)), sizes))
-    kept, there = (jnp.concatenate([tree[name] != 0 for name in names]) for tree in (keep, z))
-
-    def tried(counts: Array, entry: Array) -> tuple[Array, Array]:
-        more = counts.at[owner[entry]].add(1)
-        fits = there[entry] & ~kept[entry] & within(dict(zip(names, more, strict=True)))
-        return jnp.where(fits, more, counts), fits
-
-    counts = jnp.stack([keep[name].sum() for name in names])
-    _, fits = jax.lax.scan(tried, counts, order[::-1])
-    kept = kept.at[order[::-1]].max(fits)
-    return dict(zip(names, jnp.split(kept, np.cumsum(sizes)[:-1]), strict=True))
 
 
 def _vector_names(model: nnx.Module) -> dict[str, str]:

@@ -24,7 +24,7 @@ from dhp_jax.budgets.importance import (
     scale_scores,
     taylor_scores,
 )
-from dhp_jax.budgets.rounding import Multiples
+from dhp_jax.budgets.rounding import Multiples, multiples
 from dhp_jax.budgets.selection import Selection
 from dhp_jax.budgets.uniform import uniform_within
 from dhp_jax.core.cost import Cost
@@ -146,10 +146,12 @@ def _by_gradient(start: Start) -> Smaller:
 def _not_faded(
     model: nnx.Module, cost: Cost, multiple_of: Multiples = 1, **budget: float
 ) -> dict[str, np.ndarray]:
-    """What a search from trained weights has left, rounded if widths are to be multiples."""
-    masks = survivors(model)
-    left = cost.shares({name: int(mask.sum()) for name, mask in masks.items()})
-    if multiple_of == 1 and all(left[name] <= share for name, share in budget.items()):
+    """What a search from trained weights has left, less what budgets and widths do not allow."""
+    masks, steps = survivors(model), multiples(model, multiple_of)
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    left = cost.shares(counts)
+    allowed = (counts[z] == masks[z].size or counts[z] % step == 0 for z, step in steps.items())
+    if all(allowed) and all(left[name] <= share for name, share in budget.items()):
         return masks
     return survivors_within(model, cost, multiple_of, **budget)
 

@@ -279,7 +279,8 @@ def _optimizer(
         return with_proximal_step
     steps = most_steps(run, name)
     asked = search_limits(run.config.budget, run.config.target)
-    fading = fade_to_budget(plain, searched, run.cost, steps=steps, **asked)
+    given = {"steps": steps, "multiple_of": run.config.multiple_of}
+    fading = fade_to_budget(plain, searched, run.cost, **given, **asked)
     return lambda params: fading
 
 

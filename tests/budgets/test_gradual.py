@@ -209,6 +209,38 @@ def test_nothing_that_goes_at_once_would_fit_the_budget(seed):
             assert cost.shares(counts | {name: counts[name] + 1})["flops"] > 0.45
 
 
+@pytest.mark.parametrize(
+    ("seed", "stages", "multiple_of"),
+    [(0, 1, 2), (1, 3, 3), *(pytest.param(n, 2, 1 + n, marks=pytest.mark.slow) for n in (2, 3))],
+)
+def test_entries_go_in_groups_that_leave_multiples(seed, stages, multiple_of):
+    model = dhp.with_gates(filled(Coarse, seed), rngs=nnx.Rngs(1))
+    cost = dhp.measure_cost(model, (6, 6, 1))
+    given = {"steps": stages + 1, "stages": stages, "memory": 0.0, "multiple_of": multiple_of}
+    tx = dhp.fade_to_budget(optax.sgd(0.01), model, cost, power=0, flops=0.45, **given)
+    params = nnx.state(model, nnx.Param)
+    state, rng = tx.init(params), np.random.default_rng(seed)
+    for _ in range(stages + 1):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+        before = {name: z != 0 for name, z in values_of(model, params).items()}
+        terms = {name: g**2 for name, g in values_of(model, grads).items()}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, z in values_of(model, params).items():
+            stays, went = terms[name][z != 0], terms[name][before[name] & (z == 0)]
+            assert (z != 0).sum() in (z.size, *range(multiple_of, z.size, multiple_of))
+            assert (z != 0).sum() >= prunable(model)[name].min_channels
+            assert not went.size or stays.min() >= went.max()
+    nnx.update(model, params)
+    counts = {n: int(np.sum(np.asarray(z.value()) != 0)) for n, z in dhp.latents(model).items()}
+    assert cost.shares(counts)["flops"] <= 0.45
+    rounded = [name for name, z in prunable(model).items() if counts[name] < z.size]
+    assert rounded
+    for name in rounded if stages == 1 else ():
+        wider = min(counts[name] + multiple_of, prunable(model)[name].size)
+        assert cost.shares(counts | {name: wider})["flops"] > 0.45
+
+
 def counts_after_one_choice(dtype, size, target):
     """Counts after a search of two steps; gradients of latents fall from twice `size` to it."""
     model = dhp.with_gates(filled(Coarse), rngs=nnx.Rngs(1))
@@ -329,6 +361,7 @@ def test_a_parameter_named_as_latents_are_is_trained_and_values_are_handed_on():
         ({"power": -1}, r"^power: expected a number >= 0, got -1"),
         ({"memory": 1}, r"^memory: expected a number in \[0, 1\), got 1"),
         ({"flops": 0.01}, r"^flops: 0.01 cannot be reached"),
+        ({"multiple_of": 0}, r"^multiple_of: expected a positive integer, got 0"),
         ({"flops": 2}, r"^flops: expected a share in \(0, 1\], got 2"),
     ],
 )

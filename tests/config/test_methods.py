@@ -349,6 +349,20 @@ def test_a_search_from_trained_weights_has_the_dtype_and_the_floors_of_its_own_r
 
 
 @pytest.mark.slow
+def test_a_search_from_trained_weights_ends_with_multiples(sources, tmp_path):
+    fields = {"method": "fade", "source": path(sources["fade"]), "multiple_of": 2}
+    with pytest.raises(Stop):
+        carry_out(tmp_path, [Interrupter("converge", 0)], **fields)
+    searched, cut = dhp.load(tmp_path / "search"), description(tmp_path / "pruned")
+    for name, z in dhp.latents(searched).items():
+        open_ = int((z.value() != 0).sum())
+        assert open_ == len(cut["survivors"][name])
+        assert open_ == z.size or open_ % 2 == 0
+    assert "renewed" not in cut["notes"]
+    assert cut["notes"]["budget"]["predicted"]["flops"] <= 0.5
+
+
+@pytest.mark.slow
 def test_what_has_not_faded_when_a_search_ends_is_zero(sources, monkeypatch, tmp_path):
     def too_slow(*arguments, steps, **others):
         return dhp.fade_to_budget(*arguments, steps=2 * steps, **others)
