@@ -6,6 +6,7 @@ gives it, a `Start`. To add a method, add one object here, and a row to docs/met
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -172,10 +173,10 @@ def _by_weights(title: str, what: str, scores_of: Callable[[nnx.Module], Scores]
     return _by_importance(title, what, lambda model, _: scores_of(model))
 
 
-def _taylor(model: nnx.Module, start: Start) -> Scores:
+def _taylor(model: nnx.Module, start: Start, *, squared: bool) -> Scores:
     model = nnx.clone(model)
     model.eval()
-    return taylor_scores(model, *start.training())
+    return taylor_scores(model, *start.training(), squared=squared)
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -219,7 +220,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "group_norm": _by_weights("group norm", "the norm of whole groups", group_scores),
         "norm_scale": _by_weights("BatchNorm scale", "the scales of BatchNorm", scale_scores),
         "fpgm": _by_weights("FPGM", "distance to the geometric median", fpgm_scores),
-        "taylor": _by_importance("squared Taylor terms", "squared Taylor terms", _taylor),
+        "taylor": _by_importance(
+            "squared Taylor terms", "squared Taylor terms", partial(_taylor, squared=True)
+        ),
+        "taylor_magnitude": _by_importance(
+            "magnitudes of Taylor terms",
+            "the magnitudes of Taylor terms",
+            partial(_taylor, squared=False),
+        ),
         "scratch": Method(
             "found network, fresh weights",
             "The network that a search has found, {left}, from fresh weights",

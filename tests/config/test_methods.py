@@ -219,9 +219,11 @@ def is_norm(layer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("per_flop", [0.0, 1.0])
-def test_taylor_keeps_what_costs_the_loss_most(sources, baseline, tmp_path, per_flop):
-    given = {"method": "taylor", "source": path(baseline), "per_flop": per_flop}
+@pytest.mark.parametrize(
+    ("method", "per_flop"), [("taylor", 0.0), ("taylor", 1.0), ("taylor_magnitude", 0.0)]
+)
+def test_taylor_keeps_what_costs_the_loss_most(sources, baseline, tmp_path, method, per_flop):
+    given = {"method": method, "source": path(baseline), "per_flop": per_flop}
     with pytest.raises(Stop):
         carry_out(tmp_path / "run", [Interrupter("converge", 0)], **given)
     run = prepare(tmp_path / "run", **given)
@@ -232,7 +234,8 @@ def test_taylor_keeps_what_costs_the_loss_most(sources, baseline, tmp_path, per_
         logits = jax.nn.log_softmax(network(batch[0]))
         return -logits[jnp.arange(len(logits)), batch[1]].mean()
 
-    scores = dhp.taylor_scores(model, loss, batches(run, run.setup.read("train"), 2048))
+    images = batches(run, run.setup.read("train"), 2048)
+    scores = dhp.taylor_scores(model, loss, images, squared=method == "taylor")
     scores = dhp.per_cost(scores, dhp.measure_cost(model, SHAPE), power=per_flop)
     kept = architecture_of(dhp.prune_to(model, SHAPE, flops=0.5, by=scores)).survivors
     assert survivors(tmp_path / "run") == {name: list(found) for name, found in kept.items()}
