@@ -46,7 +46,7 @@ from dhp_jax.budgets.importance import (
 from dhp_jax.budgets.selection import prune_to
 from dhp_jax.budgets.uniform import uniform_within
 from dhp_jax.core.activations import PReLU
-from dhp_jax.core.cost import Cost, layer_terms
+from dhp_jax.core.cost import Cost
 from dhp_jax.core.hypernet import hyper_kernel
 from dhp_jax.core.latent import (
     Axis,
@@ -81,6 +81,7 @@ from dhp_jax.pruned.statistics import renew_statistics
 from dhp_jax.tracing.counts import measure_cost
 from dhp_jax.tracing.declared import prune
 from dhp_jax.tracing.explain import explain
+from dhp_jax.tracing.layer_terms import layer_terms
 
 __version__ = "0.1.0"
 

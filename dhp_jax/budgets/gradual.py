@@ -304,16 +304,16 @@ def _marginal(cost: Cost, z: Vectors, measure: str) -> Vectors:
 
     Of branches it is the most: what is saved in one shows as soon as no other costs more.
     """
-    number = MEASURES.index(measure)
+    number, places = MEASURES.index(measure), dict.fromkeys(call.place for call in cost.calls)
     sizes = {name: jnp.float32(size) for name, size in cost.sizes.items()}
     counts = sizes | {name: jnp.sum(x != 0).astype(jnp.float32) for name, x in z.items()}
 
     def amounts(counts: Vectors) -> Array:
-        found = cost.at_places(lambda call: call.amounts(counts)).values()
-        return jnp.stack([jnp.float32(each[number]) for each in found])
+        found = cost.at_places(lambda call: call.amounts(counts))
+        return jnp.stack([jnp.float32(found[place][number]) for place in places])
 
     def total(each: Array) -> Array:
-        return cost.total(measure, dict(zip(cost.places, each, strict=True)))
+        return cost.total(measure, dict(zip(places, each, strict=True)))
 
     amount, derivatives = total(amounts(counts)), jax.jacrev(amounts)(counts)
     return {name: jnp.maximum(total(derivatives[name]) / amount, TINY) for name in z}

@@ -18,17 +18,14 @@ from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets.counted import TINY, Scores
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, latents, latents_to_prune, walk
-from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import variables_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.errors import ArgumentError, check_at_least_zero, check_integer
-from dhp_jax.tracing.gating import gating
+from dhp_jax.tracing.gating import gated_places
 from dhp_jax.tracing.weights import (
     MADE,
     READ,
     SCALED,
-    Entries,
-    entries_of,
     sum_by_entry,
     weights_in_role,
     weights_of,
@@ -232,7 +229,7 @@ def taylor_scores(
     Reference: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019 (arXiv
     1906.10771), equations 5 and 8, there with the scales of BatchNorm for `g`.
     """
-    places = _gated_places(model)
+    places = gated_places(model)
     graphdef, state = nnx.split(prune(model))
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
@@ -336,23 +333,6 @@ def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float
         for name in scores
     }
     return {name: np.asarray(x) / max(shares[name], TINY) ** power for name, x in scores.items()}
-
-
-def _gated_places(model: nnx.Module) -> dict[tuple[str, int], tuple[Entries, np.ndarray]]:
-    """By array and axis the entries that gate it, each with how much its derivative counts."""
-    table = architecture_of(model).axes
-    if table is None:
-        readers = (weights for weights in weights_of(model) if weights.role == READ)
-        return {(w.array, w.axis): (w.entries, np.ones(len(w.entries))) for w in readers}
-    owners, gates = [latents(model)[name] for name in table.sizes], gating(model)
-    places = {}
-    for array, axes in gates.axes.items():
-        for k in axes:
-            positions = table.places[array][k]
-            counts = [gates.shares[array][k].get(name, 0.0) for name in table.sizes]
-            each = np.array([*counts, 0.0])[positions.owner]  # the last is of what stays
-            places[array, k] = entries_of(owners, positions), each
-    return places
 
 
 def _number(value: Any) -> Array:

@@ -29,9 +29,8 @@ class Part(NamedTuple):
     def total(self, at: Mapping[Place, Any], of_branches: Callable[[Any, Any], Any]) -> Any:
         """What there is at its place, and in each choice.
 
-        Args:
-          at: by place a number or an array; what is left out is 0.
-          of_branches: of two branches what both are, such as `max`.
+        `at` has by place a number or an array, 0 if none; `of_branches` tells of two branches what
+        both are, such as `max`.
         """
         total = at.get(self.place, 0)
         for branches in self.choices:

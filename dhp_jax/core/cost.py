@@ -3,11 +3,10 @@
 FLOPs are multiply-accumulates: convolutions (transposed ones as if every tap met every output) and
 contractions, plus 2 for every normalised element and 1 for every element of the last call of a
 `ReLU` or PReLU layer; biases and `nnx.relu` are not counted. Params are the arrays of `nnx.Param`
-that are read. Activations are the bytes of the outputs of all other layers
-that have FLOPs, each in the dtype that it computes in, for one example: a sum, and not the peak.
-What ReLU, pools and additions return is not counted. Of branches, as of `lax.cond`, those of most
-FLOPs count, and those of most activations; params are those of all. `dhp_jax.tracing.counts`
-measures them.
+that are read. Activations are the bytes of the outputs of all other layers that have FLOPs, each in
+the dtype that it computes in, for one example: a sum, and not the peak. What ReLU, pools and
+additions return is not counted. Of branches, as of `lax.cond`, those of most FLOPs count, and those
+of most activations; params are those of all. `dhp_jax.tracing.counts` measures them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,25 +16,12 @@ import math
 import operator
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
-from dhp_jax.core.activations import ReLU
 from dhp_jax.core.branches import Part, Place
-from dhp_jax.core.latent import Axis
-from dhp_jax.core.layers import (
-    BatchNorm,
-    Bias,
-    ChannelBias,
-    GroupNorm,
-    Hyper,
-    LayerNorm,
-    Linear,
-    RMSNorm,
-)
 from dhp_jax.errors import shown
 
 Counts = Mapping[str, "int | Array"]
@@ -53,13 +39,6 @@ class Width:
     def channels(self, counts: Counts) -> "int | Array":
         """The number of channels when `counts[name]` entries of each latent survive."""
         return self.fixed + sum(times * counts[name] for name, times in self.latents)
-
-
-def in_one(axes: Sequence[tuple[Width, ...]]) -> Width:
-    """The width of an axis, at its full size if it is a product; 1 if there is none."""
-    (factors,) = axes or [(Width(1, 1),)]
-    full = math.prod(width.full for width in factors)
-    return factors[0] if len(factors) == 1 else Width(full, full)
 
 
 class Product(NamedTuple):
@@ -80,10 +59,10 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCost:
-    """The cost of one call of a layer.
+    """The cost of one call of a layer, in the branches of `place`.
 
     FLOPs, params and activations are sums of products of widths. A layer that is called again costs
-    FLOPs and activations again, but no params. `place` are the branches that the call stands in.
+    FLOPs and activations again, but no params.
     """
 
     path: str
@@ -170,21 +149,16 @@ class Cost:
         return f"Cost({totals}, layers={len(self.layers)})"
 
     @functools.cached_property
-    def places(self) -> tuple[Place, ...]:
-        """Where there are calls, in their order."""
-        return tuple(dict.fromkeys(call.place for call in self.calls))
-
-    @functools.cached_property
     def _whole(self) -> Part:
-        return Part.of(self.places)
+        return Part.of({call.place for call in self.calls})
 
     def at_places(
         self, numbers: "Callable[[LayerCost], Iterable[int | Array]]"
     ) -> "dict[Place, tuple[int | Array, ...]]":
-        """Numbers of each call, summed over those at each of the `places`."""
-        found: dict[Place, list[Any]] = {place: [] for place in self.places}
+        """Numbers of each call, summed over those at each place."""
+        found: dict[Place, list[Any]] = {}
         for call in self.calls:
-            found[call.place].append(numbers(call))
+            found.setdefault(call.place, []).append(numbers(call))
         return {p: tuple(map(sum, zip(*each, strict=True))) for p, each in found.items()}
 
     def total(self, measure: str, at: "Mapping[Place, int | Array]") -> "int | Array":
@@ -214,12 +188,12 @@ class Cost:
         """
         if all(isinstance(count, int | np.integer) for count in counts.values()):
             whole = {name: int(count) for name, count in counts.items()}
-            return self._totals(self.at_places(lambda call: call.amounts(whole)))
+            return _totals(self, self.at_places(lambda call: call.amounts(whole)))
         for name, count in counts.items():
             if not jnp.issubdtype(jnp.result_type(count), jnp.integer):  # as of a mask
                 raise ValueError(f"counts[{name!r}]: expected whole numbers, got {shown(count)}")
         with jax.enable_x64(True):  # FLOPs of large images do not fit 32 bits
-            return self._totals(self._polynomials.at_places(counts))
+            return _totals(self, self._polynomials.at_places(counts))
 
     def shares(self, counts: Counts) -> "dict[str, float | Array]":
         """`amounts(counts)` as shares of the whole model's (float32 in jit)."""
@@ -232,16 +206,17 @@ class Cost:
             known = all(isinstance(amount, int) for amount in amounts.values())
             return shares if known else {name: jnp.float32(n) for name, n in shares.items()}
 
-    def _totals(self, found: "Mapping[Place, Sequence[int | Array]]") -> "dict[str, int | Array]":
-        """Each measure of the network, by those of the calls at each place."""
-        return {
-            name: self.total(name, {place: amounts[i] for place, amounts in found.items()})
-            for i, name in enumerate(MEASURES)
-        }
-
     @functools.cached_property
     def _polynomials(self) -> "_Polynomials":
         return _Polynomials.of(self.calls)
+
+
+def _totals(cost: Cost, found: "Mapping[Place, Sequence[int | Array]]") -> "dict[str, int | Array]":
+    """Each measure of a network, by those of the calls at each place."""
+    return {
+        name: cost.total(name, {place: amounts[i] for place, amounts in found.items()})
+        for i, name in enumerate(MEASURES)
+    }
 
 
 def _most(one: "int | Array", other: "int | Array") -> "int | Array":
@@ -301,74 +276,3 @@ class _Polynomials(NamedTuple):
             place: tuple(jnp.unstack(jnp.sum(factors * products[..., None, :], axis=-1), axis=-1))
             for place, factors in zip(self.places, self.factors, strict=True)
         }
-
-
-Terms = tuple["Axis | int", "Axis | int", tuple[int, int], tuple[int, ...]]
-
-
-@functools.singledispatch
-def layer_terms(layer: nnx.Module, output_shape: tuple[int, ...]) -> Terms | None:
-    """The cost of one call of a layer; register a function here to count a layer of your own.
-
-    Args:
-      layer: the layer.
-      output_shape: shape of what the call returned, batch of one.
-
-    Returns:
-      Input and output width (an axis, or a number), the pair `(per in * out, per out)` of FLOPs,
-      and that of params, to which a third number may be added; `None` for a module that costs
-      nothing itself.
-
-    `ScaleOf` of the example is that of docs/extending.md.
-
-    Example:
-      >>> @dhp.layer_terms.register
-      ... def _(layer: ScaleOf, output_shape):  # one multiplication an element, a number a channel
-      ...     return layer.z, layer.z, (0, math.prod(output_shape[:-1])), (0, 1)
-    """
-    return None
-
-
-@layer_terms.register
-def _(layer: Hyper | nnx.Conv | nnx.ConvTranspose, output_shape):
-    if isinstance(layer, Hyper):
-        inputs, outputs = layer.kernel_axes()
-    else:
-        inputs = layer.in_features // getattr(layer, "feature_group_count", 1)
-        outputs = layer.out_features
-    taps, positions = math.prod(layer.kernel_size), math.prod(output_shape[:-1])
-    return inputs, outputs, (taps * positions, 0), (taps, int(layer.use_bias))
-
-
-@layer_terms.register
-def _(layer: nnx.BatchNorm, output_shape):
-    channels = layer.z if isinstance(layer, BatchNorm) else layer.num_features
-    positions = math.prod(output_shape) // layer.num_features
-    return channels, channels, (0, 2 * positions), (0, layer.use_scale + layer.use_bias)
-
-
-@layer_terms.register
-def _(layer: GroupNorm | LayerNorm | RMSNorm, output_shape):
-    return layer.z, layer.z, (0, 0), (0, layer.use_scale + getattr(layer, "use_bias", 0))
-
-
-@layer_terms.register
-def _(layer: ChannelBias, output_shape):
-    channels = layer.z if isinstance(layer, Bias) else layer.num_features
-    return channels, channels, (0, 0), (0, 1)
-
-
-@layer_terms.register
-def _(layer: ReLU | nnx.PReLU, output_shape):
-    channels = getattr(layer, "z", None) or output_shape[-1]
-    slopes = layer.negative_slope.get_value().shape if isinstance(layer, nnx.PReLU) else (0,)
-    of_each = slopes == output_shape[-1:]
-    params = (0, 1) if of_each else (0, 0, math.prod(slopes))
-    return channels, channels, (0, math.prod(output_shape[:-1])), params
-
-
-@layer_terms.register
-def _(layer: nnx.Linear, output_shape):
-    inputs = layer.z_in if isinstance(layer, Linear) else layer.in_features
-    positions = math.prod(output_shape[:-1])
-    return inputs, layer.out_features, (positions, 0), (1, int(layer.use_bias))

@@ -95,21 +95,3 @@ def survivor_counts(model: nnx.Module, threshold: float) -> dict[str, Array]:
         kept = jnp.maximum(jnp.sum(reach_it, axis=1), min(min_channels, size))
         counts |= dict(zip(vectors, kept, strict=True))
     return counts
-
-
-def latent_history(model: nnx.Module, threshold: float) -> dict[str, Array]:
-    """Survivor counts and magnitudes of the latents, as a search records them; usable in jit.
-
-    `survivors` is how many entries of each prunable latent survive the threshold, in the order of
-    `dhp.latents`; `magnitudes` is the 0th, 10th, ... 100th percentile of all their magnitudes.
-    Nothing for a network without prunable latents.
-    """
-    prunable = [z for z in latents(model).values() if z.prunable]
-    if not prunable:
-        return {}
-    counts = survivor_counts(model, threshold)
-    magnitudes = jnp.abs(jnp.concatenate([z.value() for z in prunable]))
-    return {
-        "survivors": jnp.stack([counts[name] for name, z in latents(model).items() if z.prunable]),
-        "magnitudes": jnp.quantile(magnitudes, jnp.linspace(0, 1, 11)),
-    }

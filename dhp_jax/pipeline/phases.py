@@ -28,7 +28,7 @@ from dhp_jax.budgets.counted import search_limits
 from dhp_jax.budgets.gradual import fade_to_budget, finish_fade
 from dhp_jax.config.methods import PHASES
 from dhp_jax.core.state import path_name, value_of
-from dhp_jax.core.survivors import latent_history, survivor_counts
+from dhp_jax.core.survivors import survivor_counts
 from dhp_jax.distributed.processes import folder_from_first, from_first, is_first
 from dhp_jax.errors import NonFiniteError
 from dhp_jax.pipeline import networks
@@ -44,6 +44,7 @@ from dhp_jax.tasks.task import Data, Params
 from dhp_jax.train.loop import train
 from dhp_jax.train.optimizer import optimizer, shrink_latents
 from dhp_jax.train.phase import Budget, Observer, Outcome, Phase, Teacher
+from dhp_jax.train.records import latent_history
 from dhp_jax.workdir import source_run
 from dhp_jax.workdir.identity import grow, read_field
 

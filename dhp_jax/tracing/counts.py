@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dhp_jax.core.branches import Place
-from dhp_jax.core.cost import Cost, LayerCost, Product, Width, in_one, layer_terms
+from dhp_jax.core.cost import Cost, LayerCost, Product, Width
 from dhp_jax.core.latent import Axis, Latent, latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import path_name
@@ -28,6 +28,7 @@ from dhp_jax.tracing.inputs import (
     looks_like_a_shape,
     remember_inputs,
 )
+from dhp_jax.tracing.layer_terms import in_one, layer_terms
 from dhp_jax.tracing.marks import (
     SUMMING,
     LayerCall,

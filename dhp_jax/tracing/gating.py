@@ -10,7 +10,7 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import variables_of
 from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.reads import open_axes
-from dhp_jax.tracing.weights import READ, unread, weights_of
+from dhp_jax.tracing.weights import READ, Entries, entries_of, unread, weights_of
 
 Shares = dict[str, dict[int, dict[str, float]]]
 
@@ -69,3 +69,20 @@ def gating(model: nnx.Module) -> Gating:
                     counts = reads != (name in made)
                     own[name] = counts * (0.5 if name in made & products else 1.0)
     return Gating(axes, shares, sorted(never))
+
+
+def gated_places(model: nnx.Module) -> dict[tuple[str, int], tuple[Entries, np.ndarray]]:
+    """By array and axis the entries that gate it, each with how much its derivative counts."""
+    table = architecture_of(model).axes
+    if table is None:
+        readers = (weights for weights in weights_of(model) if weights.role == READ)
+        return {(w.array, w.axis): (w.entries, np.ones(len(w.entries))) for w in readers}
+    owners, gates = [latents(model)[name] for name in table.sizes], gating(model)
+    places = {}
+    for array, axes in gates.axes.items():
+        for k in axes:
+            positions = table.places[array][k]
+            counts = [gates.shares[array][k].get(name, 0.0) for name in table.sizes]
+            each = np.array([*counts, 0.0])[positions.owner]  # the last is of what stays
+            places[array, k] = entries_of(owners, positions), each
+    return places

@@ -14,10 +14,10 @@ import numpy as np
 
 from dhp_jax.core.activations import ReLU
 from dhp_jax.core.branches import Place
-from dhp_jax.core.cost import layer_terms
 from dhp_jax.core.latent import Axis, walk
 from dhp_jax.core.surgery import override
 from dhp_jax.tracing.flow import rule
+from dhp_jax.tracing.layer_terms import layer_terms
 from dhp_jax.tracing.programs import (
     CALLS,
     Context,

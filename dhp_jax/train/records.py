@@ -7,11 +7,15 @@ import math
 import time
 from typing import Any
 
+from flax import nnx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.core.cost import MEASURES
+from dhp_jax.core.latent import latents
+from dhp_jax.core.survivors import survivor_counts
 from dhp_jax.distributed.mesh import place
 from dhp_jax.distributed.processes import is_first
 from dhp_jax.errors import NonFiniteError
@@ -151,4 +155,22 @@ def _round(history: dict[str, Array]) -> dict[str, list[float]]:
     return {
         name: [v if isinstance(v, int) else float(f"{v:.4g}") for v in np.asarray(vector).tolist()]
         for name, vector in jax.device_get(history).items()
+    }
+
+
+def latent_history(model: nnx.Module, threshold: float) -> dict[str, Array]:
+    """Survivor counts and magnitudes of the latents, as a search records them; usable in jit.
+
+    `survivors` is how many entries of each prunable latent survive the threshold, in the order of
+    `dhp.latents`; `magnitudes` is the 0th, 10th, ... 100th percentile of all their magnitudes.
+    Nothing for a network without prunable latents.
+    """
+    prunable = [z for z in latents(model).values() if z.prunable]
+    if not prunable:
+        return {}
+    counts = survivor_counts(model, threshold)
+    magnitudes = jnp.abs(jnp.concatenate([z.value() for z in prunable]))
+    return {
+        "survivors": jnp.stack([counts[name] for name, z in latents(model).items() if z.prunable]),
+        "magnitudes": jnp.quantile(magnitudes, jnp.linspace(0, 1, 11)),
     }

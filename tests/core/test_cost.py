@@ -23,10 +23,10 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.core.activations import PReLU, ReLU
-from dhp_jax.core.cost import layer_terms
 from dhp_jax.core.layers import ChannelBias
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.core.survivors import survivor_counts
+from dhp_jax.tracing.layer_terms import layer_terms
 
 RESNETS = {  # FLOPs, params, latents, as published for 32x32 images and 10 classes
     20: (41_214_592, 272_474, 13),

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.core.survivors import latent_history, survivor_counts, survivor_mask
+from dhp_jax.core.survivors import survivor_counts, survivor_mask
+from dhp_jax.train.records import latent_history
 
 MAGNITUDES = st.floats(0, 2, width=16)
 
