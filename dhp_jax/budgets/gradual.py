@@ -221,13 +221,15 @@ def _chosen(
         name: jnp.where(z[name] != 0, average[name] / worth[name] ** power, -1.0) for name in z
     }
     names, sizes = list(z), np.array([x.size for x in z.values()])
-    gone = [removed[name] for name in names]
-    owner = np.repeat(np.arange(len(names)), [len(each) for each in gone])
-    without = sizes[owner] - np.concatenate(gone)  # the width without each group, and with it
-    with_it = sizes[owner] - np.concatenate([np.append(0, each)[:-1] for each in gone])
-    order = jnp.argsort(jnp.concatenate([jnp.sort(scores[n])[removed[n] - 1] for n in names]))
-    total = order.size
-    ranks = jnp.zeros(total, jnp.int32).at[order].set(jnp.arange(total, dtype=jnp.int32))
+    owner = np.repeat(np.arange(len(names)), [len(removed[name]) for name in names])
+    if not owner.size:
+        return {name: x != 0 for name, x in z.items()}
+    ends = [np.append(0, removed[name]) for name in names]
+    narrower = sizes[owner] - np.concatenate([each[1:] for each in ends])  # without each group
+    wider = sizes[owner] - np.concatenate([each[:-1] for each in ends])  # and with it
+    largest = [jnp.sort(scores[name])[removed[name] - 1] for name in names]
+    order = jnp.argsort(jnp.concatenate(largest))
+    ranks = jnp.zeros(owner.size, jnp.int32).at[order].set(jnp.arange(owner.size, dtype=jnp.int32))
 
     def within(counts: Sequence[Array]) -> Array:
         amounts = cost.amounts(cost.sizes | dict(zip(names, counts, strict=True)))
@@ -235,27 +237,27 @@ def _chosen(
             fits = [amounts[m] <= jnp.asarray(most)[stage] for m, most in limits.items()]
             return jnp.all(jnp.stack(fits), 0)
 
-    tried = jnp.arange(total + 1)  # how many of the smallest groups go
-    counts = [
-        size - jnp.array([0, *removed[name]])[jnp.searchsorted(ranks[owner == n], tried)]
-        for n, (name, size) in enumerate(zip(names, sizes, strict=True))
+    thresholds = jnp.arange(owner.size + 1)  # how many of the smallest groups go
+    tried = [
+        sizes[i] - jnp.asarray(ends[i])[jnp.searchsorted(ranks[owner == i], thresholds)]
+        for i in range(len(names))
     ]
-    first = jnp.argmax(within(counts).at[-1].set(True))
+    first = jnp.argmax(within(tried).at[-1].set(True))
     alive = jnp.stack([jnp.sum(z[name] != 0) for name in names])
-    left = jnp.minimum(jnp.stack([count[first] for count in counts]), alive)
+    counts = jnp.minimum(jnp.stack([each[first] for each in tried]), alive)
 
-    def filled(left: Array, group: Array) -> tuple[Array, None]:
-        n, wider = jnp.asarray(owner)[group], jnp.asarray(with_it)[group]
-        more = left.at[n].set(wider)
-        fits = (left[n] == jnp.asarray(without)[group]) & (wider <= alive[n]) & within(more)
-        return jnp.where(fits, more, left), None
+    def filled(counts: Array, group: Array) -> tuple[Array, None]:
+        i, width = jnp.asarray(owner)[group], jnp.asarray(wider)[group]
+        more = counts.at[i].set(width)
+        is_next = counts[i] == jnp.asarray(narrower)[group]
+        return jnp.where(is_next & (width <= alive[i]) & within(more), more, counts), None
 
-    left, _ = jax.lax.scan(filled, left, order[::-1])
-    positions = {name: jnp.argsort(jnp.argsort(score)) for name, score in scores.items()}
-    return {
-        name: (positions[name] >= size - left[n]) & (z[name] != 0)
-        for n, (name, size) in enumerate(zip(names, sizes, strict=True))
-    }
+    counts, _ = jax.lax.scan(filled, counts, order[::-1])
+    keep = {}
+    for i, name in enumerate(names):
+        position = jnp.argsort(jnp.argsort(scores[name]))
+        keep[name] = (position >= sizes[i] - counts[i]) & (z[name] != 0)
+    return keep
 
 
 def _limits(cost: Cost, stages: int, budget: Mapping[str, float]) -> dict[str, np.ndarray]:

@@ -200,8 +200,9 @@ def taylor_scores(
 
     with their kernels `K`: `-t_i` is what the first-order Taylor polynomial says of `g_i = 0`,
     which is the network pruned by `i`. Where no kernel reads the channels, as of queries that are
-    multiplied with keys, `g_i` is a factor of what makes them. A traced array that both makes and
-    reads channels, as one that is tied, counts twice. Over batches the squares are averaged, or
+    multiplied with keys, `g_i` is a factor of what makes them; of traced arrays that make them one
+    after another, as a kernel and a scale behind it, each counts. A traced array that both makes
+    and reads channels, as one that is tied, counts twice. Over batches the squares are averaged, or
     magnitudes. Scores of all latents are compared as they are, for they are changes of one loss.
 
     Args:

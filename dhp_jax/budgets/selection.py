@@ -163,7 +163,8 @@ def prune_to(
     """Prunes a network to budgets, by magnitude of its latents.
 
     The pruned network is within all budgets and as close to them as possible. Where no latent was
-    searched, so that the entries of each are about alike, `dhp.group_scores` ranks them.
+    searched, so that no entry is below half of the largest of its latent, `dhp.group_scores` ranks
+    them, and if they are not all alike, a warning says so.
 
     Args:
       model: a network of latents; left as it was.
@@ -253,6 +254,9 @@ def default_scores(model: nnx.Module) -> Scores | None:
 
     A search brings entries down. In plain training they stay about alike, and say nothing.
 
+    Warns:
+      UserWarning: latents that are not all alike do not rank.
+
     Raises:
       ArgumentError: no latent was searched, and one is in no layer that has weights.
     """
@@ -260,6 +264,12 @@ def default_scores(model: nnx.Module) -> Scores | None:
     magnitudes = [np.abs(np.asarray(z.value(), np.float64)) for z in prunable]
     if not prunable or any(z.min() < SEARCHED * z.max() for z in magnitudes):
         return None
+    if any(np.ptp(z) > 0 for z in magnitudes):
+        warnings.warn(
+            "prune_to: group norms rank, and not the latents: no entry is below half of the "
+            "largest of its latent, as after a search; give by= to rank by something else",
+            stacklevel=3,
+        )
     try:
         return group_scores(model)
     except ValueError as error:

@@ -24,7 +24,7 @@ import optax
 from dhp_jax.activity import doing
 from dhp_jax.artifact import reading
 from dhp_jax.artifact.arrays import is_finite
-from dhp_jax.budgets.counted import search_limits
+from dhp_jax.budgets.counted import search_limits, smallest_ratio
 from dhp_jax.budgets.gradual import fade_to_budget, finish_fade
 from dhp_jax.config.methods import PHASES
 from dhp_jax.core.state import path_name, value_of
@@ -280,7 +280,10 @@ def _optimizer(
         return with_proximal_step
     steps = most_steps(run, name)
     asked = search_limits(run.config.budget, run.config.target)
-    given = {"steps": steps, "multiple_of": run.config.multiple_of}
+    multiple_of = run.config.multiple_of
+    least = smallest_ratio(searched, run.cost, multiple_of)["flops"]  # of a share of the time
+    asked["flops"] = max(asked["flops"], least)
+    given = {"steps": steps, "multiple_of": multiple_of}
     fading = fade_to_budget(plain, searched, run.cost, **given, **asked)
     return lambda params: fading
 

@@ -90,11 +90,11 @@ class RunStart:
             kept = run.workdir / "search"
             hint = f"; the search is kept in {kept}, for dhp.prune_to" if kept.exists() else ""
             raise ConfigError.of(f"config.budget.{error.field}", error, hint) from error
-        gone = {name: z.value()[~chosen.masks[name]] for name, z in latents(model).items()}
+        gone = (z.value()[~chosen.masks[name]] for name, z in latents(model).items())
         return Smaller(
             prune(model, chosen.masks, run.setup.input_shape),
             chosen.notes(),
-            exact=not any(np.any(z) for z in gone.values()),
+            exact=not any(map(np.any, gone)),
         )
 
     def found(self, model: nnx.Module) -> Smaller:

@@ -21,8 +21,9 @@ class Gating(NamedTuple):
     Attributes:
       axes: by array the axes whose positions latents multiply.
       shares: by array and axis, for each latent there, how much the derivative of its gate counts:
-        all shares that count lie on one side of a product, or half of each on both. With them the
-        derivative by a latent is that by a factor of what is read of its channels.
+        what makes its channels or what reads them, and half of each of two things that are
+        multiplied. With them the derivative by a latent is that by a factor of its channels. Of
+        arrays that make channels one after another, as a kernel and a scale behind it, each counts.
       stay: the latents that gates do not close.
     """
 

@@ -86,7 +86,7 @@ def is_kernel(params: PyTree) -> PyTree:
     def of(path: tuple[Any, ...], variable: nnx.Variable) -> bool:
         name, together = _key(path), beside[path[:-1]]
         made = name in HypernetArrays._fields and together.issuperset(HypernetArrays._fields)
-        if made or name == "weight":  # of an array that is generated
+        if made or together == {"weight"}:  # of an array that is generated
             name = _key(path[:-1])
         several = made or variable.get_value().ndim > 1
         return several and name not in ("bias", "scale") and not isinstance(variable, LatentVector)

@@ -285,7 +285,9 @@ def test_latents_that_were_trained_but_not_searched_rank_nothing():
     for _ in range(3):
         optimizer.update(net, nnx.grad(lambda net: jnp.mean(net(x) ** 2))(net))
     assert any(np.ptp(z.value()) > 0 for z in dhp.latents(net).values())
-    small, by_norms = (dhp.prune_to(net, flops=0.5, by=by) for by in (None, dhp.group_scores(net)))
+    with pytest.warns(UserWarning, match="^prune_to: group norms rank, and not the latents"):
+        small = dhp.prune_to(net, flops=0.5)
+    by_norms = dhp.prune_to(net, flops=0.5, by=dhp.group_scores(net))
     assert architecture_of(small).survivors == architecture_of(by_norms).survivors
     for z in dhp.latents(net).values():
         z.vector.set_value(jnp.linspace(1, 0.1, z.size))
