@@ -305,7 +305,7 @@ def test_a_search_from_trained_weights_meets_its_budget_and_its_cut_loses_nothin
     np.testing.assert_allclose(small(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("multiple_of", [1, 2])
+@pytest.mark.parametrize("multiple_of", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_statistics_are_renewed_where_a_cut_takes_more_than_has_faded(
     baseline, tmp_path, multiple_of
 ):
