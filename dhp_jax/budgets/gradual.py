@@ -1,6 +1,6 @@
 """A search from trained weights: what a budget has no room for fades away, little by little."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 import warnings
@@ -138,6 +138,12 @@ def fade_to_budget(
         leaves, places = jax.tree.leaves(tree), _vectors(tree, names)
         return {name: leaves[places[name]] for name in named}
 
+    def with_vectors(tree: PyTree, made: Callable[[str, Array], Array]) -> PyTree:
+        leaves, structure = jax.tree.flatten(tree)
+        for name, place in _vectors(tree, names).items():
+            leaves[place] = made(name, leaves[place])
+        return jax.tree.unflatten(structure, leaves)
+
     def init(params: optax.Params) -> FadeToBudgetState:
         return FadeToBudgetState(
             jnp.zeros([], jnp.int32),
@@ -154,10 +160,7 @@ def fade_to_budget(
             term = (gradient.astype(jnp.float32) * z[name]) ** 2  # a float16 would be 0
             moved = memory * state.average[name] + (1 - memory) * term
             average[name] = jnp.where(jnp.isfinite(term), moved, state.average[name])
-        leaves, structure = jax.tree.flatten(updates)
-        for place in _vectors(updates, names).values():  # a norm that clips is of all others
-            leaves[place] = jnp.zeros_like(leaves[place])
-        updates = jax.tree.unflatten(structure, leaves)
+        updates = with_vectors(updates, lambda _, u: jnp.zeros_like(u))  # no norm that clips has it
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         stage = jnp.searchsorted(jnp.asarray(begins), state.count, side="right") - 1
         chooses = jnp.isin(state.count, begins[1:-1])
@@ -175,12 +178,10 @@ def fade_to_budget(
             shrunk = soft_threshold(z[name], jnp.abs(z[name]) / left)
             return jnp.where(keep[name], 0, shrunk - z[name]).astype(u.dtype)
 
-        leaves, structure = jax.tree.flatten(updates)
-        for name, place in _vectors(updates, names).items():
-            u = leaves[place]
-            leaves[place] = faded(name, u) if name in named else jnp.zeros_like(u)
+        updates = with_vectors(
+            updates, lambda name, u: faded(name, u) if name in named else jnp.zeros_like(u)
+        )
         count = optax.safe_increment(state.count)
-        updates = jax.tree.unflatten(structure, leaves)
         return updates, FadeToBudgetState(count, average, keep, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -19,15 +19,14 @@ class Gating(NamedTuple):
     """The gates that close the channels of each latent.
 
     Attributes:
-      axes: by array the axes whose positions latents multiply.
-      shares: by array and axis, for each latent there, how much the derivative of its gate counts:
+      shares: by array the axes whose positions latents multiply, and of each, for each latent
+        there, how much the derivative of its gate counts:
         what makes its channels or what reads them, and half of each of two things that are
         multiplied. With them the derivative by a latent is that by a factor of its channels. Of
         arrays that make channels one after another, as a kernel and a scale behind it, each counts.
       stay: the latents that gates do not close.
     """
 
-    axes: dict[str, list[int]]
     shares: Shares
     stay: list[str]
 
@@ -69,7 +68,7 @@ def gating(model: nnx.Module) -> Gating:
                     name = names[n]
                     counts = reads != (name in made)
                     own[name] = counts * (0.5 if name in made & products else 1.0)
-    return Gating(axes, shares, sorted(never))
+    return Gating(shares, sorted(never))
 
 
 def gated_places(model: nnx.Module) -> dict[tuple[str, int], tuple[Entries, np.ndarray]]:
@@ -80,10 +79,10 @@ def gated_places(model: nnx.Module) -> dict[tuple[str, int], tuple[Entries, np.n
         return {(w.array, w.axis): (w.entries, np.ones(len(w.entries))) for w in readers}
     owners, gates = [latents(model)[name] for name in table.sizes], gating(model)
     places = {}
-    for array, axes in gates.axes.items():
-        for k in axes:
+    for array, axes in gates.shares.items():
+        for k, shares in axes.items():
             positions = table.places[array][k]
-            counts = [gates.shares[array][k].get(name, 0.0) for name in table.sizes]
+            counts = [shares.get(name, 0.0) for name in table.sizes]
             each = np.array([*counts, 0.0])[positions.owner]  # the last is of what stays
             places[array, k] = entries_of(owners, positions), each
     return places

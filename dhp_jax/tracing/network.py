@@ -96,8 +96,8 @@ def install(
         variable = variables[name]
         places, gates = table.places[name], table.notes.get("gates")
         axes = {}
-        for k in places if gates is None else gates.axes[name]:
-            shares = [gates.shares[name][k].get(z, 1.0) for z in table.sizes] if gates else None
+        for k in places if gates is None else gates.shares[name]:
+            shares = [gates.shares[name][k].get(z, 0.0) for z in table.sizes] if gates else None
             axes[k] = PlacedAxis(latents, places[k], shares)
         stand_ins[id(variable)] = GeneratedArray(
             name, variable, axes, embedding=embedding, rngs=rngs
@@ -120,16 +120,16 @@ def gated(net: nnx.Module, gates: Gating, rngs: nnx.Rngs) -> nnx.Module:
       ValueError: the network's code does not take other arrays in the place of some.
     """
     table, plain = architecture_of(net).axes, ordinary(net)
-    axes = gates.axes
-    notes = {**table.notes, "generated": list(axes), "gates": gates}
+    names = list(gates.shares)
+    notes = {**table.notes, "generated": names, "gates": gates}
     table = replace(table, notes=notes)
-    if not axes.keys() <= set(architecture_of(net).axes.notes["generated"]):
-        fit = _that_fit(plain, table, table.analysis(plain), list(axes))
-        for name in sorted(axes.keys() - set(fit)):
+    if not set(names) <= set(architecture_of(net).axes.notes["generated"]):
+        fit = _that_fit(plain, table, table.analysis(plain), names)
+        for name in sorted(set(names) - set(fit)):
             raise ValueError(f"model: the code reads {name!r} in a way that allows no gates")
     found = find_latents(net)
     least = {name: z.size if name in gates.stay else z.min_channels for name, z in found.items()}
-    return install(nnx.clone(plain), table, list(axes), min_channels=least, rngs=rngs)
+    return install(nnx.clone(plain), table, names, min_channels=least, rngs=rngs)
 
 
 def is_traced(model: nnx.Module) -> bool:
