@@ -44,6 +44,14 @@ def begin(name, *arguments):
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | fast, text=True, **pipes)
 
 
+def output_of(name, *arguments):
+    """What a benchmark has printed that came to its end."""
+    process = begin(name, *arguments)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return printed
+
+
 def called(capsys, name, *arguments):
     """The exit code of a benchmark that is run in this process, and what it printed."""
     arguments = [f"{name}.py", *map(str, arguments)]
@@ -70,9 +78,7 @@ def results(tmp_path_factory):
 
     @functools.cache
     def of(name):
-        process = begin(name, "--quick", "--out", folder)
-        printed, errors = process.communicate()
-        assert process.returncode == 0, errors
+        printed = output_of(name, "--quick", "--out", folder)
         return folder, printed
 
     return of
@@ -112,9 +118,7 @@ def test_the_step_benchmark_gives_medians_and_quartiles(results):
 
 @pytest.mark.slow
 def test_the_step_of_a_search_from_trained_weights_is_compared_with_a_plain_one(tmp_path):
-    process = begin("step", "--quick", "--trained", "--out", tmp_path)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
+    printed = output_of("step", "--quick", "--trained", "--out", tmp_path)
     (row,) = json.loads((tmp_path / "step_trained.json").read_text())["rows"]
     ratio = row["trained_to_plain"]
     assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
@@ -153,9 +157,7 @@ def test_the_benchmark_of_pruned_networks_relates_speed_to_the_ideal(results):
 
 @pytest.mark.slow
 def test_a_step_is_compared_with_that_of_another_commit(tmp_path):
-    process = begin("paired", "--before=HEAD", "--quick", "--out", tmp_path)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
+    printed = output_of("paired", "--before=HEAD", "--quick", "--out", tmp_path)
     (row,) = json.loads((tmp_path / "paired.json").read_text())["rows"]
     assert row["after_peak_bytes"] > 0
     for name in ("after_step_ms", "step_ms_ratio", "before_compile_s", "compile_s_ratio"):
@@ -184,9 +186,7 @@ def test_the_benchmark_of_widths_relates_rounded_networks_to_any_width(results):
 @pytest.mark.onnx
 @pytest.mark.slow
 def test_pruned_networks_are_timed_in_onnxruntime(tmp_path):
-    process = begin("pruned", "--quick", "--runtime=onnxruntime", "--out", tmp_path)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
+    printed = output_of("pruned", "--quick", "--runtime=onnxruntime", "--out", tmp_path)
     rows = json.loads((tmp_path / "pruned_onnxruntime.json").read_text())["rows"]
     assert [(row["batch"], row["multiple_of"]) for row in rows] == [(1, 1), (1, 2), (4, 1), (4, 2)]
     text = (tmp_path / "pruned_onnxruntime.md").read_text()
@@ -203,9 +203,7 @@ def test_exported_files_are_timed_in_turn(tmp_path):
         notes = {"input_shape": [32, 32, 3]}
         export(network, tmp_path / f"{name}.onnx", (32, 32, 3), format="onnx", notes=notes)
     files = [tmp_path / f"{name}.onnx" for name in networks]
-    process = begin("onnx_files", *files, "--batches", 2, "--rounds", 5, "--out", tmp_path)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
+    printed = output_of("onnx_files", *files, "--batches", 2, "--rounds", 5, "--out", tmp_path)
     full, small = json.loads((tmp_path / "onnx_files.json").read_text())["rows"]
     assert set(full["speedup"].values()) == {1}
     assert (full["file"], small["file"]) == tuple(map(str, files))
@@ -538,9 +536,7 @@ def test_all_methods_are_trained_for_a_seed_and_what_is_finished_is_left_alone(t
     fields += ["--config.multiple_of=1"]
     given = [tmp_path / "runs", "--train", "--seeds", 3]
     given += [f"--config={ROOT / 'experiments/configs/digits_resnet20.py'}", *fields]
-    process = begin("methods", *given)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
+    printed = output_of("methods", *given)
     runs = sorted(path.parent.name for path in (tmp_path / "runs/seed3").glob("*/summary.json"))
     assert runs == sorted(methods.METHODS)
     flops = {
