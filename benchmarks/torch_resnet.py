@@ -112,8 +112,8 @@ def network(torch, arrays: Mapping[str, np.ndarray]):
             self.projection = layer(f"{path}.projection", 1) if projected else nn.Identity()
 
         def forward(self, x):
-            # The stride is here: with AVX2 the backward pass of PyTorch 2.13's 1x1 convolutions with
-            # strides writes past its memory where they read fewer than 8 channels.
+            # The stride is here: a 1x1 convolution with a stride, of fewer than 8 channels, writes
+            # past its memory in the backward pass of PyTorch 2.13 with AVX2.
             of_stride = x[:, :, :: self.stride, :: self.stride] if self.stride > 1 else x
             return torch.relu(self.projection(of_stride) + self.second(torch.relu(self.first(x))))
 
