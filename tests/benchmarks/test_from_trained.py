@@ -269,3 +269,12 @@ def test_the_table_tells_means_ranges_and_paired_differences():
         "| l1 | 60% |  | 9.25 % (8.50 to 10.00) | +0.75 (+0.50 to +1.00) | 2 |",
         "| fade, 3,920 updates | 60% |  | 7.00 % | -1.00 | 1 |",
     ]
+
+
+@pytest.mark.parametrize(
+    "page", ["from_trained", "from_trained_cpu", "from_trained_explored", "from_trained_searches"]
+)
+def test_a_page_has_the_table_of_its_rows(page):
+    path = Path(from_trained.__file__).parent / "results" / page
+    rows = json.loads(path.with_suffix(".json").read_text())["rows"]
+    assert from_trained.tables(rows) in path.with_suffix(".md").read_text()

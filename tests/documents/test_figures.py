@@ -1,0 +1,105 @@
+"""Figures of the README and the guide to methods are those of the rows that were measured."""
+
+from collections.abc import Iterator
+import json
+from pathlib import Path
+import re
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+GUIDE = (ROOT / "docs/methods.md").read_text()
+PAGES = (
+    "from_trained",
+    "from_trained_cpu",
+    "from_trained_explored",
+    "from_trained_searches",
+    "beside_torch_pruning",
+)
+OF_README = {  # name and updates of the rows that a line of the README sums up
+    "search from trained weights (`fade`)": ("fade", 980),
+    "group norm, the best of the norms": ("group", 980),
+    "`fade`, then distillation": ("fade, distilled", 3920),
+    "same width everywhere, fresh weights": ("uniform, fresh weights", 20531),
+    "widths that `fade` has found, fresh weights": ("found, fresh weights", 20531),
+}
+OF_GUIDE = {  # the same for the guide's tables
+    "`fade`": "fade",
+    "`group_norm`": "group",
+    "`l1_norm`": "l1",
+    "squared Taylor terms": "taylor_square",
+    "`norm_scale`": "scale",
+    "`fpgm`": "fpgm",
+    "uniform width by \u21131 norms": "uniform_l1",
+    "`random`": "random",
+}
+
+
+def rows_of(page: str) -> list[dict]:
+    return json.loads((RESULTS / f"{page}.json").read_text())["rows"]
+
+
+def errors(page: str, name: str, target: float, updates: int) -> list[float]:
+    """The test errors of a row, in percent, one for each seed."""
+    wanted = {"name": name, "target": target, "updates": updates}
+    return [row["error"] for row in rows_of(page) if wanted.items() <= row.items()]
+
+
+def summed_up(found: list[float]) -> str:
+    if not found:
+        return "not measured"
+    mean = f"{sum(found) / len(found):.2f} %"
+    if len(found) == 1:
+        return f"{mean} (one seed)"
+    return f"{mean} ({min(found):.2f} to {max(found):.2f})"
+
+
+def table_lines(text: str) -> Iterator[list[str]]:
+    for line in text.splitlines():
+        if line.strip().startswith("|"):
+            yield [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_the_comparison_of_the_readme_is_that_of_the_measured_rows():
+    text = (ROOT / "README.md").read_text()
+    told = {cells[0]: cells[1:] for cells in table_lines(text) if cells[0] in OF_README}
+    assert told == {
+        line: [
+            # fresh weights have the 100 epochs of the trained network too
+            str(5 * updates // 980 if updates < 20000 else 105),
+            *(
+                summed_up(errors("from_trained_cpu", name, target, updates))
+                for target in (0.5, 0.25)
+            ),
+        ]
+        for line, (name, updates) in OF_README.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("page", "width", "lines"), [("from_trained", 5, 8), ("from_trained_cpu", 3, 2)]
+)
+def test_tables_of_the_guide_are_those_of_the_measured_rows(page, width, lines):
+    told = [
+        cells
+        for cells in table_lines(GUIDE)
+        if len(cells) == width and cells[0] in OF_GUIDE and cells[1].endswith(")")
+    ]
+    assert len(told) == lines
+    for cells in told:
+        for target, error in zip((0.5, 0.25), cells[1 :: (width - 1) // 2], strict=True):
+            found = errors(page, OF_GUIDE[cells[0]], target, 980)
+            few = {2: ", two", 3: ""}[len(found)]
+            assert error == summed_up(found) + few
+
+
+def test_every_error_that_the_guide_tells_is_on_a_page_of_results():
+    text = GUIDE.split("## A comparison from fresh weights")[0]
+    told = set(re.findall(r"(?<![\d.-])[1-9]\d\.\d\d(?= %| to |\)| and |,)", text))
+    pages = " ".join((RESULTS / f"{page}.md").read_text() for page in PAGES)
+    known = set(re.findall(r"\d+\.\d\d", pages))
+    for page in PAGES:
+        known |= {f"{row['error']:.2f}" for row in rows_of(page) if "error" in row}
+    assert len(told) > 80
+    assert not told - known
