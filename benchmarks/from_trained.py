@@ -69,7 +69,7 @@ FINAL = (  # of the stage final: what matters most is measured first, for all se
     (FADE, *(ONE[by] for by in CRITERIA)),
     (PAPER,),
     DISTILLED,
-    (ONE["taylor"], PER_FLOP, HALF, replace(FADE, name="fade, one stage", stages=1), *SEARCHES),
+    (ONE["taylor"], *PER_FLOP, HALF, replace(FADE, name="fade, one stage", stages=1), *SEARCHES),
     FRESH,
 )
 
@@ -120,8 +120,7 @@ def explore_stage(bench: Bench, options: argparse.Namespace) -> None:
     """Single runs of many ways at a quarter of the FLOPs, the most telling ones first."""
     load(bench, options)
     ways = [ONE["l1"], ONE["taylor_square"], HALF, FADE, ONE["random"], ONE["uniform_l1"]]
-    ways += [ONE["uniform_taylor_square"], PER_FLOP]
-    ways += [replace(PER_FLOP, name="taylor_square per flop", power=1.0)]
+    ways += [ONE["uniform_taylor_square"], *PER_FLOP]
     ways += [Way("root of taylor_square, mean 1", by="taylor_square", relative=True)]
     ways += [replace(ONE["l1"], name=f"l1, rate {rate}", rate=rate) for rate in (0.02, 0.1)]
     for way in (HALF, ONE["l1"]):

@@ -38,6 +38,7 @@ import optax
 import dhp_jax as dhp
 from dhp_jax import files
 from dhp_jax.budgets.counted import survivors_within
+from dhp_jax.pipeline.training_batches import EXAMPLES
 from dhp_jax.train.schedules import decay_schedule
 
 ROWS, TRAINING = "rows.jsonl", "training"
@@ -108,7 +109,11 @@ DISTILLED = tuple(
 FRESH = tuple(
     Way(f"{by}, fresh weights", by=by, rate=0.2, fresh=True) for by in ("found", "uniform")
 )
-PER_FLOP = Way("taylor_square per flop^0.5", by="taylor_square", power=0.5)
+PER_FLOP = tuple(
+    Way(f"{by} per flop{power}", by=by, power=float(power.removeprefix("^") or 1))
+    for by in ("taylor_square", "group")
+    for power in ("^0.5", "")
+)
 PAPER = Way("dhp, latents in kernels", by="dhp", strength=0.01)
 SEARCHES = tuple(
     Way(f"{name}, strength {strength}", by=name, strength=strength)
@@ -236,9 +241,10 @@ def scores_by(bench: Bench, by: str) -> Scores:
 
 
 def taylor_scores(bench: Bench, model: nnx.Module) -> dict[str, Scores]:
-    """First-order Taylor terms of the trained network over a segment, in training mode."""
+    """First-order Taylor terms of the trained network, as the library's methods measure them."""
     (batches,) = bench.batches(777, np.zeros(bench.size.segment))
-    each = [jax.tree.map(lambda x, at=at: x[at], batches) for at in range(bench.size.segment)]
+    count = min(-(-EXAMPLES // bench.size.batch), bench.size.segment)
+    each = [jax.tree.map(lambda x, at=at: x[at], batches) for at in range(count)]
 
     def loss(network, batch):
         logits = network(batch[0]).astype(jnp.float32)
@@ -247,7 +253,7 @@ def taylor_scores(bench: Bench, model: nnx.Module) -> dict[str, Scores]:
     def scores(squared):
         return dhp.taylor_scores(model, loss, map(bench.programs.inputs, each), squared=squared)
 
-    model.train()
+    model.eval()
     return {"taylor": scores(squared=False), "taylor_square": scores(squared=True)}
 
 
