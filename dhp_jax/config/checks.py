@@ -98,8 +98,8 @@ def _check_source(config: ConfigDict) -> None:
     if needed is not None and config.source is None:
         raise ConfigError(
             "config.source",
-            detail=f"expected the directory of a finished run with config.method={needed}, for "
-            f"config.method={config.method}; got None",
+            detail="expected the directory of a finished run with config.method="
+            f"{' or '.join(method.sources)}, for config.method={config.method}; got None",
         )
     if needed is None and config.source is not None:
         raise ConfigError(

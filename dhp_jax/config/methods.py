@@ -122,6 +122,16 @@ class Method:
         return "search" in self.phases
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The methods of the finished runs that it can start from: any search, if it needs one."""
+        begun = METHODS[self.source] if self.source else None
+        return tuple(
+            name
+            for name, other in METHODS.items()
+            if begun and (other is begun or (other.searches and begun.searches))
+        )
+
+    @property
     def prunes(self) -> bool:
         """Whether it leaves a smaller network than the unpruned one."""
         return self.smaller is not None

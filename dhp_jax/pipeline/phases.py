@@ -165,8 +165,8 @@ def prune_to_budget(work: Work, made_from: str) -> str:
         reinitialize(small, rngs=nnx.Rngs(run.config.seed))
     else:
         notes["test"] = _test(work, small)
-        statistics_stay = exact or method.source != "baseline"
-        if not statistics_stay and renew(run, small, work.read("train")):
+        trained = method.source == "baseline" or run.blueprint.weights is not None
+        if trained and not exact and renew(run, small, work.read("train")):
             notes["renewed"] = _test(work, small)
     return networks.save(run, "pruned", small, made_from=made_from, **notes)
 

@@ -78,12 +78,12 @@ def read(config: ConfigDict) -> Source:
 
     It must be finished, and of the same network, task, data and budget.
     """
-    folder, needed = source_folder(config), METHODS[config.method].source
-    expected = f"expected the directory of a finished run with config.method={needed}, "
-    expected += f"for config.method={config.method}"
+    folder, needed = source_folder(config), METHODS[config.method].sources
+    expected = "expected the directory of a finished run with config.method="
+    expected += f"{' or '.join(needed)}, for config.method={config.method}"
     try:
         there = configuration(folder)
-        if there["method"] != needed:
+        if there["method"] not in needed:
             raise ConfigError(
                 "config.source",
                 detail=f"{expected}; that in {str(folder)!r} has config.method={there['method']}",

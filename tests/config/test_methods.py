@@ -305,6 +305,21 @@ def test_a_search_from_trained_weights_meets_its_budget_and_its_cut_loses_nothin
     np.testing.assert_allclose(small(images), model(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_statistics_are_renewed_where_a_search_as_in_the_paper_begins_with_trained_weights(
+    baseline, tmp_path, given
+):
+    weights = str(baseline / "model") if given else None
+    run = prepare(tmp_path / "run", **{"model.weights": weights})
+    searched = run.blueprint.build()
+    digest = networks.save(run, "search", searched, made_from="")
+    phases.prune_to_budget(phases.Work(run, lambda: False, run.setup.read), digest)
+    noted = description(run.workdir / "pruned")["notes"]
+    assert ("renewed" in noted) is given
+    if given:
+        assert noted["renewed"]["loss"] < noted["test"]["loss"]
+
+
 @pytest.mark.parametrize("multiple_of", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_statistics_are_renewed_where_a_cut_takes_more_than_has_faded(
     baseline, tmp_path, multiple_of
@@ -407,6 +422,18 @@ def test_the_network_of_scratch_is_the_one_that_was_found_with_other_weights(pru
     for name, kernel in fresh.items():
         assert kernel.shape == searched[name].shape
         assert not np.array_equal(kernel, searched[name])
+
+
+def test_scratch_takes_what_a_search_from_trained_weights_has_found(found, tmp_path):
+    source = shutil.copytree(found, tmp_path / "faded")
+    as_found = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(as_found | {"method": "fade"}))
+    workdir = tmp_path / "run"
+    fields = {"method": "scratch", "source": str(source)}
+    with pytest.raises(Stop):
+        carry_out(workdir, [Interrupter("converge", 0)], **fields)
+    assert survivors(workdir) == survivors(found)
+    assert description(workdir / "pruned")["notes"]["origin"]["method"] == "fade"
 
 
 @pytest.mark.parametrize("method", ["uniform", "scratch"])
@@ -598,7 +625,7 @@ def refusal(tmp_path, **fields):
 
 @pytest.mark.parametrize(
     ("method", "needed"),
-    [("random", "baseline"), ("l1_norm", "baseline"), ("scratch", "dhp")],
+    [("random", "baseline"), ("l1_norm", "baseline"), ("scratch", "dhp or fade")],
 )
 def test_a_method_that_starts_from_a_run_is_refused_without_one(
     tmp_path, sources, found, baseline, method, needed
@@ -612,9 +639,9 @@ def test_a_method_that_starts_from_a_run_is_refused_without_one(
     for folder in ("nowhere", "empty"):
         told = refusal(tmp_path, method=method, source=str(tmp_path / folder))
         assert told.startswith(f"{expected}got '{tmp_path / folder}' (")
-    other = baseline if needed == "dhp" else found
+    other = found if needed == "baseline" else baseline
     told = refusal(tmp_path, method=method, source=str(other))
-    has = "baseline" if needed == "dhp" else "dhp"
+    has = "dhp" if needed == "baseline" else "baseline"
     assert told == f"{expected}that in '{other}' has config.method={has}"
     for lost in ("model", "model/arrays.safetensors"):
         copy = shutil.copytree(sources[method], tmp_path / f"without-{lost.count('/')}")
