@@ -122,6 +122,7 @@ def _measuring(model: nnx.Module) -> nnx.Module:
             setattr(norm, name, nnx.BatchStat(jnp.zeros(norm.mean.shape)))
         if isinstance(norm, nnx.BatchNorm):
             norm.momentum, norm.axis_name = 0.0, None  # here is one device, and the whole batch
+            norm.use_fast_variance = False  # E[x^2] - E[x]^2 is wrong where the mean is large
             override(norm, __call__=_measure)
     for _, _, network in walk(copy):
         if isinstance(network, FromLinen):

@@ -30,6 +30,15 @@ def test_statistics_are_the_moments_of_all_examples():
     np.testing.assert_allclose(model.first.var[...], flat.var(0), rtol=1e-4)
 
 
+def test_the_variance_of_numbers_far_from_zero_is_exact():
+    x = np.random.default_rng(0).normal(1000, 1, (64, 8, 3)).astype(np.float32)
+    model = Two(nnx.Rngs(0))
+    dhp.renew_statistics(model, [x[:32], x[32:]])
+    expected = x.reshape(-1, 3).astype(np.float64).var(0)
+    np.testing.assert_allclose(model.first.var[...], expected, rtol=1e-4)
+    assert model.first.use_fast_variance
+
+
 class Sum(Two):
     """A network of two inputs."""
 
