@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from networks import MIXED_INPUT, Mixed, filled
 import numpy as np
+from operations import count_operations
 import optax
 import pytest
 
@@ -46,6 +47,25 @@ def prunable(model):
 def shares_left(model, cost):
     counts = {n: int((np.asarray(z.value()) != 0).sum()) for n, z in dhp.latents(model).items()}
     return cost.shares(counts)
+
+
+def test_a_step_has_the_contractions_of_a_plain_one():
+    plain = dhp.prune(filled(Mixed))
+    model, cost = gated()
+    search = dhp.fade_to_budget(optax.sgd(0.02), model, cost, steps=20, flops=0.5)
+    counts = []
+    for network, tx in ((plain, optax.sgd(0.02)), (model, search)):
+        network.train()
+        graphdef, state = nnx.split((network, nnx.Optimizer(network, tx, wrt=nnx.Param)))
+
+        def update(state, graphdef=graphdef):
+            network, optimizer = nnx.merge(graphdef, state)
+            step(network, optimizer)
+            return nnx.state((network, optimizer))
+
+        counts.append(count_operations(update, state))
+    assert counts[0] > 10
+    assert counts[1] == counts[0]
 
 
 @pytest.mark.parametrize("budget", [{"flops": 0.5}, {"flops": 0.7, "params": 0.6}])

@@ -7,10 +7,10 @@ import re
 
 from flax import nnx
 import jax
-from jax.extend.core import jaxprs_in_params
 import jax.numpy as jnp
 from networks import arrays, filled
 import numpy as np
+from operations import count_operations
 import optax
 import pytest
 
@@ -405,21 +405,10 @@ def test_a_step_has_one_forward_pass_of_the_teacher():
         given = {"teacher": nnx.state(wise)} if teacher else {}
         graphdef, descent, state = start(pupil, lambda _: optax.sgd(1.0), **given)
         step = make_step(graphdef, descent, task, BATCH, teacher=teacher)
-        counts.append(contractions(step, state, (images, labels), jax.random.key(0)))
-    forward = contractions(lambda x: wise(x), images)
+        counts.append(count_operations(step, state, (images, labels), jax.random.key(0)))
+    forward = count_operations(lambda x: wise(x), images)
     assert forward > 2
     assert counts[1] == counts[0] + forward
-
-
-def contractions(function, *args):
-    """How many convolutions and matrix products a function has, those of functions in it too."""
-
-    def count(jaxpr):
-        own = sum(e.primitive.name in ("conv_general_dilated", "dot_general") for e in jaxpr.eqns)
-        inner = (inside for e in jaxpr.eqns for inside in jaxprs_in_params(e.params))
-        return own + sum(map(count, inner))
-
-    return count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 # Randomness
