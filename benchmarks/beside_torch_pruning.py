@@ -1,7 +1,7 @@
 """The library beside Torch-Pruning 1.6: the same trained weights, FLOPs, updates and images.
 
     python benchmarks/beside_torch_pruning.py --data cifar10.pack --out DIR \
-        --weights benchmarks/results/from_trained_resnet20.npz
+        --weights benchmarks/results/from_trained_resnet20.safetensors
     python benchmarks/beside_torch_pruning.py --table DIR/rows.jsonl --out benchmarks/results
     python benchmarks/beside_torch_pruning.py --rehearse --out DIR
 

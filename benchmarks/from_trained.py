@@ -2,7 +2,7 @@
 
     python benchmarks/from_trained.py --data cifar10.pack --out DIR --stages train explore
     python benchmarks/from_trained.py --data cifar10.pack --out DIR --stages train final \
-        --weights DIR/resnet20.npz
+        --weights DIR/resnet20.safetensors
     python benchmarks/from_trained.py --table DIR/rows.jsonl --name from_trained \
         --out benchmarks/results
     python benchmarks/from_trained.py --rehearse --out DIR --stages train explore final
@@ -14,7 +14,8 @@ from_trained_programs.py what they compute, and from_trained_searches.py searche
 beside the library's. With --in-torch, PyTorch carries out the same updates after the cut, which is
 sooner on a CPU; see torch_resnet.py.
 
-A row is written to DIR/rows.jsonl the moment it is measured. DIR/resnet20.npz holds the weights.
+A row is written to DIR/rows.jsonl the moment it is measured. DIR/resnet20.safetensors holds the
+weights.
 """
 
 import argparse
@@ -50,6 +51,7 @@ from from_trained_rows import (
 import jax
 import numpy as np
 import optax
+from safetensors.numpy import load_file, save_file
 
 import dhp_jax as dhp
 
@@ -62,7 +64,7 @@ NOTE = (
     "after it). Beyond the search: the error less that of the search with the same seed; above 0 "
     "is worse than the search."
 )
-WEIGHTS = "resnet20.npz"
+WEIGHTS = "resnet20.safetensors"
 TARGETS = (0.5, 0.25)  # shares of the FLOPs
 HALF = replace(FADE, name="fade per flop^0.5", power=0.5)
 FINAL = (  # of the stage final: what matters most is measured first, for all seeds and targets
@@ -86,7 +88,7 @@ def train_stage(bench: Bench, options: argparse.Namespace) -> None:
         name: x.astype(np.float16) if name.endswith("kernel") else x.astype(np.float32)
         for name, x in arrays.items()
     }
-    np.savez_compressed(bench.out / WEIGHTS, **arrays)
+    save_file(arrays, bench.out / WEIGHTS)
     for kept in bench.out.glob(f"{TRAINING}_*.state"):
         kept.unlink()
     run = bench.begin(stored(bench.out / WEIGHTS))
@@ -104,8 +106,7 @@ def stored(path: Path | None) -> dict[str, np.ndarray]:
     """Weights and statistics that the stage train has kept."""
     if path is None:
         raise SystemExit(f"--weights: expected the {WEIGHTS} of the stage train; got none")
-    with np.load(path) as file:
-        return {name: file[name].astype(np.float32) for name in file.files}
+    return {name: x.astype(np.float32) for name, x in load_file(path).items()}
 
 
 def load(bench: Bench, options: argparse.Namespace) -> None:

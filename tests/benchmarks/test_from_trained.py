@@ -43,7 +43,7 @@ def arrays(net):
 
 
 def test_the_trained_network_is_one_of_the_library():
-    path = Path(from_trained.__file__).parent / "results" / "from_trained_resnet20.npz"
+    path = Path(from_trained.__file__).parent / "results" / "from_trained_resnet20.safetensors"
     assert path.stat().st_size < 2e6
     found = from_trained.stored(path)
     build = functools.partial(dhp.models.build, "resnet", depth=20)

@@ -77,6 +77,14 @@ def tiny(path, folders):
     config.search.update(epochs=1, min_channels=1, learning_rate=1e-3)
     config.converge.update(epochs=1, learning_rate=1e-3)
     config.update(target=0.9, multiple_of=1)
+    if config.model.get("weights"):
+        config.search.epochs = 4  # a step for each part of its search
+        config.model.weights = None
+        plain = config.copy_and_resolve_references()
+        plain.method = "baseline"
+        trained = prepare(plain, folders / "trained").blueprint.ordinary()
+        config.model.weights = str(folders / "trained/network")
+        dhp.save(config.model.weights, trained)
     return config
 
 
