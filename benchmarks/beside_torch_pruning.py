@@ -8,7 +8,8 @@
 It needs `pip install torch torch-pruning==1.6.0`, which are no packages of the library. The trained
 ResNet-20 of from_trained.py becomes a PyTorch network that computes the same. Its group-norm pruner
 goes on in 400 small steps until the FLOPs, as the library counts them, are within the target. It
-compares the channels of all layers, or takes the same share of each layer, which is its default.
+compares the channels of all layers, with a quarter of each that stays or without, or takes the same
+share of each layer, which is its default.
 What is left is finetuned in PyTorch by the recipe of from_trained.py, on the same images in the
 same order. The rows of the library are those of from_trained.py, in the same process; on a CPU the
 same PyTorch code finetunes what they leave. Last come the times of a forward pass of all of them,
@@ -16,10 +17,11 @@ taken in turn.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import copy
 from pathlib import Path
 import time
+from typing import Any
 
 from flax import nnx
 import from_trained as ours
@@ -39,7 +41,11 @@ NOTE = (
     "least and the most. Times are medians of passes taken in turn, with quartiles."
 )
 STEPS = 400  # of the pruner, from nothing to all channels
-COMPARED = {"Torch-Pruning, all layers": True, "Torch-Pruning, each layer": False}
+COMPARED = {  # whether layers are compared, and the largest share of a layer that may go
+    "Torch-Pruning, all layers": {"global_pruning": True, "max_pruning_ratio": 1.0},
+    "Torch-Pruning, all layers, 1/4 stays": {"global_pruning": True, "max_pruning_ratio": 0.75},
+    "Torch-Pruning, each layer": {"global_pruning": False, "max_pruning_ratio": 1.0},
+}
 LATENCY_BATCHES = 1, 256
 
 
@@ -55,7 +61,7 @@ def widths(net: Network, model) -> dict[str, int]:
     return counts
 
 
-def pruned_by_torch(torch, bench: Bench, flops: float, together: bool):
+def pruned_by_torch(torch, bench: Bench, flops: float, options: Mapping[str, Any]):
     """The network that Torch-Pruning leaves within a share of the FLOPs, and the share."""
     import torch_pruning
 
@@ -64,10 +70,10 @@ def pruned_by_torch(torch, bench: Bench, flops: float, together: bool):
         model,
         torch.zeros(1, 3, *SHAPE[:2]),
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=together,
         pruning_ratio=1.0,
         iterative_steps=STEPS,
         ignored_layers=[model.classifier],
+        **options,
     )
     for _ in range(STEPS):
         shares = bench.net.cost.shares(widths(bench.net, model))
@@ -122,8 +128,7 @@ def latencies(torch, device, bench: Bench, flops: float, options: argparse.Names
         found = found_widths(bench, name, flops, options.seeds[0])
         modules[f"ours, {name}"] = dhp.prune(model, whole | found)
     theirs = {
-        name: pruned_by_torch(torch, bench, flops, together)[0]
-        for name, together in COMPARED.items()
+        name: pruned_by_torch(torch, bench, flops, COMPARED[name])[0] for name in options.compared
     }
     theirs["torch, whole"] = network(torch, bench.trained)
     for batch in LATENCY_BATCHES if bench.size != REHEARSAL else (4,):

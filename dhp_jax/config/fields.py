@@ -154,7 +154,7 @@ FIELDS: Fields = {
         "nesterov": Field(
             False, BOOLEAN, "whether the momentum of sgd is Nesterov's", absent=False
         ),
-        "weight_decay": Field(1e-4, number(0), "share of the parameters added to their gradient"),
+        "weight_decay": Field(1e-4, number(0), "share of the parameters added to their gradient; by adamw, to their update"),
         "decayed": Field(
             "all",
             one_of(*optimizer.DECAYED),

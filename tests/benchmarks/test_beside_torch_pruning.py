@@ -35,8 +35,8 @@ def test_the_tables_tell_errors_budgets_and_times(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("together", [True, False])
-def test_what_torch_pruning_leaves_is_counted_and_tested_as_ours(tmp_path, together):
+@pytest.mark.parametrize("way", beside.COMPARED)
+def test_what_torch_pruning_leaves_is_counted_and_tested_as_ours(tmp_path, way):
     torch = pytest.importorskip("torch")
     pytest.importorskip("torch_pruning")
     options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True)
@@ -47,8 +47,11 @@ def test_what_torch_pruning_leaves_is_counted_and_tested_as_ours(tmp_path, toget
     full = bench.plan(bench.net.full(1)).mask
     ours = bench.evaluate(bench.begin(bench.trained), full)["error"]
     assert beside.torch_error(torch, torch.device("cpu"), bench, whole) == pytest.approx(ours)
-    model, shares = beside.pruned_by_torch(torch, bench, 0.4, together)
+    model, shares = beside.pruned_by_torch(torch, bench, 0.4, beside.COMPARED[way])
     assert 0.3 < shares["flops"] <= 0.4
+    counts = beside.widths(bench.net, model)
+    least = min(counts[name] / size for name, size in bench.net.sizes.items() if size > 10)
+    assert least >= 0.25 or "stays" not in way
     left, all_ = (flops_by_hand(torch, network) for network in (model, whole))
     assert left / all_ == pytest.approx(shares["flops"], rel=1e-6)
 
