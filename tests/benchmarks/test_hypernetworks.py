@@ -51,16 +51,16 @@ def test_every_kind_begins_alike_and_prunes_to_slices_of_its_kernels(kind, fast_
     assert compared > 5
 
 
-def test_a_shared_body_is_one_of_all_layers():
-    (kind,) = (k for k in hypernetworks.KINDS if k.name == "shared body, embedding 10")
+def test_a_shared_embedding_is_one_of_all_layers():
+    (kind,) = (k for k in hypernetworks.KINDS if k.name == "shared embedding of 10")
     model = hypernetworks.build(kind, 0, 8)
-    bodies = {id(layer.w1) for layer in hypernetworks.hypernetworks(model)}
-    assert len(bodies) == 1
+    embeddings = {id(layer.w1) for layer in hypernetworks.hypernetworks(model)}
+    assert len(embeddings) == 1
 
 
 def test_the_table_has_a_line_for_each_kind():
-    run = {"numbers a weight": 2.0, "search": 100, "params": 0.5}
+    run = {"numbers a weight": 2.0, "search": 100, "flops after the search": 0.52, "params": 0.5}
     runs = [run | {"error": error} for error in (0.01, 0.03)]
     rows = [{"kind": "tanh", "step": [1.0, 1.2, 1.1], "runs": runs}]
     line = hypernetworks.as_table(rows).splitlines()[-1]
-    assert line == "| tanh | 2.0 | 1.10 | 100 | 50 % | 2.00 % (1.00 to 3.00) |"
+    assert line == "| tanh | 2.0 | 1.10 | 100 | 52 % | 50 % | 2.00 % (1.00 to 3.00) |"
