@@ -154,7 +154,11 @@ FIELDS: Fields = {
         "nesterov": Field(
             False, BOOLEAN, "whether the momentum of sgd is Nesterov's", absent=False
         ),
-        "weight_decay": Field(1e-4, number(0), "share of the parameters added to their gradient; by adamw, to their update"),
+        "weight_decay": Field(
+            1e-4,
+            number(0),
+            "share of the parameters added to their gradient, or by adamw to their update",
+        ),
         "decayed": Field(
             "all",
             one_of(*optimizer.DECAYED),
