@@ -175,7 +175,7 @@ def test_residual_networks_of_twice_the_width_are_searched_down_to_the_cost_of_w
 def test_densenet_has_nesterovs_momentum_and_mobilenets_have_dropout():
     for path in CONFIGS.glob("*.py"):
         config = read(path.stem)
-        assert config.optimizer.nesterov == (path.stem == "densenet40")
+        assert config.optimizer.nesterov == (path.stem in ("densenet40", "resnet20_from_trained"))
         mobile = path.stem.startswith("mobilenet")
         assert config.model.get("dropout") == (0.2 if mobile else None)
 
