@@ -164,20 +164,23 @@ def prune_to_budget(work: Work, made_from: str) -> str:
     if method.fresh:
         reinitialize(small, rngs=nnx.Rngs(run.config.seed))
     else:
-        notes["test"] = _test(work, small)
-        trained = method.source == "baseline" or run.blueprint.weights is not None
+        notes["test"] = _test(work, small, "right after pruning")
+        given = run.blueprint.weights is not None
+        if given:
+            notes["given"] = _test(work, run.blueprint.ordinary(), "of the given weights")
+        trained = given or method.source == "baseline"
         if trained and not exact and renew(run, small, work.read("train")):
-            notes["renewed"] = _test(work, small)
+            notes["renewed"] = _test(work, small, "with renewed statistics")
     return networks.save(run, "pruned", small, made_from=made_from, **notes)
 
 
-@doing("testing the pruned network", "the test of the pruned network")
-def _test(work: Work, model: nnx.Module) -> dict[str, float]:
+@doing("testing what is pruned", "the test of what is pruned")
+def _test(work: Work, model: nnx.Module, when: str) -> dict[str, float]:
     setup, batch_size = work.run.setup, 4 * work.run.config.batch_size
     found = evaluate(model, setup.task, work.read("test"), batch_size=batch_size)
     for name, value in found.items():
         if not math.isfinite(value):
-            what = f"the test {name} right after pruning is {value}"
+            what = f"the test {name} {when} is {value}"
             raise NonFiniteError("converge", what, tested=True)
     return found
 

@@ -71,6 +71,14 @@ def start_text(summary: Mapping[str, Any]) -> str:
     return f"the weights of {origin['run']}, trained for {spent}"
 
 
+def compared_with(summary: Mapping[str, Any]) -> tuple[str, Mapping[str, float]] | None:
+    """What a pruned network is compared with, and the test metrics of that; `None` if not known."""
+    for name, title in (("unpruned", "unpruned"), ("given", "given weights")):
+        if values := summary["test"].get(name):
+            return title, values
+    return None
+
+
 def remarks(summary: Mapping[str, Any]) -> list[str]:
     """What is to be known of a run's phases."""
     found, phases = [], summary["phases"]

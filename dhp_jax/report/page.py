@@ -14,6 +14,7 @@ from dhp_jax.models.own import is_own
 from dhp_jax.report.crops import Crop
 from dhp_jax.report.figures import Chart
 from dhp_jax.report.format import (
+    compared_with,
     faster,
     interval,
     load_call,
@@ -31,6 +32,7 @@ from dhp_jax.tasks.task import METRICS
 STAGES = {  # of summary["test"], in the order of their becoming, each with what it is
     "without_network": ("the input as it is", ""),
     "unpruned": ("unpruned, last epoch", ""),
+    "given": ("the given weights", "before anything is trained"),
     "after_search": ("after the search", "all channels are still there"),
     "after_pruning": (
         "right after pruning",
@@ -90,10 +92,9 @@ def _lead(run: RunReport) -> str:
     value = metric.text(summary["test"]["last"][metric.name])
     if not result.pruned:
         return f"The unpruned network: test {metric.label} {value}."
-    unpruned = summary["test"].get("unpruned")
     beside = "of the unpruned network it is not known, for no run of it was given"
-    if unpruned:
-        beside = f"unpruned, {metric.text(unpruned[metric.name])}"
+    if whole := compared_with(summary):
+        beside = f"{whole[0]}, {metric.text(whole[1][metric.name])}"
     flops, params = (percent(summary[name]["ratio"]) for name in ("flops", "params"))
     left = f"{flops} of the FLOPs and {params} of the params"
     return f"{result.method.lead.format(left=left)}: test {metric.label} {value}; {beside}."
@@ -131,12 +132,12 @@ def _metric_cards(run: RunReport) -> list[Card]:
         details = [when(last), *_counted(run, value)]
         return [(f"Test {metric.label} so far", metric.text(value), details)]
     test = run.summary["test"]
-    value, unpruned = test["last"][metric.name], test.get("unpruned")
+    value, whole = test["last"][metric.name], compared_with(run.summary)
     details = _counted(run, value)
-    if unpruned:
-        change = metric.factor * (value - unpruned[metric.name])
+    if whole:
+        change = metric.factor * (value - whole[1][metric.name])
         unit = "points" if metric.unit == "%" else metric.unit
-        details.append(f"unpruned {metric.text(unpruned[metric.name])}")
+        details.append(f"{whole[0]} {metric.text(whole[1][metric.name])}")
         details.append(f"{change:+.2f} {unit}".replace("-", "\u2212"))
     elif run.result.pruned:
         details.append("unpruned: not known")

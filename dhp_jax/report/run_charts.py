@@ -11,7 +11,7 @@ from dhp_jax.core.latent import latents
 from dhp_jax.errors import in_row
 from dhp_jax.report.charts import Line, Rule, draw_rule, line_chart, new_chart
 from dhp_jax.report.figures import BEFORE, COLOURS, SOFT, Chart
-from dhp_jax.report.format import upper_first
+from dhp_jax.report.format import compared_with, upper_first
 from dhp_jax.report.run_report import RunReport, points
 from dhp_jax.report.scales import bend, round_steps, scale_note, thinned
 
@@ -130,11 +130,10 @@ def _ratio(run: RunReport) -> Chart | None:
 
 
 def _score(run: RunReport) -> Chart | None:
-    metric, unpruned = run.metric, run.summary and run.summary["test"].get("unpruned")
-    rules = []
-    if unpruned:
-        value = unpruned[metric.name]
-        rules.append(Rule(f"unpruned {metric.text(value)}", metric.factor * value))
+    metric, rules = run.metric, []
+    if whole := run.summary and compared_with(run.summary):
+        value = whole[1][metric.name]
+        rules.append(Rule(f"{whole[0]} {metric.text(value)}", metric.factor * value))
     axis, log = f"{metric.label}, {metric.unit}", not metric.higher_is_better
     return _over_steps(
         run, upper_first(metric.label), axis, metric.name, metric.factor, rules, log=log

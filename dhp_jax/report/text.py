@@ -14,6 +14,7 @@ from dhp_jax.budgets.layer_table import (
 )
 from dhp_jax.config.methods import METHODS
 from dhp_jax.report.format import (
+    compared_with,
     duration,
     faster,
     interval,
@@ -66,9 +67,11 @@ def sizes_text(
     workdir, some = Path(workdir), next(iter(summaries.values()))
     metric = METRICS[main_metric(some["test"]["last"])]
     rows = [["size", f"test {metric.label}", "FLOPs", "params", "times as fast"]]
-    if unpruned := some["test"].get("unpruned"):
+    unpruned = compared_with(some)
+    if unpruned:
         whole = [compact(some[name]["before"]) for name in ("flops", "params")]
-        rows.append(["unpruned", _score(some, "unpruned"), *whole, ""])
+        stage = "unpruned" if some["test"].get("unpruned") else "given"
+        rows.append([unpruned[0], _score(some, stage), *whole, ""])
     for name, summary in summaries.items():
         left = [percent(summary[cost]["ratio"]) for cost in ("flops", "params")]
         timed = [row["speedup"] for row in timed_batches(summary) if "speedup" in row][-1:]
@@ -119,6 +122,8 @@ def _answer(summary: Mapping[str, Any], missing: str) -> Rows:
     if prunes and test.get("unpruned"):
         epochs = f"epoch {summary['unpruned_epochs']}"
         rows.append((f"test {metric.label}, unpruned", f"{_score(summary, 'unpruned')}, {epochs}"))
+    elif prunes and test.get("given"):
+        rows.append((f"test {metric.label}, given", _score(summary, "given")))
     elif prunes:
         rows.append(_unknown(f"{metric.label}, unpruned", missing))
     trained = phases.get("converge") or phases["baseline"]

@@ -146,8 +146,8 @@ def summarize(
     if result.method.prunes:
         if not result.method.fresh:
             test["after_pruning"] = notes["pruned"]["test"]
-            if "renewed" in notes["pruned"]:
-                test["renewed"] = notes["pruned"]["renewed"]
+            others = ("given", "renewed")
+            test |= {name: notes["pruned"][name] for name in others if name in notes["pruned"]}
         test["unpruned"] = unpruned and unpruned["test"]["last"]
     phases[result.method.phases[-1]] = trained
     return {

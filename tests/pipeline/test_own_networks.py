@@ -20,6 +20,7 @@ from runs import (
     description,
     leave_no_pages,
     of_digits,
+    summary_text,
 )
 from safetensors.numpy import load_file, save_file
 from test_restoration_runs import SIZES, draw, tiny
@@ -34,6 +35,7 @@ from dhp_jax.pipeline.flags import define
 from dhp_jax.pipeline.preparation import prepare
 from dhp_jax.predict import main as predict
 from dhp_jax.report.__main__ import main as report
+from dhp_jax.tasks import evaluate
 
 SHAPE = (8, 8, 1)
 X = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float32)
@@ -246,6 +248,11 @@ def test_trained_weights_are_where_a_run_begins(tmp_path, kind):
         left = dhp.load(tmp_path / "run/pruned").hidden
         np.testing.assert_array_equal(left.bias[...], arrays["hidden.bias"][kept])
         assert summary["origin"] is None
+        given = build(rngs=nnx.Rngs(3))
+        found = evaluate(given, run.setup.task, run.setup.read("test"), batch_size=64)
+        assert summary["test"]["given"]["error"] == found["error"]
+        assert "test error, given" in summary_text(summary)
+        assert "given weights" in (tmp_path / "run/report.html").read_text()
         assert f"the weights in {path}" in (tmp_path / "run/report.html").read_text()
 
 
