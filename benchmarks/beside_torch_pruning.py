@@ -8,8 +8,8 @@
 It needs `pip install torch torch-pruning==1.6.0`, which are no packages of the library. The trained
 ResNet-20 of from_trained.py becomes a PyTorch network that computes the same. Its group-norm pruner
 goes on in 400 small steps until the FLOPs, as the library counts them, are within the target. It
-compares the channels of all layers, with a quarter of each that stays or without, or takes the same
-share of each layer, which is its default.
+compares the channels of all layers, with its bound of three quarters for each (which it exceeds by
+less than a channel) or without one, or takes the same share of each layer, which is its default.
 What is left is finetuned in PyTorch by the recipe of from_trained.py, on the same images in the
 same order. The rows of the library are those of from_trained.py, in the same process; on a CPU the
 same PyTorch code finetunes what they leave. Last come the times of a forward pass of all of them,
@@ -43,7 +43,10 @@ NOTE = (
 STEPS = 400  # of the pruner, from nothing to all channels
 COMPARED = {  # whether layers are compared, and the largest share of a layer that may go
     "Torch-Pruning, all layers": {"global_pruning": True, "max_pruning_ratio": 1.0},
-    "Torch-Pruning, all layers, 1/4 stays": {"global_pruning": True, "max_pruning_ratio": 0.75},
+    "Torch-Pruning, all layers, at most 3/4 go": {
+        "global_pruning": True,
+        "max_pruning_ratio": 0.75,
+    },
     "Torch-Pruning, each layer": {"global_pruning": False, "max_pruning_ratio": 1.0},
 }
 LATENCY_BATCHES = 1, 256

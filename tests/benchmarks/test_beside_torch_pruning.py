@@ -51,7 +51,7 @@ def test_what_torch_pruning_leaves_is_counted_and_tested_as_ours(tmp_path, way):
     assert 0.3 < shares["flops"] <= 0.4
     counts = beside.widths(bench.net, model)
     least = min(counts[name] / size for name, size in bench.net.sizes.items() if size > 10)
-    assert least >= 0.25 or "stays" not in way
+    assert least > 0.25 - 1 / 16 or "at most" not in way
     left, all_ = (flops_by_hand(torch, network) for network in (model, whole))
     assert left / all_ == pytest.approx(shares["flops"], rel=1e-6)
 
