@@ -167,12 +167,33 @@ def ordinary(net: nnx.Module) -> nnx.Module:
 
 
 def replace_nodes(model: nnx.Module, others: Mapping[int, Any]) -> None:
-    """Puts others in the place of variables and modules, by their `id`, wherever they stand."""
+    """Puts others in the place of variables and modules, by their `id`, wherever they stand.
+
+    That may be in lists, tuples and dictionaries, too.
+    """
+    placed: list[int] = []
+
+    def other(value: Any) -> Any:
+        if id(value) in others:
+            placed.append(id(value))
+            return others[id(value)]
+        if type(value) is dict:
+            return {key: other(inner) for key, inner in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(other, value))
+        return type(value)(map(other, value)) if type(value) in (list, tuple) else value
+
     nodes = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree)]
     for node in nodes:
         for attribute, value in list(vars(node).items()):
-            if id(value) in others:
-                setattr(node, attribute, others[id(value)])
+            before = len(placed)
+            made = other(value)
+            if len(placed) > before:
+                setattr(node, attribute, made if id(value) in others else nnx.data(made))
+    if set(placed) != set(others):
+        raise ValueError(
+            "model: expected arrays in attributes, lists, tuples and dictionaries of modules"
+        )
 
 
 @contextlib.contextmanager

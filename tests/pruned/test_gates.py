@@ -275,3 +275,41 @@ def test_gates_close_channels_that_a_layer_of_ones_own_scales():
     set_to(model, masks)
     x = RNG.normal(size=(5, 3)).astype(np.float32)
     np.testing.assert_allclose(cut(model, masks)(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+class Held(nnx.Module):
+    """Kernels in a container that is no module."""
+
+    def __init__(self, kind, rngs):
+        shapes = [(4, 8), (8, 6), (6, 3)]
+        kernels = [nnx.Param(jax.random.normal(rngs.params(), shape)) for shape in shapes]
+        kinds = {
+            "list": kernels,
+            "tuple": tuple(kernels),
+            "nested": {"first": [kernels[0]], "others": (kernels[1], kernels[2])},
+        }
+        self.kernels, self.kind = nnx.data(kinds[kind]), kind
+
+    def __call__(self, x):
+        kernels = self.kernels
+        if self.kind == "nested":
+            kernels = [*kernels["first"], *kernels["others"]]
+        for kernel in kernels[:-1]:
+            x = nnx.relu(x @ kernel[...])
+        return x @ kernels[-1][...]
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "nested"])
+def test_latents_act_on_kernels_in_containers(kind):
+    model = Held(kind, nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    net = dhp.with_latents(model, (4,), min_channels=1)
+    gates = dhp.with_gates(net, rngs=nnx.Rngs(0))
+    keep = {name: np.arange(z.size) % 2 > 0 for name, z in dhp.latents(net).items()}
+    small = dhp.prune(net, keep)
+    for made in (net, gates):
+        np.testing.assert_array_equal(made(x), model(x))
+        for name, z in dhp.latents(made).items():
+            z.vector.set_value(jnp.asarray(keep[name], jnp.float32))
+        np.testing.assert_allclose(made(x), small(x), rtol=1e-5, atol=1e-5)
+    assert float(np.abs(small(x) - model(x)).max()) > 1
