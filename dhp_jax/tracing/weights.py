@@ -1,6 +1,7 @@
 """The weights that go with the entries of latents: which make, read and scale their channels."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from flax import nnx
@@ -94,12 +95,12 @@ def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
         variable = variables[array]
         if not _is_weight(variable):
             continue
-        is_bias = variable.get_value().ndim == 1  # unless it is read, or scales
+        is_bias = value_of(variable).ndim == 1  # unless it is read, or scales
         for k, positions in axes.items():
             entries = entries_of(owners, positions)
             role = SCALED if array in scales else READ if k in reads[array] else MADE
             if role != MADE or not is_bias:
-                yield Weights(role, array, k, entries, _wide(variable.get_value))
+                yield Weights(role, array, k, entries, _wide(partial(value_of, variable)))
 
 
 def entries_of(owners: Sequence[Latent], positions: Positions) -> Entries:

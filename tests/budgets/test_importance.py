@@ -485,3 +485,33 @@ def test_wrong_arguments_of_scores_per_cost_are_refused(arguments, message):
     given = {"scores": dhp.l1_scores(model), "cost": dhp.measure_cost(model, MIXED_INPUT)}
     with pytest.raises(ValueError, match=message):
         dhp.per_cost(**given | arguments)
+
+
+class Blurred(nnx.Module):
+    """Pools with a fixed kernel, which is a bare array or a parameter."""
+
+    def __init__(self, rngs, bare):
+        kernel = jnp.full((2, 2, 1, 8), 0.25)
+        self.first = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.kernel = kernel if bare else nnx.Param(kernel)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        kernel = self.kernel[...]
+        dims = ("NHWC", "HWIO", "NHWC")
+        x = nnx.relu(self.first(x))
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=dims, feature_group_count=x.shape[-1]
+        )
+        return self.head(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("score", [dhp.l1_scores, dhp.group_scores, dhp.fpgm_scores])
+def test_bare_arrays_count_as_parameters_do(score):
+    bare, other = (
+        score(dhp.with_latents(Blurred(nnx.Rngs(0), kind), (6, 6, 3), min_channels=1))
+        for kind in (True, False)
+    )
+    assert bare.keys() == other.keys()
+    for name, found in bare.items():
+        np.testing.assert_array_equal(found, other[name])
