@@ -253,7 +253,7 @@ def taylor_scores(bench: Bench, model: nnx.Module) -> dict[str, Scores]:
     def scores(squared):
         return dhp.taylor_scores(model, loss, map(bench.programs.inputs, each), squared=squared)
 
-    model.eval()
+    model.train()
     return {"taylor": scores(squared=False), "taylor_square": scores(squared=True)}
 
 

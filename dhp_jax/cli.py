@@ -17,12 +17,12 @@ import numpy as np
 
 from dhp_jax.activity import doing, told_when_silent
 from dhp_jax.artifact import arrays, reading
-from dhp_jax.artifact.description import check_notes
+from dhp_jax.artifact.description import ArtifactError, check_notes
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.data.augmentation import normalize
-from dhp_jax.errors import shown
+from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.own import imported
 from dhp_jax.models.registry import task_of
 from dhp_jax.train.progress_bar import ProgressBar
@@ -150,7 +150,10 @@ def opened(path: str | os.PathLike, which: str | None = None, build: str | None 
     """
     folder = find(path, which)
     notes = reading.read_description(folder)["notes"]
-    check_notes(notes, str(folder / arrays.DESCRIPTION))
+    try:
+        check_notes(notes)
+    except ArgumentError as error:
+        raise ArtifactError(f"path: {folder / arrays.DESCRIPTION}: notes.{error}") from None
     model = reading.load(folder, build=None if build is None else imported(build))
     if latents(model):
         model = prune(model)

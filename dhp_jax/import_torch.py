@@ -19,6 +19,7 @@ from jaxtyping import Float
 import numpy as np
 
 from dhp_jax import cli
+from dhp_jax.artifact.description import check_notes
 from dhp_jax.artifact.writing import may_hold, save
 from dhp_jax.core.convolutions import Hyper, HyperConvTranspose
 from dhp_jax.core.latent import Latent, Repeat, latents, modules_by_path
@@ -275,6 +276,9 @@ def main(arguments: Sequence[str]) -> None:
         metavar="R,G,B",
         help="of them: 63,62.1,66.7; predict needs both",
     )
+    parser.add_argument(
+        "--peak", type=float, metavar="P", help="their largest value, as 1; 255 by default"
+    )
     options = parser.parse_intermixed_args(arguments)
     out = options.out or options.file.with_suffix("")
     if not may_hold(out):
@@ -300,7 +304,11 @@ def _noted(options: Namespace) -> dict[str, Any]:
         if len(values) != channels or min(values) <= least:
             what = f"{channels} {'positive ' * (name == 'std')}numbers, one for each channel"
             raise ValueError(f"--{name}: expected {what}; got {shown(values)}")
-    return noted | {"mean": list(mean), "std": list(std)}
+    noted |= {"mean": list(mean), "std": list(std)}
+    if options.peak is not None:
+        noted["peak"] = options.peak
+    check_notes(noted)
+    return noted
 
 
 def _argument(text: str) -> tuple[str, Any]:

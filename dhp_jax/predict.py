@@ -23,7 +23,7 @@ from dhp_jax.backend.inference import inference
 from dhp_jax.backend.memory import keep_memory
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.data.decode import COLOUR, GRAY, decode, open_image
-from dhp_jax.errors import FieldError
+from dhp_jax.errors import FieldError, check_integer
 from dhp_jax.files import why_unwritable
 from dhp_jax.models.registry import task_of
 from dhp_jax.tasks.metrics import pixels
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str]) -> None:
     for file in options.images:
         if file.is_dir():
             raise ValueError(f"images: expected files, such as {file}/*; got the folder {file}")
+    if options.top is not None:
+        check_integer("--top", options.top)
     keep_memory()
     saved = cli.opened(options.model, options.which, options.build)
     _check_task(saved)
@@ -98,7 +100,8 @@ def label(
       saved: a network that classifies.
       files: image files, of 8 bits a channel or less.
       top: how many classes.
-      resize: whether images of another size are resized so that their centre fills the network's.
+      resize: whether images of another size are resized and their centre cut out, as the test
+        images of the data were; where those were not, so that the centre is as large as can be.
 
     Returns:
       For each file names of classes (numbers, where the data have no names) and probabilities, the
@@ -112,8 +115,7 @@ def label(
     Example:
       >>> label(cli.opened("runs/digits_resnet20"), [Path("digit.png")])
     """
-    if top < 1:
-        raise ValueError(f"--top: expected at least 1, got {top}")
+    check_integer("--top", top)
     shape = _input_shape(saved)
     if resize and shape[0] != shape[1]:
         raise ValueError(
@@ -121,7 +123,8 @@ def label(
         )
     names = _class_names(saved, shape)
     mixed = saved.notes.get("channels") is not None  # of data that were gray and in colour
-    images = np.stack([_of_shape(file, shape, resize, mixed) for file in files])
+    size = saved.notes.get("resize", shape[0]) if resize else None
+    images = np.stack([_of_shape(file, shape, size, mixed) for file in files])
     logits = inference(saved.model)(saved.inputs(images))
     shares = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)))
     best = np.argsort(-shares, axis=-1, kind="stable")[:, :top]
@@ -157,11 +160,11 @@ def _class_names(saved: cli.Saved, shape: tuple[int, ...]) -> list[str]:
 
 
 def _of_shape(
-    file: Path, shape: tuple[int, ...], resize: bool, mixed: bool
+    file: Path, shape: tuple[int, ...], resize: int | None, mixed: bool
 ) -> UInt8[np.ndarray, "h w c"]:
     """The pixels of an image file, of the height and width that the network takes."""
     height, width, channels = shape
-    image = _read(file, channels, height if resize else None, mixed)
+    image = _read(file, channels, resize, resize and height, mixed)
     if image.shape[:2] != (height, width):
         raise ValueError(
             f"{file}: expected {width} pixels wide and {height} high, got {image.shape[1]} "
@@ -227,14 +230,18 @@ def restore_image(
 
 
 def _read(
-    file: Path, channels: int, size: int | None = None, mixed: bool = False
+    file: Path,
+    channels: int,
+    resize: int | None = None,
+    crop: int | None = None,
+    mixed: bool = False,
 ) -> UInt8[np.ndarray, "h w c"]:
     """The pixels of an image file, upright, if it has as many channels as the network.
 
     With `mixed`, gray and colour images are both made what the network takes.
     """
     mode = _check_mode(file, channels, mixed)
-    return decode(file, mode, argument="images", upright=True, resize=size, crop=size)
+    return decode(file, mode, argument="images", upright=True, resize=resize, crop=crop)
 
 
 def _check_mode(file: Path, channels: int, mixed: bool) -> str:

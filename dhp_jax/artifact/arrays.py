@@ -90,6 +90,9 @@ def read_arrays(abstract: nnx.State, arrays: Mapping[str, Any], path: Path) -> n
                     f"path: array {name!r} in {path}: expected finite numbers, got NaN or infinity"
                 )
             value = _from_stored(array, value_of(leaf))
+            if not is_key(value) and value.dtype != array.dtype:
+                detail = f"array {name!r} is of {array.dtype}; expected jax_enable_x64, for it"
+                raise ArtifactError(f"path: {path}: {detail} is made {value.dtype} here")
             found.append((place, with_value(leaf, value)))
     return nnx.from_flat_state(found)
 

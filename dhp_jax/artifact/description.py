@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import jax.numpy as jnp
 
-from dhp_jax.errors import shown
+from dhp_jax.errors import ArgumentError, shown
 
 FORMAT = "dhp_jax"
 VERSION = 1
@@ -154,10 +154,13 @@ def check_description(description: Any, where: str) -> None:
     _check_folded(description.get("folded", []), where)
 
 
-def check_notes(notes: Mapping[str, Any], where: str) -> None:
-    """Raises unless the notes that commands read are well formed; other notes may be any JSON."""
+def check_notes(notes: Mapping[str, Any]) -> None:
+    """Raises an `ArgumentError` unless the notes that commands read are well formed.
+
+    Other notes may be any JSON.
+    """
     shape = notes.get("input_shape")
-    channels = shape[-1] if _is_input_shape(shape) else None
+    channels, side = (shape[-1], shape[0]) if _is_input_shape(shape) else (None, 1)
     a_channel = "a list of numbers" if channels is None else f"a list of {channels} numbers"
     of_scale = f"{MIN_SCALE} .. {MAX_NUMBER}"
     for name, fits, expected in (
@@ -179,13 +182,21 @@ def check_notes(notes: Mapping[str, Any], where: str) -> None:
         ),
         ("peak", lambda peak: _are_numbers([peak], MIN_SCALE), f"a number in {of_scale}"),
         (
+            "resize",
+            lambda size: type(size) is int and side <= size <= MAX_NUMBER,
+            f"an integer of {side} .. {MAX_NUMBER}, the shorter side before the centre is cut out",
+        ),
+        (
             "class_names",
             _are_names,
             f"a list of texts of at most {MAX_TEXT} characters, none of them a control one",
         ),
     ):
         if name in notes and not fits(notes[name]):
-            _refuse(where, f"notes.{name}", expected, notes[name])
+            raise ArgumentError(name, expected, shown(notes[name]))
+    if "std" in notes and "peak" not in notes and max(notes["std"]) < 1:
+        expected = "a standard deviation of pixels of 0 .. 255, or their largest value as peak"
+        raise ArgumentError("std", expected, shown(notes["std"]))
 
 
 def _is_input_shape(value: Any) -> bool:
@@ -212,15 +223,21 @@ def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
     for name, value in arguments.items():
         if not name.isidentifier() or len(name) > MAX_TEXT:
             _refuse(where, "arguments", "names of arguments", name)
-        items = value if isinstance(value, list) else [value]
-        if len(items) > MAX_LIST or not all(map(_is_argument, items)):
-            _refuse(
-                where,
-                f"arguments.{name}",
-                f"null, true, false, a number of at most {MAX_NUMBER}, a text of at most "
-                f"{MAX_TEXT} characters, or a list of at most {MAX_LIST} of them",
-                value,
-            )
+        try:
+            check_argument(name, value)
+        except ArgumentError as error:
+            raise ArtifactError(f"path: {where}: arguments.{error}") from None
+
+
+def check_argument(name: str, value: Any) -> None:
+    """Raises an `ArgumentError` unless `model.json` can hold the argument of a network."""
+    items = value if isinstance(value, list | tuple) else [value]
+    if len(items) > MAX_LIST or not all(map(_is_argument, items)):
+        expected = (
+            f"null, true, false, a number of at most {MAX_NUMBER}, a text of at most "
+            f"{MAX_TEXT} characters, or a list of at most {MAX_LIST} of them"
+        )
+        raise ArgumentError(name, expected, shown(value))
 
 
 def _is_argument(value: Any) -> bool:

@@ -116,8 +116,9 @@ def load(
             model = prune(model, masks)
         return nnx.split(remove_folded_layers(model, folded))
 
-    def is_gained(location: tuple, leaf: Any) -> bool:  # random state that the file lacks
-        return isinstance(leaf, nnx.RngState) and path_name(location) not in description["arrays"]
+    def is_gained(location: tuple, leaf: Any) -> bool:  # what is not saved, or may be lacking
+        renewed = isinstance(leaf, nnx.RngState | nnx.Intermediate)
+        return renewed and path_name(location) not in description["arrays"]
 
     try:
         graphdef, abstract = nnx.eval_shape(make, whole)

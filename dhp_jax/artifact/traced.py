@@ -257,7 +257,10 @@ def _inputs_as_json(inputs: Any) -> Any:
     if isinstance(inputs, tuple | list):
         return [_inputs_as_json(item) for item in inputs]
     if isinstance(inputs, dict):
-        return {"named": {str(k): _inputs_as_json(item) for k, item in inputs.items()}}
+        for key in inputs:
+            if not isinstance(key, str):
+                raise ArgumentError("model", "inputs by names that are texts", shown(key))
+        return {"named": {k: _inputs_as_json(item) for k, item in inputs.items()}}
     if inputs is None:
         return None
     return {"shape": list(inputs.shape), "dtype": str(inputs.dtype)}

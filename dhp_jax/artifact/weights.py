@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dhp_jax.artifact.arrays import ARRAYS, digest_of, is_finite
-from dhp_jax.artifact.description import ArtifactError
+from dhp_jax.artifact.description import DTYPES, ArtifactError
 from dhp_jax.artifact.reading import MODEL, exists, verify
 from dhp_jax.core.state import path_name, value_of
 from dhp_jax.errors import ArgumentError, shown, some_of
@@ -40,7 +40,13 @@ def read_weights(path: str | os.PathLike) -> Weights:
     digest = digest_of(path)
     try:
         with safe_open(path, "np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            for name in names:
+                if (code := file.get_slice(name).get_dtype()) not in DTYPES:
+                    expected = f"one of {', '.join(DTYPES)}"
+                    detail = f"array {shown(name)}: expected {expected}, got {shown(code)}"
+                    raise ArtifactError(f"path: {path}: {detail}")
+            arrays = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"path: {path} cannot be read: {shown(str(error))}") from error
     return Weights(path, arrays, digest, described.get("family"), described.get("arguments", {}))

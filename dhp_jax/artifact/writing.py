@@ -20,7 +20,7 @@ from dhp_jax.artifact.arrays import (
     is_finite,
     shape_and_dtype,
 )
-from dhp_jax.artifact.description import FORMAT, VERSION
+from dhp_jax.artifact.description import DTYPES, FORMAT, VERSION, check_notes, parse_json
 from dhp_jax.artifact.reading import parse_description
 from dhp_jax.artifact.traced import cuts_as_json, table_as_json
 from dhp_jax.core.latent import has_gates, latents
@@ -86,19 +86,24 @@ def save(
             notes["input_shape"] = list(map(int, input_shape))
     for name, note in notes.items():
         try:
-            json.dumps(note)
+            notes[name] = parse_json(json.dumps(note).encode(), f"note {name!r}")
         except TypeError as error:
             expected = "a JSON value, such as a number, a text or a list of them"
             raise TypeError(f"{name}: expected {expected}; got {shown(note)}") from error
+    check_notes(notes)
     text = json.dumps(description, indent=1)
     parse_description(text.encode(), path / DESCRIPTION)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = unfinished(path)
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    write(part / ARRAYS, content)
-    write(part / DESCRIPTION, text)
-    put(part, path)
+    try:
+        part.mkdir()
+        write(part / ARRAYS, content)
+        write(part / DESCRIPTION, text)
+        put(part, path)
+    except OSError:  # such as a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def may_hold(path: str | os.PathLike) -> bool:
@@ -106,16 +111,25 @@ def may_hold(path: str | os.PathLike) -> bool:
     path = Path(path)
     if not path.is_dir():
         return not path.exists()
-    return {item.name for item in path.iterdir()} <= {DESCRIPTION, ARRAYS}
+    return {item.name for item in path.iterdir()} in (set(), {DESCRIPTION, ARRAYS})
 
 
 def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     """Every array of a network by its path, but for what its last call has left."""
-    # safetensors writes memory as it lies, and device layouts need not be row-major.
-    return {
-        path_name(path): np.asarray(numbers_of(value_of(leaf)), order="C")
-        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Intermediate)))
-    }
+    found: dict[str, np.ndarray] = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Intermediate))):
+        name, value = path_name(path), numbers_of(value_of(leaf))
+        dtype = str(getattr(value, "dtype", type(value).__name__))
+        if dtype not in DTYPES.values():
+            expected = f"an array of {', '.join(DTYPES.values())}"
+            detail = f"array {shown(name)}: expected {expected}, got {dtype}"
+            raise ArgumentError("model", detail=detail)
+        if name in found:
+            detail = f"expected arrays of different names, got two that are {shown(name)}"
+            raise ArgumentError("model", detail=detail)
+        # safetensors writes memory as it lies, and device layouts need not be row-major.
+        found[name] = np.asarray(value, order="C")
+    return found
 
 
 def _description(

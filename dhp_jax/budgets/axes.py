@@ -9,7 +9,7 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.core.latent import Axis, latents, walk
-from dhp_jax.core.plain import Prunable
+from dhp_jax.core.plain import is_prunable
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
 from dhp_jax.tracing.declared import analysis_of, prove_declared
@@ -110,7 +110,7 @@ def _of_fixed_width(model: nnx.Module, width: int) -> list[str]:
     named = latents(model).items()
     found = [f"latent {name!r}" for name, z in named if z.size == width and not z.prunable]
     for path, _, module in walk(model):
-        if not isinstance(module, Axis | Prunable):
+        if not (isinstance(module, Axis) or is_prunable(module)):
             own = {name: v for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
             names = [n for n, v in own.items() if width in getattr(v.get_value(), "shape", ())]
             if names and path:

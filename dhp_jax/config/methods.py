@@ -185,7 +185,7 @@ def _by_weights(title: str, what: str, scores_of: Callable[[nnx.Module], Scores]
 
 def _taylor(model: nnx.Module, start: Start, *, squared: bool) -> Scores:
     model = nnx.clone(model)
-    model.eval()
+    model.train()  # on statistics of each batch: the running ones are renewed after the cut
     return taylor_scores(model, *start.training(), squared=squared)
 
 

@@ -22,7 +22,6 @@ from dhp_jax.core.plain import (
     initializer_of,
     make_like,
     select_entries,
-    slice_axis,
 )
 
 __all__ = [
@@ -41,7 +40,6 @@ __all__ = [
 ]
 
 _zeros = nnx.initializers.zeros_init()
-sliced = slice_axis  # for layers of one's own, under the name that they know
 
 
 class ChannelBias(nnx.Module):

@@ -33,6 +33,11 @@ class Prunable(Protocol):
         ...
 
 
+def is_prunable(module: Any) -> bool:
+    """Whether pruning replaces a module: its class has a method `plain`, as `Prunable` tells."""
+    return callable(getattr(type(module), "plain", None))
+
+
 def select_entries(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:
     """The entries of a variable's first axis that a mask keeps; `None` for no variable."""
     return None if variable is None else slice_axis(variable[...], mask, 0)

@@ -18,8 +18,9 @@ def variables_of(model: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 def value_of(leaf: nnx.Variable | jax.Array) -> jax.Array:
-    """The array of a leaf of a state, which may be bare."""
-    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    """The array of a leaf of a state, which may be bare, as the state holds it."""
+    value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+    return value[...] if nnx.variablelib.is_array_ref(value) else value
 
 
 def with_value(leaf: nnx.Variable | jax.Array, value: Any) -> Any:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dhp_jax.core.latent import Axis, latents, latents_to_prune, modules_in
-from dhp_jax.core.plain import Model, Prunable
+from dhp_jax.core.plain import Model, is_prunable
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.core.survivors import Masks
 from dhp_jax.errors import shown
@@ -36,10 +36,8 @@ def prune(model: Model, keep: Masks | None = None) -> Model:
     shared: dict[Any, nnx.Variable] = {}
 
     def plain(module: nnx.Module) -> Any:
-        if isinstance(module, Axis):
-            return None
-        if not isinstance(module, Prunable):
-            return module
+        if not is_prunable(module):
+            return None if isinstance(module, Axis) else module
         made = module.plain(masks)
         _tie(module, made, shared)
         return made
@@ -59,10 +57,8 @@ def _tie(layer: nnx.Module, made: nnx.Module, shared: dict[Any, nnx.Variable]) -
     axes = tuple(id(v) for v in vars(layer).values() if isinstance(v, Axis))
     for name, variable in list(vars(made).items()):
         if isinstance(variable, nnx.Variable):
-            if name in own:
-                source = (id(own[name]),)
-            else:
-                source = tuple(id(v) for n, v in own.items() if n not in vars(made))
+            others = [v for n, v in own.items() if n not in vars(made)]
+            source = tuple(map(id, [own[name]] if name in own else others))
             setattr(made, name, shared.setdefault((name, *source, axes), variable))
 
 
@@ -85,9 +81,9 @@ def replace_modules(module: nnx.Module, change: Callable[[nnx.Module], Any]) -> 
 
     def in_value(value: Any) -> Any:  # a module, or a list, tuple or dict of modules
         return jax.tree.map(
-            lambda item: of(item) if isinstance(item, nnx.Module) else item,
-            value,
-            is_leaf=lambda item: isinstance(item, nnx.Module),
+            lambda item: of(item) if isinstance(item, nnx.Pytree) else item,
+            value,  # no variable is made anew, for another module may have it too
+            is_leaf=lambda item: isinstance(item, nnx.Pytree | nnx.Variable),
         )
 
     return of(module)

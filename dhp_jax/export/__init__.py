@@ -19,6 +19,7 @@ import numpy as np
 from dhp_jax import files
 from dhp_jax.activity import doing
 from dhp_jax.artifact.writing import may_hold
+from dhp_jax.core.latent import check_module
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import path_name
 from dhp_jax.errors import ArgumentError, shown
@@ -33,6 +34,7 @@ from dhp_jax.export.writers import (
 )
 from dhp_jax.models import registry
 from dhp_jax.pruned.fold import fold_for
+from dhp_jax.tasks.tiling import tiling
 from dhp_jax.tracing.inputs import outputs_of
 from dhp_jax.tracing.programs import Call, all_programs, called, needed_inputs
 
@@ -113,6 +115,9 @@ def export(
       >>> export(small, "small.onnx", (32, 32, 3), format="onnx").differences
       {'random': 1.4e-06, 'another size': 1.9e-06}
     """
+    check_module(model)
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError("path", "a file to write, as in export(model, path, ...)", shown(path))
     path = Path(path).expanduser()
     check_format(format)
     check_path(path, format)
@@ -129,7 +134,7 @@ def export(
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     part = files.unfinished(target)
-    multiple = getattr(model, "multiple", 1)  # of height and width, see `dhp_jax.tasks.tiling`
+    multiple = tiling(model).multiple  # of height and width
     possible = list(candidates(example, of_one, multiple))
     if format == "safetensors":  # read as the network that it is, with all its freedom
         possible = [sizes for sizes in possible if not sizes.multiple][: 1 if of_one else None]
@@ -282,6 +287,8 @@ def _compare(
         differences[name] = 0.0
         for a, b in zip(expected, found, strict=True):
             difference = np.subtract(a, b, where=a != b, out=np.zeros_like(a))  # not of infinities
+            if np.isnan(difference).any():
+                raise ExportError(f"expected outputs on {name} that are numbers, got NaN")
             off = float(np.abs(difference).max(initial=0))
             peak = float(np.abs(a).max(initial=0, where=np.isfinite(a)))
             if not off <= tolerance * max(0.1, peak):  # of small outputs an absolute one

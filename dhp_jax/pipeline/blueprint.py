@@ -9,7 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dhp_jax.activity import doing
-from dhp_jax.artifact.description import ArtifactError
+from dhp_jax.artifact.description import ArtifactError, check_argument
 from dhp_jax.artifact.weights import Weights, read_weights, take_weights
 from dhp_jax.budgets.limits import keep_share
 from dhp_jax.core.latent import latents
@@ -139,6 +139,8 @@ def begin(config: ConfigDict) -> Blueprint:
                 detail=f"follows from config.{fields[argument]}, not given here",
             )
     with _named(config):
+        for argument, value in arguments.items():
+            check_argument(argument, value)  # before the training of a network that is not saved
         weights = None if path is None else read_weights(path)
         if is_own(name):
             registry.add_own(name, "name")

@@ -123,6 +123,7 @@ def _classification(config: ConfigDict, streamed: bool | None) -> TaskSetup:
             "mean": list(source.mean),
             "std": list(source.std),
             "peak": source.peak,
+            **({} if source.resize is None else {"resize": source.resize}),
             **_counts({split: source.size(split) for split in source.splits}),
             **({} if channels is None else {"channels": channels}),
         },

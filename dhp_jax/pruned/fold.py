@@ -27,9 +27,10 @@ from dhp_jax.core.latent import latents, modules_by_path, walk
 from dhp_jax.core.layers import ChannelBias
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import Chains, architecture_of, set_architecture
-from dhp_jax.core.state import path_name
+from dhp_jax.core.state import path_name, variables_of
 from dhp_jax.core.surgery import override, replace_modules
 from dhp_jax.models.linen import FromLinen
+from dhp_jax.tracing.generated import is_read_as_stored
 from dhp_jax.tracing.inputs import checked_inputs, outputs_of
 from dhp_jax.tracing.programs import Call, called, without_unread
 
@@ -315,6 +316,7 @@ def _foldable(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
             type(layer) in (*LINEAR, *FOLLOWING)
             and getattr(layer, "promote_dtype", dtypes.promote_dtype) is dtypes.promote_dtype
             and getattr(layer, "mask", None) is None
+            and all(map(is_read_as_stored, variables_of(layer).values()))
         )
         match layer:
             case nnx.Conv():

@@ -12,7 +12,7 @@ from dhp_jax.core.activations import PReLU, ReLU
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import Axis, has_gates, latents, walk
 from dhp_jax.core.layers import ChannelBias, Hyper, Linear, Norm
-from dhp_jax.core.plain import Model, Prunable
+from dhp_jax.core.plain import Model, is_prunable
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import value_of, variables_of
 from dhp_jax.core.surgery import override, prune
@@ -121,7 +121,7 @@ def _check_closed(net: nnx.Module) -> None:
             )
             raise ArgumentError("model", detail=f"{detail}; {name!r} is read by none")
     for path, _, layer in walk(net):
-        if isinstance(layer, KNOWN) or not isinstance(layer, Prunable):
+        if isinstance(layer, KNOWN) or not is_prunable(layer):
             continue
         axes = [axis for axis in vars(layer).values() if isinstance(axis, Axis)]
         arrays = [x for x in vars(layer).values() if isinstance(x, nnx.Param) and x[...].ndim > 1]

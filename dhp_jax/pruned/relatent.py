@@ -11,7 +11,7 @@ import numpy as np
 from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
 from dhp_jax.core.layers import Hyper
-from dhp_jax.core.plain import Keep, Model, Prunable, select_entries, slice_axes
+from dhp_jax.core.plain import Keep, Model, is_prunable, select_entries, slice_axes
 from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models import registry
@@ -165,7 +165,7 @@ def _narrow_layer(layer: nnx.Module, keep: Keep) -> None:
         if getattr(layer, "feature_group_count", 1) != 1:
             channels = int(layer.z_in.keep(keep).sum())
             layer.feature_group_count = channels // layer.z_group.size
-    elif isinstance(layer, Prunable):
+    elif is_prunable(layer):
         kept = kept_of_layer(layer, keep)
         for name, axes in kept.items():
             variable = getattr(layer, name)

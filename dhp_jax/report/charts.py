@@ -85,7 +85,7 @@ def line_chart(
             marked = [point for point in shown if point]
             few = len(marked) <= MAX_MARKED
             if few:
-                tips[f"line{place}"] = [f"{line.label}: {text(b)} at {a:g}" for a, b in marked]
+                tips[f"line{place}"] = [f"{line.label}: {text(b)} at {a:.7g}" for a, b in marked]
             axes.plot(
                 *zip(*(point or (math.nan, math.nan) for point in shown), strict=True),
                 color=COLOURS[line.colour % len(COLOURS)],

@@ -75,10 +75,14 @@ def set_numbers(model: nnx.Module, numbers: Numbers) -> None:
     """Sets sizes in modules.
 
     Raises:
-      ValueError: there is no such module, or it has no such number.
+      ValueError: there is no such module, or it has no such number, or a smaller one.
     """
     modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
     for path, attribute, value in numbers:
-        if type(vars(modules.get(path, model)).get(attribute)) is not int or path not in modules:
+        held = vars(modules.get(path, model)).get(attribute)
+        if type(held) is not int or path not in modules:
             raise ValueError(f"cuts: the network has no number {attribute!r} in {path!r}")
+        if not 0 < value <= held:
+            where = f"{attribute!r} in {path!r}"
+            raise ValueError(f"cuts: {where}: expected a number of 1 .. {held}, got {value}")
         setattr(modules[path], attribute, value)

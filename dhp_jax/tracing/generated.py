@@ -17,6 +17,7 @@ from dhp_jax.core.hypernet import HypernetArrays, KernelGenerator
 from dhp_jax.core.initializers import uniform
 from dhp_jax.core.latent import TRACED, Axis, in_one_line
 from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.errors import ArgumentError
 from dhp_jax.tracing.placed import PlacedAxis, Positions
 
 SMALL_START = 0.1  # of the second layer where the first is zero, as a share of the kernel's scale
@@ -92,6 +93,10 @@ class GeneratedArray(KernelGenerator):
         """The parameter, with the generated array; latents that are all 1 cost no other one."""
         if self.pair is None and all(map(_is_one, self.on_latents.values())):
             return self.weight.copy()
+        like = self.variable(self.array_shape)
+        if not is_read_as_stored(like):
+            detail = f"a {type(like).__name__} that is read as it is stored, or latents that are 1"
+            raise ArgumentError("model", detail=f"array {self.name!r}: expected {detail}")
         return self.variable(self.get_value())
 
     def variable(self, value: Array) -> nnx.Variable:
@@ -152,6 +157,13 @@ GeneratedArray.__len__ = lambda self: self.array_shape[0]
 def is_plain_param(variable: nnx.Variable) -> bool:
     """Whether a variable is of the type `nnx.Param` itself, without metadata of its own."""
     return type(variable) is nnx.Param and not variable.get_metadata(exclude_required=True)
+
+
+def is_read_as_stored(variable: nnx.Variable) -> bool:
+    """Whether a variable has neither a `get_value` or `set_value` of its own nor hooks in them."""
+    methods, hooks = ("get_value", "set_value"), ("on_get_value", "on_set_value")
+    own = any(getattr(type(variable), n) is not getattr(nnx.Variable, n) for n in methods)
+    return not own and not any(variable.get_metadata(hook, None) for hook in hooks)
 
 
 def ordinary(net: nnx.Module) -> nnx.Module:

@@ -1,7 +1,6 @@
 """The weights that go with the entries of latents: which make, read and scale their channels."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 from flax import nnx
@@ -100,7 +99,7 @@ def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
             entries = entries_of(owners, positions)
             role = SCALED if array in scales else READ if k in reads[array] else MADE
             if role != MADE or not is_bias:
-                yield Weights(role, array, k, entries, _wide(partial(value_of, variable)))
+                yield Weights(role, array, k, entries, _wide(variable.get_value))
 
 
 def entries_of(owners: Sequence[Latent], positions: Positions) -> Entries:

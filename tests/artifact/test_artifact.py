@@ -498,7 +498,8 @@ def test_a_network_of_numbers_that_are_not_finite_is_not_saved(tmp_path, value):
     ],
 )
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, notes, message):
-    with pytest.raises(ArtifactError, match=f"^path: .*model.json is not JSON: {message}"):
+    (name,) = notes
+    with pytest.raises(ArtifactError, match=f"^path: note '{name}' is not JSON: {message}"):
         dhp.save(tmp_path / "out", filled(Mixed), **notes)
     assert list(tmp_path.iterdir()) == []
 

@@ -53,6 +53,8 @@ class Source:
       crop_padding: width in pixels of the border that a random crop may move into.
       flip: whether a mirrored image is still an image of its class.
       peak: the largest value of a stored pixel.
+      resize: the shorter side that test images were brought to before their centre was cut out;
+        `None` if they were not.
       read: `read("train")`, `read("test")` and, where images are held out, `read("validation")`
         give the images, uint8 `(n, h, w, c)`, and their labels, int32 `(n,)` in
         `0 .. num_classes - 1`.
@@ -71,6 +73,7 @@ class Source:
     flip: bool
     read: Callable[[str], tuple[np.ndarray, np.ndarray]]
     peak: int = 255
+    resize: int | None = None
     one_by_one: Callable[[str], tuple[Labelled, str]] | None = None
     validation_size: int = 0
 

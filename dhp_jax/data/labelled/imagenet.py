@@ -38,9 +38,11 @@ def load(data_dir: str | os.PathLike | None = None, image_size: int | None = Non
             ".download_and_prepare(file_format='array_record')\"; "
             f"or try {DEFAULT_CONFIG}, whose images come with scikit-learn",
         )
+    resize = size * 256 // 224
     return source(
         builder,
-        functools.partial(decode, mode="RGB", resize=size * 256 // 224, crop=size),
+        functools.partial(decode, mode="RGB", resize=resize, crop=size),
+        resize=resize,
         image_shape=(size, size, 3),
         test="validation",
         threads=None,
