@@ -10,7 +10,7 @@ import numpy as np
 
 from dhp_jax.budgets.rounding import Multiples, multiples
 from dhp_jax.core.cost import MEASURES, Cost, Counts
-from dhp_jax.core.latent import Latent, latents, latents_to_prune
+from dhp_jax.core.latent import Latent, has_gates, latents, latents_to_prune
 from dhp_jax.errors import ArgumentError, shown
 
 Scores = Mapping[str, np.ndarray]  # by latent a number for each entry; the smallest go first
@@ -109,7 +109,8 @@ def survivors_within(
     First the smallest entries of all latents go, until the budget holds. Then those that still fit
     come back, largest first. The result is within the budget, and no channel that was removed fits
     in the rest. If more than 0.5 % of the whole network's cost is left, an expensive channel that
-    does not fit comes back in exchange for the smallest ones of other latents.
+    does not fit comes back in exchange for the smallest ones of other latents. Of gates, all
+    entries whose score is 0 go.
 
     Args:
       model: a network of latents.
@@ -151,9 +152,11 @@ def survivors_within(
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if left_without(range(middle)) >= 0 else (middle + 1, high)
-    gone = _refill(set(range(low)), order, left_without)
+    closed = [not scores[name][list(entries)].any() for name, entries in order]
+    never = set(np.flatnonzero(closed).tolist()) if has_gates(model) else set()
+    gone = _refill(set(range(low)) | never, order, left_without, never)
     if left_without(gone) > TOLERANCE:
-        gone = _trade(gone, order, left_without)
+        gone = _trade(gone, order, left_without, never)
     for i in gone:
         name, entries = order[i]
         masks[name][list(entries)] = False
@@ -166,10 +169,12 @@ def slack(cost: Cost, counts: Counts, budget: Mapping[str, float]) -> float:
     return min(share - used[name] for name, share in budget.items())
 
 
-def _refill(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
-    """Brings back groups that fit, largest first, in order within each latent."""
+def _refill(
+    gone: set[int], order: list[Group], slack: Callable[[Set[int]], float], never: Set[int]
+) -> set[int]:
+    """Brings back groups that fit, largest first, in order within each latent; some never."""
     full = set()
-    for i in sorted(gone, reverse=True):
+    for i in sorted(gone - never, reverse=True):
         name = order[i][0]
         if name not in full and slack(gone - {i}) >= 0:
             gone = gone - {i}
@@ -178,12 +183,14 @@ def _refill(gone: set[int], order: list[Group], slack: Callable[[Set[int]], floa
     return gone
 
 
-def _trade(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float]) -> set[int]:
+def _trade(
+    gone: set[int], order: list[Group], slack: Callable[[Set[int]], float], never: Set[int]
+) -> set[int]:
     """Brings back an entry that does not fit, in exchange for the smallest of other latents.
 
     For channels of very different cost: once the costly ones are gone, none of them fits again.
     """
-    for i in sorted(gone, reverse=True)[:TRADES]:
+    for i in sorted(gone - never, reverse=True)[:TRADES]:
         if any(j > i and order[j][0] == order[i][0] for j in gone):
             continue  # a larger one of its latent is gone
         trial = gone - {i}
@@ -193,7 +200,7 @@ def _trade(gone: set[int], order: list[Group], slack: Callable[[Set[int]], float
             if name != order[i][0]:
                 trial = trial | {j}
         if slack(trial) >= 0:
-            trial = _refill(trial, order, slack)
+            trial = _refill(trial, order, slack, never)
             gone = min(gone, trial, key=slack)
         if slack(gone) <= TOLERANCE:
             break

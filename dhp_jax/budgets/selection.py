@@ -12,6 +12,7 @@ import numpy as np
 from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.chosen import Chosen, describe_choice
 from dhp_jax.budgets.counted import (
+    TINY,
     BudgetError,
     Scores,
     check_budget,
@@ -252,7 +253,9 @@ def prune_to(
 def default_scores(model: nnx.Module) -> Scores | None:
     """Scores by group norms if no latent was searched; otherwise none, for magnitudes rank.
 
-    A search brings entries down. In plain training they stay about alike, and say nothing.
+    A search brings entries down. In plain training they stay about alike, and say nothing. Where
+    each is 0 or 1, as when `fade_to_budget` has ended, those that are 0 go first, with a score of
+    0, and group norms rank the others.
 
     Warns:
       UserWarning: latents that are not all alike do not rank.
@@ -260,18 +263,25 @@ def default_scores(model: nnx.Module) -> Scores | None:
     Raises:
       ArgumentError: no latent was searched, and one is in no layer that has weights.
     """
-    prunable = [z for z in latents(model).values() if z.prunable]
-    magnitudes = [np.abs(np.asarray(z.value(), np.float64)) for z in prunable]
-    if not prunable or any(z.min() < SEARCHED * z.max() for z in magnitudes):
+    prunable = {name: z for name, z in latents(model).items() if z.prunable}
+    magnitudes = {name: np.abs(np.asarray(z.value(), np.float64)) for name, z in prunable.items()}
+    closed = {name: z == 0 for name, z in magnitudes.items()}
+    two_valued = all(np.isin(z, (0, 1)).all() for z in magnitudes.values())
+    searched = any(z.min() < SEARCHED * z.max() for z in magnitudes.values())
+    if not prunable or (searched and not two_valued):
         return None
-    if any(np.ptp(z) > 0 for z in magnitudes):
+    if any(np.ptp(z) > 0 for z in magnitudes.values()) and not searched:
         warnings.warn(
             "prune_to: group norms rank, and not the latents: no entry is below half of the "
             "largest of its latent, as after a search; give by= to rank by something else",
             stacklevel=3,
         )
     try:
-        return group_scores(model)
+        scores = group_scores(model)
+        open_ones = {name: np.where(closed[name], 0, score) for name, score in scores.items()}
+        if not searched:
+            return scores
+        return {name: x / max(x.sum(), TINY) * (x > 0).sum() for name, x in open_ones.items()}
     except ValueError as error:
         why = f"no latent was searched, and group_scores cannot rank their entries: {error}"
         raise ArgumentError("by", detail=f"expected scores by latent, for {why}") from None

@@ -26,7 +26,7 @@ from dhp_jax.budgets.importance import (
     taylor_scores,
 )
 from dhp_jax.budgets.rounding import Multiples, multiples
-from dhp_jax.budgets.selection import Selection
+from dhp_jax.budgets.selection import Selection, default_scores
 from dhp_jax.budgets.uniform import uniform_within
 from dhp_jax.core.cost import Cost
 from dhp_jax.core.survivors import survivors
@@ -164,7 +164,8 @@ def _not_faded(
     allowed = (counts[z] == masks[z].size or counts[z] % step == 0 for z, step in steps.items())
     if all(allowed) and all(left[name] <= share for name, share in budget.items()):
         return masks
-    return survivors_within(model, cost, multiple_of, **budget)
+    scores = default_scores(model)  # of what the search has left
+    return survivors_within(model, cost, multiple_of, scores=scores, **budget)
 
 
 def _by_importance(

@@ -13,6 +13,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.budgets.gradual import finish_fade
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tasks import Classification
 from dhp_jax.train.state import start
@@ -524,3 +525,44 @@ def test_gradients_that_are_not_finite_count_for_nothing_and_the_fade_goes_on(va
     assert shares_left(model, cost)["flops"] <= 0.6
     values = np.concatenate([z.value() for z in dhp.latents(model).values()])
     assert set(values.tolist()) == {0.0, 1.0}
+
+
+def half_open(model, rng):
+    """Closes some gates of each latent at random; what is open, by name."""
+    open_ = {}
+    for name, z in prunable(model).items():
+        mask = rng.permutation(z.size) < rng.integers(max(z.min_channels, z.size // 2), z.size)
+        z.vector.set_value(jnp.asarray(mask, jnp.float32))
+        open_[name] = mask
+    return open_
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_budget_that_open_gates_fit_keeps_just_these(seed):
+    model, cost = gated()
+    rng = np.random.default_rng(seed)
+    open_ = half_open(model, rng)
+    left = shares_left(model, cost)["flops"]
+    kept = dhp.prune_to(model, MIXED_INPUT, flops=min(1.0, left + rng.uniform(0, 0.05)))
+    survivors = architecture_of(kept).survivors
+    assert {name: survivors[name] for name in open_} == {
+        name: tuple(np.flatnonzero(mask).tolist()) for name, mask in open_.items()
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_smaller_budget_takes_the_open_gates_of_the_smallest_group_norms(seed):
+    model, cost = gated()
+    open_ = half_open(model, np.random.default_rng(seed))
+    norms = dhp.group_scores(model)
+    left = shares_left(model, cost)["flops"]
+    kept = dhp.prune_to(model, MIXED_INPUT, flops=0.8 * left)
+    survivors = architecture_of(kept).survivors
+    gone = 0
+    for name, mask in open_.items():
+        stay = np.isin(np.arange(mask.size), survivors[name])
+        assert not (stay & ~mask).any()
+        lost = mask & ~stay
+        gone += lost.sum()
+        assert norms[name][lost].max(initial=0) <= norms[name][stay].min()
+    assert gone
