@@ -44,7 +44,7 @@ def tiling(model: nnx.Module, overlap: int | None = None) -> Tiling:
       >>> tiling(dhp.models.build_abstract("dncnn", depth=17))
       Tiling(overlap=17, multiple=1)
     """
-    multiple = _pixels(model, "multiple", 1)
+    multiple = _pixels(model, "multiple", 1) or 1
     overlap = _pixels(model, "reach", OVERLAP) if overlap is None else overlap
     return Tiling(_round_up(overlap, multiple), multiple)
 
@@ -52,7 +52,7 @@ def tiling(model: nnx.Module, overlap: int | None = None) -> Tiling:
 def _pixels(model: nnx.Module, attribute: str, default: int) -> int:
     """A number of pixels that a network tells; the default where it means something else."""
     value = getattr(model, attribute, default)
-    return value if type(value) is int and value > 0 else default
+    return value if type(value) is int and value >= 0 else default
 
 
 def restore(

@@ -169,3 +169,10 @@ def test_any_other_content_is_understood_or_refused(written, kind, data):
     read = table_from_json if kind == "latents" else cuts_from_json
     with contextlib.suppress(ArtifactError):
         read(changed, "here")
+
+
+@pytest.mark.parametrize("value", [0, -1, 9, 10**15])
+def test_a_file_makes_no_number_of_a_network_larger(value):
+    cuts = ArrayCuts({}, (("b", "in_features", value),))
+    with pytest.raises(ValueError, match=f"expected a number of 1 .. 8, got {value}$"):
+        cuts.apply(Net(nnx.Rngs(0)))

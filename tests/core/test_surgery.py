@@ -361,3 +361,39 @@ def test_what_is_no_network_or_no_masks_by_name_is_refused():
     for wrong in (dhp.prune, dhp.latents, dhp.survivors, dhp.check_axes):
         with pytest.raises(ValueError, match=r"^model: expected an nnx.Module, got \{\}$"):
             wrong({}, *[(3,)] * (wrong is dhp.check_axes))
+
+
+class Block(nnx.Pytree):
+    """A convolution and a scale, in a block that is no module."""
+
+    def __init__(self, z, rngs):
+        self.conv = conv(z, z, rngs)
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x):
+        return self.conv(x) * self.scale[...]
+
+
+def test_blocks_that_are_no_modules_and_variables_beside_modules_stay_shared():
+    def make(rngs):
+        image, z = image_and(6, rngs=rngs)
+        block, scale = Block(z, rngs), nnx.Param(jnp.ones(()))
+        parts = nnx.data({"conv": conv(z, z, rngs), "scale": scale})
+        forward = lambda net, x: net.b(net.a(net.parts["conv"](net.stem(x))))  # noqa: E731
+        stem = conv(image, z, rngs)
+        return Net(forward, stem=stem, a=block, b=block, parts=parts, scale=scale)
+
+    small = dhp.prune(filled(make))
+    assert small.a is small.b
+    assert isinstance(small.a.conv, nnx.Conv)
+    assert small.parts["scale"] is small.scale
+
+
+def test_an_attribute_called_plain_makes_no_layer_prunable():
+    def make(rngs):
+        image, z = image_and(6, rngs=rngs)
+        own = nnx.Linear(2, 2, rngs=rngs)
+        return Net(lambda net, x: net.stem(x), stem=conv(image, z, rngs), plain=own)
+
+    small = dhp.prune(filled(make))
+    assert isinstance(small.plain, nnx.Linear)

@@ -325,6 +325,11 @@ WRONG = [
     ("own_networks:of_three_classes", {}, r"model.name: expected outputs of shape \(1, 10\)"),
     ("own_networks:failing", {}, r"model.name: own_networks:failing: KeyError: 'no such layer'"),
     (PLAIN, {"szie": 8}, r"model.szie: unknown argument: expected one of .*did you mean 'size'"),
+    (
+        PLAIN,
+        {"size": 2**21},
+        r"model.size: expected null, true, false, a number of at most 1048576",
+    ),
     (PLAIN, {"num_classes": 8}, r"model.num_classes: follows from config.data.name"),
     (PLAIN, {"weights": "nowhere"}, r"model.weights: nowhere cannot be read"),
 ]

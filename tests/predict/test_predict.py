@@ -94,6 +94,20 @@ def test_images_of_another_size_are_resized_if_told_so(digits_run, tmp_path, cap
     assert (code, out.count("%")) == (0, 3)
 
 
+def test_images_are_resized_as_those_that_the_network_was_tested_on(tmp_path):
+    write(tmp_path / "large.png", 40, 60, 3)
+    noted = {"task": "classification", "mean": [0.0] * 3, "std": [1.0] * 3, "resize": 6}
+    dhp.save(tmp_path / "own", filled(Mixed), input_shape=MIXED_INPUT, **noted)
+    with Image.open(tmp_path / "large.png") as image:
+        pixels = np.asarray(image.resize((9, 6), Image.Resampling.BICUBIC))[1:5, 2:6]
+    saved = opened(tmp_path / "own", build="networks:Mixed")
+    logits = np.asarray(saved.model(jnp.asarray(pixels[None], jnp.float32)))
+    ((best, _), *_) = predict.label(saved, [tmp_path / "large.png"], resize=True)[0]
+    assert int(best) == int(logits.argmax())
+    ((_, share),) = predict.label(saved, [tmp_path / "large.png"], top=1, resize=True)[0]
+    np.testing.assert_allclose(share, jax.nn.softmax(logits).max(), rtol=1e-5)
+
+
 def turned(path):
     """A colour image file that lies on its side; returns its pixels as they are to be seen."""
     lying = write(path, 4, 6, 3)
