@@ -291,7 +291,8 @@ def _compare(
             peak = float(np.abs(a).max(initial=0, where=np.isfinite(a)))
             if not off <= tolerance * max(0.1, peak):  # of small outputs an absolute one
                 sizes = ", ".join(str(x.shape) for x in jax.tree.leaves(arguments))
-                told = f"differ from the network's by up to {off:.3g}, where they are up to {peak:.3g}"
+                told = f"differ from the network's by up to {off:.3g}"
+                told = f"{told}, where they are up to {peak:.3g}"
                 told = "or the network's, hold NaN" if np.isnan(off) else told
                 raise ExportError(f"outputs on {name}, of shape {sizes}, {told}")
             differences[name], largest = max(differences[name], off), max(largest, peak)
