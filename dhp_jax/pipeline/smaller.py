@@ -61,12 +61,13 @@ class RunStart:
         task = self.run.setup.task
         examples = EXAMPLES if count is None else count * self.run.config.batch_size
 
-        def loss(model: nnx.Module, batch: Any) -> Array:
-            inputs, targets = batch
-            with dropout_from(jax.random.key(self.seed), model):
+        def loss(model: nnx.Module, numbered: Any) -> Array:
+            number, (inputs, targets) = numbered
+            with dropout_from(jax.random.fold_in(jax.random.key(self.seed), number), model):
                 return jnp.mean(task.loss(model(inputs), targets))
 
-        return loss, batches(self.run, self.read("train"), examples)
+        found = batches(self.run, self.read("train"), examples)
+        return loss, ((jnp.int32(number), batch) for number, batch in enumerate(found))
 
     def per_flop(self, scores: Scores) -> Scores:
         power = self.run.config.per_flop

@@ -228,7 +228,7 @@ def test_taylor_keeps_what_costs_the_loss_most(sources, baseline, tmp_path, meth
         carry_out(tmp_path / "run", [Interrupter("converge", 0)], **given)
     run = prepare(tmp_path / "run", **given)
     model = dhp.with_latents(dhp.load(baseline / "model"), rngs=nnx.Rngs(0))
-    model.eval()
+    model.train()
 
     def loss(network, batch):
         logits = jax.nn.log_softmax(network(batch[0]))
