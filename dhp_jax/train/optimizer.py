@@ -113,8 +113,7 @@ def largest_to_vanish(
 
     Of a step of size r the proximal step takes `strength * r`; weight decay takes the share
     `weight_decay * r / (1 - momentum)` with SGD, `weight_decay * r` with AdamW, and up to r with
-    Adam. Of more than 2000 steps,
-    some are taken together at the learning rate of their middle.
+    Adam. Of more than 2000 steps, some are taken together at the learning rate of their middle.
 
     Args:
       name, momentum, weight_decay: as of `optimizer`.
