@@ -34,7 +34,6 @@ from dhp_jax.export.writers import (
 )
 from dhp_jax.models import registry
 from dhp_jax.pruned.fold import fold_for
-from dhp_jax.tasks.tiling import tiling
 from dhp_jax.tracing.inputs import outputs_of
 from dhp_jax.tracing.programs import Call, all_programs, called, needed_inputs
 
@@ -134,7 +133,8 @@ def export(
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     part = files.unfinished(target)
-    multiple = tiling(model).multiple  # of height and width
+    told = getattr(model, "multiple", 1)  # of height and width, see `dhp_jax.tasks.tiling`
+    multiple = told if type(told) is int and told > 0 else 1
     possible = list(candidates(example, of_one, multiple))
     if format == "safetensors":  # read as the network that it is, with all its freedom
         possible = [sizes for sizes in possible if not sizes.multiple][: 1 if of_one else None]
