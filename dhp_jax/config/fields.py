@@ -175,7 +175,7 @@ FIELDS: Fields = {
         "average": Field(
             0.0,
             number(0, 1, below=True),
-            "decay of a moving average of the weights, tested and kept, not in a search; 0 for none",
+            "decay of a moving average of weights, tested and kept, not in a search; 0 for none",
             absent=0.0,
         ),
     },
