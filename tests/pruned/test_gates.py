@@ -123,6 +123,36 @@ def test_layers_of_one_hypernetwork_have_one_weight_and_its_params_count_once():
     assert left == 9 * 3 * 4 + 9 * 4 * 4 + 3 * 4 + 4 * 2 + 2
 
 
+def test_layers_of_one_hypernetwork_are_ungated_and_share_it_still():
+    model = filled(Tied)
+    gated = dhp.with_gates(model, rngs=nnx.Rngs(0))
+    gated.eval()
+    (z,) = (name for name, z in dhp.latents(gated).items() if z.prunable)
+    set_to(
+        gated, {n: np.ones(z.size) for n, z in dhp.latents(gated).items()} | {z: [1, 0, 1, 1, 0, 1]}
+    )
+    found = ungate(gated, filled(Tied))
+    found.eval()
+    assert found.first.b2 is found.second.b2
+    np.testing.assert_allclose(found(IMAGES), gated(IMAGES), rtol=1e-5, atol=1e-6)
+    assert np.flatnonzero(~dhp.survivors(found)[z]).tolist() == [1, 4]
+
+
+class TiedAcross(Tied):
+    """The same of two convolutions with latents of their own."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.first.z_out = self.second.z_in = dhp.Latent(6, rngs=rngs)
+
+
+def test_kernels_that_differ_of_layers_that_share_a_hypernetwork_are_not_carried_over():
+    gated = dhp.with_gates(filled(TiedAcross), rngs=nnx.Rngs(0))
+    message = r"^model: expected one kernel of layers that share .*; that of 'second' is its own$"
+    with pytest.raises(ValueError, match=message):
+        ungate(gated, filled(TiedAcross))
+
+
 def test_a_kernel_of_two_layers_counts_once_in_scores():
     model = filled(Tied)
     model.eval()
