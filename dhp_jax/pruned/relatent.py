@@ -1,6 +1,6 @@
 """Latents for a pruned network, so that it can be pruned again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,8 @@ from dhp_jax.pruned.fresh_weights import take_arrays
 from dhp_jax.tracing.declared import kept_of_layer
 from dhp_jax.tracing.layer_sizes import resize
 from dhp_jax.tracing.network import traced
+
+KeptAxes = Sequence[np.ndarray]  # of each axis of an array, a mask
 
 
 def with_latents(
@@ -126,9 +128,7 @@ def narrow(model: nnx.Module, survivors: Mapping[str, tuple[int, ...]]) -> nnx.M
         masks[z] = np.zeros(z.size, bool)
         masks[z][list(survivors[name])] = True
     modules = [module for _, _, module in walk(model)]
-    for module in modules:
-        if not isinstance(module, Axis):
-            _narrow_layer(module, masks)
+    _narrow_layers([module for module in modules if not isinstance(module, Axis)], masks)
     for z, mask in masks.items():
         z.vector.set_value(select_entries(z.vector, mask))
         z.size = int(mask.sum())
@@ -153,24 +153,42 @@ def _size(axis: Axis) -> int:
             return axis.size
 
 
-def _narrow_layer(layer: nnx.Module, keep: Keep) -> None:
-    """Cuts a layer on latents down to the channels in `keep`; it stays one on latents."""
-    if isinstance(layer, Hyper):
-        rows, columns = layer.kernel_axis().keep(keep), layer.z_out.keep(keep)
-        for name in HypernetArrays._fields:
+def _narrow_layers(layers: list[nnx.Module], keep: Keep) -> None:
+    """Cuts layers on latents down to the channels in `keep`; they stay layers on latents.
+
+    Raises:
+      ValueError: layers keep different parts of a variable that they share.
+    """
+    kept = [(layer, _kept_of(layer, keep)) for layer in layers]
+    parts: dict[int, tuple[nnx.Variable, KeptAxes]] = {}
+    for layer, own in kept:
+        for name, axes in own.items():
             variable = getattr(layer, name)
-            variable.set_value(slice_axes(variable[...], {-2: rows, -1: columns}))
-        if layer.bias is not None:
-            layer.bias.set_value(select_entries(layer.bias, columns))
-        if getattr(layer, "feature_group_count", 1) != 1:
+            _, known = parts.setdefault(id(variable), (variable, axes))
+            if not all(map(np.array_equal, known[::-1], axes[::-1])):
+                raise ValueError(
+                    f"model: expected layers that share arrays to keep the same channels; "
+                    f"{name!r} of a {type(layer).__name__} keeps others"
+                )
+    for variable, axes in parts.values():
+        masks = dict(zip(range(-len(axes), 0), axes, strict=True))
+        variable.set_value(slice_axes(variable[...], masks))
+    for layer, own in kept:
+        if not isinstance(layer, Hyper):
+            if is_prunable(layer):
+                resize(layer, own)
+        elif getattr(layer, "feature_group_count", 1) != 1:
             channels = int(layer.z_in.keep(keep).sum())
             layer.feature_group_count = channels // layer.z_group.size
-    elif is_prunable(layer):
-        kept = kept_of_layer(layer, keep)
-        for name, axes in kept.items():
-            variable = getattr(layer, name)
-            variable.set_value(slice_axes(variable[...], dict(enumerate(axes))))
-        resize(layer, kept)
+
+
+def _kept_of(layer: nnx.Module, keep: Keep) -> dict[str, KeptAxes]:
+    """What a layer keeps of the last axes of its arrays, by name."""
+    if isinstance(layer, Hyper):
+        rows, columns = layer.kernel_axis().keep(keep), layer.z_out.keep(keep)
+        kept: dict[str, KeptAxes] = {name: [rows, columns] for name in HypernetArrays._fields}
+        return kept if layer.bias is None else kept | {"bias": [columns]}
+    return dict(kept_of_layer(layer, keep)) if is_prunable(layer) else {}
 
 
 def make_network(
