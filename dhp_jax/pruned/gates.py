@@ -102,7 +102,7 @@ def with_gates(
             layer.weight = weight
             override(layer, kernel=_gated_kernel)
         elif isinstance(layer, Linear):
-            override(layer, plain=_gated_plain, __call__=_call_plain)
+            gate(layer)
     _check_closed(net)
     for z in latents(net).values():
         z.vector.set_value(jnp.ones_like(z.vector[...]))
@@ -114,6 +114,11 @@ def _check_closed(net: nnx.Module) -> None:
     """Raises if something else may read the channels of a declared latent than what is gated."""
     read = [weights.entries for weights in weights_of(net) if weights.role == READ]
     ruled = {entry[0] for entries in read for entry in filter(None, entries)}
+def gate(layer: Linear) -> None:
+    """Makes the latents of a linear layer gates on the rows of its kernel, in place."""
+    override(layer, plain=_gated_plain, __call__=_call_plain)
+
+
     for name, z in latents(net).items():
         if z.prunable and z not in ruled:
             detail = (

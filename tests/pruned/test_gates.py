@@ -186,6 +186,22 @@ def test_what_is_ungated_of_a_traced_network_computes_the_same(options, tmp_path
     plain.eval()
     net = dhp.with_latents(plain, IMAGES.shape[1:], min_channels=1, **options)
     gated = dhp.with_gates(net, rngs=nnx.Rngs(2))
+@pytest.mark.parametrize("traced", [False, True])
+def test_gates_close_what_a_fresh_classifier_reads(traced):
+    model = filled(Tied)
+    model.eval()
+    if traced:
+        model = dhp.with_latents(dhp.prune(model), MIXED_INPUT, min_channels=1)
+    gated = dhp.with_gates(model, rngs=nnx.Rngs(0))
+    other = dhp.with_classes(gated, 5, rngs=nnx.Rngs(1), layer="head")
+    other.eval()
+    masks = {name: np.ones(z.size, bool) for name, z in dhp.latents(other).items()}
+    (name,) = (name for name, z in dhp.latents(other).items() if z.prunable)
+    masks[name][[1, 4]] = False
+    set_to(other, masks)
+    np.testing.assert_allclose(cut(other, masks)(IMAGES), other(IMAGES), rtol=1e-5, atol=1e-6)
+
+
     values = {name: RNG.uniform(0.5, 1.5, z.size) for name, z in dhp.latents(gated).items()}
     first = min(values)
     values[first][2] = 0
