@@ -13,7 +13,7 @@ from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Keep, Model, is_prunable, select_entries, slice_axes
 from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
-from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.errors import ArgumentError, check_integer, shown
 from dhp_jax.models import registry
 from dhp_jax.pruned.fresh_weights import take_arrays
 from dhp_jax.tracing.declared import kept_of_layer
@@ -29,7 +29,7 @@ def with_latents(
     *,
     call: Callable[..., Any] | None = None,
     embedding: int | None = None,
-    min_channels: int = 4,
+    min_channels: int | None = None,
     rngs: nnx.Rngs | None = None,
     build: Callable[..., nnx.Module] | None = None,
 ) -> Model:
@@ -51,11 +51,12 @@ def with_latents(
       model: a network; left as it was.
       inputs: the shape of one example, such as `(height, width, channels)`; an array or abstract
         array with its batch axis; or a tuple or list of arguments or a dict, of these.
-      call: a function of the model and the inputs, where that is not `model(*inputs)`.
+      call: with `inputs`, a function of the model and these, where that is not `model(*inputs)`.
       embedding: with `inputs`, size `m` of the embedding of each pair of channels, for arrays that
         a hypernetwork generates; `None` for no hypernetworks. Arrays of another type than
         `nnx.Param`, such as `nnx.LoRAParam`, or with metadata have none, and keep both.
-      min_channels: how many entries of each latent survive at least.
+      min_channels: how many entries of each latent survive at least. `None` for 4, and without
+        `inputs` for what the network is built with.
       rngs: the `params` stream draws what hypernetworks, and without `inputs` latents, begin with.
       build: without `inputs`, for a network of your own class: makes the unpruned network, as for
         `load`.
@@ -74,6 +75,8 @@ def with_latents(
       >>> again = dhp.with_latents(dhp.load("runs/resnet56/model"), rngs=nnx.Rngs(1))
     """
     if inputs is not None:
+        if build is not None:
+            raise ArgumentError("build", "None with inputs", shown(build))
         if latents(model):
             raise ValueError("model: expected a network without latents; prune(model) makes one")
         if any(isinstance(module, nnx.bridge.ToNNX) for _, _, module in walk(model)):
@@ -84,19 +87,22 @@ def with_latents(
             inputs,
             call=call,
             embedding=embedding,
-            min_channels=min_channels,
+            min_channels=4 if min_channels is None else min_channels,
             rngs=rngs,
         )
-    if embedding is not None:
-        raise ArgumentError("embedding", "None without inputs", shown(embedding))
+    for name, value in (("embedding", embedding), ("call", call)):
+        if value is not None:
+            raise ArgumentError(name, "None without inputs", shown(value))
+    if min_channels is not None:
+        check_integer("min_channels", min_channels)
     made = architecture_of(model)
     if isinstance(model, nnx.Module) and made == Architecture() and not latents(model):
         raise ValueError(
             "inputs: expected the shape of one example, such as with_latents(model, (32, 32, 3)), "
             "for a network that this library has not pruned; got None"
         )
-    if rngs is None:
-        raise ValueError("rngs: expected nnx.Rngs for a network that was pruned; got None")
+    if not isinstance(rngs, nnx.Rngs):
+        raise ArgumentError("rngs", "nnx.Rngs for a network that was pruned", shown(rngs))
     if made.survivors is None or made.folded or latents(model):
         raise ValueError("model: expected a pruned network, without latents and not folded")
     if made.cuts is not None:
@@ -113,6 +119,9 @@ def with_latents(
     )
     fresh = narrow(whole, made.survivors)
     take_arrays(model, fresh)
+    if min_channels is not None:
+        for z in latents(fresh).values():
+            z.vector.set_metadata(min_channels=min(int(min_channels), z.size))
     fresh.train()
     return fresh
 

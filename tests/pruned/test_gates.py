@@ -175,17 +175,17 @@ def test_declared_gates_are_neither_made_twice_nor_saved(tmp_path):
     model = gated_mixed()
     with pytest.raises(ValueError, match=r"^model: expected a network without gates, got Mixed"):
         dhp.with_gates(model, rngs=nnx.Rngs(1))
+    for options, message in [
+        ({"rngs": 3}, "rngs: expected nnx.Rngs, got 3"),
+        ({"build": Mixed}, "build: expected None for a network of latents, got <class"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            dhp.with_gates(filled(Mixed), **{"rngs": nnx.Rngs(1)} | options)
     with pytest.raises(ValueError, match=r"^model: a network of gates is not saved"):
         dhp.save(tmp_path / "net", model)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [{}, {"embedding": 1}])
-def test_what_is_ungated_of_a_traced_network_computes_the_same(options, tmp_path):
-    plain = dhp.prune(filled(Mixed))
-    plain.eval()
-    net = dhp.with_latents(plain, IMAGES.shape[1:], min_channels=1, **options)
-    gated = dhp.with_gates(net, rngs=nnx.Rngs(2))
 @pytest.mark.parametrize("traced", [False, True])
 def test_gates_close_what_a_fresh_classifier_reads(traced):
     model = filled(Tied)
@@ -202,6 +202,12 @@ def test_gates_close_what_a_fresh_classifier_reads(traced):
     np.testing.assert_allclose(cut(other, masks)(IMAGES), other(IMAGES), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"embedding": 1}])
+def test_what_is_ungated_of_a_traced_network_computes_the_same(options, tmp_path):
+    plain = dhp.prune(filled(Mixed))
+    plain.eval()
+    net = dhp.with_latents(plain, IMAGES.shape[1:], min_channels=1, **options)
+    gated = dhp.with_gates(net, rngs=nnx.Rngs(2))
     values = {name: RNG.uniform(0.5, 1.5, z.size) for name, z in dhp.latents(gated).items()}
     first = min(values)
     values[first][2] = 0

@@ -117,6 +117,29 @@ def test_a_network_of_ones_own_is_given_latents_with_the_function_that_builds_it
     np.testing.assert_allclose(run(again, x)[0], run(small, x)[0], atol=2e-4)
 
 
+def test_survivors_of_a_network_with_latents_again_are_at_least_so_many():
+    small, _ = pruned("dense")
+    again = dhp.with_latents(small, rngs=nnx.Rngs(1), min_channels=3)
+    assert {min(3, z.size) == z.min_channels for z in dhp.latents(again).values()} == {True}
+    with pytest.raises(ValueError, match=r"^min_channels: expected a positive integer, got 0$"):
+        dhp.with_latents(small, rngs=nnx.Rngs(1), min_channels=0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        (None, {"call": run}, "call: expected None without inputs, got <function run"),
+        (None, {"embedding": 8}, "embedding: expected None without inputs, got 8"),
+        (None, {"rngs": 3}, "rngs: expected nnx.Rngs for a network that was pruned, got 3"),
+        ((8, 8, 3), {"build": Mixed}, "build: expected None with inputs, got <class"),
+    ],
+)
+def test_arguments_that_have_no_use_are_refused(inputs, options, message):
+    small, _ = pruned("dense")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        dhp.with_latents(small, inputs, **{"rngs": nnx.Rngs(1)} | options)
+
+
 class Tied(nnx.Module):
     """Two convolutions share a hypernetwork, and two linear layers a kernel."""
 
