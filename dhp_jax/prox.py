@@ -56,18 +56,21 @@ def shrink_norm(
       axis: the axes over which one norm is taken; `None`: the whole array is one group.
 
     Returns:
-      An array of `x`'s shape and dtype; groups with `||x||_2 <= amount` are exactly zero.
+      An array of `x`'s shape and dtype; groups with `||x||_2 <= amount` are exactly zero, and those
+      with an entry that is NaN are NaN.
 
     Example:
       >>> shrink_norm(jnp.array([3.0, 4.0]), 1.0)
       Array([2.4, 3.2], dtype=float32)
     """
+    _check_inexact("shrink_norm: x", x)
     # Scaled by the largest entry, so that squares neither overflow nor vanish.
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
-    safe = jnp.where(largest > 0, largest, 1)
+    safe = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
     norm = largest * jnp.sqrt(jnp.sum(jnp.abs(x / safe) ** 2, axis=axis, keepdims=True))
     amount = jnp.asarray(amount, norm.dtype)
-    scale = jnp.where(norm > amount, 1 - amount / jnp.where(norm > 0, norm, 1), 0)
+    # Comparisons with NaN are false, so it stays.
+    scale = jnp.where(norm <= amount, 0, 1 - amount / jnp.where(norm == 0, 1, norm))
     return x * scale
 
 
@@ -87,11 +90,11 @@ def prox_l1(
     gradient step of size `learning_rate`. Entries that the threshold removes become exactly zero.
 
     Args:
-      strength: weight of the l1 term, a number or an optax schedule; or a tree of these, one for
-        each leaf or branch of the parameters.
+      strength: weight of the l1 term, a finite number, an array that broadcasts into a parameter,
+        or an optax schedule; or a tree of these, one for each leaf or branch of the parameters.
       learning_rate: step size of the gradient step before it, a number or the same schedule.
-      where: maps a leaf `p + u` to booleans that broadcast against it; entries where it is false
-        are left alone. `None`: every entry is shrunk.
+      where: maps a leaf `p + u` to booleans that broadcast into it; entries where it is false are
+        left alone. `None`: every entry is shrunk.
 
     Returns:
       A transformation whose `update` needs `params`. Its state is empty without a schedule, and a
@@ -99,8 +102,8 @@ def prox_l1(
       of bfloat16 and float16 parameters with entries that steps of this size do not move.
 
     Raises:
-      ValueError: a negative number, or neither number nor schedule; from `update`, `params`
-        missing, integers among them, or a tree that does not fit them.
+      ValueError: a number that is negative or not finite, or neither number nor schedule; from
+        `update`, `params` missing, integers among them, or a tree or shapes that do not fit them.
 
     Example:
       >>> tx = optax.chain(optax.sgd(0.1), prox_l1(strength=1.0, learning_rate=0.1))
@@ -132,7 +135,8 @@ def prox_l2(
     so that groups go to exactly zero as a whole.
 
     Args:
-      strength: weight of the norm, a number, a schedule or a tree of these, as in `prox_l1`.
+      strength: weight of the norm, a number, a schedule or a tree of these, as in `prox_l1`; arrays
+        broadcast into the norms, whose shape is the parameter's with 1 for `axis`.
       learning_rate: step size of the gradient step before it, a number or the same schedule.
       axis: the axes that make up a group: `(0, 1, 2)` makes a group of each output channel of a
         `(kh, kw, in, out)` kernel. `None`: a leaf is one group.
@@ -162,12 +166,18 @@ def prox_l2(
             where = f"params{jax.tree_util.keystr(path)} of shape {jnp.shape(p)}"
             raise ValueError(f"prox_l2: axis: expected axes of {where}, got {axis!r}") from None
 
+    def norms(shape: tuple[int, ...]) -> tuple[int, ...]:
+        every = range(len(shape)) if axis is None else axis
+        over = np.lib.array_utils.normalize_axis_tuple(every, len(shape))
+        return tuple(1 if k in over else size for k, size in enumerate(shape))
+
     return _proximal(
         "prox_l2",
         lambda target, amount: shrink_norm(target, amount, axis),
         strength,
         learning_rate,
         check=check,
+        groups=norms,
     )
 
 
@@ -178,11 +188,13 @@ def _proximal(
     learning_rate: ScalarOrSchedule,
     where: Callable[[Array], Bool[Array, "..."]] | None = None,
     check: Callable[[Any, Array], None] = lambda path, p: None,
+    groups: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape,
 ) -> optax.GradientTransformationExtraArgs:
     """A proximal step as a transformation.
 
     `name` is that of the function, for errors. `shrink` is the proximal operator of an array, by an
-    amount. `check` raises for a parameter, and its path, that the operator does not suit.
+    amount. `check` raises for a parameter, and its path, that the operator does not suit. `groups`
+    gives the shape of amounts for a parameter of a shape.
     """
     strengths = jax.tree_util.tree_leaves_with_path(strength, is_leaf=callable)
     for path, value in strengths or [((), strength)]:
@@ -204,14 +216,20 @@ def _proximal(
                 f"branches of the parameters: {str(error).splitlines()[0]}"
             ) from None
 
-    def step(target: Array, amount: Array) -> Array:
+    def step(path: Any, target: Array, amount: Array) -> Array:
+        leaf = f"params{jax.tree_util.keystr(path)}"
+        _check_fits(f"{name}: strength * learning_rate", amount, groups(target.shape), leaf)
         shrunk = shrink(target, amount)
-        return shrunk if where is None else jnp.where(where(target), shrunk, target)
+        if where is None:
+            return shrunk
+        chosen = where(target)
+        _check_fits(f"{name}: where", chosen, target.shape, leaf)
+        return jnp.where(chosen, shrunk, target)
 
-    def unmoved(p: Array, amount: Array) -> Array:
+    def unmoved(path: Any, p: Array, amount: Array) -> Array:
         """The entries that a step would shrink, but for rounding."""
         chosen = (p != 0) & (amount > 0)
-        return chosen & (step(p, amount) == p) & (True if where is None else where(p))
+        return chosen & (step(path, p, amount) == p) & (True if where is None else where(p))
 
     def init(params: optax.Params) -> optax.OptState:
         jax.tree.map_with_path(check, params)
@@ -231,7 +249,7 @@ def _proximal(
                 return None
             _check_inexact(f"{name}: params{jax.tree_util.keystr(path)}", p)
             check(path, p)
-            return step(p + u, amount) - p
+            return step(path, p + u, amount) - p
 
         updates = jax.tree.map_with_path(
             shrunk_update, updates, params, amounts(count, params), is_leaf=lambda u: u is None
@@ -248,12 +266,30 @@ def _check_inexact(argument: str, x: Any) -> None:
 
 
 def _check_scalar(argument: str, value: Any) -> None:
-    """Raises unless a value is a number of at least 0, an array or a schedule."""
-    number = isinstance(value, Real | np.ndarray | jax.Array)
-    negative = number and not (isinstance(value, jax.core.Tracer) or np.all(np.asarray(value) >= 0))
-    if negative or not (callable(value) or number):
-        schedule = "" if negative else " or a schedule"
-        raise ValueError(f"{argument}: expected a number >= 0{schedule}, got {value!r}")
+    """Raises unless a value is a finite real number of at least 0, an array or a schedule."""
+    if callable(value):
+        return
+    dtype = getattr(value, "dtype", type(value))
+    number = isinstance(value, Real | np.ndarray | jax.Array) and (
+        jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+    )
+    known = number and not isinstance(value, jax.core.Tracer)
+    possible = not known or np.all((np.asarray(value) >= 0) & (np.asarray(value) < np.inf))
+    if not number or not possible:
+        schedule = "" if number else " or a schedule"
+        got = " ".join(repr(value).split())
+        raise ValueError(f"{argument}: expected a finite number >= 0{schedule}, got {got}")
+
+
+def _check_fits(argument: str, value: Any, shape: tuple[int, ...], leaf: str) -> None:
+    """Raises unless an array broadcasts into a shape."""
+    try:
+        fits = np.broadcast_shapes(np.shape(value), shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        expected = f"a shape that broadcasts into {shape} for {leaf}"
+        raise ValueError(f"{argument}: expected {expected}, got {np.shape(value)}")
 
 
 def _at(value: ScalarOrSchedule, count: Array | None) -> Any:
@@ -267,11 +303,11 @@ def _is_narrow(x: Any) -> bool:
 
 
 def _warn_of_rounding(
-    name: str, unmoved: Callable[[Array, Array], Array], params: optax.Params, amounts: Any
+    name: str, unmoved: Callable[[Any, Array, Array], Array], params: optax.Params, amounts: Any
 ) -> None:
     """Warns of the first narrow array with entries whose steps are rounded away.
 
-    `unmoved` gives the entries of an array that a step of an amount leaves where they are.
+    `unmoved` gives, of a path, its array and an amount, the entries that a step leaves as they are.
     `amounts` are like `params`, or `None` where they change from step to step.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -280,8 +316,8 @@ def _warn_of_rounding(
         if not _is_narrow(p):
             continue
         what = "steps of less than 1/512 of an entry are lost"
-        if amount is not None and not isinstance(p + amount, jax.core.Tracer):
-            left = int(jnp.sum(unmoved(p, amount)))
+        if amount is not None and not any(isinstance(x, jax.core.Tracer) for x in (p, amount)):
+            left = int(jnp.sum(unmoved(path, p, amount)))
             if not left:
                 continue
             what = f"{left} of {p.size} entries are not moved by steps of {jnp.max(amount):.3g}"

@@ -321,10 +321,14 @@ def test_missing_params_raise_the_error_of_optax(make):
 
 
 @pytest.mark.parametrize("make", [dhp.prox_l1, dhp.prox_l2])
-@pytest.mark.parametrize("value", ["0.5", None, {}])
+@pytest.mark.parametrize(
+    "value", ["0.5", None, {}, True, 1j, np.array([1j]), np.array(["a"]), jnp.array([True])]
+)
 def test_what_is_neither_number_nor_schedule_is_refused(make, value):
     for name in ("strength", "learning_rate"):
-        with pytest.raises(ValueError, match="expected a number >= 0 or a schedule") as raised:
+        with pytest.raises(
+            ValueError, match="expected a finite number >= 0 or a schedule"
+        ) as raised:
             make(**{"strength": 1.0, name: value})
         assert str(raised.value).startswith(f"{make.__name__}: {name}: ")
 
@@ -332,8 +336,8 @@ def test_what_is_neither_number_nor_schedule_is_refused(make, value):
 @pytest.mark.parametrize(
     ("strength", "message"),
     [
-        ({"a": 1.0, "b": -1.0}, "prox_l1: strength['b']: expected a number >= 0, got -1.0"),
-        (["0.5"], "prox_l1: strength[0]: expected a number >= 0 or a schedule, got '0.5'"),
+        ({"a": 1.0, "b": -1.0}, "prox_l1: strength['b']: expected a finite number >= 0, got -1.0"),
+        (["0.5"], "prox_l1: strength[0]: expected a finite number >= 0 or a schedule, got '0.5'"),
     ],
 )
 def test_a_wrong_number_in_a_tree_of_strengths_is_named(strength, message):
@@ -369,6 +373,56 @@ def test_axes_that_a_parameter_lacks_are_refused_by_the_name_of_its_leaf(axis):
         transform.update(params, optax.MaskedState(optax.EmptyState()), params)
 
 
+STRENGTHS = jnp.array([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("transform", "shape", "message"),
+    [
+        (
+            dhp.prox_l1(STRENGTHS),
+            (1,),
+            "strength * learning_rate: expected a shape that broadcasts",
+        ),
+        (dhp.prox_l1(STRENGTHS), (), "strength * learning_rate: expected a shape that broadcasts"),
+        (dhp.prox_l1(lambda _: STRENGTHS), (3, 5), "strength * learning_rate: expected a shape"),
+        (
+            dhp.prox_l2(STRENGTHS),
+            (3,),
+            "strength * learning_rate: expected a shape that broadcasts",
+        ),
+        (dhp.prox_l2(STRENGTHS, axis=1), (2, 3), "strength * learning_rate: expected a shape that"),
+        (
+            dhp.prox_l1(0.1, where=lambda p: jnp.ones((3, 1), bool)),
+            (1,),
+            "where: expected a shape that broadcasts into (1,) for params['w'], got (3, 1)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_arrays_that_do_not_fit_a_parameter_are_refused(transform, shape, message, dtype):
+    params = {"w": jnp.ones(shape, dtype)}
+    with pytest.raises(ValueError, match=rf"^prox_l[12]: {re.escape(message)}.*$"):
+        transform.update(params, transform.init(params), params)
+
+
+def test_strengths_of_groups_have_the_shape_of_their_norms():
+    params = jnp.array([[3.0, 4.0], [6.0, 8.0]])
+    transform = dhp.prox_l2(jnp.array([[1.0], [5.0]]), axis=1)
+    updates, _ = transform.update(jnp.zeros((2, 2)), transform.init(params), params)
+    np.testing.assert_allclose(params + updates, [[2.4, 3.2], [3.0, 4.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_numbers_that_are_not_finite_are_not_pruned(axis):
+    x = jnp.array([[3.0, jnp.nan], [6.0, 8.0]])
+    found = np.asarray(shrink_norm(x, 100.0, axis))
+    assert np.isnan(found[0]).all()
+    np.testing.assert_array_equal(np.isnan(found[1]), axis is None)
+    assert np.isnan(shrink_norm(jnp.ones(2), jnp.nan)).all()
+    np.testing.assert_array_equal(shrink_norm(jnp.array([1.0, jnp.inf]), 0.5), [1.0, jnp.inf])
+
+
 def test_a_condition_that_is_no_function_is_refused():
     with pytest.raises(ValueError, match=r"^prox_l1: where: expected a function or None, got 3$"):
         dhp.prox_l1(1.0, where=3)
@@ -377,10 +431,13 @@ def test_a_condition_that_is_no_function_is_refused():
 @pytest.mark.parametrize("make", [dhp.prox_l1, dhp.prox_l2])
 @pytest.mark.parametrize(
     "value",
-    [-1, -0.5, float("nan"), np.float32(-1), np.int64(-2), jnp.array(-0.5), np.array([0.1, -0.1])],
+    [
+        *(-1, -0.5, float("nan"), float("inf"), np.float32(-1), np.int64(-2)),
+        *(jnp.array(-0.5), np.array([0.1, -0.1]), jnp.array([0.1, jnp.inf])),
+    ],
 )
-def test_negative_numbers_are_refused(make, value):
-    expected = f"expected a number >= 0, got {value!r}"
+def test_numbers_that_are_negative_or_not_finite_are_refused(make, value):
+    expected = f"expected a finite number >= 0, got {value!r}"
     with pytest.raises(ValueError, match="strength") as raised:
         make(value)
     assert str(raised.value) == f"{make.__name__}: strength: {expected}"

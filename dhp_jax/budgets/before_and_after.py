@@ -54,7 +54,7 @@ class Summary:
 
     def __str__(self) -> str:
         lines = []
-        if same_layers(self.before, self.after):
+        if self.before.layers and same_layers(self.before, self.after):
             lines += [short_layer_table(layer_changes(self.before, self.after)), ""]
         for name, label in LABELS.items():
             old, new = (getattr(cost, name) for cost in (self.before, self.after))

@@ -120,10 +120,16 @@ def fade_to_budget(
     2019 (arXiv 1906.10771), for the terms; Wang et al., Neural Pruning via Growing Regularization,
     ICLR 2021 (arXiv 2012.09243), for strengths that grow for what is to go.
     """
+    if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
+        got = f"a {type(inner).__name__}" if isinstance(inner, nnx.Pytree) else shown(inner)
+        raise ArgumentError("inner", "an optax transformation, such as optax.sgd(0.1)", got)
+    if not isinstance(cost, Cost):
+        raise ArgumentError("cost", "what dhp.measure_cost returns", shown(cost))
     _check_numbers(steps, stages, power, memory)
     check_budget(model, cost, multiple_of, **budget)
     if not has_gates(model):  # at 0 others leave something behind
-        raise ArgumentError("model", "a network of dhp.with_gates", shown(model))
+        got = f"a {type(model).__name__} that has none"
+        raise ArgumentError("model", "a network of dhp.with_gates", got)
     _tell_orders(cost, budget)
     inner = optax.with_extra_args_support(inner)
     named = {name: z for name, z in latents(model).items() if z.prunable}

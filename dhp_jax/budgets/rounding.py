@@ -8,6 +8,7 @@ from types import MappingProxyType
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dhp_jax.core.latent import Latent, latents, walk
 from dhp_jax.core.layers import Hyper
@@ -38,6 +39,7 @@ def parse_multiples(text: str) -> dict[str, int]:
                 detail=f"expected {AUTO!r}, or latents with a number each, such as "
                 f"'stages.*:8,head:4'; got {text!r}",
             )
+        found.pop(match[1], None)  # so that it comes last, which counts
         found[match[1]] = int(match[2])
     return found
 
@@ -75,7 +77,7 @@ def multiples(model: nnx.Module, multiple_of: Multiples) -> dict[str, int]:
             f"{narrow[0]!r}{others} cannot keep; {AUTO!r} and numbers by name leave "
             "such latents at 1",
         )
-    return dict.fromkeys(prunable, multiple_of)
+    return dict.fromkeys(prunable, int(multiple_of))
 
 
 def _auto(model: nnx.Module, prunable: Mapping[str, Latent]) -> dict[str, int]:
@@ -107,12 +109,12 @@ def _by_name(prunable: Mapping[str, Latent], multiple_of: Mapping[str, int]) -> 
                     detail=f"{pattern}: expected at most {prunable[name].size}, the size of latent "
                     f"{name!r}, got {number}",
                 )
-            found[name] = number
+            found[name] = int(number)
     return found
 
 
 def _check_number(where: str, number: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
         others = "" if where else f", {AUTO!r} or such by latent"
         raise ArgumentError(
             "multiple_of",

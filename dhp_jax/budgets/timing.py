@@ -12,7 +12,7 @@ import jax
 
 from dhp_jax.activity import doing
 from dhp_jax.backend.inference import inference
-from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.errors import ArgumentError, check_integer
 from dhp_jax.tracing.inputs import batch_of, batch_sizes, checked_inputs, outputs_of
 from dhp_jax.tracing.programs import Call, called
 
@@ -86,8 +86,8 @@ def passes_of(
 
 def check_batch(batch: int | None) -> None:
     """Raises unless a value can be how many inputs a timed pass takes, or `None`."""
-    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise ArgumentError("batch", "an integer of at least 1, or None", shown(batch))
+    if batch is not None:
+        check_integer("batch", batch)
 
 
 def timed_inputs(

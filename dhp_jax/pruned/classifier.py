@@ -4,13 +4,14 @@ from dataclasses import replace
 
 from flax import nnx
 
-from dhp_jax.core.latent import latents, walk
+from dhp_jax.core.latent import has_gates, latents, walk
 from dhp_jax.core.layers import Linear
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.core.surgery import replace_modules
 from dhp_jax.errors import ArgumentError, check_integer
 from dhp_jax.models.registry import task_of
+from dhp_jax.pruned.gates import gate
 from dhp_jax.tracing.generated import GeneratedArray, PlacedAxis
 
 
@@ -55,6 +56,8 @@ def with_classes(
     options = {name: getattr(old, name) for name in (*names, "preferred_element_type")}
     if isinstance(old, Linear):
         new = Linear(old.z_in, num_classes, **options, rngs=rngs)
+        if has_gates(model):
+            gate(new)
     else:
         new = nnx.Linear(old.in_features, num_classes, **options, rngs=rngs)
         if isinstance(old.kernel, GeneratedArray):

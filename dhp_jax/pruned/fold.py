@@ -146,7 +146,11 @@ def remove_folded_layers(model: nnx.Module, chains: Chains) -> nnx.Module:
             _check_kind(found, name, FOLLOWING)
             gone.add(id(found.pop(name)))
     model = replace_modules(model, lambda module: Identity() if id(module) in gone else module)
-    set_architecture(model, replace(architecture_of(model), folded=tuple(map(tuple, chains))))
+    made, following = architecture_of(model), dict[str, tuple[str, ...]]()
+    for path, *names in (*made.folded, *chains):  # what was folded earlier comes first
+        following[path] = (*following.get(path, ()), *names)
+    folded = tuple((path, *names) for path, names in following.items())
+    set_architecture(model, replace(made, folded=folded))
     return model
 
 

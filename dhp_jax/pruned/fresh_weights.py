@@ -48,15 +48,20 @@ def carry_kernels(model: nnx.Module, fresh: nnx.Module) -> None:
 def take_arrays(model: nnx.Module, fresh: nnx.Module) -> None:
     """Adjusts a network of latents so that it has the kernels and arrays of an ordinary one."""
     plain = modules_by_path(model)
-    kernels = 0
+    kernels: dict[int, nnx.Variable] = {}  # by what makes up for the difference to each
     for path, _, layer in walk(fresh):
         if isinstance(layer, Hyper):
-            kernel = plain[path].kernel[...]
+            variable = plain[path].kernel
+            if kernels.setdefault(id(layer.b2), variable) is not variable:
+                raise ValueError(
+                    "model: expected one kernel of layers that share the arrays of a "
+                    f"hypernetwork; that of {path!r} is its own"
+                )
+            kernel = variable[...]
             layer.b2.set_value(layer.b2[...] + (kernel - layer.kernel()).astype(layer.b2.dtype))
-            kernels += 1
     stored = nnx.to_flat_state(nnx.state(model))
     places = dict(nnx.to_flat_state(nnx.state(fresh)))
     taken = [(name, leaf) for name, leaf in stored if name in places]
-    if len(taken) != len(stored) - kernels:
+    if len(taken) != len(stored) - len({id(variable) for variable in kernels.values()}):
         raise ValueError("model: its arrays are not those of the network that build makes, pruned")
     nnx.update(fresh, nnx.from_flat_state(taken))

@@ -73,6 +73,10 @@ def with_gates(
     Example:
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
     """
+    if not isinstance(rngs, nnx.Rngs):
+        raise ArgumentError("rngs", "nnx.Rngs", shown(rngs))
+    if build is not None and latents(model):
+        raise ArgumentError("build", "None for a network of latents", shown(build))
     if is_traced(model):
         _check_kernels(model)
         gates = gating(model)
@@ -85,7 +89,7 @@ def with_gates(
             )
         return gated(model, gates, rngs)
     if has_gates(model):
-        raise ArgumentError("model", "a network without gates", shown(model))
+        raise ArgumentError("model", "a network without gates", f"{type(model).__name__} with some")
     kernels = {
         path: layer.kernel() if isinstance(layer, Hyper) else layer.kernel[...]
         for path, _, layer in walk(model)
@@ -102,12 +106,17 @@ def with_gates(
             layer.weight = weight
             override(layer, kernel=_gated_kernel)
         elif isinstance(layer, Linear):
-            override(layer, plain=_gated_plain, __call__=_call_plain)
+            gate(layer)
     _check_closed(net)
     for z in latents(net).values():
         z.vector.set_value(jnp.ones_like(z.vector[...]))
         z.vector.set_metadata(gate=True)
     return net
+
+
+def gate(layer: Linear) -> None:
+    """Makes the latents of a linear layer gates on the rows of its kernel, in place."""
+    override(layer, plain=_gated_plain, __call__=_call_plain)
 
 
 def _check_closed(net: nnx.Module) -> None:

@@ -1,6 +1,6 @@
 """Latents for a pruned network, so that it can be pruned again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -13,12 +13,14 @@ from dhp_jax.core.latent import Axis, Concat, Latent, Repeat, latents, walk
 from dhp_jax.core.layers import Hyper
 from dhp_jax.core.plain import Keep, Model, is_prunable, select_entries, slice_axes
 from dhp_jax.core.provenance import Architecture, architecture_of, set_architecture
-from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.errors import ArgumentError, check_integer, shown
 from dhp_jax.models import registry
 from dhp_jax.pruned.fresh_weights import take_arrays
 from dhp_jax.tracing.declared import kept_of_layer
 from dhp_jax.tracing.layer_sizes import resize
 from dhp_jax.tracing.network import traced
+
+KeptAxes = Sequence[np.ndarray]  # of each axis of an array, a mask
 
 
 def with_latents(
@@ -27,7 +29,7 @@ def with_latents(
     *,
     call: Callable[..., Any] | None = None,
     embedding: int | None = None,
-    min_channels: int = 4,
+    min_channels: int | None = None,
     rngs: nnx.Rngs | None = None,
     build: Callable[..., nnx.Module] | None = None,
 ) -> Model:
@@ -49,11 +51,12 @@ def with_latents(
       model: a network; left as it was.
       inputs: the shape of one example, such as `(height, width, channels)`; an array or abstract
         array with its batch axis; or a tuple or list of arguments or a dict, of these.
-      call: a function of the model and the inputs, where that is not `model(*inputs)`.
+      call: with `inputs`, a function of the model and these, where that is not `model(*inputs)`.
       embedding: with `inputs`, size `m` of the embedding of each pair of channels, for arrays that
         a hypernetwork generates; `None` for no hypernetworks. Arrays of another type than
         `nnx.Param`, such as `nnx.LoRAParam`, or with metadata have none, and keep both.
-      min_channels: how many entries of each latent survive at least.
+      min_channels: how many entries of each latent survive at least. `None` for 4, and without
+        `inputs` for what the network is built with.
       rngs: the `params` stream draws what hypernetworks, and without `inputs` latents, begin with.
       build: without `inputs`, for a network of your own class: makes the unpruned network, as for
         `load`.
@@ -72,6 +75,8 @@ def with_latents(
       >>> again = dhp.with_latents(dhp.load("runs/resnet56/model"), rngs=nnx.Rngs(1))
     """
     if inputs is not None:
+        if build is not None:
+            raise ArgumentError("build", "None with inputs", shown(build))
         if latents(model):
             raise ValueError("model: expected a network without latents; prune(model) makes one")
         if any(isinstance(module, nnx.bridge.ToNNX) for _, _, module in walk(model)):
@@ -82,19 +87,22 @@ def with_latents(
             inputs,
             call=call,
             embedding=embedding,
-            min_channels=min_channels,
+            min_channels=4 if min_channels is None else min_channels,
             rngs=rngs,
         )
-    if embedding is not None:
-        raise ArgumentError("embedding", "None without inputs", shown(embedding))
+    for name, value in (("embedding", embedding), ("call", call)):
+        if value is not None:
+            raise ArgumentError(name, "None without inputs", shown(value))
+    if min_channels is not None:
+        check_integer("min_channels", min_channels)
     made = architecture_of(model)
     if isinstance(model, nnx.Module) and made == Architecture() and not latents(model):
         raise ValueError(
             "inputs: expected the shape of one example, such as with_latents(model, (32, 32, 3)), "
             "for a network that this library has not pruned; got None"
         )
-    if rngs is None:
-        raise ValueError("rngs: expected nnx.Rngs for a network that was pruned; got None")
+    if not isinstance(rngs, nnx.Rngs):
+        raise ArgumentError("rngs", "nnx.Rngs for a network that was pruned", shown(rngs))
     if made.survivors is None or made.folded or latents(model):
         raise ValueError("model: expected a pruned network, without latents and not folded")
     if made.cuts is not None:
@@ -111,6 +119,9 @@ def with_latents(
     )
     fresh = narrow(whole, made.survivors)
     take_arrays(model, fresh)
+    if min_channels is not None:
+        for z in latents(fresh).values():
+            z.vector.set_metadata(min_channels=min(int(min_channels), z.size))
     fresh.train()
     return fresh
 
@@ -126,9 +137,7 @@ def narrow(model: nnx.Module, survivors: Mapping[str, tuple[int, ...]]) -> nnx.M
         masks[z] = np.zeros(z.size, bool)
         masks[z][list(survivors[name])] = True
     modules = [module for _, _, module in walk(model)]
-    for module in modules:
-        if not isinstance(module, Axis):
-            _narrow_layer(module, masks)
+    _narrow_layers([module for module in modules if not isinstance(module, Axis)], masks)
     for z, mask in masks.items():
         z.vector.set_value(select_entries(z.vector, mask))
         z.size = int(mask.sum())
@@ -153,24 +162,42 @@ def _size(axis: Axis) -> int:
             return axis.size
 
 
-def _narrow_layer(layer: nnx.Module, keep: Keep) -> None:
-    """Cuts a layer on latents down to the channels in `keep`; it stays one on latents."""
-    if isinstance(layer, Hyper):
-        rows, columns = layer.kernel_axis().keep(keep), layer.z_out.keep(keep)
-        for name in HypernetArrays._fields:
+def _narrow_layers(layers: list[nnx.Module], keep: Keep) -> None:
+    """Cuts layers on latents down to the channels in `keep`; they stay layers on latents.
+
+    Raises:
+      ValueError: layers keep different parts of a variable that they share.
+    """
+    kept = [(layer, _kept_of(layer, keep)) for layer in layers]
+    parts: dict[int, tuple[nnx.Variable, KeptAxes]] = {}
+    for layer, own in kept:
+        for name, axes in own.items():
             variable = getattr(layer, name)
-            variable.set_value(slice_axes(variable[...], {-2: rows, -1: columns}))
-        if layer.bias is not None:
-            layer.bias.set_value(select_entries(layer.bias, columns))
-        if getattr(layer, "feature_group_count", 1) != 1:
+            _, known = parts.setdefault(id(variable), (variable, axes))
+            if not all(map(np.array_equal, known[::-1], axes[::-1])):
+                raise ValueError(
+                    f"model: expected layers that share arrays to keep the same channels; "
+                    f"{name!r} of a {type(layer).__name__} keeps others"
+                )
+    for variable, axes in parts.values():
+        masks = dict(zip(range(-len(axes), 0), axes, strict=True))
+        variable.set_value(slice_axes(variable[...], masks))
+    for layer, own in kept:
+        if not isinstance(layer, Hyper):
+            if is_prunable(layer):
+                resize(layer, own)
+        elif getattr(layer, "feature_group_count", 1) != 1:
             channels = int(layer.z_in.keep(keep).sum())
             layer.feature_group_count = channels // layer.z_group.size
-    elif is_prunable(layer):
-        kept = kept_of_layer(layer, keep)
-        for name, axes in kept.items():
-            variable = getattr(layer, name)
-            variable.set_value(slice_axes(variable[...], dict(enumerate(axes))))
-        resize(layer, kept)
+
+
+def _kept_of(layer: nnx.Module, keep: Keep) -> dict[str, KeptAxes]:
+    """What a layer keeps of the last axes of its arrays, by name."""
+    if isinstance(layer, Hyper):
+        rows, columns = layer.kernel_axis().keep(keep), layer.z_out.keep(keep)
+        kept: dict[str, KeptAxes] = {name: [rows, columns] for name in HypernetArrays._fields}
+        return kept if layer.bias is None else kept | {"bias": [columns]}
+    return dict(kept_of_layer(layer, keep)) if is_prunable(layer) else {}
 
 
 def make_network(

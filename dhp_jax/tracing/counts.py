@@ -14,7 +14,7 @@ import numpy as np
 
 from dhp_jax.core.branches import Place
 from dhp_jax.core.cost import Cost, LayerCost, Product, Width
-from dhp_jax.core.latent import Axis, Latent, latents
+from dhp_jax.core.latent import Axis, Latent, LatentVector, latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import path_name
 from dhp_jax.tracing.analysis import as_integers, solve
@@ -225,7 +225,7 @@ def _other_params(
     for (path, leaf), variable in zip(flat, program.closed.jaxpr.invars, strict=False):
         name = path_name(path)
         owners = {"", *(name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1))}
-        on_latents = path[-1] == "vector" or any(owner in counted for owner in owners)
+        on_latents = isinstance(leaf, LatentVector) or any(owner in counted for owner in owners)
         if isinstance(leaf, nnx.Param) and variable in used and not on_latents:
             layers.append(_params_only(name, type(leaf).__name__, Product(leaf.get_value().size)))
     return layers

@@ -85,9 +85,23 @@ def test_networks_of_other_layers_are_compared_in_all(traced, small):
     assert [line.split()[0] for line in told] == ["FLOPs", "params", "activations"]
 
 
+class Mean(nnx.Module):
+    def __call__(self, x):
+        return x.mean((1, 2))
+
+
+def test_a_network_without_layers_that_are_counted_has_no_table():
+    told = str(dhp.summary(Mean(), Mean(), SHAPE)).splitlines()
+    assert [line.split()[:2] for line in told] == [
+        ["FLOPs", "0"],
+        ["params", "0"],
+        ["activations", "0"],
+    ]
+
+
 @pytest.mark.parametrize("batch", [0, -1, True, 1.5, "8"])
 def test_a_batch_that_is_none_is_refused(traced, small, batch):
-    with pytest.raises(ValueError, match=r"^batch: expected an integer of at least 1, or None, go"):
+    with pytest.raises(ValueError, match=r"^batch: expected a positive integer, got "):
         dhp.summary(traced[0], small, SHAPE, batch=batch)
 
 
@@ -177,8 +191,8 @@ def test_the_batch_is_the_axis_that_the_network_takes_as_one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": 0}, "batch: expected an integer of at least 1"),
-        ({"batch": "8"}, "batch: expected an integer of at least 1"),
+        ({"batch": 0}, "batch: expected a positive integer"),
+        ({"batch": "8"}, "batch: expected a positive integer"),
         ({"batch": 2, "call": 3}, "call: expected a function of the model and the inputs, or None"),
     ],
 )

@@ -149,7 +149,7 @@ def test_a_latency_that_is_no_share_is_refused_before_anything_is_timed(mixed, l
 
 @pytest.mark.parametrize("batch", [0, -1, 1.0, True, "1"])
 def test_a_batch_that_is_none_is_refused(mixed, batch):
-    with pytest.raises(ValueError, match=r"^batch: expected an integer of at least 1, or None, go"):
+    with pytest.raises(ValueError, match=r"^batch: expected a positive integer, got "):
         dhp.prune_to(mixed[0], MIXED_INPUT, latency=0.5, batch=batch)
 
 

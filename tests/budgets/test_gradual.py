@@ -409,10 +409,22 @@ def test_wrong_arguments_are_refused(arguments, message):
 def test_a_network_without_gates_is_refused():
     model = filled(Mixed)
     cost = dhp.measure_cost(model, MIXED_INPUT)
-    with pytest.raises(
-        ValueError, match=r"^model: expected a network of dhp.with_gates, got Mixed"
-    ):
+    message = "^model: expected a network of dhp.with_gates, got a Mixed that has none$"
+    with pytest.raises(ValueError, match=message):
         dhp.fade_to_budget(optax.sgd(0.1), model, cost, steps=20, flops=0.5)
+
+
+def test_what_is_no_optimizer_or_no_cost_is_refused():
+    model, cost = gated()
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    for inner, got in [(0.1, "0.1"), (optimizer, "a Optimizer"), (None, "None")]:
+        message = rf"^inner: expected an optax transformation, such as optax.sgd\(0.1\), got {got}$"
+        with pytest.raises(ValueError, match=message):
+            dhp.fade_to_budget(inner, model, cost, steps=20, flops=0.5)
+    with pytest.raises(
+        ValueError, match=r"^cost: expected what dhp.measure_cost returns, got None$"
+    ):
+        dhp.fade_to_budget(optax.sgd(0.1), model, None, steps=20, flops=0.5)
 
 
 def test_parameters_of_another_model_are_refused():

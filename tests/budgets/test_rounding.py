@@ -6,6 +6,7 @@ import re
 
 import jax
 from networks import MIXED_INPUT, MIXED_LATENTS, Mixed, filled
+import numpy as np
 import pytest
 
 import dhp_jax as dhp
@@ -66,6 +67,16 @@ def test_a_multiple_that_no_latent_can_keep_is_refused(mixed, multiple_of, messa
 
 def test_a_text_gives_multiples_by_pattern():
     assert parse_multiples("stages.*:8, head:4") == {"stages.*": 8, "head": 4}
+
+
+def test_of_a_pattern_that_comes_twice_the_last_counts(mixed):
+    assert list(parse_multiples("a:2,*:4,a:8").items()) == [("*", 4), ("a", 8)]
+    assert multiples(mixed, f"{A}:2,*:4,{A}:7")[A] == 7
+
+
+def test_integers_of_numpy_are_multiples(mixed):
+    assert multiples(mixed, np.int64(4)) == multiples(mixed, 4)
+    assert multiples(mixed, {A: np.int32(3)}) == multiples(mixed, {A: 3})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -433,6 +433,25 @@ def test_arrays_of_layers_that_have_no_flops_are_params():
     assert (cost.flops, cost.params) == (16 * 6, 8 + 6)
 
 
+class Scale(nnx.Module):
+    def __init__(self, size):
+        self.vector = nnx.Param(jnp.ones(size))
+
+    def __call__(self, x):
+        return x * self.vector[...]
+
+
+def test_a_parameter_is_counted_whatever_its_name():
+    z = dhp.Latent(6, rngs=RNGS)
+    net = Net(
+        lambda net, x: net.scale(net.head(x)), scale=Scale(4), head=dhp.Linear(z, 4, rngs=RNGS)
+    )
+    cost = dhp.measure_cost(net, (6,))
+    assert cost.params == dhp.measure_cost(dhp.prune(net), (6,)).params == 6 * 4 + 4 + 4
+    (name,) = dhp.latents(net)
+    assert cost.amounts({name: 4})["params"] == 4 * 4 + 4 + 4
+
+
 def test_nothing_is_warned_of_where_all_layers_are_known(caplog):
     for model in (filled(Mixed), dhp.prune(filled(Mixed)), nnx.Dropout(0.5)):
         dhp.measure_cost(model, MIXED_INPUT)

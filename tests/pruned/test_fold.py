@@ -13,6 +13,8 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.core.latent import walk
+from dhp_jax.core.layers import ChannelBias
+from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.models import mobilenet, resnet
 from dhp_jax.pruned.fold import Identity
@@ -103,6 +105,41 @@ def test_a_network_of_ones_own_is_folded_and_saved(tmp_path):
     np.testing.assert_array_equal(run(loaded, x)[0], run(folded, x)[0])
     ordinary = filled(lambda rngs: PlainMixed(7, 5, 6, rngs))
     assert kinds(dhp.fold(ordinary, MIXED_INPUT)).count("Identity") == 2
+
+
+class TwoWays(nnx.Module):
+    """Two layers that each read what the same one computes."""
+
+    def __init__(self, rngs):
+        self.stem, self.stem_norm = nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        self.shift = ChannelBias(4, rngs=rngs)
+        self.a, self.a_norm = nnx.Conv(4, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        self.b, self.b_norm = nnx.Conv(4, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+
+    def first(self, x):
+        x = self.stem_norm(self.stem(x))
+        return self.a_norm(self.a(nnx.relu(x))) + x
+
+    def second(self, x):
+        return self.b_norm(self.b(self.shift(self.stem_norm(self.stem(x)))))
+
+    def __call__(self, x):
+        return self.first(x) + self.second(x)
+
+
+def test_what_is_folded_for_one_call_and_then_for_another_is_saved_as_both(tmp_path):
+    model = filled(TwoWays)
+    model.eval()
+    once = dhp.fold(model, (6, 6, 3), call=TwoWays.first)
+    folded = dhp.fold(once, (6, 6, 3), call=TwoWays.second)
+    chains = {tuple(chain) for chain in architecture_of(folded).folded}
+    assert chains == {("stem", "stem_norm", "shift"), ("a", "a_norm"), ("b", "b_norm")}
+    second = TwoWays.second(model, X), TwoWays.second(folded, X)
+    np.testing.assert_allclose(*second, rtol=1e-4, atol=1e-5)
+    dhp.save(tmp_path, folded)
+    loaded = dhp.load(tmp_path, build=TwoWays)
+    np.testing.assert_array_equal(run(loaded, X)[0], run(folded, X)[0])
+    assert architecture_of(loaded).folded == architecture_of(folded).folded
 
 
 class Parts(nnx.Module):

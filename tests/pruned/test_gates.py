@@ -123,6 +123,36 @@ def test_layers_of_one_hypernetwork_have_one_weight_and_its_params_count_once():
     assert left == 9 * 3 * 4 + 9 * 4 * 4 + 3 * 4 + 4 * 2 + 2
 
 
+def test_layers_of_one_hypernetwork_are_ungated_and_share_it_still():
+    model = filled(Tied)
+    gated = dhp.with_gates(model, rngs=nnx.Rngs(0))
+    gated.eval()
+    (z,) = (name for name, z in dhp.latents(gated).items() if z.prunable)
+    set_to(
+        gated, {n: np.ones(z.size) for n, z in dhp.latents(gated).items()} | {z: [1, 0, 1, 1, 0, 1]}
+    )
+    found = ungate(gated, filled(Tied))
+    found.eval()
+    assert found.first.b2 is found.second.b2
+    np.testing.assert_allclose(found(IMAGES), gated(IMAGES), rtol=1e-5, atol=1e-6)
+    assert np.flatnonzero(~dhp.survivors(found)[z]).tolist() == [1, 4]
+
+
+class TiedAcross(Tied):
+    """The same of two convolutions with latents of their own."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.first.z_out = self.second.z_in = dhp.Latent(6, rngs=rngs)
+
+
+def test_kernels_that_differ_of_layers_that_share_a_hypernetwork_are_not_carried_over():
+    gated = dhp.with_gates(filled(TiedAcross), rngs=nnx.Rngs(0))
+    message = r"^model: expected one kernel of layers that share .*; that of 'second' is its own$"
+    with pytest.raises(ValueError, match=message):
+        ungate(gated, filled(TiedAcross))
+
+
 def test_a_kernel_of_two_layers_counts_once_in_scores():
     model = filled(Tied)
     model.eval()
@@ -145,9 +175,31 @@ def test_declared_gates_are_neither_made_twice_nor_saved(tmp_path):
     model = gated_mixed()
     with pytest.raises(ValueError, match=r"^model: expected a network without gates, got Mixed"):
         dhp.with_gates(model, rngs=nnx.Rngs(1))
+    for options, message in [
+        ({"rngs": 3}, "rngs: expected nnx.Rngs, got 3"),
+        ({"build": Mixed}, "build: expected None for a network of latents, got <class"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            dhp.with_gates(filled(Mixed), **{"rngs": nnx.Rngs(1)} | options)
     with pytest.raises(ValueError, match=r"^model: a network of gates is not saved"):
         dhp.save(tmp_path / "net", model)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_gates_close_what_a_fresh_classifier_reads(traced):
+    model = filled(Tied)
+    model.eval()
+    if traced:
+        model = dhp.with_latents(dhp.prune(model), MIXED_INPUT, min_channels=1)
+    gated = dhp.with_gates(model, rngs=nnx.Rngs(0))
+    other = dhp.with_classes(gated, 5, rngs=nnx.Rngs(1), layer="head")
+    other.eval()
+    masks = {name: np.ones(z.size, bool) for name, z in dhp.latents(other).items()}
+    (name,) = (name for name, z in dhp.latents(other).items() if z.prunable)
+    masks[name][[1, 4]] = False
+    set_to(other, masks)
+    np.testing.assert_allclose(cut(other, masks)(IMAGES), other(IMAGES), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"embedding": 1}])

@@ -12,6 +12,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.artifact.reading import read_description
+from dhp_jax.core.hypernet import HypernetArrays
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.models import mobilenet
@@ -114,6 +115,72 @@ def test_a_network_of_ones_own_is_given_latents_with_the_function_that_builds_it
     again = dhp.with_latents(small, rngs=nnx.Rngs(1), build=Mixed)
     x = images(2, *MIXED_INPUT)
     np.testing.assert_allclose(run(again, x)[0], run(small, x)[0], atol=2e-4)
+
+
+def test_survivors_of_a_network_with_latents_again_are_at_least_so_many():
+    small, _ = pruned("dense")
+    again = dhp.with_latents(small, rngs=nnx.Rngs(1), min_channels=3)
+    assert {min(3, z.size) == z.min_channels for z in dhp.latents(again).values()} == {True}
+    with pytest.raises(ValueError, match=r"^min_channels: expected a positive integer, got 0$"):
+        dhp.with_latents(small, rngs=nnx.Rngs(1), min_channels=0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        (None, {"call": run}, "call: expected None without inputs, got <function run"),
+        (None, {"embedding": 8}, "embedding: expected None without inputs, got 8"),
+        (None, {"rngs": 3}, "rngs: expected nnx.Rngs for a network that was pruned, got 3"),
+        ((8, 8, 3), {"build": Mixed}, "build: expected None with inputs, got <class"),
+    ],
+)
+def test_arguments_that_have_no_use_are_refused(inputs, options, message):
+    small, _ = pruned("dense")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        dhp.with_latents(small, inputs, **{"rngs": nnx.Rngs(1)} | options)
+
+
+class Tied(nnx.Module):
+    """Two convolutions share a hypernetwork, and two linear layers a kernel."""
+
+    def __init__(self, rngs, inner=False):
+        image, z = dhp.Latent(3, prunable=False, rngs=rngs), dhp.Latent(8, rngs=rngs)
+        between = dhp.Latent(8, rngs=rngs) if inner else z
+        self.stem = dhp.HyperConv(image, z, (3, 3), rngs=rngs)
+        self.first = dhp.HyperConv(z, between, (3, 3), rngs=rngs)
+        self.second = dhp.HyperConv(between, z, (3, 3), rngs=rngs)
+        for name in HypernetArrays._fields:
+            setattr(self.second, name, getattr(self.first, name))
+        self.mean, self.most = (dhp.Linear(z, 2, rngs=rngs) for _ in range(2))
+        self.most.kernel = self.mean.kernel
+
+    def __call__(self, x):
+        x = self.second(nnx.relu(self.first(nnx.relu(self.stem(x)))))
+        return self.mean(x.mean((1, 2))) + self.most(x.max((1, 2)))
+
+
+def test_layers_that_share_arrays_are_pruned_again(tmp_path):
+    model = filled(Tied)
+    small = cut(model, drawn_masks(model, 0))
+    again = dhp.with_latents(small, rngs=nnx.Rngs(1), build=Tied)
+    assert again.first.w2 is again.second.w2
+    assert again.mean.kernel is again.most.kernel
+    x = images(2, *MIXED_INPUT)
+    np.testing.assert_allclose(run(again, x)[0], run(small, x)[0], atol=2e-4)
+    smaller = cut(again, drawn_masks(again, 1))
+    assert smaller.first.kernel is smaller.second.kernel
+    dhp.save(tmp_path, again)
+    loaded = dhp.load(tmp_path, build=Tied)
+    np.testing.assert_array_equal(run(loaded, x)[0], run(again, x)[0])
+
+
+def test_layers_that_share_arrays_of_other_channels_are_not_given_latents_again():
+    build = functools.partial(Tied, inner=True)
+    model = filled(build)
+    masks = {name: np.ones(z.size, bool) for name, z in dhp.latents(model).items()}
+    masks["first.z_out"][:2] = False
+    with pytest.raises(ValueError, match=r"^model: expected layers that share arrays to keep the"):
+        dhp.with_latents(cut(model, masks), rngs=nnx.Rngs(1), build=build)
 
 
 class Masked(nnx.Module):
