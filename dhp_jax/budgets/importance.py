@@ -200,10 +200,12 @@ def taylor_scores(
 
     with their kernels `K`: `-t_i` is what the first-order Taylor polynomial says of `g_i = 0`,
     which is the network pruned by `i`. Where no kernel reads the channels, as of queries that are
-    multiplied with keys, `g_i` is a factor of what makes them; of traced arrays that make them one
-    after another, as a kernel and a scale behind it, each counts. A traced array that both makes
-    and reads channels, as one that is tied, counts twice. Over batches the squares are averaged, or
-    magnitudes. Scores of all latents are compared as they are, for they are changes of one loss.
+    multiplied with keys, or one that is not in proportion to its array, as a rounded one, `g_i` is
+    a factor of what makes them; of traced arrays that make them one after another, as a kernel and
+    a scale behind it, the last, or all where a tanh or the like is behind. A traced array that both
+    makes and reads channels, as one that is tied, counts twice. Over batches the squares are
+    averaged, or magnitudes. Scores of all latents are compared as they are, for they are changes of
+    one loss.
 
     Args:
       model: a network of latents; left as it was.
@@ -218,7 +220,7 @@ def taylor_scores(
 
     Raises:
       ValueError: a network without latents; no batches; a prunable latent that no convolution on
-        latents and no `Linear` reads.
+        latents and no `Linear` reads, or, of traced ones, that no gates close (`dhp.with_gates`).
 
     Example:
       >>> def loss(network, batch):

@@ -19,7 +19,7 @@ from dhp_jax.core.surgery import override, prune
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.pruned.fresh_weights import carry_kernels
 from dhp_jax.pruned.relatent import with_latents
-from dhp_jax.tracing.gating import gating
+from dhp_jax.tracing.gating import CLOSED, gating
 from dhp_jax.tracing.generated import GeneratedArray, ordinary
 from dhp_jax.tracing.network import gated, install, is_traced
 from dhp_jax.tracing.weights import READ, makers, weights_of
@@ -49,10 +49,12 @@ def with_gates(
     Of a network of traced latents, gates close channels in training and in evaluation, also those
     that a head for training alone reads. Gates of kernels do not close all channels: not those that
     no kernel reads in one of these modes, as of queries and keys, which are multiplied with each
-    other; and not those of a kernel that is not zero where its array is, as a softplus. Such a
-    latent gates every array that it is in, and its derivative is that by a factor of what makes its
-    channels. If even that does not close them, as behind `elu(q) + 1`, all of its entries stay,
-    with a warning: `min_channels` is its size.
+    other; and not those of a kernel that is not zero where its array is, as a softplus, or not in
+    proportion to it, as one that is rounded or normalised. Such a latent gates every array that it
+    is in, and its derivative is that by a factor of what makes its channels. If even that does not
+    close them, as behind `elu(q) + 1`, or has no such derivative, as behind a tanh that a rounded
+    kernel reads, all of its entries stay, with a warning: `min_channels` is its size. Arrays of
+    integers have no gates.
 
     Args:
       model: a network of latents, whose kernels are generated for the last time; or an ordinary one
@@ -66,9 +68,9 @@ def with_gates(
 
     Raises:
       ValueError: as `with_latents`, if the network is ordinary; the code of one of traced latents
-        allows no gates on an array, or a kernel is no `nnx.Param`; of declared latents a prunable
-        one is read by no convolution on latents and no `dhp.Linear`, or is in a layer of your own
-        that has a kernel.
+        allows no gates on an array, a kernel is no `nnx.Param`, or only arrays of integers could
+        close a latent; of declared latents a prunable one is read by no convolution on latents and
+        no `dhp.Linear`, or is in a layer of your own that has a kernel.
 
     Example:
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
@@ -83,8 +85,7 @@ def with_gates(
         if gates.stay:
             named = ", ".join(map(repr, gates.stay))
             warnings.warn(
-                f"with_gates: {named}: all entries stay, for what is read of them is not zero "
-                "where their arrays are",
+                f"with_gates: {named}: all entries stay, for what is read of them is not {CLOSED}",
                 stacklevel=2,
             )
         return gated(model, gates, rngs)

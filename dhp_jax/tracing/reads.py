@@ -1,14 +1,18 @@
 """Which axes of a network's arrays contractions sum over, as the inputs of a kernel."""
 
 from collections.abc import Iterable, Iterator, Sequence
+import os
 from typing import Any, NamedTuple
 
 from flax import nnx
+import jax
 from jax.extend.core import Jaxpr, JaxprEqn
+import jax.numpy as jnp
 import numpy as np
 
 from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.marks import SUMMING
+from dhp_jax.tracing.origins import NONE, NOWHERE, Places, Source, Value, either, is_zero, moved
 from dhp_jax.tracing.programs import (
     CALLS,
     Program,
@@ -17,38 +21,12 @@ from dhp_jax.tracing.programs import (
     shape_of,
     used_alone,
 )
-from dhp_jax.tracing.rules import ELEMENTWISE, reshaped_together
 
-Origins = frozenset[tuple[int, int, bool]]  # array, axis, whether zero where the array is
-NONE: Origins = frozenset()
-SAME = ("rev", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "fft", "copy")
-PARTS = ("slice", "dynamic_slice", "pad", "split", "tile", "concatenate", "dynamic_update_slice")
+JAX = os.path.dirname(jax.__file__)
 FILLED = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "expand_dims", "copy")
-
-_OF_ONE = """
-    neg sign abs floor ceil round expm1 log1p sqrt cbrt square integer_pow tanh sin tan asin atan
-    sinh asinh atanh erf real imag conj convert_element_type reduce_precision stop_gradient copy
-    copy_p name device_put sharding_constraint optimization_barrier layer_output
-"""
-OF_ONE = frozenset(_OF_ONE.split())  # elementwise, which make zero of zero
-OF_ALL = ("add", "sub", "max", "min", "clamp", "add_any", "select_n")  # of zeros alone
-OF_ANY = ("mul", "div", "and")
 INPUT, CHOSEN, ALONE = range(3)
-
-
-class _Value(NamedTuple):
-    """What is known of a value.
-
-    Attributes:
-      alone: `ALONE` if it follows from arrays of the network alone, `CHOSEN` if the input chooses
-        which of their entries it has, as the kernels of an expert; else `INPUT`.
-      axes: for each axis the axes of arrays that it comes from.
-      number: what all of its entries are, if that is known.
-    """
-
-    alone: int
-    axes: tuple[Origins, ...]
-    number: Any = None
+"""How a value is `ALONE`: it follows from arrays of the network alone, or they do and the input
+chooses which of their entries it has (`CHOSEN`), as the kernels of an expert, or neither."""
 
 
 class Reads(NamedTuple):
@@ -61,12 +39,21 @@ class Reads(NamedTuple):
         and keys.
       never: that no zeros close, as of queries of which the exponential is taken.
       products: of what makes both of two things that are multiplied, where zeros in either close.
+      bent: of arrays to which a kernel is not in proportion, as one that is rounded.
+      bent_and_closed: the same, of kernels that zeros in these arrays close.
+      bent_makers: of arrays to which a kernel is not in proportion that makes channels.
+      channels: of each value other than a kernel that is summed over the axes that its channels
+        come from, and of these the ones to which they are in proportion.
     """
 
     kernels: set[tuple[int, int]]
     others: set[tuple[int, int]]
     never: set[tuple[int, int]]
     products: set[tuple[int, int]]
+    bent: set[tuple[int, int]]
+    bent_and_closed: set[tuple[int, int]]
+    bent_makers: set[tuple[int, int]]
+    channels: set[tuple[Places, Places]]
 
 
 def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
@@ -77,7 +64,7 @@ def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
     the second one. A kernel is followed to the arrays that it is made of: as one that is
     transposed, joined of several, or mixed by weights that depend on the input.
     """
-    return _by_array(analysis, _reads(analysis.programs.values()).kernels)
+    return by_array(analysis, _reads(analysis.programs.values()).kernels)
 
 
 def open_axes(analysis: Analysis) -> tuple[dict[str, frozenset[int]], ...]:
@@ -85,9 +72,14 @@ def open_axes(analysis: Analysis) -> tuple[dict[str, frozenset[int]], ...]:
 
     Zeros close an axis if they close it in every program.
     """
-    reads = _reads(analysis.programs.values())
+    reads = all_reads(analysis)
     found = reads.others, reads.never, reads.products
-    return tuple(_by_array(analysis, axes) for axes in found)
+    return tuple(by_array(analysis, axes) for axes in found)
+
+
+def all_reads(analysis: Analysis) -> Reads:
+    """What is found in any program."""
+    return _reads(analysis.programs.values())
 
 
 def used_and_read(
@@ -99,10 +91,12 @@ def used_and_read(
         taken = {id(atom) for eqn in jaxpr.eqns for atom in eqn.invars}
         arrays = enumerate(jaxpr.invars[: len(program.arrays)])
         used = {(n, k) for n, v in arrays if id(v) in taken for k in range(len(shape_of(v)))}
-        yield _by_array(analysis, used), _by_array(analysis, _reads([program]).kernels)
+        yield by_array(analysis, used), by_array(analysis, _reads([program]).kernels)
 
 
-def _by_array(analysis: Analysis, axes: set[tuple[int, int]]) -> dict[str, frozenset[int]]:
+def by_array(analysis: Analysis, axes: Iterable[tuple[int, int]]) -> dict[str, frozenset[int]]:
+    """Axes of arrays, by the names of these."""
+    axes = set(axes)
     return {
         name: frozenset(k for array, k in axes if array == number)
         for number, name in enumerate(analysis.names)
@@ -111,34 +105,41 @@ def _by_array(analysis: Analysis, axes: set[tuple[int, int]]) -> dict[str, froze
 
 def _reads(programs: Iterable[Program]) -> Reads:
     """What is found in any of some programs of the same arrays."""
-    found = Reads(set(), set(), set(), set())
+    found = Reads(*(set() for _ in Reads._fields))
     for program in programs:
         jaxpr = program.closed.jaxpr
         given = [_fixed(variable) for variable in jaxpr.invars]
         for number, (_, leaf) in enumerate(nnx.to_flat_state(program.state)):
-            is_param = isinstance(leaf, nnx.Param)  # others have no gates
             axes = range(len(given[number].axes))
-            own = tuple(frozenset({(number, k, is_param)}) for k in axes)
-            given[number] = given[number]._replace(axes=own)
+            own = tuple(_of_array(leaf, number, k) for k in axes)
+            given[number] = given[number]._replace(axes=own, depends=frozenset({number}))
         for number in range(len(program.arrays), len(given)):
             given[number] = given[number]._replace(alone=INPUT)
         _follow(jaxpr, given, found)
     return found
 
 
-def _fixed(atom: Any) -> _Value:
+def _of_array(variable: nnx.Variable, number: int, k: int) -> Source:
+    """What an axis of an array comes from: itself."""
+    place, inexact = frozenset({(number, k)}), jnp.issubdtype(variable.dtype, jnp.inexact)
+    gated = isinstance(variable, nnx.Param) and inexact  # others have no gates
+    linear, scaled = (place if known else NOWHERE for known in (inexact, gated))
+    return Source(frozenset({(number, k, gated)}), linear, scaled)
+
+
+def _fixed(atom: Any) -> Value:
     """What is known of a constant."""
     entries = np.ravel(atom.val) if is_literal(atom) else ()
     number = entries[0].item() if len(entries) and (entries == entries[0]).all() else None
-    return _Value(ALONE, (NONE,) * len(shape_of(atom)), number)
+    return Value(ALONE, (Source(),) * len(shape_of(atom)), number)
 
 
-def _follow(jaxpr: Jaxpr, inputs: Sequence[_Value], found: Reads) -> list[_Value]:
+def _follow(jaxpr: Jaxpr, inputs: Sequence[Value], found: Reads) -> list[Value]:
     """What is known of a program's outputs; adds the axes that it reads to what was found."""
-    at: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+    at: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
     at |= {variable: _fixed(variable) for variable in jaxpr.constvars}
 
-    def read(atom: Any) -> _Value:
+    def read(atom: Any) -> Value:
         return _fixed(atom) if is_literal(atom) else at[atom]
 
     for eqn in jaxpr.eqns:
@@ -147,24 +148,26 @@ def _follow(jaxpr: Jaxpr, inputs: Sequence[_Value], found: Reads) -> list[_Value
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _outputs(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> Sequence[_Value]:
+def _outputs(eqn: JaxprEqn, given: Sequence[Value], found: Reads) -> Sequence[Value]:
     name, params = eqn.primitive.name, eqn.params
     if name in CALLS:
-        return _follow(inner_program(eqn)[0], given, found)
+        inner = inner_program(eqn)[0]
+        made = _follow(inner, given, found)
+        return list(map(_bent, made)) if _has_own_derivative(name, inner) else made
     if name == "scan":
         fixed = params["num_consts"]
         last = fixed + params["num_carry"]
         slices = [value._replace(axes=value.axes[1:]) for value in given[last:]]
         body = params["jaxpr"].jaxpr
         carry, rest = _loop(body, given[:fixed], given[fixed:last], slices, found)
-        return [*carry, *(value._replace(axes=(NONE, *value.axes)) for value in rest)]
+        return [*carry, *(value._replace(axes=(Source(), *value.axes)) for value in rest)]
     if name == "while":
         start, body = params["cond_nconsts"], params["body_jaxpr"].jaxpr
         last = start + params["body_nconsts"]
         return _loop(body, given[start:last], given[last:], [], found)[0]
     if name == "cond":
         each = [_follow(branch.jaxpr, given[1:], found) for branch in params["branches"]]
-        made = [_either(values) for values in zip(*each, strict=True)]
+        made = [either(values) for values in zip(*each, strict=True)]
         return [value._replace(alone=min(value.alone, _as_index(given[:1]))) for value in made]
     _sum_over(eqn, given, found)
     alone = min((value.alone for value in given), default=ALONE)
@@ -173,33 +176,36 @@ def _outputs(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> Sequence[_
     elif name in SUMMING and alone == CHOSEN:  # of what was looked up, as an embedding
         alone = INPUT
     number = given[0].number if name in FILLED else None
-    return [_Value(alone, _moved(eqn, given, shape_of(v)), number) for v in eqn.outvars]
+    depends = frozenset().union(*(value.depends for value in given))
+    return [Value(alone, moved(eqn, given, shape_of(v)), number, depends) for v in eqn.outvars]
 
 
-def _as_index(given: Sequence[_Value]) -> int:
+def _has_own_derivative(name: str, program: Jaxpr) -> bool:
+    """Whether a function of the network's own code has a derivative that the code gives."""
+    function = program.debug_info.func_src_info or ""
+    return name.startswith("custom_") and f" at {JAX}" not in function
+
+
+def _bent(value: Value) -> Value:
+    return value._replace(axes=tuple(own.bent() for own in value.axes))
+
+
+def _as_index(given: Sequence[Value]) -> int:
     """What is left of arrays alone where values choose of it."""
     return max(CHOSEN, min((value.alone for value in given), default=ALONE))
 
 
-def _loop(body, fixed, carry, slices, found) -> tuple[list[_Value], list[_Value]]:
+def _loop(body, fixed, carry, slices, found) -> tuple[list[Value], list[Value]]:
     """What is known of what a loop carries, and of what else its steps return."""
     while True:
         outputs = _follow(body, [*fixed, *carry, *slices], found)
-        after = [_either(pair) for pair in zip(carry, outputs, strict=False)]
+        after = [either(pair) for pair in zip(carry, outputs, strict=False)]
         if after == list(carry):
             return after, outputs[len(carry) :]
         carry = after
 
 
-def _either(values: Sequence[_Value]) -> _Value:
-    """A value that may be any of several of one shape."""
-    axes = tuple(NONE.union(*own) for own in zip(*(value.axes for value in values), strict=True))
-    numbers = {value.number for value in values}
-    number = numbers.pop() if len(numbers) == 1 else None
-    return _Value(min(value.alone for value in values), axes, number)
-
-
-def _sum_over(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> None:
+def _sum_over(eqn: JaxprEqn, given: Sequence[Value], found: Reads) -> None:
     """Notes the axes of arrays that an operation sums over."""
     sums = True
     if eqn.primitive.name == "dot_general":
@@ -213,102 +219,25 @@ def _sum_over(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> None:
         sums = shape_of(eqn.invars[1])[pair[1][0]] > 1  # or each channel is read by itself
     else:
         return
-    origins = [
-        NONE.union(*(value.axes[k] for k in axes)) for value, axes in zip(given, pair, strict=True)
-    ]
+    own = [[value.axes[k] for k in axes] for value, axes in zip(given, pair, strict=True)]
+    origins = [NONE.union(*(source.comes for source in sources)) for sources in own]
     if has_kernel:
         found.kernels.update((array, k) for array, k, _ in origins[side])
-    closed = list(map(_is_zero, origins))
+        free = (source for k, source in enumerate(given[side].axes) if k not in pair[side])
+        found.bent_makers.update(place for source in free for place in _not_linear(source))
+    closed = list(map(is_zero, origins))
     if sums and not (has_kernel and closed[side]):
         left = found.others if any(closed) else found.never
         left.update((array, k) for own in origins for array, k, _ in own)
         if all(closed) and not has_kernel:
             found.products.update((array, k) for own in origins for array, k, _ in own)
+    if sums and has_kernel:
+        bent = [place for source in own[side] for place in _not_linear(source)]
+        found.bent.update(bent)
+        found.bent_and_closed.update(bent if closed[side] else ())
+    for sources in (own[1 - side :: 2] if has_kernel else own) if sums else ():
+        found.channels.update((source.changes_with(), source.scaled) for source in sources)
 
 
-def _is_zero(origins: Origins) -> bool:
-    """Whether positions are zero where those of all arrays are that they come from."""
-    return bool(origins) and all(zero for *_, zero in origins)
-
-
-def _product(*own: Origins) -> Origins:
-    """The origins of positions that are multiplied."""
-    zero = any(map(_is_zero, own))
-    return frozenset((array, axis, zero) for array, axis, _ in NONE.union(*own))
-
-
-def _moved(eqn: JaxprEqn, given: Sequence[_Value], shape: tuple[int, ...]) -> tuple[Origins, ...]:
-    """The origins of the axes of what an operation makes; none where they are not known."""
-    name, params = eqn.primitive.name, eqn.params
-    first = given[0].axes if given else ()
-    if name in ELEMENTWISE:
-        return tuple(_one_by_one(eqn, given, k, size) for k, size in enumerate(shape))
-    if name == "transpose":
-        return tuple(first[k] for k in params["permutation"])
-    if name == "broadcast_in_dim":
-        source = {k: j for j, k in enumerate(params["broadcast_dimensions"])}
-        return tuple(first[source[k]] if k in source else NONE for k in range(len(shape)))
-    if name in ("reshape", "squeeze", "expand_dims"):
-        made = [NONE] * len(shape)
-        for sources, targets in reshaped_together(shape_of(eqn.invars[0]), shape):
-            for k in targets:
-                made[k] = NONE.union(*(first[j] for j in sources))
-        return tuple(made)
-    if name in SAME or name in PARTS or name.startswith("scatter"):
-        whole = [value.axes for value in given if len(value.axes) == len(shape)]
-        return tuple(NONE.union(*own) for own in zip(*whole, strict=True))
-    if name.startswith(("reduce_", "arg")) and "axes" in params:
-        return tuple(own for k, own in enumerate(first) if k not in params["axes"])
-    if name == "gather":
-        numbers = params["dimension_numbers"]
-        outside = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-        inside = [own for k, own in enumerate(first) if k not in outside]
-        taken = dict(zip(numbers.offset_dims, inside, strict=True))
-        return tuple(taken.get(k, NONE) for k in range(len(shape)))
-    if name == "dot_general":
-        return _contracted(eqn, [value.axes for value in given])
-    if name == "conv_general_dilated":
-        (batch, feature, *_), (out, *_), (to_batch, to_feature, *_) = params["dimension_numbers"]
-        made = {to_batch: first[batch], to_feature: given[1].axes[out]}
-        groups, channels = params["feature_group_count"], shape_of(eqn.invars[0])[feature]
-        if groups == channels == shape[to_feature]:  # depthwise
-            made[to_feature] = _product(first[feature], given[1].axes[out])
-        return tuple(made.get(k, NONE) for k in range(len(shape)))
-    if name.startswith("reduce_window"):
-        windows = params["window_dimensions"]
-        return tuple(own if n == 1 else NONE for own, n in zip(first, windows, strict=True))
-    return (NONE,) * len(shape)
-
-
-def _one_by_one(eqn: JaxprEqn, given: Sequence[_Value], k: int, size: int) -> Origins:
-    """The origins of an axis that an elementwise operation makes."""
-    name, own, alike = eqn.primitive.name, [], []
-    for n, (value, atom) in enumerate(zip(given, eqn.invars, strict=True)):
-        if name == "select_n" and n == 0:
-            continue
-        sizes = shape_of(atom)
-        same = len(sizes) > k and sizes[k] == size
-        own.append(value.axes[k] if same else NONE)
-        if not _leaves_zero(("max", name, "min")[n] if name == "clamp" else name, value.number):
-            alike.append(_is_zero(own[-1]))
-    origins = NONE.union(*own)
-    if name in OF_ONE and eqn.params.get("y", 1) > 0:  # the exponent of an integer_pow
-        return origins
-    zero = all(alike) if name in OF_ALL else name in OF_ANY and any(alike[: 1 + (name != "div")])
-    return frozenset((array, axis, zero) for array, axis, _ in origins)
-
-
-def _leaves_zero(name: str, number: Any) -> bool:
-    """Whether an operation with a number makes zero of a zero beside it."""
-    if number is None or number == 0:
-        return number is not None
-    return (name == "max" and number < 0) or (name == "min" and number > 0)
-
-
-def _contracted(eqn: JaxprEqn, given: Sequence[tuple[Origins, ...]]) -> tuple[Origins, ...]:
-    """The origins of what a contraction makes."""
-    summed, batch = eqn.params["dimension_numbers"]
-    made = [_product(given[0][i], given[1][j]) for i, j in zip(*batch, strict=True)]
-    for axes, *gone in zip(given, summed, batch, strict=True):
-        made += [own for k, own in enumerate(axes) if k not in (*gone[0], *gone[1])]
-    return tuple(made)
+def _not_linear(source: Source) -> Places:
+    return frozenset((array, k) for array, k, _ in source.comes) - source.linear
