@@ -4,8 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Set
 import math
 from numbers import Real
+from typing import Any
 
 from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.budgets.rounding import Multiples, multiples
@@ -161,6 +165,28 @@ def survivors_within(
         name, entries = order[i]
         masks[name][list(entries)] = False
     return masks
+
+
+def entry_shares(cost: Cost, counts: Counts, measure: str, dtype: Any) -> dict[str, Array]:
+    """What one more entry of each latent costs, as a share of what `counts` cost; usable in jit.
+
+    It is the derivative of the cost, and of branches the largest one: what is saved in one shows as
+    soon as no other costs more.
+    """
+    polynomials, number = cost.polynomials, MEASURES.index(measure)
+
+    def amounts(present: Array) -> Array:
+        at_places = polynomials.at_places(present)
+        return jnp.stack([at_places[place][number] for place in polynomials.places])
+
+    def total(each: Array) -> Array:
+        return cost.total(measure, dict(zip(polynomials.places, each, strict=True)))
+
+    present = polynomials.present(counts, dtype)
+    whole, derivatives = total(amounts(present)), total(jax.jacrev(amounts)(present))
+    shares = jnp.unstack(jnp.maximum(derivatives / jnp.maximum(whole, 1), TINY))
+    found = dict(zip(polynomials.names, shares[1:], strict=True))
+    return {name: found.get(name, jnp.asarray(TINY, dtype)) for name in counts}
 
 
 def slack(cost: Cost, counts: Counts, budget: Mapping[str, float]) -> float:

@@ -1,6 +1,6 @@
 """A search from trained weights: what a budget has no room for fades away, little by little."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 import warnings
@@ -13,9 +13,9 @@ import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from dhp_jax.budgets.counted import TINY, check_budget, removals
+from dhp_jax.budgets.counted import check_budget, entry_shares, removals
 from dhp_jax.budgets.rounding import Multiples, multiples
-from dhp_jax.core.cost import MEASURES, Cost
+from dhp_jax.core.cost import Cost
 from dhp_jax.core.latent import LatentVector, has_gates, latents
 from dhp_jax.core.state import path_name
 from dhp_jax.errors import ArgumentError, check_at_least_zero, check_integer, shown
@@ -174,7 +174,7 @@ def fade_to_budget(
         alive = {name: jnp.where(state.keep[name], z[name], 0) for name in named}
         keep = jax.lax.cond(
             chooses,
-            lambda: _chosen(average, alive, stage, cost, removed, power, limits),
+            lambda: entries_that_stay(average, alive, stage, cost, removed, power, limits),
             lambda: state.keep,
         )
         end = jnp.asarray(begins)[jnp.minimum(stage + 1, stages + 1)]
@@ -206,7 +206,7 @@ def finish_fade(model: nnx.Module) -> tuple[nnx.Module, int]:
     return model, early
 
 
-def _chosen(
+def entries_that_stay(
     average: Vectors,
     z: Vectors,
     stage: Array,
@@ -218,53 +218,64 @@ def _chosen(
     """Which entries stay when a part of the way to the budget is due; usable in jit.
 
     Entries of a latent go in groups, those with the smallest scores first; `removed` tells how many
-    are gone with each group. The largest score of every group is tried as a threshold, all at once,
-    and the smallest taken that is within. Then groups that still fit come back, those of the
-    largest scores first.
+    are gone with each group. The largest score of a group ranks it, and as few go as are within.
+    Then groups that still fit come back, those of the largest scores first.
     """
-    # What is zero scores below everything, so that it never comes back.
-    worth = _marginal(cost, z, next(iter(limits)))
-    scores = {
-        name: jnp.where(z[name] != 0, average[name] / worth[name] ** power, -1.0) for name in z
-    }
     names, sizes = list(z), np.array([x.size for x in z.values()])
     owner = np.repeat(np.arange(len(names)), [len(removed[name]) for name in names])
     if not owner.size:
         return {name: x != 0 for name, x in z.items()}
-    ends = [np.append(0, removed[name]) for name in names]
-    narrower = sizes[owner] - np.concatenate([each[1:] for each in ends])  # without each group
-    wider = sizes[owner] - np.concatenate([each[:-1] for each in ends])  # and with it
-    largest = [jnp.sort(scores[name])[removed[name] - 1] for name in names]
-    order = jnp.argsort(jnp.concatenate(largest))
-    ranks = jnp.zeros(owner.size, jnp.int32).at[order].set(jnp.arange(owner.size, dtype=jnp.int32))
+    gone = np.concatenate([removed[name] for name in names])
+    taken = np.concatenate([np.diff(removed[name], prepend=0) for name in names])
+    narrower = jnp.asarray(sizes[owner] - gone)  # what a latent has without each group
+    wider = jnp.asarray(sizes[owner] - gone + taken)  # and with it
 
-    def within(counts: Sequence[Array]) -> Array:
+    def within(counts: Array) -> Array:
         amounts = cost.amounts(cost.sizes | dict(zip(names, counts, strict=True)))
         with jax.enable_x64(True):  # whole numbers, for float32 may round a little too much down
             fits = [amounts[m] <= jnp.asarray(most)[stage] for m, most in limits.items()]
-            return jnp.all(jnp.stack(fits), 0)
+            return jnp.all(jnp.stack(fits))
 
-    thresholds = jnp.arange(owner.size + 1)  # how many of the smallest groups go
-    tried = [
-        sizes[i] - jnp.asarray(ends[i])[jnp.searchsorted(ranks[owner == i], thresholds)]
-        for i in range(len(names))
-    ]
-    first = jnp.argmax(within(tried).at[-1].set(True))
-    alive = jnp.stack([jnp.sum(z[name] != 0) for name in names])
-    counts = jnp.minimum(jnp.stack([each[first] for each in tried]), alive)
+    # All entries in a row, latent after latent: one operation for all that are wanted of each.
+    of, starts = np.repeat(np.arange(len(names)), sizes), np.cumsum(sizes) - sizes
+    there = jnp.concatenate([x != 0 for x in z.values()])
+    alive = jax.ops.segment_sum(there.astype(jnp.int32), of, len(names))
+    left = cost.sizes | dict(zip(names, alive, strict=True))
+    worth = entry_shares(cost, left, next(iter(limits)), jnp.float32)
+    worth = jnp.stack([worth[name] for name in names]) ** power
+    # What is zero scores below everything, so that it never comes back.
+    scores = jnp.concatenate([average[name] for name in names]) / worth[of]
+    scores = jnp.where(there, scores, -1.0)
+    _, ascending, entries = jax.lax.sort((of, scores, np.arange(of.size)), num_keys=2)
+    order = jnp.argsort(ascending[starts[owner] + gone - 1])
+    ranks = jnp.zeros(owner.size, jnp.int32).at[order].set(jnp.arange(owner.size, dtype=jnp.int32))
+
+    def without(smallest: Array) -> Array:
+        """What is left of each latent without so many of the smallest groups."""
+        lost = jnp.where(ranks < smallest, taken, 0)
+        return sizes - jax.ops.segment_sum(lost, owner, len(names))
+
+    def halved(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        fits = within(without(middle))
+        return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
+
+    # Cost falls with every group that goes, so their number is found by bisection.
+    none, all_of_them = jnp.int32(0), jnp.int32(owner.size)
+    fewest, _ = jax.lax.while_loop(lambda b: b[0] < b[1], halved, (none, all_of_them))
+    counts = jnp.minimum(without(fewest), alive)
 
     def filled(counts: Array, group: Array) -> tuple[Array, None]:
-        i, width = jnp.asarray(owner)[group], jnp.asarray(wider)[group]
+        i, width = jnp.asarray(owner)[group], wider[group]
         more = counts.at[i].set(width)
-        is_next = counts[i] == jnp.asarray(narrower)[group]
+        is_next = counts[i] == narrower[group]
         return jnp.where(is_next & (width <= alive[i]) & within(more), more, counts), None
 
     counts, _ = jax.lax.scan(filled, counts, order[::-1])
-    keep = {}
-    for i, name in enumerate(names):
-        position = jnp.argsort(jnp.argsort(scores[name]))
-        keep[name] = (position >= sizes[i] - counts[i]) & (z[name] != 0)
-    return keep
+    stays = np.arange(of.size) - starts[of] >= (sizes - counts)[of]
+    keep = jnp.zeros(of.size, bool).at[entries].set(stays) & there
+    return dict(zip(names, jnp.split(keep, starts[1:]), strict=True))
 
 
 def _limits(cost: Cost, stages: int, budget: Mapping[str, float]) -> dict[str, np.ndarray]:
@@ -306,26 +317,6 @@ def _vectors(params: PyTree, names: Mapping[str, str]) -> dict[str, int]:
             f"vectors; got {len(found)}"
         )
     return dict(found)
-
-
-def _marginal(cost: Cost, z: Vectors, measure: str) -> Vectors:
-    """What one more entry of each latent costs beside those that are not zero, as a share.
-
-    Of branches it is the most: what is saved in one shows as soon as no other costs more.
-    """
-    number, places = MEASURES.index(measure), dict.fromkeys(call.place for call in cost.calls)
-    sizes = {name: jnp.float32(size) for name, size in cost.sizes.items()}
-    counts = sizes | {name: jnp.sum(x != 0).astype(jnp.float32) for name, x in z.items()}
-
-    def amounts(counts: Vectors) -> Array:
-        found = cost.at_places(lambda call: call.amounts(counts))
-        return jnp.stack([jnp.float32(found[place][number]) for place in places])
-
-    def total(each: Array) -> Array:
-        return cost.total(measure, dict(zip(places, each, strict=True)))
-
-    amount, derivatives = total(amounts(counts)), jax.jacrev(amounts)(counts)
-    return {name: jnp.maximum(total(derivatives[name]) / amount, TINY) for name in z}
 
 
 def _tell_orders(cost: Cost, budget: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.backend.platform import compiler_options
-from dhp_jax.budgets.counted import TINY, Scores
+from dhp_jax.budgets.counted import Scores, entry_shares
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import LatentVector, latents, latents_to_prune, walk
 from dhp_jax.core.state import variables_of
@@ -288,7 +288,7 @@ def gradient_scores(
     graphdef, vectors, rest = nnx.split(model, LatentVector, ...)
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def add(total: nnx.State, batch: Any) -> nnx.State:
+    def add(total: nnx.State, vectors: nnx.State, rest: nnx.State, batch: Any) -> nnx.State:
         def of(vectors: nnx.State) -> Array:
             return _number(loss(nnx.merge(graphdef, vectors, rest, copy=True), batch))
 
@@ -296,7 +296,7 @@ def gradient_scores(
 
     total, count = jax.tree.map(jnp.zeros_like, vectors), 0
     for batch in batches:
-        total, count = add(total, batch), count + 1
+        total, count = add(total, vectors, rest, batch), count + 1
     if not count:
         raise ValueError("batches: expected at least one batch, got none")
     found = latents(nnx.merge(graphdef, total, rest))
@@ -306,9 +306,10 @@ def gradient_scores(
 def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float = 1.0) -> Scores:
     """Scores divided by what an entry costs: importance per FLOP.
 
-    The scores of a latent are divided by `c^power`, where `c` is the share of the whole network's
-    cost that goes with one of its entries, all others being there. With `power=1` and scores that
-    say what the loss loses, the smallest are those that cost most for what they are worth.
+    The scores of a latent are divided by `c^power`, where `c` is the derivative of the network's
+    cost by the width of the latent, all entries being there, as a share of the whole cost; of
+    branches it is the largest. With `power=1` and scores that say what the loss loses, the smallest
+    are those that cost most for what they are worth.
 
     Args:
       scores: of the entries of latents, by name.
@@ -331,11 +332,9 @@ def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float
     for name in scores:
         if name not in cost.sizes:
             raise ArgumentError.unknown("scores", name, cost.sizes)
-    shares = {
-        name: 1 - cost.shares({**cost.sizes, name: cost.sizes[name] - 1})[measure]
-        for name in scores
-    }
-    return {name: np.asarray(x) / max(shares[name], TINY) ** power for name, x in scores.items()}
+    with jax.enable_x64(True):  # whole numbers, exactly
+        shares = entry_shares(cost, cost.sizes, measure, jnp.float64)
+    return {name: np.asarray(x) / float(shares[name]) ** power for name, x in scores.items()}
 
 
 def _number(value: Any) -> Array:

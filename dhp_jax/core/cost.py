@@ -193,7 +193,8 @@ class Cost:
             if not jnp.issubdtype(jnp.result_type(count), jnp.integer):  # as of a mask
                 raise ValueError(f"counts[{name!r}]: expected whole numbers, got {shown(count)}")
         with jax.enable_x64(True):  # FLOPs of large images do not fit 32 bits
-            return _totals(self, self._polynomials.at_places(counts))
+            present = self.polynomials.present(counts, jnp.int64)
+            return _totals(self, self.polynomials.at_places(present))
 
     def shares(self, counts: Counts) -> "dict[str, float | Array]":
         """`amounts(counts)` as shares of the whole model's (float32 in jit)."""
@@ -207,8 +208,9 @@ class Cost:
             return shares if known else {name: jnp.float32(n) for name, n in shares.items()}
 
     @functools.cached_property
-    def _polynomials(self) -> "_Polynomials":
-        return _Polynomials.of(self.calls)
+    def polynomials(self) -> "Polynomials":
+        """The same as few arrays, for programs that count."""
+        return Polynomials.of(self.calls)
 
 
 def _totals(cost: Cost, found: "Mapping[Place, Sequence[int | Array]]") -> "dict[str, int | Array]":
@@ -225,7 +227,7 @@ def _most(one: "int | Array", other: "int | Array") -> "int | Array":
     return max(one, other) if known else jnp.maximum(one, other)
 
 
-class _Polynomials(NamedTuple):
+class Polynomials(NamedTuple):
     """All products of a network as a few arrays, so that a step counts them in a few operations.
 
     Of `L` latents `times`, `(W, 1 + L)`, has what is fixed in each width and how often it has
@@ -256,23 +258,21 @@ class _Polynomials(NamedTuple):
         names = tuple(dict.fromkeys(name for width in numbers for name, _ in width.latents))
         times = [[w.fixed, *(dict(w.latents).get(name, 0) for name in names)] for w in numbers]
         widths = [[numbers[width] for width in product] for product in products]
-        shape = len(products), degree
+        widths = np.array(widths, np.int32).reshape(len(products), degree)
         factors = np.array(list(found.values()), np.int64).reshape(-1, len(at), len(MEASURES))
-        return cls(
-            names,
-            np.array(times),
-            np.array(widths, int).reshape(shape),
-            tuple(places),
-            np.moveaxis(factors, 0, -1),
-        )
+        return cls(names, np.array(times), widths, tuple(places), np.moveaxis(factors, 0, -1))
 
-    def at_places(self, counts: Counts) -> dict[Place, tuple[Array, ...]]:
-        """Each measure by place, in the integers that JAX has now; of the shape of the counts."""
-        present = [jnp.int64(1), *(jnp.int64(counts[name]) for name in self.names)]
-        present = jnp.stack(jnp.broadcast_arrays(*present), axis=-1)
-        widths = jnp.sum(self.times * present[..., None, :], axis=-1)
+    def present(self, counts: Counts, dtype: Any) -> Array:
+        """A 1 and the counts in the order of `names`, along the last axis."""
+        each = [jnp.asarray(n, dtype) for n in (1, *(counts[name] for name in self.names))]
+        return jnp.stack(jnp.broadcast_arrays(*each), axis=-1)
+
+    def at_places(self, present: Array) -> dict[Place, tuple[Array, ...]]:
+        """Each measure by place, in the dtype of the numbers that are `present`."""
+        times, factors = self.times.astype(present.dtype), self.factors.astype(present.dtype)
+        widths = jnp.sum(times * present[..., None, :], axis=-1)
         products = jnp.prod(jnp.take(widths, self.widths, axis=-1, mode="clip"), axis=-1)
         return {
-            place: tuple(jnp.unstack(jnp.sum(factors * products[..., None, :], axis=-1), axis=-1))
-            for place, factors in zip(self.places, self.factors, strict=True)
+            place: tuple(jnp.unstack(jnp.sum(each * products[..., None, :], axis=-1), axis=-1))
+            for place, each in zip(self.places, factors, strict=True)
         }

@@ -100,6 +100,26 @@ def test_what_is_told_of_survivors_is_what_the_pruned_network_costs(counts):
     assert [layer.path for layer in found.layers] == [layer.path for layer in cost.layers]
 
 
+def test_entries_of_branches_of_nearly_equal_cost_have_their_share_of_it():
+    def forward(p, x):
+        h = jnp.tanh(x @ p["stem"])
+        first, other = (
+            lambda into=into, out=out: jnp.tanh(h @ p[into]) @ p[out]
+            for into, out in (("a", "b"), ("c", "d"))
+        )
+        return jax.lax.cond(h.sum() > 0, first, other)
+
+    shapes = {"stem": (6, 10), "a": (10, 24), "b": (24, 4), "c": (10, 23), "d": (23, 4)}
+    net = of_arrays(forward, shapes)
+    cost = dhp.measure_cost(net, X)
+    whole = 6 * 10 + (10 + 4) * 24
+    by_hand = {"stem": (6 + 24) / whole, "a": (10 + 4) / whole, "c": (10 + 4) / whole}
+    found = dhp.per_cost({name: np.ones(size) for name, size in cost.sizes.items()}, cost)
+    assert found.keys() == by_hand.keys()
+    for name, share in by_hand.items():
+        np.testing.assert_allclose(found[name], 1 / share, rtol=1e-12)
+
+
 class Experts(nnx.Module):
     """Declared latents: two experts, of which the second is wider, and an activation of both."""
 

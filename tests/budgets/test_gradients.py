@@ -1,6 +1,7 @@
 """Scores by the gradient of the latents."""
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from networks import filled
 import numpy as np
@@ -55,6 +56,19 @@ def test_channels_of_the_largest_gradient_stay():
     assert small.conv.out_features == 4
     best = np.sort(np.argsort(scores["hidden"])[-4:])
     np.testing.assert_allclose(small.conv.kernel[...], model.conv.kernel()[..., best])
+
+
+def test_weights_are_no_constants_of_the_program():
+    seen = []
+
+    def watched(network, batch):
+        seen.extend(jax.tree.leaves(nnx.state(network)))
+        return loss(network, batch)
+
+    model = filled(Product)
+    dhp.gradient_scores(model, watched, batches(0))
+    assert len(seen) == len(jax.tree.leaves(nnx.state(model)))  # it is traced once
+    assert all(isinstance(array, jax.core.Tracer) for array in seen)
 
 
 def test_no_batches_and_no_latents_are_refused():

@@ -12,7 +12,9 @@ import optax
 import pytest
 
 import dhp_jax as dhp
-from dhp_jax.budgets.gradual import finish_fade
+from dhp_jax.budgets.counted import removals
+from dhp_jax.budgets.gradual import entries_that_stay, finish_fade
+from dhp_jax.core.cost import Cost, LayerCost, Product, Width
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tasks import Classification
@@ -274,6 +276,91 @@ def test_where_nothing_can_go_all_stays():
         updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = optax.apply_updates(params, updates)
     assert all((z == 1).all() for z in values_of(model, params).values())
+
+
+def stays_plainly(cost, average, z, removed, most):
+    """What stays, one group after another; of groups of equal scores those of the first latent."""
+    scores = {name: np.where(z[name] != 0, average[name], np.float32(-1)) for name in z}
+    orders = {name: np.argsort(score, kind="stable") for name, score in scores.items()}
+    groups = [
+        (scores[name][orders[name][end - 1]], name, end, before)
+        for name, ends in removed.items()
+        for before, end in zip([0, *ends], ends, strict=False)
+    ]
+    groups.sort(key=lambda group: group[0])
+    counts = {name: x.size for name, x in z.items()}
+
+    def fits(counts):
+        amounts = cost.amounts({**cost.sizes, **counts})
+        return all(amounts[name] <= limit for name, limit in most.items())
+
+    for _, name, end, _ in groups:
+        if fits(counts):
+            break
+        counts[name] = z[name].size - end
+    alive = {name: int((x != 0).sum()) for name, x in z.items()}
+    counts = {name: min(count, alive[name]) for name, count in counts.items()}
+    for _, name, end, before in reversed(groups):
+        size = z[name].size
+        wider = {**counts, name: size - before}
+        if counts[name] == size - end and size - before <= alive[name] and fits(wider):
+            counts = wider
+    return {
+        name: np.isin(np.arange(x.size), orders[name][x.size - counts[name] :]) & (x != 0)
+        for name, x in z.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("multiple_of", "budget"), [(1, ["flops"]), (2, ["params", "activations"]), (3, ["flops"])]
+)
+def test_a_choice_is_bit_for_bit_that_of_one_group_after_another(multiple_of, budget):
+    model = filled(Coarse)
+    cost = dhp.measure_cost(model, (6, 6, 1))
+    found = dict(sorted(prunable(model).items()))  # as JAX has the keys of a dictionary
+    sizes = {name: z.size for name, z in found.items()}
+    removed = {name: np.array(removals(z, multiple_of), int) for name, z in found.items()}
+    shares = np.linspace(1, 0.3, 8)
+    limits = {name: (shares * getattr(cost, name)).astype(np.int64) for name in budget}
+    choice = jax.jit(lambda *given: entries_that_stay(*given, cost, removed, 0, limits))
+    rng, left = np.random.default_rng(multiple_of), []
+    for _ in range(24):
+        stage = rng.integers(8)
+        average = {n: rng.integers(0, 9, k).astype(np.float32) for n, k in sizes.items()}  # ties
+        gone = rng.choice([0, 0.2, 0.5])
+        z = {name: (rng.random(k) >= gone).astype(np.float32) for name, k in sizes.items()}
+        most = {name: limit[stage] for name, limit in limits.items()}
+        expected = stays_plainly(cost, average, z, removed, most)
+        found = choice(average, z, stage)
+        for name, mask in expected.items():
+            np.testing.assert_array_equal(found[name], mask)
+        left.append(sum(mask.sum() for mask in found.values()) / sum(sizes.values()))
+    assert min(left) < 0.5 < max(left)
+
+
+def test_the_program_of_a_choice_grows_as_the_number_of_latents():
+    def operations(number):
+        """Of layers each of which reads what all before it have made."""
+        names = [f"z{i}" for i in range(number)]
+        calls = []
+        for i in range(1, number):
+            read = Width(8 * i, 0, tuple((name, 1) for name in names[:i]))
+            made = Width(8, 0, ((names[i], 1),))
+            terms = (Product(9, (read, made)),), (Product(9, (read, made)),), (Product(4, (made,)),)
+            calls.append(LayerCost(f"layers.{i}", "HyperConv", read, made, *terms))
+        cost = Cost.of_calls(calls, dict.fromkeys(names, 8))
+        removed, limits = dict.fromkeys(names, np.arange(1, 7)), {"flops": np.array([cost.flops])}
+        z = dict.fromkeys(names, jax.ShapeDtypeStruct((8,), jnp.float32))
+        return count_operations(
+            lambda *given: entries_that_stay(*given, 0, cost, removed, 1.0, limits),
+            z,
+            z,
+            names=None,
+        )
+
+    few, more, most = map(operations, (6, 12, 24))
+    assert most - more <= 2 * (more - few)
+    assert more - few <= 6 * 60
 
 
 def counts_after_one_choice(dtype, size, target):
