@@ -26,7 +26,7 @@ from dhp_jax.train.phase import Budget, Observer, Outcome, Phase, Stopped
 from dhp_jax.train.records import measure, not_finite, observe, record, tell_steps
 from dhp_jax.train.resuming import restore, save, timed_progress
 from dhp_jax.train.run import Hooks, Layout, Plan, Run, state_of
-from dhp_jax.train.state import copy_arrays, reshape_like, start
+from dhp_jax.train.state import copy_arrays, reshape_like, start, without_intermediates
 from dhp_jax.train.step import CompiledStep, compile_step, make_step
 
 CALLS_AHEAD = 2  # of the compiled step, that the device is given before it needs them
@@ -90,6 +90,7 @@ def train(
             f"batch_size: expected 1 to {examples} (the examples of an epoch), got {batch_size}"
         )
     with doing(f"preparing the {phase.name} phase"):
+        model = without_intermediates(model)
         inputs = make_inputs(train_data, key, examples=examples, batch_size=batch_size, mesh=mesh)
         optimizer, layout, run = _start(model, phase, mesh)
     origin = {"examples": examples, "batch_size": batch_size, "data": inputs.checksum}

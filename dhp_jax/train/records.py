@@ -50,7 +50,7 @@ def measure(plan: Plan, run: Run) -> tuple[Run, dict[str, Any]]:
     """Reads what was measured since the last record, and sets it to zero.
 
     A record of fewer than `log_every` steps, at the end of an epoch or of a search, tells loss and
-    metric of the steps of the record before, too.
+    metric of the steps of the record before, too, if that is of the same epoch.
 
     Returns:
       The run, and for a record: epoch, loss, the task's metric, learning rate, speed, batches that
@@ -90,15 +90,17 @@ def measure(plan: Plan, run: Run) -> tuple[Run, dict[str, Any]]:
 def _with_steps_before(
     plan: Plan, run: Run, means: dict[str, float], examples: float
 ) -> dict[str, float]:
-    """Means over some examples, and those of the record before where these are of few steps.
+    """Means over some examples, and those of the epoch's record before if these are of few steps.
 
-    So the end of an epoch or of a search is not told of one batch, which may be any.
+    So the end of an epoch or of a search is not told of one batch, which may be any, unless the
+    epoch has had no other record.
     """
     if not run.records or "loss" not in run.records[-1]:
         return means
     before, steps = run.records[-1], [0, *(record["step"] for record in run.records)]
     few = run.progress.steps - steps[-1] < plan.log_every
-    if not few or not (run.met_budget or before["epoch"] == run.progress.epochs + 1):
+    # Records of other epochs end with them, and may be of the steps before that record, too.
+    if not few or before["epoch"] != run.progress.epochs + 1:
         return means
     earlier = plan.batch_size * (steps[-1] - steps[-2] - before.get("skipped", 0))
     return {

@@ -87,10 +87,12 @@ def make_schedule(
 
     Args:
       name: one of `NAMES`.
-      learning_rate, epochs, drops, warmup: of the phase; `drops` are of the schedule "drops".
+      learning_rate, epochs, drops, warmup: of the phase; `drops` are of the schedule "drops", and
+        those that come after its end do nothing.
       steps_per_epoch: training steps.
     """
     if name != "drops":
         return decay_schedule(name, learning_rate, epochs, steps_per_epoch, warmup=warmup)
-    dropped = drop_schedule(learning_rate, drops, steps_per_epoch)
+    reached = [drop for drop in drops if drop < epochs]  # the steps of others may exceed int32
+    dropped = drop_schedule(learning_rate, reached, steps_per_epoch)
     return warmed_up(dropped, learning_rate, round(warmup * steps_per_epoch))

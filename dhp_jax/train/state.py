@@ -118,6 +118,13 @@ def start(
     return graphdef, optimizer, copy_arrays(state)
 
 
+def without_intermediates(model: nnx.Module) -> nnx.Module:
+    """The network without what a call has left in it (`nnx.Module.sow`); it shares all arrays."""
+    model = nnx.clone(model)
+    nnx.pop(model, nnx.Intermediate)
+    return model
+
+
 def checkpoint_tree(state: TrainState, has_best: bool) -> tuple[TrainState, tuple | None]:
     """The tree that a checkpoint holds: a state, and the best network so far if there is one.
 

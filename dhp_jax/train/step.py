@@ -60,7 +60,7 @@ def make_step(
         model = gather_kernels(mesh, tune(nnx.merge(graphdef, *params, rest, copy=True)))
         with dropout_from(key, model):
             outputs = model(inputs)
-        rest = nnx.state(model, nnx.Not(nnx.Param))
+        rest = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.Intermediate)))
         value = jnp.mean(task.loss(outputs, targets))
         if teacher is not None:
             apart = jnp.mean(task.distillation(outputs, taught, teacher.temperature))

@@ -8,7 +8,7 @@ from flax import nnx
 import jax.numpy as jnp
 from networks import short
 import numpy as np
-from own_networks import InLinen, Plain, of_linen
+from own_networks import InLinen, Plain, Sowing, of_linen
 from PIL import Image
 import pytest
 from runs import (
@@ -27,6 +27,7 @@ from test_restoration_runs import SIZES, draw, tiny
 
 import dhp_jax as dhp
 from dhp_jax.artifact.description import ArtifactError
+from dhp_jax.config.methods import METHODS
 from dhp_jax.models import registry
 from dhp_jax.pipeline import command, targets
 from dhp_jax.pipeline.blueprint import begin
@@ -40,6 +41,7 @@ from dhp_jax.tasks import evaluate
 SHAPE = (8, 8, 1)
 X = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float32)
 PLAIN, LATENT = "own_networks:Plain", "own_networks:OnLatents"
+SOWING = "own_networks:Sowing"
 LINEN = "own_networks:of_linen"
 build = functools.partial(Plain, num_classes=10, channels=1)
 
@@ -225,6 +227,24 @@ def test_a_network_of_flax_linen_goes_the_way_of_others(tmp_path, capsys, method
     capsys.readouterr()
     predict([str(tmp_path / "run"), str(tmp_path / "image.png"), f"--build={LINEN}"])
     assert re.search(r"image.png: \d [\d.]+%", capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.parametrize(
+    "method", ["baseline", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dhp", "fade"))]
+)
+def test_a_network_whose_calls_leave_something_in_it_goes_the_way_of_others(tmp_path, method):
+    dhp.save(tmp_path / "net", Sowing(num_classes=10, channels=1, rngs=nnx.Rngs(3)))
+    model, fields = {"weights": str(tmp_path / "net")}, {"search.epochs": 7, "method": method}
+    once = carry_out(tmp_path / "once", SOWING, model, **fields)
+    if method != "baseline":
+        assert once["flops"]["ratio"] <= 0.5
+    for phase in METHODS[method].phases:
+        often = {"observers": [Interrupter(phase, 1)], "checkpoint.seconds": 0}
+        with pytest.raises(Stop):
+            carry_out(tmp_path / "run", SOWING, model, **often, **fields)
+    carry_out(tmp_path / "run", SOWING, model, **fields)
+    check_same_end(tmp_path / "run", tmp_path / "once")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

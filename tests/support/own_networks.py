@@ -24,6 +24,21 @@ class Plain(nnx.Module):
         return self.head(nnx.relu(self.hidden(x.mean(1))))
 
 
+class Sowing(nnx.Module):
+    """A convolution, BatchNorm and dropout; a call leaves its features in it."""
+
+    def __init__(self, *, num_classes, channels, rngs):
+        self.stem = nnx.Conv(channels, 8, (3, 3), strides=4, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.head = nnx.Linear(8, num_classes, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.stem(x))).mean((1, 2))
+        self.sow(nnx.Intermediate, "features", x)
+        return self.head(self.dropout(x))
+
+
 class OnLatents(nnx.Module):
     """Two convolutions on latents."""
 

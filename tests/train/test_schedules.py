@@ -64,3 +64,12 @@ def test_without_warm_up_drops_are_the_plain_schedule():
     given = {"epochs": 4, "drops": (2,), "warmup": 0.0, "steps_per_epoch": 5}
     found = jax.make_jaxpr(make_schedule("drops", 1.0, **given))(jnp.int32(3))
     assert str(found) == str(jax.make_jaxpr(drop_schedule(1.0, (2,), 5))(jnp.int32(3)))
+
+
+def test_drops_after_the_end_of_a_phase_do_nothing_however_late_they_come():
+    given = {"epochs": 4, "warmup": 0, "steps_per_epoch": 10**4}
+    late, none = (make_schedule("drops", 1.0, drops=d, **given) for d in ((2, 4, 3e5), (2,)))
+    steps = jnp.asarray([0, 19_999, 20_000, 39_999])
+    found, expected = (np.asarray(jax.jit(jax.vmap(schedule))(steps)) for schedule in (late, none))
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found, [1, 1, 0.1, 0.1], rtol=1e-6)

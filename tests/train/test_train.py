@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass, field
 import math
 import re
+from types import SimpleNamespace
 
 from flax import nnx
 import jax
@@ -23,6 +24,7 @@ from dhp_jax.tasks import METRICS, Classification, evaluate
 from dhp_jax.train.loop import train
 from dhp_jax.train.optimizer import optimizer, shrink_latents
 from dhp_jax.train.phase import Budget, Phase, Teacher
+from dhp_jax.train.records import _with_steps_before
 from dhp_jax.train.schedules import drop_schedule
 from dhp_jax.train.state import start
 from dhp_jax.train.step import compile_step, make_step, many, on_resident_data
@@ -228,6 +230,21 @@ def test_records_are_of_the_steps_since_the_one_before_or_of_two_at_the_end_of_a
         rate = RATE if record["step"] <= 2 * STEPS else RATE / 10
         assert record["learning_rate"] == pytest.approx(rate)
         assert record["phase"] == "search"
+
+
+def test_a_record_at_the_end_of_a_search_tells_of_no_step_of_another_epoch():
+    plan, recorded = SimpleNamespace(batch_size=1, log_every=2), []
+    # Batch `n` has the loss `n`; five make an epoch, and the sixth meets the budget.
+    for step, epoch, of_record, expected in [
+        *((2, 1, (1, 2), 1.5), (4, 1, (3, 4), 3.5), (5, 1, (5,), 4.0)),
+        (6, 2, (6,), 6.0),
+    ]:
+        progress = SimpleNamespace(steps=step, epochs=epoch - 1)
+        run = SimpleNamespace(records=tuple(recorded), progress=progress, met_budget=step == 6)
+        measured = {"loss": np.mean(of_record)}
+        found = _with_steps_before(plan, run, measured, float(len(of_record)))
+        assert found["loss"] == pytest.approx(expected)
+        recorded.append({"step": step, "epoch": epoch, **found})
 
 
 def test_every_epoch_ends_with_a_test_of_all_test_data(search, by_hand):
