@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn, Primitive
+from jax.extend.core import Jaxpr, JaxprEqn, Primitive, jaxprs_in_params
 from jax.interpreters import ad, batching
 import numpy as np
 
@@ -16,6 +16,7 @@ from dhp_jax.core.activations import ReLU
 from dhp_jax.core.branches import Place
 from dhp_jax.core.latent import Axis, walk
 from dhp_jax.core.surgery import override
+from dhp_jax.errors import ArgumentError
 from dhp_jax.tracing.flow import rule
 from dhp_jax.tracing.layer_terms import layer_terms
 from dhp_jax.tracing.programs import (
@@ -30,6 +31,11 @@ from dhp_jax.tracing.programs import (
 from dhp_jax.tracing.rules import elementwise
 
 SUMMING = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+_SPARSE = """
+    bcoo_dot_general bcoo_dot_general_sampled bcoo_spdot_general bcsr_dot_general coo_matvec
+    coo_matmat coo_spmv coo_spmm csr_matvec csr_matmat csr_spmv csr_spmm
+"""
+SPARSE = frozenset(_SPARSE.split())  # products of `jax.experimental.sparse`
 _SCOPE = re.compile(r"layer_call_(\d+)")
 _EINSUM = re.compile(r",[\s\w.]*,")  # of more than two arrays; `jnp.einsum` names a scope so
 
@@ -174,7 +180,9 @@ def costly_operations(
     program.
 
     Raises:
-      ValueError: a loop with a contraction in it runs as often as the data wants.
+      ValueError: a loop with a contraction in it runs as often as the data wants; another operation
+        runs a contraction in a program of its own, as on parts of arrays; a product is of sparse
+        arrays.
     """
     owners = dict(owners)
     for number, eqn in enumerate(jaxpr.eqns):
@@ -199,17 +207,31 @@ def costly_operations(
             runs, body = times * eqn.params["length"], eqn.params["jaxpr"].jaxpr
             within = _of_inputs(body, read)
             yield from costly_operations(body, inner, runs, own, within, names, place)
-        elif name == "while":
-            body = eqn.params["body_jaxpr"].jaxpr
-            if any(found.eqn.primitive.name in SUMMING for found in costly_operations(body, inner)):
-                raise ValueError(
-                    f"model: the loop at {where(eqn)} runs as often as its data wants, so what it "
-                    "costs cannot be counted; a loop of fixed length can be"
-                )
         elif name == "cond":
             for n, branch in enumerate(eqn.params["branches"]):
                 at = (*inner, n)
                 yield from costly_operations(branch.jaxpr, at, times, own, {}, names, (*place, at))
+        else:
+            _check_has_no_cost(eqn)
+
+
+def _check_has_no_cost(eqn: JaxprEqn) -> None:
+    """Raises if contractions belong to an operation, and nothing tells how much they compute."""
+    name = eqn.primitive.name
+    if name in SPARSE:
+        detail = f"{name} at {where(eqn)} is a product of sparse arrays, so what it costs cannot be"
+        raise ArgumentError("model", detail=f"{detail} counted; a product of dense arrays can be")
+    # The other programs of a solve, as the product that it inverts, are for its derivatives.
+    programs = [eqn.params["jaxprs"].solve.jaxpr] if name == "custom_linear_solve" else None
+    for program in programs or jaxprs_in_params(eqn.params):
+        if any(found.eqn.primitive.name in SUMMING for found in costly_operations(program)):
+            reason = "runs a contraction or convolution in a program of its own"
+            advice = "one outside of it"
+            if name == "while":
+                reason, advice = "runs as often as its data wants", "a loop of fixed length"
+            what = "the loop" if name == "while" else name
+            detail = f"{what} at {where(eqn)} {reason}, so what it costs cannot be counted"
+            raise ArgumentError("model", detail=f"{detail}; {advice} can be")
 
 
 def last_calls(operations: Iterable[Operation], calls: Sequence[LayerCall]) -> set[int]:

@@ -15,10 +15,10 @@ Check = Callable[[JaxprEqn, JaxprEqn, Sequence[Kept], Sequence[Kept]], None]
 
 # Programs of calls, loops and branches are compared by themselves; the rest computes nothing.
 _IGNORED = """
-    jaxpr call_jaxpr fun_jaxpr update_jaxpr branches cond_jaxpr body_jaxpr sharding out_sharding
-    in_shardings out_shardings in_layouts out_layouts ctx_mesh resource_env donated_invars name
-    debug_info jvp_jaxpr_fun jvp_jaxpr_thunk fwd_jaxpr_thunk bwd out_trees inline keep_unused
-    compiler_options_kvs policy prevent_cse symbolic_zeros
+    jaxpr call_jaxpr fun_jaxpr call update_jaxpr branches cond_jaxpr body_jaxpr sharding
+    out_sharding in_shardings out_shardings in_layouts out_layouts ctx_mesh resource_env
+    donated_invars name debug_info jvp_jaxpr_fun jvp_jaxpr_thunk fwd_jaxpr_thunk bwd out_trees
+    inline keep_unused compiler_options_kvs policy prevent_cse symbolic_zeros rule
 """
 IGNORED = frozenset(_IGNORED.split())
 WALKED = CALLS | {"scan", "while", "cond"}  # whose programs are compared

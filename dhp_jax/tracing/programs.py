@@ -24,7 +24,8 @@ Call = Callable[..., Any]
 
 _CALLS = """
     jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call
-    custom_vjp_call_jaxpr custom_lin core_closed_call xla_call named_call
+    custom_vjp_call_jaxpr custom_lin core_closed_call xla_call named_call composite compute_on
+    custom_vmap_call custom_partitioning
 """
 CALLS = frozenset(_CALLS.split())
 _LIBRARIES = tuple(
@@ -175,7 +176,7 @@ def shape_of(atom: Any) -> tuple[int, ...]:
 
 def inner_program(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]]:
     """The program that a call-like operation calls, and its constants."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         if key in eqn.params:
             found = eqn.params[key]
             return (found.jaxpr, found.consts) if isinstance(found, ClosedJaxpr) else (found, [])

@@ -1,12 +1,14 @@
 """FLOPs and params: the published counts, what is there, and what is predicted inside jit."""
 
 import functools
+import inspect
 import re
 
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
+from jax.experimental import pallas, sparse
 import jax.numpy as jnp
 from networks import (
     MIXED_INPUT,
@@ -546,6 +548,87 @@ def test_of_branches_the_one_of_most_flops_counts_and_contractions_in_groups_as_
     cost = dhp.measure_cost(dhp.with_latents(model, x, min_channels=2), x)
     few = {name: 2 if size == 8 else size for name, size in cost.sizes.items()}
     assert cost.amounts(few)["flops"] == 32 * (3 * 6 + 6 * 5) + 2 * 6 * 100  # the wide one
+
+
+@jax.custom_batching.custom_vmap
+def own_batching(x, w, u):
+    return nnx.relu(x @ w) @ u
+
+
+@own_batching.def_vmap
+def _(size, batched, x, w, u):
+    return own_batching(x, w, u), True
+
+
+@pytest.mark.parametrize(
+    "hidden", [jax.lax.composite(lambda x, w, u: nnx.relu(x @ w) @ u, "own.mlp"), own_batching]
+)
+def test_what_a_function_in_the_program_contracts_counts_as_it_does_elsewhere(hidden):
+    shapes = {"a": (4, 8), "b": (8, 4), "w": (4, 64), "u": (64, 4)}
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=n), jnp.float32) for name, n in shapes.items()}
+
+    def forward(p, x):
+        return nnx.relu(x @ p["a"]) @ p["b"] + hidden(x, p["w"], p["u"])
+
+    model = dhp.FromFunction(forward, params)
+    assert dhp.measure_cost(model, (4,)).flops == 4 * 8 + 8 * 4 + 4 * 64 + 64 * 4
+    small = dhp.prune_to(dhp.with_latents(model, (4,), min_channels=1), (4,), flops=0.5)
+    flops = sum(kernel.size for kernel in small.parameters().values())
+    assert flops == dhp.measure_cost(small, (4,)).flops
+    assert 0.48 * 576 < flops <= 0.5 * 576
+
+
+def in_shards(x, w):
+    mesh, whole = jax.make_mesh((1,), ("d",)), jax.sharding.PartitionSpec()
+    return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(whole, whole), out_specs=whole)(x, w)
+
+
+def in_a_kernel(x, w):
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    shape = jax.ShapeDtypeStruct((len(x), w.shape[1]), x.dtype)
+    return pallas.pallas_call(kernel, out_shape=shape, interpret=True)(x, w)
+
+
+def until_it_is_large(x, w):
+    return jax.lax.while_loop(lambda h: (h @ w).sum() < 1, lambda h: h * 2, x) @ w
+
+
+def steps_of_a_solver(x, w):
+    square = w @ w.T
+    return jax.lax.custom_linear_solve(lambda v: v @ square, x, lambda of, b: of(b)) @ w
+
+
+def sparse_product(x, w):
+    return x @ sparse.BCOO.fromdense(w, nse=4)
+
+
+@pytest.mark.parametrize(
+    ("product", "told"),
+    [
+        (in_shards, "shard_map at core/test_cost.py:{} runs a contraction or convolution in a"),
+        (in_a_kernel, "pallas_call at core/test_cost.py:{} runs a contraction or convolution in a"),
+        (until_it_is_large, "the loop at core/test_cost.py:{} runs as often as its data wants"),
+        (steps_of_a_solver, "custom_linear_solve at core/test_cost.py:{} runs a contraction or"),
+        (sparse_product, "bcoo_dot_general at core/test_cost.py:{} is a product of sparse arrays"),
+    ],
+)
+def test_products_of_which_nothing_tells_how_often_they_run_are_refused(product, told):
+    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 3))}
+    model = dhp.FromFunction(lambda p, x: product(x @ p["a"], p["b"]), params)
+    with pytest.raises(ValueError, match="so what it costs cannot be counted") as error:
+        dhp.measure_cost(model, (4,))
+    lines, first = inspect.getsourcelines(product)
+    line = first + next(n for n in range(len(lines) - 1, -1, -1) if "return" in lines[n])
+    assert str(error.value).startswith("model: " + told.format(line))
+
+
+def test_a_solve_counts_nothing_of_the_product_that_it_inverts():
+    params = {"a": jnp.ones((4, 8)), "b": jnp.eye(8)}
+    model = dhp.FromFunction(lambda p, x: jnp.linalg.solve(p["b"], (x @ p["a"]).T), params)
+    assert dhp.measure_cost(model, (4,)).flops == 4 * 8
 
 
 def test_a_layer_of_ones_own_can_be_counted():
