@@ -120,8 +120,9 @@ def test_prox_l2_removes_output_channels_of_a_kernel_as_a_whole():
 
 def test_an_amount_of_infinity_removes_everything_and_of_zero_nothing():
     params = jnp.array([1.5, -2.0, 0.0])
+    for shrink in (soft_threshold, shrink_norm):
+        np.testing.assert_array_equal(shrink(params, np.inf), np.zeros(3))
     for transform in (dhp.prox_l1, dhp.prox_l2):
-        np.testing.assert_array_equal(stepped(transform(np.inf), params, jnp.ones(3)), np.zeros(3))
         np.testing.assert_array_equal(stepped(transform(0), params, jnp.ones(3)), params + 1)
 
 
