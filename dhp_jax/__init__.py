@@ -31,17 +31,16 @@ from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets.axes import check_axes
 from dhp_jax.budgets.before_and_after import Summary, summary
 from dhp_jax.budgets.counted import BudgetError
+from dhp_jax.budgets.derivatives import gradient_scores, taylor_scores
 from dhp_jax.budgets.gradual import fade_to_budget
 from dhp_jax.budgets.importance import (
     fpgm_scores,
-    gradient_scores,
     group_scores,
     l1_scores,
     l2_scores,
     per_cost,
     random_scores,
     scale_scores,
-    taylor_scores,
 )
 from dhp_jax.budgets.selection import prune_to
 from dhp_jax.budgets.uniform import uniform_within

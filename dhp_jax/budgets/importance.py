@@ -1,27 +1,20 @@
-"""Importance of channels: norms of weights, derivatives, random scores.
+"""Importance of channels: norms of weights, random scores, and scores per cost.
 
 Scores rank the entries of all latents, as the magnitudes of latents do, and `dhp.prune_to(...,
 by=scores)` keeps the largest.
 """
 
-from collections.abc import Callable, Iterable
-import functools
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 import numpy as np
 
-from dhp_jax.backend.platform import compiler_options
 from dhp_jax.budgets.counted import Scores, entry_shares
 from dhp_jax.core.cost import MEASURES, Cost
-from dhp_jax.core.latent import LatentVector, latents, latents_to_prune, walk
-from dhp_jax.core.state import variables_of
-from dhp_jax.core.surgery import prune
-from dhp_jax.errors import ArgumentError, check_at_least_zero, check_integer
-from dhp_jax.tracing.gating import gated_places
+from dhp_jax.core.latent import latents_to_prune
+from dhp_jax.errors import ArgumentError, check_at_least_zero, check_integer, in_row, shown
 from dhp_jax.tracing.weights import (
     MADE,
     READ,
@@ -184,190 +177,6 @@ def scale_scores(model: nnx.Module) -> Scores:
     return sum_by_entry(model, pairs, "normalisations whose axes")
 
 
-def taylor_scores(
-    model: nnx.Module,
-    loss: Callable[[nnx.Module, Any], Array],
-    batches: Iterable[Any],
-    *,
-    squared: bool = True,
-) -> Scores:
-    """Scores by how much the loss would change without an entry, to first order.
-
-    Let every layer that reads the channels of entry `i` read them times `g_i`, which is 1. The
-    derivative of the loss by `g_i` is
-
-        t_i = sum over these layers of  sum(K[.., i, :] * dL/dK[.., i, :])
-
-    with their kernels `K`: `-t_i` is what the first-order Taylor polynomial says of `g_i = 0`,
-    which is the network pruned by `i`. Where no kernel reads the channels, as of queries that are
-    multiplied with keys, or one that is not in proportion to its array, as a rounded one, `g_i` is
-    a factor of what makes them; of traced arrays that make them one after another, as a kernel and
-    a scale behind it, the last, or all where a tanh or the like is behind. A traced array that both
-    makes and reads channels, as one that is tied, counts twice. Over batches the squares are
-    averaged, or magnitudes. Scores of all latents are compared as they are, for they are changes of
-    one loss.
-
-    Args:
-      model: a network of latents; left as it was.
-      loss: takes the ordinary network (of `dhp.prune(model)`), in the mode of `model`, and a
-        batch; returns a number.
-      batches: what `loss` takes, arrays of one shape or trees of them; some hundred examples in
-        all are enough to rank most channels.
-      squared: whether `t_i` is squared, or its magnitude taken, before the average.
-
-    Returns:
-      For each prunable latent by name an array of its size.
-
-    Raises:
-      ValueError: a network without latents; no batches; a prunable latent that no convolution on
-        latents and no `Linear` reads, or, of traced ones, that no gates close (`dhp.with_gates`).
-
-    Example:
-      >>> def loss(network, batch):
-      ...     images, labels = batch
-      ...     return optax.softmax_cross_entropy_with_integer_labels(network(images), labels).mean()
-      >>> scores = dhp.taylor_scores(model, loss, batches)
-      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=scores)
-
-    Reference: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019 (arXiv
-    1906.10771), equations 5 and 8, there with the scales of BatchNorm for `g`.
-    """
-    places = gated_places(model)
-    graphdef, state = nnx.split(prune(model))
-
-    @functools.partial(jax.jit, compiler_options=compiler_options())
-    def derivatives(state: nnx.State, batch: Any) -> list[Array]:
-        def gated_loss(gates: list[Array]) -> Array:
-            network = nnx.merge(graphdef, state, copy=True)
-            arrays = _variables(network)
-            for (array, axis), gate in zip(places, gates, strict=True):
-                value = arrays[array].get_value()
-                others = [k for k in range(value.ndim) if k != axis % value.ndim]
-                arrays[array].set_value(value * jnp.expand_dims(gate, others).astype(value.dtype))
-            return _number(loss(network, batch))
-
-        return jax.grad(gated_loss)([jnp.ones(len(entries)) for entries, _ in places.values()])
-
-    totals: list[Scores] = []
-    for batch in batches:
-        found = zip(places.values(), derivatives(state, batch), strict=True)
-        pairs = [(entries, shares * np.asarray(x, np.float64)) for (entries, shares), x in found]
-        terms = sum_by_entry(model, pairs, "layers that read")
-        totals.append({name: x**2 if squared else np.abs(x) for name, x in terms.items()})
-    if not totals:
-        raise ValueError("batches: expected at least one batch, got none")
-    return {name: np.mean([terms[name] for terms in totals], axis=0) for name in totals[0]}
-
-
-def gradient_scores(
-    model: nnx.Module, loss: Callable[[nnx.Module, Any], Array], batches: Iterable[Any]
-) -> Scores:
-    """Scores by the gradient of the latents: `|sum over batches of dL/dz|`, entry by entry.
-
-    Nothing is trained, so that survivors are known after a few batches and no search.
-
-    Args:
-      model: a network of latents; left as it was.
-      loss: takes the network, in the mode of `model`, and a batch; returns a number.
-      batches: what `loss` takes, arrays of one shape or trees of them.
-
-    Returns:
-      For each prunable latent by name an array of its size.
-
-    Raises:
-      ValueError: a network without latents; no batches.
-
-    Example:
-      >>> def loss(network, batch):
-      ...     images, labels = batch
-      ...     return optax.softmax_cross_entropy_with_integer_labels(network(images), labels).mean()
-      >>> scores = dhp.gradient_scores(model, loss, batches)
-      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=scores)
-    """
-    latents_to_prune(model)
-    graphdef, vectors, rest = nnx.split(model, LatentVector, ...)
-
-    @functools.partial(jax.jit, compiler_options=compiler_options())
-    def add(total: nnx.State, vectors: nnx.State, rest: nnx.State, batch: Any) -> nnx.State:
-        def of(vectors: nnx.State) -> Array:
-            return _number(loss(nnx.merge(graphdef, vectors, rest, copy=True), batch))
-
-        return jax.tree.map(jnp.add, total, jax.grad(of)(vectors))
-
-    total, count = jax.tree.map(jnp.zeros_like, vectors), 0
-    for batch in batches:
-        total, count = add(total, vectors, rest, batch), count + 1
-    if not count:
-        raise ValueError("batches: expected at least one batch, got none")
-    found = latents(nnx.merge(graphdef, total, rest))
-    return {name: np.abs(np.asarray(z.value())) for name, z in found.items() if z.prunable}
-
-
-def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float = 1.0) -> Scores:
-    """Scores divided by what an entry costs: importance per FLOP.
-
-    The scores of a latent are divided by `c^power`, where `c` is the derivative of the network's
-    cost by the width of the latent, all entries being there, as a share of the whole cost; of
-    branches it is the largest. With `power=1` and scores that say what the loss loses, the smallest
-    are those that cost most for what they are worth.
-
-    Args:
-      scores: of the entries of latents, by name.
-      cost: the network's `measure_cost`.
-      measure: `flops`, `params` or `activations`.
-      power: 0 leaves scores as they are.
-
-    Returns:
-      Scores of the same latents.
-
-    Raises:
-      ValueError: an unknown measure or latent; a power that is no number of at least 0.
-
-    Example:
-      >>> scores = dhp.per_cost(dhp.l1_scores(model), dhp.measure_cost(model, (32, 32, 3)))
-    """
-    if measure not in MEASURES:
-        raise ValueError(f"measure: expected one of {', '.join(MEASURES)}; got {measure!r}")
-    check_at_least_zero("power", power)
-    for name in scores:
-        if name not in cost.sizes:
-            raise ArgumentError.unknown("scores", name, cost.sizes)
-    with jax.enable_x64(True):  # whole numbers, exactly
-        shares = entry_shares(cost, cost.sizes, measure, jnp.float64)
-    return {name: np.asarray(x) / float(shares[name]) ** power for name, x in scores.items()}
-
-
-def _number(value: Any) -> Array:
-    shape = getattr(value, "shape", None)
-    if shape != ():
-        found = f"a {type(value).__name__}" if shape is None else f"shape {shape}"
-        raise ArgumentError("loss", "a function that returns a number", found)
-    return value
-
-
-def _summed(model: nnx.Module, number_of: Callable[[np.ndarray], np.ndarray]) -> Scores:
-    """The numbers of filters, given as the rows of a matrix, summed over what an entry rules."""
-    makers = weights_in_role(model, MADE, READ)
-    pairs = ((weights.entries, number_of(weights.rows())) for weights in makers)
-    return sum_by_entry(model, pairs, "layers whose outputs")
-
-
-def _variables(network: nnx.Module) -> dict[str, nnx.Variable]:
-    """The variables of a network by all paths that lead to them."""
-    own = {
-        f"{path}.{name}" if path else name: value
-        for path, _, layer in walk(network)
-        for name, value in vars(layer).items()
-        if isinstance(value, nnx.Variable)
-    }
-    return variables_of(network) | own
-
-
-def _of_mean_one(scores: Scores) -> Scores:
-    means = {name: values.mean() for name, values in scores.items()}
-    return {name: x / means[name] if means[name] else x for name, x in scores.items()}
-
-
 def random_scores(model: nnx.Module, seed: int) -> Scores:
     """Random scores: each entry of each latent is equally likely to go, for `s_i ~ U(0, 1)`.
 
@@ -390,3 +199,66 @@ def random_scores(model: nnx.Module, seed: int) -> Scores:
     rng = np.random.default_rng(seed)
     found = latents_to_prune(model)
     return {name: rng.random(z.size) for name, z in found.items() if z.prunable}
+
+
+def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float = 1.0) -> Scores:
+    """Scores divided by what an entry costs: importance per FLOP.
+
+    The scores of a latent are divided by `c^power`, where `c` is the derivative of the network's
+    cost by the width of the latent, all entries being there, as a share of the whole cost; of
+    branches it is the largest. With `power=1` and scores that say what the loss loses, the smallest
+    are those that cost most for what they are worth.
+
+    Args:
+      scores: of the entries of latents, by name, a number for each.
+      cost: the network's `measure_cost`.
+      measure: `flops`, `params` or `activations`.
+      power: 0 leaves scores as they are.
+
+    Returns:
+      Scores of the same latents.
+
+    Raises:
+      ValueError: an unknown measure or latent; scores that are not as many as a latent has entries;
+        a cost of another network; a power that is no number of at least 0.
+
+    Example:
+      >>> scores = dhp.per_cost(dhp.l1_scores(model), dhp.measure_cost(model, (32, 32, 3)))
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"measure: expected one of {', '.join(MEASURES)}; got {measure!r}")
+    check_at_least_zero("power", power)
+    _check_alike(scores, cost)
+    with jax.enable_x64(True):  # whole numbers, exactly
+        shares = entry_shares(cost, cost.sizes, measure, jnp.float64)
+    return {name: np.asarray(x) / float(shares[name]) ** power for name, x in scores.items()}
+
+
+def _check_alike(scores: Scores, cost: Cost) -> None:
+    """Raises if scores and a cost are not those of the latents of one network."""
+    if not isinstance(scores, Mapping):
+        raise ArgumentError("scores", "scores by latent, such as l1_scores(model)", shown(scores))
+    if not isinstance(cost, Cost):
+        raise ArgumentError("cost", "what measure_cost(model, inputs) returns", shown(cost))
+    if scores and not set(scores) & set(cost.sizes):
+        found = f"one of latents {in_row(sorted(cost.sizes)) or 'of none'}"
+        raise ArgumentError("cost", f"that of a network with latent {next(iter(scores))!r}", found)
+    for name, numbers in scores.items():
+        if name not in cost.sizes:
+            raise ArgumentError.unknown("scores", name, cost.sizes)
+        shape, size = np.shape(numbers), cost.sizes[name]
+        if shape != (size,):
+            expected = f"{size} numbers, for as many entries are in cost"
+            raise ArgumentError(f"scores[{name!r}]", expected, f"shape {shape}")
+
+
+def _summed(model: nnx.Module, number_of: Callable[[np.ndarray], np.ndarray]) -> Scores:
+    """The numbers of filters, given as the rows of a matrix, summed over what an entry rules."""
+    makers = weights_in_role(model, MADE, READ)
+    pairs = ((weights.entries, number_of(weights.rows())) for weights in makers)
+    return sum_by_entry(model, pairs, "layers whose outputs")
+
+
+def _of_mean_one(scores: Scores) -> Scores:
+    means = {name: values.mean() for name, values in scores.items()}
+    return {name: x / means[name] if means[name] else x for name, x in scores.items()}

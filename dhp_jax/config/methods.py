@@ -15,15 +15,14 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.budgets.counted import Scores, survivors_within
+from dhp_jax.budgets.derivatives import gradient_scores, taylor_scores
 from dhp_jax.budgets.importance import (
     fpgm_scores,
-    gradient_scores,
     group_scores,
     l1_scores,
     l2_scores,
     random_scores,
     scale_scores,
-    taylor_scores,
 )
 from dhp_jax.budgets.rounding import Multiples, multiples
 from dhp_jax.budgets.selection import Selection, default_scores

@@ -65,7 +65,7 @@ class Value(NamedTuple):
     """What is known of a value.
 
     Attributes:
-      alone: whether it follows from arrays of the network alone; see `reads`.
+      alone: whether it follows from arrays of the network alone; see `ALONE` of `reads`.
       axes: what each axis comes from.
       number: what all of its entries are, if that is known.
       depends: the arrays that it depends on.
@@ -99,7 +99,8 @@ def _either(sources: Sequence[Source]) -> Source:
 
 
 def _facts(sources: Sequence[Source]) -> list[list[Places]]:
-    return [[source[n] for source in sources] for n in (1, 2, 3)]
+    """Of each source `linear`, `scaled` and `flat`."""
+    return [[getattr(source, fact) for source in sources] for fact in Source._fields[1:]]
 
 
 def moved(eqn: JaxprEqn, given: Sequence[Value], shape: tuple[int, ...]) -> tuple[Source, ...]:

@@ -477,14 +477,33 @@ def test_scores_per_flop_divide_by_what_an_entry_costs():
     [
         ({"measure": "time"}, r"^measure: expected one of flops, params, activations; got 'time'"),
         ({"power": -1}, r"^power: expected a number >= 0, got -1"),
-        ({"scores": {"none": np.ones(3)}}, r"^scores: expected one of .*; got 'none'"),
+        ({"more": {"none": np.ones(3)}}, r"^scores: expected one of .*; got 'none'"),
+        ({"more": {MIXED_LATENTS["a"]: np.ones(3)}}, r"^scores\['.*'\]: expected 7 .*\(3,\)$"),
+        ({"more": {MIXED_LATENTS["a"]: 1.0}}, r"^scores\['.*'\]: expected 7 .*, got shape \(\)$"),
+        (
+            {"scores": {"none": np.ones(3)}},
+            "^cost: expected that of a network with latent 'none'",
+        ),
+        ({"scores": np.ones(3)}, r"^scores: expected scores by latent, .*, got array"),
+        (
+            {"cost": {"flops": 3}},
+            r"^cost: expected what measure_cost\(model, inputs\) returns",
+        ),
     ],
 )
 def test_wrong_arguments_of_scores_per_cost_are_refused(arguments, message):
     model = filled(Mixed)
     given = {"scores": dhp.l1_scores(model), "cost": dhp.measure_cost(model, MIXED_INPUT)}
+    arguments = dict(arguments)
+    given["scores"] = {**given["scores"], **arguments.pop("more", {})}
     with pytest.raises(ValueError, match=message):
         dhp.per_cost(**given | arguments)
+
+
+def test_scores_and_a_cost_in_the_wrong_order_are_refused():
+    model = filled(Mixed)
+    with pytest.raises(ValueError, match=r"^scores: expected scores by latent, such as.*Cost"):
+        dhp.per_cost(dhp.measure_cost(model, MIXED_INPUT), dhp.l1_scores(model))
 
 
 class Blurred(nnx.Module):

@@ -200,10 +200,12 @@ class OfIntegers(nnx.Module):
     """Two kernels, of which some are of integers, each a hundred times what is used."""
 
     def __init__(self, names):
-        for name, shape in (("a", (4, 8)), ("b", (8, 3))):
-            numbers = np.random.default_rng(len(shape)).integers(-100, 100, shape)
+        def param(name, *shape):
             dtype = jnp.int8 if name in names else jnp.float32
-            setattr(self, name, nnx.Param(jnp.asarray(numbers, dtype)))
+            numbers = np.random.default_rng(0).integers(-100, 100, shape)
+            return nnx.Param(jnp.asarray(numbers, dtype))
+
+        self.a, self.b = param("a", 4, 8), param("b", 8, 3)
 
     def __call__(self, x, factors=1.0):
         a, b = (array[...].astype(jnp.float32) * 0.01 for array in (self.a, self.b))

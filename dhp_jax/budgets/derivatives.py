@@ -1,0 +1,202 @@
+"""Importance of channels by derivatives of a loss."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+
+from dhp_jax.backend.platform import compiler_options
+from dhp_jax.budgets.counted import Scores
+from dhp_jax.core.latent import LatentVector, latents, latents_to_prune, walk
+from dhp_jax.core.state import variables_of
+from dhp_jax.core.surgery import prune
+from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.tracing.gating import gated_places
+from dhp_jax.tracing.weights import sum_by_entry
+
+
+def taylor_scores(
+    model: nnx.Module,
+    loss: Callable[[nnx.Module, Any], Array],
+    batches: Iterable[Any],
+    *,
+    squared: bool = True,
+) -> Scores:
+    """Scores by how much the loss would change without an entry, to first order.
+
+    Let every layer that reads the channels of entry `i` read them times `g_i`, which is 1. The
+    derivative of the loss by `g_i` is
+
+        t_i = sum over these layers of  sum(K[.., i, :] * dL/dK[.., i, :])
+
+    with their kernels `K`: `-t_i` is what the first-order Taylor polynomial says of `g_i = 0`,
+    which is the network pruned by `i`. Where no kernel reads the channels, as of queries that are
+    multiplied with keys, or one that is not in proportion to its array, as a rounded one, `g_i` is
+    a factor of what makes them; of traced arrays that make them one after another, as a kernel and
+    a scale behind it, the last, or all where a tanh or the like is behind. A traced array that both
+    makes and reads channels, as one that is tied, counts twice. Over batches the squares are
+    averaged, or magnitudes. Scores of all latents are compared as they are, for they are changes of
+    one loss.
+
+    Args:
+      model: a network of latents; left as it was.
+      loss: takes the ordinary network (of `dhp.prune(model)`), in the mode of `model`, and a
+        batch; returns a number.
+      batches: what `loss` takes, arrays of one shape or trees of them; some hundred examples in
+        all are enough to rank most channels.
+      squared: whether `t_i` is squared, or its magnitude taken, before the average.
+
+    Returns:
+      For each prunable latent by name an array of its size.
+
+    Raises:
+      ValueError: a network without latents; no batches, or one that is in no list; a loss that is
+        no function, returns no number, or whose derivatives are all 0 or not finite; a prunable
+        latent that no convolution on latents and no `Linear` reads, or, of traced ones, that no
+        gates close (`dhp.with_gates`).
+
+    Example:
+      >>> def loss(network, batch):
+      ...     images, labels = batch
+      ...     return optax.softmax_cross_entropy_with_integer_labels(network(images), labels).mean()
+      >>> scores = dhp.taylor_scores(model, loss, batches)
+      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=scores)
+
+    Reference: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019 (arXiv
+    1906.10771), equations 5 and 8, there with the scales of BatchNorm for `g`.
+    """
+    _check_order(model, loss)
+    places = gated_places(model)
+    graphdef, state = nnx.split(prune(model))
+
+    @functools.partial(jax.jit, compiler_options=compiler_options())
+    def derivatives(state: nnx.State, batch: Any) -> list[Array]:
+        def gated_loss(gates: list[Array]) -> Array:
+            network = nnx.merge(graphdef, state, copy=True)
+            arrays = _variables(network)
+            for (array, axis), gate in zip(places, gates, strict=True):
+                value = arrays[array].get_value()
+                others = [k for k in range(value.ndim) if k != axis % value.ndim]
+                arrays[array].set_value(value * jnp.expand_dims(gate, others).astype(value.dtype))
+            return _number(loss(network, batch))
+
+        return jax.grad(gated_loss)([jnp.ones(len(entries)) for entries, _ in places.values()])
+
+    totals: list[Scores] = []
+    for batch in _each(batches):
+        found = zip(places.values(), derivatives(state, batch), strict=True)
+        pairs = [(entries, shares * np.asarray(x, np.float64)) for (entries, shares), x in found]
+        terms = sum_by_entry(model, pairs, "layers that read")
+        totals.append({name: x**2 if squared else np.abs(x) for name, x in terms.items()})
+    return _of_a_loss(
+        {name: np.mean([terms[name] for terms in totals], axis=0) for name in totals[0]}
+    )
+
+
+def gradient_scores(
+    model: nnx.Module, loss: Callable[[nnx.Module, Any], Array], batches: Iterable[Any]
+) -> Scores:
+    """Scores by the gradient of the latents: `|sum over batches of dL/dz|`, entry by entry.
+
+    Nothing is trained, so that survivors are known after a few batches and no search.
+
+    Args:
+      model: a network of latents; left as it was.
+      loss: takes the network, in the mode of `model`, and a batch; returns a number.
+      batches: what `loss` takes, arrays of one shape or trees of them.
+
+    Returns:
+      For each prunable latent by name an array of its size.
+
+    Raises:
+      ValueError: a network without latents; no batches, or one that is in no list; a loss that is
+        no function, returns no number, or whose derivatives are all 0 or not finite.
+
+    Example:
+      >>> def loss(network, batch):
+      ...     images, labels = batch
+      ...     return optax.softmax_cross_entropy_with_integer_labels(network(images), labels).mean()
+      >>> scores = dhp.gradient_scores(model, loss, batches)
+      >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5, by=scores)
+    """
+    _check_order(model, loss)
+    latents_to_prune(model)
+    graphdef, vectors, rest = nnx.split(model, LatentVector, ...)
+
+    @functools.partial(jax.jit, compiler_options=compiler_options())
+    def add(total: nnx.State, vectors: nnx.State, rest: nnx.State, batch: Any) -> nnx.State:
+        def of(vectors: nnx.State) -> Array:
+            return _number(loss(nnx.merge(graphdef, vectors, rest, copy=True), batch))
+
+        return jax.tree.map(jnp.add, total, jax.grad(of)(vectors))
+
+    total = jax.tree.map(jnp.zeros_like, vectors)
+    for batch in _each(batches):
+        total = add(total, vectors, rest, batch)
+    found = latents(nnx.merge(graphdef, total, rest))
+    return _of_a_loss(
+        {name: np.abs(np.asarray(z.value())) for name, z in found.items() if z.prunable}
+    )
+
+
+def _check_order(model: nnx.Module, loss: Callable[[nnx.Module, Any], Array]) -> None:
+    if not isinstance(model, nnx.Module):
+        raise ArgumentError("model", "a network of latents", shown(model))
+    if not callable(loss):
+        raise ArgumentError("loss", "a function of the network and a batch", shown(loss))
+
+
+def _each(batches: Iterable[Any]) -> Iterator[Any]:
+    """Several batches, one after another; raises if they are one batch, or none."""
+    if hasattr(batches, "shape"):
+        raise ArgumentError("batches", "several, such as [x]", f"shape {batches.shape}")
+    if isinstance(batches, Mapping | str) or not hasattr(type(batches), "__iter__"):
+        raise ArgumentError("batches", "several, such as [batch]", f"a {type(batches).__name__}")
+    if isinstance(batches, tuple | list) and all(hasattr(x, "shape") for x in batches):
+        shapes = [tuple(x.shape) for x in batches]
+        if len(set(map(len, shapes))) > 1:  # images and labels
+            found = f"arrays of shapes {', '.join(map(str, shapes))}"
+            raise ArgumentError("batches", "several alike, such as [(x, y)]", found)
+    batch = None
+    for batch in batches:
+        if not all(getattr(x, "size", 1) for x in jax.tree.leaves(batch)):
+            raise ArgumentError("batches", "at least one example in each", shown(batch))
+        yield batch
+    if batch is None:
+        raise ValueError("batches: expected at least one batch, got none")
+
+
+def _of_a_loss(scores: Scores) -> Scores:
+    """The scores, if they can rank entries."""
+    for name, numbers in scores.items():
+        if not np.isfinite(numbers).all():
+            detail = f"expected finite derivatives; those by latent {name!r} are NaN or infinite"
+            raise ArgumentError("loss", detail=detail)
+    if not any(numbers.any() for numbers in scores.values()):
+        detail = "expected a number that changes with the network; all derivatives are 0"
+        raise ArgumentError("loss", detail=detail)
+    return scores
+
+
+def _number(value: Any) -> Array:
+    shape = getattr(value, "shape", None)
+    if shape != ():
+        found = f"a {type(value).__name__}" if shape is None else f"shape {shape}"
+        raise ArgumentError("loss", "a function that returns a number", found)
+    return value
+
+
+def _variables(network: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables of a network by all paths that lead to them."""
+    own = {
+        f"{path}.{name}" if path else name: value
+        for path, _, layer in walk(network)
+        for name, value in vars(layer).items()
+        if isinstance(value, nnx.Variable)
+    }
+    return variables_of(network) | own
