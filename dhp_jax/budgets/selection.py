@@ -9,7 +9,7 @@ import warnings
 from flax import nnx
 import numpy as np
 
-from dhp_jax.budgets.axes import check_axes
+from dhp_jax.budgets.axes import proved_axes
 from dhp_jax.budgets.chosen import Chosen, describe_choice
 from dhp_jax.budgets.counted import (
     BudgetError,
@@ -32,8 +32,8 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import check_masks, prune
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.counts import measure_cost
-from dhp_jax.tracing.declared import analysis_of, prove_declared
-from dhp_jax.tracing.programs import Call, default_call
+from dhp_jax.tracing.declared import prove_declared
+from dhp_jax.tracing.programs import Call
 
 Selection = Callable[..., dict[str, np.ndarray]]  # takes what `survivors_within` does
 
@@ -223,9 +223,9 @@ def prune_to(
     try:
         check_budget(model, cost, multiple_of, **budget)
     except BudgetError:
-        check_axes(model, input_shape, call=call)  # a layer that cannot be pruned is told as that
+        proved_axes(model, input_shape, call)  # a layer that cannot be pruned is told as that
         raise
-    check_axes(model, input_shape, call=call)
+    analysis = proved_axes(model, input_shape, call)
     timed = None
     if latency is not None or batch is not None:
         timed = clock(model, input_shape, batch or 1, call)
@@ -233,8 +233,8 @@ def prune_to(
     chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
     if keep is not None:
         check_limits(model, chosen.masks)
-    if table is None:
-        prove_declared(model, chosen.masks, analysis_of(model, input_shape, call or default_call))
+    if analysis is not None:
+        prove_declared(model, chosen.masks, analysis)
     small = prune(model, chosen.masks)
     if timed is not None and latency is None and (time := timed(small)).ratio["low"] > 1:
         share = budget | {"flops": chosen.shares["flops"]}
