@@ -14,8 +14,10 @@ from dhp_jax.budgets.chosen import Chosen, describe_choice
 from dhp_jax.budgets.counted import (
     BudgetError,
     Scores,
+    check_asked,
     check_budget,
     check_share,
+    checked_scores,
     smallest_ratio,
     survivors_within,
 )
@@ -25,7 +27,7 @@ from dhp_jax.budgets.limits import Limits, check_limits, with_limits
 from dhp_jax.budgets.other_widths import advice, time_other_widths
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.budgets.timing import check_batch, hardware
-from dhp_jax.core.cost import Cost
+from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import latents, latents_to_prune
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
@@ -211,8 +213,11 @@ def prune_to(
     if latency is not None:
         check_share("latency", latency)
         budget = {"flops": 1.0, **budget}
-    selection(by, budget)  # so that what it refuses is told before any work
     latents_to_prune(model)
+    check_asked(model, multiple_of, budget, (*MEASURES, "latency"))  # before any work, as all here
+    selection(by, budget)
+    if isinstance(by, Mapping):
+        checked_scores(model, by)
     table = architecture_of(model).axes
     if input_shape is None and table is not None:
         input_shape = table.inputs
