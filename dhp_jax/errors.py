@@ -38,10 +38,8 @@ class FieldError(ValueError):
         `lead` are words before "expected", and `hint` words at the end.
         """
         known = sorted(map(str, known))
-        near = difflib.get_close_matches(shown(value).strip("'").lower(), known, n=1)
-        nearest = f"; did you mean {near[0]!r}?" if near else ""
         expected = f"one of {', '.join(known)}"
-        line = f"{lead}expected {expected}; got {shown(value)}{nearest}{hint}"
+        line = f"{lead}expected {expected}; got {shown(value)}{nearest(value, known)}{hint}"
         return cls(_one_line(field), expected, shown(value), _one_line(line))
 
     @classmethod
@@ -105,6 +103,12 @@ def shown(value: Any) -> str:
     if len(text) <= MAX_SHOWN:
         return text
     return f"{text[: MAX_SHOWN // 2]}...{text[-MAX_SHOWN // 4 :]}"
+
+
+def nearest(value: object, known: Iterable[str]) -> str:
+    """Asks, at the end of a message, whether the known name most like a value was meant."""
+    near = difflib.get_close_matches(shown(value).strip("'").lower(), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def in_row(names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from dhp_jax.core.latent import Axis, latents, walk
 from dhp_jax.core.plain import is_prunable
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune
+from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.declared import analysis_of, prove_declared
 from dhp_jax.tracing.inputs import (
     check_input_shape,
@@ -44,29 +45,50 @@ def check_axes(model: nnx.Module, input_shape: Any, *, call: Call | None = None)
     Example:
       >>> dhp.check_axes(model, (32, 32, 3))
     """
-    if isinstance(model, nnx.Module) and architecture_of(model).axes is not None:
-        return  # each pruning of latents that were found by tracing is proved by itself
-    call = call or default_call
-    if not isinstance(model, nnx.Module) or (
-        call is default_call and looks_like_a_shape(input_shape)
-    ):
-        _check_widths(model, input_shape)
-    if not any(z.prunable for z in latents(model).values()):
-        return
-    analysis = analysis_of(model, input_shape, call)
-    prove_declared(model, _random_survivors(model), analysis)
+    proved_axes(model, input_shape, call)
 
 
-def _random_survivors(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Random survivors, not equally many of each latent."""
-    rng, masks = np.random.default_rng(0), {}
-    for name, z in latents(model).items():
-        masks[name] = np.ones(z.size, bool)
-        if z.prunable and z.size > 2:
-            most = max(1, min(z.size - 2, round(0.6 * z.size)))
-            gone = rng.integers(1, most + 1)
-            masks[name][rng.choice(z.size, gone, replace=False)] = False
-    return masks
+def proved_axes(model: nnx.Module, input_shape: Any, call: Call | None = None) -> Analysis | None:
+    """As `check_axes`; returns what `prove_declared` takes to prove other survivors.
+
+    It is `None` for networks without prunable latents and for those of traced latents, of which
+    each pruning is proved by itself.
+    """
+    named, call, refused = latents(model), call or default_call, None
+    if architecture_of(model).axes is not None:
+        return None
+    if of_shape := call is default_call and looks_like_a_shape(input_shape):
+        check_input_shape(input_shape)
+        check_no_batch(model, input_shape)
+    if not any(z.prunable for z in named.values()):
+        return None
+    try:
+        analysis = analysis_of(model, input_shape, call)
+        for masks in _survivors_to_prove(model):
+            prove_declared(model, masks, analysis)
+    except (TypeError, ValueError) as error:
+        refused = error
+    else:
+        return analysis
+    if of_shape:
+        _check_widths(model, input_shape)  # it names the latents, if numbers of channels tell
+    raise refused
+
+
+def _survivors_to_prove(model: nnx.Module) -> list[dict[str, np.ndarray]]:
+    """Random survivors, so many that any two latents of one size have differed."""
+    rng, found = np.random.default_rng(0), []
+    pruned = [name for name, z in latents(model).items() if z.prunable and z.size > 2]
+    while True:
+        masks = {name: np.ones(z.size, bool) for name, z in latents(model).items()}
+        for name in pruned:
+            size = masks[name].size
+            gone = rng.integers(1, max(1, min(size - 2, round(0.6 * size))) + 1)
+            masks[name][rng.choice(size, gone, replace=False)] = False
+        found.append(masks)
+        different = {tuple(each[name].tobytes() for each in found) for name in pruned}
+        if len(different) == len(pruned):
+            return found
 
 
 def _check_widths(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
@@ -75,8 +97,6 @@ def _check_widths(model: nnx.Module, input_shape: tuple[int, ...]) -> None:
     Every latent loses channels, and any two lose different numbers of them at least once. Its
     errors name the latents; of the order of channels it sees nothing.
     """
-    check_input_shape(input_shape)
-    check_no_batch(model, input_shape)
     sizes = {name: z.size for name, z in latents(model).items()}
     prunable = [name for name, z in latents(model).items() if z.prunable and z.size > 2]
     numbers = {name: number for number, name in enumerate(prunable, start=1)}  # 0: not pruned

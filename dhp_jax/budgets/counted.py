@@ -1,7 +1,7 @@
 """Survivors within budgets that are counted: FLOPs, params, activations."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 import math
 from numbers import Real
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from dhp_jax.budgets.rounding import Multiples, multiples
 from dhp_jax.core.cost import MEASURES, Cost, Counts
 from dhp_jax.core.latent import Latent, has_gates, latents, latents_to_prune
-from dhp_jax.errors import ArgumentError, shown
+from dhp_jax.errors import ArgumentError, nearest, shown
 
 Scores = Mapping[str, np.ndarray]  # by latent a number for each entry; the smallest go first
 TOLERANCE = 0.005  # of the whole network's cost may be left before entries are traded
@@ -71,13 +71,9 @@ def check_budget(
     if cost.sizes != sizes:  # as of the network before it had latents
         detail = f"expected the measure_cost of the model, with latents of {shown(sizes)}; "
         raise ArgumentError("cost", detail=f"{detail}got one with {shown(dict(cost.sizes))}")
-    multiples(model, multiple_of)
-    if not budget or not set(budget) <= set(MEASURES):
-        expected = "expected some of flops=, params=, activations="
-        raise ArgumentError("budget", detail=f"{expected}, got {sorted(budget)}")
+    check_asked(model, multiple_of, budget)
     smallest = smallest_ratio(model, cost, multiple_of)
     for name, target in budget.items():
-        check_share(name, target)
         if target < smallest[name]:
             reachable = math.ceil(1e4 * smallest[name]) / 1e4
             rounded = f", up to a multiple of {multiple_of}" if multiple_of != 1 else ""
@@ -92,6 +88,30 @@ def check_budget(
                 f"with min_channels entries left in every prunable latent{rounded}; "
                 f"min_channels=1 of small latents{such} lets more go",
             )
+
+
+def check_asked(
+    model: nnx.Module,
+    multiple_of: Multiples,
+    budget: Mapping[str, float],
+    known: Sequence[str] = MEASURES,
+) -> None:
+    """Raises for what can be told to be wrong before anything is counted.
+
+    Args:
+      model: a network of latents.
+      multiple_of: as for `prune_to`.
+      budget: shares by name.
+      known: names that there are.
+    """
+    multiples(model, multiple_of)
+    unknown = [name for name in budget if name not in known]
+    if unknown or not budget:
+        expected = f"expected some of {', '.join(f'{name}=' for name in known)}"
+        near = nearest(unknown[0], known) if unknown else ""
+        raise ArgumentError("budget", detail=f"{expected}, got {sorted(budget)}{near}")
+    for name, target in budget.items():
+        check_share(name, target)
 
 
 def check_share(name: str, share: float) -> None:
@@ -269,13 +289,9 @@ def _removable(
 
     The score of a group is its largest; ties by the sum, name and order.
     """
-    always, groups, steps = [], [], multiples(model, multiple_of)
-    for name in sorted(scores.keys() - latents(model).keys(), key=str):
-        raise ArgumentError.unknown("scores", name, latents(model))
-    for name, z in latents(model).items():
-        if not z.prunable:
-            continue
-        step, score = steps[name], _check_scores(scores, name, z.size)
+    always, groups, steps, named = [], [], multiples(model, multiple_of), latents(model)
+    for name, score in checked_scores(model, scores).items():
+        z, step = named[name], steps[name]
         order = np.argsort(score, kind="stable")
         widest = widths_of(z, step)[-1]
         for end in removals(z, step):
@@ -286,6 +302,14 @@ def _removable(
     return tuple(
         [(name, entries) for _, _, name, _, entries in sorted(found)] for found in (always, groups)
     )
+
+
+def checked_scores(model: nnx.Module, scores: Scores) -> dict[str, np.ndarray]:
+    """The scores of all prunable latents, if they are such; they may be of others too."""
+    found = latents(model)
+    for name in sorted(scores.keys() - found.keys(), key=str):
+        raise ArgumentError.unknown("scores", name, found)
+    return {name: _check_scores(scores, name, z.size) for name, z in found.items() if z.prunable}
 
 
 def _check_scores(scores: Scores, name: str, size: int) -> np.ndarray:

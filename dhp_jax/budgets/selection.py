@@ -9,14 +9,16 @@ import warnings
 from flax import nnx
 import numpy as np
 
-from dhp_jax.budgets.axes import check_axes
+from dhp_jax.budgets.axes import proved_axes
 from dhp_jax.budgets.chosen import Chosen, describe_choice
 from dhp_jax.budgets.counted import (
     TINY,
     BudgetError,
     Scores,
+    check_asked,
     check_budget,
     check_share,
+    checked_scores,
     smallest_ratio,
     survivors_within,
 )
@@ -26,15 +28,15 @@ from dhp_jax.budgets.limits import Limits, check_limits, with_limits
 from dhp_jax.budgets.other_widths import advice, time_other_widths
 from dhp_jax.budgets.rounding import Multiples
 from dhp_jax.budgets.timing import check_batch, hardware
-from dhp_jax.core.cost import Cost
+from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import latents, latents_to_prune
 from dhp_jax.core.plain import Model
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import check_masks, prune
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.counts import measure_cost
-from dhp_jax.tracing.declared import analysis_of, prove_declared
-from dhp_jax.tracing.programs import Call, default_call
+from dhp_jax.tracing.declared import prove_declared
+from dhp_jax.tracing.programs import Call
 
 Selection = Callable[..., dict[str, np.ndarray]]  # takes what `survivors_within` does
 
@@ -212,8 +214,11 @@ def prune_to(
     if latency is not None:
         check_share("latency", latency)
         budget = {"flops": 1.0, **budget}
-    selection(by, budget)  # so that what it refuses is told before any work
     latents_to_prune(model)
+    check_asked(model, multiple_of, budget, (*MEASURES, "latency"))  # before any work, as all here
+    selection(by, budget)
+    if isinstance(by, Mapping):
+        checked_scores(model, by)
     table = architecture_of(model).axes
     if input_shape is None and table is not None:
         input_shape = table.inputs
@@ -224,9 +229,9 @@ def prune_to(
     try:
         check_budget(model, cost, multiple_of, **budget)
     except BudgetError:
-        check_axes(model, input_shape, call=call)  # a layer that cannot be pruned is told as that
+        proved_axes(model, input_shape, call)  # a layer that cannot be pruned is told as that
         raise
-    check_axes(model, input_shape, call=call)
+    analysis = proved_axes(model, input_shape, call)
     timed = None
     if latency is not None or batch is not None:
         timed = clock(model, input_shape, batch or 1, call)
@@ -234,8 +239,8 @@ def prune_to(
     chosen = choose(model, cost, multiple_of, by=by, latency=latency, timed=timed, **budget)
     if keep is not None:
         check_limits(model, chosen.masks)
-    if table is None:
-        prove_declared(model, chosen.masks, analysis_of(model, input_shape, call or default_call))
+    if analysis is not None:
+        prove_declared(model, chosen.masks, analysis)
     small = prune(model, chosen.masks)
     if timed is not None and latency is None and (time := timed(small)).ratio["low"] > 1:
         share = budget | {"flops": chosen.shares["flops"]}

@@ -1,5 +1,6 @@
 """Axes that meet in a forward pass must be one latent."""
 
+import itertools
 import re
 import warnings
 
@@ -121,6 +122,68 @@ def test_one_wrong_addition_among_many_latents_is_found_wherever_it_is():
         with pytest.raises(ValueError, match="axes that meet") as raised:
             dhp.check_axes(model, (4, 4, 3))
         assert re.findall(r"'(.*?)' \(5", str(raised.value)) == [f"layers.{n}.z_in" for n in wrong]
+
+
+def chained(number, calls):
+    """Convolutions one after the other, whose forward passes are noted."""
+
+    def make(rngs):
+        image, *zs = image_and(*[16] * number, rngs=rngs)
+
+        def forward(net, x):
+            calls.append(x)
+            for layer in net.layers:
+                x = layer(x)
+            return x
+
+        pairs = zip([image, *zs], [*zs, image], strict=True)
+        return Net(forward, layers=nnx.List([conv(a, b, rngs) for a, b in pairs]))
+
+    return filled(make)
+
+
+def test_right_axes_are_told_by_as_many_forward_passes_for_any_number_of_latents():
+    numbers = []
+    for latents in (2, 10):
+        calls = []
+        dhp.check_axes(chained(latents, calls), (4, 4, 3))
+        numbers.append(len(calls))
+    assert numbers[0] == numbers[1] <= 5
+
+
+def test_prune_to_traces_the_whole_network_for_its_axes_once():
+    numbers, calls = [], []
+    model = chained(3, calls)
+    keep = {name: np.arange(z.size) < z.size - z.prunable for name, z in dhp.latents(model).items()}
+    for use in (
+        lambda: dhp.measure_cost(model, (4, 4, 3)),
+        lambda: dhp.check_axes(model, (4, 4, 3)),
+        lambda: dhp.prune(model, keep, (4, 4, 3)),
+        lambda: dhp.prune_to(model, (4, 4, 3), flops=0.6),
+    ):
+        calls.clear()
+        use()
+        numbers.append(len(calls))
+    cost, axes, proof, all_of_it = numbers
+    assert all_of_it < cost + axes + proof
+
+
+def test_a_wrong_addition_of_small_latents_is_found_whatever_survivors_are_tried():
+    def make(rngs, wrong):
+        image, *zs = image_and(*[3] * 4, rngs=rngs)
+
+        def forward(net, x):
+            ys = [layer(x) for layer in net.layers]
+            return ys[wrong[0]] + ys[wrong[1]]
+
+        return Net(forward, layers=nnx.List([conv(image, z, rngs) for z in zs]))
+
+    for wrong in itertools.combinations(range(4), 2):
+        model = filled(lambda rngs, wrong=wrong: make(rngs, wrong))
+        with pytest.raises(ValueError, match=r"^model: .* which axes are one"):
+            dhp.check_axes(model, (4, 4, 3), call=lambda model, x: model(x))
+        with pytest.raises(ValueError, match="axes that meet are not the same latent"):
+            dhp.check_axes(model, (4, 4, 3))
 
 
 def test_right_axes_are_accepted():

@@ -256,6 +256,36 @@ def test_a_budget_of_something_else_is_refused(mixed, budget):
         check_budget(*mixed, **budget)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"flops": 2}, r"^flops: expected a share in \(0, 1\], got 2"),
+        ({"flops": 0.5, "latency": 0}, r"^latency: expected a share in \(0, 1\], got 0"),
+        (
+            {"flop": 0.5},
+            r"^budget: expected some of flops=, params=, activations=, latency=, got \['flop'\]; "
+            r"did you mean 'flops'\?",
+        ),
+        ({}, r"^budget: expected some of flops=, params=, activations=, latency=, got \[\]"),
+        ({"flops": 0.5, "multiple_of": 0}, r"^multiple_of: expected an integer of at least 1"),
+        ({"flops": 0.5, "by": {}}, r"^scores: expected those of latent "),
+        ({"flops": 0.5, "by": {"none": np.ones(3)}}, r"^scores: expected one of .*; got 'none'"),
+        ({"flops": 0.5, "batch": 4, "by": np.nan}, r"^scores\[.*finite numbers >= 0; got an array"),
+    ],
+)
+def test_what_can_be_told_to_be_wrong_is_refused_before_the_network_is_called(given, message):
+    class Untouched(Mixed):
+        def __call__(self, x):
+            raise AssertionError
+
+    model = filled(Untouched)
+    if given.get("by") is np.nan:
+        scores = {name: np.full(z.size, np.nan) for name, z in dhp.latents(model).items()}
+        given = {**given, "by": scores}
+    with pytest.raises(ValueError, match=message):
+        dhp.prune_to(model, MIXED_INPUT, **given)
+
+
 class CheapAndCostly(nnx.Module):
     """Eight costly channels of small magnitude beside 64 cheap ones of large magnitude."""
 
