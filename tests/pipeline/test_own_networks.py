@@ -346,6 +346,7 @@ WRONG = [
     ("own_networks:failing", {}, r"model.name: own_networks:failing: KeyError: 'no such layer'"),
     (PLAIN, {"szie": 8}, r"model.szie: unknown argument: expected one of .*did you mean 'size'"),
     (PLAIN, {"num_classes": 8}, r"model.num_classes: follows from config.data.name"),
+    (LATENT, {"embedding": 1}, r"model.embedding: expected none, for the latents of .*, got 1$"),
     (PLAIN, {"weights": "nowhere"}, r"model.weights: nowhere cannot be read"),
 ]
 
@@ -356,6 +357,16 @@ def test_a_network_that_is_none_is_refused_in_one_line(tmp_path, name, model, me
         prepare(config_of(name, model), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_latents_of_a_network_that_takes_no_floor_keep_what_a_run_asks_for(tmp_path):
+    for least, expected in ((6, 6), (1, 2), (9, 8)):
+        fields = {"search.min_channels": least, "target": 1.0}
+        run = prepare(config_of("own_networks:of_two_each", **fields), tmp_path / str(least))
+        trained = run.blueprint.ordinary()
+        for net in (run.blueprint.build(), run.blueprint.gated(trained)):
+            floors = {z.min_channels for z in dhp.latents(net).values() if z.prunable}
+            assert floors == {expected}
 
 
 @pytest.mark.parametrize(
