@@ -81,9 +81,18 @@ class Blueprint:
     def baseline(self) -> nnx.Module:
         """The network without latents, with the weights that its training begins with."""
         model = self.ordinary()
-        if self.weights is None and self.table is None:  # kernels were a hypernetwork's
-            reinitialize(model, rngs=nnx.Rngs(self.seed))
+        if self.weights is None:
+            self.refresh(model)
         return model
+
+    def refresh(self, model: nnx.Module) -> None:
+        """Gives a network without latents, pruned or not, its initial weights; in place.
+
+        Those that a hypernetwork made are drawn anew. Where latents were found by tracing, they are
+        what the user's own code has drawn.
+        """
+        if self.table is None:
+            reinitialize(model, rngs=nnx.Rngs(self.seed))
 
     @doing(BUILDING)
     def build(self) -> nnx.Module:

@@ -36,7 +36,6 @@ from dhp_jax.pipeline.header import tell_reach
 from dhp_jax.pipeline.preparation import Run, length_field, most_steps, schedule_of
 from dhp_jax.pipeline.smaller import RunStart
 from dhp_jax.pipeline.training_batches import renew
-from dhp_jax.pruned.fresh_weights import reinitialize
 from dhp_jax.pruned.gates import ungate
 from dhp_jax.report.format import in_words
 from dhp_jax.tasks import evaluate
@@ -162,7 +161,7 @@ def prune_to_budget(work: Work, made_from: str) -> str:
             begun = reading.read_description(run.workdir / "search")["notes"]
         notes["origin"] = begun.get("origin") or _origin(run, begun["made_from"])  # earlier code
     if method.fresh:
-        reinitialize(small, rngs=nnx.Rngs(run.config.seed))
+        run.blueprint.refresh(small)
     else:
         notes["test"] = _test(work, small, "right after pruning")
         given = run.blueprint.weights is not None

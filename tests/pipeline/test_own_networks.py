@@ -29,7 +29,7 @@ import dhp_jax as dhp
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.config.methods import METHODS
 from dhp_jax.models import registry
-from dhp_jax.pipeline import command, targets
+from dhp_jax.pipeline import command, phases, targets
 from dhp_jax.pipeline.blueprint import begin
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.flags import define
@@ -245,6 +245,26 @@ def test_a_network_whose_calls_leave_something_in_it_goes_the_way_of_others(tmp_
             carry_out(tmp_path / "run", SOWING, model, **often, **fields)
     carry_out(tmp_path / "run", SOWING, model, **fields)
     check_same_end(tmp_path / "run", tmp_path / "once")
+
+
+@pytest.mark.parametrize("name", [PLAIN, LATENT])
+def test_fresh_weights_are_those_that_a_baseline_begins_with(tmp_path, name):
+    run = prepare(config_of(name, method="uniform"), tmp_path / "run")
+    phases.prune_to_budget(phases.Work(run, lambda: False, run.setup.read), "")
+    small, whole = dhp.load(tmp_path / "run/pruned"), run.blueprint.baseline()
+    kept = description(tmp_path / "run/pruned")["survivors"]
+    if name == PLAIN:
+        np.testing.assert_array_equal(
+            small.stem.kernel[...], np.asarray(whole.stem.kernel[...])[..., kept["stem"]]
+        )
+        np.testing.assert_array_equal(
+            small.head.kernel[...], np.asarray(whole.head.kernel[...])[kept["hidden"]]
+        )
+    else:  # drawn anew, for the network that is left
+        for net in (small, whole):
+            kernel = np.asarray(net.second.kernel[...])
+            expected = np.sqrt(2 / np.prod(kernel.shape[:-1]))
+            assert np.std(kernel) == pytest.approx(expected, rel=0.15)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
