@@ -10,7 +10,15 @@ from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import variables_of
 from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.reads import open_axes
-from dhp_jax.tracing.weights import READ, Entries, entries_of, unread, weights_of
+from dhp_jax.tracing.weights import (
+    READ,
+    Entries,
+    check_scored,
+    entries_of,
+    scored_weights,
+    unread,
+    weights_of,
+)
 
 Shares = dict[str, dict[int, dict[str, float]]]
 
@@ -72,10 +80,14 @@ def gating(model: nnx.Module) -> Gating:
 
 
 def gated_places(model: nnx.Module) -> dict[tuple[str, int], tuple[Entries, np.ndarray]]:
-    """By array and axis the entries that gate it, each with how much its derivative counts."""
+    """By array and axis the entries that gate it, each with how much its derivative counts.
+
+    Raises:
+      ValueError: a network without latents; nothing gates the channels of a prunable latent.
+    """
     table = architecture_of(model).axes
     if table is None:
-        readers = (weights for weights in weights_of(model) if weights.role == READ)
+        readers = scored_weights(model, READ)
         return {(w.array, w.axis): (w.entries, np.ones(len(w.entries))) for w in readers}
     owners, gates = [latents(model)[name] for name in table.sizes], gating(model)
     places = {}
@@ -85,4 +97,5 @@ def gated_places(model: nnx.Module) -> dict[tuple[str, int], tuple[Entries, np.n
             counts = [shares.get(name, 0.0) for name in table.sizes]
             each = np.array([*counts, 0.0])[positions.owner]  # the last is of what stays
             places[array, k] = entries_of(owners, positions), each
+    check_scored(model, (entries for entries, _ in places.values()), READ)
     return places

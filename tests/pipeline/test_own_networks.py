@@ -28,12 +28,13 @@ from test_restoration_runs import SIZES, draw, tiny
 import dhp_jax as dhp
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.config.methods import METHODS
+from dhp_jax.errors import ArgumentError, ConfigError
 from dhp_jax.models import registry
 from dhp_jax.pipeline import command, phases, targets
 from dhp_jax.pipeline.blueprint import begin
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.flags import define
-from dhp_jax.pipeline.preparation import prepare
+from dhp_jax.pipeline.preparation import name_method, prepare
 from dhp_jax.predict import main as predict
 from dhp_jax.report.__main__ import main as report
 from dhp_jax.tasks import evaluate
@@ -296,6 +297,18 @@ def test_trained_weights_are_where_a_run_begins(tmp_path, kind):
         assert f"the weights in {path}" in (tmp_path / "run/report.html").read_text()
 
 
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.slow
+def test_what_a_search_from_given_weights_leaves_may_learn_from_the_network_that_has_them(tmp_path):
+    given = Sowing(num_classes=10, channels=1, rngs=nnx.Rngs(3))
+    dhp.save(tmp_path / "net", given)
+    fields = {"method": "dhp", "converge.distillation.weight": 0.5}
+    carry_out(tmp_path / "run", SOWING, {"weights": str(tmp_path / "net")}, **fields)
+    teacher = dhp.load(tmp_path / "run/teacher")
+    given.eval()
+    np.testing.assert_array_equal(computed(teacher), computed(given))
+
+
 @pytest.mark.parametrize(
     "method",
     ["dhp", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fade", "l1_norm", "baseline"))],
@@ -387,6 +400,33 @@ def test_latents_of_a_network_that_takes_no_floor_keep_what_a_run_asks_for(tmp_p
         for net in (run.blueprint.build(), run.blueprint.gated(trained)):
             floors = {z.min_channels for z in dhp.latents(net).values() if z.prunable}
             assert floors == {expected}
+
+
+@pytest.mark.parametrize("name", [PLAIN, LATENT])
+def test_a_network_that_a_criterion_cannot_rank_is_refused_before_any_work(tmp_path, name):
+    registry.add_own(name)
+    sizes = {"num_classes": 10, "channels": 1, **({"min_channels": 1} if name == LATENT else {})}
+    model = registry.build(name, **sizes, rngs=nnx.Rngs(3))
+    dhp.save(tmp_path / "net", dhp.prune(model))
+    config = config_of(name, {"weights": str(tmp_path / "net")}, method="norm_scale")
+    latent = "attention.query" if name == PLAIN else "z1"
+    message = (
+        "^config.method: norm_scale cannot prune this network: expected a normalisation that "
+        f"scales the channels of every prunable latent; '{re.escape(latent)}' has none$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        prepare(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_a_method_refuses_in_a_run_is_told_in_one_line():
+    with (
+        pytest.raises(
+            ConfigError, match=r"^config.method: fade cannot prune.*: expected 1, got 2$"
+        ),
+        name_method(config_of(method="fade")),
+    ):
+        raise ArgumentError("model", "1", 2)
 
 
 @pytest.mark.parametrize(
