@@ -56,10 +56,7 @@ def counted_limits(budget: Mapping[str, float | None], target: float) -> dict[st
 def smallest_ratio(model: nnx.Module, cost: Cost, multiple_of: Multiples = 1) -> dict[str, float]:
     """The smallest shares of FLOPs, params and activations that pruning can reach."""
     steps = multiples(model, multiple_of)
-    counts = {
-        name: z.size - max(removals(z, steps.get(name, 1)), default=0)
-        for name, z in latents(model).items()
-    }
+    counts = {name: fewest(z, steps.get(name, 1)) for name, z in latents(model).items()}
     return cost.shares(counts)
 
 
@@ -77,17 +74,28 @@ def check_budget(
         if target < smallest[name]:
             reachable = math.ceil(1e4 * smallest[name]) / 1e4
             rounded = f", up to a multiple of {multiple_of}" if multiple_of != 1 else ""
-            prunable = {key: z.size for key, z in latents(model).items() if z.prunable}
-            few = min(prunable, key=prunable.get, default=None)
-            such = "" if few is None else f", as {few!r} of {prunable[few]} entries,"
             raise BudgetError(
                 name,
                 f"at least {reachable:.4f}",
                 target,
                 f"{target!r} cannot be reached: the smallest possible share is {reachable:.4f}, "
-                f"with min_channels entries left in every prunable latent{rounded}; "
-                f"min_channels=1 of small latents{such} lets more go",
+                f"with min_channels entries left in every prunable latent{rounded}"
+                f"{_hint_of_floors(model, multiple_of)}",
             )
+
+
+def _hint_of_floors(model: nnx.Module, multiple_of: Multiples) -> str:
+    """That a smaller `min_channels` lets more go, where it does."""
+    steps = multiples(model, multiple_of)
+    held = {
+        name: z.size
+        for name, z in latents(model).items()
+        if z.prunable and fewest(z, steps[name]) > steps[name]
+    }
+    if not held:
+        return ""
+    few = min(held, key=held.get)
+    return f"; min_channels=1 of small latents, as {few!r} of {held[few]} entries, lets more go"
 
 
 def check_asked(
@@ -258,6 +266,11 @@ def removals(z: Latent, multiple_of: int) -> range:
     first = z.size % multiple_of or multiple_of
     last = z.size - max(z.min_channels, multiple_of) if z.prunable else 0
     return range(first, last + 1, multiple_of)
+
+
+def fewest(z: Latent, multiple_of: int) -> int:
+    """The smallest number of entries that a latent may keep."""
+    return z.size - max(removals(z, multiple_of), default=0)
 
 
 def widths_of(z: Latent, multiple_of: int) -> list[int]:

@@ -91,7 +91,7 @@ def taylor_scores(
     for batch in _each(batches):
         found = zip(places.values(), derivatives(state, batch), strict=True)
         pairs = [(entries, shares * np.asarray(x, np.float64)) for (entries, shares), x in found]
-        terms = sum_by_entry(model, pairs, "layers that read")
+        terms = sum_by_entry(model, pairs)
         totals.append({name: x**2 if squared else np.abs(x) for name, x in terms.items()})
     return _of_a_loss(
         {name: np.mean([terms[name] for terms in totals], axis=0) for name in totals[0]}

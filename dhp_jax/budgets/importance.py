@@ -15,14 +15,7 @@ from dhp_jax.budgets.counted import Scores, entry_shares
 from dhp_jax.core.cost import MEASURES, Cost
 from dhp_jax.core.latent import latents_to_prune
 from dhp_jax.errors import ArgumentError, check_at_least_zero, check_integer, in_row, shown
-from dhp_jax.tracing.weights import (
-    MADE,
-    READ,
-    SCALED,
-    sum_by_entry,
-    weights_in_role,
-    weights_of,
-)
+from dhp_jax.tracing.weights import ANY, MADE, SCALED, scored_weights, sum_by_entry
 
 
 def l1_scores(model: nnx.Module) -> Scores:
@@ -139,10 +132,9 @@ def group_scores(model: nnx.Module) -> Scores:
     Reference: Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023 (arXiv 2301.12900),
     section 3.3, here of a network that was trained without its sparsity term.
     """
-    pairs = [
-        (weights.entries, (np.abs(weights.rows()) ** 2).sum(1)) for weights in weights_of(model)
-    ]
-    sums = sum_by_entry(model, pairs, "layers whose axes")
+    found = scored_weights(model, ANY)
+    pairs = [(weights.entries, (np.abs(weights.rows()) ** 2).sum(1)) for weights in found]
+    sums = sum_by_entry(model, pairs)
     return _of_mean_one({name: np.sqrt(values) for name, values in sums.items()})
 
 
@@ -172,9 +164,9 @@ def scale_scores(model: nnx.Module) -> Scores:
     Reference: Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV
     2017 (arXiv 1708.06519), section 3.
     """
-    scaled = [weights for weights in weights_of(model) if weights.role == SCALED]
-    pairs = [(weights.entries, np.abs(weights.rows()).sum(1)) for weights in scaled]
-    return sum_by_entry(model, pairs, "normalisations whose axes")
+    found = scored_weights(model, SCALED)
+    pairs = [(weights.entries, np.abs(weights.rows()).sum(1)) for weights in found]
+    return sum_by_entry(model, pairs)
 
 
 def random_scores(model: nnx.Module, seed: int) -> Scores:
@@ -254,9 +246,9 @@ def _check_alike(scores: Scores, cost: Cost) -> None:
 
 def _summed(model: nnx.Module, number_of: Callable[[np.ndarray], np.ndarray]) -> Scores:
     """The numbers of filters, given as the rows of a matrix, summed over what an entry rules."""
-    makers = weights_in_role(model, MADE, READ)
+    makers = scored_weights(model, MADE)
     pairs = ((weights.entries, number_of(weights.rows())) for weights in makers)
-    return sum_by_entry(model, pairs, "layers whose outputs")
+    return sum_by_entry(model, pairs)
 
 
 def _of_mean_one(scores: Scores) -> Scores:

@@ -42,16 +42,16 @@ def with_limits(model: Model, keep: Limits) -> Model:
     return model
 
 
-def keep_share(model: nnx.Module, share: float) -> nnx.Module:
-    """Has every latent keep at least a share of its entries, in [0, 1]; in place.
+def keep_share(model: nnx.Module, share: float, entries: int = 1) -> nnx.Module:
+    """Has every latent keep at least a share of its entries, in [0, 1], and so many; in place.
 
-    `min_channels` of a latent becomes `share` times its size, rounded up, where that is larger. The
-    model may be abstract; it is returned.
+    `min_channels` of a latent becomes `share` times its size, rounded up, or `entries`, where that
+    is larger. The model may be abstract; it is returned.
     """
     if share != 0:
         check_share("share", share)
     for z in latents(model).values():
-        least = math.ceil(share * z.size - ROUNDING)
+        least = max(math.ceil(share * z.size - ROUNDING), min(entries, z.size))
         z.vector.set_metadata(min_channels=max(z.min_channels, least))
     return model
 

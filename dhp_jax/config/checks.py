@@ -53,12 +53,23 @@ def _clashes(config: ConfigDict) -> Iterator[tuple[str, str, Any]]:
         if warmup and warmup >= epochs:
             yield f"{phase}.warmup", f"less than {phase}.epochs={epochs}", warmup
     weight = config.converge.distillation.weight
-    if weight and method.source != "baseline":
-        expected = f"0, {of_method} starts from no trained network"
-        yield "converge.distillation.weight", expected, weight
+    if weight and (untaught := _why_untaught(config)):
+        yield "converge.distillation.weight", f"0, {of_method} {untaught}", weight
     if config.per_flop and not method.ranks:
         expected = f"0, {of_method} ranks no channels by their importance"
         yield "per_flop", expected, config.per_flop
+
+
+def _why_untaught(config: ConfigDict) -> str:
+    """Why no network is there that the pruned one could learn from; empty if one is."""
+    method = METHODS[config.method]
+    if not method.prunes:
+        return "leaves no pruned network"
+    if method.fresh:
+        return "starts from fresh weights"
+    if method.source is None and config.model.get("weights") is None:
+        return "starts from no trained network without config.model.weights"
+    return ""
 
 
 def _check_filled_in(group: str, config: ConfigDict) -> None:
@@ -96,10 +107,11 @@ def _check_source(config: ConfigDict) -> None:
     if needed == "baseline" and weights is not None:
         return
     if needed is not None and config.source is None:
+        weights = ", or config.model.weights in its place" if needed == "baseline" else ""
         raise ConfigError(
             "config.source",
             detail="expected the directory of a finished run with config.method="
-            f"{' or '.join(method.sources)}, for config.method={config.method}; got None",
+            f"{' or '.join(method.sources)}{weights}, for config.method={config.method}; got None",
         )
     if needed is None and config.source is not None:
         raise ConfigError(
@@ -159,7 +171,7 @@ def check_overrides(config: ConfigDict, overrides: Mapping[str, str | None]) -> 
         if text is None:
             raise ConfigError(name, detail=f"expected --{name}=<value>; got none")
         if isinstance(value, ConfigDict) and not _is_dict(text):  # a group, and not a field
-            first = "name" if "name" in value else sorted(value)[0]
+            first = next((n for n in ("name", "weight") if n in value), sorted(value)[0])
             raise ConfigError(
                 name,
                 detail=f"expected a field of it, such as --{name}.{first}=<value>; "

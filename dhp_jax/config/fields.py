@@ -198,7 +198,7 @@ FIELDS: Fields = {
             "weight": Field(
                 0.0,
                 number(0, 1),
-                "share of the loss that compares with the unpruned network of the source",
+                "share of the loss that compares with the trained network that the run starts from",
                 absent=0.0,
             ),
             "temperature": Field(

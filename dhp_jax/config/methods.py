@@ -28,7 +28,10 @@ from dhp_jax.budgets.rounding import Multiples, multiples
 from dhp_jax.budgets.selection import Selection, default_scores
 from dhp_jax.budgets.uniform import uniform_within
 from dhp_jax.core.cost import Cost
+from dhp_jax.core.latent import latents_to_prune
 from dhp_jax.core.survivors import survivors
+from dhp_jax.tracing.gating import gated_places
+from dhp_jax.tracing.weights import ANY, MADE, SCALED, scored_weights
 
 PHASES = ("search", "converge", "baseline")  # the position selects the random stream of each
 
@@ -101,6 +104,8 @@ class Method:
       source: the method of the finished run that it starts from, if it needs one.
       fades: whether its search is that of `dhp.fade_to_budget`, from the weights of its source.
       ranks: whether it ranks channels by their importance.
+      check: raises a `ValueError` for a network of latents that it cannot rank, whatever its
+        weights.
       fresh: whether its network starts from fresh weights, those of a baseline's layers.
       network: folder of the one of its networks that other runs start from.
     """
@@ -112,6 +117,7 @@ class Method:
     source: str | None = None
     fades: bool = False
     ranks: bool = False
+    check: Callable[[nnx.Module], object] = latents_to_prune
     fresh: bool = False
     network: str = "pruned"
 
@@ -168,7 +174,10 @@ def _not_faded(
 
 
 def _by_importance(
-    title: str, what: str, scores_of: Callable[[nnx.Module, Start], Scores]
+    title: str,
+    what: str,
+    scores_of: Callable[[nnx.Module, Start], Scores],
+    check: Callable[[nnx.Module], object] = gated_places,
 ) -> Method:
     """A method that cuts the least important channels of a trained network."""
 
@@ -176,11 +185,15 @@ def _by_importance(
         model = start.trained()
         return start.within(model, start.per_flop(scores_of(model, start)))
 
-    return Method(title, f"Pruned by {what} to {{left}}", smaller, source="baseline", ranks=True)
+    lead = f"Pruned by {what} to {{left}}"
+    return Method(title, lead, smaller, source="baseline", ranks=True, check=check)
 
 
-def _by_weights(title: str, what: str, scores_of: Callable[[nnx.Module], Scores]) -> Method:
-    return _by_importance(title, what, lambda model, _: scores_of(model))
+def _by_weights(
+    title: str, what: str, scores_of: Callable[[nnx.Module], Scores], role: str = MADE
+) -> Method:
+    check = partial(scored_weights, role=role)
+    return _by_importance(title, what, lambda model, _: scores_of(model), check)
 
 
 def _taylor(model: nnx.Module, start: Start, *, squared: bool) -> Scores:
@@ -227,8 +240,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         ),
         "l1_norm": _by_weights("\u21131 norm of filters", "the \u21131 norm of filters", l1_scores),
         "l2_norm": _by_weights("\u21132 norm of filters", "the \u21132 norm of filters", l2_scores),
-        "group_norm": _by_weights("group norm", "the norm of whole groups", group_scores),
-        "norm_scale": _by_weights("BatchNorm scale", "the scales of BatchNorm", scale_scores),
+        "group_norm": _by_weights("group norm", "the norm of whole groups", group_scores, ANY),
+        "norm_scale": _by_weights(
+            "BatchNorm scale", "the scales of BatchNorm", scale_scores, SCALED
+        ),
         "fpgm": _by_weights("FPGM", "distance to the geometric median", fpgm_scores),
         "taylor": _by_importance(
             "squared Taylor terms", "squared Taylor terms", partial(_taylor, squared=True)

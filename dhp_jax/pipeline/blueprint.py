@@ -43,7 +43,8 @@ class Blueprint:
       name: of its family, or of a function of the user's own.
       arguments: of `dhp.models.build`.
       seed: of its initial weights.
-      least: entries that every latent keeps at least, where they are found by tracing.
+      least: entries that every latent keeps at least, where they are found by tracing, or made
+        by a function that takes no `min_channels`.
       share: of its entries, that every latent keeps at least.
       weights: that it starts from; `None` for fresh ones.
       table: of the latents that were found by tracing; `None` where it is made of latents.
@@ -80,9 +81,18 @@ class Blueprint:
     def baseline(self) -> nnx.Module:
         """The network without latents, with the weights that its training begins with."""
         model = self.ordinary()
-        if self.weights is None and self.table is None:  # kernels were a hypernetwork's
-            reinitialize(model, rngs=nnx.Rngs(self.seed))
+        if self.weights is None:
+            self.refresh(model)
         return model
+
+    def refresh(self, model: nnx.Module) -> None:
+        """Gives a network without latents, pruned or not, its initial weights; in place.
+
+        Those that a hypernetwork made are drawn anew. Where latents were found by tracing, they are
+        what the user's own code has drawn.
+        """
+        if self.table is None:
+            reinitialize(model, rngs=nnx.Rngs(self.seed))
 
     @doing(BUILDING)
     def build(self) -> nnx.Module:
@@ -92,7 +102,7 @@ class Blueprint:
         model = self.made()
         if self.weights is not None:
             take_arrays(self.ordinary(), model)
-        return keep_share(model, self.share)
+        return self.with_floors(model)
 
     @doing(BUILDING)
     def of_trained(self, trained: nnx.Module) -> nnx.Module:
@@ -108,13 +118,18 @@ class Blueprint:
                 min_channels=self.least,
                 rngs=nnx.Rngs(self.seed),
             )
-        return keep_share(model, self.share)
+        return self.with_floors(model)
 
     @doing(BUILDING)
     def gated(self, trained: nnx.Module) -> nnx.Module:
         """The network of latents that are gates, with the weights of an ordinary one."""
         whole = self.of_trained if self.table is not None else self._with_arrays_of
-        return keep_share(with_gates(whole(trained), rngs=nnx.Rngs(self.seed)), self.share)
+        return self.with_floors(with_gates(whole(trained), rngs=nnx.Rngs(self.seed)))
+
+    def with_floors(self, model: nnx.Module) -> nnx.Module:
+        """Has the latents of a network, abstract or not, keep what they must; in place."""
+        untold = self.table is None and "min_channels" not in self.arguments
+        return keep_share(model, self.share, self.least if untold else 1)
 
     def _with_arrays_of(self, trained: nnx.Module) -> nnx.Module:
         """The ordinary network with the arrays of one that may be of another dtype."""
@@ -179,9 +194,13 @@ def complete(config: ConfigDict, begun: Blueprint, setup: TaskSetup) -> Blueprin
     made = replace(begun, arguments=arguments)
     with _named(config):
         _check_outputs(made.made(), setup)
+        options = {key: value for key, value in given.items() if key not in own}
         if latents(made.made()):
+            for key, value in options.items():
+                expected = f"none, for the latents of {name} are its own and it takes no {key}"
+                raise ArgumentError(key, expected, shown(value))
             return made
-        options = LATENTS | {key: value for key, value in given.items() if key not in own}
+        options = LATENTS | options
         rngs = nnx.Rngs(config.seed)
         net = traced(
             made.ordinary(), setup.input_shape, min_channels=made.least, rngs=rngs, **options
@@ -208,7 +227,7 @@ def abstract(config: ConfigDict, made: Blueprint) -> nnx.Module:
     with _named(config):
         if made.table is not None:
             return made.build()
-        return keep_share(registry.build_abstract(made.name, **made.arguments), made.share)
+        return made.with_floors(registry.build_abstract(made.name, **made.arguments))
 
 
 @contextlib.contextmanager

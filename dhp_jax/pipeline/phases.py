@@ -33,10 +33,15 @@ from dhp_jax.distributed.processes import folder_from_first, from_first, is_firs
 from dhp_jax.errors import NonFiniteError
 from dhp_jax.pipeline import networks
 from dhp_jax.pipeline.header import tell_reach
-from dhp_jax.pipeline.preparation import Run, length_field, most_steps, schedule_of
+from dhp_jax.pipeline.preparation import (
+    Run,
+    length_field,
+    most_steps,
+    name_method,
+    schedule_of,
+)
 from dhp_jax.pipeline.smaller import RunStart
 from dhp_jax.pipeline.training_batches import renew
-from dhp_jax.pruned.fresh_weights import reinitialize
 from dhp_jax.pruned.gates import ungate
 from dhp_jax.report.format import in_words
 from dhp_jax.tasks import evaluate
@@ -108,7 +113,8 @@ def search(work: Work, source: str = "") -> str:
         limits={name: share + margin for name, share in asked.items()},
         history=lambda model: latent_history(model, threshold),
     )
-    model = run.blueprint.gated(_trained(run)) if fades else run.blueprint.build()
+    with name_method(run.config):
+        model = run.blueprint.gated(_trained(run)) if fades else run.blueprint.build()
     noted: dict[str, Any] = {"made_from": source} if source else {}
     if source_run.needs_source(run.config):  # which may change or go once the search has ended
         noted["origin"] = from_first(lambda: _origin(run, source))
@@ -151,7 +157,7 @@ def prune_to_budget(work: Work, made_from: str) -> str:
     found = networks.find(run, "pruned")
     if found and found["notes"]["made_from"] == made_from:
         return found["sha256"]
-    with doing("choosing the channels that stay"):
+    with doing("choosing the channels that stay"), name_method(run.config):
         small, budget, exact = method.smaller(RunStart(run, work.read))
     if method.searches:
         _check_weights(small)
@@ -162,7 +168,7 @@ def prune_to_budget(work: Work, made_from: str) -> str:
             begun = reading.read_description(run.workdir / "search")["notes"]
         notes["origin"] = begun.get("origin") or _origin(run, begun["made_from"])  # earlier code
     if method.fresh:
-        reinitialize(small, rngs=nnx.Rngs(run.config.seed))
+        run.blueprint.refresh(small)
     else:
         notes["test"] = _test(work, small, "right after pruning")
         given = run.blueprint.weights is not None

@@ -22,7 +22,7 @@ from dhp_jax.config.methods import METHODS, PHASES, Method
 from dhp_jax.core.cost import Cost
 from dhp_jax.distributed.mesh import DATA, check_divisible, make_mesh
 from dhp_jax.distributed.processes import from_first, is_first
-from dhp_jax.errors import ConfigError, FieldError
+from dhp_jax.errors import ArgumentError, ConfigError, FieldError
 from dhp_jax.pipeline.blueprint import Blueprint, abstract, begin, complete
 from dhp_jax.pipeline.setup import TaskSetup, set_up
 from dhp_jax.tracing.counts import measure_cost
@@ -113,12 +113,11 @@ def prepare(
     try:
         check_budget(model, cost, config.multiple_of, **counted_budgets(config))
     except FieldError as error:
-        if error.field == "flops" and config.target <= (config.budget.flops or 1):
-            raise ConfigError("config.target", error.expected, error.got, str(error)) from error
-        field = error.field if error.field == "multiple_of" else f"budget.{error.field}"
-        raise ConfigError.of(f"config.{field}", error) from error
+        raise _of_budget(config, error) from error
     with doing("checking which channels go together"):
         check_axes(model, asked.input_shape)
+    with name_method(config):
+        method.check(model)
     try:
         asked.task.check(model)
     except FieldError as error:
@@ -140,6 +139,17 @@ def prepare(
 def counted_budgets(config: ConfigDict) -> dict[str, float]:
     """The budgets that are counted, as shares by name; of the FLOPs the smallest one."""
     return counted_limits(config.budget, config.target)
+
+
+def _of_budget(config: ConfigDict, error: FieldError) -> ConfigError:
+    """What an error of `check_budget` says, of the fields that it is about."""
+    floors = "config.search.min_channels=1"
+    floors += " and config.search.keep=0" * bool(config.search.keep)
+    told = error.detail.replace("min_channels=1", floors)
+    if error.field == "flops" and config.target <= (config.budget.flops or 1):
+        return ConfigError("config.target", error.expected, error.got, f"flops: {told}")
+    field = error.field if error.field == "multiple_of" else f"budget.{error.field}"
+    return ConfigError(f"config.{field}", error.expected, error.got, told)
 
 
 def most_steps(run: Run, phase: str) -> int:
@@ -243,6 +253,16 @@ def _set_up(config: ConfigDict, streamed: bool | None) -> TaskSetup:
                 config[phase].epochs,
             )
     return found
+
+
+@contextlib.contextmanager
+def name_method(config: ConfigDict) -> Iterator[None]:
+    """A network in the block that the method cannot prune is told as an error of that field."""
+    try:
+        yield
+    except ArgumentError as error:
+        detail = f"{config.method} cannot prune this network: {error.detail}"
+        raise ConfigError("config.method", detail=detail) from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from dhp_jax.artifact import reading
 from dhp_jax.budgets.counted import BudgetError, Scores
 from dhp_jax.budgets.importance import per_cost
 from dhp_jax.budgets.latency import clock
-from dhp_jax.budgets.limits import keep_share
 from dhp_jax.budgets.selection import Selection, choose
 from dhp_jax.config.methods import Smaller
 from dhp_jax.core.latent import latents
@@ -47,7 +46,7 @@ class RunStart:
 
     def searched(self) -> nnx.Module:
         model = reading.load(self.run.workdir / "search")
-        return keep_share(model, self.run.config.search.keep)
+        return self.run.blueprint.with_floors(model)
 
     def trained(self) -> nnx.Module:
         blueprint = self.run.blueprint

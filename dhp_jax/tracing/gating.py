@@ -16,7 +16,15 @@ from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.origins import Places
 from dhp_jax.tracing.reads import all_reads, by_array
 from dhp_jax.tracing.table import LatentTable
-from dhp_jax.tracing.weights import READ, Entries, entries_of, unread, weights_of
+from dhp_jax.tracing.weights import (
+    READ,
+    Entries,
+    check_scored,
+    entries_of,
+    scored_weights,
+    unread,
+    weights_of,
+)
 
 Shares = dict[str, dict[int, dict[str, float]]]
 CLOSED = "zero where their arrays are, and in proportion to these"  # what channels with gates are
@@ -147,11 +155,12 @@ def gated_places(model: nnx.Module) -> dict[tuple[str, int], tuple[Entries, np.n
     """By array and axis the entries that gate it, each with how much its derivative counts.
 
     Raises:
-      ValueError: gates do not close the channels of a prunable latent, or as `gating`.
+      ValueError: a network without latents; gates do not close the channels of a prunable latent,
+        or as `gating`.
     """
     table = architecture_of(model).axes
     if table is None:
-        readers = (weights for weights in weights_of(model) if weights.role == READ)
+        readers = scored_weights(model, READ)
         return {(w.array, w.axis): (w.entries, np.ones(len(w.entries))) for w in readers}
     owners, gates = [latents(model)[name] for name in table.sizes], gating(model)
     for name in gates.unknown:
@@ -165,4 +174,5 @@ def gated_places(model: nnx.Module) -> dict[tuple[str, int], tuple[Entries, np.n
             counts = [shares.get(name, 0.0) for name in table.sizes]
             each = np.array([*counts, 0.0])[positions.owner]  # the last is of what stays
             places[array, k] = entries_of(owners, positions), each
+    check_scored(model, (entries for entries, _ in places.values()), READ)
     return places

@@ -15,7 +15,7 @@ from dhp_jax.core.latent import TRACED, Latent
 from dhp_jax.core.latent import latents as find_latents
 from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.core.state import path_name, variables_of
-from dhp_jax.errors import check_integer
+from dhp_jax.errors import ArgumentError, check_integer
 from dhp_jax.tracing.analysis import Analysis, set_mode
 from dhp_jax.tracing.discovery import Discovery, discover, keep_one_factor
 from dhp_jax.tracing.explain import notes_of
@@ -126,7 +126,8 @@ def gated(net: nnx.Module, gates: Gating, rngs: nnx.Rngs) -> nnx.Module:
     if not set(names) <= set(architecture_of(net).axes.notes["generated"]):
         fit = _that_fit(plain, table, table.analysis(plain), names)
         for name in sorted(set(names) - set(fit)):
-            raise ValueError(f"model: the code reads {name!r} in a way that allows no gates")
+            detail = f"the code reads {name!r} in a way that allows no gates"
+            raise ArgumentError("model", detail=detail)
     found = find_latents(net)
     least = {name: z.size if name in gates.stay else z.min_channels for name, z in found.items()}
     return install(nnx.clone(plain), table, names, min_channels=least, rngs=rngs)

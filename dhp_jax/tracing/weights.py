@@ -12,6 +12,7 @@ from dhp_jax.core.latent import Latent, latents, latents_to_prune, walk
 from dhp_jax.core.layers import Hyper, Linear, Norm
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import path_name, value_of, variables_of
+from dhp_jax.errors import ArgumentError
 from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.placed import Positions
@@ -20,6 +21,13 @@ from dhp_jax.tracing.table import LatentTable
 
 NORMS = nnx.BatchNorm | nnx.GroupNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.Dict  # of flax.linen
 MADE, READ, SCALED = "made", "read", "scaled"  # what an array does with channels
+ANY = "any"
+NEEDED = {  # by scores of such weights
+    MADE: "a layer that makes",
+    READ: "a layer that reads",
+    SCALED: "a normalisation that scales",
+    ANY: "a layer with weights for",
+}
 Entries = list[tuple[Latent, int] | None]
 
 
@@ -154,27 +162,41 @@ def unread(table: LatentTable, analysis: Analysis) -> set[str]:
     return found
 
 
+def scored_weights(model: nnx.Module, role: str) -> list[Weights]:
+    """The weights that make the scores of a role, or of `ANY`; no array is looked at.
+
+    Raises:
+      ValueError: a network without latents; a prunable latent without such weights.
+    """
+    if role == MADE:
+        found = weights_in_role(model, MADE, READ)
+    else:
+        found = [weights for weights in weights_of(model) if role in (ANY, weights.role)]
+    check_scored(model, (weights.entries for weights in found), role)
+    return found
+
+
+def check_scored(model: nnx.Module, axes: Iterable[Entries], role: str) -> None:
+    """Raises unless every prunable latent is on one of some axes, of weights in a role."""
+    ruled = {entry[0] for entries in axes for entry in entries if entry}
+    for name, z in latents(model).items():
+        if z.prunable and z not in ruled:
+            expected = f"{NEEDED[role]} the channels of every prunable latent"
+            raise ArgumentError("model", detail=f"expected {expected}; {name!r} has none")
+
+
 def sum_by_entry(
-    model: nnx.Module, pairs: Iterable[tuple[Entries, np.ndarray]], what: str
+    model: nnx.Module, pairs: Iterable[tuple[Entries, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """Sums the numbers of channels over all that are one entry of a prunable latent.
 
     Args:
       model: a network of latents.
       pairs: entries of the positions of axes, each with a number for each position.
-      what: has prunable latents, for the error if one is in no pair.
     """
     sums = {z: np.zeros(z.size) for z in latents_to_prune(model).values()}
-    ruled = set()
     for entries, numbers in pairs:
         for number, entry in zip(numbers, entries, strict=True):
             if entry is not None:
                 sums[entry[0]][entry[1]] += number
-                ruled.add(entry[0])
-    prunable = {name: z for name, z in latents(model).items() if z.prunable}
-    for name, z in prunable.items():
-        if z not in ruled:
-            raise ValueError(
-                f"model: expected {what} prunable latents are; {name!r} is that of none"
-            )
-    return {name: sums[z] for name, z in prunable.items()}
+    return {name: sums[z] for name, z in latents(model).items() if z.prunable}

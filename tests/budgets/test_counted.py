@@ -230,6 +230,20 @@ def test_the_smallest_share_can_be_reached_and_is_told_when_less_is_asked_for(mi
             dhp.prune_to(model, MIXED_INPUT, **{name: 0.01})
 
 
+def test_smaller_floors_are_named_only_where_they_let_more_go(mixed):
+    model, cost = mixed
+    sizes = {name: z.size for name, z in dhp.latents(model).items() if z.prunable}
+    few = min(sizes, key=sizes.get)
+    size = sizes[few]
+    with pytest.raises(dhp.BudgetError) as caught:
+        survivors_within(model, cost, flops=0.01)
+    hint = f"; min_channels=1 of small latents, as {few!r} of {size} entries, lets more go"
+    assert str(caught.value).endswith(hint)
+    with pytest.raises(dhp.BudgetError) as caught:
+        survivors_within(model, cost, 2, flops=0.01)
+    assert str(caught.value).endswith("left in every prunable latent, up to a multiple of 2")
+
+
 @pytest.mark.parametrize("choose", [survivors_within, dhp.uniform_within])
 def test_the_cost_of_another_network_is_refused(mixed, choose):
     model, _ = mixed

@@ -204,7 +204,7 @@ class Loose(nnx.Module):
 
 
 def test_a_latent_without_filters_is_refused():
-    with pytest.raises(ValueError, match=r"^model: expected layers whose outputs .* 'z' is"):
+    with pytest.raises(ValueError, match=r"^model: expected a layer that makes .*; 'z' has none$"):
         dhp.l1_scores(filled(Loose))
 
 

@@ -274,7 +274,7 @@ def test_a_latent_that_no_norms_rank_asks_for_scores():
     model.z.vector.set_value(jnp.linspace(1, 0.1, 6))
     assert selection.default_scores(model) is None
     model.z.vector.set_value(jnp.ones(6))
-    with pytest.raises(ValueError, match=r"^by: expected scores by latent, .* 'z' is that of"):
+    with pytest.raises(ValueError, match=r"^by: expected scores by latent, .* 'z' has none$"):
         selection.default_scores(model)
 
 

@@ -204,9 +204,16 @@ def test_only_what_starts_from_a_trained_network_learns_from_it():
     config.converge.distillation.weight = 0.5
     assert refusal(config) == (
         "config.converge.distillation.weight: expected 0, for config.method=dhp starts from no "
-        "trained network; got 0.5"
+        "trained network without config.model.weights; got 0.5"
     )
+    for method, why in (("baseline", "leaves no pruned network"), ("uniform", "starts from fresh")):
+        config.method = method
+        assert f"expected 0, for config.method={method} {why}" in refusal(config)
     config.method, config.source = "fade", "runs/baseline"
+    check(config)
+    with config.unlocked():
+        config.model.weights = "net.safetensors"
+    config.method, config.source = "dhp", None
     check(config)
 
 
@@ -764,6 +771,12 @@ def test_a_wrong_override_of_a_field_of_a_task_is_refused(task, name, text, mess
             "adamw",
             "config.optimizer: expected a field of it, such as --config.optimizer.name=<value>; "
             "got 'adamw'",
+        ),
+        (
+            "config.converge.distillation",
+            "0.9",
+            "config.converge.distillation: expected a field of it, such as "
+            "--config.converge.distillation.weight=<value>; got '0.9'",
         ),
         ("config.model.depth", "x", "config.model.depth: expected an integer; got 'x'"),
         ("config.model.width", "x", "config.model.width: expected a number; got 'x'"),

@@ -28,12 +28,13 @@ from test_restoration_runs import SIZES, draw, tiny
 import dhp_jax as dhp
 from dhp_jax.artifact.description import ArtifactError
 from dhp_jax.config.methods import METHODS
+from dhp_jax.errors import ArgumentError, ConfigError
 from dhp_jax.models import registry
-from dhp_jax.pipeline import command, targets
+from dhp_jax.pipeline import command, phases, targets
 from dhp_jax.pipeline.blueprint import begin
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.flags import define
-from dhp_jax.pipeline.preparation import prepare
+from dhp_jax.pipeline.preparation import name_method, prepare
 from dhp_jax.predict import main as predict
 from dhp_jax.report.__main__ import main as report
 from dhp_jax.tasks import evaluate
@@ -247,6 +248,26 @@ def test_a_network_whose_calls_leave_something_in_it_goes_the_way_of_others(tmp_
     check_same_end(tmp_path / "run", tmp_path / "once")
 
 
+@pytest.mark.parametrize("name", [PLAIN, LATENT])
+def test_fresh_weights_are_those_that_a_baseline_begins_with(tmp_path, name):
+    run = prepare(config_of(name, method="uniform"), tmp_path / "run")
+    phases.prune_to_budget(phases.Work(run, lambda: False, run.setup.read), "")
+    small, whole = dhp.load(tmp_path / "run/pruned"), run.blueprint.baseline()
+    kept = description(tmp_path / "run/pruned")["survivors"]
+    if name == PLAIN:
+        np.testing.assert_array_equal(
+            small.stem.kernel[...], np.asarray(whole.stem.kernel[...])[..., kept["stem"]]
+        )
+        np.testing.assert_array_equal(
+            small.head.kernel[...], np.asarray(whole.head.kernel[...])[kept["hidden"]]
+        )
+    else:  # drawn anew, for the network that is left
+        for net in (small, whole):
+            kernel = np.asarray(net.second.kernel[...])
+            expected = np.sqrt(2 / np.prod(kernel.shape[:-1]))
+            assert np.std(kernel) == pytest.approx(expected, rel=0.15)
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_trained_weights_are_where_a_run_begins(tmp_path, kind):
     model = build(rngs=nnx.Rngs(3))
@@ -274,6 +295,18 @@ def test_trained_weights_are_where_a_run_begins(tmp_path, kind):
         assert "test error, given" in summary_text(summary)
         assert "given weights" in (tmp_path / "run/report.html").read_text()
         assert f"the weights in {path}" in (tmp_path / "run/report.html").read_text()
+
+
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.slow
+def test_what_a_search_from_given_weights_leaves_may_learn_from_the_network_that_has_them(tmp_path):
+    given = Sowing(num_classes=10, channels=1, rngs=nnx.Rngs(3))
+    dhp.save(tmp_path / "net", given)
+    fields = {"method": "dhp", "converge.distillation.weight": 0.5}
+    carry_out(tmp_path / "run", SOWING, {"weights": str(tmp_path / "net")}, **fields)
+    teacher = dhp.load(tmp_path / "run/teacher")
+    given.eval()
+    np.testing.assert_array_equal(computed(teacher), computed(given))
 
 
 @pytest.mark.parametrize(
@@ -351,6 +384,7 @@ WRONG = [
         r"model.size: expected null, true, false, a number of at most 1048576",
     ),
     (PLAIN, {"num_classes": 8}, r"model.num_classes: follows from config.data.name"),
+    (LATENT, {"embedding": 1}, r"model.embedding: expected none, for the latents of .*, got 1$"),
     (PLAIN, {"weights": "nowhere"}, r"model.weights: nowhere cannot be read"),
 ]
 
@@ -361,6 +395,43 @@ def test_a_network_that_is_none_is_refused_in_one_line(tmp_path, name, model, me
         prepare(config_of(name, model), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_latents_of_a_network_that_takes_no_floor_keep_what_a_run_asks_for(tmp_path):
+    for least, expected in ((6, 6), (1, 2), (9, 8)):
+        fields = {"search.min_channels": least, "target": 1.0}
+        run = prepare(config_of("own_networks:of_two_each", **fields), tmp_path / str(least))
+        trained = run.blueprint.ordinary()
+        for net in (run.blueprint.build(), run.blueprint.gated(trained)):
+            floors = {z.min_channels for z in dhp.latents(net).values() if z.prunable}
+            assert floors == {expected}
+
+
+@pytest.mark.parametrize("name", [PLAIN, LATENT])
+def test_a_network_that_a_criterion_cannot_rank_is_refused_before_any_work(tmp_path, name):
+    registry.add_own(name)
+    sizes = {"num_classes": 10, "channels": 1, **({"min_channels": 1} if name == LATENT else {})}
+    model = registry.build(name, **sizes, rngs=nnx.Rngs(3))
+    dhp.save(tmp_path / "net", dhp.prune(model))
+    config = config_of(name, {"weights": str(tmp_path / "net")}, method="norm_scale")
+    latent = "attention.query" if name == PLAIN else "z1"
+    message = (
+        "^config.method: norm_scale cannot prune this network: expected a normalisation that "
+        f"scales the channels of every prunable latent; '{re.escape(latent)}' has none$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        prepare(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_a_method_refuses_in_a_run_is_told_in_one_line():
+    with (
+        pytest.raises(
+            ConfigError, match=r"^config.method: fade cannot prune.*: expected 1, got 2$"
+        ),
+        name_method(config_of(method="fade")),
+    ):
+        raise ArgumentError("model", "1", 2)
 
 
 @pytest.mark.parametrize(

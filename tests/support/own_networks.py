@@ -53,6 +53,10 @@ class OnLatents(nnx.Module):
         return self.head(nnx.relu(self.second(nnx.relu(self.first(x)))).mean((1, 2)))
 
 
+def of_two_each(num_classes, channels, rngs):
+    return OnLatents(num_classes=num_classes, channels=channels, min_channels=2, rngs=rngs)
+
+
 class InLinen(linen.Module):
     """The same kind of network in flax.linen."""
 
