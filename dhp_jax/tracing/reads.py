@@ -20,7 +20,9 @@ from dhp_jax.tracing.programs import (
 from dhp_jax.tracing.rules import ELEMENTWISE, reshaped_together
 
 Origins = frozenset[tuple[int, int, bool]]  # array, axis, whether zero where the array is
+Parts = frozenset[tuple[int, bool]]  # array, whether it got axes to be repeated along
 NONE: Origins = frozenset()
+NO_PARTS: Parts = frozenset()
 SAME = ("rev", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "fft", "copy")
 PARTS = ("slice", "dynamic_slice", "pad", "split", "tile", "concatenate", "dynamic_update_slice")
 FILLED = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "expand_dims", "copy")
@@ -44,11 +46,13 @@ class _Value(NamedTuple):
         which of their entries it has, as the kernels of an expert; else `INPUT`.
       axes: for each axis the axes of arrays that it comes from.
       number: what all of its entries are, if that is known.
+      parts: of what does not follow from the input, but by choice, the arrays that it is made of.
     """
 
     alone: int
     axes: tuple[Origins, ...]
     number: Any = None
+    parts: Parts = NO_PARTS
 
 
 class Reads(NamedTuple):
@@ -61,12 +65,16 @@ class Reads(NamedTuple):
         and keys.
       never: that no zeros close, as of queries of which the exponential is taken.
       products: of what makes both of two things that are multiplied, where zeros in either close.
+      operands: by array of which what is contracted or convolved is made, or the input chooses,
+        the axes of one kernel: not those that a loop goes over, nor others along which there are
+        several.
     """
 
     kernels: set[tuple[int, int]]
     others: set[tuple[int, int]]
     never: set[tuple[int, int]]
     products: set[tuple[int, int]]
+    operands: dict[int, set[int]]
 
 
 def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
@@ -78,6 +86,21 @@ def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
     transposed, joined of several, or mixed by weights that depend on the input.
     """
     return _by_array(analysis, _reads(analysis.programs.values()).kernels)
+
+
+def operands(analysis: Analysis) -> dict[str, frozenset[int]]:
+    """The arrays of which kernels, and what else is contracted or convolved, are made.
+
+    They are whole in it, as an array that is cast, transposed, sliced, masked or standardised. What
+    is added to or multiplied with what depends on the input is none, nor what is repeated first, as
+    a bias or a scale. A table that the input chooses of is one: its rows are those of a kernel.
+
+    Returns:
+      By array the axes that a kernel has. Along the others are more of them, as the layers of a
+      stack that a loop goes through, or experts.
+    """
+    found = _reads(analysis.programs.values()).operands
+    return {analysis.names[number]: frozenset(axes) for number, axes in found.items()}
 
 
 def open_axes(analysis: Analysis) -> tuple[dict[str, frozenset[int]], ...]:
@@ -111,7 +134,7 @@ def _by_array(analysis: Analysis, axes: set[tuple[int, int]]) -> dict[str, froze
 
 def _reads(programs: Iterable[Program]) -> Reads:
     """What is found in any of some programs of the same arrays."""
-    found = Reads(set(), set(), set(), set())
+    found = Reads(set(), set(), set(), set(), {})
     for program in programs:
         jaxpr = program.closed.jaxpr
         given = [_fixed(variable) for variable in jaxpr.invars]
@@ -119,7 +142,8 @@ def _reads(programs: Iterable[Program]) -> Reads:
             is_param = isinstance(leaf, nnx.Param)  # others have no gates
             axes = range(len(given[number].axes))
             own = tuple(frozenset({(number, k, is_param)}) for k in axes)
-            given[number] = given[number]._replace(axes=own)
+            parts = frozenset({(number, False)})
+            given[number] = given[number]._replace(axes=own, parts=parts)
         for number in range(len(program.arrays), len(given)):
             given[number] = given[number]._replace(alone=INPUT)
         _follow(jaxpr, given, found)
@@ -170,10 +194,46 @@ def _outputs(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> Sequence[_
     alone = min((value.alone for value in given), default=ALONE)
     if name in ("gather", "dynamic_slice"):
         alone = min(given[0].alone, _as_index(given[1:]))
-    elif name in SUMMING and alone == CHOSEN:  # of what was looked up, as an embedding
-        alone = INPUT
+        if alone == CHOSEN:
+            _note_operand(given[0], (), found)
+    elif name in SUMMING:
+        beside = params["dimension_numbers"][1] if name == "dot_general" else ((), ())
+        for value, axes in zip(given, beside, strict=False):
+            _note_operand(value, axes, found)
+        if alone == CHOSEN:  # of what was looked up, as an embedding
+            alone = INPUT
     number = given[0].number if name in FILLED else None
-    return [_Value(alone, _moved(eqn, given, shape_of(v)), number) for v in eqn.outvars]
+    shapes = [shape_of(variable) for variable in eqn.outvars]
+    parts = [_parts(eqn, given, shape) if alone != INPUT else NO_PARTS for shape in shapes]
+    moved = [_moved(eqn, given, shape) for shape in shapes]
+    return [_Value(alone, *own) for own in zip(moved, [number] * len(shapes), parts, strict=True)]
+
+
+def _note_operand(value: _Value, beside: Sequence[int], found: Reads) -> None:
+    """Notes the arrays that an operand is made of; along its axes `beside` are several kernels."""
+    own = NONE.union(*(axis for k, axis in enumerate(value.axes) if k not in beside))
+    for array, _ in value.parts:
+        axes = found.operands.setdefault(array, set())
+        axes |= {k for other, k, _ in own if other == array}
+
+
+def _parts(eqn: JaxprEqn, given: Sequence[_Value], shape: tuple[int, ...]) -> Parts:
+    """The arrays that are whole in what an operation makes of arrays alone."""
+    name = eqn.primitive.name
+    if name in SUMMING:  # what follows reads what they make
+        return NO_PARTS
+    arrays = [{array for array, _ in value.parts} for value in given if value.axes]
+    if name in ELEMENTWISE and len(arrays) > 1:
+        alike = all(own == arrays[0] for own in arrays)  # as of a kernel and its mean
+        whole = zip(given, eqn.invars, strict=True)
+        own = NO_PARTS.union(*(value.parts for value, a in whole if shape_of(a) == shape))
+        return frozenset(part for part in own if alike or not part[1])
+    parts = NO_PARTS.union(*(value.parts for value in given))
+    before = shape_of(eqn.invars[0]) if eqn.invars else ()
+    widened = name == "broadcast_in_dim" and len(shape) > len(before)
+    if widened or (len(shape) > len(before) and shape[len(shape) - len(before) :] == before):
+        return frozenset((array, True) for array, _ in parts)
+    return parts
 
 
 def _as_index(given: Sequence[_Value]) -> int:
@@ -196,7 +256,9 @@ def _either(values: Sequence[_Value]) -> _Value:
     axes = tuple(NONE.union(*own) for own in zip(*(value.axes for value in values), strict=True))
     numbers = {value.number for value in values}
     number = numbers.pop() if len(numbers) == 1 else None
-    return _Value(min(value.alone for value in values), axes, number)
+    alone = min(value.alone for value in values)
+    parts = NO_PARTS.union(*(value.parts for value in values)) if alone != INPUT else NO_PARTS
+    return _Value(alone, axes, number, parts)
 
 
 def _sum_over(eqn: JaxprEqn, given: Sequence[_Value], found: Reads) -> None:
