@@ -21,7 +21,8 @@ from dhp_jax.tracing.weights import ANY, MADE, SCALED, scored_weights, sum_by_en
 def l1_scores(model: nnx.Module) -> Scores:
     """Scores each entry of a latent by the l1 norm of the filters that belong to it.
 
-    A filter `F` is the part of a kernel that makes one output channel. The score of entry `i` is
+    A filter `F` is the part of a kernel that makes one output channel; biases are none. The score
+    of entry `i` is
 
         s_i = sum over the filters F that make the channels of i of  sum abs(F)
 
@@ -246,8 +247,11 @@ def _check_alike(scores: Scores, cost: Cost) -> None:
 
 def _summed(model: nnx.Module, number_of: Callable[[np.ndarray], np.ndarray]) -> Scores:
     """The numbers of filters, given as the rows of a matrix, summed over what an entry rules."""
-    makers = scored_weights(model, MADE)
-    pairs = ((weights.entries, number_of(weights.rows())) for weights in makers)
+    pairs = (
+        (weights.entries, number_of(filters))
+        for weights in scored_weights(model, MADE)
+        for filters in weights.filters()
+    )
     return sum_by_entry(model, pairs)
 
 

@@ -11,8 +11,13 @@ from dhp_jax.tracing.rules import ELEMENTWISE, reshaped_together
 
 Origins = frozenset[tuple[int, int, bool]]  # array, axis, whether zero where the array is
 Places = frozenset[tuple[int, int]]  # array, axis
+Parts = frozenset[tuple[int, bool]]  # array, whether it got axes to be repeated along
 NONE: Origins = frozenset()
 NOWHERE: Places = frozenset()
+NO_PARTS: Parts = frozenset()
+INPUT, CHOSEN, ALONE = range(3)
+"""How a value is `ALONE`: it follows from arrays of the network alone, or they do and the input
+chooses which of their entries it has (`CHOSEN`), as the kernels of an expert, or neither."""
 SAME = ("rev", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "fft", "copy")
 PARTS = ("slice", "dynamic_slice", "pad", "split", "tile", "concatenate", "dynamic_update_slice")
 
@@ -65,16 +70,18 @@ class Value(NamedTuple):
     """What is known of a value.
 
     Attributes:
-      alone: whether it follows from arrays of the network alone; see `ALONE` of `reads`.
+      alone: whether it follows from arrays of the network alone; see `ALONE`.
       axes: what each axis comes from.
       number: what all of its entries are, if that is known.
       depends: the arrays that it depends on.
+      parts: of what does not follow from the input, but by choice, the arrays that it is made of.
     """
 
     alone: int
     axes: tuple[Source, ...]
     number: Any = None
     depends: frozenset[int] = frozenset()
+    parts: Parts = NO_PARTS
 
 
 def is_zero(origins: Origins) -> bool:
@@ -89,7 +96,8 @@ def either(values: Sequence[Value]) -> Value:
     depends = frozenset().union(*(value.depends for value in values))
     own = zip(*(value.axes for value in values), strict=True)
     alone = min(value.alone for value in values)
-    return Value(alone, tuple(map(_either, own)), number, depends)
+    parts = NO_PARTS.union(*(value.parts for value in values)) if alone != INPUT else NO_PARTS
+    return Value(alone, tuple(map(_either, own)), number, depends, parts)
 
 
 def _either(sources: Sequence[Source]) -> Source:

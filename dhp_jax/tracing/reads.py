@@ -12,7 +12,21 @@ import numpy as np
 
 from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.marks import SUMMING
-from dhp_jax.tracing.origins import NONE, NOWHERE, Places, Source, Value, either, is_zero, moved
+from dhp_jax.tracing.origins import (
+    ALONE,
+    CHOSEN,
+    INPUT,
+    NO_PARTS,
+    NONE,
+    NOWHERE,
+    Parts,
+    Places,
+    Source,
+    Value,
+    either,
+    is_zero,
+    moved,
+)
 from dhp_jax.tracing.programs import (
     CALLS,
     Program,
@@ -21,12 +35,10 @@ from dhp_jax.tracing.programs import (
     shape_of,
     used_alone,
 )
+from dhp_jax.tracing.rules import ELEMENTWISE
 
 JAX = os.path.dirname(jax.__file__)
 FILLED = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "expand_dims", "copy")
-INPUT, CHOSEN, ALONE = range(3)
-"""How a value is `ALONE`: it follows from arrays of the network alone, or they do and the input
-chooses which of their entries it has (`CHOSEN`), as the kernels of an expert, or neither."""
 
 
 class Reads(NamedTuple):
@@ -44,6 +56,9 @@ class Reads(NamedTuple):
       bent_makers: of arrays to which a kernel is not in proportion that makes channels.
       channels: of each value other than a kernel that is summed over the axes that its channels
         come from, and of these the ones to which they are in proportion.
+      operands: by array of which what is contracted or convolved is made, or the input chooses,
+        the axes of one kernel: not those that a loop goes over, nor others along which there are
+        several.
     """
 
     kernels: set[tuple[int, int]]
@@ -54,6 +69,7 @@ class Reads(NamedTuple):
     bent_and_closed: set[tuple[int, int]]
     bent_makers: set[tuple[int, int]]
     channels: set[tuple[Places, Places]]
+    operands: dict[int, set[int]]
 
 
 def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
@@ -65,6 +81,21 @@ def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
     transposed, joined of several, or mixed by weights that depend on the input.
     """
     return by_array(analysis, _reads(analysis.programs.values()).kernels)
+
+
+def operands(analysis: Analysis) -> dict[str, frozenset[int]]:
+    """The arrays of which kernels, and what else is contracted or convolved, are made.
+
+    They are whole in it, as an array that is cast, transposed, sliced, masked or standardised. What
+    is added to or multiplied with what depends on the input is none, nor what is repeated first, as
+    a bias or a scale. A table that the input chooses of is one: its rows are those of a kernel.
+
+    Returns:
+      By array the axes that a kernel has. Along the others are more of them, as the layers of a
+      stack that a loop goes through, or experts.
+    """
+    found = all_reads(analysis).operands
+    return {analysis.names[number]: frozenset(axes) for number, axes in found.items()}
 
 
 def open_axes(analysis: Analysis) -> tuple[dict[str, frozenset[int]], ...]:
@@ -105,14 +136,15 @@ def by_array(analysis: Analysis, axes: Iterable[tuple[int, int]]) -> dict[str, f
 
 def _reads(programs: Iterable[Program]) -> Reads:
     """What is found in any of some programs of the same arrays."""
-    found = Reads(*(set() for _ in Reads._fields))
+    found = Reads(*(set() for _ in Reads._fields[:-1]), {})
     for program in programs:
         jaxpr = program.closed.jaxpr
         given = [_fixed(variable) for variable in jaxpr.invars]
         for number, (_, leaf) in enumerate(nnx.to_flat_state(program.state)):
             axes = range(len(given[number].axes))
             own = tuple(_of_array(leaf, number, k) for k in axes)
-            given[number] = given[number]._replace(axes=own, depends=frozenset({number}))
+            depends, parts = frozenset({number}), frozenset({(number, False)})
+            given[number] = given[number]._replace(axes=own, depends=depends, parts=parts)
         for number in range(len(program.arrays), len(given)):
             given[number] = given[number]._replace(alone=INPUT)
         _follow(jaxpr, given, found)
@@ -173,11 +205,48 @@ def _outputs(eqn: JaxprEqn, given: Sequence[Value], found: Reads) -> Sequence[Va
     alone = min((value.alone for value in given), default=ALONE)
     if name in ("gather", "dynamic_slice"):
         alone = min(given[0].alone, _as_index(given[1:]))
-    elif name in SUMMING and alone == CHOSEN:  # of what was looked up, as an embedding
-        alone = INPUT
+        if alone == CHOSEN:
+            _note_operand(given[0], (), found)
+    elif name in SUMMING:
+        beside = params["dimension_numbers"][1] if name == "dot_general" else ((), ())
+        for value, axes in zip(given, beside, strict=False):
+            _note_operand(value, axes, found)
+        if alone == CHOSEN:  # of what was looked up, as an embedding
+            alone = INPUT
     number = given[0].number if name in FILLED else None
     depends = frozenset().union(*(value.depends for value in given))
-    return [Value(alone, moved(eqn, given, shape_of(v)), number, depends) for v in eqn.outvars]
+    made = []
+    for shape in map(shape_of, eqn.outvars):
+        parts = _parts(eqn, given, shape) if alone != INPUT else NO_PARTS
+        made.append(Value(alone, moved(eqn, given, shape), number, depends, parts))
+    return made
+
+
+def _note_operand(value: Value, beside: Sequence[int], found: Reads) -> None:
+    """Notes the arrays that an operand is made of; along its axes `beside` are several kernels."""
+    own = NONE.union(*(axis.comes for k, axis in enumerate(value.axes) if k not in beside))
+    for array, _ in value.parts:
+        axes = found.operands.setdefault(array, set())
+        axes |= {k for other, k, _ in own if other == array}
+
+
+def _parts(eqn: JaxprEqn, given: Sequence[Value], shape: tuple[int, ...]) -> Parts:
+    """The arrays that are whole in what an operation makes of arrays alone."""
+    name = eqn.primitive.name
+    if name in SUMMING:  # what follows reads what they make
+        return NO_PARTS
+    arrays = [{array for array, _ in value.parts} for value in given if value.axes]
+    if name in ELEMENTWISE and len(arrays) > 1:
+        alike = all(own == arrays[0] for own in arrays)  # as of a kernel and its mean
+        whole = zip(given, eqn.invars, strict=True)
+        own = NO_PARTS.union(*(value.parts for value, a in whole if shape_of(a) == shape))
+        return frozenset(part for part in own if alike or not part[1])
+    parts = NO_PARTS.union(*(value.parts for value in given))
+    before = shape_of(eqn.invars[0]) if eqn.invars else ()
+    widened = name == "broadcast_in_dim" and len(shape) > len(before)
+    if widened or (len(shape) > len(before) and shape[len(shape) - len(before) :] == before):
+        return frozenset((array, True) for array, _ in parts)
+    return parts
 
 
 def _has_own_derivative(name: str, program: Jaxpr) -> bool:

@@ -1,9 +1,11 @@
 """The weights that go with the entries of latents: which make, read and scale their channels."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
 from typing import NamedTuple
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +18,7 @@ from dhp_jax.errors import ArgumentError
 from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.placed import Positions
-from dhp_jax.tracing.reads import read_axes, used_and_read
+from dhp_jax.tracing.reads import operands, read_axes, used_and_read
 from dhp_jax.tracing.table import LatentTable
 
 NORMS = nnx.BatchNorm | nnx.GroupNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.Dict  # of flax.linen
@@ -40,6 +42,7 @@ class Weights(NamedTuple):
       axis: of the array.
       entries: of which latent each position is which entry; `None` for one that stays.
       value: a function that returns the array in float64, or complex128.
+      beside: the axes along which there are several kernels, as of the layers of a stack.
     """
 
     role: str
@@ -47,11 +50,18 @@ class Weights(NamedTuple):
     axis: int
     entries: Entries
     value: Callable[[], np.ndarray]
+    beside: tuple[int, ...] = ()
 
     def rows(self) -> np.ndarray:
         """What belongs to each position of the axis, `(positions, numbers)`."""
         value = np.moveaxis(self.value(), self.axis, 0)
         return value.reshape(len(value), -1)
+
+    def filters(self) -> np.ndarray:
+        """What belongs to each position of the axis in each kernel, `(kernels, positions, n)`."""
+        others = [k for k in self.beside if k != self.axis]
+        value = np.moveaxis(self.value(), (*others, self.axis), range(len(others) + 1))
+        return value.reshape(-1, len(self.entries), math.prod(value.shape[len(others) + 1 :]))
 
 
 def weights_of(model: nnx.Module) -> list[Weights]:
@@ -93,21 +103,36 @@ def _declared(model: nnx.Module) -> Iterator[Weights]:
 
 def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
     plain = ordinary(model)
-    variables, reads = variables_of(plain), read_axes(table.analysis(plain))
+    analysis, variables = table.analysis(plain), variables_of(plain)
+    reads, kernels = read_axes(analysis), operands(analysis)
     norms = {path for path, module in nnx.iter_modules(plain) if isinstance(module, NORMS)}
     scales = {path_name((*path, "scale")) for path in norms}
     named = latents(model)
     owners = [named[name] for name in table.sizes]
+    ruled, others = set(), list[Weights]()
     for array, axes in table.places.items():
         variable = variables[array]
         if not _is_weight(variable):
             continue
-        is_bias = value_of(variable).ndim == 1  # unless it is read, or scales
+        value = value_of(variable)
+        is_scale = array in scales and array not in kernels  # whatever name it has in a mapping
         for k, positions in axes.items():
+            role = SCALED if is_scale else READ if k in reads[array] else MADE
             entries = entries_of(owners, positions)
-            role = SCALED if array in scales else READ if k in reads[array] else MADE
-            if role != MADE or not is_bias:
-                yield Weights(role, array, k, entries, _wide(variable.get_value))
+            beside = tuple(set(range(value.ndim)) - kernels.get(array, set(range(value.ndim))))
+            weights = Weights(role, array, k, entries, _wide(_read(variable)), beside)
+            if role != MADE or array in kernels:
+                ruled |= {entry[0] for entry in entries if entry}
+                yield weights
+            elif value.ndim > 1:  # a bias, or the like
+                others.append(weights)
+    yield from filter(None, (_of_others(weights, ruled) for weights in others))
+
+
+def _of_others(weights: Weights, ruled: set[Latent]) -> Weights | None:
+    """The weights of latents that are not yet ruled, if there are any."""
+    entries = [entry if entry and entry[0] not in ruled else None for entry in weights.entries]
+    return weights._replace(entries=entries) if any(entries) else None
 
 
 def entries_of(owners: Sequence[Latent], positions: Positions) -> Entries:
@@ -129,6 +154,11 @@ def _is_weight(variable: nnx.Variable) -> bool:
     return not np.isin(np.asarray(value), (0, 1)).all()
 
 
+def _read(leaf: nnx.Variable | jax.Array) -> Callable[[], jax.Array]:
+    """A function that returns the array of a leaf as the network reads it."""
+    return leaf.get_value if isinstance(leaf, nnx.Variable) else lambda: leaf
+
+
 def _wide(value: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
     def wide() -> np.ndarray:
         array = np.asarray(value())
@@ -144,11 +174,8 @@ def weights_in_role(model: nnx.Module, role: str, other: str) -> list[Weights]:
     if architecture_of(model).axes is None:
         return chosen
     ruled = {entry[0] for weights in chosen for entry in weights.entries if entry}
-    for weights in found:
-        entries = [entry if entry and entry[0] not in ruled else None for entry in weights.entries]
-        if weights.role == other and any(entries):
-            chosen.append(weights._replace(entries=entries))
-    return chosen
+    others = (_of_others(weights, ruled) for weights in found if weights.role == other)
+    return [*chosen, *filter(None, others)]
 
 
 def unread(table: LatentTable, analysis: Analysis) -> set[str]:

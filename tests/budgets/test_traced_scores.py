@@ -17,7 +17,8 @@ from dhp_jax.budgets.limits import with_limits
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tracing.programs import EVALUATION, default_call, trace_program
-from dhp_jax.tracing.reads import open_axes, read_axes
+from dhp_jax.tracing.reads import open_axes, operands, read_axes
+from dhp_jax.tracing.weights import SCALED, weights_of
 
 SHAPE = (16, 16, 3)
 RNG = np.random.default_rng(0)
@@ -447,3 +448,155 @@ def test_frozen_kernels_beside_adapters_are_ranked_and_masks_of_zeros_and_ones_a
     found = dhp.taylor_scores(net, lambda network, batch: network(batch).mean(), [x])["kernel"]
     hidden = np.maximum(x @ (kernel * mask) + 3, 0)  # read by twice a half
     np.testing.assert_allclose(found, (hidden.mean(0) / 2) ** 2, rtol=1e-5)
+
+
+def by_hand(filters, whole):
+    """What scores of filters, and of all weights, are; the rows of matrices belong to entries."""
+    apart = [np.linalg.norm(f[:, None] - f, axis=-1).sum(1) for f in filters]
+    scores = {
+        dhp.l1_scores: sum(np.abs(f).sum(1) for f in filters),
+        dhp.l2_scores: sum(np.linalg.norm(f, axis=1) for f in filters),
+        dhp.fpgm_scores: sum(apart),
+        dhp.group_scores: np.sqrt(sum((f**2).sum(1) for f in (*filters, *whole))),
+    }
+    return {score: numbers / numbers.mean() for score, numbers in scores.items()}
+
+
+def test_biases_of_several_axes_are_no_filters():
+    class Heads(nnx.Module):
+        def __init__(self, rngs):
+            self.inputs = nnx.Linear(4, 8, rngs=rngs)
+            options = {"decode": False, "bias_init": nnx.initializers.normal(9), "rngs": rngs}
+            self.heads = nnx.MultiHeadAttention(4, 8, **options)
+            self.place = nnx.Param(jax.random.normal(rngs.params(), (5, 8)) * 9)
+            self.outputs = nnx.Linear(8, 2, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.inputs(x) + self.place[...]
+            return self.outputs(x + self.heads(x))
+
+    model = Heads(nnx.Rngs(0))
+    net = dhp.with_latents(model, (5, 4), min_channels=1)
+    parts = (model.heads.query, model.heads.key, model.heads.value)
+    kernels = [np.asarray(part.kernel[...], np.float64) for part in parts]
+    out = np.asarray(model.heads.out.kernel[...], np.float64)
+    makers = [kernel.swapaxes(0, 1).reshape(4, -1) for kernel in kernels]
+    for score, expected in by_hand(makers, [out.reshape(4, -1)]).items():
+        np.testing.assert_allclose(score(net)["heads.query"], expected, rtol=1e-5)
+    (stream,) = (name for name, z in dhp.latents(net).items() if z.size == 8)
+    first, last = (np.asarray(x.kernel[...], np.float64) for x in (model.inputs, model.outputs))
+    makers = [first.T, out.reshape(-1, 8).T]
+    readers = [last, *(kernel.reshape(8, -1) for kernel in kernels)]
+    for score, expected in by_hand(makers, readers).items():
+        np.testing.assert_allclose(score(net)[stream], expected, rtol=1e-5)
+
+
+class Block(nnx.Module):
+    """A residual block whose biases and scales are not those of a fresh one."""
+
+    def __init__(self, rngs):
+        options = {"bias_init": nnx.initializers.normal(9), "rngs": rngs}
+        self.first, self.second = nnx.Linear(6, 10, **options), nnx.Linear(10, 6, **options)
+        self.norm = nnx.BatchNorm(6, scale_init=nnx.initializers.normal(1), **options)
+
+    def __call__(self, x):
+        return x + self.norm(self.second(nnx.relu(self.first(x))))
+
+
+class Blocks(nnx.Module):
+    """Blocks one after another, which are a stack that is scanned if so asked for."""
+
+    def __init__(self, stacked):
+        rngs = nnx.Rngs(0)
+        self.inputs, self.outputs = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+        blocks = [Block(nnx.Rngs(n)) for n in range(3)]
+        if stacked:
+            states = [nnx.state(block) for block in blocks]
+            whole = jax.tree.map(lambda *x: jnp.stack(x), *states)
+            blocks = nnx.merge(nnx.graphdef(blocks[0]), whole)
+        self.blocks = blocks if stacked else nnx.List(blocks)
+
+    def __call__(self, x):
+        x = self.inputs(x)
+        if isinstance(self.blocks, nnx.List):
+            for block in self.blocks:
+                x = block(x)
+        else:
+            step = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            x = step(x, self.blocks)
+        return self.outputs(x)
+
+
+def test_scores_of_layers_in_a_stack_are_those_of_the_layers_one_by_one():
+    model = Blocks(False)
+    stacked, apart = (dhp.with_latents(m, (4,), min_channels=1) for m in (Blocks(True), model))
+    layers = [(block.first, block.second) for block in model.blocks]
+    kernels = [[np.asarray(x.kernel[...], np.float64) for x in pair] for pair in layers]
+    hidden = by_hand([first.T for first, _ in kernels], [second for _, second in kernels])
+    for score, expected in hidden.items():
+        found, other = score(stacked), score(apart)
+        np.testing.assert_allclose(found["blocks.first"], expected, rtol=1e-5)
+        np.testing.assert_allclose(found["inputs"], other["inputs"], rtol=1e-6)
+    makers = [np.asarray(model.inputs.kernel[...]).T, *(second.T for _, second in kernels)]
+    expected = by_hand(makers, [])[dhp.fpgm_scores]
+    np.testing.assert_allclose(dhp.fpgm_scores(stacked)["inputs"], expected, rtol=1e-5)
+    roles = {weights.array: weights.role for weights in weights_of(stacked)}
+    assert roles["blocks.norm.scale"] == SCALED
+    assert not [array for array in roles if array.endswith("bias")]
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (lambda p, x: nnx.relu(x @ p["a"] + p["b"][0]) @ p["c"], {"a": {0, 1}, "c": {0, 1}}),
+        (lambda p, x: x @ (p["a"] * p["gain"]) @ p["c"], {"a": {0, 1}, "c": {0, 1}}),
+        (lambda p, x: x @ (p["a"] - p["a"].mean(0)), {"a": {0, 1}}),
+        (
+            lambda p, x: x @ (p["down"].T[:1] @ p["a"] + p["gain"]).T[:4],
+            {"down": {0, 1}, "a": {0, 1}},
+        ),
+        (
+            lambda p, x: x @ (p["a"] + p["down"] @ p["up"]),
+            {"a": {0, 1}, "down": {0, 1}, "up": {0, 1}},
+        ),
+        (lambda p, x: (x @ p["a"] + p["b"]) @ p["c"], {"a": {0, 1}, "c": {0, 1}}),
+        (lambda p, x: p["b"][x[:, 0].astype(int)] + p["gain"], {"b": {0, 1}}),
+        (lambda p, x: jnp.einsum("bi,eio->ebo", x, p["stack"]) * p["gain"], {"stack": {0, 1, 2}}),
+        (lambda p, x: jax.vmap(jnp.matmul)(jnp.stack([x, x, x]), p["stack"]), {"stack": {1, 2}}),
+        (
+            lambda p, x: jax.lax.scan(lambda h, k: (h @ k[:, :4], None), x, p["stack"])[0],
+            {"stack": {1, 2}},
+        ),
+    ],
+)
+def test_which_arrays_kernels_are_made_of_is_seen_in_the_program(forward, expected):
+    shapes = {"a": (4, 8), "b": (5, 8), "c": (8, 3), "gain": (8,), "down": (4, 2), "up": (2, 8)}
+    params = {name: jnp.ones(shape) for name, shape in (shapes | {"stack": (3, 4, 8)}).items()}
+    program = trace_program(dhp.FromFunction(forward, params), default_call, (jnp.ones((5, 4)),))
+    found = operands(SimpleNamespace(programs={EVALUATION: program}, names=program.names))
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["gain", "scale"])
+def test_an_array_that_is_a_kernel_is_one_whatever_its_name_is(name):
+    rng = np.random.default_rng(0)
+    first, gain, shift = (rng.normal(size=s).astype(np.float32) for s in ((4, 8), (8, 6), (8, 6)))
+
+    def forward(p, x):
+        hidden = nnx.sigmoid(x @ p["a"])
+        return hidden @ p["film"][name] * 2 + hidden @ p["film"]["shift"]
+
+    model = dhp.FromFunction(forward, {"a": first, "film": {name: gain, "shift": shift}})
+    net = dhp.with_latents(model, (4,), min_channels=1)
+    x, kept = rng.normal(size=(5, 4)).astype(np.float32), np.arange(8) % 2 > 0
+    hidden = 1 / (1 + np.exp(-x.astype(np.float64) @ first))
+    gates = dhp.with_gates(net, rngs=nnx.Rngs(0))
+    dhp.latents(gates)["a"].vector.set_value(jnp.asarray(kept, jnp.float32))
+    left = (hidden * kept) @ (2 * gain + shift)
+    np.testing.assert_allclose(gates(x), left, rtol=1e-5, atol=1e-5)
+    found = dhp.taylor_scores(net, lambda n, x: (n(x) ** 2).mean(), [x], squared=False)["a"]
+    kernel = 2 * gain + shift  # with g = 1, the mean over b, o of 2 y dy/dg_i
+    terms = (2 * (hidden @ kernel)[:, None] * hidden[:, :, None] * kernel).mean((0, 2))
+    np.testing.assert_allclose(found, np.abs(terms), rtol=1e-4)
+    with pytest.raises(ValueError, match="expected normalisations"):
+        dhp.scale_scores(net)
