@@ -125,6 +125,7 @@ def baseline_command(
     # A baseline is refused with these, and a file may set them.
     unfit = ["--config.per_flop=0"] * bool(config.per_flop)
     unfit += ["--config.converge.distillation.weight=0"] * bool(config.converge.distillation.weight)
+    unfit += ["--config.source=None"] * (config.source is not None)
     where = f"--workdir={beside(workdir, config)}"
     return typed([program, *kept, "--config.method=baseline", *unfit, where])
 

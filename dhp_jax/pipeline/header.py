@@ -85,8 +85,9 @@ def _next(runs: Sequence[Run]) -> str:
     """What is left to be trained, of the first run that is not finished."""
     for run in runs:
         method = run.method
+        named = PHASES | ({"search": "a search of"} if method.fades else {})
         left = [
-            f"{PHASES[phase]} {_length(run, phase)}"
+            f"{named[phase]} {_length(run, phase)}"
             for phase in method.phases
             if not _is_done(run, phase)
         ]
@@ -106,9 +107,10 @@ def _is_done(run: Run, phase: str) -> bool:
 
 
 def _length(run: Run, phase: str) -> str:
-    """How long a phase is at most: "300 epochs", or "50 steps"."""
+    """How long a phase is at most: "300 epochs", or "1 step"."""
     _, name, count = length_field(run, phase).replace("=", ".").split(".")
-    return f"{count} {name.removeprefix('max_')}"
+    unit = name.removeprefix("max_")
+    return f"{count} {unit.removesuffix('s') if count == '1' else unit}"
 
 
 def tell_reach(run: Run, model: nnx.Module, budget: Budget) -> None:

@@ -76,6 +76,8 @@ def test_the_header_names_only_phases_that_are_left(finished, tmp_path):
     runs[0].config.converge.epochs = 1
     path = there / "model/model.json"
     path.write_bytes(path.read_bytes()[:-100])
-    assert next_of(runs) == "training of the pruned network, 1 epochs"
+    assert next_of(runs) == "training of the pruned network, 1 epoch"
     shutil.rmtree(there / "search")
     assert next_of(runs).startswith("a search of at most ")
+    runs[0].config.method = "fade"  # whose search takes all of its steps
+    assert re.match(r"a search of \d+ epochs, then training of ", next_of(runs))

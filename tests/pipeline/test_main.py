@@ -447,6 +447,10 @@ def test_the_command_that_trains_the_unpruned_network_leaves_out_what_that_refus
     fields = dict(field.removeprefix("--config.").split("=") for field in told.split()[3:-1])
     assert fields == {"per_flop": "0", "method": "baseline"}
     check(of_digits(method="baseline", per_flop=float(fields["per_flop"])))
+    told = baseline_command(
+        ["main.py", "--config=a"], "run", of_digits(method="scratch", source="x")
+    )
+    assert " --config.source=None " in told
 
 
 def test_several_targets_end_with_one_comparison(main, capfd, finished, tmp_path, monkeypatch):
