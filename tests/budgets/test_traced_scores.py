@@ -598,5 +598,5 @@ def test_an_array_that_is_a_kernel_is_one_whatever_its_name_is(name):
     kernel = 2 * gain + shift  # with g = 1, the mean over b, o of 2 y dy/dg_i
     terms = (2 * (hidden @ kernel)[:, None] * hidden[:, :, None] * kernel).mean((0, 2))
     np.testing.assert_allclose(found, np.abs(terms), rtol=1e-4)
-    with pytest.raises(ValueError, match="expected normalisations"):
+    with pytest.raises(ValueError, match="expected a normalisation"):
         dhp.scale_scores(net)
