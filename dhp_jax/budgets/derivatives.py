@@ -72,24 +72,26 @@ def taylor_scores(
     """
     _check_order(model, loss)
     places = gated_places(model)
-    graphdef, state = nnx.split(prune(model))
+    graphdef, random, rest = nnx.split(prune(model), nnx.RngState, ...)
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def derivatives(state: nnx.State, batch: Any) -> list[Array]:
-        def gated_loss(gates: list[Array]) -> Array:
-            network = nnx.merge(graphdef, state, copy=True)
+    def derivatives(random: nnx.State, rest: nnx.State, batch: Any) -> tuple[list[Array], Any]:
+        def gated_loss(gates: list[Array]) -> tuple[Array, Any]:
+            network = nnx.merge(graphdef, random, rest, copy=True)
             arrays = _variables(network)
             for (array, axis), gate in zip(places, gates, strict=True):
                 value = arrays[array].get_value()
                 others = [k for k in range(value.ndim) if k != axis % value.ndim]
                 arrays[array].set_value(value * jnp.expand_dims(gate, others).astype(value.dtype))
-            return _number(loss(network, batch))
+            return _number(loss(network, batch)), nnx.state(network, nnx.RngState)
 
-        return jax.grad(gated_loss)([jnp.ones(len(entries)) for entries, _ in places.values()])
+        ones = [jnp.ones(len(entries)) for entries, _ in places.values()]
+        return jax.grad(gated_loss, has_aux=True)(ones)
 
     totals: list[Scores] = []
     for batch in _each(batches):
-        found = zip(places.values(), derivatives(state, batch), strict=True)
+        by_gates, random = derivatives(random, rest, batch)  # each batch has dropout of its own
+        found = zip(places.values(), by_gates, strict=True)
         pairs = [(entries, shares * np.asarray(x, np.float64)) for (entries, shares), x in found]
         terms = sum_by_entry(model, pairs)
         totals.append({name: x**2 if squared else np.abs(x) for name, x in terms.items()})
@@ -126,19 +128,23 @@ def gradient_scores(
     """
     _check_order(model, loss)
     latents_to_prune(model)
-    graphdef, vectors, rest = nnx.split(model, LatentVector, ...)
+    graphdef, vectors, random, rest = nnx.split(model, LatentVector, nnx.RngState, ...)
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def add(total: nnx.State, vectors: nnx.State, rest: nnx.State, batch: Any) -> nnx.State:
-        def of(vectors: nnx.State) -> Array:
-            return _number(loss(nnx.merge(graphdef, vectors, rest, copy=True), batch))
+    def derivatives(
+        vectors: nnx.State, random: nnx.State, rest: nnx.State, batch: Any
+    ) -> tuple[nnx.State, Any]:
+        def of(vectors: nnx.State) -> tuple[Array, Any]:
+            network = nnx.merge(graphdef, vectors, random, rest, copy=True)
+            return _number(loss(network, batch)), nnx.state(network, nnx.RngState)
 
-        return jax.tree.map(jnp.add, total, jax.grad(of)(vectors))
+        return jax.grad(of, has_aux=True)(vectors)
 
     total = jax.tree.map(jnp.zeros_like, vectors)
     for batch in _each(batches):
-        total = add(total, vectors, rest, batch)
-    found = latents(nnx.merge(graphdef, total, rest))
+        found, random = derivatives(vectors, random, rest, batch)
+        total = jax.tree.map(jnp.add, total, found)
+    found = latents(nnx.merge(graphdef, total, random, rest))
     return _of_a_loss(
         {name: np.abs(np.asarray(z.value())) for name, z in found.items() if z.prunable}
     )

@@ -1,6 +1,7 @@
 """Scores by derivatives of a loss: what is no loss, and what are no batches."""
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,3 +89,32 @@ def test_batches_of_several_sizes_in_a_tuple_or_a_generator_are_taken(scores_of)
     np.testing.assert_array_equal(found, other)
     assert found.shape == (8,)
     assert found.any()
+
+
+class Dropping(nnx.Module):
+    """Drops whole channels in training."""
+
+    def __init__(self, rngs):
+        image, z = dhp.Latent(3, prunable=False, rngs=rngs), dhp.Latent(16, rngs=rngs)
+        self.stem = dhp.HyperConv(image, z, (1, 1), rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, broadcast_dims=(0, 1, 2), rngs=rngs)
+        self.head = dhp.Linear(z, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(self.stem(x)).mean((1, 2)))
+
+
+@of_both
+def test_each_batch_has_dropout_of_its_own(scores_of):
+    model = Dropping(nnx.Rngs(0))
+    model.train()
+    x = jax.random.normal(jax.random.key(0), (8, 4, 4, 3))
+
+    def silent(count):
+        scores = scores_of(model, lambda network, x: (network(x) ** 2).mean(), [x] * count)
+        (numbers,) = scores.values()
+        return int((numbers == 0).sum())
+
+    assert silent(1) > 0
+    assert silent(12) == 0
+    assert silent(1) == silent(1)  # the model is left as it was
