@@ -116,8 +116,8 @@ def group_scores(model: nnx.Module) -> Scores:
 
         s_i = sqrt(sum over all weights w that go with i of  abs(w)^2)
 
-    divided by the mean of all `s_i` of the latent. Of a kernel that reads and makes the channels of one
-    latent, a weight from a channel to itself counts twice.
+    divided by the mean of all `s_i` of the latent. Of a kernel that reads and makes the channels of
+    one latent, a weight from a channel to itself counts twice.
 
     Args:
       model: a network of latents.
