@@ -331,7 +331,7 @@ def test_a_run_prints_its_layers_its_errors_and_where_everything_is(
     )
     assert "search" not in printed.err  # it is done
     check_what_is_told_while_it_goes_on(printed.err.splitlines())
-    assert re.search(r"^next +training of the pruned network, 1 epochs$", printed.err, re.M)
+    assert re.search(r"^next +training of the pruned network, 1 epoch$", printed.err, re.M)
     (command,) = (workdir / "command.txt").read_text().splitlines()
     given = shlex.split(command.removeprefix(f"cd {shlex.quote(str(tmp_path))} && "))
     assert given == ["python", str(MAIN), DIGITS, *overrides()]
