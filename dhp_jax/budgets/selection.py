@@ -270,7 +270,6 @@ def default_scores(model: nnx.Module) -> Scores | None:
     """
     prunable = {name: z for name, z in latents(model).items() if z.prunable}
     magnitudes = {name: np.abs(np.asarray(z.value(), np.float64)) for name, z in prunable.items()}
-    closed = {name: z == 0 for name, z in magnitudes.items()}
     two_valued = all(np.isin(z, (0, 1)).all() for z in magnitudes.values())
     searched = any(z.min() < SEARCHED * z.max() for z in magnitudes.values())
     if not prunable or (searched and not two_valued):
@@ -283,10 +282,10 @@ def default_scores(model: nnx.Module) -> Scores | None:
         )
     try:
         scores = group_scores(model)
-        open_ones = {name: np.where(closed[name], 0, score) for name, score in scores.items()}
-        if not searched:
-            return scores
-        return {name: x / max(x.sum(), TINY) * (x > 0).sum() for name, x in open_ones.items()}
     except ValueError as error:
         why = f"no latent was searched, and group_scores cannot rank their entries: {error}"
         raise ArgumentError("by", detail=f"expected scores by latent, for {why}") from None
+    if not searched:
+        return scores
+    open_ones = {name: score * magnitudes[name] for name, score in scores.items()}  # by 0 or 1
+    return {name: x / max(x.sum(), TINY) * (x > 0).sum() for name, x in open_ones.items()}

@@ -72,7 +72,15 @@ def gating(model: nnx.Module) -> Gating:
     analysis = table.analysis(plain)
     read = all_reads(analysis)
     others, never, products, bent, closed, bent_makers = (
-        table.owners(by_array(analysis, each)) for each in read[1:-2]
+        table.owners(by_array(analysis, each))
+        for each in (
+            read.others,
+            read.never,
+            read.products,
+            read.bent,
+            read.bent_and_closed,
+            read.bent_makers,
+        )
     )
     by_makers = others | closed | unread(table, analysis)
     by_makers |= {name for name in table.sizes if named[name] not in ruled}

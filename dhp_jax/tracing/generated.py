@@ -91,12 +91,13 @@ class GeneratedArray(KernelGenerator):
 
     def plain(self) -> nnx.Variable:
         """The parameter, with the generated array; latents that are all 1 cost no other one."""
-        if self.pair is None and all(map(_is_one, self.on_latents.values())):
-            return self.weight.copy()
-        like = self.variable(self.array_shape)
-        if not is_read_as_stored(like):
-            detail = f"a {type(like).__name__} that is read as it is stored, or latents that are 1"
-            raise ArgumentError("model", detail=f"array {self.name!r}: expected {detail}")
+        if self.pair is None:
+            if all(map(_is_one, self.on_latents.values())):
+                return self.weight.copy()
+            if not is_read_as_stored(self.weight):
+                kind = type(self.weight).__name__
+                detail = f"a {kind} that is read as it is stored, or latents that are 1"
+                raise ArgumentError("model", detail=f"array {self.name!r}: expected {detail}")
         return self.variable(self.get_value())
 
     def variable(self, value: Array) -> nnx.Variable:

@@ -72,7 +72,7 @@ class Reads(NamedTuple):
     operands: dict[int, set[int]]
 
 
-def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
+def read_axes(analysis: Analysis, found: Reads) -> dict[str, frozenset[int]]:
     """By array the axes that contractions and convolutions of any program sum over.
 
     The kernel of a convolution is its second operand, that of another contraction the one that
@@ -80,10 +80,10 @@ def read_axes(analysis: Analysis) -> dict[str, frozenset[int]]:
     the second one. A kernel is followed to the arrays that it is made of: as one that is
     transposed, joined of several, or mixed by weights that depend on the input.
     """
-    return by_array(analysis, _reads(analysis.programs.values()).kernels)
+    return by_array(analysis, found.kernels)
 
 
-def operands(analysis: Analysis) -> dict[str, frozenset[int]]:
+def operands(analysis: Analysis, found: Reads) -> dict[str, frozenset[int]]:
     """The arrays of which kernels, and what else is contracted or convolved, are made.
 
     They are whole in it, as an array that is cast, transposed, sliced, masked or standardised. What
@@ -94,18 +94,7 @@ def operands(analysis: Analysis) -> dict[str, frozenset[int]]:
       By array the axes that a kernel has. Along the others are more of them, as the layers of a
       stack that a loop goes through, or experts.
     """
-    found = all_reads(analysis).operands
-    return {analysis.names[number]: frozenset(axes) for number, axes in found.items()}
-
-
-def open_axes(analysis: Analysis) -> tuple[dict[str, frozenset[int]], ...]:
-    """By array the axes that are `others`, `never` and `products` of `Reads`.
-
-    Zeros close an axis if they close it in every program.
-    """
-    reads = all_reads(analysis)
-    found = reads.others, reads.never, reads.products
-    return tuple(by_array(analysis, axes) for axes in found)
+    return {analysis.names[n]: frozenset(axes) for n, axes in found.operands.items()}
 
 
 def all_reads(analysis: Analysis) -> Reads:

@@ -18,7 +18,7 @@ from dhp_jax.errors import ArgumentError
 from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.placed import Positions
-from dhp_jax.tracing.reads import operands, read_axes, used_and_read
+from dhp_jax.tracing.reads import all_reads, operands, read_axes, used_and_read
 from dhp_jax.tracing.table import LatentTable
 
 NORMS = nnx.BatchNorm | nnx.GroupNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.Dict  # of flax.linen
@@ -104,7 +104,8 @@ def _declared(model: nnx.Module) -> Iterator[Weights]:
 def _traced(model: nnx.Module, table: LatentTable) -> Iterator[Weights]:
     plain = ordinary(model)
     analysis, variables = table.analysis(plain), variables_of(plain)
-    reads, kernels = read_axes(analysis), operands(analysis)
+    found = all_reads(analysis)
+    reads, kernels = read_axes(analysis, found), operands(analysis, found)
     norms = {path for path, module in nnx.iter_modules(plain) if isinstance(module, NORMS)}
     scales = {path_name((*path, "scale")) for path in norms}
     named = latents(model)

@@ -17,7 +17,7 @@ from dhp_jax.budgets.limits import with_limits
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.surgery import prune as cut
 from dhp_jax.tracing.programs import EVALUATION, default_call, trace_program
-from dhp_jax.tracing.reads import open_axes, operands, read_axes
+from dhp_jax.tracing.reads import all_reads, by_array, operands, read_axes
 from dhp_jax.tracing.weights import SCALED, weights_of
 
 SHAPE = (16, 16, 3)
@@ -141,7 +141,8 @@ class Attention(nnx.Module):
 def test_which_axes_kernels_read_is_seen_in_the_program():
     model = Attention(nnx.Rngs(0))
     net = dhp.with_latents(model, (4, 5), min_channels=2)
-    reads = read_axes(architecture_of(net).axes.analysis(model))
+    analysis = architecture_of(net).axes.analysis(model)
+    reads = read_axes(analysis, all_reads(analysis))
     expected = {"query": {0}, "key": {0}, "value": {1}}
     expected |= {"inputs.kernel": {0}, "output.kernel": {0}}
     assert {name: set(axes) for name, axes in reads.items() if axes} == expected
@@ -179,7 +180,9 @@ def test_which_axes_zeros_close_is_seen_in_the_program(made, kernel, others, nev
     model = dhp.FromFunction(forward, {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 2))})
     program = trace_program(model, default_call, (jnp.ones((1, 4, 4, 3)),))
     analysis = SimpleNamespace(programs={EVALUATION: program}, names=program.names)
-    found = [{(a, k) for a, axes in one.items() for k in axes} for one in open_axes(analysis)[:2]]
+    read = all_reads(analysis)
+    named = [by_array(analysis, axes) for axes in (read.others, read.never)]
+    found = [{(a, k) for a, axes in one.items() for k in axes} for one in named]
     axes = {"a": ("a", 1), "b": ("b", 0)}
     assert found == [{axes[a] for a in told} for told in (others, never)]
 
@@ -573,7 +576,8 @@ def test_which_arrays_kernels_are_made_of_is_seen_in_the_program(forward, expect
     shapes = {"a": (4, 8), "b": (5, 8), "c": (8, 3), "gain": (8,), "down": (4, 2), "up": (2, 8)}
     params = {name: jnp.ones(shape) for name, shape in (shapes | {"stack": (3, 4, 8)}).items()}
     program = trace_program(dhp.FromFunction(forward, params), default_call, (jnp.ones((5, 4)),))
-    found = operands(SimpleNamespace(programs={EVALUATION: program}, names=program.names))
+    analysis = SimpleNamespace(programs={EVALUATION: program}, names=program.names)
+    found = operands(analysis, all_reads(analysis))
     assert found == expected
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import dhp_jax as dhp
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.tracing.reads import read_axes
+from dhp_jax.tracing.reads import all_reads, read_axes
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(8, 6)).astype(np.float32)
@@ -119,7 +119,8 @@ def test_slices_that_a_head_reads_are_no_filters(deep):
 def test_axes_that_either_mode_reads_are_read():
     model = Auxiliary(nnx.Rngs(0), deep=True)
     net = dhp.with_latents(model, X.shape[1:], min_channels=1)
-    found = read_axes(architecture_of(net).axes.analysis(model))
+    analysis = architecture_of(net).axes.analysis(model)
+    found = read_axes(analysis, all_reads(analysis))
     expected = {f"{name}.kernel": {0} for name in ("a", "main", "hidden", "aux")}
     assert {name: set(axes) for name, axes in found.items() if axes} == expected
 
