@@ -418,9 +418,9 @@ def net():
     return filled(Net)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["search", "converge"])
+@pytest.fixture(scope="module", params=["search", "converge"])
 def undisturbed(request, net):
-    phase = phase_of(net, budget=request.param)
+    phase = phase_of(net, budget=request.param == "search")
     return phase, *trained(net, phase)
 
 
@@ -440,6 +440,11 @@ def some(first, *others):
     return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in others)]
 
 
+# The kind of training that a test tells most of.
+of_searches = pytest.mark.parametrize("undisturbed", some("search", "converge"), indirect=True)
+of_converging = pytest.mark.parametrize("undisturbed", some("converge", "search"), indirect=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 5, 10])  # of 5 an epoch, with a record every 2
 def test_training_stopped_after_any_step_goes_on_with_the_same_bits(
@@ -456,6 +461,7 @@ def test_training_stopped_after_any_step_goes_on_with_the_same_bits(
     assert before.records + after.records == seen.records
 
 
+@of_searches
 def test_training_that_was_stopped_again_and_again_ends_with_the_same_bits(
     net, undisturbed, tmp_path
 ):
@@ -594,18 +600,16 @@ def as_on_a_tpu(patch):
     return dimensions
 
 
-@pytest.mark.parametrize(("step", "first_packed"), [(4, True), (7, False)])
 def test_a_phase_goes_on_in_the_form_that_another_platform_keeps_its_state_in(
-    net, tmp_path, monkeypatch, first_packed, step
+    net, tmp_path, monkeypatch
 ):
+    """From a TPU to another platform within the first epoch, and back within the second."""
     phase = dataclasses.replace(phase_of(net, budget=False), elementwise=True)
     expected, seen = trained(net, phase)
-    for is_packed in (first_packed, not first_packed):
+    for is_packed, steps in ((True, 4), (False, 3), (True, None)):
         with monkeypatch.context() as changed:
             dimensions = as_on_a_tpu(changed) if is_packed else set()
-            found, witness = trained(
-                net, phase, tmp_path, step if is_packed == first_packed else None
-            )
+            found, witness = trained(net, phase, tmp_path, steps)
             if is_packed:
                 assert 4 in dimensions  # (kh, kw, m, in * out)
                 assert 5 not in dimensions
@@ -625,10 +629,10 @@ def kernels_only(params):
 
 @pytest.mark.parametrize(
     "make",
-    [
+    some(
         lambda params: optax.adafactor(0.1, min_dim_size_to_factor=2),
         lambda params: optax.adamw(0.01, weight_decay=1.0, mask=kernels_only),
-    ],
+    ),
 )
 def test_an_optimizer_that_looks_at_shapes_gets_those_of_the_network_everywhere(
     net, monkeypatch, make
@@ -641,6 +645,7 @@ def test_an_optimizer_that_looks_at_shapes_gets_those_of_the_network_everywhere(
     check_same_outcome(found, expected)
 
 
+@of_converging
 def test_a_phase_of_more_epochs_goes_on_as_if_it_had_had_them_from_the_start(
     net, undisturbed, tmp_path
 ):
@@ -663,32 +668,37 @@ def recipe(average=0.0):
     return Phase("converge", 3, schedule, lambda params: adamw, average=average)
 
 
+BLENDED = {"mixup": 0.4, "cutout": 2, "label_smoothing": 0.1}
+
+
+def check_goes_on(net, phase, folder, step, recipe=None):
+    """Training that is stopped after a step goes on with the same bits."""
+    expected, seen = trained(net, phase, recipe=recipe)
+    outcome, before = trained(net, phase, folder, stop_after=step, recipe=recipe)
+    assert outcome is None
+    outcome, after = trained(net, phase, folder, recipe=recipe)
+    check_same_outcome(outcome, expected)
+    assert before.records + after.records == seen.records
+
+
 @pytest.mark.parametrize("step", some(5, 3, 13))
 @pytest.mark.parametrize("learns", some(True, False))
-def test_a_moving_average_goes_on_with_the_same_bits(net, tmp_path, step, learns):
+def test_a_moving_average_of_blended_and_cut_images_goes_on_with_the_same_bits(
+    net, tmp_path, step, learns
+):
     phase = recipe(average=0.8)
     if learns:
         phase = dataclasses.replace(phase, teacher=Teacher(dhp.prune(net), 0.7, 3.0))
-    expected, seen = trained(net, phase)
-    outcome, before = trained(net, phase, tmp_path, stop_after=step)
-    assert outcome is None
-    outcome, after = trained(net, phase, tmp_path)
-    check_same_outcome(outcome, expected)
-    assert before.records + after.records == seen.records
+    check_goes_on(net, phase, tmp_path, step, BLENDED if learns else None)
 
 
-@pytest.mark.parametrize("step", some(5, 3, 13))
-def test_blended_and_cut_images_go_on_with_the_same_bits(net, tmp_path, step):
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [5, 3, 13])
+def test_nesterovs_sgd_on_blended_images_goes_on_with_the_same_bits(net, tmp_path, step):
     schedule = decay_schedule("linear", 0.1, 3, STEPS, warmup=1)
     sgd = optimizer("sgd", schedule, momentum=0.9, weight_decay=1e-2, nesterov=True)
     phase = Phase("converge", 3, schedule, lambda params: sgd)
-    recipe = {"mixup": 0.4, "cutout": 2, "label_smoothing": 0.1}
-    expected, seen = trained(net, phase, recipe=recipe)
-    outcome, before = trained(net, phase, tmp_path, stop_after=step, recipe=recipe)
-    assert outcome is None
-    outcome, after = trained(net, phase, tmp_path, recipe=recipe)
-    check_same_outcome(outcome, expected)
-    assert before.records + after.records == seen.records
+    check_goes_on(net, phase, tmp_path, step, BLENDED)
 
 
 def test_the_moving_average_is_tested_and_kept(net):
@@ -703,6 +713,7 @@ def test_the_moving_average_is_tested_and_kept(net):
     assert any(np.abs(plain[name] - x).max() > 1e-3 for name, x in arrays(outcome.model).items())
 
 
+@of_searches
 @pytest.mark.parametrize("step", some(3, 5, 7))
 def test_a_phase_that_ends_within_an_epoch_is_the_beginning_of_the_whole_one(
     net, undisturbed, tmp_path, step
@@ -727,6 +738,7 @@ def test_a_phase_that_ends_within_an_epoch_is_the_beginning_of_the_whole_one(
     assert "step" not in after.events
 
 
+@of_converging
 @pytest.mark.parametrize("step", some(4, 5, 11))
 def test_the_best_epoch_is_that_of_the_validation_data(net, undisturbed, tmp_path, step):
     phase, by_test, _ = undisturbed
