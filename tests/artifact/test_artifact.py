@@ -11,7 +11,7 @@ from flax import nnx
 import jax
 from jax.experimental.layout import Format, Layout
 import jax.numpy as jnp
-from networks import MIXED_INPUT, Mixed, arrays, drawn_masks, filled, images, resnet20, run
+from networks import MIXED_INPUT, Mixed, arrays, drawn_masks, filled, images, run, thin_resnet
 import numpy as np
 import optax
 import pytest
@@ -41,15 +41,15 @@ def check_same_network(found, expected, x=X):
     np.testing.assert_array_equal(run(found, x)[0], run(expected, x)[0])
 
 
-def pruned_resnet20(**arguments):
-    model = resnet20(**arguments)
+def pruned_resnet(**arguments):
+    model = thin_resnet(**arguments)
     return cut(model, drawn_masks(model, 0))
 
 
 # Round trips
 
 
-@pytest.mark.parametrize("make", [resnet20, pruned_resnet20])
+@pytest.mark.parametrize("make", [thin_resnet, pruned_resnet])
 @pytest.mark.parametrize("arguments", [{}, {"dtype": "bfloat16", "num_classes": 7, "width": 0.3}])
 def test_a_network_of_a_family_is_loaded_bit_for_bit(tmp_path, make, arguments):
     model = make(**arguments)
@@ -73,7 +73,7 @@ def test_a_network_of_ones_own_is_loaded_with_the_function_that_builds_it(tmp_pa
 
 
 def test_a_loaded_network_can_be_saved_and_loaded_again(tmp_path):
-    small = pruned_resnet20()
+    small = pruned_resnet()
     dhp.save(tmp_path / "first", small)
     dhp.save(tmp_path / "second", dhp.load(tmp_path / "first"))
     check_same_network(dhp.load(tmp_path / "second"), small)
@@ -158,7 +158,7 @@ def test_a_class_that_has_gained_weights_is_refused(tmp_path, make, name):
 
 
 def test_a_network_that_was_cast_is_loaded_as_it_was_saved(tmp_path):
-    small = dhp.prune(dhp.models.build("resnet", depth=8, width=0.5, rngs=nnx.Rngs(0)))
+    small = dhp.prune(thin_resnet())
     state = nnx.state(small, nnx.Param)
     nnx.update(small, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state))
     dhp.save(tmp_path / "small", small)
@@ -384,7 +384,7 @@ def test_a_folder_or_file_that_is_no_network_is_not_overwritten(tmp_path):
 
 
 def test_a_shape_of_numpys_integers_is_noted(tmp_path):
-    model = resnet20()
+    model = thin_resnet()
     small = cut(model, drawn_masks(model, 0))
     dhp.save(tmp_path, small, input_shape=tuple(np.array([8, 8, 3])))
     assert read_description(tmp_path)["notes"] == {"input_shape": [8, 8, 3]}
@@ -392,7 +392,7 @@ def test_a_shape_of_numpys_integers_is_noted(tmp_path):
 
 def test_a_folder_in_the_home_folder_is_found_by_all(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    model = resnet20()
+    model = thin_resnet()
     dhp.save("~/small", cut(model, drawn_masks(model, 0)))
     assert exists("~/small")
     assert verify("~/small") == read_description("~/small")
@@ -400,7 +400,7 @@ def test_a_folder_in_the_home_folder_is_found_by_all(tmp_path, monkeypatch):
 
 
 def test_the_description_tells_cost_and_versions(tmp_path):
-    model = resnet20()
+    model = thin_resnet()
     small = cut(model, drawn_masks(model, 0))
     dhp.save(tmp_path, small, input_shape=(8, 8, 3), test_error=8.46)
     description = read_description(tmp_path)
@@ -416,7 +416,7 @@ def test_the_description_tells_cost_and_versions(tmp_path):
 
 
 def test_a_folder_without_the_fields_that_came_later_is_loaded(tmp_path):
-    small = pruned_resnet20()
+    small = pruned_resnet()
     dhp.save(tmp_path, small)
     description = json.loads((tmp_path / DESCRIPTION).read_text())
     for field in OPTIONAL:
@@ -426,7 +426,7 @@ def test_a_folder_without_the_fields_that_came_later_is_loaded(tmp_path):
 
 
 def test_a_network_is_loaded_after_its_family_has_gained_an_argument(tmp_path, monkeypatch):
-    small = pruned_resnet20()
+    small = pruned_resnet()
     dhp.save(tmp_path, small)
 
     class Later(type(small)):

@@ -13,7 +13,7 @@ import time
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Mixed, arrays, drawn_masks, filled, resnet20
+from networks import Mixed, arrays, drawn_masks, filled, thin_resnet
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -35,7 +35,7 @@ ABSENT = object()
 
 @pytest.fixture(scope="module")
 def small():
-    model = resnet20()
+    model = thin_resnet()
     return prune(model, drawn_masks(model, 0))
 
 

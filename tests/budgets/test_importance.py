@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
-from networks import MIXED_INPUT, MIXED_LATENTS, SMALL, Mixed, filled, resnet20
+from networks import MIXED_INPUT, MIXED_LATENTS, SMALL, Mixed, filled, thin_resnet
 import numpy as np
 import pytest
 
@@ -147,7 +147,7 @@ def filter_norms(kernel):
 
 
 def test_scores_of_a_residual_stage_add_up_over_all_layers_that_share_its_latent():
-    model = resnet20()
+    model = thin_resnet(depth=20)
     plain = dhp.prune(model)
     scores = dhp.l1_scores(model)
     blocks = plain.blocks
@@ -378,7 +378,7 @@ def test_group_scores_take_in_all_that_an_entry_rules():
 
 
 def test_scale_scores_are_the_magnitudes_of_scales_summed_over_a_stage():
-    model = resnet20()
+    model = thin_resnet(depth=20)
     rng = np.random.default_rng(0)
     blocks = model.blocks
     norms = [model.stem.norm, *(block.layers[1].norm for block in blocks[:3])]

@@ -3,6 +3,7 @@
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from networks import thin_resnet
 import pytest
 
 import dhp_jax as dhp
@@ -59,7 +60,7 @@ def test_slow_functions_run_less_often_but_three_times_at_least(clock, each, rou
 
 
 def test_the_latency_of_networks_is_that_of_their_compiled_forward_passes():
-    model = dhp.models.build("resnet", depth=20, width=0.25, num_classes=10, rngs=nnx.Rngs(0))
+    model = thin_resnet()
     times = measure_latency({"only": dhp.prune(model)}, (8, 8, 3), 2, rounds=4, seconds=60.0)
     assert [len(times["only"]), min(times["only"]) > 0] == [4, True]
 

@@ -18,7 +18,7 @@ from networks import (
     arrays,
     drawn_masks,
     filled,
-    resnet20,
+    thin_resnet,
 )
 import numpy as np
 import pytest
@@ -215,9 +215,9 @@ def test_counts_that_are_no_whole_numbers_are_refused(mixed, count):
 # What is counted is what is there
 
 
-def counted_resnet20_flops(small, size):
-    """FLOPs by the arrays of a pruned ResNet-20 and the sizes of its feature maps."""
-    flops = 0
+def counted_resnet_flops(small, size):
+    """FLOPs by the arrays of a pruned ResNet and the sizes of its feature maps."""
+    flops, in_a_stage = 0, len(small.blocks) // 3
 
     def conv_norm(layer, size):
         nonlocal flops
@@ -225,7 +225,7 @@ def counted_resnet20_flops(small, size):
 
     conv_norm(small.stem, size)
     for number, block in enumerate(small.blocks):
-        block_size = size >> number // 3
+        block_size = size >> number // in_a_stage
         for layer in [*block.layers, block.projection]:
             if layer is not None:
                 conv_norm(layer, block_size)
@@ -234,12 +234,12 @@ def counted_resnet20_flops(small, size):
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_a_pruned_resnet_costs_what_its_arrays_say_and_what_was_predicted(seed):
-    model = resnet20()
+    model = thin_resnet()
     masks = drawn_masks(model, seed)
     small = cut(model, masks)
     found = dhp.measure_cost(small, (16, 16, 3))
     params = sum(p.get_value().size for _, p in nnx.to_flat_state(nnx.state(small, nnx.Param)))
-    assert (found.flops, found.params) == (counted_resnet20_flops(small, 16), params)
+    assert (found.flops, found.params) == (counted_resnet_flops(small, 16), params)
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
     assert flops_and_params(dhp.measure_cost(model, (16, 16, 3)).amounts(counts)) == (
         found.flops,
@@ -248,7 +248,7 @@ def test_a_pruned_resnet_costs_what_its_arrays_say_and_what_was_predicted(seed):
 
 
 def test_the_prediction_inside_jit_is_the_cost_of_the_pruned_network():
-    model = resnet20(min_channels=2)
+    model = thin_resnet(min_channels=2)
     cost = dhp.measure_cost(model, (32, 32, 3))
     graphdef, state = nnx.split(model)
 
@@ -262,7 +262,7 @@ def test_the_prediction_inside_jit_is_the_cost_of_the_pruned_network():
         found = dhp.measure_cost(small, (32, 32, 3))
         assert tuple(map(int, predicted(state, threshold))) == (found.flops, found.params)
         params = sum(p.get_value().size for _, p in nnx.to_flat_state(nnx.state(small, nnx.Param)))
-        assert (found.flops, found.params) == (counted_resnet20_flops(small, 32), params)
+        assert (found.flops, found.params) == (counted_resnet_flops(small, 32), params)
 
 
 def test_a_pruned_network_of_ones_own_costs_what_its_arrays_say():
@@ -291,7 +291,7 @@ def test_activations_are_the_bytes_of_all_outputs_of_layers_with_flops(mixed):
 
 
 def test_activations_are_predicted_in_jit_and_are_those_of_the_pruned_network():
-    model = resnet20()
+    model = thin_resnet()
     cost, masks = dhp.measure_cost(model, (16, 16, 3)), drawn_masks(model, 5)
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
     found = dhp.measure_cost(cut(model, masks), (16, 16, 3))
@@ -724,7 +724,7 @@ def test_a_layer_that_is_called_under_remat_is_counted():
 def test_what_is_no_shape_of_an_example_is_refused(shape):
     for function in (dhp.measure_cost, dhp.check_axes):
         with pytest.raises(ValueError, match=r"^input_shape: expected positive integers, such as"):
-            function(resnet20(), shape)
+            function(thin_resnet(), shape)
 
 
 def test_the_last_call_of_an_activation_counts_and_no_other():

@@ -21,8 +21,8 @@ from networks import (
     image_and,
     images,
     keep_all,
-    resnet20,
     run,
+    thin_resnet,
 )
 import numpy as np
 import optax
@@ -57,7 +57,7 @@ def mixed_masks(a, b, c):
         (lambda: filled(Mixed), MIXED_INPUT, True),
         (lambda: filled(Mixed), MIXED_INPUT, False),
         *(
-            pytest.param(resnet20, (8, 8, 3), train, marks=pytest.mark.slow)
+            pytest.param(thin_resnet, (8, 8, 3), train, marks=pytest.mark.slow)
             for train in (True, False)
         ),
     ],
@@ -73,7 +73,7 @@ def test_keeping_everything_changes_nothing(make, shape, train):
 
 @pytest.mark.slow
 def test_keeping_everything_keeps_every_generated_kernel_of_bottleneck_blocks():
-    model = resnet20(depth=110)
+    model = thin_resnet(depth=110)
     layers = dict(nnx.iter_modules(model))
     whole = dict(nnx.iter_modules(cut(model, keep_all(model))))
     convs = [path for path, layer in whole.items() if isinstance(layer, nnx.Conv)]
@@ -144,7 +144,7 @@ def test_a_pruned_network_computes_what_the_whole_one_does_with_channels_masked(
 )
 def test_a_pruned_resnet_computes_what_the_whole_one_does_with_channels_at_zero(seed, train):
     """A channel is gone where BatchNorm makes it zero and nothing that is added brings it back."""
-    model, x = resnet20(depth=8, width=0.5), images(4, 8, 8, 3)
+    model, x = thin_resnet(width=0.5), images(4, 8, 8, 3)
     masks = drawn_masks(model, seed)
     whole, small = cut(model, keep_all(model)), cut(model, masks)
     by_latent = {z: masks[name] for name, z in dhp.latents(model).items()}
@@ -166,7 +166,7 @@ def test_a_pruned_resnet_computes_what_the_whole_one_does_with_channels_at_zero(
 
 
 def test_everything_shared_by_a_residual_stage_is_pruned_consistently():
-    model = resnet20()
+    model = thin_resnet(depth=20)
     masks = drawn_masks(model, 5)
     small = cut(model, masks)
     names = {z: name for name, z in dhp.latents(model).items()}
@@ -189,7 +189,7 @@ def test_everything_shared_by_a_residual_stage_is_pruned_consistently():
 
 
 def test_no_latent_no_hypernetwork_and_no_mask_is_left():
-    for model in (resnet20(), filled(Mixed)):
+    for model in (thin_resnet(), filled(Mixed)):
         small = cut(model, drawn_masks(model, 2))
         assert dhp.latents(small) == {}
         for path, node in nnx.iter_graph(small):
@@ -251,7 +251,7 @@ def test_pruning_leaves_its_argument_as_it_was():
 
 
 def test_a_pruned_network_pruned_again_is_the_same():
-    model = resnet20()
+    model = thin_resnet()
     small = cut(model, drawn_masks(model, 0))
     again = cut(small, {})
     check_same(arrays(again), arrays(small))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 import jax
 import jax.numpy as jnp
-from networks import Mixed, check_same, filled, keep_all, resnet20
+from networks import Mixed, check_same, filled, keep_all, thin_resnet
 import numpy as np
 import pytest
 
@@ -47,7 +47,7 @@ def test_survivors_are_those_of_the_definition(vector, threshold, min_channels):
 
 
 def test_a_latent_that_is_not_finite_has_no_survivors():
-    model = resnet20()
+    model = thin_resnet()
     name, z = next((name, z) for name, z in dhp.latents(model).items() if z.prunable)
     z.vector.set_value(z.vector[...].at[1].set(jnp.nan))
     with pytest.raises(ValueError, match=f"finite latents, got NaN or infinity in '{name}'"):

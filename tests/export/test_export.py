@@ -873,7 +873,7 @@ def test_a_run_is_exported_and_tried_on_its_test_images(digits_run, tmp_path, ca
         capsys, digits_run, "--format=safetensors", "--which=best", f"--out={tmp_path / 'out'}"
     )
     assert code == 0
-    assert f"{tmp_path / 'out'}: takes (batch, 8, 8, 1) in float32; 21 layers" in out
+    assert f"{tmp_path / 'out'}: takes (batch, 8, 8, 1) in float32; 9 layers" in out
     assert "largest difference to the network: " in out
     assert " on 8 test images" in out
     loaded = opened(tmp_path / "out")

@@ -98,7 +98,19 @@ class OneKey(nnx.Rngs):
 
 
 def filled(make, seed=0):
-    """The module `make(rngs)`, its arrays drawn by NumPy: nothing is compiled."""
+    """The module `make(rngs)`, its arrays drawn by NumPy: nothing is compiled.
+
+    Those of a class are drawn once, and each call gives a copy.
+    """
+    return nnx.clone(_filled_once(make, seed)) if isinstance(make, type) else _filled(make, seed)
+
+
+@functools.lru_cache
+def _filled_once(make, seed):
+    return _filled(make, seed)
+
+
+def _filled(make, seed):
     model = nnx.eval_shape(lambda: make(OneKey(0)))
     rng = np.random.default_rng(seed)
 
@@ -115,9 +127,13 @@ def filled(make, seed=0):
     return model
 
 
-def resnet20(**arguments):
-    """A quarter of a ResNet-20 with drawn values."""
-    arguments = {"depth": 20, "width": 0.25, "min_channels": 1, **arguments}
+def thin_resnet(**arguments):
+    """A quarter of a ResNet-8, or of another depth, with drawn values."""
+    return nnx.clone(_thin_resnet(**{"depth": 8, "width": 0.25, "min_channels": 1, **arguments}))
+
+
+@functools.lru_cache
+def _thin_resnet(**arguments):
     return filled(lambda _: dhp.models.build("resnet", rngs=RNGS, **arguments))
 
 
@@ -173,7 +189,7 @@ def check_same(found, expected):
 
 # Arguments with which each family is small.
 SMALL = {
-    "resnet": {"depth": 20, "width": 0.25},
+    "resnet": {"depth": 8, "width": 0.25},
     "densenet": {"depth": 7, "growth": 4},
     "vgg": {"depth": 11, "width": 0.0625},
     "mobilenet_v1": {"width": 0.0625},

@@ -1,13 +1,15 @@
 """A run of seconds that several test modules share: a small ResNet-20 on digits."""
 
+import contextlib
 import json
+import logging
 import os
 from pathlib import Path
 import runpy
 import subprocess
 import sys
 
-from networks import RNGS, drawn_masks, filled, resnet20
+from networks import RNGS, drawn_masks, filled, thin_resnet
 import pytest
 
 import dhp_jax as dhp
@@ -30,11 +32,13 @@ FIELDS = {
     "search.strength": 0.3,  # meets the budget within these epochs
     "search.min_channels": 1,
     "converge.epochs": 1,
+    "converge.drops": (0.5,),
     "baseline.epochs": 1,
 }
 
 
 NETWORKS = ("search", "pruned", "best", "model")
+WARNINGS = "warnings.txt"  # of the run that test modules share, beside its directory
 ROOT = Path(__file__).parents[2]
 
 
@@ -80,9 +84,26 @@ def leave_no_pages(monkeypatch):
     monkeypatch.setattr(write, "page", lambda run, charts, pictures: "")
 
 
+def leave_pages_alone(monkeypatch):
+    """Runs leave pages without latencies and drawings, and no plots."""
+    monkeypatch.setattr(write, "latency", lambda result: None)
+    monkeypatch.setattr(write, "run_charts", lambda run: {})
+
+
 def carry_out(workdir, observers=(), **fields):
     """Carries the run out in a directory, with other values of some fields."""
     execute(prepare(of_digits(**fields), workdir, observers))
+
+
+@contextlib.contextmanager
+def noted_warnings(path):
+    """Writes what the library warns of in the block to a file."""
+    handler, library = logging.FileHandler(path), logging.getLogger("dhp_jax")
+    handler.setLevel(logging.WARNING)
+    library.addHandler(handler)
+    yield
+    library.removeHandler(handler)
+    handler.close()
 
 
 def summary_text(summary, missing=""):
@@ -94,7 +115,7 @@ def leave(workdir):
     """Puts a configuration and the networks of a run into a folder; they have learnt nothing."""
     config = runpy.run_path(str(CONFIG))["get_config"]()
     (workdir / "config.json").write_text(config.to_json())
-    model = resnet20(channels=1)
+    model = thin_resnet(channels=1)
     noted = set_up(config)
     for name in ("best", "model"):
         small = cut(model, drawn_masks(model, len(name)))
