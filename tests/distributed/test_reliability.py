@@ -52,6 +52,7 @@ def tell_to_end(workdir):
     assert re.fullmatch(stopped, told[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_pages")
 def test_a_run_that_is_killed_ends_with_the_same_bits(finished, tmp_path):
     workdir = tmp_path / "run"
