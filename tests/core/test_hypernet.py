@@ -21,6 +21,14 @@ SHAPES = [
     ((5,), 2, 3, 4),
     ((2, 1, 3), 2, 2, 3),
 ]
+# Of two of them each derivative is compiled; the others are slow, not lost.
+few_shapes = pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(s, marks=[pytest.mark.slow] * (s[1:] not in ((4, 5, 8), (1, 1, 1))))
+        for s in SHAPES
+    ],
+)
 
 
 def drawn(kernel_size, size_in, size_out, m, seed=0):
@@ -93,7 +101,7 @@ def test_axes_stand_for_their_latent_vectors():
     np.testing.assert_allclose(kernel, by_loops(z_in, z_out, arrays), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@few_shapes
 def test_gradients_are_those_of_automatic_differentiation(shape):
     inputs = drawn(*shape)
     weight = jnp.asarray(np.random.default_rng(9).normal(size=inputs[2].b2.shape), jnp.float32)
@@ -113,7 +121,7 @@ def test_gradients_are_those_of_finite_differences():
     check_grads(generated, drawn((2, 2), 2, 3, 4), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@few_shapes
 def test_arrays_with_both_channel_axes_as_one_give_the_same_kernel_and_gradients(shape):
     z_in, z_out, arrays = drawn(*shape)
     as_one = jax.tree.map(lambda array: array.reshape(*array.shape[:-2], -1), arrays)
@@ -130,7 +138,7 @@ def test_arrays_with_both_channel_axes_as_one_give_the_same_kernel_and_gradients
         np.testing.assert_allclose(a, b.reshape(a.shape), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@few_shapes
 def test_kernels_and_gradients_made_together_are_those_of_each(shape):
     several = [drawn(*shape, seed=seed) for seed in range(3)]
     several[2] = (several[0][0], *several[2][1:])  # a latent that two of them share
@@ -263,11 +271,10 @@ def test_a_latent_vector_of_rank_two_is_refused():
         generated(z_in.reshape(2, 2), z_out, arrays)
 
 
-@pytest.mark.parametrize(("kernel_size", "size_in", "size_out", "m"), SHAPES)
-def test_sums_written_out_equal_reductions(monkeypatch, kernel_size, size_in, size_out, m):
+@few_shapes
+def test_sums_written_out_equal_reductions(monkeypatch, shape):
     """As they are for large arrays."""
-    inputs = drawn(kernel_size, size_in, size_out, m)
-    grad = drawn(kernel_size, size_in, size_out, m, seed=1)[-1].b2
+    inputs, grad = drawn(*shape), drawn(*shape, seed=1)[-1].b2
     results = []
     for small in (0, 10**9):
         monkeypatch.setattr(hypernet, "MAX_FUSED_SIZE", small)
