@@ -130,7 +130,7 @@ def test_decay_of_kernels_leaves_out_latents_biases_and_norms(monkeypatch, name,
     monkeypatch.undo()
     params = nnx.state(model, nnx.Param)
     given = {"momentum": 0.0, "weight_decay": 0.5, "decayed": "kernels"}
-    after = stepped(params, optimizer(name, lambda step: 0.1, **given))
+    after = jax.jit(lambda p: stepped(p, optimizer(name, lambda step: 0.1, **given)))(params)
     moved = {
         ".".join(map(str, path))
         for path, variable in nnx.to_flat_state(params)
