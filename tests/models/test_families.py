@@ -21,14 +21,15 @@ from dhp_jax.models.edsr import Constant
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 every_family = pytest.mark.parametrize("name", FAMILIES)
 # One of each kind of block; what holds of the others, too, is slow, not lost.
-KINDS = ("resnext50", "densenet", "mobilenet_v2", "edsr", "unet")
+# That of depthwise convolutions is test_gates.py's, by zeros in gates.
+KINDS = ("resnext50", "densenet", "edsr", "unet")
 few_families = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in KINDS)) for n in FAMILIES]
 )
-# Of these the others tell little more: runs check the axes of residual networks.
-fewest_families = pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("densenet", "unet"))) for n in FAMILIES],
+# Of this the others tell little more: runs check the axes of residual networks, and
+# test_relatent.py those of networks with concatenations, groups and shuffles.
+one_family = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "unet")) for n in FAMILIES]
 )
 # What evaluation reads, training reads too or compares: so it is slow, not lost.
 modes = pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -55,7 +56,8 @@ COSTS = [  # family, arguments, input, FLOPs, params, latents
 @every_family
 def test_a_family_knows_an_image_that_it_takes(name):
     family, arguments, _ = FAMILIES[name]
-    model = abstract(family, **arguments)
+    with short():
+        model = dhp.models.build_abstract(family, **arguments)
     assert output(model, (2, *architecture_of(model).example)).shape[0] == 2
 
 
@@ -145,7 +147,7 @@ def test_an_argument_that_is_not_of_the_family_is_refused(family, arguments, mes
 # Which axes are one
 
 
-@fewest_families
+@one_family
 def test_axes_that_meet_are_one_latent(name):
     model, x, _ = network(name)
     dhp.check_axes(model, x.shape[1:])
@@ -168,7 +170,7 @@ def check_results(found, expected, kept=lambda path, stat: stat):
         np.testing.assert_allclose(statistics[path], kept(path, stat), rtol=1e-3, atol=1e-3)
 
 
-@fewest_families
+@one_family
 @modes
 def test_keeping_everything_changes_nothing(name, train):
     model, x, _ = network(name)

@@ -31,7 +31,7 @@ FAMILIES = {  # arguments, input, layers that are folded, layers of these kinds 
     "edsr": ({"scale": 2, "blocks": 1, "features": 8}, (6, 6, 3), 1, 0),
     "dncnn": ({"depth": 4, "features": 6}, (8, 8, 1), 4, 0),
 }
-SLOW = ("vgg", "mobilenet_v1", "dncnn")  # whose kinds of layers the others have too
+SLOW = ("resnet", "vgg", "mobilenet_v1", "dncnn")  # whose kinds of layers the others have too
 X = images(2, 6, 6, 3)
 
 
