@@ -42,6 +42,11 @@ def stepped(transform, params, updates, state=None):
     return optax.apply_updates(params, updates)
 
 
+def stepped_at_once(transform, params, updates):
+    """The same as one program, which is compiled sooner than its operations one by one."""
+    return jax.jit(lambda params, updates: stepped(transform, params, updates))(params, updates)
+
+
 @st.composite
 def steps(draw, dtypes=(*REAL, jnp.complex64)):
     """Parameters and updates of one shape, a strength and a learning rate."""
@@ -77,7 +82,7 @@ def check_step(found, params, updates, expected, target_size):
 @PROPERTY
 def test_prox_l1_is_the_closed_form_for_any_shape_dtype_and_strength(step):
     params, updates, strength, rate = step
-    found = stepped(dhp.prox_l1(strength, rate), params, updates)
+    found = stepped_at_once(dhp.prox_l1(strength, rate), params, updates)
     target = np.asarray(params + updates)
     check_step(found, params, updates, closed_form(target, strength * rate), strength * rate)
     amount = np.asarray(strength * rate).astype(np.abs(target).dtype)
@@ -88,7 +93,7 @@ def test_prox_l1_is_the_closed_form_for_any_shape_dtype_and_strength(step):
 @PROPERTY
 def test_prox_l2_is_the_closed_form_for_any_shape_dtype_and_strength(step):
     params, updates, strength, rate = step
-    found = stepped(dhp.prox_l2(strength, rate), params, updates)
+    found = stepped_at_once(dhp.prox_l2(strength, rate), params, updates)
     target = np.asarray(params + updates)
     expected = closed_form_of_groups(target, strength * rate)
     norm = np.sqrt(np.sum(np.abs(target.astype(np.complex128)) ** 2))
@@ -103,7 +108,7 @@ def test_prox_l2_is_the_closed_form_for_any_shape_dtype_and_strength(step):
 @PROPERTY
 def test_prox_l2_groups_over_the_given_axes(params, strength, axis):
     params = jnp.asarray(params)
-    found = stepped(dhp.prox_l2(strength, axis=axis), params, jnp.zeros_like(params))
+    found = stepped_at_once(dhp.prox_l2(strength, axis=axis), params, jnp.zeros_like(params))
     np.testing.assert_allclose(found, closed_form_of_groups(params, strength, axis), atol=1e-5)
 
 
@@ -147,7 +152,7 @@ def test_amounts_may_differ_by_entry_and_group():
 @PROPERTY
 def test_thresholded_entries_become_exactly_zero_whatever_the_dtypes(step):
     params, updates, _, _ = step
-    found = stepped(dhp.prox_l1(100.0), params, updates)
+    found = stepped_at_once(dhp.prox_l1(100.0), params, updates)
     np.testing.assert_array_equal(np.asarray(found), np.zeros(params.shape))
 
 
