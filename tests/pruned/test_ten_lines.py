@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from networks import filled
 import numpy as np
 import optax
+import pytest
 
 import dhp_jax as dhp
 from dhp_jax.budgets.counted import survivors_within
@@ -28,6 +29,7 @@ def survivors_by_hand(declared):
     return cut(declared, masks)
 
 
+@pytest.mark.slow
 def test_from_trained_weights_to_a_file_in_ten_lines(tmp_path, monkeypatch, fast_compilation):
     monkeypatch.chdir(tmp_path)
     declared = filled(
