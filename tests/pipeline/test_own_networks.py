@@ -6,7 +6,7 @@ import re
 
 from flax import nnx
 import jax.numpy as jnp
-from networks import short
+from networks import filled, short
 import numpy as np
 from own_networks import InLinen, Plain, Sowing, of_linen
 from PIL import Image
@@ -18,7 +18,7 @@ from runs import (
     check_same_end,
     contents,
     description,
-    leave_no_pages,
+    leave_pages_alone,
     of_digits,
     summary_text,
 )
@@ -67,17 +67,21 @@ def unknown(monkeypatch):
 
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory):
+    """What is needed of a finished run of the unpruned network, which has learnt nothing."""
     workdir = tmp_path_factory.mktemp("own") / "baseline"
-    with pytest.MonkeyPatch.context() as patch:
-        leave_no_pages(patch)
-        carry_out(workdir, method="baseline")
+    net = prepare(config_of(method="baseline"), workdir).blueprint.baseline()
+    noted = {"phase": {"epochs": 1, "steps": 2, "met_budget": False}, "made_from": ""}
+    dhp.save(workdir / "model", net, input_shape=SHAPE, **noted)
     return workdir
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
+    """The directory of a finished run, without plots."""
     workdir = tmp_path_factory.mktemp("own") / "dhp"
-    carry_out(workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_pages_alone(patch)
+        carry_out(workdir)
     return workdir
 
 
@@ -104,6 +108,7 @@ def test_a_method_that_starts_from_trained_weights_does_so(baseline, tmp_path, m
     assert kept.keys() == dhp.latents(net).keys()
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_a_search_leaves_networks_and_a_report_and_another_takes_its_channels(searched, tmp_path):
     summary = json.loads((searched / "summary.json").read_text())
     registry.add_own(PLAIN)
@@ -183,10 +188,13 @@ def test_a_network_that_restores_images_is_pruned_and_restores_those_of_a_comman
     assert np.abs(restored - expected).max() <= 0.51
 
 
-def test_a_module_that_a_file_names_is_imported_only_if_the_user_names_it(searched, capsys):
+def test_a_module_that_a_file_names_is_imported_only_if_the_user_names_it(
+    searched, capsys, monkeypatch
+):
     with pytest.raises(ArtifactError, match=r"holds a network of 'own_networks:Plain'; expected l"):
         dhp.load(searched / "model")
     given = dhp.load(searched / "model", build=Plain)  # of the arguments that the run has noted
+    leave_pages_alone(monkeypatch)
     report([str(searched), f"--build={PLAIN}"])
     np.testing.assert_array_equal(computed(dhp.load(searched / "model")), computed(given))
     capsys.readouterr()
@@ -269,7 +277,8 @@ def test_fresh_weights_are_those_that_a_baseline_begins_with(tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_trained_weights_are_where_a_run_begins(tmp_path, kind):
+def test_trained_weights_are_where_a_run_begins(tmp_path, kind, monkeypatch):
+    leave_pages_alone(monkeypatch)
     model = build(rngs=nnx.Rngs(3))
     dhp.save(tmp_path / "net", model)
     arrays = load_file(tmp_path / "net/arrays.safetensors")
@@ -344,7 +353,7 @@ def test_weights_are_given_on_the_command_line_whatever_the_file_has():
 def test_weights_of_a_family_are_of_a_network_that_computes_the_same(tmp_path, short_ones, relu6):
     arguments = {"width": 0.125, "num_classes": 10, "channels": 1}
     given = {**arguments, "stem_stride": 1, "relu6": True, "dropout": 0.2}
-    trained = dhp.prune(dhp.models.build("mobilenet_v1", **given, rngs=nnx.Rngs(0)))
+    trained = dhp.prune(filled(lambda rngs: dhp.models.build("mobilenet_v1", **given, rngs=rngs)))
     dhp.save(tmp_path / "net", trained)
     model = {"width": 0.125, "stem_stride": 1, "weights": str(tmp_path / "net"), "relu6": relu6}
     config = config_of("mobilenet_v1", model, method="l1_norm")
