@@ -36,6 +36,7 @@ def test_the_header_tells_network_data_budget_device_directory_and_what_comes(tm
         f"0.7: a search of at most {config.search.epochs} epochs, "
         f"then training of the pruned network, {config.converge.epochs} epochs"
     )
+    config.targets = None
     config.search.max_steps = config.converge.max_steps = 50
     config.data.validation = 0.1
     config.budget.batch = 64
