@@ -10,8 +10,13 @@ from restricted import difference, gone_of, in_float64, proved_cut, randomised, 
 
 from dhp_jax.tracing import discover
 
+# Between other layers test_nnx_layers.py has them, too.
+SLOW = ("Norms", "GroupNormed", "Lstm", "ConvTransposed")
 
-@pytest.mark.parametrize("name", CASES)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+)
 def test_what_survives_computes_what_the_whole_network_without_the_rest_does(
     name, fast_compilation
 ):

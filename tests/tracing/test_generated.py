@@ -59,7 +59,7 @@ def some(network, values=None):
     return keep
 
 
-@pytest.mark.parametrize("value", [1.0, 0.5])
+@pytest.mark.parametrize("value", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_latents_gates_and_pruning_keep_types_and_metadata(value):
     before = kinds(model())
     assert before["a", "lora", "lora_a"][0] is nnx.LoRAParam
@@ -78,8 +78,13 @@ def test_latents_gates_and_pruning_keep_types_and_metadata(value):
         np.testing.assert_allclose(small(X), network(X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [nnx.LoRAParam, Slow])
-@pytest.mark.parametrize("gates", [False, True])
+@pytest.mark.parametrize(
+    ("gates", "kind"),
+    [
+        *((False, nnx.LoRAParam), (True, Slow)),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((True, nnx.LoRAParam), (False, Slow))),
+    ],
+)
 def test_training_of_one_type_changes_the_arrays_of_that_type_alone(gates, kind):
     net = dhp.with_latents(model(), X.shape[1:])
     net = dhp.with_gates(net, rngs=nnx.Rngs(0)) if gates else net

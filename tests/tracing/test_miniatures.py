@@ -13,7 +13,7 @@ from restricted import difference, gone_of, in_float64, proved_cut, randomised, 
 import dhp_jax as dhp
 from dhp_jax.tracing import discover
 
-FEW = ("ResNetD", "VisionTransformer", "UNet", "Gru")  # of each kind of layers one
+FEW = ("ResNetD", "VisionTransformer", "UNet")  # test_nnx_layers.py has recurrent layers
 few_miniatures = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FEW)) for n in MINIATURES]
 )
