@@ -186,7 +186,7 @@ def counts_of(small, arrays):
     return {name: getattr(small, name).shape[1] for name in arrays}
 
 
-@pytest.mark.parametrize("flops", [0.9, 0.5, 0.1])
+@pytest.mark.parametrize("flops", [0.9, 0.5, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_of_two_branches_both_are_cut_to_the_budget_and_no_more(flops):
     net = of_arrays(unequal, UNEQUAL)
     width = int(flops * 60)

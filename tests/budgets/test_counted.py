@@ -17,7 +17,7 @@ from networks import (
     check_same,
     filled,
     keep_all,
-    resnet20,
+    thin_resnet,
 )
 import numpy as np
 import pytest
@@ -196,9 +196,15 @@ def test_what_widths_cannot_be_rounded_to_is_refused(mixed, multiple_of, told):
         dhp.prune_to(mixed[0], MIXED_INPUT, multiple_of, flops=0.5)
 
 
-@pytest.mark.parametrize("budget", [{"flops": 0.5}, {"params": 0.4}, {"flops": 0.6, "params": 0.5}])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"flops": 0.6, "params": 0.5},
+        *(pytest.param(b, marks=pytest.mark.slow) for b in ({"flops": 0.5}, {"params": 0.4})),
+    ],
+)
 def test_prune_to_makes_the_network_of_the_survivors_within_the_budget(budget):
-    model = resnet20(depth=8, min_channels=2, width=0.5)
+    model = thin_resnet(min_channels=2, width=0.5)
     cost = dhp.measure_cost(model, (16, 16, 3))
     small = dhp.prune_to(model, (16, 16, 3), **budget)
     check_same(arrays(small), arrays(cut(model, survivors_within(model, cost, **budget))))
@@ -323,10 +329,15 @@ class CheapAndCostly(nnx.Module):
         return self.convs[1](self.convs[0](x)) + self.convs[3](self.convs[2](x))
 
 
+@functools.cache
+def cheap_and_costly():
+    model = CheapAndCostly(nnx.Rngs(0))
+    return model, dhp.measure_cost(model, (8, 8, 1))
+
+
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.6, 0.7, 0.9])
 def test_costly_channels_are_traded_for_cheap_ones_where_the_budget_would_be_missed(target):
-    model = CheapAndCostly(nnx.Rngs(0))
-    cost = dhp.measure_cost(model, (8, 8, 1))
+    model, cost = cheap_and_costly()
     small = dhp.prune_to(model, (8, 8, 1), flops=target)
     ratio = dhp.measure_cost(small, (8, 8, 1)).flops / cost.flops
     cheapest = 2 / (2 * 9 * 8 + 2 * 64 + 2)  # one cheap channel of all
