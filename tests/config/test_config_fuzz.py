@@ -304,7 +304,7 @@ def check_prepared_or_refused(config, changed):
 
 @pytest.mark.usefixtures("cached")
 @given(configurations())
-@settings(derandomize=True, deadline=None, max_examples=25)
+@settings(derandomize=True, deadline=None, max_examples=12)
 def test_a_configuration_prepares_a_run_or_one_line_names_a_field_that_was_changed(example):
     check_prepared_or_refused(*example)
 
@@ -491,7 +491,7 @@ def check_parsed_or_refused(parse, path, overrides):
 
 
 @given(command_lines())
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=20)
 def test_a_command_line_is_parsed_or_one_line_names_a_field_that_was_given(parse, example):
     check_parsed_or_refused(parse, *example)
 

@@ -572,7 +572,10 @@ def test_as_many_shapes_are_run_as_is_told(shapes, overlap, multiple, side):
         assert len(run) <= 2  # a tile of the smallest sides, and an image of just its size
 
 
-@pytest.mark.parametrize("odd", [(20, 70), (70, 20), (20, 21), (24, 24)])
+@pytest.mark.parametrize(
+    "odd",
+    [(20, 70), (24, 24), *(pytest.param(s, marks=pytest.mark.slow) for s in [(70, 20), (20, 21)])],
+)
 def test_images_of_many_shapes_and_small_ones_among_them_share_compilations(odd):
     sizes = [odd, *((30 + i, 50 - i) for i in range(MAX_SHAPES + 1))]
     data = [Photograph(str(i), picture(*size, 1, i), None) for i, size in enumerate(sizes)]

@@ -92,7 +92,7 @@ def test_the_same_key_gives_the_same_bits_and_another_one_others(net, undisturbe
     assert not same(trained(net, key=1), undisturbed)
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
 def test_training_with_dropout_that_is_stopped_goes_on_with_the_same_bits(
     net, undisturbed, tmp_path, step
 ):
