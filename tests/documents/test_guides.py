@@ -5,7 +5,9 @@ What a block prints is compared with the block right after it, if that is one of
 `output` is what is printed, but for what `...` stands for; in `text`, numbers may be others, but
 those of 1,000 and more, which count something, by a tenth at most. A guide names what it needs
 besides the library, and says if it takes long, in comments that are not shown:
-`<!-- needs: sklearn -->` (names of modules), `<!-- onnx -->` and `<!-- slow -->`.
+`<!-- needs: sklearn -->` (names of modules), `<!-- onnx -->` and `<!-- slow -->`. A block that
+takes long, and that no other needs, has `<!-- slow block -->` before it: all blocks run in the slow
+tests, the others in both.
 """
 
 import contextlib
@@ -22,9 +24,11 @@ import dhp_jax as dhp
 
 GUIDES = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(
-    r"^```python\n(?P<code>.*?)^```\n(\n```(?P<kind>output|text)\n(?P<shown>.*?)^```\n)?",
+    r"^(?P<slow><!-- slow block -->\n)?"
+    r"```python\n(?P<code>.*?)^```\n(\n```(?P<kind>output|text)\n(?P<shown>.*?)^```\n)?",
     flags=re.DOTALL | re.MULTILINE,
 )
+SLOW_BLOCK = "<!-- slow block -->"
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 LARGE, NEAR = 1000, 0.1
 
@@ -35,11 +39,14 @@ def guides():
         text = path.read_text()
         if BLOCK.search(text):
             marks = [name for name in ("onnx", "slow") if f"<!-- {name} -->" in text]
-            yield pytest.param(path, id=path.stem, marks=[getattr(pytest.mark, m) for m in marks])
+            marks = [getattr(pytest.mark, name) for name in marks]
+            yield pytest.param(path, False, id=path.stem, marks=marks)
+            if SLOW_BLOCK in text:
+                yield pytest.param(path, True, id=f"{path.stem}, whole", marks=pytest.mark.slow)
 
 
-def run(path, folder):
-    """Runs the blocks of a guide in a folder, and compares what they print."""
+def run(path, folder, whole=True):
+    """Runs the blocks of a guide in a folder, all or those that are quick; compares the prints."""
     text, names = path.read_text(), {"__name__": "guide"}
     for needed in re.findall(r"<!-- needs: (.*?) -->", text):
         for module in needed.split():
@@ -48,6 +55,8 @@ def run(path, folder):
     families = mock.patch.dict(dhp.models.FAMILIES)  # a guide adds one
     with contextlib.chdir(folder), families:
         for block in BLOCK.finditer(text):
+            if block["slow"] and not whole:
+                continue
             line = text[: block.start("code")].count("\n")
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
@@ -67,9 +76,9 @@ def compare(printed, shown, numbers):
 
 
 @pytest.mark.usefixtures("fast_compilation")
-@pytest.mark.parametrize("path", list(guides()))
-def test_the_code_of_a_guide_runs_and_prints_what_is_shown(path, tmp_path):
-    run(path, tmp_path)
+@pytest.mark.parametrize(("path", "whole"), list(guides()))
+def test_the_code_of_a_guide_runs_and_prints_what_is_shown(path, whole, tmp_path):
+    run(path, tmp_path, whole)
 
 
 def test_a_guide_that_is_wrong_is_found_with_its_line(tmp_path):
