@@ -11,6 +11,7 @@ from dhp_jax import predict
 from dhp_jax.budgets import timing
 from dhp_jax.export import __main__ as export_main
 from dhp_jax.report import __main__ as report_main
+from dhp_jax.report import write as report_write
 from dhp_jax.report.format import interval
 from dhp_jax.workdir import reader, target_dirs
 from dhp_jax.workdir.target_dirs import absent, folder_name, is_size
@@ -69,7 +70,8 @@ def begun(finished, tmp_path_factory):
     return run
 
 
-def test_a_report_of_all_sizes_tells_what_there_is_and_what_is_missing(begun, capsys):
+def test_a_report_of_all_sizes_tells_what_there_is_and_what_is_missing(begun, capsys, monkeypatch):
+    monkeypatch.setattr(report_write, "_save_plots", lambda *_: None)
     assert commanded(capsys, report_main.main, "report", begun)[:2] == (
         0,
         f"{begun}/compare.html\n",
