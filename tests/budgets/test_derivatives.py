@@ -1,5 +1,7 @@
 """Scores by derivatives of a loss: what is no loss, and what are no batches."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,9 @@ X, LABELS = RNG.normal(size=(6, 4)).astype(np.float32), np.arange(6) % 3
 of_both = pytest.mark.parametrize("scores_of", [dhp.taylor_scores, dhp.gradient_scores])
 
 
+@functools.cache
 def network():
+    """A network that tests leave as it is."""
     arrays = {"a": RNG.normal(size=(4, 8)), "b": RNG.normal(size=(8, 3))}
     arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
     model = dhp.FromFunction(lambda p, x: nnx.relu(x @ p["a"]) @ p["b"], arrays)
