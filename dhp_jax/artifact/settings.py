@@ -11,6 +11,7 @@ from enum import Enum
 import functools
 from typing import Any
 import warnings
+import zlib
 
 from flax import nnx
 import numpy as np
@@ -72,19 +73,45 @@ def _texts_of(model: nnx.Module) -> Iterable[tuple[str, dict[str, str]]]:
     for path, module in nnx.iter_modules(model):
         texts = {CLASS: _text(type(module))} if path else {}  # `build` may make a subclass
         for name, value in sorted(vars(module).items()):
-            passed_over = name.startswith("_") or name in MODES or name == RECORD
-            if not passed_over and (text := _text(value)) != UNKNOWN:
-                texts[name] = text
+            if not (name.startswith("_") or name in MODES or name == RECORD):
+                texts |= _named_texts(name, value)
         yield path_name(path), texts
 
 
+def _named_texts(name: str, value: Any) -> dict[str, str]:
+    """The text of a value unless it has none; of a dataclass its name and those of its fields."""
+    if not _is_dataclass(value):
+        return {} if (text := _text(value)) == UNKNOWN else {name: text}
+    texts = {name: type(value).__name__}
+    for field, inner in _fields_of(value).items():
+        texts |= _named_texts(f"{name}.{field}", inner)
+    return texts
+
+
+def _is_dataclass(value: Any) -> bool:
+    """Whether a value is a dataclass that is none of Flax's NNX."""
+    is_one = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return is_one and not isinstance(value, nnx.Pytree | nnx.Variable)
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value) if f.repr}
+
+
 def _text(value: Any) -> str:
-    """A text that is the same in every process, or "?" for what has none."""
+    """A text that is the same in every process, or "?" for what has none.
+
+    What is too long ends with a number that tells it from others.
+    """
     text = _whole_text(value).encode("ascii", "backslashreplace").decode()
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]}... ({zlib.crc32(text.encode()):08x})"
 
 
 def _whole_text(value: Any) -> str:
+    if isinstance(value, nnx.Pytree | nnx.Variable):
+        return UNKNOWN
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Enum):
@@ -100,11 +127,8 @@ def _whole_text(value: Any) -> str:
     if isinstance(value, functools.partial):
         of = f"{_whole_text(value.func)}, {_whole_text(value.args)}"
         return f"partial({of}, {_named(value.keywords)})"
-    if isinstance(value, nnx.Pytree | nnx.Variable):
-        return UNKNOWN
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value) if f.repr}
-        return f"{type(value).__name__}({_named(fields)})"
+    if _is_dataclass(value):
+        return f"{type(value).__name__}({_named(_fields_of(value))})"
     return str(getattr(value, "__name__", UNKNOWN)) if callable(value) else UNKNOWN
 
 

@@ -1,5 +1,6 @@
 """Networks on disk: what is saved is what is loaded; see test_untrusted.py for what is refused."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import hashlib
@@ -9,7 +10,7 @@ from pathlib import Path
 import re
 import warnings
 
-from flax import nnx
+from flax import linen, nnx
 import jax
 from jax.experimental.layout import Format, Layout
 import jax.numpy as jnp
@@ -488,7 +489,7 @@ class Options:
         (
             {"options": Options()},
             {"options": Options(0.2)},
-            "options of the network was Options(slope=0.1), is Options(slope=0.2)",
+            "options.slope of the network was 0.1, is 0.2",
         ),
         (
             {"act": functools.partial(jax.nn.leaky_relu, negative_slope=0.3)},
@@ -506,6 +507,21 @@ def test_a_setting_that_is_not_as_it_was_saved_is_told(tmp_path, before, after, 
         warnings.simplefilter("error")
         again = dhp.load(tmp_path, build=lambda rngs: Configured(rngs, **before))
     dhp.save(tmp_path, again)
+
+
+class LinenNet(linen.Module):
+    act: Callable = linen.relu
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(5)(self.act(linen.Conv(8, (3, 3))(x)).mean((1, 2)))
+
+
+def test_a_setting_of_a_module_of_linen_is_told(tmp_path):
+    variables = LinenNet().init(jax.random.key(0), X)
+    dhp.save(tmp_path, dhp.FromLinen(LinenNet(), variables))
+    with pytest.warns(UserWarning, match=r"fixed\.module\.act of the network was relu, is silu"):
+        dhp.load(tmp_path, build=lambda rngs: dhp.FromLinen(LinenNet(linen.silu), variables))
 
 
 # What is not saved
