@@ -165,7 +165,10 @@ STAGES = {"train": train_stage, "explore": explore_stage, "final": final_stage}
 
 
 def tables(rows: Sequence[dict]) -> str:
-    """A table for each target: means over the seeds, and what is lost against the search."""
+    """A table for each target: means over the seeds, and what is lost against the search.
+
+    One more has the commits of rows that tell theirs, and what carried their updates out.
+    """
     from record import table_of  # imports more than a device needs
 
     found: dict[float, dict[str, dict[int, dict]]] = {}
@@ -173,13 +176,31 @@ def tables(rows: Sequence[dict]) -> str:
         if "target" in row:
             found.setdefault(row["target"], {}).setdefault(name_of(row), {})[row["seed"]] = row
     columns = ["row", ">params", ">after the cut", ">test error", ">beyond the search", ">seeds"]
-    return "\n\n".join(
+    parts = [
         f"## {target:.0%} of the FLOPs\n\n"
         + table_of(
             columns, [[name, *cells(of_seeds, ways[FADE.name])] for name, of_seeds in ways.items()]
         )
         for target, ways in sorted(found.items(), reverse=True)
-    )
+    ]
+    if any(row.get("commit") for row in rows if "target" in row):
+        parts.append(f"## How rows were measured\n\n{origins(rows)}")
+    return "\n\n".join(parts)
+
+
+def origins(rows: Sequence[dict]) -> str:
+    """A table of what carried out the updates after the search, and of which code it was."""
+    from record import table_of
+
+    found: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        if row.get("commit") and "target" in row:
+            by = row.get("trained_by", "the library, float32")
+            key = (name_of(row), f"{row['target']:.0%}", by, row["commit"])
+            found.setdefault(key, []).append(row["seed"])
+    columns = ["row", ">of the FLOPs", "seeds", "updated by", "commit"]
+    lines = [(*key[:2], ", ".join(map(str, seeds)), *key[2:]) for key, seeds in found.items()]
+    return table_of(columns, lines)
 
 
 def name_of(row: Mapping[str, Any]) -> str:

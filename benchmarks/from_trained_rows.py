@@ -126,7 +126,7 @@ class Bench:
     """Data, programs, and the files that are written."""
 
     def __init__(self, options: argparse.Namespace, size: Size):
-        self.size, self.out = size, options.out
+        self.size, self.out, self.commit = size, options.out, options.commit
         self.out.mkdir(parents=True, exist_ok=True)
         self.end = time.monotonic() + 60 * options.minutes
         self.train, self.test = read(options.data, options.rehearse)
@@ -354,6 +354,7 @@ def write_row(
         updates=updates_of(bench, way),
         seconds=round(time.monotonic() - began, 3),
         way=asdict(way),
+        commit=bench.commit,
     )
 
 

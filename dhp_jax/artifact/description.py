@@ -48,6 +48,7 @@ OPTIONAL = {
     "folded": (list,),
     "cuts": (dict,),
     "latents": (dict,),
+    "settings": (list,),
     "cost": (dict,),
     "provenance": (dict,),
 }
@@ -152,6 +153,7 @@ def check_description(description: Any, where: str) -> None:
     _check_survivors(description["survivors"] or {}, where)
     _check_table(description["arrays"], where)
     _check_folded(description.get("folded", []), where)
+    _check_settings(description.get("settings", []), where)
 
 
 def check_notes(notes: Mapping[str, Any]) -> None:
@@ -271,6 +273,18 @@ def _check_folded(chains: list[Any], where: str) -> None:
     count = sum(map(len, chains))
     if count > MAX_ARRAYS:
         _refuse(where, "folded", f"at most {MAX_ARRAYS} layers", count)
+
+
+def _check_settings(settings: list[Any], where: str) -> None:
+    for same in settings:
+        modules, values = (
+            (same["modules"], same["values"])
+            if isinstance(same, dict) and same.keys() == {"modules", "values"}
+            else (None, None)
+        )
+        texts = isinstance(modules, list) and isinstance(values, dict)
+        if not texts or not _are_names([*modules, *values, *values.values()]):
+            _refuse(where, "settings", "modules, and texts of what they hold by name", same)
 
 
 def _check_table(arrays: Mapping[str, Any], where: str) -> None:

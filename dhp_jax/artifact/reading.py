@@ -28,6 +28,7 @@ from dhp_jax.artifact.description import (
     check_description,
     parse_json,
 )
+from dhp_jax.artifact.settings import warn_of_settings
 from dhp_jax.artifact.traced import check_table, cuts_from_json, table_from_json
 from dhp_jax.core.latent import latents
 from dhp_jax.core.plain import Model
@@ -71,7 +72,9 @@ def load(
     A file can do no more than be refused or become arrays. First `load` checks what `model.json`
     says (see `dhp_jax.artifact.description`), then that the two files agree, down to the digest.
     Then it builds the network, abstractly, of no more layers than there are arrays for. It reads
-    the arrays only if the network needs just these; they must be finite.
+    the arrays only if the network needs just these; they must be finite. Of a network of your own
+    class it warns where a module holds another activation, stride or other setting than when it
+    was saved; those inside functions it cannot see.
 
     Args:
       path: the folder; the two files in it may not be links.
@@ -130,6 +133,8 @@ def load(
         state = nnx.merge_state(state, _draw(lambda: make(_built(build, description))[1], gained))
     model = nnx.merge(graphdef, state)
     model.eval()
+    if build is not None:
+        warn_of_settings(description.get("settings", []), model)
     return model
 
 

@@ -22,12 +22,14 @@ from dhp_jax.artifact.arrays import (
 )
 from dhp_jax.artifact.description import DTYPES, FORMAT, VERSION, check_notes, parse_json
 from dhp_jax.artifact.reading import parse_description
+from dhp_jax.artifact.settings import settings_of
 from dhp_jax.artifact.traced import cuts_as_json, table_as_json
 from dhp_jax.core.latent import has_gates, latents
 from dhp_jax.core.provenance import architecture_of
 from dhp_jax.core.state import numbers_of, path_name, value_of
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.files import put, unfinished, write
+from dhp_jax.models import registry
 from dhp_jax.tracing.counts import measure_cost
 
 
@@ -139,6 +141,8 @@ def _description(
     traced = {}
     if architecture.cuts is not None:
         traced["cuts"] = cuts_as_json(architecture.cuts)
+    if architecture.family not in registry.FAMILIES:
+        traced["settings"] = settings_of(model)
     if architecture.axes is not None:
         least = {name: z.min_channels for name, z in latents(model).items()}
         traced["latents"] = table_as_json(architecture.axes, least)

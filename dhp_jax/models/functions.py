@@ -1,6 +1,7 @@
 """Networks that are functions of a tree of parameters, as networks of flax.nnx."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 import functools
 from typing import Any
 
@@ -59,11 +60,13 @@ class FromFunction(nnx.Module):
         return jax.tree.unflatten(self.fixed.structure, arrays)
 
 
+@dataclass(eq=False)
 class _Fixed:
     """What of a network is no array; equal to itself alone, for functions may have no hash."""
 
-    def __init__(self, function: Callable[..., Any], structure: Any, paths: tuple[Path, ...]):
-        self.function, self.structure, self.paths = function, structure, paths
+    function: Callable[..., Any]
+    structure: Any
+    paths: tuple[Path, ...]
 
 
 def _path_of(keys: Any) -> Path:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import copy
+from dataclasses import dataclass
 import functools
 from types import MappingProxyType
 from typing import Any
@@ -275,16 +276,12 @@ def _options(
     return {**mode, **given}
 
 
+@dataclass(eq=False)
 class _Fixed:
     """What of a network is no array; equal to itself alone, for modules may have no hash."""
 
-    def __init__(
-        self,
-        module: linen.Module,
-        collections: dict[Path, str],
-        training: dict[str, Any],
-        evaluation: dict[str, Any],
-    ):
-        self.module, self.collections = module, collections  # the collection of each array
-        self.training, self.evaluation = training, evaluation
-        self.removed: frozenset[Path] = frozenset()  # modules that were folded into others
+    module: linen.Module
+    collections: dict[Path, str]  # of each array
+    training: dict[str, Any]
+    evaluation: dict[str, Any]
+    removed: frozenset[Path] = frozenset()  # modules that were folded into others

@@ -1,13 +1,16 @@
 """Networks on disk: what is saved is what is loaded; see test_untrusted.py for what is refused."""
 
+from collections.abc import Callable
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 from pathlib import Path
 import re
+import warnings
 
-from flax import nnx
+from flax import linen, nnx
 import jax
 from jax.experimental.layout import Format, Layout
 import jax.numpy as jnp
@@ -456,6 +459,69 @@ def test_a_network_of_ones_own_is_loaded_after_its_class_has_gained_an_attribute
 
     loaded, x = dhp.load(tmp_path, build=Later), images(2, *MIXED_INPUT)
     np.testing.assert_array_equal(run(loaded, x)[0], run(small, x)[0])
+
+
+class Configured(nnx.Module):
+    """A convolution and a head; what they compute depends on settings that are no arrays."""
+
+    def __init__(self, rngs, act=jax.nn.relu, strides=1, options=None, epsilon=1e-5, dtype=None):
+        self.act, self.options = act, options
+        self.conv = nnx.Conv(3, 8, (3, 3), strides=strides, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, epsilon=epsilon, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.act(self.norm(self.conv(x))).mean((1, 2)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    slope: float = 0.1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({}, {"act": jax.nn.gelu}, "act of the network was relu, is gelu"),
+        ({}, {"strides": 2}, "strides of 'conv' was 1, is 2"),
+        ({}, {"epsilon": 0.1}, "epsilon of 'norm' was 1e-05, is 0.1"),
+        ({"dtype": jnp.bfloat16}, {}, "dtype of 'norm' was bfloat16, is None"),
+        (
+            {"options": Options()},
+            {"options": Options(0.2)},
+            "options.slope of the network was 0.1, is 0.2",
+        ),
+        (
+            {"act": functools.partial(jax.nn.leaky_relu, negative_slope=0.3)},
+            {"act": functools.partial(jax.nn.leaky_relu, negative_slope=0.4)},
+            "negative_slope=0.3), is partial(",
+        ),
+    ],
+)
+def test_a_setting_that_is_not_as_it_was_saved_is_told(tmp_path, before, after, told):
+    dhp.save(tmp_path, Configured(nnx.Rngs(0), **before))
+    with pytest.warns(UserWarning, match=re.escape(told)) as warned:
+        dhp.load(tmp_path, build=lambda rngs: Configured(rngs, **after))
+    assert [warning.filename for warning in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = dhp.load(tmp_path, build=lambda rngs: Configured(rngs, **before))
+    dhp.save(tmp_path, again)
+
+
+class LinenNet(linen.Module):
+    act: Callable = linen.relu
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(5)(self.act(linen.Conv(8, (3, 3))(x)).mean((1, 2)))
+
+
+def test_a_setting_of_a_module_of_linen_is_told(tmp_path):
+    variables = LinenNet().init(jax.random.key(0), X)
+    dhp.save(tmp_path, dhp.FromLinen(LinenNet(), variables))
+    with pytest.warns(UserWarning, match=r"fixed\.module\.act of the network was relu, is silu"):
+        dhp.load(tmp_path, build=lambda rngs: dhp.FromLinen(LinenNet(linen.silu), variables))
 
 
 # What is not saved

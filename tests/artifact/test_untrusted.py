@@ -346,6 +346,18 @@ KINDS = {
     ),
     "an unknown field": (field("code", "x"), "holds an unknown field 'code'; expected format, "),
     "an unknown field of two lines": (field("a\nb", "x"), r"holds an unknown field 'a\\nb'; "),
+    "settings of no modules": (
+        field("settings", [{"values": {}}]),
+        "settings: expected modules, and texts of what they hold by name, got {'values': {}}$",
+    ),
+    "a setting of two lines": (
+        field("settings", [{"modules": ["conv"], "values": {"act": "relu\n"}}]),
+        "settings: expected modules, and texts of what they hold by name, got ",
+    ),
+    "a setting that is no text": (
+        field("settings", [{"modules": ["conv"], "values": {"strides": 2}}]),
+        "settings: expected modules, and texts of what they hold by name, got ",
+    ),
     "notes of another type": (field("notes", [1]), r"notes: expected an object, got \[1\]$"),
     "survivors of another type": (
         field("survivors", [1]),

@@ -39,7 +39,7 @@ def test_the_tables_tell_errors_budgets_and_times(tmp_path):
 def test_what_torch_pruning_leaves_is_counted_and_tested_as_ours(tmp_path, way):
     torch = pytest.importorskip("torch")
     pytest.importorskip("torch_pruning")
-    options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True)
+    options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True, commit="")
     bench = from_trained_rows.Bench(options, from_trained_rows.REHEARSAL)
     bench.trained = bench.net.fresh(0)
     whole = torch_resnet.network(torch, bench.trained)

@@ -103,7 +103,7 @@ def test_what_is_left_gets_the_gradients_of_the_pruned_network(net, arrays, prun
 
 @pytest.mark.slow
 def test_the_search_leaves_a_network_within_its_budget_whose_gates_are_closed(tmp_path, arrays):
-    options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True)
+    options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True, commit="")
     bench = from_trained_rows.Bench(options, from_trained_rows.REHEARSAL)
     net, bench.trained = bench.net, arrays
     way = dataclasses.replace(from_trained_rows.FADE, distillation=0.5)
@@ -121,7 +121,7 @@ def test_the_search_leaves_a_network_within_its_budget_whose_gates_are_closed(tm
 
 @pytest.mark.slow
 def test_what_a_cpu_trains_after_a_cut_is_what_closed_gates_train(tmp_path, arrays):
-    options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True)
+    options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True, commit="")
     bench = from_trained_rows.Bench(options, from_trained_rows.REHEARSAL)
     masks = from_trained_rows.choose(bench.net, dhp.random_scores(bench.net.latents, 3), 0.4)
     way = dataclasses.replace(from_trained_rows.ONE["random"], distillation=0.5)
@@ -142,7 +142,7 @@ def test_what_a_cpu_trains_after_a_cut_is_what_closed_gates_train(tmp_path, arra
 def test_pytorch_carries_out_the_same_updates_after_a_cut(tmp_path, arrays, share):
     torch = pytest.importorskip("torch")
     torch_resnet = importlib.import_module("torch_resnet")
-    options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True)
+    options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True, commit="")
     bench = from_trained_rows.Bench(options, from_trained_rows.REHEARSAL)
     bench.trained = arrays
     begin = bench.begin(arrays)
@@ -268,6 +268,22 @@ def test_the_table_tells_means_ranges_and_paired_differences():
         "| fade | 60% |  | 8.50 % (8.00 to 9.00) | +0.00 (+0.00 to +0.00) | 2 |",
         "| l1 | 60% |  | 9.25 % (8.50 to 10.00) | +0.75 (+0.50 to +1.00) | 2 |",
         "| fade, 3,920 updates | 60% |  | 7.00 % | -1.00 | 1 |",
+    ]
+
+
+def test_the_last_table_tells_commits_of_rows_of_one_kind_together():
+    same = {"target": 0.5, "params": 0.6, "after_cut": None, "way": {"fresh": False}, "error": 8.0}
+    same |= {"updates": 980}
+    rows = [
+        {"name": "fade", "seed": 0, "commit": "a1", **same},
+        {"name": "fade", "seed": 1, "commit": "b2", "trained_by": "torch", **same},
+        {"name": "fade", "seed": 2, "commit": "a1", **same},
+        {"name": "l1", "seed": 0, "commit": "", **same},
+    ]
+    table = from_trained.tables(rows).split("## How rows were measured\n\n")[1]
+    assert table.splitlines()[2:] == [
+        "| fade | 50% | 0, 2 | the library, float32 | a1 |",
+        "| fade | 50% | 1 | torch | b2 |",
     ]
 
 
