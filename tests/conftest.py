@@ -15,14 +15,9 @@ import pytest
 from runs import WARNINGS, carry_out, leave, leave_no_pages, noted_warnings
 
 from dhp_jax import activity
-from dhp_jax.artifact import reading
 from dhp_jax.budgets import timing
-from dhp_jax.core.provenance import architecture_of
-from dhp_jax.errors import shown
 from dhp_jax.export.writers import NEEDS
-from dhp_jax.models import FAMILIES, mobilenet, resnet
-from dhp_jax.pipeline import blueprint, preparation
-from dhp_jax.workdir import reader
+from dhp_jax.pipeline import preparation
 
 TESTS = Path(__file__).parent
 
@@ -82,80 +77,18 @@ def compiled_once(tmp_path_factory, worker_id):
 
 @pytest.fixture(scope="session", autouse=True)
 def short_checks():
-    """Runs time each network three times, and check the axes of equal networks once a session.
-
-    Of a network of a family they make the shapes, and count its FLOPs, once a session, too; so does
-    what reads files.
-    """
-    known, costs, checked = {}, {}, set()
-    abstract, check_axes = blueprint.abstract, preparation.check_axes
-    measure_cost, cost_before = preparation.measure_cost, reader._cost_before
-    build_family = reading._build_family
-
-    def told(name, arguments, *others):
-        """A network of a family, which tests may have shortened."""
-        depths = resnet.BLOCKS, mobilenet.V1_BLOCKS, mobilenet.V2_GROUPS
-        given = [(argument, shown(value)) for argument, value in sorted(arguments.items())]
-        return FAMILIES[name], f"{name} {given} {others} {depths}"
-
-    def abstract_once(config, made):
-        if made.table is not None or made.name not in FAMILIES:
-            return abstract(config, made)
-        key = told(made.name, made.arguments, made.least, made.share)
-        if key not in known:
-            known[key] = abstract(config, made)
-        return known[key]
-
-    def build_once(description, where):
-        if description["family"] not in FAMILIES:
-            return build_family(description, where)
-        sizes = len(description["arrays"]), len(description.get("folded", []))
-        key = told(description["family"], description["arguments"], sizes)
-        if key not in known:
-            known[key] = build_family(description, where)
-        return nnx.clone(known[key])
-
-    def key_of(model, shape):
-        """What tells networks of other shapes apart; those that are known stay where they are."""
-        if any(model is other for other in known.values()):
-            return id(model), shape
-        graphdef, state = nnx.split(model)
-        return f"{graphdef} {jax.tree.map(lambda array: (array.shape, array.dtype), state)} {shape}"
-
-    def count_once(model, shape):
-        key = key_of(model, shape)
-        if isinstance(key, str):  # a network with arrays
-            return measure_cost(model, shape)
-        if key not in costs:
-            costs[key] = measure_cost(model, shape)
-        return costs[key]
-
-    def before_once(model, shape):
-        made = architecture_of(model)
-        if made.family not in FAMILIES:
-            return cost_before(model, shape)
-        key = told(made.family, made.arguments, shape)
-        if key not in costs:
-            costs[key] = cost_before(model, shape)
-        return costs[key]
+    """Runs time each network three times, and check the axes of equal networks once a session."""
+    checked, check_axes = set(), preparation.check_axes
 
     def check_once(model, shape):
-        key = key_of(model, shape)
+        graphdef, state = nnx.split(model)
+        key = f"{graphdef} {jax.tree.map(lambda array: (array.shape, array.dtype), state)} {shape}"
         if key not in checked:
             check_axes(model, shape)
             checked.add(key)
 
     few = mock.patch.dict(timing.measure_latency.__kwdefaults__, seconds=0.0)
-    looks = {"abstract": abstract_once, "measure_cost": count_once, "check_axes": check_once}
-    once = mock.patch.multiple(preparation, **looks)
-    others = (
-        mock.patch.object(blueprint, "abstract", abstract_once),
-        mock.patch.object(reader, "_cost_before", before_once),
-        mock.patch.object(reading, "_build_family", build_once),
-    )
-    with few, once, contextlib.ExitStack() as stack:
-        for patch in others:
-            stack.enter_context(patch)
+    with few, mock.patch.object(preparation, "check_axes", check_once):
         yield
 
 
