@@ -100,6 +100,26 @@ def test_gates_have_the_derivatives_of_the_loss_of_the_auxiliary_head():
     np.testing.assert_allclose(found, np.abs(expected), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_kernels_that_are_stacked_of_arrays_are_read(axis):
+    arrays = {
+        name: RNG.normal(size=n) for name, n in {"a": (6, 9), "b": (9, 3), "c": (9, 3)}.items()
+    }
+
+    def forward(p, x, factors=1.0):
+        kernels = jnp.moveaxis(jnp.stack([p["b"], p["c"]], axis), axis, 0)
+        h = nnx.relu(x @ p["a"]) * factors
+        return h @ (kernels[0] * 2) + jnp.tensordot(h, kernels, (1, 1)).sum(1)
+
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
+    net = dhp.with_latents(dhp.FromFunction(lambda p, x: forward(p, x), arrays), X.shape[1:])
+    ((name, found),) = dhp.taylor_scores(net, squares, [X], squared=False).items()
+    expected = jax.grad(lambda g: jnp.mean(forward(arrays, X, g) ** 2))(jnp.ones(9))
+    np.testing.assert_allclose(found, np.abs(expected), rtol=1e-4, atol=1e-6)
+    filters = np.abs(np.asarray(arrays["a"], np.float64)).sum(0)
+    np.testing.assert_allclose(dhp.l1_scores(net)[name], filters / filters.mean(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("deep", [False, True])
 def test_slices_that_a_head_reads_are_no_filters(deep):
     model = Auxiliary(nnx.Rngs(0), deep=deep)
