@@ -124,7 +124,10 @@ def moved(eqn: JaxprEqn, given: Sequence[Value], shape: tuple[int, ...]) -> tupl
         return tuple(first[source[k]] if k in source else Source() for k in range(len(shape)))
     if name in ("reshape", "squeeze", "expand_dims"):
         made = [Source()] * len(shape)
-        for sources, targets in reshaped_together(shape_of(eqn.invars[0]), shape):
+        order = params.get("dimensions") if name == "reshape" else None
+        order = order or range(len(first))  # of the axes, before they are split and merged
+        first, before = ([own[k] for k in order] for own in (first, shape_of(eqn.invars[0])))
+        for sources, targets in reshaped_together(before, shape):
             for k in targets:
                 made[k] = _joined([first[j] for j in sources])
         return tuple(made)

@@ -120,6 +120,25 @@ def test_kernels_that_are_stacked_of_arrays_are_read(axis):
     np.testing.assert_allclose(dhp.l1_scores(net)[name], filters / filters.mean(), rtol=1e-5)
 
 
+def test_filters_are_those_of_each_kernel_where_convolutions_are_batched():
+    shapes = {"a": (3, 3, 2, 6), "b": (2, 3, 3, 6, 5), "c": (5, 3)}
+    arrays = {name: jnp.asarray(RNG.normal(size=n), jnp.float32) for name, n in shapes.items()}
+
+    def convolved(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    def forward(p, x):
+        h = jnp.stack([nnx.relu(convolved(x, p["a"]))] * 2)
+        return nnx.relu(jax.vmap(convolved)(h, p["b"])).mean((0, 2, 3)) @ p["c"]
+
+    net = dhp.with_latents(dhp.FromFunction(forward, arrays), (4, 4, 2))
+    found = dhp.l1_scores(net)
+    for name, axes in {"a": (0, 1, 2), "b": (0, 1, 2, 3)}.items():
+        filters = np.abs(np.asarray(arrays[name], np.float64)).sum(axes)
+        np.testing.assert_allclose(found[name], filters / filters.mean(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("deep", [False, True])
 def test_slices_that_a_head_reads_are_no_filters(deep):
     model = Auxiliary(nnx.Rngs(0), deep=deep)
