@@ -124,12 +124,12 @@ def moved(eqn: JaxprEqn, given: Sequence[Value], shape: tuple[int, ...]) -> tupl
         return tuple(first[source[k]] if k in source else Source() for k in range(len(shape)))
     if name in ("reshape", "squeeze", "expand_dims"):
         made = [Source()] * len(shape)
-        order = params.get("dimensions") if name == "reshape" else None
-        order = order or range(len(first))  # of the axes, before they are split and merged
-        first, before = ([own[k] for k in order] for own in (first, shape_of(eqn.invars[0])))
+        permuted = params.get("dimensions") if name == "reshape" else None
+        order = permuted or range(len(first))  # of the axes, before they are split and merged
+        before = [shape_of(eqn.invars[0])[k] for k in order]
         for sources, targets in reshaped_together(before, shape):
             for k in targets:
-                made[k] = _joined([first[j] for j in sources])
+                made[k] = _joined([first[order[j]] for j in sources])
         return tuple(made)
     if name == "stack":
         parts, along = _of_parts(eqn, given, len(shape) - 1), params["axis"]

@@ -116,7 +116,9 @@ def _reduce(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> 
 
 def _same(flow: Flow, one: Axis, other: Axis) -> bool:
     """Whether the positions of two axes are the same, in order."""
-    return one is other or np.array_equal(*map(flow.terms.roots, (one, other)))
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(flow.terms.roots(one), flow.terms.roots(other))
 
 
 def _without(axes: Axes, gone: Sequence[Any]) -> Axes:
