@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dhp_jax.core.provenance import Architecture, set_architecture
+from dhp_jax.core.state import value_of
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.densenet import DenseNet
 from dhp_jax.models.dncnn import DnCNN
@@ -154,20 +155,29 @@ def build_abstract(name: str, **arguments: Any) -> nnx.Module:
 def shapes_of(make: Callable[[], nnx.Module]) -> nnx.Module:
     """The network that a function makes, of shapes and dtypes only.
 
-    It is computed if it holds an array that is no variable's, for NNX knows no shape as one.
+    It is computed if it holds an array that is no variable's, which stays, for NNX knows no shape
+    as one.
     """
 
     def checked() -> nnx.Module:
         model = make()
-        nodes = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree))
-        if any(isinstance(x, jax.core.Tracer) for node in nodes for x in vars(node).values()):
+        if not all(isinstance(x, nnx.Variable) for _, x in nnx.to_flat_state(nnx.state(model))):
             raise _BareArrayError
         return model
 
     try:
         return nnx.eval_shape(checked)
     except _BareArrayError:
-        return nnx.eval_shape(lambda model: model, make())
+        graphdef, state = nnx.split(make())
+        flat = [(path, _abstract(leaf)) for path, leaf in nnx.to_flat_state(state)]
+        return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _abstract(leaf: Any) -> Any:
+    """A leaf of a state, with a shape in place of a variable's array."""
+    if not isinstance(leaf, nnx.Variable):
+        return leaf
+    return leaf.replace(jax.eval_shape(lambda x: x, value_of(leaf)))
 
 
 class _BareArrayError(Exception):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from dhp_jax.tracing.analysis import Analysis
-from dhp_jax.tracing.programs import EVALUATION, all_programs, is_literal
+from dhp_jax.tracing.programs import DOTS, EVALUATION, all_programs, dot_numbers, is_literal
 from dhp_jax.tracing.terms import TRUE
 
 Place = tuple[int, int]  # array and axis
@@ -107,8 +107,8 @@ def _contracted(analysis: Analysis) -> frozenset[int]:
                 if is_literal(x := eqn.invars[0] if eqn.invars else None):
                     continue
                 over = ()
-                if eqn.primitive.name == "dot_general":
-                    over = eqn.params["dimension_numbers"][0][0]
+                if eqn.primitive.name in DOTS:
+                    over = dot_numbers(eqn)[0][0][0]
                 elif eqn.primitive.name == "conv_general_dilated":
                     over = eqn.params["dimension_numbers"][0][1:2]
                 axes = (flow.at[inner, x][k] for k in over)

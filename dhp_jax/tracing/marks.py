@@ -21,8 +21,10 @@ from dhp_jax.tracing.flow import rule
 from dhp_jax.tracing.layer_terms import layer_terms
 from dhp_jax.tracing.programs import (
     CALLS,
+    DOTS,
     Context,
     all_programs,
+    dot_numbers,
     inner_program,
     is_literal,
     shape_of,
@@ -30,7 +32,7 @@ from dhp_jax.tracing.programs import (
 )
 from dhp_jax.tracing.rules import elementwise
 
-SUMMING = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+SUMMING = (*DOTS, "conv_general_dilated")
 _SPARSE = """
     bcoo_dot_general bcoo_dot_general_sampled bcoo_spdot_general bcsr_dot_general coo_matvec
     coo_matmat coo_spmv coo_spmm csr_matvec csr_matmat csr_spmv csr_spmm
@@ -272,10 +274,7 @@ def summed_axes(eqn: JaxprEqn) -> tuple[int, list[int]]:
     if eqn.primitive.name == "conv_general_dilated":
         out = eqn.params["dimension_numbers"][1][0]
         return 1, [k for k in range(len(shape_of(eqn.invars[1]))) if k != out]
-    if eqn.primitive.name == "ragged_dot_general":  # each row with the matrix of its group
-        numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-        return 0, list(numbers[0][0])
-    return 0, list(eqn.params["dimension_numbers"][0][0])
+    return 0, list(dot_numbers(eqn)[0][0][0])  # in groups each row with the matrix of its own
 
 
 def call_size(operation: Operation) -> int:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jax.extend.core import JaxprEqn
 import jax.numpy as jnp
 
-from dhp_jax.tracing.programs import shape_of
+from dhp_jax.tracing.programs import DOTS, dot_numbers, shape_of
 from dhp_jax.tracing.rules import ELEMENTWISE, reshaped_together
 
 Origins = frozenset[tuple[int, int, bool]]  # array, axis, whether zero where the array is
@@ -32,7 +32,7 @@ OF_ANY = ("mul", "div", "and")
 _SCALING = """
     neg abs real imag conj convert_element_type reduce_precision copy copy_p name device_put
     sharding_constraint mesh_cast reshard pvary optimization_barrier layer_output
-    add sub max min add_any select_n complex
+    add sub max min add_any select_n complex stack unstack
     rev cumsum cummax cummin fft slice dynamic_slice pad split tile concatenate dynamic_update_slice
     scatter scatter-add reduce_sum reduce_max reduce_min reduce_window_sum reduce_window_max
     reduce_window_min
@@ -124,10 +124,19 @@ def moved(eqn: JaxprEqn, given: Sequence[Value], shape: tuple[int, ...]) -> tupl
         return tuple(first[source[k]] if k in source else Source() for k in range(len(shape)))
     if name in ("reshape", "squeeze", "expand_dims"):
         made = [Source()] * len(shape)
-        for sources, targets in reshaped_together(shape_of(eqn.invars[0]), shape):
+        permuted = params.get("dimensions") if name == "reshape" else None
+        order = permuted or range(len(first))  # of the axes, before they are split and merged
+        before = [shape_of(eqn.invars[0])[k] for k in order]
+        for sources, targets in reshaped_together(before, shape):
             for k in targets:
-                made[k] = _joined([first[j] for j in sources])
+                made[k] = _joined([first[order[j]] for j in sources])
         return tuple(made)
+    if name == "stack":
+        parts, along = _of_parts(eqn, given, len(shape) - 1), params["axis"]
+        return (*parts[:along], Source(), *parts[along:])
+    if name == "unstack":
+        parts, along = _of_parts(eqn, given, len(shape) + 1), params["axis"]
+        return (*parts[:along], *parts[along + 1 :])
     if name in SAME or name in PARTS or name.startswith("scatter"):
         return _of_parts(eqn, given, len(shape))
     if name.startswith(("reduce_", "arg")) and "axes" in params:
@@ -139,8 +148,8 @@ def moved(eqn: JaxprEqn, given: Sequence[Value], shape: tuple[int, ...]) -> tupl
         inside = [_beside(own, given[1]) for k, own in enumerate(first) if k not in outside]
         taken = dict(zip(numbers.offset_dims, inside, strict=True))
         return tuple(taken.get(k, Source()) for k in range(len(shape)))
-    if name == "dot_general":
-        return _contracted(eqn, given)
+    if name in DOTS:
+        return _contracted(eqn, given, len(shape))
     if name == "conv_general_dilated":
         (batch, feature, *_), (out, *_), (to_batch, to_feature, *_) = params["dimension_numbers"]
         kernel = given[1].axes[out]
@@ -260,12 +269,13 @@ def _leaves_zero(name: str, number: Any) -> bool:
     return (name == "max" and number < 0) or (name == "min" and number > 0)
 
 
-def _contracted(eqn: JaxprEqn, given: Sequence[Value]) -> tuple[Source, ...]:
+def _contracted(eqn: JaxprEqn, given: Sequence[Value], rank: int) -> tuple[Source, ...]:
     """What the axes of a contraction come from."""
-    summed, batch = eqn.params["dimension_numbers"]
+    (summed, batch), (_, groups) = dot_numbers(eqn)
     pairs = zip(*batch, strict=True)
     made = [_product(given, [given[0].axes[i], given[1].axes[j]]) for i, j in pairs]
-    for value, other, *gone in zip(given, given[::-1], summed, batch, strict=True):
-        free = [own for k, own in enumerate(value.axes) if k not in (*gone[0], *gone[1])]
+    sides = zip(given[:2], given[1::-1], summed, batch, ((), groups), strict=True)
+    for value, other, *gone in sides:
+        free = [own for k, own in enumerate(value.axes) if k not in sum(map(tuple, gone), ())]
         made += [_beside(own, other) for own in free]
-    return tuple(made)
+    return (Source(),) * (rank - len(made)) + tuple(made)

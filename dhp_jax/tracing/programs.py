@@ -1,6 +1,6 @@
 """A network's program: its traced forward pass, in which every array of the network is an input."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import os
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ _CALLS = """
     custom_vmap_call custom_partitioning
 """
 CALLS = frozenset(_CALLS.split())
+DOTS = ("dot_general", "ragged_dot_general")
 _LIBRARIES = tuple(
     os.path.dirname(module.__file__) + os.sep for module in (jax, flax) if module.__file__
 )
@@ -172,6 +173,17 @@ def called(call: Call | None) -> Call:
 def shape_of(atom: Any) -> tuple[int, ...]:
     """The shape of what an operation reads or writes."""
     return tuple(getattr(atom.aval, "shape", ()))
+
+
+def dot_numbers(eqn: JaxprEqn) -> tuple[Any, tuple[Sequence[int], Sequence[int]]]:
+    """The axes of a contraction: summed and batch axes, and what has groups of each operand.
+
+    The rows of the first operand are in groups, each of which has a matrix of the second one.
+    """
+    if eqn.primitive.name == "dot_general":
+        return eqn.params["dimension_numbers"], ((), ())
+    found = eqn.params["ragged_dot_dimension_numbers"]
+    return found.dot_dimension_numbers, (found.lhs_ragged_dimensions, found.rhs_group_dimensions)
 
 
 def inner_program(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]]:

@@ -132,8 +132,11 @@ class _Walk:
 
     def _same_operations(self, whole: Jaxpr, pruned: Jaxpr) -> None:
         for ours, theirs in zip(whole.eqns, pruned.eqns, strict=False):
-            if ours.primitive is not theirs.primitive or len(ours.invars) != len(theirs.invars):
+            many, left = ((len(eqn.invars), len(eqn.outvars)) for eqn in (ours, theirs))
+            if ours.primitive is not theirs.primitive or many != left:
                 names = f"{ours.primitive.name} becomes {theirs.primitive.name}"
+                if ours.primitive is theirs.primitive:
+                    names = f"{ours.primitive.name} is of more or fewer arrays"
                 raise Mismatch(f"the code does something else after pruning ({names})", where(ours))
         if len(whole.eqns) != len(pruned.eqns):
             least = min(len(whole.eqns), len(pruned.eqns))

@@ -29,7 +29,9 @@ from dhp_jax.tracing.origins import (
 )
 from dhp_jax.tracing.programs import (
     CALLS,
+    DOTS,
     Program,
+    dot_numbers,
     inner_program,
     is_literal,
     shape_of,
@@ -197,7 +199,10 @@ def _outputs(eqn: JaxprEqn, given: Sequence[Value], found: Reads) -> Sequence[Va
         if alone == CHOSEN:
             _note_operand(given[0], (), found)
     elif name in SUMMING:
-        beside = params["dimension_numbers"][1] if name == "dot_general" else ((), ())
+        beside = ((), ())
+        if name in DOTS:
+            (_, (left, right)), (_, groups) = dot_numbers(eqn)
+            beside = (left, (*right, *groups))
         for value, axes in zip(given, beside, strict=False):
             _note_operand(value, axes, found)
         if alone == CHOSEN:  # of what was looked up, as an embedding
@@ -266,9 +271,9 @@ def _loop(body, fixed, carry, slices, found) -> tuple[list[Value], list[Value]]:
 def _sum_over(eqn: JaxprEqn, given: Sequence[Value], found: Reads) -> None:
     """Notes the axes of arrays that an operation sums over."""
     sums = True
-    if eqn.primitive.name == "dot_general":
-        pair = eqn.params["dimension_numbers"][0]
-        levels = [value.alone for value in given]
+    if eqn.primitive.name in DOTS:
+        pair = dot_numbers(eqn)[0][0]
+        levels = [value.alone for value in given[:2]]
         side = 0 if levels[0] > levels[1] else 1
         has_kernel = levels[0] != levels[1] or levels[0] == ALONE
     elif eqn.primitive.name == "conv_general_dilated":
@@ -277,7 +282,7 @@ def _sum_over(eqn: JaxprEqn, given: Sequence[Value], found: Reads) -> None:
         sums = shape_of(eqn.invars[1])[pair[1][0]] > 1  # or each channel is read by itself
     else:
         return
-    own = [[value.axes[k] for k in axes] for value, axes in zip(given, pair, strict=True)]
+    own = [[value.axes[k] for k in axes] for value, axes in zip(given[:2], pair, strict=True)]
     origins = [NONE.union(*(source.comes for source in sources)) for sources in own]
     if has_kernel:
         found.kernels.update((array, k) for array, k, _ in origins[side])

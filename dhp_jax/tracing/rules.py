@@ -225,6 +225,13 @@ def _stack(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> l
     return [tuple(axes)]
 
 
+@rule("unstack")
+def _unstack(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
+    along, axes = eqn.params["axis"], inputs[0]
+    flow.freeze(axes[along], eqn, "takes it apart")
+    return [(*axes[:along], *axes[along + 1 :])] * len(eqn.outvars)
+
+
 @rule("tile")
 def _tile(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
     sizes, outputs = shape_of(eqn.invars[0]), []

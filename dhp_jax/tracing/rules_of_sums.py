@@ -4,27 +4,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.core import JaxprEqn
+import numpy as np
 
 from dhp_jax.tracing.flow import Axes, Flow, rule
-from dhp_jax.tracing.programs import Context, shape_of
+from dhp_jax.tracing.programs import DOTS, Context, dot_numbers, shape_of
 from dhp_jax.tracing.rules import all_one, elementwise
 from dhp_jax.tracing.terms import Axis
 
 TAPS = "slides along it"  # why the taps of a kernel stay
 
 
-@rule("dot_general")
+@rule(*DOTS)
 def _dot(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
-    (left_sum, right_sum), (left_batch, right_batch) = eqn.params["dimension_numbers"]
+    ((left_sum, right_sum), (left_batch, right_batch)), (rows, groups) = dot_numbers(eqn)
     left, right = inputs[:2]
+    for axis in (*(left[k] for k in rows), *(right[k] for k in groups), *sum(inputs[2:], ())):
+        flow.freeze(axis, eqn, "has groups along it")
     for i, j in zip(left_sum, right_sum, strict=True):
         flow.meet(left[i], right[j], eqn)
     batch = [
         flow.meet(left[i], right[j], eqn) for i, j in zip(left_batch, right_batch, strict=True)
     ]
     left_free = [axis for k, axis in enumerate(left) if k not in (*left_sum, *left_batch)]
-    right_free = [axis for k, axis in enumerate(right) if k not in (*right_sum, *right_batch)]
-    return [(*batch, *left_free, *right_free)]
+    gone = (*right_sum, *right_batch, *groups)
+    right_free = [axis for k, axis in enumerate(right) if k not in gone]
+    made = [*batch, *left_free, *right_free]
+    more = len(shape_of(eqn.outvars[0])) - len(made)  # one sum a group
+    return [(*[None] * more, *made)]
 
 
 @rule("conv_general_dilated")
@@ -52,7 +58,24 @@ def _convolution(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context
 def _groups(
     flow: Flow, eqn: JaxprEqn, channels: Axis, filters: Axis, within: Axis, groups: int
 ) -> None:
-    """Whole groups go: all channels and filters of one are one unit."""
+    """Whole groups go: all channels and filters of one are one unit.
+
+    Where all groups have the same channels or filters, as where each example has a kernel of its
+    own, a channel or filter goes with those in its place in the other groups.
+    """
+    if shape_of(eqn.invars[1])[eqn.params["dimension_numbers"][1][1]] > 1:
+        rows = [[None] if x is None else list(x.reshape(groups, -1)) for x in (channels, filters)]
+        if any(all(_same(flow, own[0], other) for other in own) for own in rows):
+            for first, *others in rows:
+                for other in others:
+                    flow.meet(first, other, eqn)
+            ours = rows[0][0]
+            if ours is not None and len(ours) > 1:  # what all have in common is of the group
+                shared = frozenset.intersection(*map(flow.terms.atoms, ours.tolist()))
+                for atom in shared if len(set(flow.terms.roots(ours).tolist())) > 1 else ():
+                    flow.terms.freeze(atom, f"a group of a convolution at {flow.place()}")
+            flow.meet(ours, within, eqn)
+            return
     flow.freeze(within, eqn, "has it within a group")
     if channels is None or filters is None:
         flow.freeze(channels, eqn, "has groups of fixed filters")
@@ -89,6 +112,13 @@ def _reduce(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> 
             if len(axes) > k:
                 flow.freeze(axes[k], eqn, "goes over it")
     return [_without(inputs[0], gone) for _ in eqn.outvars]
+
+
+def _same(flow: Flow, one: Axis, other: Axis) -> bool:
+    """Whether the positions of two axes are the same, in order."""
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(flow.terms.roots(one), flow.terms.roots(other))
 
 
 def _without(axes: Axes, gone: Sequence[Any]) -> Axes:

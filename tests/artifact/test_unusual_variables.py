@@ -60,6 +60,28 @@ def test_a_kernel_that_reads_itself_is_not_folded():
     np.testing.assert_allclose(dhp.fold(net, (5, 5, 3))(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+class Buffers(nnx.Module):
+    """Arrays of no variable: of the module, and in lists and mappings that it holds."""
+
+    def __init__(self, rngs):
+        self.first, self.last = nnx.Linear(3, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+        self.shift = nnx.data({"shift": jnp.arange(6.0), "scales": [jnp.arange(1.0, 7.0)]})
+
+    def __call__(self, x):
+        x = nnx.relu(self.first(x)) * self.shift["scales"][0] + self.shift["shift"]
+        return self.last(x)
+
+
+def test_arrays_in_mappings_are_cut_and_come_back(tmp_path):
+    net = dhp.with_latents(Buffers(nnx.Rngs(0)), (3,), min_channels=1)
+    small = dhp.prune(net, {"first": np.arange(6) % 2 == 0})
+    for network in (net, small):
+        dhp.save(tmp_path / "net", network)
+        loaded = dhp.load(tmp_path / "net", build=Buffers)
+        np.testing.assert_array_equal(loaded(X), network(X))
+    np.testing.assert_array_equal(loaded.shift["shift"], [0, 2, 4])
+
+
 class Holding(nnx.Module):
     """Holds something in a variable."""
 

@@ -4,6 +4,7 @@ import functools
 import inspect
 import re
 
+from awkward import CASES
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -548,6 +549,16 @@ def test_of_branches_the_one_of_most_flops_counts_and_contractions_in_groups_as_
     cost = dhp.measure_cost(dhp.with_latents(model, x, min_channels=2), x)
     few = {name: 2 if size == 8 else size for name, size in cost.sizes.items()}
     assert cost.amounts(few)["flops"] == 32 * (3 * 6 + 6 * 5) + 2 * 6 * 100  # the wide one
+
+
+@pytest.mark.parametrize("name", ["KernelOfEach", "RowsOfExperts"])
+def test_what_is_left_of_kernels_of_an_example_or_group_counts_as_it_is_run(name):
+    case = CASES[name]
+    (x,) = case.inputs()
+    net = dhp.with_latents(case.build(nnx.Rngs(0)), x, min_channels=1)
+    keep = {name: np.arange(z.size) % 3 > 0 for name, z in dhp.latents(net).items()}
+    cost = dhp.measure_cost(net, x).amounts({name: int(m.sum()) for name, m in keep.items()})
+    assert cost == dhp.measure_cost(dhp.prune(net, keep), x).amounts({})
 
 
 @jax.custom_batching.custom_vmap

@@ -189,9 +189,9 @@ class Grouped(nnx.Module):
         return self.c(nnx.relu(self.d(nnx.relu(self.a(x)))).mean((1, 2)))
 
 
-@case([])
+@case([2])
 class GroupedShuffledGrouped(nnx.Module):
-    # ShuffleNet v1: 2 groups of 4, shuffled, 4 groups of 2.
+    # ShuffleNet v1: 2 groups of 4, shuffled, 4 groups of 2. Of these, each loses as many filters.
     def __init__(self, rngs):
         self.a, self.d, self.e, self.c = (
             conv(3, 8, rngs=rngs),
@@ -775,3 +775,83 @@ class Printing(nnx.Module):
         jax.debug.print("{mean} of {width}", mean=x.mean(), width=jnp.sqrt(x.shape[-1]))
         jax.debug.callback(lambda x: None, x)
         return self.c(x.mean((1, 2)))
+
+
+@case([6])
+class PartsOfAWidth(nnx.Module):
+    # As many parts as there are channels, of which the code takes the first and the last one.
+    def __init__(self, rngs):
+        self.a, self.b = linear(3, 6, rngs), linear(6, 8, rngs)
+        self.c = linear(8, 3, rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.b(nnx.relu(self.a(x.mean((1, 2))))))
+        first, *_, last = jnp.split(x, x.shape[-1], -1)
+        return self.c(x) + first * last
+
+
+@case([2, 4, 6, 7])
+class Unstacked(nnx.Module):
+    # Queries, keys and values of one kernel, taken apart; gates of two kernels that are stacked.
+    def __init__(self, rngs):
+        def draw(*shape):
+            return nnx.Param(jax.random.normal(rngs.params(), shape) / 2)
+
+        self.a, self.c = linear(3, 6, rngs), linear(7, 3, rngs)
+        self.qkv, self.out = draw(6, 3, 2, 4), draw(2, 4, 6)
+        self.gate, self.up = draw(6, 7), draw(6, 7)
+
+    def __call__(self, x):
+        x = self.a(x.mean(1))
+        q, k, v = jnp.unstack(jnp.einsum("btd,dshk->btshk", x, self.qkv[...]), axis=2)
+        weights = nnx.softmax(jnp.einsum("bqhk,bshk->bhqs", q, k) / 2)
+        values = jnp.einsum("bhqs,bshk->bqhk", weights, v)
+        x = x + jnp.einsum("bqhk,hkd->bqd", values, self.out[...])
+        both = x @ jnp.stack([self.gate[...], self.up[...]])[:, None]
+        gate, up = jnp.unstack(both)
+        return self.c(nnx.silu(gate) * up).mean(1)
+
+
+@case([3, 5, 6, 7])
+class KernelOfEach(nnx.Module):
+    # Each example has a kernel of its own: mixed of several, or scaled by a style.
+    def __init__(self, rngs):
+        def draw(*shape):
+            return nnx.Param(jax.random.normal(rngs.params(), shape) / 4)
+
+        self.a, self.route = conv(3, 6, rngs=rngs), linear(6, 3, rngs)
+        self.mixed, self.style, self.scaled = draw(3, 3, 3, 6, 5), linear(6, 5, rngs), draw(5, 7)
+        self.c = linear(7, 3, rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.a(x))
+        of_image = x.mean((1, 2))
+        kernels = jnp.einsum("be,eijmo->bijmo", nnx.sigmoid(self.route(of_image)), self.mixed[...])
+        style, shared = self.style(of_image), jnp.ones((len(x), 1, 1, 1))
+
+        def each(x, kernel, style, shared):
+            x = nnx.relu(_convolved(x[None], kernel)) * shared
+            return _convolved(x, (self.scaled[...] * style[:, None])[None, None])[0]
+
+        return self.c(nnx.relu(jax.vmap(each)(x, kernels, style, shared)).mean((1, 2)))
+
+
+def _convolved(x, kernel):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+
+@case([6, 7])
+class RowsOfExperts(nnx.Module):
+    # Rows go in groups, each through the matrices of its expert.
+    def __init__(self, rngs):
+        def draw(*shape):
+            return nnx.Param(jax.random.normal(rngs.params(), shape) / 2)
+
+        self.a, self.first, self.second = linear(3, 6, rngs), draw(2, 6, 7), draw(2, 7, 6)
+        self.c = linear(6, 3, rngs)
+
+    def __call__(self, x):
+        x = self.a(x.mean(1).reshape(-1, 3))
+        hidden = nnx.relu(jax.lax.ragged_dot(x, self.first[...], jnp.array([5, 11])))
+        return self.c(x + jax.lax.ragged_dot(hidden, self.second[...], jnp.array([5, 11])))

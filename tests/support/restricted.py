@@ -18,7 +18,14 @@ import numpy as np
 from dhp_jax.core.state import with_value
 from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.discovery import Discovery
-from dhp_jax.tracing.programs import CALLS, EVALUATION, inner_program, shape_of
+from dhp_jax.tracing.programs import (
+    CALLS,
+    DOTS,
+    EVALUATION,
+    dot_numbers,
+    inner_program,
+    shape_of,
+)
 from dhp_jax.tracing.rules import ELEMENTWISE
 
 PASSING = ("broadcast_in_dim", "reshape", "convert_element_type", "squeeze", "expand_dims")
@@ -122,8 +129,8 @@ class _Evaluator:
 
     def operation(self, eqn, given, sums, context, counts):
         name = eqn.primitive.name
-        if name == "dot_general":
-            summed = eqn.params["dimension_numbers"][0][0]
+        if name in DOTS:
+            summed = dot_numbers(eqn)[0][0][0]
             given[0] = self.only(given[0], self.masks(context, eqn.invars[0]), summed)
         elif name == "conv_general_dilated":
             feature = eqn.params["dimension_numbers"][0][1]

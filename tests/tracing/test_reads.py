@@ -100,6 +100,45 @@ def test_gates_have_the_derivatives_of_the_loss_of_the_auxiliary_head():
     np.testing.assert_allclose(found, np.abs(expected), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_kernels_that_are_stacked_of_arrays_are_read(axis):
+    arrays = {
+        name: RNG.normal(size=n) for name, n in {"a": (6, 9), "b": (9, 3), "c": (9, 3)}.items()
+    }
+
+    def forward(p, x, factors=1.0):
+        kernels = jnp.moveaxis(jnp.stack([p["b"], p["c"]], axis), axis, 0)
+        h = nnx.relu(x @ p["a"]) * factors
+        return h @ (kernels[0] * 2) + jnp.tensordot(h, kernels, (1, 1)).sum(1)
+
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
+    net = dhp.with_latents(dhp.FromFunction(lambda p, x: forward(p, x), arrays), X.shape[1:])
+    ((name, found),) = dhp.taylor_scores(net, squares, [X], squared=False).items()
+    expected = jax.grad(lambda g: jnp.mean(forward(arrays, X, g) ** 2))(jnp.ones(9))
+    np.testing.assert_allclose(found, np.abs(expected), rtol=1e-4, atol=1e-6)
+    filters = np.abs(np.asarray(arrays["a"], np.float64)).sum(0)
+    np.testing.assert_allclose(dhp.l1_scores(net)[name], filters / filters.mean(), rtol=1e-5)
+
+
+def test_filters_are_those_of_each_kernel_where_convolutions_are_batched():
+    shapes = {"a": (3, 3, 2, 6), "b": (2, 3, 3, 6, 5), "c": (5, 3)}
+    arrays = {name: jnp.asarray(RNG.normal(size=n), jnp.float32) for name, n in shapes.items()}
+
+    def convolved(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    def forward(p, x):
+        h = jnp.stack([nnx.relu(convolved(x, p["a"]))] * 2)
+        return nnx.relu(jax.vmap(convolved)(h, p["b"])).mean((0, 2, 3)) @ p["c"]
+
+    net = dhp.with_latents(dhp.FromFunction(forward, arrays), (4, 4, 2))
+    found = dhp.l1_scores(net)
+    for name, axes in {"a": (0, 1, 2), "b": (0, 1, 2, 3)}.items():
+        filters = np.abs(np.asarray(arrays[name], np.float64)).sum(axes)
+        np.testing.assert_allclose(found[name], filters / filters.mean(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("deep", [False, True])
 def test_slices_that_a_head_reads_are_no_filters(deep):
     model = Auxiliary(nnx.Rngs(0), deep=deep)
