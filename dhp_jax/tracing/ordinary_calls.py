@@ -99,7 +99,11 @@ def _as_ordinary(net: nnx.Module) -> Iterator[list[_Taken]]:
         yield [_Taken(node.name, v, x) for (node, v), x in zip(both, values, strict=True)]
     finally:
         vars(net)[TRACED] = latents
-        replace_nodes(net, {id(variable): node for node, variable in both}, directly=True)
+        try:
+            replace_nodes(net, {id(variable): node for node, variable in both}, directly=True)
+        except ValueError as error:
+            detail = "expected a call that leaves arrays on latents where they stand"
+            raise ArgumentError("model", detail=detail) from error
 
 
 def _check_unchanged(

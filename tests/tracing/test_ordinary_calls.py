@@ -316,8 +316,13 @@ def test_a_method_that_sets_an_array_on_latents_is_refused():
         def average(self):
             self.head.kernel.set_value(self.head.kernel[...] / 2)
 
+        def renew(self):
+            self.head.kernel = nnx.Param(self.head.kernel[...] / 2)
+
     net = dhp.with_latents(trained(Averaging), INPUT)
     with pytest.raises(ValueError, match=r"it sets 'head.kernel' at .*test_ordinary_calls.py:\d+"):
         net.average()
     with pytest.raises(ValueError, match=r"it sets 'head.kernel'"):
         jax.eval_shape(nnx.jit(lambda net: net.average()), net)
+    with pytest.raises(ValueError, match="leaves arrays on latents where they stand"):
+        net.renew()
