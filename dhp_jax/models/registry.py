@@ -161,7 +161,12 @@ def shapes_of(make: Callable[[], nnx.Module]) -> nnx.Module:
 
     def checked() -> nnx.Module:
         model = make()
-        if not all(isinstance(x, nnx.Variable) for _, x in nnx.to_flat_state(nnx.state(model))):
+        leaves = [leaf for _, leaf in nnx.to_flat_state(nnx.state(model))]
+        nodes = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree))
+        held = (x for node in nodes for x in vars(node).values())  # NNX may miss those of a list
+        if not all(isinstance(leaf, nnx.Variable) for leaf in leaves) or any(
+            isinstance(x, jax.core.Tracer) for x in held
+        ):
             raise _BareArrayError
         return model
 
