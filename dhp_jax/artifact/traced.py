@@ -17,7 +17,7 @@ from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.cuts import ArrayCuts
 from dhp_jax.tracing.generated import Positions
 from dhp_jax.tracing.programs import default_call
-from dhp_jax.tracing.table import LatentTable, SizeEntry
+from dhp_jax.tracing.table import ORDINARY_CALLS, LatentTable, SizeEntry
 
 Runs = tuple[tuple[int, ...], ...]
 MOST = 2**40  # numbers of an array
@@ -138,7 +138,8 @@ def table_as_json(table: LatentTable, least: Mapping[str, int]) -> dict[str, Any
         [n.path, n.attribute, n.latent, n.array, n.times if n.latent else n.axis]
         for n in table.numbers
     ]
-    return {
+    calls = {ORDINARY_CALLS: True} if table.notes.get(ORDINARY_CALLS) else {}
+    return calls | {
         "sizes": dict(table.sizes),
         "least": dict(least),
         "places": places,
@@ -154,7 +155,9 @@ def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, 
     """A table of latents from model.json, and how many entries of each survive at least."""
     where = f"{where}: latents"
     keys = {"sizes", "least", "places", "positions", "numbers", "generated", "embedding", "inputs"}
-    _check_keys(value, keys, where)
+    _check_keys(value, keys | ({ORDINARY_CALLS} & set(value)), where)
+    if value.get(ORDINARY_CALLS, True) is not True:  # of most networks files do not tell it
+        raise ArtifactError(f"path: {where}: {ORDINARY_CALLS}: expected true")
     sizes, least, embedding = value["sizes"], value["least"], value["embedding"]
     _check_sizes(sizes, least, where)
     if embedding is not None and not (type(embedding) is int and 0 < embedding <= MAX_NUMBER):
@@ -171,6 +174,7 @@ def table_from_json(value: Mapping[str, Any], where: str) -> tuple[LatentTable, 
     if inputs is None or isinstance(inputs, dict):  # of a function that no file holds
         inputs, call = (inputs or {}).get("own_call"), None
     notes = {"generated": generated, "embedding": embedding}
+    notes[ORDINARY_CALLS] = ORDINARY_CALLS in value
     table = LatentTable(
         sizes,
         places,

@@ -68,9 +68,9 @@ def with_gates(
 
     Raises:
       ValueError: as `with_latents`, if the network is ordinary; the code of one of traced latents
-        allows no gates on an array, a kernel is no `nnx.Param`, or only arrays of integers could
-        close a latent; of declared latents a prunable one is read by no convolution on latents and
-        no `dhp.Linear`, or is in a layer of your own that has a kernel.
+        allows no gates on an array, as where a call sets it, a kernel is no `nnx.Param`, or only
+        arrays of integers could close a latent; of declared latents a prunable one is read by no
+        convolution on latents and no `dhp.Linear`, or is in a layer of your own that has a kernel.
 
     Example:
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))

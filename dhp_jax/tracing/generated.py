@@ -20,8 +20,9 @@ from dhp_jax.core.provenance import architecture_of, set_architecture
 from dhp_jax.errors import ArgumentError
 from dhp_jax.tracing.placed import PlacedAxis, Positions
 
+KIND = "dhp_ordinary_kind"  # of a class whose calls `ordinary_calls` has changed, the user's class
 SMALL_START = 0.1  # of the second layer where the first is zero, as a share of the kernel's scale
-_REPLACED: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar(
+_REPLACED: contextvars.ContextVar[Mapping[str, nnx.Variable] | None] = contextvars.ContextVar(
     "replaced", default=None
 )
 
@@ -77,7 +78,8 @@ class GeneratedArray(KernelGenerator):
         """The generated array."""
         replaced = _REPLACED.get()
         if replaced is not None:
-            return replaced[self.name]
+            return replaced[self.name].get_value()
+        _check_whole(self)
         if self.pair is not None:
             return jnp.moveaxis(self.kernel(), (-2, -1), self.pair)
         made = self.weight[...]
@@ -85,6 +87,11 @@ class GeneratedArray(KernelGenerator):
             others = [j for j in range(len(self.array_shape)) if j != int(k)]
             made = made * jnp.expand_dims(axis.value(), others).astype(made.dtype)
         return made
+
+    def stand_in(self) -> nnx.Variable:
+        """A variable of the parameter's type that has the generated array."""
+        replaced = _REPLACED.get()
+        return self.variable(self.get_value()) if replaced is None else replaced[self.name]
 
     def kernel_axes(self) -> tuple[Axis, Axis]:
         return tuple(self.ends)
@@ -175,14 +182,16 @@ def ordinary(net: nnx.Module) -> nnx.Module:
     }
     replace_nodes(net, {key: node.plain() for key, node in stand_ins.items()})
     delattr(net, TRACED)
+    net.__class__ = vars(type(net)).get(KIND, type(net))
     set_architecture(net, replace(architecture_of(net), axes=None))
     return net
 
 
-def replace_nodes(model: nnx.Module, others: Mapping[int, Any]) -> None:
+def replace_nodes(model: nnx.Module, others: Mapping[int, Any], *, directly: bool = False) -> None:
     """Puts others in the place of variables and modules, by their `id`, wherever they stand.
 
-    That may be in lists, tuples and dictionaries, too.
+    That may be in lists, tuples and dictionaries, too. If it is done `directly` the modules do not
+    learn of it, so it may be undone where they may not change, as within `jax.jit`.
     """
     placed: list[int] = []
 
@@ -201,7 +210,9 @@ def replace_nodes(model: nnx.Module, others: Mapping[int, Any]) -> None:
         for attribute, value in list(vars(node).items()):
             before = len(placed)
             made = other(value)
-            if len(placed) > before:
+            if len(placed) > before and directly:
+                vars(node)[attribute] = made
+            elif len(placed) > before:
                 setattr(node, attribute, made if id(value) in others else nnx.data(made))
     if set(placed) != set(others):
         raise ValueError(
@@ -210,13 +221,25 @@ def replace_nodes(model: nnx.Module, others: Mapping[int, Any]) -> None:
 
 
 @contextlib.contextmanager
-def arrays_replaced(values: Mapping[str, Any]):
-    """Lets generated arrays answer with given ones, by the paths of their parameters."""
-    token = _REPLACED.set(values)
+def arrays_replaced(variables: Mapping[str, nnx.Variable]):
+    """Lets generated arrays answer as given variables, by the paths of their parameters."""
+    token = _REPLACED.set(variables)
     try:
         yield
     finally:
         _REPLACED.reset(token)
+
+
+def _check_whole(node: GeneratedArray) -> None:
+    """Raises where a transformation has taken an array or its latents apart."""
+    latents = [z for axis in node.on_latents.values() for z in axis.latents]
+    whole = all(z.vector.get_value().shape == (z.size,) for z in latents)
+    if not whole or (node.pair is None and node.weight.get_value().shape != node.array_shape):
+        detail = (
+            f"array {node.name!r} is taken apart, as by nnx.scan or nnx.vmap: call the network "
+            "or a method of it, and not a part of it"
+        )
+        raise ArgumentError("model", detail=detail)
 
 
 def _is_one(axis: PlacedAxis) -> bool:

@@ -24,12 +24,14 @@ from dhp_jax.tracing.generated import (
     GeneratedArray,
     PlacedAxis,
     arrays_replaced,
+    is_read_as_stored,
     ordinary,
     replace_nodes,
 )
-from dhp_jax.tracing.programs import Call, default_call, trace_program
+from dhp_jax.tracing.ordinary_calls import call_as_ordinary
+from dhp_jax.tracing.programs import Call, default_call, failure, trace_program
 from dhp_jax.tracing.proof import check_restricted
-from dhp_jax.tracing.table import LatentTable, table_of
+from dhp_jax.tracing.table import ORDINARY_CALLS, LatentTable, table_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +62,9 @@ def traced(
     analysis = found.analysis
     variables = variables_of(model)
     wanted = [name for name in table.places if _may_be_generated(variables[name])]
-    generated = _that_fit(model, table, analysis, wanted)
-    table.notes["generated"] = generated
-    table.notes["embedding"] = embedding
+    generated, ordinary_calls, _ = _that_fit(model, table, analysis, wanted)
+    notes = {"generated": generated, "embedding": embedding, ORDINARY_CALLS: ordinary_calls}
+    table.notes.update(notes)
     return install(nnx.clone(model), table, generated, min_channels=min_channels, rngs=rngs)
 
 
@@ -104,6 +106,8 @@ def install(
         )
     replace_nodes(net, stand_ins)
     setattr(net, TRACED, nnx.Dict(dict(zip(table.sizes, latents, strict=True))))
+    if table.notes.get(ORDINARY_CALLS):
+        call_as_ordinary(net)
     set_architecture(net, replace(architecture_of(net), axes=table))
     return net
 
@@ -124,9 +128,11 @@ def gated(net: nnx.Module, gates: Gating, rngs: nnx.Rngs) -> nnx.Module:
     notes = {**table.notes, "generated": names, "gates": gates}
     table = replace(table, notes=notes)
     if not set(names) <= set(architecture_of(net).axes.notes["generated"]):
-        fit = _that_fit(plain, table, table.analysis(plain), names)
+        fit, notes[ORDINARY_CALLS], why = _that_fit(plain, table, table.analysis(plain), names)
         for name in sorted(set(names) - set(fit)):
-            detail = f"the code reads {name!r} in a way that allows no gates"
+            why = why.removeprefix("model: ")
+            detail = f"the code reads {name!r} in a way that allows no gates: {why}; "
+            detail += "dhp.prune_to needs none"
             raise ArgumentError("model", detail=detail)
     found = find_latents(net)
     least = {name: z.size if name in gates.stay else z.min_channels for name, z in found.items()}
@@ -147,20 +153,38 @@ def _may_be_generated(variable: nnx.Variable) -> bool:
 
 def _that_fit(
     model: nnx.Module, table: LatentTable, analysis: Analysis, names: list[str]
-) -> list[str]:
-    """The arrays in whose place others may stand: with them the network computes what it did."""
-    fit, left = _by_halves(model, table, analysis, names)
-    if left and _same_numbers(model, table, analysis, fit + left):
+) -> tuple[list[str], bool, str]:
+    """The arrays in whose place others may stand: with them the network computes what it did.
+
+    Returns:
+      Their names; whether they are ordinary arrays in calls; why that is not so of all of them.
+    """
+    directly, called = _with_calls(table, ordinary=False), _with_calls(table, ordinary=True)
+    if not names or not _difference(model, directly, analysis, names):
+        return names, False, ""
+    variables = variables_of(model)
+    stored = [name for name in names if is_read_as_stored(variables[name])]
+    why = _difference(model, called, analysis, stored)
+    if not why and stored == names:
+        return names, True, ""
+    fit, left = _by_halves(model, directly, analysis, names)
+    if left and _same_numbers(model, directly, analysis, fit + left):
         fit, left = fit + left, []
     for name in left if len(left) <= MOST_TRIED else []:
-        if _same_numbers(model, table, analysis, [*fit, name]):
+        if _same_numbers(model, directly, analysis, [*fit, name]):
             fit = [*fit, name]
-    return [name for name in names if name in fit]
+    if not why and len(stored) > len(fit):
+        return stored, True, "it has a way of its own to be read"
+    return [name for name in names if name in fit], False, why
+
+
+def _with_calls(table: LatentTable, *, ordinary: bool) -> LatentTable:
+    return replace(table, notes={**table.notes, ORDINARY_CALLS: ordinary})
 
 
 def _by_halves(model, table, analysis, names) -> tuple[list[str], list[str]]:
     """The arrays with which the program is the same, and those for which that is not shown."""
-    if not names or _same_program(model, table, analysis, names):
+    if not names or not _difference(model, table, analysis, names):
         return names, []
     if len(names) == 1:
         return [], names
@@ -169,10 +193,8 @@ def _by_halves(model, table, analysis, names) -> tuple[list[str], list[str]]:
     return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
 
 
-def _same_program(
-    model: nnx.Module, table: LatentTable, analysis: Analysis, names: list[str]
-) -> bool:
-    """Whether the network's program is the same with generated arrays in the place of some."""
+def _difference(model: nnx.Module, table: LatentTable, analysis: Analysis, names: list[str]) -> str:
+    """Why the network's program is not the same with generated arrays in the place of some."""
     template = nnx.eval_shape(lambda: install(nnx.clone(model), table, names, rngs=nnx.Rngs(0)))
 
     def called(merged: nnx.Module, *inputs: Any) -> Any:
@@ -181,7 +203,7 @@ def _same_program(
             (path, variables.get(path_name(path), leaf)) for path, leaf in nnx.to_flat_state(hollow)
         ]
         net = nnx.merge(template_def, nnx.from_flat_state(own))
-        with arrays_replaced({name: variables[name].get_value() for name in names}):
+        with arrays_replaced({name: variables[name] for name in names}):
             return analysis.call(net, *inputs)
 
     graphdef, state = nnx.split(model)
@@ -195,8 +217,8 @@ def _same_program(
             check_restricted(analysis.flow, program.closed, other.closed, frozenset(), context)
         except Exception as error:  # whatever the network's code makes of such arrays
             logger.debug("not shown to be the same: %s: %s", names, error)
-            return False
-    return True
+            return failure(error)
+    return ""
 
 
 def _same_numbers(

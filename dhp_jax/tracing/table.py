@@ -19,6 +19,8 @@ from dhp_jax.tracing.programs import Call, default_call
 from dhp_jax.tracing.proof import Mismatch
 from dhp_jax.tracing.terms import Terms
 
+ORDINARY_CALLS = "ordinary_calls"  # a note: whether arrays are ordinary ones in calls
+
 
 @dataclass(frozen=True)
 class SizeEntry:
