@@ -16,12 +16,12 @@ import zlib
 from flax import nnx
 import numpy as np
 
+from dhp_jax.core.provenance import Architecture
 from dhp_jax.core.state import path_name
 
 Settings = Sequence[Mapping[str, Any]]  # of some modules, by their paths, the text of each value
 CLASS = "class"  # stands among the attributes, none of which has this name
 MODES = {"deterministic", "use_running_average"}  # what `train` and `eval` set
-RECORD = "dhp_architecture"  # of how a network was made; a file holds it elsewhere
 UNKNOWN = "?"
 LONGEST = 200  # characters of a text
 MOST_TOLD = 3  # differences in a warning
@@ -73,7 +73,8 @@ def _texts_of(model: nnx.Module) -> Iterable[tuple[str, dict[str, str]]]:
     for path, module in nnx.iter_modules(model):
         texts = {CLASS: _text(type(module))} if path else {}  # `build` may make a subclass
         for name, value in sorted(vars(module).items()):
-            if not (name.startswith("_") or name in MODES or name == RECORD):
+            of_the_file = isinstance(value, Architecture)  # which holds it elsewhere
+            if not (name.startswith("_") or name in MODES or of_the_file):
                 texts |= _named_texts(name, value)
         yield path_name(path), texts
 
