@@ -1,6 +1,6 @@
 """Importance of channels by derivatives of a loss."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 import functools
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.backend.platform import compiler_options
+from dhp_jax.batches import each_batch
 from dhp_jax.budgets.counted import Scores
 from dhp_jax.core.latent import LatentVector, latents, latents_to_prune, walk
 from dhp_jax.core.state import variables_of
@@ -46,7 +47,8 @@ def taylor_scores(
     Args:
       model: a network of latents; left as it was.
       loss: takes the ordinary network (of `dhp.prune(model)`), in the mode of `model`, and a
-        batch; returns a number.
+        batch; returns a number. Where `renew_statistics` follows the cut, call `model.train()`
+        before, so that BatchNorm takes the statistics of the batch.
       batches: what `loss` takes, arrays of one shape or trees of them; some hundred examples in
         all are enough to rank most channels.
       squared: whether `t_i` is squared, or its magnitude taken, before the average.
@@ -89,7 +91,7 @@ def taylor_scores(
         return jax.grad(gated_loss, has_aux=True)(ones)
 
     totals: list[Scores] = []
-    for batch in _each(batches):
+    for batch in each_batch(batches):
         by_gates, random = derivatives(random, rest, batch)  # each batch has dropout of its own
         found = zip(places.values(), by_gates, strict=True)
         pairs = [(entries, shares * np.asarray(x, np.float64)) for (entries, shares), x in found]
@@ -141,7 +143,7 @@ def gradient_scores(
         return jax.grad(of, has_aux=True)(vectors)
 
     total = jax.tree.map(jnp.zeros_like, vectors)
-    for batch in _each(batches):
+    for batch in each_batch(batches):
         found, random = derivatives(vectors, random, rest, batch)
         total = jax.tree.map(jnp.add, total, found)
     found = latents(nnx.merge(graphdef, total, random, rest))
@@ -155,26 +157,6 @@ def _check_order(model: nnx.Module, loss: Callable[[nnx.Module, Any], Array]) ->
         raise ArgumentError("model", "a network of latents", shown(model))
     if not callable(loss):
         raise ArgumentError("loss", "a function of the network and a batch", shown(loss))
-
-
-def _each(batches: Iterable[Any]) -> Iterator[Any]:
-    """Several batches, one after another; raises if they are one batch, or none."""
-    if hasattr(batches, "shape"):
-        raise ArgumentError("batches", "several, such as [x]", f"shape {batches.shape}")
-    if isinstance(batches, Mapping | str) or not hasattr(type(batches), "__iter__"):
-        raise ArgumentError("batches", "several, such as [batch]", f"a {type(batches).__name__}")
-    if isinstance(batches, tuple | list) and all(hasattr(x, "shape") for x in batches):
-        shapes = [tuple(x.shape) for x in batches]
-        if len(set(map(len, shapes))) > 1:  # images and labels
-            found = f"arrays of shapes {', '.join(map(str, shapes))}"
-            raise ArgumentError("batches", "several alike, such as [(x, y)]", found)
-    batch = None
-    for batch in batches:
-        if not all(getattr(x, "size", 1) for x in jax.tree.leaves(batch)):
-            raise ArgumentError("batches", "at least one example in each", shown(batch))
-        yield batch
-    if batch is None:
-        raise ValueError("batches: expected at least one batch, got none")
 
 
 def _of_a_loss(scores: Scores) -> Scores:

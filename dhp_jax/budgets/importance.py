@@ -201,7 +201,8 @@ def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float
     The scores of a latent are divided by `c^power`, where `c` is the derivative of the network's
     cost by the width of the latent, all entries being there, as a share of the whole cost; of
     branches it is the largest. With `power=1` and scores that say what the loss loses, the smallest
-    are those that cost most for what they are worth.
+    are those that cost most for what they are worth. It is for scores in units of the loss; norms
+    say nothing of that.
 
     Args:
       scores: of the entries of latents, by name, a number for each.
@@ -217,7 +218,8 @@ def per_cost(scores: Scores, cost: Cost, *, measure: str = "flops", power: float
         a cost of another network; a power that is no number of at least 0.
 
     Example:
-      >>> scores = dhp.per_cost(dhp.l1_scores(model), dhp.measure_cost(model, (32, 32, 3)))
+      >>> cost = dhp.measure_cost(model, (32, 32, 3))
+      >>> scores = dhp.per_cost(dhp.taylor_scores(model, loss, batches), cost, power=0.5)
     """
     if measure not in MEASURES:
         raise ValueError(f"measure: expected one of {', '.join(MEASURES)}; got {measure!r}")

@@ -203,7 +203,7 @@ FIELDS: Fields = {
             ),
             "temperature": Field(
                 4.0,
-                number(0, above=True),
+                number(0, 1000, above=True),
                 "by which logits are divided for that; images are compared as they are",
                 absent=4.0,
             ),

@@ -65,12 +65,12 @@ def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarra
 
 
 def _warn_of_unfinished(model: nnx.Module, threshold: float) -> None:
-    """Warns of gates that survive below 1, where others stay at 1 as in a fade to zero."""
-    prunable = [z.value() for z in latents(model).values() if z.prunable]
-    gates = np.concatenate([np.ones(0), *prunable])
-    stay, fades = np.isclose(gates, 1), (gates >= 0) & (gates < 1)
+    """Warns of gates that survive below others that are alike, as on their way to zero."""
+    gates = np.concatenate([[0], *(z.value() for z in latents(model).values() if z.prunable)])[1:]
+    stay = np.isclose(gates, most := gates.max(initial=0))
     between = int(np.sum(~stay & (gates >= threshold)))
-    if between and stay.any() and (stay | fades).all():  # no gates that are trained as weights are
+    is_fade = np.isclose(most, 1) or stay.sum() > between  # and no gates that are trained
+    if between and is_fade and (gates >= 0).all():
         warnings.warn(
             f"survivors: {between} of {gates.size} gates are neither 1 nor below the threshold: a "
             "search that has not ended, or means of parameters; what survives may exceed a budget",

@@ -12,6 +12,7 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.backend.platform import compiler_options
+from dhp_jax.batches import each_batch
 from dhp_jax.core.latent import walk
 from dhp_jax.core.surgery import override
 from dhp_jax.errors import ArgumentError, shown
@@ -56,8 +57,6 @@ def renew_statistics(
 
     Reference: Wu, Johnson, Rethinking "Batch" in BatchNorm, 2021 (arXiv 2105.07576), section 3.
     """
-    if hasattr(batches, "shape"):
-        raise ValueError(f"batches: expected several, such as [x]; got shape {batches.shape}")
     norms = _norms(model)
     if not norms:
         raise ValueError(
@@ -75,18 +74,13 @@ def renew_statistics(
         return {path: (norm.seen[...], norm.mean[...], norm.var[...]) for path, norm in found}
 
     sums = {path: np.zeros((3, *norm.mean.shape)) for path, norm in norms.items()}
-    batch = None
-    for batch in batches:
+    for batch in each_batch(batches):
         if call is None and not hasattr(batch, "shape"):
             other = "or a call that takes others"
             raise ArgumentError("batches", f"arrays, without labels, {other}", shown(batch))
-        if not all(np.size(x) for x in jax.tree.leaves(batch)):
-            raise ArgumentError("batches", "at least one example in each", shown(batch))
         for path, moments in of_batch(state, batch).items():
             n, mean, variance = (np.asarray(moment, np.float64) for moment in moments)
             sums[path] += n, n * mean, n * (variance + mean**2)
-    if batch is None:
-        raise ValueError("batches: expected at least one batch, got none")
     for path, (_, first, second) in sums.items():
         if not np.isfinite(first + second).all():
             raise ValueError(f"batches: expected finite numbers; {path!r} sees NaN or infinity")

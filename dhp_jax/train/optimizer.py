@@ -69,7 +69,8 @@ def optimizer(
 def is_kernel(params: PyTree) -> PyTree:
     """A mask of the parameters of kernels: all but latents, biases, scales and slopes.
 
-    These have a single axis, or the name `bias` or `scale`, as the biases of attention heads. The
+    These have a single axis of more than one number, or the name `bias` or `scale`, as the biases
+    of attention heads. What has the name `kernel` is one, as of a layer that reads one channel. The
     arrays of a hypernetwork make a kernel, however they are packed, and are side by side.
 
     Args:
@@ -88,7 +89,8 @@ def is_kernel(params: PyTree) -> PyTree:
         made = name in HypernetArrays._fields and together.issuperset(HypernetArrays._fields)
         if made or together == {"weight"}:  # of an array that is generated
             name = _key(path[:-1])
-        several = made or variable.get_value().ndim > 1
+        axes = sum(n > 1 for n in variable.get_value().shape)
+        several = made or axes > 1 or name == "kernel"
         return several and name not in ("bias", "scale") and not isinstance(variable, LatentVector)
 
     return jax.tree_util.tree_map_with_path(of, params, is_leaf=is_leaf)

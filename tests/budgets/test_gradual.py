@@ -565,6 +565,11 @@ def test_survivors_of_a_search_that_has_not_ended_are_told(other, told, recwarn)
         z.vector.set_value(jnp.ones(z.size).at[:2].set(other))
     dhp.survivors(model)
     assert [str(w.message)[:36] for w in recwarn] == ["survivors: 6 of 18 gates are neither"] * told
+    for z in prunable(model).values():  # what stands behind a fade may scale all gates
+        z.vector.set_value(1.15 * z.vector[...])
+    recwarn.clear()
+    dhp.survivors(model)
+    assert len(recwarn) == told
     for z in prunable(model).values():
         z.vector.set_metadata(prunable=False)
     recwarn.clear()

@@ -380,7 +380,7 @@ BAD = {
     "search.keep": ([*NUMBERS, -0.1, 1.1], "a number >= 0 and <= 1"),
     "search.batches": ([*INTEGERS, 0], COUNT),
     "converge.distillation.weight": ([*NUMBERS, -0.1, 1.1], "a number >= 0 and <= 1"),
-    "converge.distillation.temperature": ([*NUMBERS, 0, -1], "a number > 0 and <= 1e+30"),
+    "converge.distillation.temperature": ([*NUMBERS, 0, -1, 1e4], "a number > 0 and <= 1000"),
     **{f"{phase}.epochs": ([*INTEGERS, 0, 0.1], EPOCHS) for phase in PHASES},
     **{
         f"{phase}.max_steps": ([*INTEGERS[1:], 0], f"{COUNT}, or None for all epochs")

@@ -19,7 +19,7 @@ PAGES = (
 )
 OF_README = {  # name and updates of the rows that a line of the README sums up
     "search from trained weights (`fade`)": ("fade", 980),
-    "group norm, the best of the norms": ("group", 980),
+    "group norm, better than the \u21131 norm": ("group", 980),
     "`fade`, then distillation": ("fade, distilled", 3920),
     "same width everywhere, fresh weights": ("uniform, fresh weights", 20531),
     "widths that `fade` has found, fresh weights": ("found, fresh weights", 20531),

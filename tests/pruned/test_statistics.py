@@ -178,6 +178,11 @@ def test_wrong_arguments_are_refused():
     x = np.ones((4, 3), np.float32)
     with pytest.raises(ValueError, match=r"^batches: expected several, .* got shape \(4, 3\)$"):
         dhp.renew_statistics(Two(nnx.Rngs(0)), x)
+    several = r"^batches: expected several alike, .* got arrays of shapes \(4, 3\), \(4,\)$"
+    with pytest.raises(ValueError, match=several):
+        dhp.renew_statistics(Two(nnx.Rngs(0)), (x, x[:, 0]))
+    with pytest.raises(ValueError, match=r"^batches: expected several, .* got a NoneType$"):
+        dhp.renew_statistics(Two(nnx.Rngs(0)), None)
     with pytest.raises(ValueError, match=r"^model: expected an nnx.Module, got \{\}$"):
         dhp.renew_statistics({}, [x])
     with pytest.raises(ValueError, match=r"^batches: expected at least one .* shape=\(0, 3\)"):

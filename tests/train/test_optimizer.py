@@ -151,12 +151,16 @@ class Named(nnx.Module):
         self.w1 = nnx.Linear(3, 3, rngs=rngs)
         self.b2 = nnx.BatchNorm(3, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+        self.one = nnx.Linear(1, 3, rngs=rngs)
+        self.gamma = nnx.Param(jnp.ones((1, 1, 1, 8)))
+        self.positions = nnx.Param(jnp.ones((1, 4, 8)))
 
 
 def test_names_of_hypernetworks_and_biases_of_several_axes_do_not_decide_what_decays():
     params = nnx.state(Named(nnx.Rngs(0)), nnx.Param)
     found = {".".join(map(str, p)): x for p, x in nnx.to_flat_state(is_kernel(params))}
-    kernels = ("w1.kernel", *(f"attention.{n}.kernel" for n in ("query", "key", "value", "out")))
+    kernels = ["w1.kernel", *(f"attention.{n}.kernel" for n in ("query", "key", "value", "out"))]
+    kernels += ["one.kernel", "positions"]
     assert params["attention"]["query"]["bias"][...].ndim == 2
     assert {name for name, decays in found.items() if decays} == set(kernels)
 
