@@ -35,6 +35,7 @@ from from_trained_rows import (
     DISTILLED,
     FADE,
     FRESH,
+    LONG,
     ONE,
     PAPER,
     PER_FLOP,
@@ -71,6 +72,7 @@ FINAL = (  # of the stage final: what matters most is measured first, for all se
     (FADE, *(ONE[by] for by in CRITERIA)),
     (PAPER,),
     DISTILLED,
+    (LONG,),
     (ONE["taylor"], *PER_FLOP, HALF, replace(FADE, name="fade, one stage", stages=1), *SEARCHES),
     FRESH,
 )

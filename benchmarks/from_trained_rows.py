@@ -76,6 +76,7 @@ class Way:
       power: of the FLOPs, by which the criterion is divided.
       relative: whether roots of the scores are divided by their mean over each latent.
       stages: of the search "fade": how often it chooses.
+      search: segments of the search.
       strength: of the l1 norm of the paper's search, and of those of from_trained_searches.py.
       distillation: share of the loss that compares with the unpruned network, after the search.
       rate: largest learning rate.
@@ -87,6 +88,7 @@ class Way:
     power: float = 0.0
     relative: bool = False
     stages: int = 0
+    search: int = SEGMENTS_OF_SEARCH
     strength: float = 0.0
     distillation: float = 0.0
     rate: float = 0.05
@@ -106,6 +108,7 @@ FADE = Way("fade", by="fade", power=1.0, stages=6)
 DISTILLED = tuple(
     replace(way, name=f"{way.name}, distilled", distillation=0.9) for way in (FADE, ONE["group"])
 )
+LONG = replace(DISTILLED[0], name="fade, distilled, long search", search=4 * FADE.search)
 FRESH = tuple(
     Way(f"{by}, fresh weights", by=by, rate=0.2, fresh=True) for by in ("found", "uniform")
 )
@@ -431,13 +434,13 @@ def faded(
         sgd(schedule, WEIGHT_DECAY),
         model := dhp.with_gates(net.model(bench.trained), rngs=nnx.Rngs(0)),
         net.cost,
-        steps=SEGMENTS_OF_SEARCH * bench.size.segment,
+        steps=way.search * bench.size.segment,
         stages=way.stages,
         power=way.power,
         flops=flops,
     )
     search = bench.programs.search
-    model = after_updates(model, fading, search, itertools.islice(stream, SEGMENTS_OF_SEARCH))
+    model = after_updates(model, fading, search, itertools.islice(stream, way.search))
     masks = dhp.survivors(model)
     mask = {name: masks[name].astype(np.float32) for name in net.prunable}
     return bench.begin(net.on_host(dhp.prune(model))), mask
@@ -447,8 +450,8 @@ def sought(
     bench: Bench, way: Way, flops: float, schedule: optax.Schedule, stream: Iterator[Batches]
 ) -> tuple[Run, dict[str, np.ndarray]]:
     """A search of from_trained_searches.py, and its cut."""
-    rates = np.asarray(schedule(np.arange(SEGMENTS_OF_SEARCH * bench.size.segment)))
-    part = itertools.islice(stream, SEGMENTS_OF_SEARCH)
+    rates = np.asarray(schedule(np.arange(way.search * bench.size.segment)))
+    part = itertools.islice(stream, way.search)
     arrays, scores = searched(
         way.by, bench.net, bench.trained, bench.programs.search, rates, way.strength, part
     )
@@ -464,7 +467,7 @@ def shrunk(bench: Bench, way: Way, flops: float, run: Run, stream: Iterator[Batc
     net, mask = bench.net, bench.net.full(1)
     strength = {name: way.strength * ones for name, ones in mask.items()}
     plan = bench.plan(mask, way, strength=strength, rate=1.0, both=1.0)
-    for batches in itertools.islice(stream, SEGMENTS_OF_SEARCH):
+    for batches in itertools.islice(stream, way.search):
         run, _ = bench.step(run, plan, batches)
     z = {name: np.abs(np.asarray(x, np.float64)) for name, x in run.z.items()}
     arrays = {**net.gated(run.weights, run.z, 1.0), **run.statistics}
