@@ -148,6 +148,8 @@ def final_stage(bench: Bench, options: argparse.Namespace) -> None:
                 for way in ways[::each]:
                     if options.ways and way.name not in options.ways:
                         continue
+                    if way.search * bench.size.segment >= bench.size.updates:
+                        continue  # nothing would be left for what follows the search
                     if bench.left() < 0:
                         return
                     look = seed == options.seeds[0]
@@ -314,6 +316,9 @@ def main() -> None:
     if options.bfloat16 and not options.in_torch:
         parser.error("--bfloat16: expected together with --in-torch")
     known = [way.name for ways in FINAL for way in ways]
+    least = LONG.search * Size.segment
+    if LONG.name in (options.ways or ()) and (options.updates or Size.updates) <= least:
+        parser.error(f"--updates: expected more than {least} for {LONG.name!r}")
     for name in options.ways or ():
         if name not in known:
             parser.error(f"--ways: expected some of {', '.join(map(repr, known))}; got {name!r}")
