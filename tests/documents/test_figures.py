@@ -95,6 +95,49 @@ def test_tables_of_the_guide_are_those_of_the_measured_rows(page, width, lines):
             assert error == summed_up(found)
 
 
+def apart(one: tuple[str, int], other: tuple[str, int], target: float) -> list[float]:
+    """By how many points one row is better than another, seed by seed, of those that both have."""
+    found = [
+        {r["seed"]: r["error"] for r in rows_of("from_trained_cpu") if key == key_of(r)}
+        for key in ((*one, target), (*other, target))
+    ]
+    return [found[1][seed] - found[0][seed] for seed in sorted(found[0].keys() & found[1].keys())]
+
+
+def key_of(row: dict) -> tuple:
+    return row["name"], row.get("updates"), row.get("target")
+
+
+def in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_differences_that_the_readme_and_the_guide_tell_are_those_of_the_same_seeds():
+    fade, group, long = ("fade", 980), ("group", 980), ("fade, distilled", 3920)
+    uniform, found = (f"{name}, fresh weights" for name in ("uniform", "found"))
+    uniform, found = (uniform, 20531), (found, 20531)
+
+    def mean(numbers: list[float]) -> str:
+        return f"{sum(numbers) / len(numbers):.1f}"
+
+    def two(numbers: list[float]) -> str:
+        return " and ".join(f"{x:.2f}" for x in numbers[:2])
+
+    readme = in_one_line((ROOT / "README.md").read_text())
+    assert min(apart(fade, group, 0.5) + apart(fade, group, 0.25)) > 0
+    assert f"at half the FLOPs by {mean(apart(fade, group, 0.5))} points, where" in readme
+    half, quarter = (mean(apart(uniform, fade, target)) for target in (0.5, 0.25))
+    assert f"same seeds by {half} points at half and by {quarter} at a quarter" in readme
+    guide = in_one_line(GUIDE)
+    assert f"both seeds, by {two(apart(uniform, fade, 0.5))} points" in guide
+    assert f"both seeds, by {two(apart(uniform, fade, 0.25))} points" in guide
+    assert f"both seeds, by {two(apart(found, uniform, 0.25))} points" in guide
+    first, second, *_ = apart(uniform, long, 0.25)
+    told = f"{-first:.2f} points worse for the first seed, {second:.2f} better for the second"
+    assert first < 0 < second
+    assert told in guide
+
+
 def test_every_error_that_the_guide_tells_was_measured():
     text = GUIDE.split("## From fresh weights")[0]
     told = set(re.findall(r"(?<![\d.-])[1-9]\d\.\d\d(?= %| to |\)| and |,)", text))
