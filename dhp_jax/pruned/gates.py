@@ -82,13 +82,14 @@ def with_gates(
     if is_traced(model):
         _check_kernels(model)
         gates = gating(model)
+        net = gated(model, gates, rngs)
         if gates.stay:
             named = ", ".join(map(repr, gates.stay))
             warnings.warn(
                 f"with_gates: {named}: all entries stay, for what is read of them is not {CLOSED}",
                 stacklevel=2,
             )
-        return gated(model, gates, rngs)
+        return net
     if has_gates(model):
         raise ArgumentError("model", "a network without gates", f"{type(model).__name__} with some")
     kernels = {

@@ -131,8 +131,7 @@ def gated(net: nnx.Module, gates: Gating, rngs: nnx.Rngs) -> nnx.Module:
         fit, notes[ORDINARY_CALLS], why = _that_fit(plain, table, table.analysis(plain), names)
         for name in sorted(set(names) - set(fit)):
             why = why.removeprefix("model: ")
-            detail = f"the code reads {name!r} in a way that allows no gates: {why}; "
-            detail += "dhp.prune_to needs none"
+            detail = f"the code allows no gates on {name!r}: {why}; dhp.prune_to needs none"
             raise ArgumentError("model", detail=detail)
     found = find_latents(net)
     least = {name: z.size if name in gates.stay else z.min_channels for name, z in found.items()}

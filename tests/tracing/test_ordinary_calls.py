@@ -311,6 +311,26 @@ def test_a_call_that_sets_an_array_on_latents_is_refused_with_its_place():
         dhp.with_gates(net, rngs=nnx.Rngs(1))
 
 
+def test_what_is_told_of_a_spectral_norm_is_that_it_sets_its_kernel(recwarn):
+    class Normed(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = nnx.SpectralNorm(nnx.Linear(*INPUT, HIDDEN, rngs=rngs), rngs=rngs)
+            self.head = nnx.Linear(HIDDEN, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.stem(x)))
+
+    net = dhp.with_latents(Normed(nnx.Rngs(0)), INPUT)
+    name = "stem.layer_instance.kernel"
+    assert any(f"the code reads or sets it: {name}." in note for note in dhp.explain(net).notes)
+    wanted = rf"^model: the code allows no gates on '{name}': .* it sets '{name}' at .*:\d+; dhp\."
+    with pytest.raises(ValueError, match=wanted):
+        dhp.with_gates(net, rngs=nnx.Rngs(1))
+    assert not recwarn, "as of gates that would stay"
+    small = dhp.prune_to(net, INPUT, flops=0.5, by=dhp.group_scores(net))
+    assert small.stem.layer_instance.out_features < HIDDEN
+
+
 def test_a_method_that_sets_an_array_on_latents_is_refused():
     class Averaging(Scanned):
         def average(self):
