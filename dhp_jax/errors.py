@@ -1,11 +1,12 @@
 """Errors that say which argument or field is wrong, and values as messages show them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import difflib
 import math
 from numbers import Real
 from typing import Any, Self
 
+import jax
 import numpy as np
 
 
@@ -88,6 +89,30 @@ def check_at_least_zero(argument: str, value: Any) -> None:
     """Raises an `ArgumentError` unless a value is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
         raise ArgumentError(argument, "a number >= 0", shown(value))
+
+
+def check_counts(argument: str, counts: Any, most: Mapping[str, int]) -> None:
+    """Raises an `ArgumentError` unless each name has a whole number from 0 to its most.
+
+    Arrays of such numbers are fine too; of those that JAX traces only the dtype is known.
+    """
+    if not isinstance(counts, Mapping) or counts.keys() != most.keys():
+        got = shown(counts)
+        if isinstance(counts, Mapping):
+            name = min(counts.keys() ^ most.keys(), key=str)
+            got = f"none for {name!r}" if name in most else f"one for {shown(name)}"
+        raise ArgumentError(argument, f"one for each of {shown(sorted(most))}", got)
+    for name, count in counts.items():
+        if type(count) is int and 0 <= count <= most[name]:
+            continue
+        known = not isinstance(count, jax.core.Tracer)
+        array = np.asarray(count) if known else count
+        fits = np.issubdtype(array.dtype, np.integer)
+        if known and fits:
+            fits = ((array >= 0) & (array <= most[name])).all()
+        if not fits:
+            expected = f"whole numbers from 0 to {most[name]}"
+            raise ArgumentError(f"{argument}[{name!r}]", expected, shown(count))
 
 
 MAX_SHOWN = 200  # characters of a value in a message

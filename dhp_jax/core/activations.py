@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from dhp_jax.core.latent import Axis, check_axis
-from dhp_jax.core.plain import Keep, slice_axis
+from dhp_jax.core.plain import Keep, slice_axes
 
 
 class ReLU(nnx.Module):
@@ -55,7 +55,7 @@ class PReLU(nnx.PReLU):
     def plain(self, keep: Keep | None = None) -> nnx.PReLU:
         """`nnx.PReLU` with the slopes of the channels in `keep`."""
         slope = self.negative_slope[...]
-        slope = slice_axis(slope, self.z.keep(keep), 0) if slope.ndim else slope
+        slope = slice_axes(slope, {0: self.z.keep(keep)}) if slope.ndim else slope
         layer = nnx.PReLU(0.0, dtype=self.dtype, param_dtype=self.param_dtype)
         layer.negative_slope = nnx.Param(jnp.asarray(slope, self.param_dtype))
         return layer

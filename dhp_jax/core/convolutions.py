@@ -21,6 +21,7 @@ from dhp_jax.core.plain import (
     select_entries,
     slice_axes,
 )
+from dhp_jax.errors import check_integer
 
 
 class Hyper(KernelGenerator):
@@ -45,13 +46,11 @@ class Hyper(KernelGenerator):
         kind = type(self).__name__
         check_axis(f"{kind}: z_in", z_in)
         check_axis(f"{kind}: z_out", z_out)
+        check_integer(f"{kind}: embedding", embedding)
         self.z_in, self.z_out = z_in, z_out
         self.kernel_size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-        self.use_bias = use_bias
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.promote_dtype = promote_dtype
+        self.use_bias, self.dtype, self.param_dtype = use_bias, dtype, param_dtype
+        self.precision, self.promote_dtype = precision, promote_dtype
         self.preferred_element_type = preferred_element_type
         rows = self.kernel_axis().size
         arrays = init_hypernet(rngs.params(), self.kernel_size, rows, z_out.size, embedding)
@@ -117,8 +116,9 @@ class HyperConv(Hyper):
       rngs: the `params` stream draws the initial values.
 
     Raises:
-      ValueError: `z_in` or `z_out` is no axis, groups that do not divide the channels or that
-        pruning would tear apart; when called, an input with another channel count.
+      ValueError: `z_in` or `z_out` is no axis, `embedding` no positive integer, groups that do not
+        divide the channels or that pruning would tear apart; when called, an input with another
+        channel count.
 
     Example:
       >>> conv = dhp.HyperConv(z_in, z_out, (3, 3), strides=2, padding=1, rngs=rngs)
@@ -150,10 +150,8 @@ class HyperConv(Hyper):
         initial_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.strides = strides
-        self.padding = padding
-        self.input_dilation = input_dilation
-        self.kernel_dilation = kernel_dilation
+        self.strides, self.padding = strides, padding
+        self.input_dilation, self.kernel_dilation = input_dilation, kernel_dilation
         self.feature_group_count = feature_group_count
         self.conv_general_dilated = conv_general_dilated
         if feature_group_count != 1:
@@ -197,7 +195,7 @@ class HyperConvTranspose(Hyper):
       embedding, initial_scale, rngs: as in `HyperConv`.
 
     Raises:
-      ValueError: `z_in` or `z_out` is no axis; when called, an input with another channel count.
+      ValueError: as in `HyperConv`, but for groups.
 
     Example:
       >>> up = dhp.HyperConvTranspose(z_in, z_out, (2, 2), strides=2, rngs=rngs)
@@ -225,9 +223,7 @@ class HyperConvTranspose(Hyper):
         initial_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.strides = strides
-        self.padding = padding
-        self.kernel_dilation = kernel_dilation
+        self.strides, self.padding, self.kernel_dilation = strides, padding, kernel_dilation
         super().__init__(
             z_in,
             z_out,
@@ -259,7 +255,7 @@ class HyperLinear(Hyper):
       embedding, initial_scale, rngs: as in `HyperConv`.
 
     Raises:
-      ValueError: `z_in` or `z_out` is no axis; when called, an input with another feature count.
+      ValueError: as in `HyperConv`, but for groups.
 
     Example:
       >>> hidden = dhp.HyperLinear(z_in, z_out, rngs=rngs)

@@ -22,7 +22,7 @@ from jaxtyping import Array
 import numpy as np
 
 from dhp_jax.core.branches import Part, Place
-from dhp_jax.errors import shown
+from dhp_jax.errors import check_counts
 
 Counts = Mapping[str, "int | Array"]
 MEASURES = ("flops", "params", "activations")
@@ -184,14 +184,12 @@ class Cost:
         """FLOPs, params and activations by name when `counts[name]` entries of each latent survive.
 
         They are exact: Python ints give Python ints, and integer arrays (in a jitted function) give
-        int64 arrays.
+        int64 arrays. Counts that no pruning leaves are refused.
         """
+        check_counts("counts", counts, self.sizes)
         if all(isinstance(count, int | np.integer) for count in counts.values()):
             whole = {name: int(count) for name, count in counts.items()}
             return _totals(self, self.at_places(lambda call: call.amounts(whole)))
-        for name, count in counts.items():
-            if not jnp.issubdtype(jnp.result_type(count), jnp.integer):  # as of a mask
-                raise ValueError(f"counts[{name!r}]: expected whole numbers, got {shown(count)}")
         with jax.enable_x64(True):  # FLOPs of large images do not fit 32 bits
             present = self.polynomials.present(counts, jnp.int64)
             return _totals(self, self.polynomials.at_places(present))
@@ -242,7 +240,7 @@ class Polynomials(NamedTuple):
     factors: np.ndarray
 
     @classmethod
-    def of(cls, calls: tuple[LayerCost, ...]) -> "_Polynomials":
+    def of(cls, calls: tuple[LayerCost, ...]) -> "Polynomials":
         """Those of the calls of layers; like products are one."""
         places = dict.fromkeys([(), *(call.place for call in calls)])
         at = {place: i for i, place in enumerate(places)}

@@ -342,16 +342,14 @@ def prunable_latents(params: Any) -> Any:
       >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), shrink)
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     """
-    if isinstance(params, nnx.Module):
-        raise ValueError(
-            "prunable_latents: expected a state, such as nnx.state(model, nnx.Param); "
-            f"got a {type(params).__name__}"
-        )
     leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    if leaves and not any(isinstance(leaf, nnx.Variable) for leaf in leaves):
+    bare = leaves and not any(isinstance(leaf, nnx.Variable) for leaf in leaves)
+    is_model = isinstance(params, nnx.Module)
+    if bare or is_model:
+        found = type(params).__name__ if is_model else f"tree of {type(leaves[0]).__name__}"
         raise ValueError(
             "prunable_latents: expected a state of nnx.Variables, such as "
-            f"nnx.state(model, nnx.Param); got a tree of {type(leaves[0]).__name__}"
+            f"nnx.state(model, nnx.Param); got a {found}"
         )
     if leaves and not any(isinstance(leaf, LatentVector) for leaf in leaves):
         warnings.warn(

@@ -40,12 +40,7 @@ def is_prunable(module: Any) -> bool:
 
 def select_entries(variable: nnx.Variable | None, mask: np.ndarray) -> jax.Array | None:
     """The entries of a variable's first axis that a mask keeps; `None` for no variable."""
-    return None if variable is None else slice_axis(variable[...], mask, 0)
-
-
-def slice_axis(array: jax.Array, mask: np.ndarray, axis: int) -> jax.Array:
-    """The entries of an axis that a mask keeps."""
-    return slice_axes(array, {axis: mask})
+    return None if variable is None else slice_axes(variable[...], {0: mask})
 
 
 def slice_axes(array: jax.Array, masks: Mapping[int, np.ndarray]) -> jax.Array:

@@ -28,6 +28,16 @@ def with_value(leaf: nnx.Variable | jax.Array, value: Any) -> Any:
     return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
 
 
+def with_metadata_of(like: nnx.Variable | None, made: nnx.Variable) -> nnx.Variable:
+    """A variable with the type and metadata of the one that it is made of.
+
+    It stays as it is where it has its own, or where reading the other one changes its numbers.
+    """
+    stays = not isinstance(like, type(made)) or made.get_metadata(exclude_required=True)
+    stays = stays or like.get_value() is not like.get_raw_value()
+    return made if stays else like.replace(made.get_raw_value())
+
+
 def is_key(array: Any) -> bool:
     """Whether an array is of random keys."""
     return hasattr(array, "dtype") and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)

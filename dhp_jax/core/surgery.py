@@ -12,6 +12,7 @@ import numpy as np
 from dhp_jax.core.latent import Axis, latents, latents_to_prune, modules_in
 from dhp_jax.core.plain import Model, is_prunable
 from dhp_jax.core.provenance import architecture_of, set_architecture
+from dhp_jax.core.state import with_metadata_of
 from dhp_jax.core.survivors import Masks
 from dhp_jax.errors import shown
 
@@ -54,11 +55,13 @@ def _tie(layer: nnx.Module, made: nnx.Module, shared: dict[Any, nnx.Variable]) -
     are made of all that the layer has.
     """
     own = {name: v for name, v in vars(layer).items() if isinstance(v, nnx.Variable)}
+    alike = {"kernel": own.get("b2", own.get("weight")), **own}  # a generated one is as its bias
     axes = tuple(id(v) for v in vars(layer).values() if isinstance(v, Axis))
     for name, variable in list(vars(made).items()):
         if isinstance(variable, nnx.Variable):
             others = [v for n, v in own.items() if n not in vars(made)]
             source = tuple(map(id, [own[name]] if name in own else others))
+            variable = with_metadata_of(alike.get(name), variable)
             setattr(made, name, shared.setdefault((name, *source, axes), variable))
 
 

@@ -174,14 +174,13 @@ def complete(config: ConfigDict, begun: Blueprint, setup: TaskSetup) -> Blueprin
     """How the network is made, with the arguments that follow from the data, and traced latents.
 
     Raises:
-      ConfigError: an argument makes no network, the network does not suit the data, nothing of it
-        can be pruned, or the weights are not its.
+      ConfigError: the network does not suit the data, nothing of it can be pruned, or the weights
+        are not its. What arguments of a family make no network, `abstract` tells.
     """
     follow = known_arguments(config) | setup.arguments
     name, given = begun.name, dict(begun.arguments)
     if not is_own(name):
         made = replace(begun, arguments=given | follow)
-        abstract(config, made)
         if made.weights is not None:
             with _named(config):
                 _check_arguments(made, made.weights)

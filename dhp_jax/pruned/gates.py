@@ -14,7 +14,7 @@ from dhp_jax.core.latent import Axis, has_gates, latents, walk
 from dhp_jax.core.layers import ChannelBias, Hyper, Linear, Norm
 from dhp_jax.core.plain import Model, is_prunable
 from dhp_jax.core.provenance import architecture_of
-from dhp_jax.core.state import value_of, variables_of
+from dhp_jax.core.state import value_of, variables_of, with_metadata_of
 from dhp_jax.core.surgery import override, prune
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.pruned.fresh_weights import carry_kernels
@@ -82,13 +82,14 @@ def with_gates(
     if is_traced(model):
         _check_kernels(model)
         gates = gating(model)
+        net = gated(model, gates, rngs)
         if gates.stay:
             named = ", ".join(map(repr, gates.stay))
             warnings.warn(
                 f"with_gates: {named}: all entries stay, for what is read of them is not {CLOSED}",
                 stacklevel=2,
             )
-        return gated(model, gates, rngs)
+        return net
     if has_gates(model):
         raise ArgumentError("model", "a network without gates", f"{type(model).__name__} with some")
     kernels = {
@@ -101,7 +102,8 @@ def with_gates(
     shared: dict[Any, nnx.Param] = {}
     for path, _, layer in walk(net):
         if isinstance(layer, Hyper):
-            weight = shared.setdefault(makers(layer), nnx.Param(jnp.array(kernels[path])))
+            weight = with_metadata_of(layer.b2, nnx.Param(jnp.array(kernels[path])))
+            weight = shared.setdefault(makers(layer), weight)
             for name in HypernetArrays._fields:
                 delattr(layer, name)
             layer.weight = weight

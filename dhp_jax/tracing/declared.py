@@ -48,6 +48,7 @@ def prune(
 
     Each hypernetwork runs once; its kernel is sliced to the survivors, as are biases, scales,
     statistics and the rows of linear layers. No latent, no hypernetwork and no mask is left.
+    Variables keep their types and metadata; a generated kernel has those of `b2`, its shape.
 
     It is proved, without computing anything, that the smaller network is the whole one without
     what is gone, in evaluation and in training mode. For that the network is traced. Families and

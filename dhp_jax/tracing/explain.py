@@ -5,6 +5,7 @@ import textwrap
 from typing import Any
 
 from flax import nnx
+import jax.numpy as jnp
 
 from dhp_jax.core.latent import latents
 from dhp_jax.core.provenance import architecture_of
@@ -93,12 +94,16 @@ def _sentences(net: nnx.Module, table: Any) -> list[str]:
     kept = [node.name for node in direct if not is_plain_param(node.weight)]
     if kept:
         notes.append(f"Times latents, to keep their type or metadata: {some_of(kept)}.")
-    own = dict(nnx.to_flat_state(nnx.state(net, nnx.Param)))
-    cut = [path_name(path) for path, leaf in own.items() if leaf.get_value().ndim > 1]
-    cut = [name for name in cut if name in table.places and name not in by_name]
-    if cut:
-        notes.append(f"Cut, but not generated, for the code reads it otherwise: {some_of(cut)}.")
-    return notes
+    params = nnx.to_flat_state(nnx.state(net, nnx.Param))
+    own = {path_name(path): leaf.get_value() for path, leaf in params}
+    causes: dict[str, list[str]] = {}
+    for name in own.keys() & table.places.keys() - by_name.keys():
+        if own[name].ndim > 1:
+            real = jnp.issubdtype(own[name].dtype, jnp.floating)
+            why = "the code reads or sets it" if real else f"its numbers are {own[name].dtype}"
+            causes.setdefault(why, []).append(name)
+    told = [f"for {why}: {some_of(sorted(names))}." for why, names in sorted(causes.items())]
+    return [*notes, *(f"Cut, but not generated, {cause}" for cause in told)]
 
 
 def memory(net: nnx.Module) -> str:

@@ -131,8 +131,7 @@ def gated(net: nnx.Module, gates: Gating, rngs: nnx.Rngs) -> nnx.Module:
         fit, notes[ORDINARY_CALLS], why = _that_fit(plain, table, table.analysis(plain), names)
         for name in sorted(set(names) - set(fit)):
             why = why.removeprefix("model: ")
-            detail = f"the code reads {name!r} in a way that allows no gates: {why}; "
-            detail += "dhp.prune_to needs none"
+            detail = f"the code allows no gates on {name!r}: {why}; dhp.prune_to needs none"
             raise ArgumentError("model", detail=detail)
     found = find_latents(net)
     least = {name: z.size if name in gates.stay else z.min_channels for name, z in found.items()}
@@ -195,7 +194,6 @@ def _by_halves(model, table, analysis, names) -> tuple[list[str], list[str]]:
 
 def _difference(model: nnx.Module, table: LatentTable, analysis: Analysis, names: list[str]) -> str:
     """Why the network's program is not the same with generated arrays in the place of some."""
-    template = nnx.eval_shape(lambda: install(nnx.clone(model), table, names, rngs=nnx.Rngs(0)))
 
     def called(merged: nnx.Module, *inputs: Any) -> Any:
         variables = variables_of(merged)
@@ -208,6 +206,10 @@ def _difference(model: nnx.Module, table: LatentTable, analysis: Analysis, names
 
     graphdef, state = nnx.split(model)
     whole = nnx.merge(graphdef, state, copy=True)
+    try:
+        template = nnx.eval_shape(lambda: install(nnx.clone(model), table, names, rngs=nnx.Rngs(0)))
+    except Exception as error:  # whatever its class makes of a subclass
+        return failure(error)
     for context, program in analysis.programs.items():
         for each in (whole, template):
             set_mode(each, context)

@@ -13,6 +13,7 @@ import functools
 import inspect
 from typing import Any, NamedTuple
 
+import flax
 from flax import nnx
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn
@@ -34,8 +35,10 @@ def call_as_ordinary(net: nnx.Module) -> None:
 def _calling(kind: type) -> type:
     methods = {name: _method(inspect.getattr_static(kind, name)) for name in _methods(kind)}
     copied = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    is_tree = getattr(kind, "_pytree__is_pytree", True)
-    return type(kind)(kind.__name__, (kind,), {**copied, **methods, KIND: kind}, pytree=is_tree)
+    members, is_tree = {**copied, **methods, KIND: kind}, getattr(kind, "_pytree__is_pytree", True)
+    # An `__init_subclass__` of the user's may take no options.
+    options = {} if is_tree == flax.config.flax_pytree_module else {"pytree": is_tree}
+    return type(kind)(kind.__name__, (kind,), members, **options)
 
 
 def _methods(kind: type) -> Iterator[str]:

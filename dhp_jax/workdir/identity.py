@@ -34,7 +34,7 @@ MAY_CHANGE = (
 )
 
 MAY_CHANGE_GROUPS = ("checkpoint.", "mesh.")
-MAY_MOVE = ("data.test_dir",)  # the folder may move, but keeps its name
+MAY_MOVE = ("data.test_dir", "model.weights")  # to another place, but they keep their name
 MAY_GROW = ("search.epochs", "converge.epochs", "baseline.epochs")  # where learning rates drop
 
 

@@ -206,11 +206,38 @@ def test_numpy_counts_are_counts(mixed):
     assert tuple(map(int, flops_and_params(mixed.amounts(counts)))) == mixed_cost(4, 2, 5)
 
 
-@pytest.mark.parametrize("count", [4.5, jnp.ones(7, bool)])
-def test_counts_that_are_no_whole_numbers_are_refused(mixed, count):
+@pytest.mark.parametrize(
+    "count", [4.5, jnp.ones(7, bool), True, "4", None, 8, -1, np.int64(8), jnp.array([3, 8])]
+)
+def test_counts_that_are_no_whole_numbers_or_out_of_range_are_refused(mixed, count):
     wrong = {**mixed_counts(4, 2, 5), MIXED_LATENTS["a"]: count}
-    with pytest.raises(ValueError, match=rf"^counts\['{MIXED_LATENTS['a']}'\]: expected whole "):
+    name = re.escape(f"counts['{MIXED_LATENTS['a']}']")
+    with pytest.raises(ValueError, match=f"^{name}: expected whole numbers from 0 to 7, got .*$"):
         mixed.shares(wrong)
+
+
+def test_counts_within_jit_are_of_whole_numbers_too(mixed):
+    with pytest.raises(ValueError, match=r"^counts\['left.z_out'\]: expected whole numbers from 0"):
+        jax.jit(mixed.amounts)({**mixed_counts(4, 2, 5), MIXED_LATENTS["a"]: 4.5})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda counts: counts.pop("left.z_out"), "none for 'left.z_out'"),
+        (lambda counts: counts.update(stem=3), "one for 'stem'"),
+        (lambda counts: counts.update({3: 3}), "one for 3"),
+    ],
+)
+def test_counts_of_other_latents_are_refused(mixed, change, told):
+    counts = mixed_counts(4, 2, 5)
+    change(counts)
+    lead = r"^counts: expected one for each of \[.*\], got "
+    for count in (mixed.amounts, mixed.shares):
+        with pytest.raises(ValueError, match=f"{lead}{told}$"):
+            count(counts)
+    with pytest.raises(ValueError, match=rf"{lead}\[4, 2\]$"):
+        mixed.amounts([4, 2])
 
 
 # What is counted is what is there

@@ -208,6 +208,18 @@ def test_hyper_conv_refuses_what_is_no_axis(kind, name):
         kind(**axes, kernel_size=(3, 3), rngs=rngs)
 
 
+@pytest.mark.parametrize("embedding", [0, -1, 2.0, True, None])
+@pytest.mark.parametrize(
+    ("kind", "taps"),
+    [(dhp.HyperConv, [3]), (dhp.HyperConvTranspose, [2]), (dhp.HyperLinear, [])],
+)
+def test_an_embedding_that_is_no_positive_integer_is_refused(kind, taps, embedding):
+    rngs = nnx.Rngs(0)
+    message = f"^{kind.__name__}: embedding: expected a positive integer, got {embedding!r}$"
+    with pytest.raises(ValueError, match=message):
+        kind(*plain_axes(rngs), *taps, embedding=embedding, rngs=rngs)
+
+
 # Transposed
 
 

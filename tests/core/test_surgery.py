@@ -282,6 +282,42 @@ def test_a_single_layer_can_be_pruned():
     np.testing.assert_array_equal(small.kernel[...], expected)
 
 
+class Trained(nnx.Param):
+    """A parameter of a type of one's own."""
+
+
+def with_metadata(rngs):
+    """`Mixed` whose variables are told what they are, each by a note of its path."""
+    model = Mixed(rngs)
+    model.left_norm.scale = Trained(jnp.ones(7), rate=0.1)
+    for name, layer in (("left", model.left), ("join", model.join), ("refine", model.refine)):
+        layer.b2.set_metadata(out_sharding=(None, None, None, "model"), note=name)
+    model.join.bias.set_metadata(note="join bias")
+    model.join_norm.mean.set_metadata(note="mean")
+    model.classifier.kernel.set_metadata(note="rows")
+    model.right.bias.set_metadata(on_get_value=lambda variable, x: 2 * x)
+    return model
+
+
+@pytest.mark.parametrize("gates", [False, True])
+def test_variables_of_declared_layers_keep_their_types_and_metadata(gates):
+    model = with_metadata(nnx.Rngs(0))
+    network = dhp.with_gates(model, rngs=nnx.Rngs(0)) if gates else model
+    small = cut(network, mixed_masks([0, 1] * 3 + [1], [1, 0, 1, 0, 1], [1, 1, 0] * 2))
+    for name, layer in (("left", small.left), ("join", small.join), ("refine", small.refine)):
+        told = layer.kernel.get_metadata(exclude_required=True)
+        assert told == {"out_sharding": (None, None, None, "model"), "note": name}
+        assert type(layer.kernel) is nnx.Param
+    assert type(small.left_norm.scale) is Trained
+    assert small.left_norm.scale.get_metadata("rate") == 0.1
+    assert small.join.bias.get_metadata("note") == "join bias"
+    assert type(small.join_norm.mean) is nnx.BatchStat
+    assert small.join_norm.mean.get_metadata("note") == "mean"
+    assert small.classifier.kernel.get_metadata("note") == "rows"
+    twice = small.right.bias  # it holds what was read of it, so it is not read so again
+    np.testing.assert_array_equal(twice[...], 2 * model.right.bias.get_raw_value()[::2])
+
+
 def test_a_layer_that_two_parents_share_stays_shared():
     def make(rngs):
         image, z = image_and(6, rngs=rngs)

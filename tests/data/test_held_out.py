@@ -1,5 +1,7 @@
 """Training examples that are held out for validation: which they are, in every kind of data."""
 
+import dataclasses
+
 import cloudpickle
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +35,21 @@ def test_examples_that_are_held_out_are_spread_evenly():
     counts = np.bincount(held // 1000, minlength=10)
     assert counts.sum() == 1000
     assert counts.min() > 60  # 100 expected, with a standard deviation of 9
+
+
+def test_images_are_decoded_once_for_both_splits():
+    whole, read = data.load("digits"), []
+
+    def counting(split):
+        read.append(split)
+        return whole.read(split)
+
+    source = dataclasses.replace(whole, read=counting).hold_out(0.1)
+    for split in ("train", "validation", "test"):
+        assert len(source.read(split)[0]) == source.size(split)
+    assert read == ["train", "test"]
+    assert len(source.read("train")[0]) == source.train_size  # again, if asked for again
+    assert read == ["train", "test", "train"]
 
 
 def test_images_that_are_held_out_are_those_that_training_lacks():

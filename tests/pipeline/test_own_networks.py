@@ -306,6 +306,28 @@ def test_trained_weights_are_where_a_run_begins(tmp_path, kind, monkeypatch):
         assert f"the weights in {path}" in (tmp_path / "run/report.html").read_text()
 
 
+def test_weights_are_found_from_the_current_folder_also_when_a_run_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    for seed, folder in ((3, tmp_path / "mine"), (4, tmp_path / "other")):
+        dhp.save(folder / "net", build(rngs=nnx.Rngs(seed)))
+
+    def prepared(weights):
+        return prepare(config_of(model={"weights": weights}, method="baseline"), tmp_path / "run")
+
+    monkeypatch.chdir(tmp_path)
+    digest = prepared("mine/net").blueprint.digest
+    dhp.save(tmp_path / "run/best", build(rngs=nnx.Rngs(3)))  # as of a run that has learnt
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"^config.model.weights: mine/net cannot be read: "):
+        prepared("mine/net")
+    assert prepared("../mine/net").blueprint.digest == digest
+    assert prepared(str(tmp_path / "mine/net")).blueprint.digest == digest
+    with pytest.raises(ValueError, match=r"^config.model.weights: expected the network that the "):
+        prepared("../other/net")
+    with pytest.raises(ValueError, match=r"config.model.weights is '.*/net' there and None here"):
+        prepared(None)
+
+
 @pytest.mark.usefixtures("without_pages")
 @pytest.mark.slow
 def test_what_a_search_from_given_weights_leaves_may_learn_from_the_network_that_has_them(tmp_path):

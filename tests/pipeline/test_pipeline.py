@@ -30,6 +30,7 @@ from dhp_jax import data
 from dhp_jax.artifact import reading as artifact_reading
 from dhp_jax.budgets.chosen import Time
 from dhp_jax.errors import ConfigError
+from dhp_jax.models import registry
 from dhp_jax.pipeline import preparation, smaller
 from dhp_jax.pipeline.execution import execute
 from dhp_jax.pipeline.preparation import prepare
@@ -486,6 +487,15 @@ def test_a_directory_of_another_configuration_is_refused_and_left_alone(finished
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         prepare(tiny(target=0.4, log_every=7, **{"search.epochs": 1}), workdir)
     assert contents(workdir) == before
+
+
+def test_a_family_is_built_once_before_the_data_are_looked_at_and_once_after(tmp_path, monkeypatch):
+    made, build = [], registry.build_abstract
+    monkeypatch.setattr(
+        registry, "build_abstract", lambda *a, **k: made.append(k) or build(*a, **k)
+    )
+    prepare(tiny(), tmp_path)
+    assert ["num_classes" in arguments for arguments in made] == [False, True]
 
 
 def test_a_field_that_is_given_no_more_makes_another_configuration(tmp_path):

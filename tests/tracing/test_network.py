@@ -499,6 +499,24 @@ def test_arrays_without_a_variable_are_cut_and_come_back_from_a_file(tmp_path):
         np.testing.assert_array_equal(loaded(X[0, :, 0]), each(X[0, :, 0]))
 
 
+def test_kernels_that_are_not_generated_are_told_with_the_cause():
+    class Waves(nnx.Module):
+        def __init__(self, rngs):
+            options = {"dtype": jnp.complex64, "param_dtype": jnp.complex64, "rngs": rngs}
+            self.a, self.b = nnx.Linear(3, 6, **options), nnx.Linear(6, 5, **options)
+            self.c = nnx.SpectralNorm(nnx.Linear(5, 8, rngs=rngs), update_stats=False, rngs=rngs)
+            self.d = nnx.Linear(8, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.d(nnx.relu(self.c(jnp.abs(self.b(jnp.tanh(self.a(x)))))))
+
+    notes = dhp.explain(dhp.with_latents(Waves(nnx.Rngs(0)), (3,))).notes
+    assert notes[-2:] == [
+        "Cut, but not generated, for its numbers are complex64: a.kernel, b.kernel.",
+        "Cut, but not generated, for the code reads or sets it: c.layer_instance.kernel.",
+    ]
+
+
 def test_channels_of_which_all_pairs_are_features_stay_and_that_is_told():
     class Pooled(nnx.Module):
         def __init__(self, rngs):

@@ -267,6 +267,54 @@ def test_a_network_that_is_taken_apart_as_a_whole_has_gates():
     assert np.array_equal(gated(EXAMPLES), net(EXAMPLES))
 
 
+def test_a_network_of_latents_is_called_by_the_name_of_its_class():
+    class Listed(Scanned):
+        def __init_subclass__(cls):
+            super().__init_subclass__()  # it takes no options
+
+    net = dhp.with_latents(trained(Listed), INPUT)
+    gated = dhp.with_gates(net, rngs=nnx.Rngs(1))
+    for each in (net, gated):
+        kind = type(each)
+        assert isinstance(each, Listed)
+        assert [getattr(kind, name) for name in ("__name__", "__qualname__", "__module__")] == [
+            getattr(Listed, name) for name in ("__name__", "__qualname__", "__module__")
+        ]
+        assert repr(each).startswith("Listed(")
+        with pytest.raises(ValueError, match=r"got a Listed$"):
+            dhp.prunable_latents(each)
+        assert type(dhp.prune(each)) is Listed
+    with pytest.raises(ValueError, match=r"got a Listed$"):
+        dhp.explain(dhp.prune(net))
+
+
+def test_a_network_of_a_class_that_takes_no_subclass_is_pruned_without_gates():
+    class Final(Scanned):
+        def __init_subclass__(cls):
+            raise TypeError("Final has no subclasses")
+
+    net = dhp.with_latents(trained(Final), INPUT)
+    small = dhp.prune_to(net, flops=0.6, by=dhp.group_scores(net))
+    assert type(net) is type(small) is Final
+    with pytest.raises(ValueError, match=r"^model: the code allows no gates on .*: Final has no "):
+        dhp.with_gates(net, rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_network_comes_back_from_a_file_as_one_of_its_class(pruned, tmp_path):
+    net = dhp.with_latents(trained(Scanned), INPUT)
+    saved = dhp.prune_to(net, flops=0.6, by=dhp.group_scores(net)) if pruned else net
+    dhp.save(tmp_path / "net", saved)
+    assert "Scanned" not in (tmp_path / "net/model.json").read_text()
+    back = dhp.load(tmp_path / "net", build=Scanned)
+    assert isinstance(back, Scanned)
+    assert (type(back) is Scanned) == pruned
+    assert type(dhp.prune(back)) is Scanned
+    for each in (back, saved):
+        each.eval()
+    np.testing.assert_array_equal(outputs(back, EXAMPLES), outputs(saved, EXAMPLES))
+
+
 def test_a_part_of_a_network_that_is_taken_apart_outside_of_it_is_refused():
     class Square(nnx.Module):
         def __init__(self, rngs):
@@ -309,6 +357,26 @@ def test_a_call_that_sets_an_array_on_latents_is_refused_with_its_place():
     wanted = r"sets 'head.kernel' at tracing/test_ordinary_calls.py:\d+; dhp.prune_to"
     with pytest.raises(ValueError, match=wanted):
         dhp.with_gates(net, rngs=nnx.Rngs(1))
+
+
+def test_what_is_told_of_a_spectral_norm_is_that_it_sets_its_kernel(recwarn):
+    class Normed(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = nnx.SpectralNorm(nnx.Linear(*INPUT, HIDDEN, rngs=rngs), rngs=rngs)
+            self.head = nnx.Linear(HIDDEN, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.stem(x)))
+
+    net = dhp.with_latents(Normed(nnx.Rngs(0)), INPUT)
+    name = "stem.layer_instance.kernel"
+    assert any(f"the code reads or sets it: {name}." in note for note in dhp.explain(net).notes)
+    wanted = rf"^model: the code allows no gates on '{name}': .* it sets '{name}' at .*:\d+; dhp\."
+    with pytest.raises(ValueError, match=wanted):
+        dhp.with_gates(net, rngs=nnx.Rngs(1))
+    assert not recwarn, "as of gates that would stay"
+    small = dhp.prune_to(net, INPUT, flops=0.5, by=dhp.group_scores(net))
+    assert small.stem.layer_instance.out_features < HIDDEN
 
 
 def test_a_method_that_sets_an_array_on_latents_is_refused():

@@ -94,17 +94,21 @@ class Source:
     def hold_out(self, share: float) -> "Source":
         """The same data set with a share of its training images as the split "validation".
 
-        Mean and standard deviation stay those of all of them; see `data.held_out`.
+        Mean and standard deviation stay those of all of them; see `data.held_out`. Both splits are
+        decoded when one is read; the other waits until it is read, too.
         """
         if not share:
             return self
         chosen = dict(zip(("train", "validation"), hold_out(self.train_size, share), strict=True))
+        waiting: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
         def read(split: str) -> tuple[np.ndarray, np.ndarray]:
             if split not in chosen:
                 return self.read(split)
-            images, labels = self.read("train")
-            return images[chosen[split]], labels[chosen[split]]
+            if split not in waiting:
+                images, labels = self.read("train")
+                waiting.update({name: (images[n], labels[n]) for name, n in chosen.items()})
+            return waiting.pop(split)
 
         def one_by_one(split: str) -> tuple[Labelled, str]:
             if split not in chosen:
