@@ -2,7 +2,9 @@
 
 from collections import namedtuple
 import functools
+import importlib
 import importlib.util
+import sys
 
 from flax import nnx
 import jax
@@ -373,6 +375,26 @@ def test_a_network_of_which_nothing_can_go_is_refused_with_the_place():
 
     with pytest.raises(ValueError, match=r"^model: nothing of it can be pruned.*test_network.py:"):
         dhp.with_latents(Fixed(nnx.Rngs(0)), (4,))
+
+
+def test_a_reason_names_the_line_that_calls_a_library_and_none_in_it(tmp_path, monkeypatch):
+    (tmp_path / "einops").mkdir()
+    source = "import jax.numpy as jnp\n\n\ndef ordered(x):\n    return jnp.sort(x)\n"
+    (tmp_path / "einops" / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "einops", raising=False)
+    einops = importlib.import_module("einops")
+    monkeypatch.setitem(sys.modules, "einops", einops)
+
+    class Ordered(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.b(einops.ordered(self.a(x)))
+
+    with pytest.raises(ValueError, match=r"sort orders it at tracing/test_network.py:"):
+        dhp.with_latents(Ordered(nnx.Rngs(0)), (4,))
 
 
 @functools.cache
