@@ -157,7 +157,7 @@ class _Settling:
             kinds: dict[tuple[str, str], Rules] = {}
             for rule in rules:
                 kinds.setdefault(_kind_of_size(rule[0]), []).append(rule)
-            rules = self._needed(alike, before, list(kinds.values()), [])
+            rules = self._needed(alike, before, list(kinds.values()), [], fails=True)
             self.analysis.sizes = _sizes(before, rules)
             if rules:
                 return True
@@ -165,18 +165,25 @@ class _Settling:
         return False
 
     def _needed(
-        self, alike: list[Family], before: list[SizeRule], kinds: list[Rules], sure: Rules
+        self,
+        alike: list[Family],
+        before: list[SizeRule],
+        kinds: list[Rules],
+        sure: Rules,
+        *,
+        fails: bool,
     ) -> Rules:
-        """Of kinds of numbers with which families pass those that they need beside sure ones."""
+        """Of kinds of numbers those that families need beside sure ones, which may fail alone."""
         self.analysis.sizes = _sizes(before, sure)
-        if not kinds or self.trials.passes(alike, 2):
+        if not fails and self.trials.passes(alike, 2):
             return []
         if len(kinds) == 1:
             return kinds[0]
         half = len(kinds) // 2
         first = [rule for kind in kinds[:half] for rule in kind]
-        last = self._needed(alike, before, kinds[half:], [*sure, *first])
-        return last + self._needed(alike, before, kinds[:half], [*sure, *last])
+        last = self._needed(alike, before, kinds[half:], [*sure, *first], fails=False)
+        others = [*sure, *last]
+        return last + self._needed(alike, before, kinds[:half], others, fails=not last)
 
     def _tied(self, families: list[Family]) -> list[list[Family]]:
         """Groups of families on common axes that pass if the same entries go of each."""
