@@ -16,6 +16,7 @@ from dhp_jax.core.state import path_name
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.tracing.cuts import ArrayCuts
 from dhp_jax.tracing.generated import Positions
+from dhp_jax.tracing.layer_sizes import numbers_in
 from dhp_jax.tracing.programs import default_call
 from dhp_jax.tracing.table import ORDINARY_CALLS, LatentTable, SizeEntry
 
@@ -197,7 +198,7 @@ def check_table(table: LatentTable, model: nnx.Module) -> None:
                 raise ValueError(f"latents: expected {expected}, got {shapes.get(name, 'none')}")
     modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
     for n in table.numbers:
-        held = n.path in modules and type(vars(modules[n.path]).get(n.attribute)) is int
+        held = n.path in modules and n.attribute in dict(numbers_in(modules[n.path]))
         if not held or (n.array and not 0 <= n.axis < len(shapes.get(n.array, ()))):
             raise ValueError(f"latents: the network has no number {n.attribute!r} in {n.path!r}")
 

@@ -22,6 +22,7 @@ from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.tracing.gating import CLOSED, gating
 from dhp_jax.tracing.generated import GeneratedArray, ordinary
 from dhp_jax.tracing.network import gated, install, is_traced
+from dhp_jax.tracing.reads import all_reads, operands, read_axes
 from dhp_jax.tracing.weights import READ, makers, weights_of
 
 KNOWN = Hyper | Linear | Norm | ChannelBias | PReLU | ReLU  # layers: what each reads
@@ -145,11 +146,14 @@ def _check_closed(net: nnx.Module) -> None:
 
 def _check_kernels(model: nnx.Module) -> None:
     """Raises if a kernel on traced latents is no `nnx.Param`, which alone has gates."""
-    variables = variables_of(ordinary(model))
-    for array in architecture_of(model).axes.places:
-        variable = variables[array]
+    table, plain = architecture_of(model).axes, ordinary(model)
+    analysis, variables = table.analysis(plain), variables_of(plain)
+    found = all_reads(analysis)
+    kernels, reads = operands(analysis, found), read_axes(analysis, found)
+    for array, axes in table.places.items():
+        variable, is_kernel = variables[array], array in kernels or reads[array] & axes.keys()
         taken = isinstance(variable, nnx.Param | nnx.Cache | nnx.BatchStat)
-        if not taken and value_of(variable).ndim > 1:
+        if not taken and is_kernel and value_of(variable).ndim > 1:
             kind = type(variable).__name__
             detail = f"expected kernels that are nnx.Param; {array!r} is a {kind}"
             raise ArgumentError("model", detail=detail)

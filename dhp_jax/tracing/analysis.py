@@ -22,7 +22,7 @@ from dhp_jax.tracing.inputs import (
     input_refused,
     looks_like_a_shape,
 )
-from dhp_jax.tracing.layer_sizes import resize
+from dhp_jax.tracing.layer_sizes import resize, set_number
 from dhp_jax.tracing.programs import (
     EVALUATION,
     TRAINING,
@@ -50,7 +50,7 @@ class SizeRule:
 
     Attributes:
       path: of the module.
-      attribute: of the number.
+      attribute: of the number, as `numbers_in` names it.
       atoms: the number is so many times how many of these are left; or
       axis: (array, axis), the number is how much of that is left.
       times: how many times, as heads of queries that share a key.
@@ -117,7 +117,7 @@ class Analysis:
             else:
                 array, axis = rule.axis
                 left = int(kept[array][axis].sum())
-            setattr(modules[rule.path], rule.attribute, left)
+            set_number(modules[rule.path], rule.attribute, left)
         return model
 
     def trials(self) -> tuple[Context, ...]:

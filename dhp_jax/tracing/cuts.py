@@ -10,6 +10,7 @@ import numpy as np
 
 from dhp_jax.core.state import path_name
 from dhp_jax.tracing.analysis import cut_model
+from dhp_jax.tracing.layer_sizes import numbers_in, set_number
 
 Numbers = Sequence[tuple[str, str, int]]  # path of a module, attribute, value
 
@@ -79,10 +80,10 @@ def set_numbers(model: nnx.Module, numbers: Numbers) -> None:
     """
     modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
     for path, attribute, value in numbers:
-        held = vars(modules.get(path, model)).get(attribute)
-        if type(held) is not int or path not in modules:
+        held = dict(numbers_in(modules.get(path, model))).get(attribute)
+        if held is None or path not in modules:
             raise ValueError(f"cuts: the network has no number {attribute!r} in {path!r}")
         if not 0 < value <= held:
             where = f"{attribute!r} in {path!r}"
             raise ValueError(f"cuts: {where}: expected a number of 1 .. {held}, got {value}")
-        setattr(modules[path], attribute, value)
+        set_number(modules[path], attribute, value)

@@ -10,10 +10,14 @@ import numpy as np
 
 from dhp_jax.tracing.analysis import Analysis, SizeRule, analyse
 from dhp_jax.tracing.families import Family, find_families
+from dhp_jax.tracing.layer_sizes import numbers_in
 from dhp_jax.tracing.programs import Call, default_call
 from dhp_jax.tracing.proof import Mismatch
 from dhp_jax.tracing.terms import parted, reason
 from dhp_jax.tracing.trials import TRIES, Gone, Trials
+
+MOST_KINDS = 4  # of numbers that are tried by themselves
+Rules = list[tuple[SizeRule, ...]]  # each of several families that are alike
 
 
 @dataclass
@@ -150,15 +154,36 @@ class _Settling:
             self.analysis.sizes = _sizes(before, rules)
             if not self.trials.passes(alike):
                 continue
-            for rule in list(rules):  # none that is not needed
-                less = [other for other in rules if other is not rule]
-                self.analysis.sizes = _sizes(before, less)
-                rules = less if self.trials.passes(alike, 2) else rules
+            kinds: dict[tuple[str, str], Rules] = {}
+            for rule in rules:
+                kinds.setdefault(_kind_of_size(rule[0]), []).append(rule)
+            rules = self._needed(alike, before, list(kinds.values()), [], fails=True)
             self.analysis.sizes = _sizes(before, rules)
             if rules:
                 return True
         self.analysis.sizes = before
         return False
+
+    def _needed(
+        self,
+        alike: list[Family],
+        before: list[SizeRule],
+        kinds: list[Rules],
+        sure: Rules,
+        *,
+        fails: bool,
+    ) -> Rules:
+        """Of kinds of numbers those that families need beside sure ones, which may fail alone."""
+        self.analysis.sizes = _sizes(before, sure)
+        if not fails and self.trials.passes(alike, 2):
+            return []
+        if len(kinds) == 1:
+            return kinds[0]
+        half = len(kinds) // 2
+        first = [rule for kind in kinds[:half] for rule in kind]
+        last = self._needed(alike, before, kinds[half:], [*sure, *first], fails=False)
+        others = [*sure, *last]
+        return last + self._needed(alike, before, kinds[:half], others, fails=not last)
 
     def _tied(self, families: list[Family]) -> list[list[Family]]:
         """Groups of families on common axes that pass if the same entries go of each."""
@@ -192,7 +217,13 @@ def _kind(analysis: Analysis, family: Family) -> tuple[Any, ...]:
     return family.size, *sorted(places)
 
 
-def _sizes(before: list[SizeRule], rules: Iterable[tuple[SizeRule, ...]]) -> list[SizeRule]:
+def _kind_of_size(rule: SizeRule) -> tuple[str, str]:
+    """What numbers have in common that are in the same place of modules that are alike."""
+    path = ("#" if str(name).isdecimal() else str(name) for name in rule.path)
+    return ".".join(path), rule.attribute
+
+
+def _sizes(before: list[SizeRule], rules: Rules) -> list[SizeRule]:
     return before + [rule for same in rules for rule in same]
 
 
@@ -211,28 +242,37 @@ def _guesses(
     parts = [tuple(name.split(".")) for name in analysis.names]
     holding = {path[:depth] for path in parts for depth in range(len(path))}
     entries: dict[tuple, SizeRule] = {}
+    within: dict[tuple, SizeRule] = {}
     widths: dict[tuple, SizeRule] = {}
     multiples: dict[tuple, SizeRule] = {}
     for path, module in modules:
         at = holder = tuple(map(str, path))
         while holder not in holding:
             holder = holder[:-1]
-        if holder == at and type(module).__module__.startswith("flax."):
+        is_layer = type(module).__module__.startswith("flax.") and not isinstance(module, nnx.Dict)
+        if holder == at and is_layer:
             continue
         near = [place for place in family.places if parts[place[0]][: len(holder)] == holder]
-        for attribute, value in vars(module).items() if near else ():
+        for attribute, value in numbers_in(module) if near else ():
             key, rule = (at, attribute), SizeRule(tuple(path), attribute, tuple(family.atoms))
-            if type(value) is not int:
-                continue
+            in_tuple = attribute not in vars(module)
             if value == family.size:
-                entries[key] = rule
+                (within if in_tuple else entries)[key] = rule
+            elif in_tuple:
+                continue
             elif place := next((p for p in near if value == analysis.leaves[p[0]].shape[p[1]]), ()):
                 widths[key] = replace(rule, atoms=(), axis=place)
             elif value % family.size == 0:
                 multiples[key] = replace(rule, times=value // family.size)
-    one, wide = list(entries.values()), list(widths.values())
+    one, wide, several = (list(found.values()) for found in (entries, widths, within))
     beside = [rule for (at, _), rule in multiples.items() if at in {at for at, _ in entries}]
-    sets = (one, wide, one + wide, *([*one, rule] for rule in beside))
+    sets = [one, wide, one + wide, *([*one, rule] for rule in beside)]
+    sets += [[*one, *several], [*one, *wide, *several]] if several else []
+    kinds: dict[tuple[str, str], list[SizeRule]] = {}
+    for rule in (*one, *several):
+        kinds.setdefault(_kind_of_size(rule), []).append(rule)
+    if 1 < len(kinds) <= MOST_KINDS:  # of which one alone may count
+        sets += kinds.values()
     return [guess for guess in sets if guess]  # as few as will do
 
 

@@ -4,8 +4,9 @@ A layer whose class is not here keeps the sizes that it had. Where its code need
 fails and its axes stay.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import functools
+from typing import Any
 
 from flax import nnx
 import numpy as np
@@ -132,3 +133,22 @@ def _(module: nnx.MultiHeadAttention, kept: KeptAxes) -> None:
         module.num_kv_heads = module.key.kernel.shape[1]
     module.qkv_features = module.num_heads * module.head_dim
     module.out_features = module.out.kernel.shape[-1]
+
+
+def numbers_in(module: nnx.Module) -> Iterator[tuple[str, int]]:
+    """The integers that a module holds, by attribute; those of a tuple as `shape.0`."""
+    for attribute, value in vars(module).items():
+        if type(value) is int:
+            yield attribute, value
+        elif type(value) is tuple and all(type(size) is int for size in value):
+            yield from ((f"{attribute}.{place}", size) for place, size in enumerate(value))
+
+
+def set_number(module: nnx.Module, attribute: str, value: int) -> None:
+    """Sets an integer that a module holds, by the name that `numbers_in` gives it."""
+    if attribute in vars(module):
+        setattr(module, attribute, value)
+        return
+    name, _, place = attribute.rpartition(".")
+    held: Any = vars(module)[name]
+    setattr(module, name, (*held[: int(place)], value, *held[int(place) + 1 :]))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import os
+import sys
 from typing import Any, NamedTuple
 
 import flax
@@ -32,6 +33,7 @@ DOTS = ("dot_general", "ragged_dot_general")
 _LIBRARIES = tuple(
     os.path.dirname(module.__file__) + os.sep for module in (jax, flax) if module.__file__
 )
+_OTHERS = ("einops", "equinox", "haiku", "jaxtyping")  # libraries that a network's code may call
 _LIBRARY = os.path.dirname(os.path.dirname(__file__))
 _OWN = tuple(
     os.path.join(_LIBRARY, *part)
@@ -225,9 +227,15 @@ def where(eqn: JaxprEqn | None) -> str:
     found = ""
     for frame in source_info_util.user_frames(eqn.source_info.traceback):
         found = found or _place(frame.file_name, frame.start_line)
-        if not frame.file_name.startswith((*_LIBRARIES, *_OWN)):
+        if not frame.file_name.startswith((*_libraries(), *_OWN)):
             return _place(frame.file_name, frame.start_line)
     return found
+
+
+def _libraries() -> tuple[str, ...]:
+    """The folders of libraries that are loaded, in whose code no user looks."""
+    loaded = (getattr(sys.modules.get(name), "__file__", None) for name in _OTHERS)
+    return _LIBRARIES + tuple(os.path.dirname(file) + os.sep for file in loaded if file)
 
 
 def where_raised(error: BaseException) -> str:
@@ -235,7 +243,7 @@ def where_raised(error: BaseException) -> str:
     found, trace = "", error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        others = (*_LIBRARIES, *_OWN, os.path.dirname(os.__file__) + os.sep)
+        others = (*_libraries(), *_OWN, os.path.dirname(os.__file__) + os.sep)
         if not name.startswith(others) and "site-packages" not in name:
             found = _place(name, trace.tb_lineno)
         trace = trace.tb_next

@@ -1,6 +1,8 @@
-"""Functions of parameters are pruned as networks are."""
+"""Functions of parameters, and trees of objects, are pruned as networks are."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, dataclass_transform
 
 from flax import nnx
 import jax
@@ -12,6 +14,7 @@ import pytest
 import dhp_jax as dhp
 
 SHAPE = (6, 6, 3)
+META = ("shape", "width")  # fields of objects that are no leaves of a tree
 
 
 class Head(NamedTuple):
@@ -94,6 +97,105 @@ def test_it_is_searched_with_latents_and_trained():
 
     losses = [float(step(net, optimizer)) for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@dataclass_transform(frozen_default=True)
+def tree(kind):
+    """Makes a class a frozen dataclass and a tree of its fields, but for those of `META`."""
+    made = dataclass(frozen=True)(kind)
+    data = [name for name in made.__annotations__ if name not in META]
+    meta = [name for name in made.__annotations__ if name in META]
+    return jax.tree_util.register_dataclass(made, data, meta)
+
+
+@tree
+class Normed:
+    scale: jax.Array
+    shape: tuple[int, ...]
+
+    def __call__(self, x):
+        if x.shape[-1:] != self.shape:
+            raise ValueError(f"expected {self.shape}, got {x.shape}")
+        return self.scale * x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
+
+
+@tree
+class Attention:
+    qkv: jax.Array
+    out: jax.Array
+    heads: int  # a leaf of the tree
+    width: int  # what no code reads
+
+    def __call__(self, x):
+        split = (x @ self.qkv).reshape(*x.shape[:2], 3, self.heads, 4)
+        q, k, v = (split[:, :, part] for part in range(3))
+        weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k) / 2)
+        y = jnp.einsum("bhts,bshd->bthd", weights, v)
+        return y.reshape(*x.shape[:2], self.heads * 4) @ self.out
+
+
+@tree
+class Layer:
+    norm: Normed
+    attention: Attention
+    activation: Callable
+    rate: float
+
+    def __call__(self, x):
+        x = x + self.attention(self.norm(x))
+        return self.activation(x) if self.rate > 0 else x
+
+
+@tree
+class Objects:
+    embed: jax.Array
+    layers: list[Layer]
+    head: jax.Array
+
+    def __call__(self, x):
+        x = x @ self.embed
+        for layer in self.layers:
+            x = layer(x)
+        return x.mean(1) @ self.head
+
+
+def objects(seed=0):
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape) / 4, jnp.float32)
+
+    def layer():
+        attention = Attention(draw(12, 72), draw(24, 12), 6, 12)
+        return Layer(Normed(1 + draw(12), (12,)), attention, jnp.tanh, 0.5)
+
+    return Objects(draw(5, 12), [layer(), layer()], draw(12, 3))
+
+
+def from_objects(seed=0):
+    return dhp.FromFunction(lambda model, x: model(x), objects(seed))
+
+
+def test_objects_that_keep_sizes_are_pruned_and_come_back_as_objects(tmp_path):
+    whole, x = objects(), jax.random.normal(jax.random.key(0), (2, 7, 5))
+    net = dhp.with_latents(dhp.FromFunction(lambda model, x: model(x), whole), (7, 5))
+    np.testing.assert_array_equal(net(x), whole(x))
+    assert sorted(z.size for z in dhp.latents(net).values()) == [6, 6, 12]
+    masks = {name: np.arange(z.size) % 3 > 0 for name, z in dhp.latents(net).items()}
+    small = dhp.prune(net, masks)
+    model = small.parameters()
+    assert isinstance(model, Objects)
+    first = model.layers[0]
+    assert (first.norm.shape, first.attention.heads) == ((8,), 4)
+    assert (first.attention.width, first.activation, first.rate) == (12, jnp.tanh, 0.5)
+    assert (whole.layers[0].norm.shape, whole.layers[0].attention.heads) == ((12,), 6)
+    np.testing.assert_array_equal(model(x), small(x))
+    dhp.save(tmp_path / "small", small)
+    loaded = dhp.load(tmp_path / "small", build=lambda rngs: from_objects(1))
+    np.testing.assert_array_equal(loaded(x), small(x))
+    dhp.save(tmp_path / "net", net)
+    loaded = dhp.prune(dhp.load(tmp_path / "net", build=lambda rngs: from_objects(1)), masks)
+    np.testing.assert_array_equal(loaded(x), small(x))
 
 
 @pytest.mark.parametrize(

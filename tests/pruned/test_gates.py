@@ -235,6 +235,25 @@ def test_kernels_that_are_no_params_have_no_gates():
         dhp.with_gates(net, rngs=nnx.Rngs(0))
 
 
+def test_fixed_arrays_that_are_no_kernels_need_no_gates():
+    class Positions(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.last = nnx.Linear(3, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+            self.positions = nnx.Variable(jax.random.normal(rngs.params(), (5, 6)))
+
+        def __call__(self, x):
+            return self.last(nnx.relu(self.first(x) + self.positions[...]))
+
+    net = dhp.with_latents(Positions(nnx.Rngs(0)), (5, 3), min_channels=1)
+    gated = dhp.with_gates(net, rngs=nnx.Rngs(0))
+    masks = {"first": np.arange(6) % 3 > 0}
+    set_to(gated, masks)
+    x = RNG.normal(size=(2, 5, 3)).astype(np.float32)
+    small = dhp.prune(gated, masks)
+    assert small.positions.shape == (5, 4)
+    np.testing.assert_allclose(small(x), gated(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "family",
     [pytest.param("resnet", marks=pytest.mark.slow), "mobilenet_v2", "densenet", "edsr", "unet"],

@@ -639,7 +639,7 @@ class ConvTransposed(nnx.Module):
         return self.u(nnx.relu(self.a(x)))
 
 
-@case([2, 2, 3], lambda: (images(2, 5, 3),))
+@case([2, 2, 3, 4], lambda: (images(2, 5, 3),))
 class SizesBeside(nnx.Module):
     # Of heads that share keys, in numbers; of groups, in a layer without arrays.
     def __init__(self, rngs):

@@ -2,7 +2,9 @@
 
 from collections import namedtuple
 import functools
+import importlib
 import importlib.util
+import sys
 
 from flax import nnx
 import jax
@@ -375,6 +377,26 @@ def test_a_network_of_which_nothing_can_go_is_refused_with_the_place():
         dhp.with_latents(Fixed(nnx.Rngs(0)), (4,))
 
 
+def test_a_reason_names_the_line_that_calls_a_library_and_none_in_it(tmp_path, monkeypatch):
+    (tmp_path / "einops").mkdir()
+    source = "import jax.numpy as jnp\n\n\ndef ordered(x):\n    return jnp.sort(x)\n"
+    (tmp_path / "einops" / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "einops", raising=False)
+    einops = importlib.import_module("einops")
+    monkeypatch.setitem(sys.modules, "einops", einops)
+
+    class Ordered(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.b(einops.ordered(self.a(x)))
+
+    with pytest.raises(ValueError, match=r"sort orders it at tracing/test_network.py:"):
+        dhp.with_latents(Ordered(nnx.Rngs(0)), (4,))
+
+
 @functools.cache
 def traced():
     """A network that several tests share and leave as it is."""
@@ -477,6 +499,42 @@ def test_heads_that_share_keys_are_numbers_that_go_with_them_and_come_back_from_
     kept = np.isin(np.arange(12) // 4, (0, 2))
     expected = products[:, kept] @ np.asarray(model.o.kernel)[kept] + np.asarray(model.o.bias)
     np.testing.assert_allclose(small(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_size_that_a_tuple_holds_is_cut_and_comes_back_from_a_file(tmp_path):
+    class Windows(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Linear(3, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+            self.shape = (2, 6)
+
+        def __call__(self, x):
+            x = self.a(x).reshape(-1, *self.shape)
+            return self.b(x.sum(1))
+
+    model, x = randomised(Windows(nnx.Rngs(0))), X[:, 0, 0]
+    dhp.save(tmp_path / "net", dhp.with_latents(model, [X[:, 0, 0]], min_channels=1))
+    net = dhp.load(tmp_path / "net", build=Windows)
+    small = dhp.prune(net, {"a": np.arange(6) < 4})
+    assert small.shape == (2, 4)
+    model.b.kernel[...] = model.b.kernel[...] * (np.arange(6) < 4)[:, None]
+    np.testing.assert_allclose(small(x), model(x), rtol=1e-5)
+    dhp.save(tmp_path / "small", small)
+    np.testing.assert_array_equal(dhp.load(tmp_path / "small", build=Windows)(x), small(x))
+
+
+def test_of_numbers_that_are_alike_the_one_that_counts_is_cut():
+    class Heads(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Linear(3, 16, rngs=rngs), nnx.Linear(16, 2, rngs=rngs)
+            self.heads, self.numbers = 4, 4
+
+        def __call__(self, x):
+            x = self.a(x).reshape(len(x), self.heads, self.numbers)
+            return self.b(nnx.relu(x / jnp.sqrt(self.numbers)).reshape(len(x), -1))
+
+    net = dhp.with_latents(Heads(nnx.Rngs(0)), (3,), min_channels=1)
+    small = dhp.prune(net, {"a": np.arange(4) < 3})
+    assert (small.heads, small.numbers, small.a.out_features) == (3, 4, 12)
 
 
 def test_arrays_without_a_variable_are_cut_and_come_back_from_a_file(tmp_path):
