@@ -134,6 +134,18 @@ def flops_of(cost, counts):
     return cost.shares(cost.sizes | counts)["flops"]
 
 
+def slope_of(cost, counts, name):
+    """Twice the derivative of the FLOPs, a polynomial of degree 2, by the entries of a latent."""
+    n = counts[name]
+
+    def flops(count):
+        return flops_of(cost, counts | {name: count})
+
+    if n < cost.sizes[name]:
+        return flops(n + 1) - flops(n - 1)
+    return 3 * flops(n) - 4 * flops(n - 1) + flops(n - 2)
+
+
 def chosen_by_hand(cost, scores, alive, floors, limit):
     """What stays: the smallest scores go, down to the floors, and those that fit come back."""
     left = {name: set(np.flatnonzero(mask)) for name, mask in alive.items()}
@@ -161,9 +173,8 @@ def test_the_first_choice_is_that_of_squared_taylor_terms_per_flop():
         step(model, optimizer)
     whole = {name: z.size for name, z in prunable(model).items()}
     scores = {}
-    for name, size in whole.items():
-        more, less = (flops_of(cost, whole | {name: size + k}) for k in (1, -1))
-        scores[name] = terms[name] / (more - less)
+    for name in whole:
+        scores[name] = terms[name] / slope_of(cost, whole, name)
     alive = {name: np.ones(size, bool) for name, size in whole.items()}
     floors = {name: z.min_channels for name, z in prunable(model).items()}
     stays = chosen_by_hand(cost, scores, alive, floors, 0.6)
@@ -211,9 +222,8 @@ def test_every_step_is_that_of_the_equations(power, memory):
         if part and not within:
             counts = {name: int(mask.sum()) for name, mask in stays.items()}
             scores = {}
-            for name, count in counts.items():  # the derivative of a polynomial of degree 2
-                more, less = (flops_of(cost, counts | {name: count + k}) for k in (1, -1))
-                scores[name] = v[name] / (more - less) ** power
+            for name in counts:
+                scores[name] = v[name] / slope_of(cost, counts, name) ** power
             limit = 1 - (1 - target) * (1 - (1 - part / stages) ** 2)
             stays = chosen_by_hand(cost, scores, stays, floors, limit)
             shares.append(flops_of(cost, {name: mask.sum() for name, mask in stays.items()}))
