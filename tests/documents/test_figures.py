@@ -20,11 +20,13 @@ PAGES = (
 OF_README = {  # name and updates of the rows that a line of the README sums up
     "search from trained weights (`fade`)": ("fade", 980),
     "group norm, better than the \u21131 norm": ("group", 980),
+    "one cut by Taylor terms per root of FLOPs": ("taylor_square per flop^0.5", 980),
     "`fade`, then distillation": ("fade, distilled", 3920),
     "same width everywhere, fresh weights": ("uniform, fresh weights", 20531),
     "widths that `fade` has found, fresh weights": ("found, fresh weights", 20531),
 }
 OF_GUIDE = {  # the same for the guide's tables
+    "squared Taylor terms per root of FLOPs": "taylor_square per flop^0.5",
     "`fade`": "fade",
     "`group_norm`": "group",
     "`l1_norm`": "l1",
@@ -79,7 +81,7 @@ def test_the_comparison_of_the_readme_is_that_of_the_measured_rows():
 
 
 @pytest.mark.parametrize(
-    ("page", "width", "lines"), [("from_trained", 5, 8), ("from_trained_cpu", 3, 2)]
+    ("page", "width", "lines"), [("from_trained", 5, 8), ("from_trained_cpu", 3, 3)]
 )
 def test_tables_of_the_guide_are_those_of_the_measured_rows(page, width, lines):
     told = [
@@ -114,6 +116,7 @@ def in_one_line(text: str) -> str:
 
 def test_differences_that_the_readme_and_the_guide_tell_are_those_of_the_same_seeds():
     fade, group, long = ("fade", 980), ("group", 980), ("fade, distilled", 3920)
+    taylor = ("taylor_square per flop^0.5", 980)
     uniform, found = (f"{name}, fresh weights" for name in ("uniform", "found"))
     uniform, found = (uniform, 20531), (found, 20531)
 
@@ -124,14 +127,23 @@ def test_differences_that_the_readme_and_the_guide_tell_are_those_of_the_same_se
         return " and ".join(f"{x:.2f}" for x in numbers[:2])
 
     readme = in_one_line((ROOT / "README.md").read_text())
-    assert min(apart(fade, group, 0.5) + apart(fade, group, 0.25)) > 0
-    assert f"at half the FLOPs by {mean(apart(fade, group, 0.5))} points, where" in readme
+    for other in (group, taylor):
+        assert min(*apart(fade, other, 0.5), *apart(fade, other, 0.25)) > 0
+    half, quarter = (mean(apart(fade, taylor, target)) for target in (0.5, 0.25))
+    assert f"by {half} points at half the FLOPs, where its seeds differ by 0.5, and by" in readme
+    assert f"where its seeds differ by 0.5, and by {quarter} at a quarter" in readme
     half, quarter = (mean(apart(uniform, fade, target)) for target in (0.5, 0.25))
     assert f"same seeds by {half} points at half and by {quarter} at a quarter" in readme
     guide = in_one_line(GUIDE)
     assert f"both seeds, by {two(apart(uniform, fade, 0.5))} points" in guide
     assert f"both seeds, by {two(apart(uniform, fade, 0.25))} points" in guide
     assert f"both seeds, by {two(apart(found, uniform, 0.25))} points" in guide
+    (worse,) = apart(uniform, found, 0.5)
+    assert f"at half: {worse:.2f} points worse for the first seed" in guide
+    for name, other in (("Taylor terms", taylor), ("`group_norm`", group)):
+        less = [sorted(apart(fade, other, target)) for target in (0.5, 0.25)]
+        told = " | ".join(f"-{first:.2f} to -{last:.2f}" for first, *_, last in less)
+        assert f"| `fade` less {name} of the same seed | {told} |" in guide
     first, second, *_ = apart(uniform, long, 0.25)
     told = f"{-first:.2f} points worse for the first seed, {second:.2f} better for the second"
     assert first < 0 < second
