@@ -315,13 +315,13 @@ def main() -> None:
         return publish(options)
     if options.bfloat16 and not options.in_torch:
         parser.error("--bfloat16: expected together with --in-torch")
-    known = [way.name for ways in FINAL for way in ways]
-    least = LONG.search * Size.segment
-    if LONG.name in (options.ways or ()) and (options.updates or Size.updates) <= least:
-        parser.error(f"--updates: expected more than {least} for {LONG.name!r}")
+    known = {way.name: way for ways in FINAL for way in ways}
     for name in options.ways or ():
         if name not in known:
             parser.error(f"--ways: expected some of {', '.join(map(repr, known))}; got {name!r}")
+        least, updates = known[name].search * Size.segment, options.updates or Size.updates
+        if updates <= least:
+            parser.error(f"--updates: expected more than {least} for {name!r}, got {updates}")
     bench = begin(parser, options, dhp, jax, flax, optax)
     for stage in options.stages:
         began = time.monotonic()

@@ -76,7 +76,7 @@ class Way:
       power: of the FLOPs, by which the criterion is divided.
       relative: whether roots of the scores are divided by their mean over each latent.
       stages: of the search "fade": how often it chooses.
-      search: segments of the search.
+      search: segments of the search; 0 for a cut at once, and for fresh weights.
       strength: of the l1 norm of the paper's search, and of those of from_trained_searches.py.
       distillation: share of the loss that compares with the unpruned network, after the search.
       rate: largest learning rate.
@@ -88,7 +88,7 @@ class Way:
     power: float = 0.0
     relative: bool = False
     stages: int = 0
-    search: int = SEGMENTS_OF_SEARCH
+    search: int = 0
     strength: float = 0.0
     distillation: float = 0.0
     rate: float = 0.05
@@ -104,7 +104,7 @@ BY_WEIGHTS = {
 }
 CRITERIA = ("l1", "group", "taylor_square", "scale", "fpgm", "random", "uniform_l1")
 ONE = {by: Way(by, by=by) for by in (*CRITERIA, "taylor", "l2", "uniform_taylor_square")}
-FADE = Way("fade", by="fade", power=1.0, stages=6)
+FADE = Way("fade", by="fade", power=1.0, stages=6, search=SEGMENTS_OF_SEARCH)
 DISTILLED = tuple(
     replace(way, name=f"{way.name}, distilled", distillation=0.9) for way in (FADE, ONE["group"])
 )
@@ -117,9 +117,9 @@ PER_FLOP = tuple(
     for by in ("taylor_square", "group")
     for power in ("^0.5", "")
 )
-PAPER = Way("dhp, latents in kernels", by="dhp", strength=0.01)
+PAPER = Way("dhp, latents in kernels", by="dhp", search=SEGMENTS_OF_SEARCH, strength=0.01)
 SEARCHES = tuple(
-    Way(f"{name}, strength {strength}", by=name, strength=strength)
+    Way(f"{name}, strength {strength}", by=name, search=SEGMENTS_OF_SEARCH, strength=strength)
     for strength in (0.25, 1.0)
     for name in NAMES
 )

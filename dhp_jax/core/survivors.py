@@ -66,7 +66,7 @@ def survivors(model: nnx.Module, threshold: float = 5e-3) -> dict[str, np.ndarra
 
 def _warn_of_unfinished(model: nnx.Module, threshold: float) -> None:
     """Warns of gates that survive below others that are alike, as on their way to zero."""
-    gates = np.concatenate([[0], *(z.value() for z in latents(model).values() if z.prunable)])[1:]
+    gates = np.concatenate([[], *(z.value() for z in latents(model).values() if z.prunable)])
     stay = np.isclose(gates, most := gates.max(initial=0))
     between = int(np.sum(~stay & (gates >= threshold)))
     is_fade = np.isclose(most, 1) or stay.sum() > between  # and no gates that are trained

@@ -147,13 +147,16 @@ def _check_closed(net: nnx.Module) -> None:
 def _check_kernels(model: nnx.Module) -> None:
     """Raises if a kernel on traced latents is no `nnx.Param`, which alone has gates."""
     table, plain = architecture_of(model).axes, ordinary(model)
-    analysis, variables = table.analysis(plain), variables_of(plain)
+    variables, taken = variables_of(plain), nnx.Param | nnx.Cache | nnx.BatchStat
+    others = {array: variables[array] for array in table.places}
+    others = {n: v for n, v in others.items() if not isinstance(v, taken) and value_of(v).ndim > 1}
+    if not others:  # as of most networks, which need not be traced for this
+        return
+    analysis = table.analysis(plain)
     found = all_reads(analysis)
     kernels, reads = operands(analysis, found), read_axes(analysis, found)
-    for array, axes in table.places.items():
-        variable, is_kernel = variables[array], array in kernels or reads[array] & axes.keys()
-        taken = isinstance(variable, nnx.Param | nnx.Cache | nnx.BatchStat)
-        if not taken and is_kernel and value_of(variable).ndim > 1:
+    for array, variable in others.items():
+        if array in kernels or reads[array] & table.places[array].keys():
             kind = type(variable).__name__
             detail = f"expected kernels that are nnx.Param; {array!r} is a {kind}"
             raise ArgumentError("model", detail=detail)
