@@ -200,10 +200,14 @@ def main() -> None:
     parser = ours.parser_of(__doc__, minutes=60)
     parser.add_argument("--rounds", type=int, default=50, help="of forward passes")
     known = {way.name: way for way in (*ONE.values(), FADE)}
-    parser.add_argument(
-        "--ways", nargs="*", choices=known, default=["group", "fade"], help="rows of ours"
-    )
-    parser.add_argument("--compared", nargs="+", choices=COMPARED, default=list(COMPARED))
+    for flag, nargs, names, default, rows in (
+        ("--ways", "*", known, ["group", "fade"], "ours"),
+        ("--compared", "+", COMPARED, list(COMPARED), "others"),
+    ):
+        named = f"rows of {rows}: some of {'; '.join(names)}"
+        parser.add_argument(
+            flag, nargs=nargs, metavar="NAME", choices=names, default=default, help=named
+        )
     parser.add_argument("--table", type=Path, help="rows.jsonl: publish it, measure nothing")
     options = parser.parse_args()
     if options.table is not None:

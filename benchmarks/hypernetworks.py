@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=positive, default=3, help="how many")
     parser.add_argument("--depth", type=positive, default=8, help="of the ResNet: 8, 14, 20 ...")
     parser.add_argument("--updates", type=positive, default=1800, help="in all, for each kind")
-    parser.add_argument("--kinds", nargs="+", choices=[k.name for k in KINDS], default=None)
+    names = [kind.name for kind in KINDS]
+    named = f"all if none; some of {'; '.join(names)}"
+    parser.add_argument("--kinds", nargs="+", metavar="NAME", choices=names, help=named)
     parser.add_argument(
         "--out", type=Path, help="folder for hypernetworks.json and hypernetworks.md"
     )

@@ -61,7 +61,12 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="carry out what is not finished")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --train")
     parser.add_argument(
-        "--methods", nargs="+", choices=ORDER, default=ORDER, help="of --train; with those needed"
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        choices=ORDER,
+        default=ORDER,
+        help=f"of --train, and what they start from: some of {', '.join(ORDER)}",
     )
     parser.add_argument("--name", default="methods", help="of the files in --out")
     parser.add_argument("--title", default="Methods at equal cost")

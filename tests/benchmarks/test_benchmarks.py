@@ -66,6 +66,14 @@ def called(capsys, name, *arguments):
     return code, printed.out, printed.err
 
 
+@pytest.mark.parametrize("name", ["methods", "hypernetworks", "beside_torch_pruning", "runs"])
+def test_the_help_of_a_benchmark_fits_in_80_columns(capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, printed, _ = called(capsys, name, "--help")
+    assert code == 0
+    assert max(map(len, printed.splitlines())) <= 80
+
+
 # What they call is called by others too.
 SLOW = ("compile", "widths", "checkpoint", "pruned", "input", "scaling", "memory")
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in BENCHMARKS]
