@@ -17,6 +17,7 @@ from dhp_jax.core.latent import walk
 from dhp_jax.core.surgery import override
 from dhp_jax.errors import ArgumentError, shown
 from dhp_jax.models.linen import FromLinen
+from dhp_jax.tracing.programs import failure
 
 
 def renew_statistics(
@@ -47,8 +48,9 @@ def renew_statistics(
       call: a function of the model and a batch, where that is not `model(batch)`.
 
     Raises:
-      ValueError: a network without BatchNorm layers, no batches or an empty one, a `call` that is
-        no function, or a layer that sees NaN or infinity; nothing is changed then.
+      ValueError: a network without BatchNorm layers; no batches, an empty one, or one that the
+        model does not take; a `call` that is no function; a layer that sees NaN or infinity.
+        Nothing is changed then.
 
     Example:
       >>> small = dhp.prune_to(model, (32, 32, 3), flops=0.5)
@@ -78,7 +80,13 @@ def renew_statistics(
         if call is None and not hasattr(batch, "shape"):
             other = "or a call that takes others"
             raise ArgumentError("batches", f"arrays, without labels, {other}", shown(batch))
-        for path, moments in of_batch(state, batch).items():
+        try:
+            found = of_batch(state, batch)
+        except (TypeError, ValueError) as error:
+            shapes = ", ".join(str(np.shape(x)) for x in jax.tree.leaves(batch))
+            detail = f"the model does not take {shapes}: {failure(error)}"
+            raise ArgumentError("batches", detail=detail) from error
+        for path, moments in found.items():
             n, mean, variance = (np.asarray(moment, np.float64) for moment in moments)
             sums[path] += n, n * mean, n * (variance + mean**2)
     for path, (_, first, second) in sums.items():

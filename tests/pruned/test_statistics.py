@@ -191,3 +191,6 @@ def test_wrong_arguments_are_refused():
         dhp.renew_statistics(Two(nnx.Rngs(0)), [x], call=1)
     with pytest.raises(ValueError, match=r"^batches: expected finite .* 'first' sees NaN or infin"):
         dhp.renew_statistics(Two(nnx.Rngs(0)), [x, x * np.inf])
+    told = r"^batches: the model does not take \(4, 2\): add got incompatible shapes"
+    with pytest.raises(ValueError, match=told):
+        dhp.renew_statistics(Two(nnx.Rngs(0)), [x, x[:, :2]])
