@@ -85,17 +85,19 @@ def check_budget(
 
 
 def _hint_of_floors(model: nnx.Module, multiple_of: Multiples) -> str:
-    """That a smaller `min_channels` lets more go, where it does."""
-    steps = multiples(model, multiple_of)
+    """That a smaller `min_channels`, or `keep` where it was given, lets more go, where it does."""
+    steps, named = multiples(model, multiple_of), latents(model)
     held = {
         name: z.size
-        for name, z in latents(model).items()
+        for name, z in named.items()
         if z.prunable and fewest(z, steps[name]) > steps[name]
     }
     if not held:
         return ""
     few = min(held, key=held.get)
-    return f"; min_channels=1 of small latents, as {few!r} of {held[few]} entries, lets more go"
+    limited = "max_channels" in named[few].vector.get_metadata()  # see `limits.with_limits`
+    fewer = "a smaller keep" if limited else "min_channels=1"
+    return f"; {fewer} of small latents, as {few!r} of {held[few]} entries, lets more go"
 
 
 def check_asked(

@@ -87,6 +87,13 @@ def test_limits_that_are_none_are_refused(keep, message):
         dhp.prune_to(MODEL, (3,), flops=0.9, keep=keep)
 
 
+def test_a_budget_that_a_limit_makes_unreachable_names_it():
+    with pytest.raises(dhp.BudgetError, match="; a smaller keep of small latents, as 'stem' of 10"):
+        dhp.prune_to(MODEL, (3,), flops=0.01, keep={"stem": 1.0})
+    with pytest.raises(dhp.BudgetError, match="; min_channels=1 of small latents, as 'stem' of 10"):
+        dhp.prune_to(MODEL, (3,), flops=0.01)
+
+
 def test_a_function_that_does_not_keep_to_the_limits_is_refused():
     def by(model, cost, multiple_of, **budget):
         return {
