@@ -77,6 +77,8 @@ def with_latents(
     if inputs is not None:
         if build is not None:
             raise ArgumentError("build", "None with inputs", shown(build))
+        if rngs is not None and not isinstance(rngs, nnx.Rngs):
+            raise ArgumentError("rngs", "nnx.Rngs or None", shown(rngs))
         if latents(model):
             raise ValueError("model: expected a network without latents; prune(model) makes one")
         if any(isinstance(module, nnx.bridge.ToNNX) for _, _, module in walk(model)):

@@ -132,6 +132,7 @@ def test_survivors_of_a_network_with_latents_again_are_at_least_so_many():
         (None, {"embedding": 8}, "embedding: expected None without inputs, got 8"),
         (None, {"rngs": 3}, "rngs: expected nnx.Rngs for a network that was pruned, got 3"),
         ((8, 8, 3), {"build": Mixed}, "build: expected None with inputs, got <class"),
+        ((8, 8, 3), {"rngs": 0}, "rngs: expected nnx.Rngs or None, got 0"),
     ],
 )
 def test_arguments_that_have_no_use_are_refused(inputs, options, message):
