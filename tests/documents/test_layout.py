@@ -27,6 +27,12 @@ def test_every_benchmark_is_in_their_index():
             assert f"`{script.name}`" in index, script.name
 
 
+def test_every_page_of_results_is_in_the_index_of_benchmarks():
+    index = INDEX.read_text()
+    for page in (ROOT / "benchmarks/results").glob("*.md"):
+        assert f"(results/{page.name})" in index, page.name
+
+
 def test_the_architecture_is_read_in_ten_minutes():
     assert len(ARCHITECTURE.read_text().splitlines()) <= 150
 
