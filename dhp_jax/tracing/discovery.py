@@ -245,6 +245,7 @@ def _guesses(
     within: dict[tuple, SizeRule] = {}
     widths: dict[tuple, SizeRule] = {}
     multiples: dict[tuple, SizeRule] = {}
+    depths: dict[tuple, int] = {}
     for path, module in modules:
         at = holder = tuple(map(str, path))
         while holder not in holding:
@@ -255,7 +256,8 @@ def _guesses(
         near = [place for place in family.places if parts[place[0]][: len(holder)] == holder]
         for attribute, value in numbers_in(module) if near else ():
             key, rule = (at, attribute), SizeRule(tuple(path), attribute, tuple(family.atoms))
-            in_tuple = attribute not in vars(module)
+            depths[key] = len(holder)
+            in_tuple = attribute.rpartition(".")[2].isdecimal()
             if value == family.size:
                 (within if in_tuple else entries)[key] = rule
             elif in_tuple:
@@ -268,6 +270,13 @@ def _guesses(
     beside = [rule for (at, _), rule in multiples.items() if at in {at for at, _ in entries}]
     sets = [one, wide, one + wide, *([*one, rule] for rule in beside)]
     sets += [[*one, *several], [*one, *wide, *several]] if several else []
+    deepest = max((depths[key] for key in (entries | widths)), default=0)
+    inner, inner_wide = (
+        [rule for key, rule in found.items() if depths[key] == deepest]
+        for found in (entries, widths)
+    )
+    if len(inner) + len(inner_wide) < len(one) + len(wide):  # around all of it code may count more
+        sets += [inner, [*inner, *inner_wide]]
     kinds: dict[tuple[str, str], list[SizeRule]] = {}
     for rule in (*one, *several):
         kinds.setdefault(_kind_of_size(rule), []).append(rule)

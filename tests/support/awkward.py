@@ -1,6 +1,7 @@
 """Awkward topologies, each with the sizes of the families that pruning may use."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -658,6 +659,43 @@ class SizesBeside(nnx.Module):
         k, v = (jnp.repeat(y, self.heads // self.shared, axis=2) for y in (k, v))
         y = jnp.einsum("bhqk,bkhd->bqhd", nnx.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k)), v)
         return self.o(y.reshape(*y.shape[:2], -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    width: int = 12
+    heads: int = 3
+    blocks: int = 3
+    patch: tuple[int, int] = (3, 12)
+
+
+class ConfiguredAttention(nnx.Module):
+    def __init__(self, config, rngs):
+        self.config = config
+        self.q, self.k, self.v = (linear(8, config.width, rngs) for _ in "qkv")
+        self.o = linear(config.width, 8, rngs)
+
+    def __call__(self, x):
+        heads = self.config.heads
+        split = lambda y: y.reshape(*y.shape[:2], heads, self.config.width // heads)  # noqa: E731
+        q, k, v = (split(layer(x)) for layer in (self.q, self.k, self.v))
+        weights = nnx.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+        return x + self.o(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*x.shape[:2], -1))
+
+
+@case([3, 3, 3, 8], lambda: (images(2, 5, 3),))
+class SizesInAConfig(nnx.Module):
+    # That all blocks share; as many blocks as heads, which is no size of an axis.
+    def __init__(self, rngs, config=Widths()):
+        self.config = config
+        self.a, self.b = linear(3, 8, rngs), linear(8, 3, rngs)
+        self.blocks = nnx.List([ConfiguredAttention(config, rngs) for _ in range(config.blocks)])
+
+    def __call__(self, x):
+        x = self.a(x)
+        for block in range(self.config.blocks):
+            x = self.blocks[block](x)
+        return self.b(x)
 
 
 @case([6, 8])

@@ -5,7 +5,9 @@ import functools
 import importlib
 import importlib.util
 import sys
+import warnings
 
+from awkward import SizesInAConfig, Widths
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -520,6 +522,21 @@ def test_a_size_that_a_tuple_holds_is_cut_and_comes_back_from_a_file(tmp_path):
     np.testing.assert_allclose(small(x), model(x), rtol=1e-5)
     dhp.save(tmp_path / "small", small)
     np.testing.assert_array_equal(dhp.load(tmp_path / "small", build=Windows)(x), small(x))
+
+
+def test_sizes_in_a_configuration_are_cut_in_each_layer_and_come_back_from_a_file(tmp_path):
+    net = dhp.with_latents(SizesInAConfig(nnx.Rngs(0)), (5, 3), min_channels=1)
+    left = {name: np.ones(z.size, bool) for name, z in dhp.latents(net).items()}
+    left["blocks.0.q"][1] = left["blocks.2.q"][0] = False
+    small, x = dhp.prune(net, left), X[:, :5, 0]
+    assert [block.config.heads for block in small.blocks] == [2, 3, 2]
+    assert [block.config.width for block in small.blocks] == [8, 12, 8]
+    assert net.config == small.config == Widths()
+    dhp.save(tmp_path / "small", small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = dhp.load(tmp_path / "small", build=SizesInAConfig)
+    np.testing.assert_array_equal(loaded(x), small(x))
 
 
 def test_of_numbers_that_are_alike_the_one_that_counts_is_cut():
