@@ -879,6 +879,22 @@ def _convolved(x, kernel):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
 
 
+@case([3, 6])
+class EnsembleOfConvolutions(nnx.Module):
+    # Under nnx.vmap, on one input: the second ones are groups of one convolution.
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(axis_size=3)
+        def make(rngs):
+            return nnx.Sequential(conv(3, 6, rngs=rngs), nnx.relu, conv(6, 2, rngs=rngs))
+
+        self.members = make(rngs)
+
+    def __call__(self, x):
+        each = nnx.vmap(lambda member, x: nnx.relu(member(x)), in_axes=(0, None))
+        return each(self.members, x).sum(0)
+
+
 @case([6, 7])
 class RowsOfExperts(nnx.Module):
     # Rows go in groups, each through the matrices of its expert.
