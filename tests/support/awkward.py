@@ -895,6 +895,24 @@ class EnsembleOfConvolutions(nnx.Module):
         return each(self.members, x).sum(0)
 
 
+@case([6], lambda: (images(5, 3),))
+class ComputedForNothing(nnx.Module):
+    # Of the width of channels, and dropped.
+    def __init__(self, rngs):
+        self.a, self.b = linear(3, 6, rngs), linear(6, 2, rngs)
+
+    def __call__(self, x):
+        @jax.jit
+        def hidden(x):
+            x = nnx.relu(self.a(x))
+            jnp.zeros(x.shape[1:]) + 1
+            return x
+
+        x = hidden(x)
+        jnp.ones((2, x.shape[-1])).sum(0)
+        return self.b(x)
+
+
 @case([6, 7])
 class RowsOfExperts(nnx.Module):
     # Rows go in groups, each through the matrices of its expert.
