@@ -173,6 +173,24 @@ def _window(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> 
     return [tuple(outputs) for _ in eqn.outvars]
 
 
+@rule("select_and_scatter_add", "select_and_gather_add")
+def _window_of_another(
+    flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context
+) -> list[Axes]:
+    """The derivatives of a maximum in windows, whose numbers it takes from one of them."""
+    windows = eqn.params["window_dimensions"], eqn.params["window_strides"], eqn.params["padding"]
+    outputs: list[Axis] = []
+    for k, (size, stride, padding) in enumerate(zip(*windows, strict=True)):
+        pair = [axes[k] for axes in inputs]
+        if size == stride == 1 and tuple(padding) == (0, 0):
+            outputs.append(flow.meet(*pair, eqn))
+            continue
+        for axis in pair:
+            flow.freeze(axis, eqn, "has a window along it")
+        outputs.append(None)
+    return [tuple(outputs)]
+
+
 @rule("sort")
 def _sort(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> list[Axes]:
     for axes in inputs:

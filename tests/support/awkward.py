@@ -895,6 +895,21 @@ class EnsembleOfConvolutions(nnx.Module):
         return each(self.members, x).sum(0)
 
 
+@case([5, 6], lambda: (images(2, 6, 6, 3),))
+class GradientOfAnEnergy(nnx.Module):
+    # Which jax.grad computes in the forward pass, through a maximum in windows.
+    def __init__(self, rngs):
+        self.a, self.b = conv(3, 6, rngs=rngs), conv(6, 5, rngs=rngs)
+        self.c = linear(5, 1, rngs)
+
+    def energy(self, x):
+        x = nnx.max_pool(nnx.tanh(self.a(x)), (2, 2), (2, 2))
+        return self.c(nnx.tanh(self.b(x))).sum()
+
+    def __call__(self, x):
+        return x - jax.grad(self.energy)(x)
+
+
 @case([6], lambda: (images(5, 3),))
 class ComputedForNothing(nnx.Module):
     # Of the width of channels, and dropped.
