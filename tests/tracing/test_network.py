@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from awkward import SizesInAConfig, Widths
-from flax import nnx
+from flax import linen, nnx
 import jax
 import jax.numpy as jnp
 from networks import filled
@@ -436,6 +436,31 @@ def test_least_shares_that_are_none_are_refused(keep, message):
 def test_inputs_and_options_that_are_none_are_refused(inputs, options, message):
     with pytest.raises(ValueError, match=message):
         dhp.with_latents(plain(), inputs, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (linen.Dense(3), r"^model: expected .* dhp.FromLinen\(module, variables\), got Dense\("),
+        (jnp.tanh, r"^model: expected .* dhp.FromFunction\(function, params\), got "),
+        (Net, "^model: expected an nnx.Module, got <class"),
+    ],
+)
+def test_what_is_another_network_is_told_the_way(model, message):
+    with pytest.raises(ValueError, match=message):
+        dhp.with_latents(model, SHAPE)
+
+
+def test_for_a_network_that_wants_more_arguments_a_call_is_told():
+    class Trained(Net):
+        def __call__(self, x, *, train):
+            return super().__call__(x)
+
+    model = Trained(nnx.Rngs(0))
+    told = r"^inputs: the model does not take \(8, 8, 3\): .* 'train'; give a call that does"
+    with pytest.raises(ValueError, match=told):
+        dhp.with_latents(model, SHAPE)
+    assert dhp.latents(dhp.with_latents(model, SHAPE, call=lambda model, x: model(x, train=False)))
 
 
 def test_channels_over_which_a_softmax_or_maximum_goes_may_go_and_that_is_told():
