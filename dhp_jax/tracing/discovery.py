@@ -186,13 +186,21 @@ class _Settling:
         return last + self._needed(alike, before, kinds[:half], others, fails=not last)
 
     def _tied(self, families: list[Family]) -> list[list[Family]]:
-        """Groups of families on common axes that pass if the same entries go of each."""
+        """Groups of families on common axes or arrays that pass if the same entries go of each."""
+        tied: list[list[Family]] = []
+        for parts in (2, 1):  # of a place: array and axis, or the array
+            left = [f for f in families if not any(f in group for group in tied)]
+            tied += self._that_pass_as_one(left, parts)
+        return tied
+
+    def _that_pass_as_one(self, families: list[Family], parts: int) -> list[list[Family]]:
+        """Such groups of families with common places, of which so many parts count."""
         groups: dict[tuple, list[list[Family]]] = {}
         left = list(families)
         while left:
             group, near = [left.pop(0)], [None]
             while near:
-                near = [f for f in left if f.size == group[0].size and _meets(f, group)]
+                near = [f for f in left if f.size == group[0].size and _meets(f, group, parts)]
                 group += near
                 left = [family for family in left if family not in near]
             if len(group) > 1:
@@ -227,8 +235,9 @@ def _sizes(before: list[SizeRule], rules: Rules) -> list[SizeRule]:
     return before + [rule for same in rules for rule in same]
 
 
-def _meets(family: Family, group: Sequence[Family]) -> bool:
-    return any(family.places.keys() & other.places.keys() for other in group)
+def _meets(family: Family, group: Sequence[Family], parts: int) -> bool:
+    ours, *theirs = ({place[:parts] for place in f.places} for f in (family, *group))
+    return any(ours & own for own in theirs)
 
 
 def _guesses(

@@ -928,6 +928,19 @@ class ComputedForNothing(nnx.Module):
         return self.b(x)
 
 
+@case([6], lambda: (images(2, 5, 3),))
+class StateLikeTheInput(nnx.Module):
+    # Of a loop, which begins with zeros of the width of another layer, so both are one.
+    def __init__(self, rngs):
+        self.a, self.b, self.c = linear(3, 6, rngs), linear(6, 6, rngs), linear(6, 2, rngs)
+
+    def __call__(self, x):
+        x = self.a(x)
+        decay = lambda state, x: (nnx.tanh(state / 2 + x), None)  # noqa: E731
+        state, _ = jax.lax.scan(decay, jnp.zeros_like(x[:, 0]), self.b(x).swapaxes(0, 1))
+        return self.c(state)
+
+
 @case([6, 7])
 class RowsOfExperts(nnx.Module):
     # Rows go in groups, each through the matrices of its expert.
