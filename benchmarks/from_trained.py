@@ -41,6 +41,7 @@ from from_trained_rows import (
     PER_FLOP,
     REHEARSAL,
     SEARCHES,
+    THROUGHOUT,
     TRAINING,
     Bench,
     Size,
@@ -72,7 +73,7 @@ FINAL = (  # of the stage final: what matters most is measured first, for all se
     (FADE, *(ONE[by] for by in CRITERIA)),
     (PAPER,),
     DISTILLED,
-    (LONG,),
+    (THROUGHOUT, LONG),
     (ONE["taylor"], *PER_FLOP, HALF, replace(FADE, name="fade, one stage", stages=1), *SEARCHES),
     FRESH,
 )

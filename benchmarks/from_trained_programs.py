@@ -186,7 +186,8 @@ class Programs(NamedTuple):
 
     Attributes:
       advance: some updates of a run.
-      search: takes the structure of a network with gates and an optimizer; returns some updates.
+      search: takes the structure of a network with gates, an optimizer, arrays of a teacher, and
+        the share of the loss that compares with it; returns some updates.
       inputs: the images and labels of batches, one after another.
       evaluate: errors on the test images.
     """
@@ -309,15 +310,17 @@ def programs(
         run, losses = updates((data, plan, teacher), run, batches)
         return run, losses.mean()
 
-    def search(graphdef, optimizer):
+    def search(graphdef, optimizer, teacher, share):
         @one_after_another
-        def steps(data, state, batch):
+        def steps(given, state, batch):
+            data, teacher, share = given
             images, labels = inputs_of(data, batch)
+            taught = taught_by(teacher, images, share)
 
             def loss_of(params):
                 model = nnx.merge(graphdef, params, state.statistics, copy=True)
                 logits = model(images).astype(jnp.float32)
-                loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+                loss = total_loss(logits, labels, taught, share)
                 return loss, nnx.state(model, nnx.Not(nnx.Param))
 
             grads, statistics = jax.grad(loss_of, has_aux=True)(state.params)
@@ -325,7 +328,7 @@ def programs(
             params = optax.apply_updates(state.params, updates)
             return Search(params, statistics, changed), None
 
-        return lambda state, batches: steps(data, state, batches)[0]
+        return lambda state, batches: steps((data, teacher, share), state, batches)[0]
 
     @one_after_another
     def test_errors(given, carry, batch):

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import copy
 from dataclasses import asdict, dataclass, replace
+import functools
 import io
 import itertools
 import json
@@ -79,6 +80,7 @@ class Way:
       search: segments of the search; 0 for a cut at once, and for fresh weights.
       strength: of the l1 norm of the paper's search, and of those of from_trained_searches.py.
       distillation: share of the loss that compares with the unpruned network, after the search.
+      throughout: whether the loss of the search "fade" has that share, too.
       rate: largest learning rate.
       fresh: whether weights are drawn anew and have the updates of the trained network, too.
     """
@@ -91,6 +93,7 @@ class Way:
     search: int = 0
     strength: float = 0.0
     distillation: float = 0.0
+    throughout: bool = False
     rate: float = 0.05
     fresh: bool = False
 
@@ -108,6 +111,7 @@ FADE = Way("fade", by="fade", power=1.0, stages=6, search=SEGMENTS_OF_SEARCH)
 DISTILLED = tuple(
     replace(way, name=f"{way.name}, distilled", distillation=0.9) for way in (FADE, ONE["group"])
 )
+THROUGHOUT = replace(DISTILLED[0], name="fade, distilled throughout", throughout=True)
 LONG = replace(DISTILLED[0], name="fade, distilled, long search", search=4 * FADE.search)
 FRESH = tuple(
     Way(f"{by}, fresh weights", by=by, rate=0.2, fresh=True) for by in ("found", "uniform")
@@ -192,6 +196,13 @@ class Bench:
         given |= {"distillation": way.distillation if way else 0.0}
         plan = Plan(dict(mask), **given)
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), plan)
+
+    def searching(self, share: float) -> Callable:
+        """What makes the updates of a search, whose loss has a share that compares with a teacher.
+
+        See `Programs.search`.
+        """
+        return functools.partial(self.programs.search, teacher=self.teacher, share=share)
 
     def step(self, run: Run, plan: Plan, batches: Batches) -> tuple[Run, Array]:
         """The run after some updates, and the mean of their losses."""
@@ -439,8 +450,9 @@ def faded(
         power=way.power,
         flops=flops,
     )
-    search = bench.programs.search
-    model = after_updates(model, fading, search, itertools.islice(stream, way.search))
+    share = way.distillation if way.throughout else 0.0
+    part = itertools.islice(stream, way.search)
+    model = after_updates(model, fading, bench.searching(share), part)
     masks = dhp.survivors(model)
     mask = {name: masks[name].astype(np.float32) for name in net.prunable}
     return bench.begin(net.on_host(dhp.prune(model))), mask
@@ -453,7 +465,7 @@ def sought(
     rates = np.asarray(schedule(np.arange(way.search * bench.size.segment)))
     part = itertools.islice(stream, way.search)
     arrays, scores = searched(
-        way.by, bench.net, bench.trained, bench.programs.search, rates, way.strength, part
+        way.by, bench.net, bench.trained, bench.searching(0.0), rates, way.strength, part
     )
     return bench.begin(arrays), choose(bench.net, scores, flops)
 

@@ -8,7 +8,7 @@ from absl.flags import BooleanParser
 from ml_collections import ConfigDict, config_dict
 
 from dhp_jax.config.fields import FIELDS, MAX_EXAMPLES, TASK_FIELDS, Field, fields_of
-from dhp_jax.config.methods import METHODS, PHASES
+from dhp_jax.config.methods import METHODS, PHASES, TAUGHT
 from dhp_jax.config.rules import PATH, or_none
 from dhp_jax.errors import ConfigError, shown
 from dhp_jax.models import registry
@@ -52,19 +52,22 @@ def _clashes(config: ConfigDict) -> Iterator[tuple[str, str, Any]]:
         epochs, warmup = config[phase].epochs, config[phase].warmup
         if warmup and warmup >= epochs:
             yield f"{phase}.warmup", f"less than {phase}.epochs={epochs}", warmup
-    weight = config.converge.distillation.weight
-    if weight and (untaught := _why_untaught(config)):
-        yield "converge.distillation.weight", f"0, {of_method} {untaught}", weight
+    for phase in TAUGHT:
+        weight = config[phase].distillation.weight
+        if weight and (untaught := _why_untaught(config, phase)):
+            yield f"{phase}.distillation.weight", f"0, {of_method} {untaught}", weight
     if config.per_flop and not method.ranks:
         expected = f"0, {of_method} ranks no channels by their importance"
         yield "per_flop", expected, config.per_flop
 
 
-def _why_untaught(config: ConfigDict) -> str:
-    """Why no network is there that the pruned one could learn from; empty if one is."""
+def _why_untaught(config: ConfigDict, phase: str) -> str:
+    """Why no network is there that a phase could learn from; empty if one is."""
     method = METHODS[config.method]
     if not method.prunes:
         return "leaves no pruned network"
+    if phase == "search" and not method.searches:
+        return "has no search"
     if method.fresh:
         return "starts from fresh weights"
     if method.source is None and config.model.get("weights") is None:

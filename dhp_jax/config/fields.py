@@ -45,6 +45,22 @@ def _budget(of: str) -> Field:
     return Field(None, _BUDGET, f"share of the unpruned network's {of}", float)
 
 
+_DISTILLATION = {
+    "weight": Field(
+        0.0,
+        number(0, 1),
+        "share of the loss that compares with the trained network that the run starts from",
+        absent=0.0,
+    ),
+    "temperature": Field(
+        4.0,
+        number(0, 1000, above=True),
+        "by which logits are divided for that; images are compared as they are",
+        absent=4.0,
+    ),
+}
+
+
 def _schedule(epochs: int, drops: tuple[float, ...], text: str) -> dict[str, Field]:
     return {
         "epochs": Field(epochs, WHOLE_EPOCHS, text),
@@ -191,23 +207,11 @@ FIELDS: Fields = {
         "batches": Field(
             10, integer(1), "of method gradient, to choose channels; at most an epoch", absent=10
         ),
+        "distillation": _DISTILLATION,
     },
     "converge": {
         **_schedule(300, (150.0, 225.0), "epochs of the pruned network"),
-        "distillation": {
-            "weight": Field(
-                0.0,
-                number(0, 1),
-                "share of the loss that compares with the trained network that the run starts from",
-                absent=0.0,
-            ),
-            "temperature": Field(
-                4.0,
-                number(0, 1000, above=True),
-                "by which logits are divided for that; images are compared as they are",
-                absent=4.0,
-            ),
-        },
+        "distillation": _DISTILLATION,
     },
     "baseline": _schedule(300, (150.0, 225.0), "epochs of the unpruned network"),
 }

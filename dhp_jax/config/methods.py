@@ -34,6 +34,7 @@ from dhp_jax.tracing.gating import gated_places
 from dhp_jax.tracing.weights import ANY, MADE, SCALED, scored_weights
 
 PHASES = ("search", "converge", "baseline")  # the position selects the random stream of each
+TAUGHT = ("search", "converge")  # those that may learn from the trained network they start from
 
 
 class Smaller(NamedTuple):

@@ -19,7 +19,7 @@ from dhp_jax.backend.memory import keep_memory
 from dhp_jax.cli import expanded
 from dhp_jax.config.checks import check_overrides
 from dhp_jax.config.from_file import find_config, read_config
-from dhp_jax.config.methods import METHODS
+from dhp_jax.config.methods import METHODS, TAUGHT
 from dhp_jax.data.stream import StreamError
 from dhp_jax.distributed import processes
 from dhp_jax.distributed.preemption import EXIT_CODE, exit_at_once, watch_for_stop
@@ -124,7 +124,8 @@ def baseline_command(
             skipped = False
     # A baseline is refused with these, and a file may set them.
     unfit = ["--config.per_flop=0"] * bool(config.per_flop)
-    unfit += ["--config.converge.distillation.weight=0"] * bool(config.converge.distillation.weight)
+    taught = [phase for phase in TAUGHT if config[phase].distillation.weight]
+    unfit += [f"--config.{phase}.distillation.weight=0" for phase in taught]
     unfit += ["--config.source=None"] * (config.source is not None)
     where = f"--workdir={beside(workdir, config)}"
     return typed([program, *kept, "--config.method=baseline", *unfit, where])

@@ -26,7 +26,7 @@ from dhp_jax.artifact import reading
 from dhp_jax.artifact.arrays import is_finite
 from dhp_jax.budgets.counted import search_limits, smallest_ratio
 from dhp_jax.budgets.gradual import fade_to_budget, finish_fade
-from dhp_jax.config.methods import PHASES
+from dhp_jax.config.methods import PHASES, TAUGHT
 from dhp_jax.core.state import path_name, value_of
 from dhp_jax.core.survivors import survivor_counts
 from dhp_jax.distributed.processes import folder_from_first, from_first, is_first
@@ -91,7 +91,7 @@ def find_start(work: Work) -> str:
     run, method, source = work.run, work.run.method, work.run.blueprint.digest
     if source_run.needs_source(run.config):
         source = from_first(lambda: source_run.find_digest(run.config, run.workdir))
-    if run.config.converge.distillation.weight:
+    if any(run.config[phase].distillation.weight for phase in TAUGHT):
         from_first(lambda: networks.keep_teacher(run, source))
     return search(work, source) if method.searches else source
 
@@ -230,7 +230,7 @@ def _train(
         skip_faulty=config.nonfinite == "skip",
         elementwise=name != "search" or not run.method.fades,
         average=0.0 if name == "search" else config.optimizer.average,
-        teacher=_teacher(run) if name == "converge" else None,
+        teacher=_teacher(run, name) if name in TAUGHT else None,
     )
     with contextlib.closing(networks.open_checkpoints(run, name, source)) as checkpoints:
         return train(
@@ -251,8 +251,8 @@ def _train(
         )
 
 
-def _teacher(run: Run) -> Teacher | None:
-    settings = run.config.converge.distillation
+def _teacher(run: Run, name: str) -> Teacher | None:
+    settings = run.config[name].distillation
     if not settings.weight:
         return None
     model = folder_from_first(run.workdir / "teacher", reading.load)

@@ -43,7 +43,9 @@ LINEAR_OF_LINEN = (linen.Conv, linen.ConvTranspose, linen.Dense)
 class Identity(nnx.Module):
     """Takes the place of a layer that was folded into the one before it."""
 
-    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+    def __call__(
+        self, x: Float[Array, "*batch c"], *, use_running_average: bool | None = None
+    ) -> Float[Array, "*batch c"]:
         return x
 
 
@@ -336,7 +338,8 @@ def _foldable(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
 
 
 def _call_opaquely(call, layer, x, *args, **options):
-    if args or options:  # such as use_running_average=False
+    told = {"use_running_average"} if isinstance(layer, nnx.BatchNorm) else set()
+    if args or options.keys() - told or options.get("use_running_average") not in (None, True):
         return call(layer, x, *args, **options)
     output = jax.eval_shape(functools.partial(call, layer), x)
     return _layer_call.bind(

@@ -22,7 +22,7 @@ from dhp_jax.pruned.relatent import with_latents
 from dhp_jax.tracing.gating import CLOSED, gating
 from dhp_jax.tracing.generated import GeneratedArray, ordinary
 from dhp_jax.tracing.network import gated, install, is_traced
-from dhp_jax.tracing.reads import all_reads, operands, read_axes
+from dhp_jax.tracing.reads import all_reads, read_axes
 from dhp_jax.tracing.weights import READ, makers, weights_of
 
 KNOWN = Hyper | Linear | Norm | ChannelBias | PReLU | ReLU  # layers: what each reads
@@ -69,9 +69,10 @@ def with_gates(
 
     Raises:
       ValueError: as `with_latents`, if the network is ordinary; the code of one of traced latents
-        allows no gates on an array, as where a call sets it, a kernel is no `nnx.Param`, or only
-        arrays of integers could close a latent; of declared latents a prunable one is read by no
-        convolution on latents and no `dhp.Linear`, or is in a layer of your own that has a kernel.
+        allows no gates on an array, as where a call sets it, one that reads is no `nnx.Param`, or
+        only arrays of integers could close a latent; of declared latents a prunable one is read by
+        no convolution on latents and no `dhp.Linear`, or is in a layer of your own that has a
+        kernel.
 
     Example:
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
@@ -145,7 +146,7 @@ def _check_closed(net: nnx.Module) -> None:
 
 
 def _check_kernels(model: nnx.Module) -> None:
-    """Raises if a kernel on traced latents is no `nnx.Param`, which alone has gates."""
+    """Raises if a kernel that reads traced latents is no `nnx.Param`, which alone has gates."""
     table, plain = architecture_of(model).axes, ordinary(model)
     variables, taken = variables_of(plain), nnx.Param | nnx.Cache | nnx.BatchStat
     others = {array: variables[array] for array in table.places}
@@ -153,10 +154,9 @@ def _check_kernels(model: nnx.Module) -> None:
     if not others:  # as of most networks, which need not be traced for this
         return
     analysis = table.analysis(plain)
-    found = all_reads(analysis)
-    kernels, reads = operands(analysis, found), read_axes(analysis, found)
+    reads = read_axes(analysis, all_reads(analysis))
     for array, variable in others.items():
-        if array in kernels or reads[array] & table.places[array].keys():
+        if reads[array] & table.places[array].keys():
             kind = type(variable).__name__
             detail = f"expected kernels that are nnx.Param; {array!r} is a {kind}"
             raise ArgumentError("model", detail=detail)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from flax import nnx
+from flax import linen, nnx
 import numpy as np
 
 from dhp_jax.core.hypernet import HypernetArrays
@@ -79,6 +79,10 @@ def with_latents(
             raise ArgumentError("build", "None with inputs", shown(build))
         if rngs is not None and not isinstance(rngs, nnx.Rngs):
             raise ArgumentError("rngs", "nnx.Rngs or None", shown(rngs))
+        if callable(model) and not isinstance(model, nnx.Module | type):
+            of_linen = isinstance(model, linen.Module)
+            made = "FromLinen(module, variables)" if of_linen else "FromFunction(function, params)"
+            raise ArgumentError("model", f"an nnx.Module, such as dhp.{made}", shown(model))
         if latents(model):
             raise ValueError("model: expected a network without latents; prune(model) makes one")
         if any(isinstance(module, nnx.bridge.ToNNX) for _, _, module in walk(model)):

@@ -186,13 +186,21 @@ class _Settling:
         return last + self._needed(alike, before, kinds[:half], others, fails=not last)
 
     def _tied(self, families: list[Family]) -> list[list[Family]]:
-        """Groups of families on common axes that pass if the same entries go of each."""
+        """Groups of families on common axes or arrays that pass if the same entries go of each."""
+        tied: list[list[Family]] = []
+        for parts in (2, 1):  # of a place: array and axis, or the array
+            left = [f for f in families if not any(f in group for group in tied)]
+            tied += self._that_pass_as_one(left, parts)
+        return tied
+
+    def _that_pass_as_one(self, families: list[Family], parts: int) -> list[list[Family]]:
+        """Such groups of families with common places, of which so many parts count."""
         groups: dict[tuple, list[list[Family]]] = {}
         left = list(families)
         while left:
             group, near = [left.pop(0)], [None]
             while near:
-                near = [f for f in left if f.size == group[0].size and _meets(f, group)]
+                near = [f for f in left if f.size == group[0].size and _meets(f, group, parts)]
                 group += near
                 left = [family for family in left if family not in near]
             if len(group) > 1:
@@ -227,8 +235,9 @@ def _sizes(before: list[SizeRule], rules: Rules) -> list[SizeRule]:
     return before + [rule for same in rules for rule in same]
 
 
-def _meets(family: Family, group: Sequence[Family]) -> bool:
-    return any(family.places.keys() & other.places.keys() for other in group)
+def _meets(family: Family, group: Sequence[Family], parts: int) -> bool:
+    ours, *theirs = ({place[:parts] for place in f.places} for f in (family, *group))
+    return any(ours & own for own in theirs)
 
 
 def _guesses(
@@ -245,6 +254,7 @@ def _guesses(
     within: dict[tuple, SizeRule] = {}
     widths: dict[tuple, SizeRule] = {}
     multiples: dict[tuple, SizeRule] = {}
+    depths: dict[tuple, int] = {}
     for path, module in modules:
         at = holder = tuple(map(str, path))
         while holder not in holding:
@@ -255,7 +265,8 @@ def _guesses(
         near = [place for place in family.places if parts[place[0]][: len(holder)] == holder]
         for attribute, value in numbers_in(module) if near else ():
             key, rule = (at, attribute), SizeRule(tuple(path), attribute, tuple(family.atoms))
-            in_tuple = attribute not in vars(module)
+            depths[key] = len(holder)
+            in_tuple = attribute.rpartition(".")[2].isdecimal()
             if value == family.size:
                 (within if in_tuple else entries)[key] = rule
             elif in_tuple:
@@ -268,6 +279,13 @@ def _guesses(
     beside = [rule for (at, _), rule in multiples.items() if at in {at for at, _ in entries}]
     sets = [one, wide, one + wide, *([*one, rule] for rule in beside)]
     sets += [[*one, *several], [*one, *wide, *several]] if several else []
+    deepest = max((depths[key] for key in (entries | widths)), default=0)
+    inner, inner_wide = (
+        [rule for key, rule in found.items() if depths[key] == deepest]
+        for found in (entries, widths)
+    )
+    if len(inner) + len(inner_wide) < len(one) + len(wide):  # around all of it code may count more
+        sets += [inner, [*inner, *inner_wide]]
     kinds: dict[tuple[str, str], list[SizeRule]] = {}
     for rule in (*one, *several):
         kinds.setdefault(_kind_of_size(rule), []).append(rule)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 import contextlib
 from numbers import Number
+import traceback
 from typing import Any
 
 from flax import nnx
@@ -191,6 +192,9 @@ def input_refused(input_shape: Any, error: Exception, argument: str = "input_sha
     message = f"{argument}: the model does not take {input_shape}: {failure(error)}"
     if "incompatible shapes" in message:
         message += "; axes that are added must be one latent"
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if frames and frames[-1].f_code is default_call.__code__:  # so the model was not entered
+        message += "; give a call that does, such as call=lambda model, x: model(x, train=False)"
     match input_shape:
         case (1 | 3, _, width) if width not in (1, 3):
             message += "; the shape of an image is (height, width, channels)"

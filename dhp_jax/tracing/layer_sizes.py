@@ -5,6 +5,8 @@ fails and its axes stay.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import copy
+from dataclasses import fields, is_dataclass
 import functools
 from typing import Any
 
@@ -136,19 +138,33 @@ def _(module: nnx.MultiHeadAttention, kept: KeptAxes) -> None:
 
 
 def numbers_in(module: nnx.Module) -> Iterator[tuple[str, int]]:
-    """The integers that a module holds, by attribute; those of a tuple as `shape.0`."""
+    """The integers that a module holds, by attribute.
+
+    Those of a tuple are `shape.0`, and those of a dataclass, as of a configuration, `config.width`.
+    """
     for attribute, value in vars(module).items():
         if type(value) is int:
             yield attribute, value
         elif type(value) is tuple and all(type(size) is int for size in value):
             yield from ((f"{attribute}.{place}", size) for place, size in enumerate(value))
+        elif is_dataclass(value) and not isinstance(value, type | nnx.Pytree | nnx.Variable):
+            held = ((field.name, getattr(value, field.name, None)) for field in fields(value))
+            yield from ((f"{attribute}.{name}", size) for name, size in held if type(size) is int)
 
 
 def set_number(module: nnx.Module, attribute: str, value: int) -> None:
-    """Sets an integer that a module holds, by the name that `numbers_in` gives it."""
+    """Sets an integer that a module holds, by the name that `numbers_in` gives it.
+
+    A dataclass becomes another one, for modules may share it.
+    """
     if attribute in vars(module):
         setattr(module, attribute, value)
         return
     name, _, place = attribute.rpartition(".")
     held: Any = vars(module)[name]
-    setattr(module, name, (*held[: int(place)], value, *held[int(place) + 1 :]))
+    if isinstance(held, tuple):
+        made = (*held[: int(place)], value, *held[int(place) + 1 :])
+    else:
+        made = copy.copy(held)
+        object.__setattr__(made, place, value)  # it may be frozen
+    setattr(module, name, made)

@@ -284,13 +284,28 @@ def call_size(operation: Operation) -> int:
 
 def used_inputs(jaxpr: Jaxpr) -> set[Any]:
     """The inputs of a program that an operation reads, if only to hand them on to one."""
-    used: set[Any] = set()
+    return _used_and_returned(jaxpr)[0]
+
+
+def _used_and_returned(jaxpr: Jaxpr) -> tuple[set[Any], list[Any]]:
+    """The same, and what a program returns; what a call in it returns as it was is one with that.
+
+    As a method under `nnx.jit`, which returns all arrays of its module.
+    """
+    used, same = set[Any](), dict[Any, Any]()
+
+    def read(atoms: Iterable[Any]) -> list[Any]:
+        return [None if is_literal(atom) else same.get(atom, atom) for atom in atoms]
+
     for eqn in jaxpr.eqns:
+        given = read(eqn.invars)
         if eqn.primitive.name in CALLS:
             inner = inner_program(eqn)[0]
-            within = used_inputs(inner)
-            pairs = zip(eqn.invars, inner.invars, strict=True)
-            used |= {a for a, variable in pairs if variable in within and not is_literal(a)}
+            within, returned = _used_and_returned(inner)
+            pairs = dict(zip(inner.invars, given, strict=True))
+            used |= {atom for variable, atom in pairs.items() if variable in within}
+            made = zip(eqn.outvars, map(pairs.get, returned), strict=True)
+            same |= {variable: atom for variable, atom in made if atom is not None}
         else:
-            used |= {atom for atom in eqn.invars if not is_literal(atom)}
-    return used & set(jaxpr.invars)
+            used |= set(given)
+    return used & set(jaxpr.invars), read(jaxpr.outvars)

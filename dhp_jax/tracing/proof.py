@@ -4,7 +4,8 @@ Both programs are gone through in step. Every operation of the pruned one must b
 one, on the same values, with the parameters that its fewer positions explain. Numbers and constants
 must be the same: so `1 / sqrt(width)`, `if width > 8`, `x[..., :8]` and a mask that is made from
 the width are found. The one exception is a division of a sum by how many numbers were added, as in
-LayerNorm or a mean over channels: it renormalises, which is noted.
+LayerNorm or a mean over channels: it renormalises, which is noted. What nothing reads, as the code
+drops it, is the same operation too, but of any shape.
 """
 
 from collections.abc import Sequence
@@ -126,8 +127,10 @@ class _Walk:
             elif not _same_numbers(*constants):
                 raise Mismatch("a constant of the code depends on the width")
         self._same_operations(whole, pruned)
-        for number, (ours, theirs) in enumerate(zip(whole.eqns, pruned.eqns, strict=True)):
-            self.step(ours, theirs, number)
+        both = zip(whole.eqns, pruned.eqns, _are_read(whole), strict=True)
+        for number, (ours, theirs, is_read) in enumerate(both):
+            if is_read:
+                self.step(ours, theirs, number)
         return [self.output(a, b) for a, b in zip(whole.outvars, pruned.outvars, strict=True)]
 
     def _same_operations(self, whole: Jaxpr, pruned: Jaxpr) -> None:
@@ -270,6 +273,16 @@ class _Walk:
         if is_literal(theirs) or self.partner[ours] is not theirs:
             raise Mismatch("returns something else after pruning")
         return self.known.get(ours)
+
+
+def _are_read(jaxpr: Jaxpr) -> list[bool]:
+    """Whether outputs of a program follow from what each of its operations computes."""
+    read, found = {v for v in jaxpr.outvars if not is_literal(v)}, []
+    for eqn in reversed(jaxpr.eqns):
+        found.append(bool(eqn.effects) or not read.isdisjoint(eqn.outvars))
+        if found[-1]:
+            read.update(v for v in eqn.invars if not is_literal(v))
+    return found[::-1]
 
 
 def _computed(ours: JaxprEqn, theirs: JaxprEqn, numbers: Sequence[_Number]) -> _Number:

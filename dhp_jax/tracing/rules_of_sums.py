@@ -61,8 +61,16 @@ def _groups(
     """Whole groups go: all channels and filters of one are one unit.
 
     Where all groups have the same channels or filters, as where each example has a kernel of its
-    own, a channel or filter goes with those in its place in the other groups.
+    own, a channel or filter goes with those in its place in the other groups. So it is where groups
+    differ in a unit of their own alone, as the members of an ensemble; these go, too.
     """
+    ours, theirs = (_in_each(flow, axis, groups) for axis in (channels, filters))
+    if ours is not None and theirs is not None:
+        why = f"a group of a convolution at {flow.place()}"
+        for one, other in zip(ours[0], theirs[0], strict=True):
+            flow.terms.equal(one, other, why)
+        flow.meet(ours[1], within, eqn)
+        return
     if shape_of(eqn.invars[1])[eqn.params["dimension_numbers"][1][1]] > 1:
         rows = [[None] if x is None else list(x.reshape(groups, -1)) for x in (channels, filters)]
         if any(all(_same(flow, own[0], other) for other in own) for own in rows):
@@ -86,6 +94,24 @@ def _groups(
         first, *others = (*ins.tolist(), *outs.tolist())
         for other in others:
             flow.terms.equal(first, other, f"a group of a convolution at {flow.place()}")
+
+
+def _in_each(flow: Flow, axis: Axis, groups: int) -> tuple[list[int], np.ndarray] | None:
+    """The unit that each group of an axis has for itself, and what all groups are beside that.
+
+    `None` if groups are not so.
+    """
+    if axis is None:
+        return None
+    terms = flow.terms
+    rows = [[terms.atoms(term) for term in row] for row in axis.reshape(groups, -1).tolist()]
+    units = [frozenset.intersection(*row) for row in rows]
+    if not all(units) or len(frozenset().union(*units)) < sum(map(len, units)):
+        return None
+    inner = [[atoms - unit for atoms in row] for row, unit in zip(rows, units, strict=True)]
+    if any(row != inner[0] for row in inner):
+        return None
+    return list(map(terms.product, units)), np.array(list(map(terms.product, inner[0])))
 
 
 @rule("reduce_sum")
@@ -145,6 +171,24 @@ def _window(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> 
             flow.freeze(axis, eqn, "has a window along it")
         outputs.append(axis if still else None)
     return [tuple(outputs) for _ in eqn.outvars]
+
+
+@rule("select_and_scatter_add", "select_and_gather_add")
+def _window_of_another(
+    flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context
+) -> list[Axes]:
+    """The derivatives of a maximum in windows, whose numbers it takes from one of them."""
+    windows = eqn.params["window_dimensions"], eqn.params["window_strides"], eqn.params["padding"]
+    outputs: list[Axis] = []
+    for k, (size, stride, padding) in enumerate(zip(*windows, strict=True)):
+        pair = [axes[k] for axes in inputs]
+        if size == stride == 1 and tuple(padding) == (0, 0):
+            outputs.append(flow.meet(*pair, eqn))
+            continue
+        for axis in pair:
+            flow.freeze(axis, eqn, "has a window along it")
+        outputs.append(None)
+    return [tuple(outputs)]
 
 
 @rule("sort")

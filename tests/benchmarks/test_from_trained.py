@@ -120,6 +120,29 @@ def test_the_search_leaves_a_network_within_its_budget_whose_gates_are_closed(tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("throughout", [False, True])
+def test_a_search_that_is_all_distillation_does_not_see_the_labels(tmp_path, arrays, throughout):
+    found = []
+    for shift in (0, 3):
+        options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True, commit="")
+        bench = from_trained_rows.Bench(options, from_trained_rows.REHEARSAL)
+        images, labels = bench.train
+        bench.train, bench.trained = (images, (labels + shift) % 10), arrays
+        bench.programs = from_trained_programs.programs(bench.net, bench.train, bench.test, 8)
+        begin = bench.begin(arrays)
+        bench.teacher = begin.weights, begin.z, begin.statistics
+        way = dataclasses.replace(
+            from_trained_rows.FADE, distillation=1.0, throughout=throughout, stages=1, search=2
+        )
+        schedule = from_trained_rows.cosine(0.05, 9, 1)
+        stream = bench.batches(0, schedule(np.arange(9)))
+        run, _ = from_trained_rows.faded(bench, way, 0.5, schedule, stream)
+        found.append(jax.tree.map(np.asarray, run.weights))
+    same = [np.array_equal(*each) for each in zip(*map(jax.tree.leaves, found), strict=True)]
+    assert all(same) is throughout
+
+
+@pytest.mark.slow
 def test_what_a_cpu_trains_after_a_cut_is_what_closed_gates_train(tmp_path, arrays):
     options = argparse.Namespace(out=tmp_path, minutes=1.0, data=None, rehearse=True, commit="")
     bench = from_trained_rows.Bench(options, from_trained_rows.REHEARSAL)

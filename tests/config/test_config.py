@@ -16,7 +16,7 @@ import dhp_jax as dhp
 from dhp_jax.config import fields as config_fields
 from dhp_jax.config.checks import check, check_overrides
 from dhp_jax.config.fields import default
-from dhp_jax.config.methods import METHODS
+from dhp_jax.config.methods import METHODS, TAUGHT
 from dhp_jax.errors import ConfigError, shown
 from dhp_jax.workdir.identity import flatten
 
@@ -199,14 +199,16 @@ def test_only_methods_by_importance_divide_it_by_flops():
     check(config)
 
 
-def test_only_what_starts_from_a_trained_network_learns_from_it():
+@pytest.mark.parametrize("phase", ["search", "converge"])
+def test_only_what_starts_from_a_trained_network_learns_from_it(phase):
     config = default()
-    config.converge.distillation.weight = 0.5
+    config[phase].distillation.weight = 0.5
     assert refusal(config) == (
-        "config.converge.distillation.weight: expected 0, for config.method=dhp starts from no "
+        f"config.{phase}.distillation.weight: expected 0, for config.method=dhp starts from no "
         "trained network without config.model.weights; got 0.5"
     )
-    for method, why in (("baseline", "leaves no pruned network"), ("uniform", "starts from fresh")):
+    why_not = "has no search" if phase == "search" else "starts from fresh"
+    for method, why in (("baseline", "leaves no pruned network"), ("uniform", why_not)):
         config.method = method
         assert f"expected 0, for config.method={method} {why}" in refusal(config)
     config.method, config.source = "fade", "runs/baseline"
@@ -280,8 +282,8 @@ GOOD = {
     "search.min_channels": [1, 1000],
     "search.keep": [0, 0.1, 1],
     "search.batches": [1, 10, 10**6],
-    "converge.distillation.weight": [0],
-    "converge.distillation.temperature": [0.5, 4],
+    **{f"{phase}.distillation.weight": [0] for phase in TAUGHT},
+    **{f"{phase}.distillation.temperature": [0.5, 4] for phase in TAUGHT},
     **{f"{phase}.epochs": [1, 10**6] for phase in PHASES},
     **{f"{phase}.max_steps": [None, 1, 10**6] for phase in PHASES},
     **{f"{phase}.learning_rate": [1e-9, 10] for phase in PHASES},
@@ -379,8 +381,14 @@ BAD = {
     "search.min_channels": ([*INTEGERS, 0], CHANNELS),
     "search.keep": ([*NUMBERS, -0.1, 1.1], "a number >= 0 and <= 1"),
     "search.batches": ([*INTEGERS, 0], COUNT),
-    "converge.distillation.weight": ([*NUMBERS, -0.1, 1.1], "a number >= 0 and <= 1"),
-    "converge.distillation.temperature": ([*NUMBERS, 0, -1, 1e4], "a number > 0 and <= 1000"),
+    **{
+        f"{phase}.distillation.{name}": ([*NUMBERS, *values], expected)
+        for phase in TAUGHT
+        for name, values, expected in (
+            ("weight", (-0.1, 1.1), "a number >= 0 and <= 1"),
+            ("temperature", (0, -1, 1e4), "a number > 0 and <= 1000"),
+        )
+    },
     **{f"{phase}.epochs": ([*INTEGERS, 0, 0.1], EPOCHS) for phase in PHASES},
     **{
         f"{phase}.max_steps": ([*INTEGERS[1:], 0], f"{COUNT}, or None for all epochs")

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from dhp_jax import config as dhp_config
-from dhp_jax.config.methods import METHODS
+from dhp_jax.config.methods import METHODS, TAUGHT
 from dhp_jax.data.labelled import digits
 from dhp_jax.errors import ConfigError, shown
 from dhp_jax.models import mobilenet, registry
@@ -103,7 +103,7 @@ GOOD = {
     "search.stop_limit": [0, 0.02],
     "search.min_channels": [1, 2, 4],
     "search.keep": [0, 0.1],
-    "converge.distillation": [{"weight": 0.5, "temperature": 2.0}],
+    **{f"{phase}.distillation": [{"weight": 0.5, "temperature": 2.0}] for phase in TAUGHT},
     **{f"{phase}.schedule": [*schedules.NAMES] for phase in PHASES},
     "model.name": [*SMALL],
     "model.width": [0.0625, 0.25, 1.0],
@@ -130,7 +130,7 @@ MEASURED_BY = {
     "batch_size": ("data.validation",),
     "task.steps_per_epoch": ("batch_size",),
     "task.patch": ("task.scale",),
-    "converge.distillation": ("method",),
+    **{f"{phase}.distillation": ("method",) for phase in TAUGHT},
     "per_flop": ("method",),
     "task.tile": ("task.overlap", "model"),
     "task": ("task.name",),

@@ -741,6 +741,40 @@ def test_latents_of_different_length_that_are_added_are_refused_in_one_line():
         assert "\n" not in message
 
 
+@pytest.mark.parametrize("around", [nnx.jit, nnx.remat, lambda call: nnx.jit(nnx.jit(call))])
+def test_arrays_that_one_method_hands_on_and_another_reads_are_params(around):
+    class Coder(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 5, rngs=rngs)
+            self.c, self.unread = nnx.Linear(5, 2, rngs=rngs), nnx.Param(jnp.ones(7))
+            self.scale = nnx.Param(jnp.ones(2))
+
+        @around
+        def encode(self, x):
+            return self.a(x)
+
+        @around
+        def decode(self, x):
+            return self.inner(self.b(x)) * self.scale
+
+        @around
+        def inner(self, x):
+            return self.c(x)
+
+        def __call__(self, x):
+            return self.decode(self.encode(x))
+
+    model = Coder(nnx.Rngs(0))
+    params = 3 * 4 + 4 + 4 * 5 + 5 + 5 * 2 + 2 + 2
+    assert dhp.measure_cost(model, (3,)).params == params
+    net = dhp.with_latents(model, (3,), min_channels=1)
+    left = {name: z.size - 1 for name, z in dhp.latents(net).items()}
+    small = dhp.prune(net, {name: np.arange(n + 1) < n for name, n in left.items()})
+    fewer = 3 * 3 + 3 + 3 * 4 + 4 + 4 * 2 + 2 + 2
+    assert dhp.measure_cost(small, (3,)).params == fewer
+    assert dhp.measure_cost(net, (3,)).amounts(left)["params"] == fewer
+
+
 def test_a_layer_that_is_called_under_remat_is_counted():
     class Remat(nnx.Module):
         def __init__(self, rngs):

@@ -97,7 +97,7 @@ def test_a_method_that_starts_from_trained_weights_does_so(baseline, tmp_path, m
     fields = {"search.epochs": 7, "converge.distillation.weight": 0.5 * (method != "l1_norm")}
     summary = carry_out(tmp_path / "run", method=method, source=str(baseline), **fields)
     assert (tmp_path / "run/teacher/model.json").exists() is (method != "l1_norm")
-    assert 0.4 < summary["flops"]["ratio"] <= 0.5
+    assert 0.3 < summary["flops"]["ratio"] <= 0.5  # a head of the attention is a fifth of it
     assert summary["origin"]["run"] == "baseline"
     trained, small = (dhp.load(path) for path in (baseline / "model", tmp_path / "run/pruned"))
     kept = description(tmp_path / "run/pruned")["survivors"]
@@ -106,6 +106,24 @@ def test_a_method_that_starts_from_trained_weights_does_so(baseline, tmp_path, m
         np.testing.assert_array_equal(small.stem.kernel[...], whole[..., kept["stem"]])
     net = dhp.with_latents(trained, SHAPE, min_channels=1)
     assert kept.keys() == dhp.latents(net).keys()
+
+
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_a_search_that_learns_only_from_its_source_does_not_see_the_targets(
+    baseline, tmp_path, weight
+):
+    given = {"method": "fade", "source": str(baseline), "search.epochs": 7, "converge.max_steps": 1}
+    found = []
+    for smoothing in (0.0, 0.5):
+        workdir = tmp_path / str(smoothing)
+        fields = {"search.distillation.weight": weight, "task.label_smoothing": smoothing}
+        carry_out(workdir, **given, **fields)
+        found.append(description(workdir / "search")["sha256"])
+        taught = description(workdir / "teacher")["sha256"]
+        assert taught == description(baseline / "model")["sha256"]
+    assert (found[0] == found[1]) is (weight == 1.0)
 
 
 @pytest.mark.usefixtures("without_pages")

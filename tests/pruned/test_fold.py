@@ -163,6 +163,20 @@ def remembers_nothing_of_its_norm(m, x):
     return m.norm(m.conv(x)) + (1.0 if isinstance(m.norm, nnx.BatchNorm) else 0.0)
 
 
+@pytest.mark.parametrize("average", [True, None, False])
+def test_batch_norm_that_is_told_to_use_its_statistics_is_folded(average):
+    def forward(m, x, average=average):
+        return m.norm(m.conv(x), use_running_average=average)
+
+    model = filled(lambda rngs: Parts(forward, rngs))
+    folded = dhp.fold(model, (6, 6, 3))
+    assert (left(folded), kinds(folded).count("Identity")) == (
+        (1, 0) if average is False else (0, 1)
+    )
+    found, expected = (run(m, X)[0] for m in (folded, model))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 FORWARD = {
     "between": lambda m, x: m.norm(nnx.relu(m.conv(x))),
     "before": lambda m, x: m.conv(m.norm(x)),

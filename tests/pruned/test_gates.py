@@ -254,6 +254,27 @@ def test_fixed_arrays_that_are_no_kernels_need_no_gates():
     np.testing.assert_allclose(small(x), gated(x), rtol=1e-5, atol=1e-6)
 
 
+def test_fixed_arrays_whose_channels_kernels_read_need_no_gates():
+    class Offsets(nnx.Module):
+        # A table of positions that is projected, as in Transformer-XL, and a random projection.
+        def __init__(self, rngs):
+            self.table = nnx.Variable(jax.random.normal(rngs.params(), (5, 6)))
+            self.random = nnx.Variable(jax.random.normal(rngs.params(), (3, 8)))
+            self.project, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(nnx.tanh(x @ self.random[...] + self.project(self.table[...])))
+
+    net = dhp.with_latents(Offsets(nnx.Rngs(0)), (5, 3), min_channels=1)
+    gated = dhp.with_gates(net, rngs=nnx.Rngs(0))
+    masks = {name: np.arange(z.size) % 3 > 0 for name, z in dhp.latents(gated).items()}
+    set_to(gated, masks)
+    x = RNG.normal(size=(2, 5, 3)).astype(np.float32)
+    small = dhp.prune(gated, masks)
+    assert (small.table.shape, small.random.shape) == ((5, 4), (3, 5))
+    np.testing.assert_allclose(small(x), gated(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "family",
     [pytest.param("resnet", marks=pytest.mark.slow), "mobilenet_v2", "densenet", "edsr", "unet"],

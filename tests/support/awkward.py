@@ -1,6 +1,7 @@
 """Awkward topologies, each with the sizes of the families that pruning may use."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -660,6 +661,43 @@ class SizesBeside(nnx.Module):
         return self.o(y.reshape(*y.shape[:2], -1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    width: int = 12
+    heads: int = 3
+    blocks: int = 3
+    patch: tuple[int, int] = (3, 12)
+
+
+class ConfiguredAttention(nnx.Module):
+    def __init__(self, config, rngs):
+        self.config = config
+        self.q, self.k, self.v = (linear(8, config.width, rngs) for _ in "qkv")
+        self.o = linear(config.width, 8, rngs)
+
+    def __call__(self, x):
+        heads = self.config.heads
+        split = lambda y: y.reshape(*y.shape[:2], heads, self.config.width // heads)  # noqa: E731
+        q, k, v = (split(layer(x)) for layer in (self.q, self.k, self.v))
+        weights = nnx.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+        return x + self.o(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*x.shape[:2], -1))
+
+
+@case([3, 3, 3, 8], lambda: (images(2, 5, 3),))
+class SizesInAConfig(nnx.Module):
+    # That all blocks share; as many blocks as heads, which is no size of an axis.
+    def __init__(self, rngs, config=Widths()):
+        self.config = config
+        self.a, self.b = linear(3, 8, rngs), linear(8, 3, rngs)
+        self.blocks = nnx.List([ConfiguredAttention(config, rngs) for _ in range(config.blocks)])
+
+    def __call__(self, x):
+        x = self.a(x)
+        for block in range(self.config.blocks):
+            x = self.blocks[block](x)
+        return self.b(x)
+
+
 @case([6, 8])
 class Spectral(nnx.Module):
     # Of the lowest frequencies only, over pixels; then blurred, one kernel for each channel.
@@ -839,6 +877,68 @@ class KernelOfEach(nnx.Module):
 def _convolved(x, kernel):
     numbers = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+
+@case([3, 6])
+class EnsembleOfConvolutions(nnx.Module):
+    # Under nnx.vmap, on one input: the second ones are groups of one convolution.
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(axis_size=3)
+        def make(rngs):
+            return nnx.Sequential(conv(3, 6, rngs=rngs), nnx.relu, conv(6, 2, rngs=rngs))
+
+        self.members = make(rngs)
+
+    def __call__(self, x):
+        each = nnx.vmap(lambda member, x: nnx.relu(member(x)), in_axes=(0, None))
+        return each(self.members, x).sum(0)
+
+
+@case([5, 6], lambda: (images(2, 6, 6, 3),))
+class GradientOfAnEnergy(nnx.Module):
+    # Which jax.grad computes in the forward pass, through a maximum in windows.
+    def __init__(self, rngs):
+        self.a, self.b = conv(3, 6, rngs=rngs), conv(6, 5, rngs=rngs)
+        self.c = linear(5, 1, rngs)
+
+    def energy(self, x):
+        x = nnx.max_pool(nnx.tanh(self.a(x)), (2, 2), (2, 2))
+        return self.c(nnx.tanh(self.b(x))).sum()
+
+    def __call__(self, x):
+        return x - jax.grad(self.energy)(x)
+
+
+@case([6], lambda: (images(5, 3),))
+class ComputedForNothing(nnx.Module):
+    # Of the width of channels, and dropped.
+    def __init__(self, rngs):
+        self.a, self.b = linear(3, 6, rngs), linear(6, 2, rngs)
+
+    def __call__(self, x):
+        @jax.jit
+        def hidden(x):
+            x = nnx.relu(self.a(x))
+            jnp.zeros(x.shape[1:]) + 1
+            return x
+
+        x = hidden(x)
+        jnp.ones((2, x.shape[-1])).sum(0)
+        return self.b(x)
+
+
+@case([6], lambda: (images(2, 5, 3),))
+class StateLikeTheInput(nnx.Module):
+    # Of a loop, which begins with zeros of the width of another layer, so both are one.
+    def __init__(self, rngs):
+        self.a, self.b, self.c = linear(3, 6, rngs), linear(6, 6, rngs), linear(6, 2, rngs)
+
+    def __call__(self, x):
+        x = self.a(x)
+        decay = lambda state, x: (nnx.tanh(state / 2 + x), None)  # noqa: E731
+        state, _ = jax.lax.scan(decay, jnp.zeros_like(x[:, 0]), self.b(x).swapaxes(0, 1))
+        return self.c(state)
 
 
 @case([6, 7])

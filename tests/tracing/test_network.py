@@ -5,8 +5,10 @@ import functools
 import importlib
 import importlib.util
 import sys
+import warnings
 
-from flax import nnx
+from awkward import SizesInAConfig, Widths
+from flax import linen, nnx
 import jax
 import jax.numpy as jnp
 from networks import filled
@@ -436,6 +438,31 @@ def test_inputs_and_options_that_are_none_are_refused(inputs, options, message):
         dhp.with_latents(plain(), inputs, **options)
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (linen.Dense(3), r"^model: expected .* dhp.FromLinen\(module, variables\), got Dense\("),
+        (jnp.tanh, r"^model: expected .* dhp.FromFunction\(function, params\), got "),
+        (Net, "^model: expected an nnx.Module, got <class"),
+    ],
+)
+def test_what_is_another_network_is_told_the_way(model, message):
+    with pytest.raises(ValueError, match=message):
+        dhp.with_latents(model, SHAPE)
+
+
+def test_for_a_network_that_wants_more_arguments_a_call_is_told():
+    class Trained(Net):
+        def __call__(self, x, *, train):
+            return super().__call__(x)
+
+    model = Trained(nnx.Rngs(0))
+    told = r"^inputs: the model does not take \(8, 8, 3\): .* 'train'; give a call that does"
+    with pytest.raises(ValueError, match=told):
+        dhp.with_latents(model, SHAPE)
+    assert dhp.latents(dhp.with_latents(model, SHAPE, call=lambda model, x: model(x, train=False)))
+
+
 def test_channels_over_which_a_softmax_or_maximum_goes_may_go_and_that_is_told():
     class Gated(nnx.Module):
         def __init__(self, rngs):
@@ -520,6 +547,21 @@ def test_a_size_that_a_tuple_holds_is_cut_and_comes_back_from_a_file(tmp_path):
     np.testing.assert_allclose(small(x), model(x), rtol=1e-5)
     dhp.save(tmp_path / "small", small)
     np.testing.assert_array_equal(dhp.load(tmp_path / "small", build=Windows)(x), small(x))
+
+
+def test_sizes_in_a_configuration_are_cut_in_each_layer_and_come_back_from_a_file(tmp_path):
+    net = dhp.with_latents(SizesInAConfig(nnx.Rngs(0)), (5, 3), min_channels=1)
+    left = {name: np.ones(z.size, bool) for name, z in dhp.latents(net).items()}
+    left["blocks.0.q"][1] = left["blocks.2.q"][0] = False
+    small, x = dhp.prune(net, left), X[:, :5, 0]
+    assert [block.config.heads for block in small.blocks] == [2, 3, 2]
+    assert [block.config.width for block in small.blocks] == [8, 12, 8]
+    assert net.config == small.config == Widths()
+    dhp.save(tmp_path / "small", small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = dhp.load(tmp_path / "small", build=SizesInAConfig)
+    np.testing.assert_array_equal(loaded(x), small(x))
 
 
 def test_of_numbers_that_are_alike_the_one_that_counts_is_cut():
