@@ -305,8 +305,8 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", help="names of the rows of the stage final; all if none"
     )
-    parser.add_argument("--in-torch", action="store_true", help="what follows a cut")
-    parser.add_argument("--bfloat16", action="store_true", help="of --in-torch")
+    parser.add_argument("--in-torch", action="store_true", help="updates after a cut by PyTorch")
+    parser.add_argument("--bfloat16", action="store_true", help="convolutions of --in-torch")
     parser.add_argument("--table", type=Path, help="rows.jsonl: publish it, measure nothing")
     parser.add_argument("--name", default="from_trained", help="of the files of --table")
     parser.add_argument("--note", default="", help="put before the table")

@@ -73,8 +73,8 @@ def fade_to_budget(
 
     Nothing else moves a latent: the others stay at 1, for the scales of BatchNorm and the kernels
     do what they could. What has become zero stays zero. So after the last step the network computes
-    what `dhp.prune` leaves, and the cut loses nothing; but a sum, mean or maximum over channels,
-    as in LayerNorm, still sees those at zero.
+    what `dhp.prune` leaves, and the cut loses nothing; but a mean or maximum over channels, as in
+    LayerNorm, still counts those at zero.
 
     A term that is not finite leaves `v` as it is. With `optax.apply_if_finite` for `inner` the fade
     goes on in steps that it leaves out; around the whole, such steps do not count, nor do those in

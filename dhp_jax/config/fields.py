@@ -105,7 +105,7 @@ FIELDS: Fields = {
     "targets": Field(
         None,
         or_none(SHARES, "for the target alone"),
-        "several targets instead, from one search",
+        "several targets instead; dhp has one search for all",
         tuple,
     ),
     "budget": {  # all that are given hold, and the target

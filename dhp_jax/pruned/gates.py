@@ -39,9 +39,10 @@ def with_gates(
     The kernel of a layer that reads the axis of a latent `z` is `K[.., i, o] = z[i] W[.., i, o]`,
     with the trained kernel for `W`. At `z = 1` it is that kernel to the bit. At `z[i] = 0` the
     network computes exactly what is left when `dhp.prune` removes entry `i`, whatever stands
-    between the layers, for nothing reads the channel; but a sum or maximum over channels, as in
-    LayerNorm, still sees it. The derivative of the loss by `z[i]` at 1 is the first-order Taylor
-    term of the channel (see `dhp.taylor_scores`).
+    between the layers, for nothing reads the channel; but a mean or maximum over channels, as in
+    LayerNorm, still counts it, and with declared latents a sum in your own code, too. The
+    derivative of the loss by `z[i]` at 1 is the first-order Taylor term of the channel (see
+    `dhp.taylor_scores`).
 
     This is the hypernetwork with an embedding of 1 and no biases, without the factor of the output
     axis. A BatchNorm behind the convolution would undo that factor, and would go on adding its bias
@@ -50,12 +51,12 @@ def with_gates(
     Of a network of traced latents, gates close channels in training and in evaluation, also those
     that a head for training alone reads. Gates of kernels do not close all channels: not those that
     no kernel reads in one of these modes, as of queries and keys, which are multiplied with each
-    other; and not those of a kernel that is not zero where its array is, as a softplus, or not in
-    proportion to it, as one that is rounded or normalised. Such a latent gates every array that it
-    is in, and its derivative is that by a factor of what makes its channels. If even that does not
-    close them, as behind `elu(q) + 1`, or has no such derivative, as behind a tanh that a rounded
-    kernel reads, all of its entries stay, with a warning: `min_channels` is its size. Arrays of
-    integers have no gates.
+    other; not those that the code adds up, as in a squared norm; and not those of a kernel that is
+    not zero where its array is, as a softplus, or not in proportion to it, as one that is rounded
+    or normalised. Such a latent gates every array that it is in, and its derivative is that by a
+    factor of what makes its channels. If even that does not close them, as behind `elu(q) + 1`, or
+    has no such derivative, as behind a tanh that a rounded kernel reads, all of its entries stay,
+    with a warning: `min_channels` is its size. Arrays of integers have no gates.
 
     Args:
       model: a network of latents, whose kernels are generated for the last time; or an ordinary one

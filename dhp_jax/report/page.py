@@ -36,7 +36,7 @@ STAGES = {  # of summary["test"], in the order of their becoming, each with what
     "after_search": ("after the search", "all channels are still there"),
     "after_pruning": (
         "right after pruning",
-        "channels are cut off and nothing is trained since; the last phase repairs this",
+        "channels are cut off, and nothing is trained since; the last phase goes on from here",
     ),
     "renewed": (
         "with renewed statistics",

@@ -14,6 +14,7 @@ from dhp_jax.errors import some_of
 from dhp_jax.tracing.discovery import Discovery
 from dhp_jax.tracing.generated import GeneratedArray, is_plain_param
 from dhp_jax.tracing.rules_of_sums import TAPS
+from dhp_jax.tracing.table import ADDED
 
 COLUMNS = 80
 
@@ -131,7 +132,7 @@ def notes_of(found: Discovery) -> dict[str, Any]:
         why or "it is not reached": [f"{name}[{k}]" for name, k in places]
         for why, places in found.fixed().items()
     }
-    sentences = []
+    sentences, added = [], []
     for family in found.families:
         if family.chosen:
             sentences.append(
@@ -149,12 +150,13 @@ def notes_of(found: Discovery) -> dict[str, Any]:
                 "normalised anew when entries go."
             )
         elif family.summed and not family.chosen:
+            added.append(family.name)
             sentences.append(f"{family.name}: its entries are added up at {family.summed}.")
     for tied in found.ties:
         sentences.append(f"{tied[0]}: entries go together with those of {', '.join(tied[1:])}.")
     if found.analysis.untrainable:
         sentences.append(f"Not proved in training mode: {found.analysis.untrainable}.")
-    return {"fixed": fixed, "sentences": sentences}
+    return {"fixed": fixed, "sentences": sentences, ADDED: added}
 
 
 def _layer(place: str) -> str:

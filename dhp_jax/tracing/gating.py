@@ -15,7 +15,7 @@ from dhp_jax.tracing.analysis import Analysis
 from dhp_jax.tracing.generated import ordinary
 from dhp_jax.tracing.origins import Places
 from dhp_jax.tracing.reads import all_reads, by_array
-from dhp_jax.tracing.table import LatentTable
+from dhp_jax.tracing.table import ADDED, LatentTable
 from dhp_jax.tracing.weights import (
     READ,
     Entries,
@@ -71,7 +71,7 @@ def gating(model: nnx.Module) -> Gating:
     ruled = {latent for weights in found for latent, _ in filter(None, weights.entries)}
     analysis = table.analysis(plain)
     read = all_reads(analysis)
-    others, never, products, bent, closed, bent_makers = (
+    others, never, products, bent, closed, bent_makers, sums, open_sums = (
         table.owners(by_array(analysis, each))
         for each in (
             read.others,
@@ -80,8 +80,12 @@ def gating(model: nnx.Module) -> Gating:
             read.bent,
             read.bent_and_closed,
             read.bent_makers,
+            read.sums,
+            read.open_sums,
         )
     )
+    added = set(table.notes.get(ADDED, ()))
+    others, never = others | (added & sums), never | (added & open_sums)
     by_makers = others | closed | unread(table, analysis)
     by_makers |= {name for name in table.sizes if named[name] not in ruled}
     counted = {name: _counted(table, analysis, read.channels, name) for name in by_makers}

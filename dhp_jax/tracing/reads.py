@@ -58,6 +58,9 @@ class Reads(NamedTuple):
       bent_makers: of arrays to which a kernel is not in proportion that makes channels.
       channels: of each value other than a kernel that is summed over the axes that its channels
         come from, and of these the ones to which they are in proportion.
+      sums: of what depends on the input and is added up without a kernel, as in a squared norm or
+        a mean; zeros in all arrays close it.
+      open_sums: the same, where no zeros do, as of a softplus.
       operands: by array of which what is contracted or convolved is made, or the input chooses,
         the axes of one kernel: not those that a loop goes over, nor others along which there are
         several.
@@ -71,6 +74,8 @@ class Reads(NamedTuple):
     bent_and_closed: set[tuple[int, int]]
     bent_makers: set[tuple[int, int]]
     channels: set[tuple[Places, Places]]
+    sums: set[tuple[int, int]]
+    open_sums: set[tuple[int, int]]
     operands: dict[int, set[int]]
 
 
@@ -280,6 +285,11 @@ def _sum_over(eqn: JaxprEqn, given: Sequence[Value], found: Reads) -> None:
         pair = [[spec[1]] for spec in eqn.params["dimension_numbers"][:2]]
         side, has_kernel = 1, True
         sums = shape_of(eqn.invars[1])[pair[1][0]] > 1  # or each channel is read by itself
+    elif eqn.primitive.name == "reduce_sum" and given[0].alone == INPUT:
+        for source in (given[0].axes[k] for k in eqn.params["axes"]):
+            into = found.sums if is_zero(source.comes) else found.open_sums
+            into.update((array, k) for array, k, _ in source.comes)
+        return
     else:
         return
     own = [[value.axes[k] for k in axes] for value, axes in zip(given[:2], pair, strict=True)]

@@ -20,6 +20,7 @@ from dhp_jax.tracing.proof import Mismatch
 from dhp_jax.tracing.terms import Terms
 
 ORDINARY_CALLS = "ordinary_calls"  # a note: whether arrays are ordinary ones in calls
+ADDED = "added"  # a note: the latents whose entries are added up as they are
 
 
 @dataclass(frozen=True)

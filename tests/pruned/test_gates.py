@@ -220,6 +220,62 @@ def test_what_is_ungated_of_a_traced_network_computes_the_same(options, tmp_path
     np.testing.assert_array_equal(loaded(IMAGES), found(IMAGES))
 
 
+class Adding(nnx.Module):
+    """Channels that a kernel reads, and that the code adds up in another place."""
+
+    def __init__(self, made, added, *, rngs):
+        self.first, self.norm = nnx.Linear(3, 6, rngs=rngs), nnx.BatchNorm(6, rngs=rngs)
+        self.weights = nnx.Param(jax.random.normal(rngs.params(), (6,)))
+        self.last = nnx.Linear(6, 2, rngs=rngs)
+        self.made, self.added, self.factors = made, added, 1.0
+
+    def __call__(self, x):
+        h = self.made(self.norm(self.first(x))) * self.factors
+        return self.last(h) + self.added(h, self.weights[...])
+
+
+SUMS = {
+    "a squared norm": lambda h, w: (h**2).sum(-1, keepdims=True),
+    "a product with an array": lambda h, w: (h * w).sum(-1, keepdims=True),
+    "a product with itself": lambda h, w: (h * h * h).sum(-1, keepdims=True),
+    "a cosine": lambda h, w: (
+        (h * w).sum(-1, keepdims=True) / jnp.sqrt((h**2).sum(-1, keepdims=True) + 1e-3)
+    ),
+}
+
+
+@pytest.mark.parametrize("added", SUMS.values(), ids=SUMS)
+def test_gates_close_channels_that_the_code_adds_up(added):
+    model = Adding(nnx.relu, added, rngs=nnx.Rngs(0))
+    model.norm.bias.set_value(jnp.linspace(0.2, 1.0, 6))
+    x = RNG.normal(size=(5, 3)).astype(np.float32)
+    gated = dhp.with_gates(dhp.with_latents(model, (3,), min_channels=1), rngs=nnx.Rngs(0))
+    model.train()
+    graphdef, gates, others = nnx.split(gated, dhp.LatentVector, ...)
+    whole, arrays = nnx.split(model)
+
+    def by_gates(gates):
+        return (nnx.merge(graphdef, gates, others, copy=True)(x) ** 2).mean()
+
+    def by_factors(factors):
+        own = nnx.merge(whole, arrays, copy=True)
+        own.factors = factors
+        return (own(x) ** 2).mean()
+
+    (found,) = jax.tree.leaves(jax.grad(by_gates)(gates))
+    np.testing.assert_allclose(found, jax.grad(by_factors)(jnp.ones(6)), rtol=1e-4, atol=1e-5)
+    masks = {"first": np.arange(6) % 3 > 0}
+    set_to(gated, masks)
+    np.testing.assert_allclose(dhp.prune(gated, masks)(x), gated(x), rtol=1e-5, atol=1e-6)
+
+
+def test_channels_stay_that_are_added_up_and_that_no_gate_closes():
+    model = Adding(nnx.softplus, SUMS["a squared norm"], rngs=nnx.Rngs(0))
+    with pytest.warns(UserWarning, match=r"^with_gates: 'first': all entries stay, for what is "):
+        gated = dhp.with_gates(dhp.with_latents(model, (3,), min_channels=1), rngs=nnx.Rngs(0))
+    assert dhp.latents(gated)["first"].min_channels == 6
+
+
 def test_kernels_that_are_no_params_have_no_gates():
     class Quantised(nnx.Module):
         def __init__(self, rngs):
