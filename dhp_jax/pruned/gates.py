@@ -69,11 +69,11 @@ def with_gates(
       The network, in the mode of a network of latents, or in training mode if it was ordinary.
 
     Raises:
-      ValueError: as `with_latents`, if the network is ordinary; the code of one of traced latents
-        allows no gates on an array, as where a call sets it, one that reads is no `nnx.Param`, or
-        only arrays of integers could close a latent; of declared latents a prunable one is read by
-        no convolution on latents and no `dhp.Linear`, or is in a layer of your own that has a
-        kernel.
+      ValueError: as `with_latents`, if the network is ordinary; it has gates; the code of one of
+        traced latents allows no gates on an array, as where a call sets it, one that reads is no
+        `nnx.Param`, or only arrays of integers could close a latent; of declared latents a prunable
+        one is read by no convolution on latents and no `dhp.Linear`, or is in a layer of your own
+        that has a kernel.
 
     Example:
       >>> model = dhp.with_gates(dhp.load("runs/resnet20-baseline/model"), rngs=nnx.Rngs(0))
@@ -82,6 +82,8 @@ def with_gates(
         raise ArgumentError("rngs", "nnx.Rngs", shown(rngs))
     if build is not None and latents(model):
         raise ArgumentError("build", "None for a network of latents", shown(build))
+    if has_gates(model):  # others would open those that are closed
+        raise ArgumentError("model", "a network without gates", f"{type(model).__name__} with some")
     if is_traced(model):
         _check_kernels(model)
         gates = gating(model)
@@ -93,8 +95,6 @@ def with_gates(
                 stacklevel=2,
             )
         return net
-    if has_gates(model):
-        raise ArgumentError("model", "a network without gates", f"{type(model).__name__} with some")
     kernels = {
         path: layer.kernel() if isinstance(layer, Hyper) else layer.kernel[...]
         for path, _, layer in walk(model)

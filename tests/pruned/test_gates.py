@@ -171,10 +171,13 @@ def test_a_kernel_of_two_layers_counts_once_in_scores():
     np.testing.assert_allclose(dhp.group_scores(model)[z], norms / norms.mean(), rtol=1e-5)
 
 
-def test_declared_gates_are_neither_made_twice_nor_saved(tmp_path):
+def test_gates_are_neither_made_twice_nor_saved_of_declared_latents(tmp_path):
     model = gated_mixed()
-    with pytest.raises(ValueError, match=r"^model: expected a network without gates, got Mixed"):
-        dhp.with_gates(model, rngs=nnx.Rngs(1))
+    plain = dhp.prune(filled(Mixed))
+    traced = dhp.with_gates(dhp.with_latents(plain, MIXED_INPUT), rngs=nnx.Rngs(1))
+    for gated in (model, traced):
+        with pytest.raises(ValueError, match=r"^model: expected a network without gates, got "):
+            dhp.with_gates(gated, rngs=nnx.Rngs(1))
     for options, message in [
         ({"rngs": 3}, "rngs: expected nnx.Rngs, got 3"),
         ({"build": Mixed}, "build: expected None for a network of latents, got <class"),
