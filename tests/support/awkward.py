@@ -972,3 +972,20 @@ class RowOfEach(nnx.Module):
             return self.c(jax.lax.dynamic_slice(written, (row + 1, 0), (2, x.shape[-1])).sum(0))
 
         return jax.vmap(each)(tokens, tokens[:, 0] % 3)
+
+
+@case([2, 2, 4])
+class MaskOfEachChannel(nnx.Module):
+    # It is broadcast along heads, or channels, unless one of them is left.
+    def __init__(self, rngs):
+        self.into, self.out = (
+            nnx.Param(jax.random.normal(rngs.params(), shape)) for shape in ((3, 2, 4), (2, 4, 2))
+        )
+        self.c = linear(2, 3, rngs)
+
+    def __call__(self, x):
+        x = x.mean(1)
+        heads = jnp.tensordot(x, self.into[...], 1)
+        heads = jnp.where(x[..., :1, None] > 0, heads, heads / 2)
+        heads = jax.lax.dot_general(heads, self.out[...], (((2, 3), (0, 1)), ((), ())))
+        return self.c(jnp.where(x[..., :1] > 0, heads, heads / 2))
