@@ -146,13 +146,17 @@ def place(argument: str, module: nnx.Module, variables: dict[Path, nnx.Variable]
     """Sets variables at their paths, in mappings that are made.
 
     Raises:
-      ArgumentError: a path that begins with a name that the module has itself.
+      ArgumentError: a path that begins with a name that the module has itself; two paths that are
+        the same when joined by dots.
     """
-    own = {*dir(module), "fixed"}
+    own, names = {*dir(module), "fixed"}, set[str]()
     for path in variables:
         if not path or path[0] in own:
             wanted = "paths that begin with other names than those of nnx.Module"
             raise ArgumentError(argument, wanted, ".".join(path))
+        if (name := ".".join(path)) in names:
+            raise ArgumentError(argument, "arrays of one path each", f"two of {name!r}")
+        names.add(name)
     for path, variable in variables.items():
         node: Any = module
         for name in path[:-1]:

@@ -126,25 +126,55 @@ class _Walk:
                 self.known[ours] = _Number(*map(np.asarray, constants))
             elif not _same_numbers(*constants):
                 raise Mismatch("a constant of the code depends on the width")
-        self._same_operations(whole, pruned)
-        both = zip(whole.eqns, pruned.eqns, _are_read(whole), strict=True)
+        both = zip(whole.eqns, self._counterparts(whole, pruned), _are_read(whole), strict=True)
         for number, (ours, theirs, is_read) in enumerate(both):
-            if is_read:
+            if is_read and theirs is None:
+                self.pair(ours.outvars[0], self.partner[ours.invars[0]], ours)
+                self.known[ours.outvars[0]] = self.known.get(ours.invars[0])
+            elif is_read:
                 self.step(ours, theirs, number)
         return [self.output(a, b) for a, b in zip(whole.outvars, pruned.outvars, strict=True)]
 
-    def _same_operations(self, whole: Jaxpr, pruned: Jaxpr) -> None:
-        for ours, theirs in zip(whole.eqns, pruned.eqns, strict=False):
-            many, left = ((len(eqn.invars), len(eqn.outvars)) for eqn in (ours, theirs))
-            if ours.primitive is not theirs.primitive or many != left:
+    def _counterparts(self, whole: Jaxpr, pruned: Jaxpr) -> list[JaxprEqn | None]:
+        """By operation of the whole program that of the pruned one.
+
+        There is none of a broadcast along axes of which one position is left: libraries do without.
+        """
+        found: list[JaxprEqn | None] = []
+        left = list(pruned.eqns[::-1])
+        same = dict(zip(whole.invars, pruned.invars, strict=True))
+        same |= dict(zip(whole.constvars, pruned.constvars, strict=True))
+        for ours in whole.eqns:
+            theirs = left[-1] if left else None
+            if self._repeats_nothing(ours):
+                source = same[ours.invars[0]]
+                if not theirs or not _is_alike(ours, theirs) or theirs.invars[0] is not source:
+                    same[ours.outvars[0]] = source
+                    found.append(None)
+                    continue
+            if not theirs:
+                raise Mismatch("the code does more or less after pruning", where(ours))
+            if not _is_alike(ours, theirs):
                 names = f"{ours.primitive.name} becomes {theirs.primitive.name}"
                 if ours.primitive is theirs.primitive:
                     names = f"{ours.primitive.name} is of more or fewer arrays"
                 raise Mismatch(f"the code does something else after pruning ({names})", where(ours))
-        if len(whole.eqns) != len(pruned.eqns):
-            least = min(len(whole.eqns), len(pruned.eqns))
-            at = (*whole.eqns[least:], *pruned.eqns[least:])[0]
-            raise Mismatch("the code does more or less after pruning", where(at))
+            same |= dict(zip(ours.outvars, theirs.outvars, strict=True))
+            found.append(left.pop())
+        if left:
+            raise Mismatch("the code does more or less after pruning", where(left[-1]))
+        return found
+
+    def _repeats_nothing(self, eqn: JaxprEqn) -> bool:
+        """Whether an operation broadcasts axes of which one position is left, and does no more."""
+        if eqn.primitive.name != "broadcast_in_dim" or len(eqn.invars) > 1:
+            return False
+        (source,), (made,) = eqn.invars, eqn.outvars
+        axes = tuple(range(len(shape_of(made))))
+        if is_literal(source) or tuple(eqn.params["broadcast_dimensions"]) != axes:
+            return False
+        left = zip(self.masks(source), self.masks(made), strict=True)
+        return all(np.count_nonzero(ours) == np.count_nonzero(theirs) for ours, theirs in left)
 
     def masks(self, variable: Any) -> list[np.ndarray]:
         """What is left of each axis of a value of the whole program."""
@@ -273,6 +303,12 @@ class _Walk:
         if is_literal(theirs) or self.partner[ours] is not theirs:
             raise Mismatch("returns something else after pruning")
         return self.known.get(ours)
+
+
+def _is_alike(ours: JaxprEqn, theirs: JaxprEqn) -> bool:
+    """Whether two operations are of one kind, on as many arrays."""
+    many, left = ((len(eqn.invars), len(eqn.outvars)) for eqn in (ours, theirs))
+    return ours.primitive is theirs.primitive and many == left
 
 
 def _are_read(jaxpr: Jaxpr) -> list[bool]:

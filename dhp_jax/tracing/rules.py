@@ -331,7 +331,7 @@ def _gather(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> 
     outputs: list[Axis] = [None] * len(shape_of(eqn.outvars[0]))
     inside = [k for k in range(len(axes)) if k not in outside]
     for k, out in zip(inside, numbers.offset_dims, strict=True):
-        if sizes[k] == shape[k] and k not in numbers.start_index_map:
+        if sizes[k] == shape[k]:  # whatever its index is: all of it is taken, or filled
             outputs[out] = axes[k]
     batch = [out for out in range(len(outputs)) if out not in numbers.offset_dims]
     for k, out in enumerate(batch):
@@ -340,7 +340,7 @@ def _gather(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) -> 
         if k in numbers.operand_batching_dims:
             at = numbers.operand_batching_dims.index(k)
             flow.meet(axis, index_axes[numbers.start_indices_batching_dims[at]], eqn)
-        elif k in numbers.start_index_map or sizes[k] != shape[k]:
+        elif k not in inside or sizes[k] != shape[k]:
             flow.freeze(axis, eqn, "takes entries of it by index")
     flow.freeze(index_axes[-1], eqn, "takes it as an index")
     return [tuple(outputs)]
@@ -354,7 +354,7 @@ def _scatter(flow: Flow, eqn: JaxprEqn, inputs: list[Axes], context: Context) ->
     outputs, batching = list(axes), numbers.operand_batching_dims
     inside = [k for k in range(len(axes)) if k not in (*numbers.inserted_window_dims, *batching)]
     for k, part in zip(inside, numbers.update_window_dims, strict=True):
-        if shape[k] == new[part] and k not in numbers.scatter_dims_to_operand_dims:
+        if shape[k] == new[part]:  # whatever its index is: all of it is written, or dropped
             outputs[k] = flow.meet(axes[k], updates[part], eqn)
             continue
         flow.freeze(axes[k], eqn, "writes entries by index")

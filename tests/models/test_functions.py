@@ -204,6 +204,10 @@ def test_objects_that_keep_sizes_are_pruned_and_come_back_as_objects(tmp_path):
         ((3, {"a": np.ones(2)}), "function: expected a function of parameters and inputs, got 3"),
         ((forward, {}), "params: expected a tree of arrays, of one path each, got {}"),
         ((forward, {"eval": np.ones(2)}), "params: expected paths that begin with other names"),
+        (
+            (forward, {"a": {"b.c": np.ones(2)}, "a.b": {"c": np.ones(2)}}),
+            "params: expected arrays of one path each, got two of 'a.b.c'",
+        ),
         ((forward, np.ones(2)), "params: expected paths that begin with other names"),
     ],
 )

@@ -955,3 +955,37 @@ class RowsOfExperts(nnx.Module):
         x = self.a(x.mean(1).reshape(-1, 3))
         hidden = nnx.relu(jax.lax.ragged_dot(x, self.first[...], jnp.array([5, 11])))
         return self.c(x + jax.lax.ragged_dot(hidden, self.second[...], jnp.array([5, 11])))
+
+
+@case([6, 7], lambda: (jnp.asarray(np.random.default_rng(0).integers(9, size=(3, 4))),))
+class RowOfEach(nnx.Module):
+    # Under jax.vmap each example looks up rows, and writes and reads one of a buffer.
+    def __init__(self, rngs):
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (9, 6)))
+        self.b, self.c = linear(6, 7, rngs), linear(7, 2, rngs)
+
+    def __call__(self, tokens):
+        def each(tokens, row):
+            x = jax.vmap(lambda token: jax.lax.dynamic_index_in_dim(self.table[...], token))(tokens)
+            x = nnx.relu(self.b(x[:, 0]))
+            written = jax.lax.dynamic_update_slice(x, 2 * x[:1], (row, 0))
+            return self.c(jax.lax.dynamic_slice(written, (row + 1, 0), (2, x.shape[-1])).sum(0))
+
+        return jax.vmap(each)(tokens, tokens[:, 0] % 3)
+
+
+@case([2, 2, 4])
+class MaskOfEachChannel(nnx.Module):
+    # It is broadcast along heads, or channels, unless one of them is left.
+    def __init__(self, rngs):
+        self.into, self.out = (
+            nnx.Param(jax.random.normal(rngs.params(), shape)) for shape in ((3, 2, 4), (2, 4, 2))
+        )
+        self.c = linear(2, 3, rngs)
+
+    def __call__(self, x):
+        x = x.mean(1)
+        heads = jnp.tensordot(x, self.into[...], 1)
+        heads = jnp.where(x[..., :1, None] > 0, heads, heads / 2)
+        heads = jax.lax.dot_general(heads, self.out[...], (((2, 3), (0, 1)), ((), ())))
+        return self.c(jnp.where(x[..., :1] > 0, heads, heads / 2))
