@@ -8,7 +8,7 @@ LayerNorm or a mean over channels: it renormalises, which is noted. What nothing
 drops it, is the same operation too, but of any shape.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -146,7 +146,7 @@ class _Walk:
         same |= dict(zip(whole.constvars, pruned.constvars, strict=True))
         for ours in whole.eqns:
             theirs = left[-1] if left else None
-            if self._repeats_nothing(ours):
+            if _repeats_nothing(ours, self.masks):
                 source = same[ours.invars[0]]
                 if not theirs or not _is_alike(ours, theirs) or theirs.invars[0] is not source:
                     same[ours.outvars[0]] = source
@@ -164,17 +164,6 @@ class _Walk:
         if left:
             raise Mismatch("the code does more or less after pruning", where(left[-1]))
         return found
-
-    def _repeats_nothing(self, eqn: JaxprEqn) -> bool:
-        """Whether an operation broadcasts axes of which one position is left, and does no more."""
-        if eqn.primitive.name != "broadcast_in_dim" or len(eqn.invars) > 1:
-            return False
-        (source,), (made,) = eqn.invars, eqn.outvars
-        axes = tuple(range(len(shape_of(made))))
-        if is_literal(source) or tuple(eqn.params["broadcast_dimensions"]) != axes:
-            return False
-        left = zip(self.masks(source), self.masks(made), strict=True)
-        return all(np.count_nonzero(ours) == np.count_nonzero(theirs) for ours, theirs in left)
 
     def masks(self, variable: Any) -> list[np.ndarray]:
         """What is left of each axis of a value of the whole program."""
@@ -303,6 +292,21 @@ class _Walk:
         if is_literal(theirs) or self.partner[ours] is not theirs:
             raise Mismatch("returns something else after pruning")
         return self.known.get(ours)
+
+
+def _repeats_nothing(eqn: JaxprEqn, masks: Callable[[Any], list[np.ndarray]]) -> bool:
+    """Whether an operation broadcasts axes of which one position is left, and does no more.
+
+    `masks` tells what is left of each axis of a value.
+    """
+    if eqn.primitive.name != "broadcast_in_dim" or len(eqn.invars) > 1:
+        return False
+    (source,), (made,) = eqn.invars, eqn.outvars
+    axes = tuple(range(len(shape_of(made))))
+    if is_literal(source) or tuple(eqn.params["broadcast_dimensions"]) != axes:
+        return False
+    left = zip(masks(source), masks(made), strict=True)
+    return all(np.count_nonzero(ours) == np.count_nonzero(theirs) for ours, theirs in left)
 
 
 def _is_alike(ours: JaxprEqn, theirs: JaxprEqn) -> bool:
